@@ -1,0 +1,74 @@
+# One entry for people and CI: installs into .venv what is missing, then runs. `make` alone lists the targets.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+PY := $(VENV)/bin/python
+# A Python of your choice: make venv PYTHON=/path/to/python3.12
+PYTHON ?=
+# Passed to each pip install, for an index of your own: make venv PIP_ARGS='--index-url ...'
+PIP_ARGS ?=
+# Passed to pytest: make test TEST_ARGS='-k search'
+TEST_ARGS ?=
+CODE := optin_deploy exporters benchmarks
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help: ## list the targets
+	@echo "optin-deploy: smaller transformers, measured"
+	@while IFS= read -r line; do \
+	  if [[ $$line =~ ^([a-z]+):[^#]*'## '(.*)$$ ]]; then printf '  make %-8s %s\n' "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[2]}"; fi; \
+	done < Makefile
+
+venv: $(STAMP) ## install the project and all that tests and demo need into .venv
+	@echo "$(VENV) is ready"
+
+demo: $(STAMP) ## prune a real model, measure it against the dense one, print the report
+	@$(PY) -m benchmarks.demo
+
+test: $(STAMP) ## run the tests
+	@$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## check format, style and types
+	@echo "==> ruff format --check"; $(PY) -m ruff format --check .
+	@echo "==> ruff check"; $(PY) -m ruff check .
+	@echo "==> mypy --strict $(CODE)"; $(PY) -m mypy --strict $(CODE)
+
+format: $(STAMP) ## rewrite the files in the project's format
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find $(CODE) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One short line for each package; pip's errors go to stderr untouched.
+define show
+while IFS= read -r line; do case "$$line" in \
+  *Downloading*|*"Using cached"*|Processing*|"Installing collected"*) line="$${line#"$${line%%[![:space:]]*}"}"; \
+  echo "    $${line:0:110}" ;; esac; done
+endef
+
+# The stamp is written last: an install that was cut off is repeated. A usable .venv is kept, a broken one is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  found=; \
+	  for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: no Python >= 3.11 among: $(or $(PYTHON),python3 python3.11 python3.12 python3.13)." >&2; \
+	    echo "Install one, or name it: make venv PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  fi; \
+	  echo "==> creating $(VENV) with $$found ($$("$$found" -V))"; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
+	@echo "==> installing optin-deploy[cpu,demo,dev] with the versions of constraints.txt"
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,demo,dev]' -c constraints.txt | $(show)
+	@$(PY) -m pip check
+	@touch $@

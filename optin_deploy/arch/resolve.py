@@ -1,0 +1,119 @@
+"""Row + model -> ModelLayout, with every path and size checked against the real modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from optin_deploy.arch.spec import ArchSpec
+from optin_deploy.arch.table import TABLE
+from optin_deploy.errors import BadInput, UnknownArchitecture
+from optin_deploy.layout import Branch, LayerSpec, ModelLayout
+
+
+def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
+    """Find the prunable weights of a transformers model.
+
+    Args:
+        model: a PreTrainedModel, dense (not yet pruned).
+        spec: an own row; default: the first row of the table that fits.
+    Raises:
+        UnknownArchitecture: no row fits; says how to give an own one.
+        BadInput: a path is missing, two layers share weights, or sizes do not agree.
+    """
+    base, prefix = _base_model(model)
+    spec = spec or _row_for(model, base)
+    try:
+        blocks: Any = base.get_submodule(spec.blocks)
+    except AttributeError as err:
+        raise BadInput(f"row {spec.name!r}: {type(model).__name__} has no module {prefix + spec.blocks!r}.") from err
+    layers = tuple(_layer(model, spec, f"{prefix}{spec.blocks}.{i}") for i in range(len(blocks)))
+    _refuse_shared_weights(model, layers)
+    return ModelLayout(arch=spec.name, model_class=type(model).__name__, layers=layers)
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """All `config.model_type` values that a row serves, sorted."""
+    return tuple(sorted(set().union(*(row.model_types for row in TABLE))))
+
+
+def _base_model(model: nn.Module) -> tuple[nn.Module, str]:
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    return (base, f"{prefix}.") if isinstance(base, nn.Module) else (model, "")
+
+
+def _row_for(model: nn.Module, base: nn.Module) -> ArchSpec:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    for row in TABLE:
+        if model_type in row.model_types and _fits(base, row):
+            return row
+    raise UnknownArchitecture(
+        f"no architecture row fits model type {model_type!r} ({type(model).__name__}). "
+        f"Supported: {', '.join(supported_model_types())}. For another model write an ArchSpec row "
+        "(optin_deploy/arch/table.py shows some) and call optin_deploy.resolve(model, spec=my_row)."
+    )
+
+
+def _fits(base: nn.Module, row: ArchSpec) -> bool:
+    try:
+        for path in (*row.qkv, row.attn_out, *row.ffn_in, row.ffn_out):
+            base.get_submodule(f"{row.blocks}.0.{path}")
+    except AttributeError:
+        return False
+    return True
+
+
+def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
+    def at(relative: str) -> str:
+        return f"{path}.{relative}" if relative else path
+
+    attn_out, ffn_out = (_linear(model, at(p)) for p in (spec.attn_out, spec.ffn_out))
+    heads = int(model.config.num_attention_heads)
+    head_dim, rest = divmod(attn_out.in_features, heads)
+    if rest:
+        raise BadInput(f"{at(spec.attn_out)}: width {attn_out.in_features} is not a multiple of {heads} heads.")
+    scales = tuple(map(at, spec.layer_scale)) if spec.layer_scale else (None, None)
+    attention = Branch(
+        tuple(map(at, spec.qkv)), at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim
+    )
+    ffn = Branch(
+        tuple(map(at, spec.ffn_in)), at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.in_features, 1
+    )
+    for branch in (attention, ffn):
+        _check_branch(model, branch)
+    model.get_submodule(at(spec.core))
+    return LayerSpec(path, attn_out.out_features, at(spec.core), attention, ffn)
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as err:
+        raise BadInput(f"{type(model).__name__} has no module {path!r}; the architecture row does not fit.") from err
+    if not isinstance(module, nn.Linear):
+        raise BadInput(f"{path} is a {type(module).__name__}; only torch.nn.Linear can be cut.")
+    return module
+
+
+def _check_branch(model: nn.Module, branch: Branch) -> None:
+    width = branch.units * branch.unit_width
+    for path in branch.inputs:
+        found = _linear(model, path).out_features
+        if found != width:
+            raise BadInput(
+                f"{path} has {found} outputs where {branch.output} takes {width}. The model is already pruned or "
+                "shares key/value heads; start from the dense model."
+            )
+
+
+def _refuse_shared_weights(model: nn.Module, layers: tuple[LayerSpec, ...]) -> None:
+    owner: dict[int, str] = {}
+    for layer in layers:
+        for branch in (layer.attention, layer.ffn):
+            for path in (*branch.inputs, branch.output):
+                weight = _linear(model, path).weight
+                first = owner.setdefault(id(weight), path)
+                if first != path:
+                    raise BadInput(f"{path} shares its weight with {first}; cutting one would cut both.")

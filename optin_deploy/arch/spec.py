@@ -1,0 +1,32 @@
+"""A row of the architecture table: where a family keeps its heads and FFN neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Paths inside one block, relative to it; `blocks` is relative to the base model.
+
+    Every path but `core` names a Linear; `residual` may be "" for the block itself.
+    """
+
+    name: str
+    model_types: frozenset[str]
+    """`config.model_type` values that the row serves."""
+    tested_with: str
+    """Version of transformers whose module paths these are."""
+    blocks: str
+    """The ModuleList of blocks."""
+    qkv: tuple[str, str, str]
+    attn_out: str
+    core: str
+    """The attention module that returns a tuple; replaced when a layer loses all its heads."""
+    ffn_in: tuple[str, ...]
+    """One path, or two for a gated FFN."""
+    ffn_out: str
+    residual: tuple[str, str]
+    """For attention and FFN: the module whose first argument is the tensor the branch is added to."""
+    layer_scale: tuple[str, str] | None = None
+    """Parameters that scale the two branches before they are added."""

@@ -1,0 +1,254 @@
+"""Turn calibration samples into batches of tensors, and split off a held-out part."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from optin_deploy.errors import BadInput
+from optin_deploy.samples import Sample, bundled_samples, check_size, read_samples
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "Batches",
+    "Sample",
+    "bundled_samples",
+    "check_tokenizer",
+    "image_batches",
+    "read_samples",
+    "split",
+    "text_batches",
+]
+
+T = TypeVar("T")
+MIN_SAMPLES = 8
+MIN_HELD_OUT = 16
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+"""What PIL may open: a closed list, so that a renamed .eps never starts an outside program."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Model inputs in batches, with the labels in the order of the rows."""
+
+    batches: tuple[dict[str, torch.Tensor], ...]
+    """Each {input name: (rows, ...)}, on the CPU."""
+    labels: tuple[str | int | None, ...]
+    """One a row, over all batches."""
+
+    def __post_init__(self) -> None:
+        rows = sum(len(tensor) for batch in self.batches for tensor in list(batch.values())[:1])
+        if rows != len(self.labels):
+            raise BadInput(f"{len(self.labels)} labels for {rows} rows. Give one label a row, None where it has none.")
+
+    def __len__(self) -> int:
+        """The number of samples, not of batches."""
+        return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the names, dtypes, shapes and bytes of all tensors, batch by batch; not the labels."""
+        digest = hashlib.sha256()
+        for index, batch in enumerate(self.batches):
+            for name, tensor in sorted(batch.items()):
+                digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def split(
+    samples: Sequence[Sample], *, samples_limit: int, held_out: float = 0.2, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Shuffle with the seed and cut into (calibration, held-out); no row is in both.
+
+    Where the limit leaves enough rows over, the held-out rows (a quarter of the limit, at least 16) come from
+    those; otherwise the share `held_out` of all rows is cut off, and calibration gets the rest.
+    Args: samples_limit: the most rows for calibration. held_out: a fraction in [0, 0.5]; 0 gives no held-out rows.
+    Raises: BadInput: fewer than 8 samples, or an option out of range.
+    """
+    if len(samples) < MIN_SAMPLES:
+        where = f" (from {samples[0].source})" if samples else ""
+        raise BadInput(
+            f"{len(samples)} calibration samples in all{where}, but {MIN_SAMPLES} are the least: some are held out to"
+            " measure agreement, and scores from fewer are mostly noise. Add samples; a few hundred are good."
+        )
+    if samples_limit < 1 or not 0 <= held_out <= 0.5:
+        raise BadInput(
+            f"samples_limit={samples_limit}, held_out={held_out}: the limit must be 1 or more, and the held-out share"
+            " lie between 0 and 0.5. The defaults are 512 (--samples) and 0.2."
+        )
+    rows = list(samples)
+    random.Random(seed).shuffle(rows)
+    share = max(1, round(held_out * len(rows))) if held_out else 0
+    spare = len(rows) - samples_limit
+    if spare >= min(MIN_HELD_OUT, share):
+        size = min(spare, max(MIN_HELD_OUT, samples_limit // 4)) if held_out else 0
+        return tuple(rows[:samples_limit]), tuple(rows[samples_limit : samples_limit + size])
+    return tuple(rows[: len(rows) - share]), tuple(rows[len(rows) - share :])
+
+
+def text_batches(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    batch_size: int = 32,
+    pad_to: int | None = None,
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask"),
+) -> Batches:
+    """Tokenise, cut to `seq_len`, sort by length (stable) and pad each batch to its longest row, or to `pad_to`.
+
+    The tokenizer is left as it is (truncation set on a fast one would end up in its saved file). Without a padding
+    token the end-of-text token pads: the attention mask hides it.
+    Args: inputs: the names the model takes; exactly these are returned.
+    Returns: batches of int64 tensors, each (rows, tokens).
+    Raises: BadInput: a sample without text, an option out of range, or a name that the tokenizer does not make.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    _check_text_options(samples, tokenizer, seq_len, pad_to)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None or "attention_mask" not in inputs:
+            raise BadInput(
+                "The tokenizer has no padding token, so rows of unequal length cannot share a batch."
+                ' Set one, for example "pad_token" in its tokenizer_config.json.'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    options: dict[str, Any] = {"truncation": True, "max_length": seq_len}
+    options |= {f"return_{name}": name in inputs for name in ("attention_mask", "token_type_ids")}
+    # One by one: a list cannot mix single texts and pairs.
+    rows = [(tokenizer(s.text, s.text_pair, **options), s.label) for s in samples]
+    rows.sort(key=lambda row: len(row[0]["input_ids"]))
+    missing = [name for name in inputs if rows and name not in rows[0][0]]
+    if missing:
+        raise BadInput(
+            f"The model takes {', '.join(inputs)}, but the tokenizer does not make {', '.join(missing)} (it makes"
+            f" {', '.join(rows[0][0])}). Use the tokenizer that was saved with this model."
+        )
+    batches = []
+    for chunk in _chunks(rows, batch_size):
+        encoded = {name: [row[name] for row, _ in chunk] for name in inputs}
+        width = pad_to or max(map(len, encoded["input_ids"]))
+        batches.append(_pad(encoded, tokenizer, width))
+    return Batches(tuple(batches), tuple(label for _, label in rows))
+
+
+def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int = 32) -> Batches:
+    """Open the images as RGB, a batch at a time, and prepare them with a transformers image processor.
+
+    Returns: batches of {"pixel_values": float32 (rows, channels, height, width)}, in the order of the samples.
+    Raises: BadInput: a sample without image, an image that does not open, or images of unequal size after preparing.
+    """
+    batches: list[dict[str, torch.Tensor]] = []
+    for chunk in _chunks(samples, batch_size):
+        images = [_open_image(sample) for sample in chunk]
+        try:
+            pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+            shapes = {tuple(pixels.shape[1:]), *(tuple(batch["pixel_values"].shape[1:]) for batch in batches[:1])}
+            if len(shapes) > 1:
+                raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
+        except ValueError as err:
+            raise BadInput(
+                f"{chunk[0].source} to {chunk[-1].source}: the image processor does not fit:"
+                f" {str(err).splitlines()[0]} Use the one saved"
+                " with this model, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
+            ) from err
+        batches.append({"pixel_values": pixels})
+    return Batches(tuple(batches), tuple(sample.label for sample in samples))
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer that cannot belong to the model.
+
+    transformers builds one of a few special tokens, silently, when the vocabulary files are missing.
+    Raises: BadInput: hardly any ordinary token, or ids beyond `config.vocab_size`.
+    """
+    vocab = tokenizer.get_vocab()
+    size = getattr(config, "vocab_size", None)
+    ordinary = len(set(vocab) - set(tokenizer.all_special_tokens))
+    # 4 letters are a vocabulary (DNA models), but not beside an embedding many times as large.
+    if ordinary < 4 or (size is not None and ordinary < 100 and 4 * len(vocab) < size):
+        raise BadInput(
+            f"The tokenizer knows {len(vocab)} tokens, {ordinary} of them ordinary ones, and the model {size}: its"
+            " vocabulary files are missing. Put tokenizer.json (or vocab.txt, merges.txt, *.model) beside config.json."
+        )
+    needed = max(vocab.values()) + 1
+    if size is not None and needed > size:
+        raise BadInput(
+            f"The tokenizer needs {needed} embeddings, but config.vocab_size is {size}. Use the tokenizer saved"
+            " with this model, or resize the model's embeddings before pruning."
+        )
+
+
+def _check_text_options(samples: Sequence[Sample], tokenizer: Any, seq_len: int, pad_to: int | None) -> None:
+    for sample in samples:
+        if sample.text is None:
+            raise BadInput(f"{sample.source}: no text in this sample. A text model needs a .txt, .jsonl or .csv file.")
+    # Below this, truncation is silently given up and the rows come out longer than seq_len.
+    special = tokenizer.num_special_tokens_to_add(pair=any(sample.text_pair is not None for sample in samples))
+    if seq_len <= special:
+        raise BadInput(
+            f"seq_len={seq_len} leaves no room for text: the tokenizer adds {special} special tokens."
+            f" Use --seq-len {special + 1} or more; 128 is the default."
+        )
+    if pad_to is not None and pad_to < seq_len:
+        raise BadInput(
+            f"pad_to={pad_to} is below seq_len={seq_len}. Give pad_to={seq_len} or more, or a lower seq_len."
+        )
+
+
+def _pad(encoded: dict[str, list[list[int]]], tokenizer: Any, width: int) -> dict[str, torch.Tensor]:
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    padded = {}
+    for name, rows in encoded.items():
+        tensor = torch.full((len(rows), width), fill.get(name, 0), dtype=torch.int64)
+        for target, row in zip(tensor, rows, strict=True):
+            start = width - len(row) if tokenizer.padding_side == "left" else 0
+            target[start : start + len(row)] = torch.tensor(row)
+        padded[name] = tensor
+    return padded
+
+
+def _chunks(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    if size < 1:
+        raise BadInput(f"batch_size={size}: it must be 1 or more, for example 32.")
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _open_image(sample: Sample) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if sample.image is None:
+        raise BadInput(f"{sample.source}: no image in this sample. An image model needs a folder of images.")
+    if not isinstance(sample.image, Path):
+        return sample.image.convert("RGB")
+    path = sample.image
+    try:
+        check_size(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                image.load()
+                # As transformers' own load_image: turned upright, three channels.
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as err:
+        raise BadInput(f"{path}: too many pixels ({err}). Shrink it to a few megapixels, or delete it.") from err
+    except BadInput:
+        raise
+    # What PIL's decoders raise on damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as err:
+        raise BadInput(
+            f"{path}: this image does not open: {err}. Possible: intact png, jpg, jpeg, bmp or webp files."
+            " Save it again, or delete it."
+        ) from err

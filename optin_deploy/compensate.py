@@ -1,0 +1,185 @@
+"""Re-solve the kept output projections in closed form, so that the pruned stream follows the dense one.
+
+Layer by layer on the already pruned stream, minimise over W', b' of the kept columns
+
+    || x' + s * (W' a' + b')  -  (x + s * (W a + b)) ||^2  +  ridge * || W' - W_kept ||^2
+
+a, x: input of the projection and the residual it is added to, dense; a', x': the same in the pruned model; s:
+LayerScale. No gradient step, no labels. The ridge is chosen by the error on samples that the solution has not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.layout import Branch, ModelLayout
+from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
+from optin_deploy.plan import PruningPlan
+from optin_deploy.progress import Progress, silent
+from optin_deploy.rewrite.slices import unit_columns
+from optin_deploy.scoring.losses import valid_tokens
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates, relative to the mean variance of the kept inputs."""
+HELD_OUT_EVERY = 5
+"""Every fifth sample judges the ridge; the final solution uses all."""
+
+Weights = dict[str, Tensor]
+"""State-dict entries of the dense shape; columns of cut units are untouched."""
+
+
+def compensate(
+    model: nn.Module,
+    layout: ModelLayout,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    *,
+    progress: Progress = silent,
+) -> Weights:
+    """New weights and biases of the output projections, dense-shaped; the model itself is untouched.
+
+    Args: batches: unlabeled calibration inputs; padding is left out of the fit.
+    """
+    masks = branch_masks(layout, plan.masks(layout))
+    student = copy.deepcopy(model)
+    weights: Weights = {}
+    with inference(model), inference(student), torch.no_grad(), masked(student, masks):
+        dense: list[Tensor | None] = [None] * len(batches)
+        pruned: list[Tensor | None] = [None] * len(batches)
+        for index, layer in enumerate(layout.layers):
+            for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
+                problem = _Problem(model, student, branch, unit_columns(kept, branch.unit_width))
+                for i, batch in enumerate(batches):
+                    views = [
+                        _view(net, layout, branch, batch, index, stream[i])
+                        for net, stream in ((model, dense), (student, pruned))
+                    ]
+                    problem.add(*views, valid_tokens(batch, views[0].residual))
+                weights |= problem.solve_into(student)
+            for i, batch in enumerate(batches):
+                dense[i] = run_blocks(model, layout, batch, start=index, hidden=dense[i], stop=layer.path)
+                pruned[i] = run_blocks(student, layout, batch, start=index, hidden=pruned[i], stop=layer.path)
+            progress(index + 1, len(layout.layers))
+    return weights
+
+
+def apply_weights(model: nn.Module, weights: Weights) -> nn.Module:
+    """A copy of the model with these entries of its state dict replaced."""
+    changed = copy.deepcopy(model)
+    changed.load_state_dict(weights, strict=False)
+    return changed
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one model shows at one branch, for one batch."""
+
+    units: Tensor
+    """Input of the output projection, (batch, tokens, units * unit_width)."""
+    residual: Tensor
+    """The tensor that the branch is added to, (batch, tokens, hidden)."""
+
+
+def _view(
+    model: nn.Module, layout: ModelLayout, branch: Branch, batch: Batch, index: int, hidden: Tensor | None
+) -> _View:
+    with recorded(model, inputs=(branch.output, branch.residual)) as seen:
+        run_blocks(model, layout, batch, start=index, hidden=hidden, stop=branch.output)
+    return _View(seen.inputs[branch.output], seen.inputs[branch.residual])
+
+
+class _Problem:
+    """Ridge regression of one branch: find the change of the kept columns and of the bias.
+
+    Unknowns and targets are in the residual stream's scale (LayerScale applied); rows are independent, so dividing
+    by the scale afterwards gives the same projection as dividing the targets.
+    """
+
+    def __init__(self, dense: nn.Module, student: nn.Module, branch: Branch, columns: Tensor) -> None:
+        self.branch, self.columns = branch, columns
+        self.teacher, self.start = dense.get_submodule(branch.output), student.get_submodule(branch.output)
+        self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
+        self.centred = self.start.bias is not None
+        hidden = len(self.start.weight)
+        self.fit, self.judge = (_Moments(len(columns), hidden) for _ in range(2))
+        self.samples = 0
+
+    def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
+        gap = self.teacher(dense.units) - self.start(pruned.units)  # cut units are masked: zero
+        if self.scale is not None:
+            gap = gap * self.scale
+        gap = gap + dense.residual - pruned.residual
+        kept = pruned.units[..., self.columns]
+        judged = (torch.arange(len(valid)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        real, judged = valid.bool(), judged.to(valid.device).unsqueeze(1)
+        self.fit.add(kept[real & ~judged], gap[real & ~judged])
+        self.judge.add(kept[real & judged], gap[real & judged])
+        self.samples += len(valid)
+
+    def solve_into(self, student: nn.Module) -> Weights:
+        """Write the solution into the student; returns the new state-dict entries."""
+        ridge = RIDGES[len(RIDGES) // 2]
+        if self.fit.count and self.judge.count:
+            ridge = min(RIDGES, key=lambda r: self.judge.error(*self.fit.solve(r, self.centred)))
+        change, offset = (self.fit + self.judge).solve(ridge, self.centred)
+        if self.scale is not None:
+            inverse = torch.where(self.scale.abs() > 1e-8, 1 / self.scale, 0).double()
+            change, offset = change * inverse, offset * inverse
+        weight = self.start.weight.detach().clone()
+        weight[:, self.columns] += change.T.to(weight)
+        entries = {f"{self.branch.output}.weight": weight}
+        if self.centred:
+            entries[f"{self.branch.output}.bias"] = self.start.bias.detach() + offset.to(weight)
+        student.load_state_dict(entries, strict=False)
+        return entries
+
+
+class _Moments:
+    """Sums that determine a linear regression, in float64; memory does not grow with the samples."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.count = 0
+        self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.yy = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take rows x (rows, inputs), y (rows, outputs)."""
+        x, y = x.double().cpu(), y.double().cpu()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += float(y.square().sum())
+
+    def __add__(self, other: _Moments) -> _Moments:
+        both = _Moments(len(self.x), len(self.y))
+        for name in ("count", "x", "y", "xx", "xy", "yy"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
+        """Coefficients (inputs, outputs) and offset (outputs,) of y ~ x @ coefficients + offset."""
+        count = max(self.count, 1)
+        mean_x, mean_y = (self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0)
+        if not len(self.x):
+            return self.xy, mean_y
+        covariance = self.xx / count - torch.outer(mean_x, mean_x)
+        cross = self.xy / count - torch.outer(mean_x, mean_y)
+        spread = covariance.diagonal().mean().clamp(min=1e-12)
+        covariance.diagonal().add_(ridge * spread)
+        coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+        return coefficients, mean_y - mean_x @ coefficients
+
+    def error(self, coefficients: Tensor, offset: Tensor) -> float:
+        """Sum of squared errors of a solution on these rows."""
+        fitted = (coefficients * (self.xx @ coefficients)).sum() + 2 * offset @ (self.x @ coefficients)
+        fitted = fitted + self.count * offset @ offset
+        return float(self.yy - 2 * (coefficients * self.xy).sum() - 2 * offset @ self.y + fitted)

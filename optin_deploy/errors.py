@@ -1,0 +1,59 @@
+"""Every error a user can meet, with the exit code the command line gives for it."""
+
+from __future__ import annotations
+
+EXIT_CODES = {
+    0: "done",
+    1: "a gate or a quality limit failed",
+    2: "bad input",
+    3: "artifact written, but the engine cannot be built here",
+    4: "too unstable to judge",
+    130: "interrupted",
+}
+"""The one table of exit codes; `OptinError.exit_code` points into it."""
+
+
+class OptinError(Exception):
+    """Base of all errors raised on purpose: says what happened, with which value, and what to do next."""
+
+    exit_code = 2
+
+
+class BadInput(OptinError, ValueError):
+    """A value, file or folder from the user cannot be used."""
+
+
+class UnknownArchitecture(BadInput):
+    """No row of the architecture table fits the model."""
+
+
+class InfeasibleBudget(BadInput):
+    """The budget lies below what the unprunable layers alone cost."""
+
+
+class PlanMismatch(BadInput):
+    """A stored plan, score or weight file belongs to another model."""
+
+
+class NonFiniteActivation(BadInput):
+    """A layer put out NaN or infinity on calibration data."""
+
+
+class RefusedRewrite(OptinError):
+    """A layer cannot be cut without changing what it computes; names the layer and the reason."""
+
+
+class ParityFailure(OptinError):
+    """Two forms of the same model gave different outputs."""
+
+    exit_code = 1
+
+
+class MissingDependency(OptinError):
+    """A package for the chosen engine is not installed."""
+
+
+class CannotBuildHere(OptinError):
+    """The portable artifact is written, but this machine cannot build the engine."""
+
+    exit_code = 3

@@ -1,0 +1,110 @@
+"""Where the prunable weights of one concrete model are, and how many units each layer has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optin_deploy.errors import BadInput
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: inputs projections -> units -> output projection, added to a residual tensor."""
+
+    inputs: tuple[str, ...]
+    """Module paths of the projections that make the units: q, k, v, or FFN up (and gate)."""
+    output: str
+    """Module path of the projection whose *input* the units are; masks and cuts happen there."""
+    residual: str
+    """Module path whose first argument is the tensor that the branch is added to."""
+    scale: str | None
+    """Parameter path of the LayerScale factor on the branch, shape (hidden,); None = 1."""
+    units: int
+    """Number of prunable units: heads or neurons."""
+    unit_width: int
+    """Columns of the output projection that belong to one unit: head_dim, or 1 for neurons."""
+
+    def __post_init__(self) -> None:
+        if self.units < 1 or self.unit_width < 1 or not self.inputs or not self.output:
+            raise BadInput(f"layout: branch {self.output!r} has {self.units} units of width {self.unit_width}.")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One block: an attention branch and a feed-forward branch."""
+
+    path: str
+    """Module path of the block; its output is the feature the trajectory looks at."""
+    hidden: int
+    """Width of the residual stream."""
+    core: str
+    """Module path of the attention that is replaced when no head is left."""
+    attention: Branch
+    ffn: Branch
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.attention.units
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.attention.unit_width
+
+    @property
+    def neurons(self) -> int:
+        """FFN width."""
+        return self.ffn.units
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """All layers of one model, in the order they run."""
+
+    arch: str
+    """Name of the architecture row."""
+    model_class: str
+    """transformers class that the weights belong to."""
+    layers: tuple[LayerSpec, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"layout: schema_version {self.schema_version}; this version reads {SCHEMA_VERSION}.")
+        if not self.layers:
+            raise BadInput("layout: the model has no prunable layer.")
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON; plans, masks and scores carry it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelLayout:
+        """Read what `to_json` wrote.
+
+        Raises: BadInput: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            layers = tuple(
+                LayerSpec(**{**layer, "attention": _branch(layer["attention"]), "ffn": _branch(layer["ffn"])})
+                for layer in data["layers"]
+            )
+            return cls(**{**data, "layers": layers})
+        except (KeyError, TypeError) as err:
+            raise BadInput(f"layout: not a layout of optin-deploy ({err}). Write it again with `optin score`.") from err
+
+
+def _branch(data: Mapping[str, Any]) -> Branch:
+    return Branch(**{**data, "inputs": tuple(data["inputs"])})

@@ -1,0 +1,158 @@
+"""Masks are what the search found; the plan is what will be cut, tied to one layout by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.layout import ModelLayout
+
+SCHEMA_VERSION = 1
+Keep = tuple[tuple[bool, ...], ...]
+"""Per layer, True = kept; layers may differ in length."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Keep-masks of all layers."""
+
+    heads: Keep
+    neurons: Keep
+    layout_hash: str
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _check_version("masks", self.schema_version)
+
+    @classmethod
+    def all_kept(cls, layout: ModelLayout) -> Masks:
+        """The masks that cut nothing."""
+        return cls(
+            tuple((True,) * layer.heads for layer in layout.layers),
+            tuple((True,) * layer.neurons for layer in layout.layers),
+            layout.hash,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; a layer's mask is a string of 0 and 1, readable in the file."""
+        return {
+            **asdict(self),
+            "heads": ["".join("01"[k] for k in keep) for keep in self.heads],
+            "neurons": ["".join("01"[k] for k in keep) for keep in self.neurons],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Masks:
+        """Read what `to_json` wrote.
+
+        Raises: BadInput: not masks of this version.
+        """
+        try:
+            return cls(**{**data, "heads": _bits(data["heads"]), "neurons": _bits(data["neurons"])})
+        except (KeyError, TypeError, ValueError) as err:
+            raise BadInput(f"masks: not a masks.json of optin-deploy ({err}). Write it with `optin plan`.") from err
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which heads and neurons of each layer stay, and what that costs."""
+
+    heads: tuple[tuple[int, ...], ...]
+    """Kept head indices a layer, ascending."""
+    neurons: tuple[tuple[int, ...], ...]
+    """Kept neuron indices a layer, ascending."""
+    layout_hash: str
+    macs_dense: int
+    """MACs of the dense model for one sample of `tokens` tokens."""
+    macs_pruned: int
+    """Predicted MACs of the pruned model for the same sample."""
+    macs_fixed: int
+    """The part of both that no plan can cut."""
+    tokens: int
+    """Sequence length (or patches + special tokens) at which MACs are counted."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _check_version("plan", self.schema_version)
+        for name, layers in (("heads", self.heads), ("neurons", self.neurons)):
+            for i, kept in enumerate(layers):
+                if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
+                    raise BadInput(f"plan: {name} of layer {i} must be ascending, unique and not negative: {kept}.")
+
+    @property
+    def kept(self) -> float:
+        """Share of the dense MACs that stays."""
+        return self.macs_pruned / self.macs_dense
+
+    @property
+    def prunable_kept(self) -> float:
+        """Share of the MACs of heads and FFN that stays (the paper's measure)."""
+        return (self.macs_pruned - self.macs_fixed) / (self.macs_dense - self.macs_fixed)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def check(self, layout: ModelLayout) -> None:
+        """Make sure that the plan was made for this layout.
+
+        Raises: PlanMismatch: another layout, or indices that it does not have.
+        """
+        if self.layout_hash != layout.hash:
+            raise PlanMismatch(
+                f"the plan was made for layout {self.layout_hash[:12]}, this model ({layout.model_class}, "
+                f"{len(layout.layers)} layers) has {layout.hash[:12]}. Make a plan for this model with `optin plan`."
+            )
+        if not len(self.heads) == len(self.neurons) == len(layout.layers):
+            raise PlanMismatch(f"plan: {len(self.heads)} layers; the model has {len(layout.layers)}.")
+        for i, layer in enumerate(layout.layers):
+            for name, kept, units in (
+                ("heads", self.heads[i], layer.heads),
+                ("neurons", self.neurons[i], layer.neurons),
+            ):
+                if kept and kept[-1] >= units:
+                    raise PlanMismatch(f"plan: layer {i} keeps {name} {kept[-1]}, but has only 0..{units - 1}.")
+
+    def masks(self, layout: ModelLayout) -> Masks:
+        """The plan as keep-masks."""
+        self.check(layout)
+        heads = tuple(_mask(kept, layer.heads) for kept, layer in zip(self.heads, layout.layers, strict=True))
+        neurons = tuple(_mask(kept, layer.neurons) for kept, layer in zip(self.neurons, layout.layers, strict=True))
+        return Masks(heads, neurons, layout.hash)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """Read what `to_json` wrote.
+
+        Raises: BadInput: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            heads, neurons = (tuple(tuple(map(int, kept)) for kept in data[k]) for k in ("heads", "neurons"))
+            return cls(**{**data, "heads": heads, "neurons": neurons})
+        except (KeyError, TypeError, ValueError) as err:
+            raise BadInput(f"plan: not a plan.json of optin-deploy ({err}). Write it with `optin plan`.") from err
+
+
+def _mask(kept: tuple[int, ...], units: int) -> tuple[bool, ...]:
+    chosen = set(kept)
+    return tuple(unit in chosen for unit in range(units))
+
+
+def _bits(layers: list[str]) -> Keep:
+    if any(set(bits) - {"0", "1"} for bits in layers):
+        raise ValueError("a mask holds something besides 0 and 1")
+    return tuple(tuple(bit == "1" for bit in bits) for bits in layers)
+
+
+def _check_version(what: str, version: int) -> None:
+    if version != SCHEMA_VERSION:
+        raise BadInput(f"{what}: schema_version {version}; this version of optin-deploy reads {SCHEMA_VERSION}.")

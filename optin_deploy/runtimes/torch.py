@@ -1,0 +1,77 @@
+"""Run a transformers model with PyTorch, eagerly, numpy in and numpy out."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from optin_deploy.errors import BadInput
+from optin_deploy.runtimes.base import Feeds
+
+OUTPUTS = ("logits", "last_hidden_state")
+"""The output that is read: the first of these that the model gives."""
+
+
+class TorchRuntime:
+    """A model in memory; it stays the caller's, and closing leaves it as it was."""
+
+    engine = "torch"
+
+    def __init__(self, model: nn.Module, *, threads: int = 0) -> None:
+        """Wrap the model; nothing is copied.
+
+        Args: model: in eval mode; its forward takes the feeds by name and gives `.logits` or `.last_hidden_state`.
+            threads: intra-op threads between enter and exit; 0 = leave as is. The number is one per process:
+                of two nested runtimes the inner one's counts.
+        Raises: BadInput: a module is in training mode, or negative threads.
+        """
+        if threads < 0:
+            raise BadInput(f"threads is {threads}; use 0 (leave PyTorch's number) or a positive number.")
+        training = next((name for name, module in model.named_modules() if module.training), None)
+        if training is not None:
+            raise BadInput(f"{training or 'The model'} is in training mode (dropout is on). Call model.eval() first.")
+        parameter = next(model.parameters(), None)
+        self._model = model
+        self._device = torch.device("cpu") if parameter is None else parameter.device
+        self._threads = threads
+        self._threads_before = 0
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Run once under inference mode, on the device of the model's weights.
+
+        Returns: one output, `logits` if the model gives it, else `last_hidden_state`; bfloat16 comes back as float32.
+        Raises: BadInput: the model gives neither.
+        """
+        with torch.inference_mode():
+            # np.require copies only what from_numpy cannot share: read-only or strided arrays.
+            arrays = {name: np.require(array, requirements=("C", "W")) for name, array in feeds.items()}
+            result = self._model(**{name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()})
+            for name in OUTPUTS:
+                value = getattr(result, name, None)
+                if value is not None:
+                    # numpy has no bfloat16.
+                    value = value.float() if value.dtype == torch.bfloat16 else value
+                    return {name: value.cpu().numpy()}
+        raise BadInput(
+            f"{type(self._model).__name__} gave a {type(result).__name__} with neither of {', '.join(OUTPUTS)}. "
+            "Wrap it in a module whose output has one of them."
+        )
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: `run` copies its output to host memory, which waits for the device."""
+
+    def __enter__(self) -> Self:
+        self._threads_before = torch.get_num_threads()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads_before)

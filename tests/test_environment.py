@@ -1,0 +1,102 @@
+"""The environment is read from the system, complete, and names nobody."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optin_deploy.bench.environment import environment, installed_versions
+
+KEYS = {
+    "date", "platform", "cpu_model", "cores_physical", "cores_logical", "memory_bytes",
+    "load_average", "governor", "python", "versions",
+}  # fmt: skip
+
+
+def fake_machine(root: Path) -> None:
+    """Four logical CPUs, two physical cores of one socket."""
+    cpuinfo = "\n\n".join(
+        f"processor\t: {cpu}\nmodel name\t: Fake CPU @ 3.00GHz: v2\nphysical id\t: 0\ncore id\t\t: {cpu // 2}"
+        for cpu in range(4)
+    )
+    governor = root / "sys/devices/system/cpu/cpu2/cpufreq/scaling_governor"
+    governor.parent.mkdir(parents=True)
+    (root / "proc").mkdir()
+    governor.write_text("performance\n")
+    (root / "proc/cpuinfo").write_text(cpuinfo + "\n\n")
+    (root / "proc/meminfo").write_text("MemTotal:       2048 kB\nMemFree:        1 kB\n")
+
+
+def use_cpus(monkeypatch: pytest.MonkeyPatch, *cpus: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cpus), raising=False)
+
+
+def test_a_machine_is_read_from_its_system_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_machine(tmp_path)
+    use_cpus(monkeypatch, 2, 3)
+    found = environment(root=tmp_path)
+    assert found["cpu_model"] == "Fake CPU @ 3.00GHz: v2"
+    assert found["memory_bytes"] == 2048 * 1024
+    assert found["governor"] == "performance"
+
+
+@pytest.mark.parametrize(("cpus", "physical"), [((0, 1), 1), ((1, 2), 2), ((0, 1, 2, 3), 2)])
+def test_only_cores_that_may_be_used_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpus: tuple[int, ...], physical: int
+) -> None:
+    fake_machine(tmp_path)
+    use_cpus(monkeypatch, *cpus)
+    found = environment(root=tmp_path)
+    assert (found["cores_logical"], found["cores_physical"]) == (len(cpus), physical)
+
+
+def test_what_the_system_does_not_tell_is_none(tmp_path: Path) -> None:
+    found = environment(root=tmp_path)
+    assert found.keys() == KEYS
+    assert [key for key, value in found.items() if value is None] == [
+        "cpu_model", "cores_physical", "memory_bytes", "governor",
+    ]  # fmt: skip
+
+
+def test_this_machine_is_described_in_json() -> None:
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found.keys() == KEYS
+    assert found["python"] == platform.python_version()
+    date = datetime.fromisoformat(str(found["date"]))
+    assert date.utcoffset() == timedelta(0)
+
+
+def test_no_host_user_or_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "secret-host")
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "secret-host", "6.1", "#1", "x86_64")))
+    monkeypatch.setattr("socket.gethostname", lambda: "secret-host")
+    monkeypatch.setenv("USER", "secret-user")
+    monkeypatch.setenv("LOGNAME", "secret-user")
+    assert getpass.getuser() == "secret-user"
+    text = json.dumps(environment())
+    assert "secret" not in text
+    assert str(Path.home()) not in text
+    assert str(Path.cwd()) not in text
+
+
+def test_versions_are_those_of_installed_packages_only() -> None:
+    assert installed_versions(("numpy", "no-such-package-here")) == {"numpy": np.__version__}
+
+
+def test_versions_are_read_without_importing_the_packages() -> None:
+    script = (
+        "import sys; from optin_deploy.bench.environment import environment; environment(); "
+        "print(*sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

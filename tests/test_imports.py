@@ -1,0 +1,146 @@
+"""Imports go one way, importing the package stays quick, and no source loads code from data."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("optin_deploy", "exporters", "benchmarks", "tests", "docker")
+HEAVY = (
+    "benchmarks",
+    "exporters",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx_bindings",
+    "torch",
+    "transformers",
+)
+UNSAFE = {
+    r"torch\.load\s*\(": "x = torch" + ".load(path, weights_only=True)",
+    r"pickle\.load": "x = pickle" + ".loads(data)",
+    r"trust_remote_code\s*=\s*True": "AutoModel.from_pretrained(name, trust_remote_code" + "=True)",
+}
+"""Pattern -> an example it must find, split so that this file does not match itself."""
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Absolute module names that one node imports, also by `import_module("literal")`."""
+    match node:
+        case ast.Import(names=names):
+            return [alias.name for alias in names]
+        case ast.ImportFrom(module=str(module), level=0):
+            return [module]
+        case ast.Call(
+            func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(module)), *_],
+        ):
+            return [module]
+    return []
+
+
+def outward_imports(source: str, targets: set[str], *, allow_in_functions: bool = False) -> Iterator[str]:
+    """Yield `line N imports NAME` for each import of a target package."""
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[str]:
+        for name in imported_names(node):
+            if name.split(".")[0] in targets and not (allow_in_functions and in_function):
+                yield f"line {node.lineno} imports {name}"  # type: ignore[attr-defined]
+        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(source), False)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import exporters",
+        "import os, exporters.to_onnx as x",
+        "from exporters import to_onnx",
+        "def f():\n    from exporters.to_onnx import export",
+        "from importlib import import_module\nimport_module('exporters.to_onnx')",
+        "import importlib\nimportlib.import_module('exporters')",
+        "if TYPE_CHECKING:\n    import exporters",
+    ],
+)
+def test_the_check_finds_each_way_of_importing(source: str) -> None:
+    assert list(outward_imports(source, {"exporters"}))
+
+
+def test_the_check_allows_lazy_imports_and_other_packages_only() -> None:
+    lazy = "def f():\n    import exporters"
+    assert not list(outward_imports(lazy, {"exporters"}, allow_in_functions=True))
+    assert list(outward_imports("import exporters", {"exporters"}, allow_in_functions=True))
+    assert not list(outward_imports("import exporters_of_tea\nfrom . import exporters", {"exporters"}))
+
+
+def test_the_library_never_looks_outward() -> None:
+    files = python_files("optin_deploy")
+    assert files
+    cli = ROOT / "optin_deploy" / "cli.py"
+    targets = {"exporters", "benchmarks"}
+    found = [
+        f"{path.relative_to(ROOT)}: {hit}"
+        for path in files
+        for hit in outward_imports(path.read_text(encoding="utf-8"), targets, allow_in_functions=path == cli)
+    ]
+    assert not found
+
+
+def test_exporters_never_import_benchmarks() -> None:
+    files = python_files("exporters")
+    assert files
+    found = [
+        f"{path.relative_to(ROOT)}: {hit}"
+        for path in files
+        for hit in outward_imports(path.read_text(encoding="utf-8"), {"benchmarks"})
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("module", ["optin_deploy", "optin_deploy.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    code = f"import json, sys, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout))
+    assert "optin_deploy" in loaded
+    assert not loaded.intersection(HEAVY)
+
+
+def test_every_folder_of_the_wheel_with_code_is_a_package() -> None:
+    # The wheel is built from regular packages: a folder without __init__.py works in the checkout and is missing there.
+    folders = {path.parent for path in python_files("optin_deploy", "exporters")}
+    assert not [str(folder.relative_to(ROOT)) for folder in sorted(folders) if not (folder / "__init__.py").is_file()]
+
+
+def test_no_source_loads_code_from_data() -> None:
+    files = python_files(*FOLDERS)
+    assert Path(__file__).resolve() in files
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in files
+        for pattern in UNSAFE
+        for match in re.finditer(pattern, path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(("pattern", "example"), UNSAFE.items())
+def test_the_unsafe_patterns_find_what_they_are_for(pattern: str, example: str) -> None:
+    assert re.search(pattern, example)

@@ -1,0 +1,209 @@
+"""The ONNX Runtime and PyTorch runtimes give what numpy gives, and clean up."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.runtimes.torch import TorchRuntime
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 3)).astype(np.float32)
+BIAS = RNG.standard_normal((2, 4)).astype(np.float32)
+WEIGHT = RNG.standard_normal((3, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Path:
+    """hidden = x @ WEIGHT + bias (batch free); logits = relu(hidden); both are outputs."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "weight"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["logits"]),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 3), ("bias", 4))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("logits", "hidden")],
+        [helper.make_tensor("weight", TensorProto.FLOAT, WEIGHT.shape, WEIGHT.ravel().tolist())],
+    )
+    path = tmp_path / "tiny.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+class Tiny(nn.Module):
+    """hidden = x @ WEIGHT, offered under the names in `outputs`."""
+
+    def __init__(self, *outputs: str) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.dense = nn.Linear(3, 4, bias=False)
+        self.dropout = nn.Dropout(0.5)
+        self.inference = False
+        with torch.no_grad():
+            self.dense.weight.copy_(torch.from_numpy(WEIGHT.T))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        self.inference = torch.is_inference_mode_enabled()
+        hidden = self.dropout(self.dense(x))
+        return SimpleNamespace(**{name: hidden + shift for shift, name in enumerate(self.outputs)})
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_onnx_runtime_agrees_with_numpy(onnx_file: Path, threads: int) -> None:
+    with OrtRuntime(onnx_file, threads=threads) as runtime:
+        outputs = runtime.run({"x": X, "bias": BIAS})
+        runtime.synchronize()
+    hidden = X @ WEIGHT + BIAS
+    assert list(outputs) == ["logits", "hidden"]
+    np.testing.assert_allclose(outputs["hidden"], hidden, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(outputs["logits"], np.maximum(hidden, 0), rtol=0, atol=1e-6)
+
+
+def test_feeds_that_the_graph_does_not_take_are_left_out(onnx_file: Path) -> None:
+    with OrtRuntime(onnx_file) as runtime:
+        outputs = runtime.run({"x": X, "token_type_ids": X, "bias": BIAS})
+    np.testing.assert_allclose(outputs["hidden"], X @ WEIGHT + BIAS, rtol=0, atol=1e-6)
+
+
+def test_missing_inputs_are_named(onnx_file: Path) -> None:
+    with OrtRuntime(onnx_file) as runtime, pytest.raises(BadInput, match="needs bias, but the feeds are x, other"):
+        runtime.run({"x": X, "other": X})
+
+
+def test_leaving_frees_the_session_also_after_an_error(onnx_file: Path) -> None:
+    runtime = OrtRuntime(onnx_file)
+    session = weakref.ref(runtime._session)
+    with pytest.raises(BadInput), runtime:
+        runtime.run({})
+    gc.collect()
+    assert session() is None
+    runtime.close()
+    with pytest.raises(BadInput, match="closed"):
+        runtime.run({"x": X, "bias": BIAS})
+
+
+def test_session_options_are_those_of_the_protocol(onnx_file: Path) -> None:
+    with OrtRuntime(onnx_file, threads=2) as runtime:
+        options = runtime._session.get_session_options()
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+        assert options.graph_optimization_level.name == "ORT_ENABLE_ALL"
+        assert runtime._session.get_providers() == ["CPUExecutionProvider"]
+
+
+def test_a_missing_file_and_negative_threads_are_bad_input(tmp_path: Path, onnx_file: Path) -> None:
+    with pytest.raises(BadInput, match=r"absent\.onnx"):
+        OrtRuntime(tmp_path / "absent.onnx")
+    with pytest.raises(BadInput, match="-1"):
+        OrtRuntime(onnx_file, threads=-1)
+    with pytest.raises(BadInput, match="-1"):
+        TorchRuntime(Tiny("logits"), threads=-1)
+
+
+def test_another_provider_is_refused(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda self: ["CUDAExecutionProvider"])
+    with pytest.raises(MissingDependency, match="CUDAExecutionProvider"):
+        OrtRuntime(onnx_file)
+
+
+def test_without_onnxruntime_the_error_says_how_to_install_it(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'optin-deploy\[cpu\]'"):
+        OrtRuntime(onnx_file)
+
+
+def test_two_onnxruntimes_are_refused(onnx_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = onnx_file.parent / "site"
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        (site / f"{name}-1.32.0.dist-info").mkdir(parents=True)
+        (site / f"{name}-1.32.0.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.32.0\n"
+        )
+    monkeypatch.syspath_prepend(site)
+    with pytest.raises(MissingDependency, match="pip uninstall -y onnxruntime onnxruntime-gpu && pip install"):
+        OrtRuntime(onnx_file)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "read", "shift"),
+    [
+        (("logits",), "logits", 0),
+        (("last_hidden_state",), "last_hidden_state", 0),
+        (("last_hidden_state", "logits"), "logits", 1),
+    ],
+)
+def test_torch_runtime_agrees_with_numpy(outputs: tuple[str, ...], read: str, shift: int) -> None:
+    model = Tiny(*outputs)
+    runtime: Runtime = TorchRuntime(model)
+    with runtime:
+        result = runtime.run({"x": X})
+        runtime.synchronize()
+    assert list(result) == [read]
+    np.testing.assert_allclose(result[read], X @ WEIGHT + shift, rtol=0, atol=1e-6)
+    assert model.inference
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_read_only_and_strided_feeds_run_without_a_warning() -> None:
+    frozen = np.asfortranarray(X)[::-1]
+    frozen.flags.writeable = False
+    with TorchRuntime(Tiny("logits")) as runtime:
+        result = runtime.run({"x": frozen})
+    np.testing.assert_allclose(result["logits"], X[::-1] @ WEIGHT, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_comes_back_as_float32() -> None:
+    class Half(Tiny):
+        def forward(self, x: torch.Tensor) -> SimpleNamespace:
+            return super().forward(x.bfloat16())
+
+    with TorchRuntime(Half("logits").bfloat16()) as runtime:
+        result = runtime.run({"x": X})["logits"]
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, X @ WEIGHT, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["", "dropout"])
+def test_a_model_in_training_mode_is_refused(name: str) -> None:
+    model = Tiny("logits")
+    model.get_submodule(name).train()
+    with pytest.raises(BadInput, match=r"model\.eval\(\)"):
+        TorchRuntime(model)
+    assert model.get_submodule(name).training
+
+
+def test_a_model_without_a_known_output_is_refused() -> None:
+    with TorchRuntime(Tiny("pooler_output")) as runtime, pytest.raises(BadInput, match="logits, last_hidden_state"):
+        runtime.run({"x": X})
+
+
+def test_threads_are_set_inside_and_restored_after_an_error() -> None:
+    before = torch.get_num_threads()
+    inside = before + 1
+    with pytest.raises(KeyError), TorchRuntime(Tiny("logits"), threads=inside):
+        assert torch.get_num_threads() == inside
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_nested_runtimes_restore_the_first_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    model = Tiny("logits")
+    with TorchRuntime(model, threads=before + 1), TorchRuntime(model, threads=before + 2):
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
