@@ -12,7 +12,6 @@ TEST_ARGS ?=
 CODE := optin_deploy exporters benchmarks
 
 SHELL := bash
-.SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format clean
@@ -33,9 +32,9 @@ test: $(STAMP) ## run the tests
 	@$(PY) -m pytest $(TEST_ARGS)
 
 lint: $(STAMP) ## check format, style and types
-	@echo "==> ruff format --check"; $(PY) -m ruff format --check .
-	@echo "==> ruff check"; $(PY) -m ruff check .
-	@echo "==> mypy --strict $(CODE)"; $(PY) -m mypy --strict $(CODE)
+	@echo "==> ruff format --check" && $(PY) -m ruff format --check .
+	@echo "==> ruff check" && $(PY) -m ruff check .
+	@echo "==> mypy --strict $(CODE)" && $(PY) -m mypy --strict $(CODE)
 
 format: $(STAMP) ## rewrite the files in the project's format
 	@$(PY) -m ruff format .
@@ -67,8 +66,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  "$$found" -m venv --clear $(VENV); \
 	fi
 	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
-	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
 	@echo "==> installing optin-deploy[cpu,demo,dev] with the versions of constraints.txt"
-	@$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,demo,dev]' -c constraints.txt | $(show)
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,demo,dev]' -c constraints.txt | $(show)
 	@$(PY) -m pip check
 	@touch $@

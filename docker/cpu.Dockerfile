@@ -17,7 +17,7 @@ RUN python3 -m pip install --no-cache-dir ${PIP_ARGS} torch==2.13.0 -c constrain
  && python3 -m pip check
 
 RUN useradd --create-home --uid 1000 optin
-USER optin
+USER 1000
 WORKDIR /home/optin
 ENTRYPOINT ["optin"]
 CMD ["--help"]

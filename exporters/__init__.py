@@ -1,0 +1,39 @@
+"""Engines that a pruned model can be exported to: one file each, named in one table."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from exporters.base import Exporter
+from optin_deploy.errors import BadInput
+
+ENGINES = {
+    "onnx": "exporters.to_onnx:OnnxExporter",
+    "torch": "exporters.to_torch:TorchExporter",
+    "trt": "exporters.to_tensorrt:TensorRTExporter",
+}
+"""Name on the command line -> module:class, imported when asked for."""
+
+
+def exporter(engine: str) -> Exporter:
+    """The exporter of an engine.
+
+    Raises: BadInput: unknown engine; lists the known ones.
+    """
+    if engine not in ENGINES:
+        raise BadInput(f"unknown --engine {engine!r}; possible: {', '.join(ENGINES)}.")
+    module, _, name = ENGINES[engine].partition(":")
+    found: Exporter = getattr(import_module(module), name)()
+    return found
+
+
+def check_precision(chosen: Exporter, precision: str | None) -> str:
+    """The precision to use: the given one or the engine's default.
+
+    Raises: BadInput: the engine does not offer it; lists what it does.
+    """
+    if precision is not None and precision not in chosen.precisions:
+        raise BadInput(
+            f"unknown --precision {precision!r} for engine {chosen.engine!r}; possible: {', '.join(chosen.precisions)}."
+        )
+    return precision or chosen.precisions[0]

@@ -1,0 +1,58 @@
+"""What every engine's exporter does: model in, artifact out, and open the artifact again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from optin_deploy.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """How a model is exported, beyond its weights."""
+
+    precision: str | None = None
+    """One of the exporter's precisions; None = its first."""
+    pool: str | None = None
+    """`mean`: add the mean over real tokens as output `sentence_embedding`."""
+    key: str = ""
+    """Hash of what the artifact is made from; stored in it, so that a finished export is recognised."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file or folder that an engine runs."""
+
+    path: Path
+    engine: str
+    precision: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sha256: str
+    """Of the file, or of the weights inside the folder."""
+    size_bytes: int
+    key: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Packages that made it."""
+
+
+class Exporter(Protocol):
+    """One engine. A new engine is one file with this protocol and one line in `exporters.ENGINES`."""
+
+    engine: str
+    precisions: tuple[str, ...]
+    """What `--precision` may be; the first is the default."""
+
+    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+        """Write the artifact of a dense or pruned model to `out`, atomically.
+
+        Raises: CannotBuildHere: the portable part is written, the engine itself needs another machine.
+        """
+
+    def open(self, path: Path, *, threads: int = 0) -> Runtime:
+        """Load an artifact; threads = 0 leaves the engine's default."""

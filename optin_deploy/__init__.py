@@ -1,0 +1,56 @@
+"""optin-deploy: make a trained transformer physically smaller and measurably faster, with no retraining.
+
+    pruned = optin_deploy.prune(model, batches, flops=0.6)
+    pruned.save("smaller")
+    model = optin_deploy.load("smaller")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optin_deploy.arch.resolve import resolve
+    from optin_deploy.arch.spec import ArchSpec
+    from optin_deploy.errors import OptinError
+    from optin_deploy.layout import ModelLayout
+    from optin_deploy.plan import Masks, PruningPlan
+    from optin_deploy.pruned import PrunedModel, load
+    from optin_deploy.pruning import prune
+    from optin_deploy.scoring.scores import Scores
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ArchSpec": "optin_deploy.arch.spec",
+    "Masks": "optin_deploy.plan",
+    "ModelLayout": "optin_deploy.layout",
+    "OptinError": "optin_deploy.errors",
+    "PrunedModel": "optin_deploy.pruned",
+    "PruningPlan": "optin_deploy.plan",
+    "Scores": "optin_deploy.scoring.scores",
+    "load": "optin_deploy.pruned",
+    "prune": "optin_deploy.pruning",
+    "resolve": "optin_deploy.arch.resolve",
+}
+"""Public name -> module; imported when first used, so that `import optin_deploy` and `--help` stay quick."""
+
+__all__ = [
+    "ArchSpec",
+    "Masks",
+    "ModelLayout",
+    "OptinError",
+    "PrunedModel",
+    "PruningPlan",
+    "Scores",
+    "load",
+    "prune",
+    "resolve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'optin_deploy' has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""A pruned model on disk and back: safetensors + config + plan + layout, reloaded with one call, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.layout import ModelLayout
+from optin_deploy.plan import PruningPlan
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.storage import atomic_folder, read_json, read_tensors, sha256_file, write_json, write_tensors
+
+MANIFEST = "optin.json"
+SCHEMA_VERSION = 1
+REWRITE_HINT = "Write the model again with `optin-export` or `optin rewrite`."
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedModel:
+    """A physically smaller transformers model with the plan that made it."""
+
+    model: nn.Module
+    """Of the original transformers class, with smaller Linear layers."""
+    plan: PruningPlan
+    layout: ModelLayout
+    """Of the dense model; the plan refers to it."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What is known about the cut: MACs, parameters, parity, seconds."""
+    preprocessor: Any = None
+    """Tokenizer or image processor, saved beside the weights if given."""
+
+    def save(self, folder: str | Path, *, key: str = "") -> Path:
+        """Write the model to a folder, whole or not at all.
+
+        Args: key: hash of the settings that made it, kept in the manifest.
+        Returns: the folder.
+        """
+        folder = Path(folder)
+        with atomic_folder(folder) as temporary:
+            config: Any = self.model.config
+            config.architectures = [self.layout.model_class]
+            config.save_pretrained(temporary)
+            if self.preprocessor is not None:
+                self.preprocessor.save_pretrained(temporary)
+            # Hugging Face loaders ask for the format in the metadata.
+            write_tensors(temporary / "model.safetensors", self.model.state_dict(), {"format": "pt"})
+            write_json(temporary / "plan.json", self.plan.to_json())
+            write_json(temporary / "layout.json", self.layout.to_json())
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "model_class": self.layout.model_class,
+                "plan_hash": self.plan.hash,
+                "weights_sha256": sha256_file(temporary / "model.safetensors"),
+                "key": key,
+                "report": dict(self.report),
+            }
+            write_json(temporary / MANIFEST, manifest)
+        return folder
+
+
+def load_pruned(folder: str | Path) -> PrunedModel:
+    """Read what `PrunedModel.save` wrote, into a transformers model of the original class.
+
+    Args: folder: the saved folder, or an output folder of `optin-export` (then its `model/`).
+    Raises: BadInput, PlanMismatch: files are missing, truncated, or do not belong together.
+    """
+    folder = Path(folder)
+    if (folder / "model" / MANIFEST).is_file():
+        folder = folder / "model"
+    manifest = read_json(folder / MANIFEST, f"{folder} is not a pruned model. {REWRITE_HINT}")
+    layout = ModelLayout.from_json(read_json(folder / "layout.json", REWRITE_HINT))
+    plan = PruningPlan.from_json(read_json(folder / "plan.json", REWRITE_HINT))
+    plan.check(layout)
+    if manifest.get("plan_hash") != plan.hash:
+        raise PlanMismatch(f"{folder}/plan.json is not the plan that made these weights. {REWRITE_HINT}")
+    tensors = read_tensors(folder / "model.safetensors", REWRITE_HINT)
+    model = _empty(folder, layout)
+    if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in tensors):
+        model.pooler = None
+    smaller = rewrite_torch(model, layout, plan)
+    try:
+        smaller.load_state_dict(tensors)
+    except RuntimeError as err:
+        raise PlanMismatch(f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}") from err
+    return PrunedModel(smaller.eval(), plan, layout, manifest.get("report", {}))
+
+
+def load(folder: str | Path) -> Any:
+    """A pruned model, ready for `transformers.pipeline`: the original class with smaller layers.
+
+    Raises: BadInput, PlanMismatch: as `load_pruned`.
+    """
+    return load_pruned(folder).model
+
+
+def _empty(folder: Path, layout: ModelLayout) -> Any:
+    """A dense model of the stored class with fresh weights; the class must be one of transformers' own."""
+    name = layout.model_class
+    found = getattr(transformers, name, None) if re.fullmatch(r"[A-Za-z0-9]+", name) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise BadInput(f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks.")
+    try:
+        return found(transformers.AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as err:
+        raise BadInput(f"{folder}/config.json cannot be used ({err}). {REWRITE_HINT}") from err
+
+
+def _problem(err: RuntimeError) -> str:
+    return " ".join(str(err).split())[:300]

@@ -1,0 +1,97 @@
+"""The library in one call: score, search, compensate, rewrite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.arch.spec import ArchSpec
+from optin_deploy.compensate import apply_weights, compensate
+from optin_deploy.cost.macs import mac_cost
+from optin_deploy.layout import ModelLayout
+from optin_deploy.masking import Batch
+from optin_deploy.plan import PruningPlan
+from optin_deploy.progress import Progress, silent
+from optin_deploy.pruned import PrunedModel
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.rewrite.verify import masked_vs_rewritten
+from optin_deploy.scoring import Scorer, score
+from optin_deploy.search import Budget, make_plan, search
+
+
+def prune(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    flops: float = 0.6,
+    seq_len: int = 128,
+    align: int = 16,
+    allocation: str = "uniform",
+    scorer: Scorer = "sketch",
+    compensation: bool = True,
+    spec: ArchSpec | None = None,
+    seed: int = 0,
+) -> PrunedModel:
+    """Make a smaller copy of a trained transformer, without retraining; the input is untouched.
+
+        pruned = optin_deploy.prune(model, batches, flops=0.6)
+        pruned.save("smaller")
+        model = optin_deploy.load("smaller")
+
+    Args:
+        model: a transformers model, dense.
+        batches: calibration inputs, as keyword arguments of the model; no labels needed.
+        flops: share of the dense MACs to keep, in (0, 1].
+        seq_len: tokens at which MACs are counted (images: the model's own size).
+        align: FFN widths in multiples of this.
+        allocation: `uniform` or `paper`.
+        spec: an own architecture row.
+    Raises: BadInput and its kinds; see errors.py.
+    """
+    layout = resolve(model, spec)
+    cost = mac_cost(model, layout, seq_len=seq_len)
+    budget = Budget(flops)
+    budget.macs(cost)  # an impossible budget is refused before the long work
+    scores = score(model, layout, batches, scorer=scorer, seed=seed)
+    plan = make_plan(search(scores, layout, cost, budget, align=align, allocation=allocation), layout, cost)
+    return cut(model, layout, plan, batches, compensation=compensation)
+
+
+def cut(
+    model: nn.Module,
+    layout: ModelLayout,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    *,
+    compensation: bool = True,
+    preprocessor: Any = None,
+    progress: Progress = silent,
+) -> PrunedModel:
+    """Compensate, rewrite, and prove that the rewritten model is the masked one.
+
+    Raises: ParityFailure: the smaller model differs from the masked one.
+    """
+    started = time.perf_counter()
+    plan.check(layout)
+    weights = compensate(model, layout, plan, batches, progress=progress) if compensation else {}
+    compensated = apply_weights(model, weights)
+    smaller = rewrite_torch(compensated, layout, plan)
+    error = masked_vs_rewritten(compensated, smaller, layout, plan, batches[0])
+    report = {
+        "kept": plan.kept,
+        "prunable_kept": plan.prunable_kept,
+        "params": {"dense": count_params(model), "pruned": count_params(smaller)},
+        "parity": {"masked_vs_rewritten": error},
+        "compensation": compensation,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return PrunedModel(smaller, plan, layout, report, preprocessor)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,129 @@
+"""The stages of a job as functions on a workspace: each reads files, does one thing, writes files.
+
+A finished stage is recognised by the hash of everything that went into it and is not done again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.calibration import Batches, bundled_samples, image_batches, read_samples, split, text_batches
+from optin_deploy.cost.macs import MacCost, mac_cost
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import check_seq_len, input_names
+from optin_deploy.layout import ModelLayout
+from optin_deploy.loading import LoadedModel, load_dense
+from optin_deploy.plan import PruningPlan
+from optin_deploy.progress import Progress, silent
+from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
+from optin_deploy.pruning import cut
+from optin_deploy.scoring import Scorer, score
+from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.storage import read_json, sha256_json, sha256_tensors
+from optin_deploy.workspace import Source, Workspace
+
+REMAKE_HINT = "It will be made again."
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The dense model and its data: what every computing stage needs."""
+
+    loaded: LoadedModel
+    layout: ModelLayout
+    cost: MacCost
+    calibration: Batches
+    held_out: Batches
+    """Rows that no stage learns from."""
+    weights_sha256: str
+
+    @property
+    def key(self) -> str:
+        """Hash of model and calibration data."""
+        return sha256_json([self.weights_sha256, self.layout.hash, self.calibration.fingerprint])
+
+
+def prepare(source: Source) -> Prepared:
+    """Load model and calibration data, and check that they fit together.
+
+    Raises: BadInput and its kinds: see errors.py.
+    """
+    loaded = load_dense(source.model, source.task)
+    layout = resolve(loaded.model)
+    if loaded.is_text:
+        check_seq_len(loaded.model.config, source.seq_len)
+    if source.calibration is None:
+        samples = bundled_samples("text" if loaded.is_text else "image")
+    else:
+        columns = {"text_column": source.text_column, "label_column": source.label_column}
+        samples = read_samples(Path(source.calibration), **columns)
+    parts = split(samples, samples_limit=source.samples, seed=source.seed)
+    if loaded.is_text:
+        names = input_names(loaded.model)
+        options = {"seq_len": source.seq_len, "inputs": names}
+        calibration, held_out = (text_batches(part, loaded.preprocessor, **options) for part in parts)
+    else:
+        calibration, held_out = (image_batches(part, loaded.preprocessor) for part in parts)
+    cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
+    return Prepared(loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
+
+
+def score_stage(
+    workspace: Workspace,
+    prepared: Prepared,
+    *,
+    scorer: Scorer = "sketch",
+    kl_weight: float | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> bool:
+    """Write scores.safetensors and scores.json; True if finished ones were reused."""
+    key = sha256_json([prepared.key, scorer, kl_weight, seed])
+    if workspace.has_scores(key):
+        return True
+    batches = prepared.calibration.batches
+    model = prepared.loaded.model
+    scores = score(model, prepared.layout, batches, scorer=scorer, kl_weight=kl_weight, seed=seed, progress=progress)
+    workspace.write_scores(scores, prepared.layout, prepared.cost, key)
+    return False
+
+
+def plan_stage(
+    workspace: Workspace, *, flops: float = 0.6, align: int = 16, allocation: str = "uniform"
+) -> PruningPlan:
+    """Write masks.json and plan.json from the stored scores."""
+    scores, layout, cost, key = workspace.read_scores()
+    masks = search(scores, layout, cost, Budget(flops), align=align, allocation=allocation)
+    plan = make_plan(masks, layout, cost)
+    settings = {"flops": flops, "align": align, "allocation": allocation, "scores_key": key}
+    workspace.write_plan(plan, masks, settings)
+    return plan
+
+
+def rewrite_stage(
+    workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
+) -> tuple[PrunedModel, bool]:
+    """Write model/ from the stored plan; the flag is True if a finished one was reused."""
+    plan = workspace.read_plan()
+    plan.check(prepared.layout)
+    key = sha256_json([prepared.key, plan.hash, compensation])
+    folder = workspace.model_folder
+    try:
+        if read_json(folder / MANIFEST, REMAKE_HINT).get("key") == key:
+            return load_pruned(folder), True
+    except BadInput:
+        pass  # absent or damaged: made again
+    loaded = prepared.loaded
+    pruned = cut(
+        loaded.model,
+        prepared.layout,
+        plan,
+        prepared.calibration.batches,
+        compensation=compensation,
+        preprocessor=loaded.preprocessor,
+        progress=progress,
+    )
+    pruned.save(folder, key=key)
+    return pruned, False

@@ -1,0 +1,130 @@
+"""Files that are whole or absent: write aside, fsync, rename; read with checks and clear errors. Never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from optin_deploy.errors import BadInput
+
+JSON_LIMIT_BYTES = 64 * 2**20
+"""A plan of a very large model is a few MiB; anything above this is not ours."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it becomes `path`, on an error it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it takes the place of `path`, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    old = temporary.with_suffix(".old")
+    try:
+        yield temporary
+        for written in (p for p in temporary.rglob("*") if p.is_file()):
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON atomically, indented, NaN refused."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args: hint: the next step for the user if the file is absent, e.g. "Write it with `optin plan`."
+    Raises: BadInput: absent, too large, not UTF-8, not a JSON object.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist. {hint}")
+    if path.stat().st_size > JSON_LIMIT_BYTES:
+        raise BadInput(f"{path} is {path.stat().st_size} bytes; at most {JSON_LIMIT_BYTES} are read. {hint}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise BadInput(f"{path} is not JSON ({err}). {hint}") from err
+    if not isinstance(data, dict):
+        raise BadInput(f"{path} holds a {type(data).__name__}, not an object. {hint}")
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write safetensors atomically; tensors are made contiguous."""
+    with atomic_file(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+
+
+def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises: BadInput: absent, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist. {hint}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as err:
+        raise BadInput(f"{path} is truncated or not a safetensors file ({err}). {hint}") from err
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256_json(data: object) -> str:
+    """sha256 (hex) of canonical JSON: the key of a stage's settings."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""The output folder: who owns it, what was asked for, and the files in which the stages meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optin_deploy.cost.macs import MacCost
+from optin_deploy.errors import BadInput
+from optin_deploy.layout import ModelLayout
+from optin_deploy.plan import Masks, PruningPlan
+from optin_deploy.scoring.scores import Scores
+from optin_deploy.storage import read_json, read_tensors, write_json, write_tensors
+
+SCHEMA_VERSION = 1
+SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
+PLAN_HINT = "Write it with `optin plan DIR`."
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a job starts from; every later stage reads it, so that commands need only the folder."""
+
+    model: str
+    """Folder or hub id of the dense model."""
+    task: str | None = None
+    calibration: str | None = None
+    """File or image folder; None = the bundled set."""
+    text_column: str = "text"
+    label_column: str = "label"
+    seq_len: int = 128
+    """Longest calibration text in tokens, and the length at which MACs are counted."""
+    samples: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One output folder."""
+
+    root: Path
+
+    @classmethod
+    def claim(cls, root: Path, source: Source, *, force: bool = False) -> Workspace:
+        """Make the folder ours and note what it is made from.
+
+        Raises: BadInput: a file, or a non-empty folder that optin-deploy did not make (without `force`).
+        """
+        workspace = cls(root)
+        if root.is_file():
+            raise BadInput(f"--out {root} is a file. Give a folder.")
+        if root.is_dir() and any(root.iterdir()) and not workspace.source_path.is_file() and not force:
+            raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(workspace.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
+        return workspace
+
+    @property
+    def source_path(self) -> Path:
+        """Marks the folder as ours."""
+        return self.root / "source.json"
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the pruned transformers model lies."""
+        return self.root / "model"
+
+    def source(self) -> Source:
+        """What the job started from.
+
+        Raises: BadInput: not a folder of ours.
+        """
+        data = read_json(self.source_path, f"{self.root} is not an output folder. {SCORE_HINT}")
+        if data.pop("schema_version", None) != SCHEMA_VERSION:
+            raise BadInput(f"{self.source_path}: this version reads schema_version {SCHEMA_VERSION}. {SCORE_HINT}")
+        try:
+            return Source(**data)
+        except TypeError as err:
+            raise BadInput(f"{self.source_path} is not of this version ({err}). {SCORE_HINT}") from err
+
+    def write_scores(self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str) -> None:
+        """Store scores, and with them what planning needs: layout and cost."""
+        tensors = {f"{kind}.{i}": t for kind in ("heads", "neurons") for i, t in enumerate(getattr(scores, kind))}
+        write_tensors(self.root / "scores.safetensors", tensors, {"layout_hash": scores.layout_hash, "key": key})
+        write_json(
+            self.root / "scores.json",
+            {
+                "schema_version": scores.schema_version,
+                "layout_hash": scores.layout_hash,
+                "key": key,
+                "provenance": dict(scores.provenance),
+                "versions": {name: version(name) for name in ("torch", "transformers")},
+                "cost": asdict(cost),
+                "layout": layout.to_json(),
+            },
+        )
+
+    def read_scores(self) -> tuple[Scores, ModelLayout, MacCost, str]:
+        """Scores, layout, cost, and the key of the settings that made them.
+
+        Raises: BadInput, PlanMismatch: files missing, damaged, or of different runs.
+        """
+        data = read_json(self.root / "scores.json", SCORE_HINT)
+        tensors = read_tensors(self.root / "scores.safetensors", SCORE_HINT)
+        try:
+            layout = ModelLayout.from_json(data["layout"])
+            cost = MacCost(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["cost"].items()})
+            count = range(len(layout.layers))
+            scores = Scores(
+                tuple(tensors[f"heads.{i}"].to(torch.float64) for i in count),
+                tuple(tensors[f"neurons.{i}"].to(torch.float64) for i in count),
+                data["layout_hash"],
+                data["provenance"],
+                data["schema_version"],
+            )
+            key: str = data["key"]
+        except (KeyError, TypeError) as err:
+            raise BadInput(f"{self.root}/scores.json is not of this version ({err!r}). {SCORE_HINT}") from err
+        scores.check(layout)
+        return scores, layout, cost, key
+
+    def has_scores(self, key: str) -> bool:
+        """Are finished scores here that these very settings made?"""
+        try:
+            return self.read_scores()[3] == key
+        except BadInput:
+            return False
+
+    def write_plan(self, plan: PruningPlan, masks: Masks, settings: Mapping[str, Any]) -> None:
+        """Store masks (with the settings of the search) and plan."""
+        write_json(self.root / "masks.json", {**masks.to_json(), "settings": dict(settings)})
+        write_json(self.root / "plan.json", plan.to_json())
+
+    def read_plan(self) -> PruningPlan:
+        """The plan.
+
+        Raises: BadInput: missing or damaged.
+        """
+        return PruningPlan.from_json(read_json(self.root / "plan.json", PLAN_HINT))
