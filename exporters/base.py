@@ -20,8 +20,6 @@ class ExportSpec:
     """One of the exporter's precisions; None = its first."""
     pool: str | None = None
     """`mean`: add the mean over real tokens as output `sentence_embedding`."""
-    key: str = ""
-    """Hash of what the artifact is made from; stored in it, so that a finished export is recognised."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Artifact:
     sha256: str
     """Of the file, or of the weights inside the folder."""
     size_bytes: int
-    key: str
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages that made it."""
 
@@ -47,11 +44,15 @@ class Exporter(Protocol):
     engine: str
     precisions: tuple[str, ...]
     """What `--precision` may be; the first is the default."""
+    file_names: tuple[str, str | None]
+    """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder."""
+    portable: str | None
+    """Engine whose artifacts (of the same stem) this one is built from, such as `onnx` for TensorRT; None: torch."""
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Write the artifact of a dense or pruned model to `out`, atomically.
+        """Write the artifact of a dense or pruned model to `out`, atomically; a finished one is reused.
 
-        Raises: CannotBuildHere: the portable part is written, the engine itself needs another machine.
+        Raises: CannotBuildHere: this machine cannot build the engine; says what to run where.
         """
 
     def open(self, path: Path, *, threads: int = 0) -> Runtime:

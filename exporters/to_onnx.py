@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from exporters.base import Artifact, ExportSpec
 from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import BadInput, RefusedRewrite
-from optin_deploy.inputs import example_inputs, input_names
+from optin_deploy.inputs import example_inputs, gives_logits, input_names
 from optin_deploy.masking import inference
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.storage import atomic_file, sha256_file
+from optin_deploy.storage import atomic_file, sha256_file, sha256_json, sha256_tensors
 
 OPSET = 20
 """Below 23, whose fp32 Attention node TensorRT does not build; Gelu is one node from 20 on."""
+KEY = "optin.key"
+"""Metadata entry: hash of weights and settings, by which a finished export is recognised."""
 POOLS = ("mean",)
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 """Sizes of the traced example; neither is 1, which torch would take for a constant."""
@@ -56,6 +58,8 @@ class OnnxExporter:
 
     engine = "onnx"
     precisions = ("fp32",)
+    file_names = ("model.onnx", "dense.onnx")
+    portable = None
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
         """See `Exporter.export`.
@@ -64,6 +68,10 @@ class OnnxExporter:
         """
         import onnx
 
+        key = sha256_json([sha256_tensors(model.state_dict()), spec.pool, OPSET, version("torch")])
+        finished = self._read(out)
+        if finished is not None and finished[1] == key:
+            return finished[0]
         names = input_names(model)
         outputs = _output_names(model, spec.pool)
         if sum(p.numel() * p.element_size() for p in model.parameters()) > SINGLE_FILE_BYTES:
@@ -82,18 +90,24 @@ class OnnxExporter:
             )
         proto = program.model_proto
         entry = proto.metadata_props.add()
-        entry.key, entry.value = "optin.key", spec.key
+        entry.key, entry.value = KEY, key
         onnx.checker.check_model(proto)
         with atomic_file(out) as temporary:
             onnx.save(proto, temporary)
-        return self.describe(out)
+        written = self._read(out)
+        assert written is not None, "the file was written just now"
+        return written[0]
 
-    def describe(self, path: Path) -> Artifact:
-        """What an exported file says of itself."""
+    def _read(self, path: Path) -> tuple[Artifact, str] | None:
+        """What a file says of itself, and the key of what made it; None if there is no readable one."""
         import onnx
+        from google.protobuf.message import DecodeError
 
-        proto = onnx.load(path, load_external_data=False)
-        return Artifact(
+        try:
+            proto = onnx.load(path, load_external_data=False)
+        except (OSError, DecodeError):
+            return None
+        artifact = Artifact(
             path=path,
             engine=self.engine,
             precision=self.precisions[0],
@@ -101,9 +115,9 @@ class OnnxExporter:
             outputs=tuple(o.name for o in proto.graph.output),
             sha256=sha256_file(path),
             size_bytes=path.stat().st_size,
-            key={p.key: p.value for p in proto.metadata_props}.get("optin.key", ""),
             versions={name: version(name) for name in ("torch", "onnx", "onnxscript", "transformers")},
         )
+        return artifact, {p.key: p.value for p in proto.metadata_props}.get(KEY, "")
 
     def open(self, path: Path, *, threads: int = 0) -> Runtime:
         """ONNX Runtime on the CPU."""
@@ -113,7 +127,7 @@ class OnnxExporter:
 def _output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
     if pool is not None and pool not in POOLS:
         raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLS)}.")
-    has_logits = any(end in type(model).__name__ for end in ("Classification",))
+    has_logits = gives_logits(model)
     if has_logits and pool is not None:
         raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
     return ("logits",) if has_logits else ("last_hidden_state", *(("sentence_embedding",) if pool else ()))

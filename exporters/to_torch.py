@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from exporters.base import Artifact, ExportSpec
-from optin_deploy.inputs import input_names
+from optin_deploy.inputs import gives_logits, input_names
 from optin_deploy.loading import load_dense
 from optin_deploy.pruned import MANIFEST, load
 from optin_deploy.runtimes.base import Runtime
@@ -22,6 +22,7 @@ class TorchExporter:
     engine = "torch"
     precisions = ("fp32",)
     file_names = ("model", None)
+    portable = None
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
         """Describe the folder that the rewrite stage wrote; nothing more is needed."""
@@ -31,10 +32,9 @@ class TorchExporter:
             engine=self.engine,
             precision=self.precisions[0],
             inputs=input_names(model),
-            outputs=("logits" if "Classification" in type(model).__name__ else "last_hidden_state",),
+            outputs=("logits" if gives_logits(model) else "last_hidden_state",),
             sha256=sha256_file(weights),
             size_bytes=weights.stat().st_size,
-            key=spec.key,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
 

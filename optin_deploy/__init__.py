@@ -1,8 +1,8 @@
 """optin-deploy: make a trained transformer physically smaller and measurably faster, with no retraining.
 
-    pruned = optin_deploy.prune(model, batches, flops=0.6)
-    pruned.save("smaller")
-    model = optin_deploy.load("smaller")
+pruned = optin_deploy.prune(model, batches, flops=0.6)
+pruned.save("smaller")
+model = optin_deploy.load("smaller")
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
-from optin_deploy.rewrite.slices import unit_columns
+from optin_deploy.rewrite.slices import linear_at, unit_columns
 from optin_deploy.scoring.losses import valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -55,11 +55,9 @@ def compensate(
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
                 problem = _Problem(model, student, branch, unit_columns(kept, branch.unit_width))
                 for i, batch in enumerate(batches):
-                    views = [
-                        _view(net, layout, branch, batch, index, stream[i])
-                        for net, stream in ((model, dense), (student, pruned))
-                    ]
-                    problem.add(*views, valid_tokens(batch, views[0].residual))
+                    teacher = _view(model, layout, branch, batch, index, dense[i])
+                    pupil = _view(student, layout, branch, batch, index, pruned[i])
+                    problem.add(teacher, pupil, valid_tokens(batch, pupil.residual))
                 weights |= problem.solve_into(student)
             for i, batch in enumerate(batches):
                 dense[i] = run_blocks(model, layout, batch, start=index, hidden=dense[i], stop=layer.path)
@@ -102,7 +100,7 @@ class _Problem:
 
     def __init__(self, dense: nn.Module, student: nn.Module, branch: Branch, columns: Tensor) -> None:
         self.branch, self.columns = branch, columns
-        self.teacher, self.start = dense.get_submodule(branch.output), student.get_submodule(branch.output)
+        self.teacher, self.start = linear_at(dense, branch.output), linear_at(student, branch.output)
         self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
         self.centred = self.start.bias is not None
         hidden = len(self.start.weight)
@@ -110,7 +108,7 @@ class _Problem:
         self.samples = 0
 
     def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
-        gap = self.teacher(dense.units) - self.start(pruned.units)  # cut units are masked: zero
+        gap: Tensor = self.teacher(dense.units) - self.start(pruned.units)  # cut units are masked: zero
         if self.scale is not None:
             gap = gap * self.scale
         gap = gap + dense.residual - pruned.residual

@@ -1,4 +1,4 @@
-"""What a model takes: the names and shapes of its inputs, and examples of them."""
+"""What a model takes and gives: the names and shapes of its inputs, examples of them, its output."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types and takes_types else ()))
 
 
+def gives_logits(model: nn.Module) -> bool:
+    """Does the model classify (output `logits`), or give states (`last_hidden_state`)?"""
+    return "Classification" in type(model).__name__
+
+
 def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs without padding: (batch, seq_len) ids, or (batch, channels, height, width) pixels.
 
@@ -35,7 +40,9 @@ def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0)
     check_seq_len(config, seq_len)
     values = {
         # id 0 and the first few are special in most vocabularies
-        "input_ids": torch.randint(min(5, config.vocab_size - 1), config.vocab_size, (batch, seq_len), generator=generator),
+        "input_ids": torch.randint(
+            min(5, config.vocab_size - 1), config.vocab_size, (batch, seq_len), generator=generator
+        ),
         "attention_mask": torch.ones(batch, seq_len, dtype=torch.long),
         "token_type_ids": torch.zeros(batch, seq_len, dtype=torch.long),
     }

@@ -121,7 +121,7 @@ def infer_task(config: Any) -> str:
 def drop_pooler(model: nn.Module, task: str) -> None:
     """Remove a pooler that feature extraction does not use; it would cost time in every engine."""
     if task == "feature-extraction" and isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]  # transformers' own way to have none
 
 
 def _first_line(err: Exception) -> str:

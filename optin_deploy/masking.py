@@ -139,7 +139,7 @@ def run_blocks(
 
 @contextmanager
 def _bypassed(block: nn.Module, hidden: Tensor | None) -> Iterator[None]:
-    block.forward = lambda *args, **kwargs: hidden  # type: ignore[method-assign]
+    block.forward = lambda *args, **kwargs: hidden
     try:
         yield
     finally:

@@ -88,7 +88,9 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     try:
         smaller.load_state_dict(tensors)
     except RuntimeError as err:
-        raise PlanMismatch(f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}") from err
+        raise PlanMismatch(
+            f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}"
+        ) from err
     return PrunedModel(smaller.eval(), plan, layout, manifest.get("report", {}))
 
 
@@ -105,7 +107,9 @@ def _empty(folder: Path, layout: ModelLayout) -> Any:
     name = layout.model_class
     found = getattr(transformers, name, None) if re.fullmatch(r"[A-Za-z0-9]+", name) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise BadInput(f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks.")
+        raise BadInput(
+            f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks."
+        )
     try:
         return found(transformers.AutoConfig.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as err:

@@ -19,7 +19,7 @@ from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
-from optin_deploy.scoring import Scorer, score
+from optin_deploy.scoring import score
 from optin_deploy.search import Budget, make_plan, search
 
 
@@ -31,7 +31,7 @@ def prune(
     seq_len: int = 128,
     align: int = 16,
     allocation: str = "uniform",
-    scorer: Scorer = "sketch",
+    scorer: str = "sketch",
     compensation: bool = True,
     spec: ArchSpec | None = None,
     seed: int = 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
-Allocation = Literal["uniform", "paper"]
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "paper")
+ALLOCATIONS = ("uniform", "paper")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def search(
     Raises: BadInput, InfeasibleBudget.
     """
     if allocation not in ALLOCATIONS:
-        raise BadInput(f"unknown allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
+        raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
     if align < 1:
         raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
     scores.check(layout)
@@ -141,7 +139,9 @@ def _running(steps: list[Step]) -> tuple[np.ndarray, np.ndarray]:
 
 def make_plan(masks: Masks, layout: ModelLayout, cost: MacCost) -> PruningPlan:
     """Masks as indices, with the exact cost of what stays."""
-    heads, neurons = (tuple(tuple(int(u) for u in np.flatnonzero(keep)) for keep in kept) for kept in (masks.heads, masks.neurons))
+    heads, neurons = (
+        tuple(tuple(int(u) for u in np.flatnonzero(keep)) for keep in kept) for kept in (masks.heads, masks.neurons)
+    )
     return PruningPlan(
         heads=heads,
         neurons=neurons,

@@ -5,11 +5,12 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.arch.resolve import resolve
-from optin_deploy.calibration import Batches, bundled_samples, image_batches, read_samples, split, text_batches
+from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, input_names
@@ -19,7 +20,7 @@ from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
-from optin_deploy.scoring import Scorer, score
+from optin_deploy.scoring import score
 from optin_deploy.search import Budget, make_plan, search
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.workspace import Source, Workspace
@@ -31,6 +32,7 @@ REMAKE_HINT = "It will be made again."
 class Prepared:
     """The dense model and its data: what every computing stage needs."""
 
+    source: Source
     loaded: LoadedModel
     layout: ModelLayout
     cost: MacCost
@@ -57,24 +59,25 @@ def prepare(source: Source) -> Prepared:
     if source.calibration is None:
         samples = bundled_samples("text" if loaded.is_text else "image")
     else:
-        columns = {"text_column": source.text_column, "label_column": source.label_column}
-        samples = read_samples(Path(source.calibration), **columns)
+        path = Path(source.calibration)
+        samples = read_samples(path, text_column=source.text_column, label_column=source.label_column)
     parts = split(samples, samples_limit=source.samples, seed=source.seed)
-    if loaded.is_text:
-        names = input_names(loaded.model)
-        options = {"seq_len": source.seq_len, "inputs": names}
-        calibration, held_out = (text_batches(part, loaded.preprocessor, **options) for part in parts)
-    else:
-        calibration, held_out = (image_batches(part, loaded.preprocessor) for part in parts)
+    calibration, held_out = (_batches(loaded, part, source.seq_len) for part in parts)
     cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
-    return Prepared(loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
+    return Prepared(source, loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
+
+
+def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
+    if loaded.is_text:
+        return text_batches(samples, loaded.preprocessor, seq_len=seq_len, inputs=input_names(loaded.model))
+    return image_batches(samples, loaded.preprocessor)
 
 
 def score_stage(
     workspace: Workspace,
     prepared: Prepared,
     *,
-    scorer: Scorer = "sketch",
+    scorer: str = "sketch",
     kl_weight: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -91,14 +94,15 @@ def score_stage(
 
 
 def plan_stage(
-    workspace: Workspace, *, flops: float = 0.6, align: int = 16, allocation: str = "uniform"
+    workspace: Workspace, *, flops: float = 0.6, align: int = 16, allocation: str = "uniform", write: bool = True
 ) -> PruningPlan:
-    """Write masks.json and plan.json from the stored scores."""
+    """Make masks.json and plan.json from the stored scores; `write=False` only tells what they would be."""
     scores, layout, cost, key = workspace.read_scores()
     masks = search(scores, layout, cost, Budget(flops), align=align, allocation=allocation)
     plan = make_plan(masks, layout, cost)
     settings = {"flops": flops, "align": align, "allocation": allocation, "scores_key": key}
-    workspace.write_plan(plan, masks, settings)
+    if write:
+        workspace.write_plan(plan, masks, settings)
     return plan
 
 

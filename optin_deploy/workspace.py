@@ -51,14 +51,22 @@ class Workspace:
 
         Raises: BadInput: a file, or a non-empty folder that optin-deploy did not make (without `force`).
         """
-        workspace = cls(root)
-        if root.is_file():
-            raise BadInput(f"--out {root} is a file. Give a folder.")
-        if root.is_dir() and any(root.iterdir()) and not workspace.source_path.is_file() and not force:
-            raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
+        cls.check(root, force=force)
         root.mkdir(parents=True, exist_ok=True)
+        workspace = cls(root)
         write_json(workspace.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
         return workspace
+
+    @classmethod
+    def check(cls, root: Path, *, force: bool = False) -> None:
+        """Would `claim` take this folder?
+
+        Raises: BadInput: as `claim`.
+        """
+        if root.is_file():
+            raise BadInput(f"--out {root} is a file. Give a folder.")
+        if root.is_dir() and any(root.iterdir()) and not cls(root).source_path.is_file() and not force:
+            raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
 
     @property
     def source_path(self) -> Path:
@@ -109,7 +117,7 @@ class Workspace:
         tensors = read_tensors(self.root / "scores.safetensors", SCORE_HINT)
         try:
             layout = ModelLayout.from_json(data["layout"])
-            cost = MacCost(**{k: tuple(v) if isinstance(v, list) else v for k, v in data["cost"].items()})
+            cost = MacCost.from_json(data["cost"])
             count = range(len(layout.layers))
             scores = Scores(
                 tuple(tensors[f"heads.{i}"].to(torch.float64) for i in count),

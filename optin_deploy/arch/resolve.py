@@ -70,17 +70,14 @@ def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
         return f"{path}.{relative}" if relative else path
 
     attn_out, ffn_out = (_linear(model, at(p)) for p in (spec.attn_out, spec.ffn_out))
-    heads = int(model.config.num_attention_heads)
+    config: Any = model.config
+    heads = int(config.num_attention_heads)
     head_dim, rest = divmod(attn_out.in_features, heads)
     if rest:
         raise BadInput(f"{at(spec.attn_out)}: width {attn_out.in_features} is not a multiple of {heads} heads.")
     scales = tuple(map(at, spec.layer_scale)) if spec.layer_scale else (None, None)
-    attention = Branch(
-        tuple(map(at, spec.qkv)), at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim
-    )
-    ffn = Branch(
-        tuple(map(at, spec.ffn_in)), at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.in_features, 1
-    )
+    attention = Branch(tuple(map(at, spec.qkv)), at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim)
+    ffn = Branch(tuple(map(at, spec.ffn_in)), at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.in_features, 1)
     for branch in (attention, ffn):
         _check_branch(model, branch)
     model.get_submodule(at(spec.core))

@@ -123,7 +123,7 @@ def measure_pair(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     warmup_runs: int = WARMUP_RUNS,
-    on_block: Callable[[int, int], None] | None = None,
+    on_block: Callable[[int, int], object] | None = None,
 ) -> PairTiming:
     """Time both models on the same feeds.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
 from optin_deploy.plan import PruningPlan
-from optin_deploy.rewrite.slices import unit_columns
+from optin_deploy.rewrite.slices import linear_at, unit_columns
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,10 +66,10 @@ def rewrite_torch(model: Model, layout: ModelLayout, plan: PruningPlan) -> Model
 def _cut(model: nn.Module, branch: Branch, kept: Sequence[int]) -> None:
     columns = unit_columns(kept, branch.unit_width)
     for path in branch.inputs:
-        full = _linear(model, path)
+        full = linear_at(model, path)
         bias = None if full.bias is None else full.bias[columns]
         model.set_submodule(path, _sized_linear(full.weight[columns], bias, full.training))
-    full = _linear(model, branch.output)
+    full = linear_at(model, branch.output)
     model.set_submodule(branch.output, _sized_linear(full.weight[:, columns], full.bias, full.training))
 
 
@@ -90,21 +90,16 @@ def _empty_ffn(model: nn.Module, layer: LayerSpec) -> None:
 
 
 def _bias(model: nn.Module, path: str) -> Bias:
-    full = _linear(model, path)
+    full = linear_at(model, path)
     bias = torch.zeros_like(full.weight[:, 0]) if full.bias is None else full.bias
     return Bias(bias.detach().clone()).train(full.training)
 
 
 def _sized_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
     outputs, inputs = weight.shape
-    linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    # On the meta device nothing is initialised in vain; the parameters are set below.
+    linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.detach().clone().contiguous())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear.train(training)
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} was checked by resolve"
-    return module

@@ -1,0 +1,170 @@
+"""The report of a job: one JSON with everything, one page to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optin_deploy.bench.timing import PairTiming
+from optin_deploy.quality import Quality
+
+SCHEMA_VERSION = 1
+EXPECT_LOSS_BELOW = 0.95
+"""Agreement on held-out data under which the report says that accuracy loss is to be expected."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Dense against pruned at one point, with the raw samples."""
+
+    engine: str
+    batch: int
+    seq_len: int
+    """Tokens a sample."""
+    threads: int
+    """Intra-op threads; 0 = the engine's default."""
+    ideal: float
+    """Dense MACs / pruned MACs at this length: the speed-up if time were MACs."""
+    timing: PairTiming
+    precision: str = "fp32"
+
+    @property
+    def realised(self) -> float:
+        """Share of the ideally saved time that is really saved: (1 - 1/speedup) / (1 - 1/ideal)."""
+        return (1 - 1 / self.timing.speedup) / (1 - 1 / self.ideal) if self.ideal > 1 else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of report.json's `latency`."""
+        t = self.timing
+        throughput = t.throughput(self.batch)
+        settings = {k: getattr(self, k) for k in ("engine", "precision", "batch", "seq_len", "threads", "ideal")}
+        return {
+            **settings,
+            "dense": {"p50_ms": t.dense_p50_ms, "p95_ms": t.dense_p95_ms, "throughput": throughput[0]},
+            "pruned": {"p50_ms": t.pruned_p50_ms, "p95_ms": t.pruned_p95_ms, "throughput": throughput[1]},
+            "speedup": t.speedup,
+            "ci95": list(t.ci95),
+            "realised": self.realised,
+            "samples_ms": {"dense": t.dense_ms, "pruned": t.pruned_ms, "seed": t.seed},
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one pruned model; fields as in report.json."""
+
+    quality: Quality
+    params: Mapping[str, int]
+    macs: Mapping[str, float]
+    """dense, pruned, kept, prunable_kept; of one sample."""
+    size_bytes: Mapping[str, int]
+    parity: Mapping[str, float]
+    """Errors relative to max(1, largest reference value)."""
+    latency: Sequence[Measurement]
+    heads: Sequence[int]
+    neurons: Sequence[int]
+    environment: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    seconds: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json holds."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency")}
+        return {**plain, "quality": asdict(self.quality), "latency": [m.to_json() for m in self.latency]}
+
+
+def quality_lines(report: Report) -> list[str]:
+    """The sentence that a report opens with, and a warning if agreement is low."""
+    q = report.quality
+    if q.metric == "accuracy":
+        change = 100 * (q.pruned - q.dense)
+        return [
+            f"Accuracy {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."
+        ]
+    what = {"cosine_to_dense": "Mean cosine to the dense embeddings", "same_prediction": "Same prediction as dense"}
+    lines = [f"{what[q.metric]}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
+    if q.pruned < EXPECT_LOSS_BELOW:
+        lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
+    return lines
+
+
+def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """Rows (what, dense, pruned, ratio) of the size table."""
+    sizes = [
+        ("parameters", report.params["dense"], report.params["pruned"], 1e6, "M"),
+        ("MACs a sample", report.macs["dense"], report.macs["pruned"], 1e9, "G"),
+    ]
+    if "dense" in report.size_bytes:
+        sizes.append(("file", report.size_bytes["dense"], report.size_bytes["pruned"], 2**20, "MiB"))
+    return [
+        (name, f"{dense / unit:.2f} {suffix}", f"{pruned / unit:.2f} {suffix}", f"{pruned / dense:.1%}")
+        for name, dense, pruned, unit, suffix in sizes
+    ]
+
+
+def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
+    """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal)."""
+    rows: list[tuple[str, ...]] = []
+    for m in latency:
+        t = m.timing
+        low, high = t.ci95
+        before, after = t.throughput(m.batch)
+        rows.append(
+            (
+                f"batch {m.batch}, length {m.seq_len}",
+                f"{t.dense_p50_ms:.2f} / {t.dense_p95_ms:.2f}",
+                f"{t.pruned_p50_ms:.2f} / {t.pruned_p95_ms:.2f}",
+                f"{before:.0f} -> {after:.0f}",
+                f"{t.speedup:.2f}x [{low:.2f}, {high:.2f}]",
+                f"{m.realised:.0%} of {m.ideal:.2f}x",
+            )
+        )
+    return rows
+
+
+LATENCY_HEADER = (
+    "point",
+    "dense p50/p95 ms",
+    "pruned p50/p95 ms",
+    "samples/s",
+    "speed-up [95% CI]",
+    "time saved of ideal",
+)
+SUMMARY_HEADER = ("", "dense", "pruned", "kept")
+
+
+def to_markdown(report: Report) -> str:
+    """The page to read: quality first, then size, latency, what was kept, parity, environment."""
+    env = report.environment
+    parts = [
+        "# Pruning report",
+        " ".join(quality_lines(report)),
+        _table(SUMMARY_HEADER, summary_rows(report)),
+    ]
+    if report.latency:
+        first = report.latency[0]
+        threads = first.threads or "default"
+        parts += [
+            f"Latency on {first.engine} {first.precision}, {threads} threads:",
+            _table(LATENCY_HEADER, latency_rows(report.latency)),
+        ]
+    kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
+    parts += [
+        f"Of heads and FFN alone {report.macs['prunable_kept']:.1%} of the MACs stay.",
+        _table(("layer", "heads", "neurons"), kept),
+        "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",
+        "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items()) + ".",
+        f"{env['date']}, {env['cpu_model']}, {env['cores_logical']} cores, {env['platform']}.",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()) + ".",
+        "Hashes: " + ", ".join(f"{k} {v[:12]}" for k, v in report.hashes.items()) + ".",
+    ]
+    return "\n\n".join([*parts[:2], *report.notes, *parts[2:]]) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,385 @@
+"""The command line: parse, call one function, print, give an exit code of errors.EXIT_CODES."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from optin_deploy.errors import EXIT_CODES, BadInput, CannotBuildHere, OptinError
+
+if TYPE_CHECKING:
+    from exporters.job import Point
+    from optin_deploy.bench.report import Report
+    from optin_deploy.plan import PruningPlan
+    from optin_deploy.progress import Progress
+
+app = typer.Typer(
+    name="optin",
+    help="Make a trained transformer physically smaller and measurably faster, with no retraining.",
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or hub id.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of an earlier command.")]
+Task = Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
+SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
+Flops = Annotated[float, typer.Option(help="Share of the dense MACs to keep, in (0, 1].")]
+Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
+Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
+ScorerName = Annotated[str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).")]
+Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
+Engine = Annotated[str, typer.Option(help="onnx (ONNX Runtime CPU), torch or trt.")]
+Precision = Annotated[str | None, typer.Option(help="fp32; for trt fp16 (default) or fp32.")]
+At = Annotated[
+    list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
+]
+Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
+Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
+Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-FLOPS]")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
+PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
+
+EXPORT_EXAMPLES = """
+Examples:
+
+    optin-export sentence-transformers/all-MiniLM-L6-v2 --calibration articles.jsonl
+
+    optin-export ./my-bert --flops 0.4 --at batch=1,seq=128 --at batch=32,seq=128 --threads 2
+
+    optin-export ./my-vit --calibration photos/ --engine trt --prepare-only
+"""
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    model: Model,
+    task: Task = None,
+    calibration: Calibration = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seq_len: SeqLen = 128,
+    samples: Samples = 512,
+    seed: Seed = 0,
+    flops: Flops = 0.6,
+    align: Align = 16,
+    allocation: Allocation = "uniform",
+    scorer: ScorerName = "sketch",
+    compensation: Compensation = True,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    at: At = None,
+    threads: Threads = 0,
+    pool: Pool = None,
+    dense: Dense = True,
+    out: Out = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    prepare_only: PrepareOnly = False,
+) -> None:
+    """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    from exporters.job import describe_job, export_model
+    from optin_deploy.workspace import Source
+
+    source = Source(
+        model,
+        task,
+        None if calibration is None else str(calibration),
+        text_column,
+        label_column,
+        seq_len,
+        samples,
+        seed,
+    )
+    folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{flops:g}")
+    if dry_run:
+        for line in describe_job(source, folder, flops=flops, engine=engine, precision=precision, force=force):
+            typer.echo(line)
+        return
+    if calibration is None:
+        _warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
+    try:
+        report = export_model(
+            source,
+            folder,
+            flops=flops,
+            engine=engine,
+            precision=precision,
+            align=align,
+            allocation=allocation,
+            scorer=scorer,
+            compensation=compensation,
+            points=_points(at),
+            threads=threads,
+            pool=pool,
+            dense=dense,
+            force=force,
+            stage=_stage,
+        )
+    except CannotBuildHere as err:
+        if not prepare_only:
+            raise
+        typer.echo(str(err))
+        return
+    _print_report(report, folder)
+
+
+@app.command(epilog="Example:\n\n    optin score ./my-bert --calibration texts.txt --out work")
+def score(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    task: Task = None,
+    calibration: Calibration = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seq_len: SeqLen = 128,
+    samples: Samples = 512,
+    seed: Seed = 0,
+    scorer: ScorerName = "sketch",
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score every head and neuron of MODEL; writes scores.safetensors and scores.json."""
+    from exporters.job import describe_job
+    from optin_deploy.stages import prepare, score_stage
+    from optin_deploy.workspace import Source, Workspace
+
+    source = Source(
+        model,
+        task,
+        None if calibration is None else str(calibration),
+        text_column,
+        label_column,
+        seq_len,
+        samples,
+        seed,
+    )
+    if dry_run:
+        for line in describe_job(source, out, flops=1.0, engine="torch", precision=None, force=force):
+            typer.echo(line)
+        return
+    prepared = prepare(source)
+    workspace = Workspace.claim(out, source, force=force)
+    with _stage("score") as progress:
+        reused = score_stage(workspace, prepared, scorer=scorer, seed=seed, progress=progress)
+    typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
+
+
+@app.command(epilog="Example:\n\n    optin plan work --flops 0.5 --align 64")
+def plan(
+    folder: Folder, flops: Flops = 0.6, align: Align = 16, allocation: Allocation = "uniform", dry_run: DryRun = False
+) -> None:
+    """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
+    from optin_deploy.stages import plan_stage
+    from optin_deploy.workspace import Workspace
+
+    found = plan_stage(Workspace(folder), flops=flops, align=align, allocation=allocation, write=not dry_run)
+    _print_plan(found)
+    if not dry_run:
+        typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
+
+
+@app.command(epilog="Example:\n\n    optin rewrite work")
+def rewrite(folder: Folder, compensation: Compensation = True, dry_run: DryRun = False) -> None:
+    """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model."""
+    from optin_deploy.stages import prepare, rewrite_stage
+    from optin_deploy.workspace import Workspace
+
+    workspace = Workspace(folder)
+    chosen = workspace.read_plan()
+    prepared = prepare(workspace.source())
+    chosen.check(prepared.layout)
+    if dry_run:
+        _print_plan(chosen)
+        return
+    with _stage("rewrite") as progress:
+        pruned, reused = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
+    params = pruned.report["params"]
+    typer.echo(
+        f"{'Found finished' if reused else 'Wrote'} {workspace.model_folder}: {params['dense']:,} -> "
+        f"{params['pruned']:,} parameters. Next: optin build {folder}"
+    )
+
+
+@app.command(epilog="Examples:\n\n    optin build work --engine onnx\n\n    optin build work --engine trt")
+def build(
+    folder: Folder,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    pool: Pool = None,
+    dense: Dense = True,
+    prepare_only: PrepareOnly = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Export the model in DIR to an engine, and prove that it computes the same."""
+    from exporters.job import build_folder
+
+    if dry_run:
+        typer.echo(f"would export {folder / 'model'} to engine {engine}")
+        return
+    with _stage("export"):
+        built = build_folder(folder, engine=engine, precision=precision, pool=pool, dense=dense)
+    for artifact in built.artifacts().values():
+        typer.echo(f"{artifact.path}  {artifact.size_bytes / 2**20:.1f} MiB  sha256 {artifact.sha256[:12]}")
+    if built.problem is not None:
+        if not prepare_only:
+            raise built.problem
+        typer.echo(str(built.problem))
+
+
+@app.command(epilog="Example:\n\n    optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2")
+def bench(folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threads = 0) -> None:
+    """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
+    from exporters.job import bench_folder
+    from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
+
+    measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=_stage)
+    _table(LATENCY_HEADER, latency_rows(measured))
+
+
+@app.command(epilog="Example:\n\n    optin show work")
+def show(folder: Folder) -> None:
+    """Print what is in DIR: the plan, and the report if there is one."""
+    from optin_deploy.workspace import Workspace
+
+    workspace = Workspace(folder)
+    source = workspace.source()
+    typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
+    _print_plan(workspace.read_plan())
+    report = folder / "report.md"
+    if report.is_file():
+        typer.echo(report.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Entry point `optin`."""
+    sys.exit(_run(app))
+
+
+def export_main() -> None:
+    """Entry point `optin-export`, the same as `optin export`."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    alone.command(name="optin-export", epilog=EXPORT_EXAMPLES, no_args_is_help=True)(export)
+    sys.exit(_run(alone))
+
+
+def _run(program: Callable[..., object]) -> int:
+    """Run a typer app; errors of ours become one line and their exit code."""
+    # transformers prints a bar and a report a load; what matters of them, load_dense says as an error.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = program(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except OptinError as err:
+        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(str(err), err=True)
+        return err.exit_code
+    except click.ClickException as err:
+        err.show()
+        return err.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
+        return 130
+
+
+def _points(at: list[str] | None) -> tuple[Point, ...]:
+    from exporters.job import Point
+
+    return tuple(_point(text) for text in at) if at else (Point(),)
+
+
+def _point(text: str) -> Point:
+    from exporters.job import Point
+
+    try:
+        values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
+        if not values or set(values) - {"batch", "seq"} or min(values.values()) < 1:
+            raise ValueError(text)
+    except ValueError as err:
+        raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
+    return Point(**values)
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[Progress]:
+    """A progress bar on a terminal; elsewhere one line a stage."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(f"{title} ...", err=True)
+        yield lambda done, total: None
+        return
+    columns = (
+        TextColumn("{task.description:>18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+        whole = bars.tasks[0].total or 1
+        bars.update(bar, completed=whole, total=whole)
+
+
+def _warn(text: str) -> None:
+    typer.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def _print_plan(plan: PruningPlan) -> None:
+    typer.echo(
+        f"keeps {plan.kept:.1%} of {plan.macs_dense / 1e9:.3f} GMACs at {plan.tokens} tokens "
+        f"({plan.prunable_kept:.1%} of heads and FFN)"
+    )
+    rows = [(str(i), str(len(h)), str(len(n))) for i, (h, n) in enumerate(zip(plan.heads, plan.neurons, strict=True))]
+    _table(("layer", "heads", "neurons"), rows)
+
+
+def _print_report(report: Report, folder: Path) -> None:
+    from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, latency_rows, quality_lines, summary_rows
+
+    for line in (*quality_lines(report), *report.notes):
+        typer.echo(line)
+    _table(SUMMARY_HEADER, summary_rows(report))
+    if report.latency:
+        _table(LATENCY_HEADER, latency_rows(report.latency))
+    typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=False).print(table)

@@ -1,0 +1,67 @@
+"""What pruning did to the outputs, on rows that no stage learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.calibration import Batches
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import gives_logits
+from optin_deploy.masking import inference
+from optin_deploy.scoring.losses import pooled, readout, valid_tokens
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One figure for the dense and the pruned model."""
+
+    metric: str
+    """`accuracy` if labels were given; else `same_prediction` (share) or `cosine_to_dense` (mean)."""
+    dense: float
+    pruned: float
+    samples: int
+
+
+def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...]) -> Tensor:
+    """Logits (rows, classes), or unit embeddings: the mean over real tokens (rows, hidden)."""
+    with inference(model), torch.inference_mode():
+        return torch.cat([_readout(model(**batch), batch) for batch in batches])
+
+
+def _readout(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    if "logits" in output:
+        return readout(output, output["logits"])
+    states = output["last_hidden_state"]
+    return pooled(states, valid_tokens(batch, states))
+
+
+def compare(dense: nn.Module, pruned: nn.Module, held_out: Batches) -> Quality:
+    """Accuracy of both models if the rows are labelled and the model classifies; else their agreement.
+
+    Raises: BadInput: labels that the model does not know.
+    """
+    before, after = (outputs_of(model, held_out.batches) for model in (dense, pruned))
+    rows = len(held_out)
+    if not gives_logits(dense):
+        return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
+    if any(label is None for label in held_out.labels):
+        return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
+    labels = torch.tensor([_class_index(label, dense.config) for label in held_out.labels])
+    return Quality("accuracy", _accuracy(before, labels), _accuracy(after, labels), rows)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def _class_index(label: str | int | None, config: Any) -> int:
+    index = label if isinstance(label, int) else config.label2id.get(label)
+    if index is None or not 0 <= index < config.num_labels:
+        known = ", ".join(map(str, list(config.label2id)[:10]))
+        raise BadInput(f"label {label!r} is not one of the model's ({known}; or 0 to {config.num_labels - 1}).")
+    return int(index)
