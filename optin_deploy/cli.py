@@ -132,7 +132,7 @@ def export(
             pool=pool,
             dense=dense,
             force=force,
-            stage=_stage,
+            stage=stage_bar,
         )
     except CannotBuildHere as err:
         if not prepare_only:
@@ -178,7 +178,7 @@ def score(
         return
     prepared = prepare(source)
     workspace = Workspace.claim(out, source, force=force)
-    with _stage("score") as progress:
+    with stage_bar("score") as progress:
         reused = score_stage(workspace, prepared, scorer=scorer, seed=seed, progress=progress)
     typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
 
@@ -210,7 +210,7 @@ def rewrite(folder: Folder, compensation: Compensation = True, dry_run: DryRun =
     if dry_run:
         _print_plan(chosen)
         return
-    with _stage("rewrite") as progress:
+    with stage_bar("rewrite") as progress:
         pruned, reused = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     params = pruned.report["params"]
     typer.echo(
@@ -235,7 +235,7 @@ def build(
     if dry_run:
         typer.echo(f"would export {folder / 'model'} to engine {engine}")
         return
-    with _stage("export"):
+    with stage_bar("export"):
         built = build_folder(folder, engine=engine, precision=precision, pool=pool, dense=dense)
     for artifact in built.artifacts().values():
         typer.echo(f"{artifact.path}  {artifact.size_bytes / 2**20:.1f} MiB  sha256 {artifact.sha256[:12]}")
@@ -251,7 +251,7 @@ def bench(folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threa
     from exporters.job import bench_folder
     from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
-    measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=_stage)
+    measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=stage_bar)
     _table(LATENCY_HEADER, latency_rows(measured))
 
 
@@ -320,7 +320,7 @@ def _point(text: str) -> Point:
 
 
 @contextmanager
-def _stage(title: str) -> Iterator[Progress]:
+def stage_bar(title: str) -> Iterator[Progress]:
     """A progress bar on a terminal; elsewhere one line a stage."""
     from rich.console import Console
     from rich.progress import (

@@ -54,13 +54,15 @@ def compensate(
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
                 problem = _Problem(model, student, branch, unit_columns(kept, branch.unit_width))
+                # The dense model's last look at a block also gives the input of its next one.
+                last = layer.path if branch is layer.ffn else branch.output
                 for i, batch in enumerate(batches):
-                    teacher = _view(model, layout, branch, batch, index, dense[i])
-                    pupil = _view(student, layout, branch, batch, index, pruned[i])
+                    teacher, ahead = _view(model, layout, branch, batch, index, dense[i], last)
+                    pupil, _ = _view(student, layout, branch, batch, index, pruned[i], branch.output)
                     problem.add(teacher, pupil, valid_tokens(batch, pupil.residual))
+                    dense[i] = ahead if branch is layer.ffn else dense[i]
                 weights |= problem.solve_into(student)
             for i, batch in enumerate(batches):
-                dense[i] = run_blocks(model, layout, batch, start=index, hidden=dense[i], stop=layer.path)
                 pruned[i] = run_blocks(student, layout, batch, start=index, hidden=pruned[i], stop=layer.path)
             progress(index + 1, len(layout.layers))
     return weights
@@ -79,16 +81,20 @@ class _View:
 
     units: Tensor
     """Input of the output projection, (batch, tokens, units * unit_width)."""
+    output: Tensor
+    """Output of the projection, (batch, tokens, hidden)."""
     residual: Tensor
     """The tensor that the branch is added to, (batch, tokens, hidden)."""
 
 
 def _view(
-    model: nn.Module, layout: ModelLayout, branch: Branch, batch: Batch, index: int, hidden: Tensor | None
-) -> _View:
-    with recorded(model, inputs=(branch.output, branch.residual)) as seen:
-        run_blocks(model, layout, batch, start=index, hidden=hidden, stop=branch.output)
-    return _View(seen.inputs[branch.output], seen.inputs[branch.residual])
+    model: nn.Module, layout: ModelLayout, branch: Branch, batch: Batch, index: int, hidden: Tensor | None, stop: str
+) -> tuple[_View, Tensor]:
+    """Run block `index` up to module `stop`; returns what the branch shows, and the output of `stop`."""
+    with recorded(model, inputs=(branch.output, branch.residual), outputs=(branch.output,)) as seen:
+        stopped = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=stop)
+    inputs, output = seen.inputs, seen.outputs[branch.output]
+    return _View(inputs[branch.output], output, inputs[branch.residual]), stopped
 
 
 class _Problem:
@@ -100,7 +106,7 @@ class _Problem:
 
     def __init__(self, dense: nn.Module, student: nn.Module, branch: Branch, columns: Tensor) -> None:
         self.branch, self.columns = branch, columns
-        self.teacher, self.start = linear_at(dense, branch.output), linear_at(student, branch.output)
+        self.start = linear_at(student, branch.output)
         self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
         self.centred = self.start.bias is not None
         hidden = len(self.start.weight)
@@ -108,7 +114,7 @@ class _Problem:
         self.samples = 0
 
     def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
-        gap: Tensor = self.teacher(dense.units) - self.start(pruned.units)  # cut units are masked: zero
+        gap = dense.output - pruned.output  # the start: cut units masked, the others' columns as they were
         if self.scale is not None:
             gap = gap * self.scale
         gap = gap + dense.residual - pruned.residual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from optin_deploy.errors import BadInput
 
 JSON_LIMIT_BYTES = 64 * 2**20
 """A plan of a very large model is a few MiB; anything above this is not ours."""
+
+NUMBER_LIST = re.compile(r"\[[\s\d.,eE+-]+\]")
+"""A JSON list of numbers alone, over any number of lines."""
 
 
 @contextmanager
@@ -67,8 +71,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON atomically, indented, NaN refused."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Write JSON atomically, indented, lists of numbers on one line, NaN refused."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    write_text(path, NUMBER_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:

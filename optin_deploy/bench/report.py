@@ -143,19 +143,19 @@ def to_markdown(report: Report) -> str:
     parts = [
         "# Pruning report",
         " ".join(quality_lines(report)),
-        _table(SUMMARY_HEADER, summary_rows(report)),
+        to_table(SUMMARY_HEADER, summary_rows(report)),
     ]
     if report.latency:
         first = report.latency[0]
         threads = first.threads or "default"
         parts += [
             f"Latency on {first.engine} {first.precision}, {threads} threads:",
-            _table(LATENCY_HEADER, latency_rows(report.latency)),
+            to_table(LATENCY_HEADER, latency_rows(report.latency)),
         ]
     kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
     parts += [
         f"Of heads and FFN alone {report.macs['prunable_kept']:.1%} of the MACs stay.",
-        _table(("layer", "heads", "neurons"), kept),
+        to_table(("layer", "heads", "neurons"), kept),
         "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items()) + ".",
         f"{env['date']}, {env['cpu_model']}, {env['cores_logical']} cores, {env['platform']}.",
@@ -165,6 +165,7 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join([*parts[:2], *report.notes, *parts[2:]]) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def to_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
