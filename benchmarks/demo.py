@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
 from exporters.job import Point, export_model
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
 from optin_deploy.calibration import Batches, Sample, text_batches
-from optin_deploy.cli import stage_bar
+from optin_deploy.cli import print_table, stage_bar
 from optin_deploy.inputs import input_names
 from optin_deploy.pruned import load_pruned
 from optin_deploy.pruning import cut
@@ -70,10 +68,7 @@ def main() -> None:
         (f"Latency on ONNX Runtime, {THREADS} threads (uniform)", LATENCY_HEADER, latency_rows(report.latency)),
     )
     for title, columns, lines in tables:
-        table = Table(*columns, title=title, title_justify="left")
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
+        print_table(columns, lines, title)
     print(f"Done in {time.perf_counter() - started:.0f} s. The pruned model is in {options.out / 'pruned'}.")
     if options.record:
         page = "# Demo\n\n" + "\n\n".join(f"{title}:\n\n{to_table(columns, lines)}" for title, columns, lines in tables)

@@ -19,6 +19,7 @@ import random
 import string
 import sys
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,16 @@ SMALLEST_VOCABULARY = 100
 """A folder without tokenizer files gives, silently, a tokenizer of five tokens."""
 MIXED_TEXT = "Ünited NATIONS, don't re-elect: 3.5% of 1,200"
 """Case, accents, punctuation and digits: where tokenizer settings that were read wrongly show."""
-WORDS = "the a new old small famous house river market engine was is sold lost painted measured today again".split()
 PACKAGES = ("optimum", "optimum-onnx", "transformers", "tokenizers", "onnxruntime", "torch")
 
 
 def check(folder: Path) -> bool:
     """Load an output folder with Optimum, print a table of errors; True if all are within the tolerance."""
-    from optimum.onnxruntime import (  # type: ignore[import-not-found]  # lives in the second environment
-        ORTModelForFeatureExtraction,
-        ORTModelForSequenceClassification,
-    )
+    from optimum import onnxruntime as ort  # type: ignore[import-not-found]  # lives in the second environment
     from transformers import AutoTokenizer, pipeline
 
+    if not (folder / "model.onnx").is_file():  # without it Optimum exports by itself, even with export=False
+        raise SystemExit(f"{folder} has no model.onnx; give the output folder of optin-export.")
     make_pipeline: Any = pipeline  # its overloads name only transformers' own model classes
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     classifies = architecture.endswith("ForSequenceClassification")
@@ -53,8 +52,8 @@ def check(folder: Path) -> bool:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) <= SMALLEST_VOCABULARY:
         raise SystemExit(f"{folder} gives a tokenizer of {len(tokenizer)} tokens: its own files were not read.")
-    model = (ORTModelForSequenceClassification if classifies else ORTModelForFeatureExtraction).from_pretrained(
-        folder, export=False, provider="CPUExecutionProvider"
+    model = (ort.ORTModelForSequenceClassification if classifies else ort.ORTModelForFeatureExtraction).from_pretrained(
+        folder, provider="CPUExecutionProvider"
     )
 
     recorded = load_file(folder / "samples.safetensors")
@@ -106,23 +105,26 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def make_classifier(folder: Path) -> None:
-    """Write a tiny BERT of three labels with its tokenizer, and texts.txt to calibrate on."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+    """Write a tiny BERT of three labels with its tokenizer, and texts.txt to calibrate on (transformers 5)."""
+    import transformers as hf
 
-    symbols = string.ascii_lowercase + string.digits
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *symbols, *(f"##{c}" for c in symbols), ".", ",", *WORDS]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    letters = string.ascii_lowercase
+    words = ["".join(pair) for pair in product(letters, "aeiou")]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
     torch.manual_seed(0)
-    shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 192}
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), num_labels=3, **shape))
+    shape: Any = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 192}
+    model = hf.BertForSequenceClassification(
+        hf.BertConfig(vocab_size=len(tokens), id2label=dict(enumerate("xyz")), **shape)
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # zero biases and unit LayerNorms would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    hf.BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 20))) for _ in range(64)]
-    (folder / "texts.txt").write_text("\n".join(lines) + "\n")
+    texts = (" ".join(draw.choices(words, k=draw.randint(3, 20))) for _ in range(64))
+    (folder / "texts.txt").write_text("\n".join(texts) + "\n")
 
 
 def main() -> int:

@@ -58,6 +58,8 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that o
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
 
+LOG_WIDTH = 120
+
 EXPORT_EXAMPLES = """
 Examples:
 
@@ -252,7 +254,7 @@ def bench(folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threa
     from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
     measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=stage_bar)
-    _table(LATENCY_HEADER, latency_rows(measured))
+    print_table(LATENCY_HEADER, latency_rows(measured))
 
 
 @app.command(epilog="Example:\n\n    optin show work")
@@ -361,7 +363,7 @@ def _print_plan(plan: PruningPlan) -> None:
         f"({plan.prunable_kept:.1%} of heads and FFN)"
     )
     rows = [(str(i), str(len(h)), str(len(n))) for i, (h, n) in enumerate(zip(plan.heads, plan.neurons, strict=True))]
-    _table(("layer", "heads", "neurons"), rows)
+    print_table(("layer", "heads", "neurons"), rows)
 
 
 def _print_report(report: Report, folder: Path) -> None:
@@ -369,17 +371,19 @@ def _print_report(report: Report, folder: Path) -> None:
 
     for line in (*quality_lines(report), *report.notes):
         typer.echo(line)
-    _table(SUMMARY_HEADER, summary_rows(report))
+    print_table(SUMMARY_HEADER, summary_rows(report))
     if report.latency:
-        _table(LATENCY_HEADER, latency_rows(report.latency))
+        print_table(LATENCY_HEADER, latency_rows(report.latency))
     typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def printprint_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on the terminal; wide enough for all columns where there is none (a log)."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)

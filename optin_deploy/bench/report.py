@@ -115,7 +115,7 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
         before, after = t.throughput(m.batch)
         rows.append(
             (
-                f"batch {m.batch}, length {m.seq_len}",
+                f"{m.batch} x {m.seq_len}",
                 f"{t.dense_p50_ms:.2f} / {t.dense_p95_ms:.2f}",
                 f"{t.pruned_p50_ms:.2f} / {t.pruned_p95_ms:.2f}",
                 f"{before:.0f} -> {after:.0f}",
@@ -127,7 +127,7 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
 
 
 LATENCY_HEADER = (
-    "point",
+    "batch x length",
     "dense p50/p95 ms",
     "pruned p50/p95 ms",
     "samples/s",

@@ -1,0 +1,444 @@
+"""Compensation solves the regression of its docstring, helps on data it has not seen, and touches nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tiny_scoring import (
+    BERT,
+    DINOV2,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    NEURONS,
+    VIT,
+    Batch,
+    Family,
+    bert,
+    dinov2,
+    image_batch,
+    one_thread,
+    padded,
+    rows,
+    state_of,
+    text_batch,
+    vit,
+)
+from torch import Tensor, nn
+
+from optin_deploy import compensate as module
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.compensate import RIDGES, apply_weights, compensate
+from optin_deploy.errors import PlanMismatch
+from optin_deploy.plan import PruningPlan
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+Kept = tuple[tuple[int, ...], ...]
+Case = tuple[nn.Module, Family, int, Callable[[int], list[Batch]]]
+
+
+def texts(seed: int) -> list[Batch]:
+    return [text_batch((3, 7, 5, 6, 9, 4, 8, 10), seed=seed + i) for i in range(5)]
+
+
+def images(seed: int) -> list[Batch]:
+    return [image_batch(12, seed=seed), image_batch(7, seed=seed + 1), image_batch(13, seed=seed + 2)]
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "bert: post-LN": lambda: (bert(), BERT, NEURONS, texts),
+    "vit: pre-LN": lambda: (vit(), VIT, NEURONS, images),
+    "dinov2: LayerScale": lambda: (dinov2(), DINOV2, HIDDEN, images),
+}
+
+
+@pytest.fixture(params=CASES, name="case")
+def _case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+def plan_of(model: nn.Module, heads: Kept, neurons: Kept) -> PruningPlan:
+    return PruningPlan(heads, neurons, resolve(model).hash, 100, 60, 10, 8)
+
+
+HALF_HEADS: Kept = ((0, 2), (1, 2))
+HALF_NEURONS: Kept = ((0, 1, 4), (1, 3, 5))
+
+
+def columns_of(family: Family, layer: int, kind: str, kept: tuple[int, ...]) -> list[int]:
+    return [column for unit in kept for column in family.columns(layer, kind, unit)[1]]
+
+
+# --- the independent regression -------------------------------------------------------------------------------
+
+
+def projection_inputs(model: nn.Module, path: str, batches: list[Batch]) -> list[np.ndarray]:
+    """What goes into a projection, real tokens only, one array (tokens, units) a sample."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    samples = []
+    for batch, values in zip(batches, seen, strict=True):
+        for i, row in enumerate(values):
+            samples.append((row[batch["attention_mask"][i].bool()] if "attention_mask" in batch else row).numpy())
+    return samples
+
+
+def centred_ridge(a: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """argmin mean |target - W a - b|^2 + ridge * (mean variance of a) * |W - start|^2, as one least squares."""
+    mean_a, mean_t = a.mean(0), target.mean(0)
+    weight = np.sqrt(ridge * (a - mean_a).var(0).mean() * len(a))
+    left = np.concatenate([a - mean_a, weight * np.eye(a.shape[1])])
+    right = np.concatenate([target - mean_t, weight * start.T])
+    found = np.linalg.lstsq(left, right, rcond=None)[0]  # (units, hidden)
+    return found.T, mean_t - found.T @ mean_a
+
+
+def chosen_ridge(a: list[np.ndarray], target: list[np.ndarray], start: np.ndarray, ridges: tuple[float, ...]) -> float:
+    """The ridge of least squared error on every fifth sample, fitted on the others."""
+
+    def part(values: list[np.ndarray], judged: bool) -> np.ndarray:
+        return np.concatenate([v for i, v in enumerate(values) if (i % 5 == 4) is judged])
+
+    def error(ridge: float) -> float:
+        weight, bias = centred_ridge(part(a, False), part(target, False), start, ridge)
+        return float(((part(a, True) @ weight.T + bias - part(target, True)) ** 2).sum())
+
+    errors = sorted((error(ridge), ridge) for ridge in ridges)
+    assert errors[1][0] > errors[0][0] * (1 + 1e-6), "the choice is clear"
+    return errors[0][1]
+
+
+@pytest.mark.parametrize("ridges", [RIDGES, (0.03,), (100.0, 1e-6, 1.0)], ids=["all", "one", "three"])
+def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
+    case: Case, ridges: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it both streams are equal, so that the target is the dense projection's output."""
+    model, family, _, data = case
+    monkeypatch.setattr(module, "RIDGES", ridges)
+    batches = data(0)
+    path = family.columns(0, "heads", 0)[0]
+    columns = columns_of(family, 0, "heads", HALF_HEADS[0])
+    projection = model.get_submodule(path)
+    weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
+    full = projection_inputs(model, path, batches)
+    a, target = [x[:, columns] for x in full], [x @ weight.T + bias for x in full]
+    start = weight[:, columns]
+    if family is DINOV2:
+        # The error of the residual stream: each output counts by its LayerScale. Rows of W are independent, so
+        # that this changes which ridge is best, and not the solution for a given one.
+        scale = model.get_parameter("encoder.layer.0.layer_scale1.lambda1").detach().numpy()
+        ridge = (
+            chosen_ridge(a, [t * scale for t in target], start * scale[:, None], ridges) if ridges[1:] else ridges[0]
+        )
+    else:
+        ridge = chosen_ridge(a, target, start, ridges) if ridges[1:] else ridges[0]
+    wanted, wanted_bias = centred_ridge(np.concatenate(a), np.concatenate(target), start, ridge)
+
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), batches)
+    np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found[f"{path}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
+    assert float(np.abs(wanted_bias - bias).max()) > 1e-2, "there was something to solve"
+
+
+def residual_gaps(model: nn.Module, family: Family, batches: list[Batch], student: nn.Module) -> tuple[list, list]:
+    """Of layer 0's FFN: kept inputs of the student, and x + s (W a + b) - x' of the dense model; real tokens."""
+    path, residual = {
+        BERT: ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.intermediate"),
+        VIT: ("vit.layers.0.mlp.fc2", "vit.layers.0.layernorm_after"),
+        DINOV2: ("encoder.layer.0.mlp.fc2", "encoder.layer.0.norm2"),
+    }[family]
+    a, a_student = (projection_inputs(m, path, batches) for m in (model, student))
+    x, x_student = (projection_inputs(m, residual, batches) for m in (model, student))
+    assert float(np.abs(np.concatenate(x) - np.concatenate(x_student)).max()) > 0.1, "the streams differ"
+    projection = model.get_submodule(path)
+    weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
+    scale = np.ones(HIDDEN)
+    if family is DINOV2:
+        scale = model.get_parameter("encoder.layer.0.layer_scale2.lambda1").detach().numpy()
+    target = [v @ weight.T + bias + (r - q) / scale for v, r, q in zip(a, x, x_student, strict=True)]
+    return a_student, target
+
+
+def test_the_second_sub_layer_aims_at_the_dense_stream_over_the_pruned_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Target W a + b + (x - x') / s, with x' and the inputs as the first sub-layer's cut and solution leave them."""
+    model, family, _, data = case
+    monkeypatch.setattr(module, "RIDGES", (0.03,))
+    batches = data(0)
+    layout = resolve(model)
+    found = compensate(model, layout, plan_of(model, HALF_HEADS, HALF_NEURONS), batches)
+    attention, ffn = (family.columns(0, kind, 0)[0] for kind in ("heads", "neurons"))
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        projection = student.get_submodule(attention)
+        projection.weight.zero_()
+        kept = columns_of(family, 0, "heads", HALF_HEADS[0])
+        projection.weight[:, kept] = found[f"{attention}.weight"][:, kept]
+        projection.bias.copy_(found[f"{attention}.bias"])
+    inputs, target = residual_gaps(model, family, batches, student)
+    columns = list(HALF_NEURONS[0])
+    start = model.get_submodule(ffn).weight.detach().numpy()[:, columns]
+    a = [x[:, columns] for x in inputs]
+    wanted, wanted_bias = centred_ridge(np.concatenate(a), np.concatenate(target), start, 0.03)
+    np.testing.assert_allclose(found[f"{ffn}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found[f"{ffn}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
+
+
+# --- what it is for -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cut(model: nn.Module, family: Family, heads: Kept, neurons: Kept) -> Iterator[nn.Module]:
+    """A copy with the columns of cut units zeroed by hand."""
+    smaller = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            for kind, kept in (("heads", heads[layer]), ("neurons", neurons[layer])):
+                weight = smaller.get_submodule(family.columns(layer, kind, 0)[0]).weight
+                gone = sorted(set(range(weight.shape[1])) - set(columns_of(family, layer, kind, kept)))
+                weight[:, gone] = 0
+        yield smaller
+
+
+def final_states(model: nn.Module, family: Family, batches: list[Batch]) -> Tensor:
+    """Output of the last block, real tokens of all batches, (tokens, hidden)."""
+    seen: list[Tensor] = []
+    block = model.get_submodule(f"{family.blocks}.{LAYERS - 1}")
+    hook = block.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    real = [
+        s[b["attention_mask"].bool()] if "attention_mask" in b else s.flatten(0, 1)
+        for s, b in zip(seen, batches, strict=True)
+    ]
+    return torch.cat(real)
+
+
+def error_after(model: nn.Module, family: Family, weights: dict[str, Tensor], neurons: Kept, heads: Kept) -> float:
+    """Squared error of the final hidden states on data that the fit has not seen, relative to their variance."""
+    unseen = texts(100) if family is BERT else images(100)
+    dense = final_states(model, family, unseen)
+    with cut(apply_weights(model, weights), family, heads, neurons) as smaller:
+        return float((final_states(smaller, family, unseen) - dense).square().mean() / dense.var())
+
+
+def test_it_brings_the_final_hidden_states_nearer_to_dense_on_unseen_data(case: Case) -> None:
+    model, family, width, data = case
+    heads: Kept = ((0, 2), (1, 2))
+    neurons: Kept = (tuple(range(0, width, 2)), tuple(range(1, width, 2)))
+    weights = compensate(model, resolve(model), plan_of(model, heads, neurons), data(0))
+    without = error_after(model, family, {}, neurons, heads)
+    assert error_after(model, family, weights, neurons, heads) < 0.75 * without
+    assert without > 0.01, "the cut hurts"
+
+
+def test_ignoring_layer_scale_would_be_visibly_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads of the first layer go; its FFN can see in x' what they did (one patch an image), and make up for it."""
+    model = dinov2(size=4, widening=4, scales=(0.05, 0.2))
+    heads: Kept = ((), tuple(range(HEADS)))
+    neurons: Kept = (tuple(range(4 * HIDDEN)),) * LAYERS
+    plan, unseen = plan_of(model, heads, neurons), [image_batch(100, seed=1, size=4)]
+
+    def error() -> float:
+        weights = compensate(model, resolve(model), plan, [image_batch(300, size=4)])
+        with cut(apply_weights(model, weights), DINOV2, heads, neurons) as smaller:
+            return float((final_states(smaller, DINOV2, unseen) - final_states(model, DINOV2, unseen)).square().mean())
+
+    right, honest = error(), module._Problem.__init__
+
+    def without_scale(self: module._Problem, *args: object) -> None:
+        honest(self, *args)  # type: ignore[arg-type]
+        self.scale = None
+
+    monkeypatch.setattr(module._Problem, "__init__", without_scale)
+    assert error() > 1.4 * right
+
+
+def test_a_layer_scale_of_zero_leaves_the_projection_as_it_was() -> None:
+    model = dinov2()
+    with torch.no_grad():
+        model.get_parameter("encoder.layer.0.layer_scale1.lambda1")[3] = 0
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), images(0))
+    path = "encoder.layer.0.attention.o_proj"
+    assert torch.equal(found[f"{path}.weight"][3], model.get_parameter(f"{path}.weight")[3])
+    assert all(bool(torch.isfinite(entry).all()) for entry in found.values())
+
+
+# --- edges ----------------------------------------------------------------------------------------------------
+
+
+def test_with_nothing_cut_it_changes_nothing(case: Case) -> None:
+    model, _, width, data = case
+    plan = plan_of(model, (tuple(range(HEADS)),) * LAYERS, (tuple(range(width)),) * LAYERS)
+    found = compensate(model, resolve(model), plan, data(0))
+    assert len(found) == 4 * LAYERS
+    for name, entry in found.items():
+        torch.testing.assert_close(entry, model.state_dict()[name], rtol=0, atol=1e-6)
+
+
+def test_an_emptied_branch_gets_the_mean_of_its_target_as_bias(case: Case) -> None:
+    model, family, _, data = case
+    batches = data(0)
+    path = family.columns(0, "heads", 0)[0]
+    found = compensate(model, resolve(model), plan_of(model, ((), (0,)), ((), (1, 2))), batches)
+    projection = model.get_submodule(path)
+    with torch.no_grad():
+        target = projection(torch.from_numpy(np.concatenate(projection_inputs(model, path, batches))))
+    torch.testing.assert_close(found[f"{path}.bias"], target.mean(0), rtol=1e-6, atol=1e-9)
+    assert torch.equal(found[f"{path}.weight"], projection.weight)
+
+
+def test_an_emptied_ffn_after_an_emptied_attention_aims_at_the_dense_stream(case: Case) -> None:
+    model, family, _, data = case
+    batches = data(0)
+    found = compensate(model, resolve(model), plan_of(model, ((), (0,)), ((), (1, 2))), batches)
+    attention, ffn = (family.columns(0, kind, 0)[0] for kind in ("heads", "neurons"))
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        student.get_submodule(attention).weight.zero_()
+        student.get_submodule(attention).bias.copy_(found[f"{attention}.bias"])
+    _, target = residual_gaps(model, family, batches, student)
+    np.testing.assert_allclose(found[f"{ffn}.bias"].numpy(), np.concatenate(target).mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_padding_and_batching_do_not_enter() -> None:
+    model = bert()
+    layout, plan = resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS)
+    batches = texts(0)
+    base = compensate(model, layout, plan, batches)
+    singles = [rows(batch, [i]) for batch in batches for i in range(len(batch["input_ids"]))]
+    for other in ([padded(batch, 3) for batch in batches], singles):
+        for name, entry in compensate(model, layout, plan, other).items():
+            torch.testing.assert_close(entry, base[name], rtol=1e-6, atol=1e-6)
+    fewer = compensate(model, layout, plan, batches[:3])
+    assert not torch.allclose(fewer[next(iter(base))], base[next(iter(base))], rtol=1e-3), "the data do matter"
+
+
+def test_columns_of_cut_units_and_all_other_parameters_are_untouched(case: Case) -> None:
+    model, family, _, data = case
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), data(0))
+    expected = set()
+    for layer in range(LAYERS):
+        for kind, kept in (("heads", HALF_HEADS[layer]), ("neurons", HALF_NEURONS[layer])):
+            path = family.columns(layer, kind, 0)[0]
+            expected |= {f"{path}.weight", f"{path}.bias"}
+            dense, new = model.get_submodule(path).weight, found[f"{path}.weight"]
+            columns = columns_of(family, layer, kind, kept)
+            gone = sorted(set(range(dense.shape[1])) - set(columns))
+            assert gone
+            assert torch.equal(new[:, gone], dense[:, gone])
+            assert not torch.allclose(new[:, columns], dense[:, columns], rtol=1e-3)
+    assert set(found) == expected
+
+
+def test_the_model_is_untouched(case: Case) -> None:
+    model, _, _, data = case
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    before = state_of(model)
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), data(0)[:1])
+    assert state_of(model) == before
+    assert not any(entry.requires_grad for entry in found.values())
+    changed = apply_weights(model, found)
+    assert state_of(model) == before
+    assert all(torch.equal(changed.state_dict()[name], entry) for name, entry in found.items())
+
+
+@pytest.mark.parametrize("where", ["bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.attention.self"])
+def test_an_error_in_a_forward_leaves_the_model_as_it_was(where: str) -> None:
+    model = bert()
+    calls = 0
+
+    def fail(module: nn.Module, args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    hook = model.get_submodule(where).register_forward_pre_hook(fail)
+    model.train()
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), texts(0))
+    assert state_of(model) == before
+    hook.remove()
+
+
+def test_a_projection_without_bias_is_solved_without_centring(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    path = "bert.encoder.layer.0.attention.output.dense"
+    weight = model.get_submodule(path).weight.detach()
+    projection = nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.float64)
+    projection.weight = nn.Parameter(weight.clone())
+    model.set_submodule(path, projection)
+    monkeypatch.setattr(module, "RIDGES", (0.03,))
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), texts(0))
+    assert f"{path}.bias" not in found
+    columns = columns_of(BERT, 0, "heads", HALF_HEADS[0])
+    full = np.concatenate(projection_inputs(model, path, texts(0)))
+    a, start = full[:, columns], weight.numpy()[:, columns]
+    covariance = a.T @ a / len(a)
+    covariance += 0.03 * covariance.diagonal().mean() * np.eye(len(columns))
+    change = np.linalg.solve(covariance, a.T @ (full @ weight.numpy().T - a @ start.T) / len(a))
+    np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], start + change.T, rtol=1e-6, atol=1e-9)
+
+
+def test_an_emptied_projection_without_bias_gets_none() -> None:
+    model = bert()
+    path = "bert.encoder.layer.0.attention.output.dense"
+    projection = nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.float64)
+    model.set_submodule(path, projection)
+    found = compensate(model, resolve(model), plan_of(model, ((), (0,)), ((0,), (1,))), texts(0))
+    assert f"{path}.bias" not in found
+    assert torch.equal(found[f"{path}.weight"], projection.weight)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5])
+def test_few_samples_are_enough_to_get_finite_weights(samples: int) -> None:
+    """Below five samples nothing is held out, and the middle ridge is taken."""
+    model = bert()
+    batch = rows(text_batch((2, 1, 3, 2, 4)), list(range(samples)))
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), [batch])
+    assert all(bool(torch.isfinite(entry).all()) for entry in found.values())
+
+
+def test_a_single_token_is_enough() -> None:
+    model = bert()
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), [text_batch((1,))])
+    assert all(bool(torch.isfinite(entry).all()) for entry in found.values())
+
+
+def test_progress_counts_layers() -> None:
+    model = bert()
+    seen: list[tuple[int, int]] = []
+    plan = plan_of(model, HALF_HEADS, HALF_NEURONS)
+    compensate(model, resolve(model), plan, texts(0)[:1], progress=lambda *at: seen.append(at))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    with pytest.raises(PlanMismatch):
+        compensate(bert(), resolve(bert()), plan_of(vit(), HALF_HEADS, HALF_NEURONS), texts(0))
+
+
+def test_float32_models_get_float32_weights_that_agree_with_float64() -> None:
+    model = bert()
+    plan = plan_of(model, HALF_HEADS, HALF_NEURONS)
+    wanted = compensate(model, resolve(model), plan, texts(0))
+    found = compensate(model.float(), resolve(model), plan, texts(0))
+    assert all(entry.dtype == torch.float32 for entry in found.values())
+    for name, entry in found.items():
+        torch.testing.assert_close(entry.double(), wanted[name], rtol=1e-3, atol=1e-4)
