@@ -377,7 +377,7 @@ def _print_report(report: Report, folder: Path) -> None:
     typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
 
 
-def printprint_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table on the terminal; wide enough for all columns where there is none (a log)."""
     from rich.console import Console
     from rich.table import Table
