@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from optin_deploy.bundled import bundled_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import Sample, bundled_samples, check_size, read_samples
+from optin_deploy.samples import Sample, check_size, read_samples
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from optin_deploy.errors import BadInput
 
@@ -23,9 +21,7 @@ log = logging.getLogger(__name__)
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".csv")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_FILE_BYTES = 2 * 1024**3
-BUNDLED_IMAGES = 64
 _FORMATS = "a .txt, .jsonl or .csv file, or a folder of png, jpg, jpeg, bmp or webp images"
-_SIDE = 256  # pixels; above the 224 of the usual models, so that their resizing is exercised too
 
 
 @dataclass(frozen=True)
@@ -65,21 +61,6 @@ def read_samples(path: str | Path, *, text_column: str = "text", label_column: s
         what = "folder holds no images" if path.is_dir() else "file is empty"
         raise BadInput(f"{path}: the {what}. --calibration takes {_FORMATS}, with at least 8 samples in it.")
     return samples
-
-
-def bundled_samples(kind: Literal["text", "image"]) -> tuple[Sample, ...]:
-    """The small set that ships with the package: 160 English texts, or 64 synthetic images (256 x 256, RGB).
-
-    Enough to try the tool out; accuracy needs the user's own data. No labels. The same on every call.
-    Raises: BadInput: another kind.
-    """
-    if kind == "text":
-        with resources.files("optin_deploy").joinpath("data/calibration.txt").open("rb") as stream:
-            lines = tuple(_decode(stream, "calibration.txt"))
-        return tuple(Sample(text=line.strip(), source=f"bundled calibration.txt:{n}") for n, line in lines)
-    if kind == "image":
-        return tuple(Sample(image=_draw(i), source=f"bundled image {i}") for i in range(BUNDLED_IMAGES))
-    raise BadInput(f"There are no bundled samples of kind {short(kind)}. Use 'text' or 'image'.")
 
 
 def short(value: object, limit: int = 60) -> str:
@@ -249,27 +230,3 @@ def _entries(folder: Path, root: Path) -> Iterator[Path]:
                     " inside the folder are read; copy the file there, or delete the link."
                 )
         yield entry
-
-
-def _draw(index: int) -> Image.Image:
-    """One of four families (gradient, waves, discs, blocks of noise) at one of five scales, in two colours."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(index)
-    y, x = np.mgrid[0:_SIDE, 0:_SIDE] / _SIDE  # each (S, S), in [0, 1)
-    cells = 2 ** (2 + index // 4 % 5)  # 4 to 64 across the image
-    turn = math.pi * rng.random()
-    along = x * math.cos(turn) + y * math.sin(turn)
-    field = along - along.min()
-    if index % 4 == 1:
-        field = 0.5 + 0.5 * np.sin(2 * math.pi * cells * along) * np.cos(math.pi * cells * (x - y))
-    elif index % 4 == 2:
-        for cx, cy, radius, grey in rng.random((cells, 4)):
-            field[np.hypot(x - cx, y - cy) < radius / 5] = grey
-    elif index % 4 == 3:
-        field = np.kron(rng.random((cells, cells)), np.ones((_SIDE // cells, _SIDE // cells)))
-    first, second = rng.random((2, 3))
-    grain = 0.06 * rng.random((_SIDE, _SIDE, 3)) - 0.03
-    pixels = first + (second - first) * field[..., None] + grain  # (S, S, 3)
-    return Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))

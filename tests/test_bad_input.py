@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -423,7 +425,7 @@ def interrupt(*args: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
-def write_half_and_interrupt(tensors: object, path: Path, metadata: object) -> None:
+def write_half_and_interrupt(content: object, path: Path, *_: object) -> None:
     Path(path).write_bytes(b"half of the fi")
     raise KeyboardInterrupt
 
@@ -457,35 +459,22 @@ def test_ctrl_c_in_the_middle_of_a_file_leaves_no_file(shell: Shell, out: Path) 
 def test_ctrl_c_while_the_model_is_saved_leaves_the_old_one(shell: Shell, finished: Path) -> None:
     before = snapshot(finished / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optin_deploy.pruned.write_tensors", write_half_and_interrupt)
+        patch.setattr("optin_deploy.pruned.write_tensors", lambda path, *_: write_half_and_interrupt(None, path))
         assert shell("optin", "rewrite", finished, "--no-compensation").code == 130
     assert snapshot(finished / "model") == before
     assert temporary_files(finished) == []
 
 
 def test_ctrl_c_while_the_onnx_file_is_saved_leaves_none(shell: Shell, finished: Path) -> None:
-    import onnx
-
-    def save_half(proto: onnx.ModelProto, path: Path) -> None:
-        write_half_and_interrupt(proto, path, None)
-
+    exported = SimpleNamespace(model_proto=onnx.load(finished / "model.onnx"))
+    exported.model_proto.ClearField("metadata_props")
     (finished / "model.onnx").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "save", save_half)
-        patch.setattr(torch.onnx, "export", lambda *args, **options: _Program())
+        patch.setattr(onnx, "save", write_half_and_interrupt)
+        patch.setattr(torch.onnx, "export", lambda *args, **options: exported)  # quick
         assert shell("optin", "build", finished).code == 130
     assert not (finished / "model.onnx").exists()
     assert temporary_files(finished) == []
-
-
-class _Program:
-    """What torch.onnx.export gives, quickly: the dense file."""
-
-    @property
-    def model_proto(self) -> Any:
-        import onnx
-
-        return onnx.load(finished_job() / "dense.onnx")
 
 
 def test_a_real_sigint_ends_the_process_cleanly(shell: Shell, out: Path) -> None:

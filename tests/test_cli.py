@@ -147,8 +147,8 @@ def test_the_installed_programs_start(program: str) -> None:
         (["score"], "MODEL"),
         (["score", "model"], "--out"),
         (["export", "model", "--bogus"], "--bogus"),
-        (["export", "model", "--flops", "many"], "many"),
-        (["export", "model", "--seq-len", "1.5"], "1.5"),
+        (["export", "model", "--flops", "many"], "--flops"),
+        (["export", "model", "--seq-len", "1.5"], "--seq-len"),
     ],
 )
 def test_a_wrong_command_line_exits_2_and_says_what_is_wrong(shell: Shell, arguments: list[str], says: str) -> None:
@@ -369,7 +369,7 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
 
     ran = shell("optin", "bench", work, "--at", "batch=2,seq=12", "--at", "batch=1", "--threads", 1)
     assert ran.code == 0, ran.err
-    assert "batch 2, length 12" in ran.out
+    assert re.search(r"\b2\b\D+\b12\b", ran.out)
     rows = json.loads((work / "measurements.json").read_text())["latency"]
     assert [(row["batch"], row["seq_len"], row["threads"]) for row in rows] == [(2, 12, 1), (1, SEQ_LEN, 1)]
 

@@ -256,6 +256,7 @@ def test_failed_export_leaves_nothing_behind(
 ) -> None:
     model, out = copy.deepcopy(pruned_model("distilbert")), tmp_path / "model.onnx"
     proto = onnx.load(exported("distilbert").path)  # stands for the seconds of the real export
+    del proto.metadata_props[:]  # of which the key is not yet a part
     if old is not None:
         out.write_bytes(old)
     before = state_of(model)

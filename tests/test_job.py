@@ -1,0 +1,294 @@
+"""The main job as a library call: its arithmetic, its proofs, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import (
+    SEQ_LEN,
+    Shell,
+    bert,
+    classifier,
+    copy_of,
+    finished_job,
+    labelled,
+    lines,
+    one_thread,
+    photos,
+    temporary_files,
+    text_options,
+    texts,
+    vit,
+)
+
+import optin_deploy
+from exporters import ENGINES, check_precision, exporter
+from exporters import job as job_module
+from exporters.base import Artifact
+from exporters.job import Built, Point, check_engine, export_model, record_samples
+from optin_deploy.calibration import Batches, read_samples, split
+from optin_deploy.errors import BadInput, ParityFailure
+from optin_deploy.loading import load_dense
+from optin_deploy.pruned import load_pruned
+from optin_deploy.runtimes.base import Feeds
+from optin_deploy.stages import prepare
+from optin_deploy.workspace import Source, Workspace
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A copy of the output folder of a finished `optin-export`."""
+    return copy_of(finished_job(), tmp_path / "finished")
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+def text_source() -> Source:
+    return Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN)
+
+
+def run_job(out: Path, source: Source, **options: Any) -> Any:
+    with one_thread():
+        return export_model(source, out, **{"engine": "torch", "align": 8, "dense": False, **options})
+
+
+# what the report says is true
+
+
+def test_the_reported_accuracy_is_that_of_the_loaded_models() -> None:
+    # Recomputed row by row, without batches, on the rows that were held out.
+    samples = read_samples(labelled())
+    held_out = split(samples, samples_limit=512, seed=0)[1]
+    dense = load_dense(str(classifier()))
+    right = {"dense": 0, "pruned": 0}
+    for name, model in (("dense", dense.model), ("pruned", optin_deploy.load(finished_job()))):
+        for sample in held_out:
+            encoded = dense.preprocessor(sample.text, truncation=True, max_length=SEQ_LEN, return_tensors="pt")
+            with torch.inference_mode():
+                right[name] += model.config.id2label[int(model(**encoded).logits.argmax())] == sample.label
+    quality = json.loads((finished_job() / "report.json").read_text())["quality"]
+    assert quality["samples"] == len(held_out) == 12
+    assert {name: quality[name] for name in right} == pytest.approx({name: n / 12 for name, n in right.items()})
+
+
+def test_the_held_out_rows_are_not_calibrated_on() -> None:
+    prepared = prepare(text_source())
+    fitted, held_out = (set(map(str, _token_rows(part))) for part in (prepared.calibration, prepared.held_out))
+    assert fitted
+    assert held_out
+    assert not fitted & held_out
+    assert len(prepared.calibration) + len(prepared.held_out) == len(texts())
+
+
+def _token_rows(batches: Batches) -> list[list[int]]:
+    return [
+        [token for token, real in zip(row.tolist(), mask.tolist(), strict=True) if real]
+        for batch in batches.batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def test_points_and_threads_reach_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    real = job_module.measure_pair
+
+    def two_blocks(*openers: Any, **options: Any) -> Any:
+        shapes.append(openers[2]["input_ids"].shape)
+        return real(*openers, **options, blocks=2)
+
+    monkeypatch.setattr(job_module, "measure_pair", two_blocks)
+    points = (Point(batch=2, seq=12), Point(batch=1))
+    report = run_job(tmp_path / "out", text_source(), dense=True, points=points, threads=1)
+    assert shapes == [(2, 12), (1, SEQ_LEN)]
+    assert [(m.batch, m.seq_len, m.threads, m.engine) for m in report.latency] == [
+        (2, 12, 1, "torch"),
+        (1, SEQ_LEN, 1, "torch"),
+    ]
+    # Attention grows with the square of the length: at 12 tokens heads weigh less than at 16.
+    assert report.latency[1].ideal == pytest.approx(report.macs["dense"] / report.macs["pruned"])
+    assert report.latency[0].ideal != report.latency[1].ideal
+
+
+def test_the_written_report_is_the_returned_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = run_job(out, text_source())
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
+    assert report.settings["model"] == str(bert())
+    assert report.settings["flops"] == 0.6
+    assert report.notes == []
+
+
+def test_stages_are_announced_in_order_and_timed(tmp_path: Path) -> None:
+    titles: list[str] = []
+
+    @contextmanager
+    def stage(title: str) -> Any:
+        titles.append(title)
+        yield lambda done, total: None
+
+    report = run_job(tmp_path / "out", text_source(), stage=stage)
+    assert titles == ["load", "score", "plan", "rewrite", "export", "check"]
+    assert list(report.seconds) == titles
+    assert min(report.seconds.values()) >= 0
+
+
+def test_a_full_budget_keeps_everything_and_changes_nothing(tmp_path: Path) -> None:
+    report = run_job(tmp_path / "out", text_source(), flops=1.0, compensation=False)
+    assert report.macs["kept"] == 1.0
+    assert report.params["dense"] == report.params["pruned"]
+    assert report.quality.pruned == pytest.approx(1.0, abs=1e-6)
+
+
+# parity
+
+
+class Bent:
+    """A runtime whose outputs are off by a share of the largest one."""
+
+    def __init__(self, inner: Any, error: float) -> None:
+        self.inner, self.error = inner, error
+
+    def __enter__(self) -> Bent:
+        self.inner.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.inner.__exit__(*exception)
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        return {name: self.bend(value) for name, value in self.inner.run(feeds).items()}
+
+    def synchronize(self) -> None:
+        self.inner.synchronize()
+
+    def bend(self, value: np.ndarray) -> np.ndarray:
+        value = value.copy()
+        value.flat[-1] += self.error * max(1.0, float(np.abs(value).max()))
+        return value
+
+
+@pytest.mark.parametrize("error", [2e-4, 0.01, float("nan")])
+def test_a_bent_engine_output_fails_the_job(
+    finished: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    from exporters.to_onnx import OnnxExporter
+
+    honest = OnnxExporter.open
+    monkeypatch.setattr(OnnxExporter, "open", lambda *args, **options: Bent(honest(*args, **options), error))
+    (finished / "report.json").unlink()
+    options = [*text_options(labelled(), finished), "--threads", 1]
+    for ran in (shell("optin-export", classifier(), *options), shell("optin", "build", finished)):
+        assert ran.code == 1
+        assert "model.onnx" in ran.err
+        assert "differs from its torch model" in ran.err
+        assert "Traceback" not in ran.err
+    assert not (finished / "report.json").exists()  # a failed run is no row
+    assert temporary_files(finished) == []
+
+
+def test_rounding_passes_the_parity_check(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = _built(finished)
+    found = check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
+    assert max(found.values()) <= 1e-5
+    honest = built.engine.open
+    monkeypatch.setattr(built.engine, "open", lambda *args, **options: Bent(honest(*args, **options), 5e-5), False)
+    alone = replace(built, dense=None)
+    bent = check_engine(alone, load_pruned(finished).model, None, seq_len=SEQ_LEN)
+    assert max(bent.values()) == pytest.approx(5e-5, rel=0.2)
+
+
+def test_an_artifact_of_the_wrong_model_fails(finished: Path) -> None:
+    built = _built(finished)
+    pruned = load_pruned(finished).model
+    with pytest.raises(ParityFailure, match="dense"):  # dense.onnx against the pruned model
+        check_engine(built, pruned, pruned, seq_len=SEQ_LEN)
+
+
+def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = _built(finished)
+    seen: list[Any] = []
+    honest = built.engine.open
+
+    def watched(path: Path) -> Any:
+        runtime = honest(path)
+        run = runtime.run
+
+        def spy(feeds: Feeds) -> dict[str, np.ndarray]:
+            seen.append(feeds["attention_mask"])
+            found: dict[str, np.ndarray] = run(feeds)
+            return found
+
+        runtime.run = spy
+        return runtime
+
+    monkeypatch.setattr(built.engine, "open", watched, False)
+    check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
+    assert {mask.shape for mask in seen} >= {(1, SEQ_LEN), (3, 6)}
+    assert (2, 16) not in {mask.shape for mask in seen}
+    assert all(mask.min() == 0 for mask in seen)
+
+
+def _built(folder: Path) -> Built:
+    def artifact(name: str) -> Artifact:
+        return Artifact(folder / name, "onnx", "fp32", ("input_ids",), ("logits",), "", 0)
+
+    return Built(exporter("onnx"), artifact("model.onnx"), artifact("dense.onnx"))
+
+
+# recorded samples
+
+
+def test_eight_samples_are_recorded_even_if_the_last_batch_is_short(tmp_path: Path) -> None:
+    prepared = prepare(text_source())
+    (batch,) = prepared.held_out.batches
+    parts = tuple({name: rows[:size] for name, rows in batch.items()} for size in (9, 1))
+    held_out = Batches(parts, (None,) * 10)
+    fake: Any = SimpleNamespace(loaded=prepared.loaded, held_out=held_out)
+    record_samples(Workspace(tmp_path), fake, prepared.loaded.model)
+    tensors = load_file(tmp_path / "samples.safetensors")
+    assert {len(rows) for rows in tensors.values()} == {8}
+
+
+# options
+
+
+def test_an_engine_knows_its_precisions() -> None:
+    assert {name: check_precision(exporter(name), None) for name in ("onnx", "torch", "trt")} == {
+        "onnx": "fp32",
+        "torch": "fp32",
+        "trt": "fp16",
+    }
+    with pytest.raises(BadInput, match=r"int3.*'onnx'.*fp32"):
+        check_precision(exporter("onnx"), "int3")
+
+
+def test_every_engine_of_the_table_follows_the_protocol() -> None:
+    for name in ENGINES:
+        found = exporter(name)
+        assert found.engine == name
+        assert found.precisions
+        assert found.portable in (None, *ENGINES)
+        assert all(part is None or Path(part).name == part for part in found.file_names)
+
+
+def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = job_module.measure_pair
+    monkeypatch.setattr(job_module, "measure_pair", lambda *args, **options: real(*args, **options, blocks=2))
+    source = Source(str(vit()), calibration=str(photos()))
+    report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2),))
+    assert [(m.batch, m.seq_len) for m in report.latency] == [(2, 17)]  # 16 patches and the class token
+    with pytest.raises(BadInput, match=r"seq=999.*image"):
+        run_job(tmp_path / "refused", source, points=(Point(batch=1, seq=999),))
+    assert not (tmp_path / "refused").exists()
