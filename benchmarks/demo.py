@@ -16,16 +16,17 @@ import numpy as np
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
-from exporters.job import Point, export_model
+from exporters.job import export_model
+from exporters.measuring import Point
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
 from optin_deploy.calibration import Batches, Sample, text_batches
-from optin_deploy.cli import print_table, stage_bar
 from optin_deploy.inputs import input_names
 from optin_deploy.pruned import load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import outputs_of
 from optin_deploy.search import Budget, make_plan, search
 from optin_deploy.stages import Prepared, prepare
+from optin_deploy.terminal import print_table, quiet_libraries, stage_bar
 from optin_deploy.workspace import Source, Workspace
 
 CALIBRATION, HELD_OUT = 256, 64
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/demo.{json,md}")
     options = parser.parse_args()
+    quiet_libraries()
     started = time.perf_counter()
     print("Pruning all-MiniLM-L6-v2 to 60% of its MACs on BBC news: no labels, no training.", flush=True)
     rows = bbc_articles()

@@ -21,12 +21,12 @@ from benchmarks.record import RESULTS, write_result
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
 from optin_deploy.calibration import Batches, Sample, text_batches
-from optin_deploy.cli import stage_bar
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference
 from optin_deploy.scoring import exact_terms, sketch_terms
 from optin_deploy.scoring.terms import attention_branches, ffn_branches
+from optin_deploy.terminal import stage_bar
 
 
 def main() -> None:

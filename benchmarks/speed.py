@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import RESULTS, write_result
-from exporters.job import Point, bench_folder
+from exporters.measuring import Point, bench_folder
 from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, to_table
-from optin_deploy.cli import stage_bar
 from optin_deploy.inputs import example_inputs
 from optin_deploy.pruned import load_pruned
 from optin_deploy.runtimes.ort import import_onnxruntime
+from optin_deploy.terminal import stage_bar
 
 PROFILED_RUNS = 20
 SHOWN = 12

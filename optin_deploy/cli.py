@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +11,10 @@ import click
 import typer
 
 from optin_deploy.errors import EXIT_CODES, BadInput, CannotBuildHere, OptinError
+from optin_deploy.terminal import print_plan, print_report, print_table, quiet_libraries, stage_bar, warn
 
 if TYPE_CHECKING:
-    from exporters.job import Point
-    from optin_deploy.bench.report import Report
-    from optin_deploy.plan import PruningPlan
-    from optin_deploy.progress import Progress
+    from exporters.measuring import Point
 
 app = typer.Typer(
     name="optin",
@@ -57,8 +53,6 @@ Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
-
-LOG_WIDTH = 120
 
 EXPORT_EXAMPLES = """
 Examples:
@@ -117,7 +111,7 @@ def export(
             typer.echo(line)
         return
     if calibration is None:
-        _warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
+        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
     try:
         report = export_model(
             source,
@@ -141,7 +135,7 @@ def export(
             raise
         typer.echo(str(err))
         return
-    _print_report(report, folder)
+    print_report(report, folder)
 
 
 @app.command(epilog="Example:\n\n    optin score ./my-bert --calibration texts.txt --out work")
@@ -194,7 +188,7 @@ def plan(
     from optin_deploy.workspace import Workspace
 
     found = plan_stage(Workspace(folder), flops=flops, align=align, allocation=allocation, write=not dry_run)
-    _print_plan(found)
+    print_plan(found)
     if not dry_run:
         typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
 
@@ -210,7 +204,7 @@ def rewrite(folder: Folder, compensation: Compensation = True, dry_run: DryRun =
     prepared = prepare(workspace.source())
     chosen.check(prepared.layout)
     if dry_run:
-        _print_plan(chosen)
+        print_plan(chosen)
         return
     with stage_bar("rewrite") as progress:
         pruned, reused = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
@@ -232,7 +226,7 @@ def build(
     dry_run: DryRun = False,
 ) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from exporters.job import build_folder
+    from exporters.building import build_folder
 
     if dry_run:
         typer.echo(f"would export {folder / 'model'} to engine {engine}")
@@ -250,7 +244,7 @@ def build(
 @app.command(epilog="Example:\n\n    optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2")
 def bench(folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threads = 0) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.job import bench_folder
+    from exporters.measuring import bench_folder
     from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
     measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=stage_bar)
@@ -265,7 +259,7 @@ def show(folder: Folder) -> None:
     workspace = Workspace(folder)
     source = workspace.source()
     typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
-    _print_plan(workspace.read_plan())
+    print_plan(workspace.read_plan())
     report = folder / "report.md"
     if report.is_file():
         typer.echo(report.read_text(encoding="utf-8"))
@@ -285,9 +279,7 @@ def export_main() -> None:
 
 def _run(program: Callable[..., object]) -> int:
     """Run a typer app; errors of ours become one line and their exit code."""
-    # transformers prints a bar and a report a load; what matters of them, load_dense says as an error.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_libraries()
     try:
         code = program(standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -304,13 +296,13 @@ def _run(program: Callable[..., object]) -> int:
 
 
 def _points(at: list[str] | None) -> tuple[Point, ...]:
-    from exporters.job import Point
+    from exporters.measuring import Point
 
     return tuple(_point(text) for text in at) if at else (Point(),)
 
 
 def _point(text: str) -> Point:
-    from exporters.job import Point
+    from exporters.measuring import Point
 
     try:
         values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
@@ -319,71 +311,3 @@ def _point(text: str) -> Point:
     except ValueError as err:
         raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
     return Point(**values)
-
-
-@contextmanager
-def stage_bar(title: str) -> Iterator[Progress]:
-    """A progress bar on a terminal; elsewhere one line a stage."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        typer.echo(f"{title} ...", err=True)
-        yield lambda done, total: None
-        return
-    columns = (
-        TextColumn("{task.description:>18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        bar = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
-        whole = bars.tasks[0].total or 1
-        bars.update(bar, completed=whole, total=whole)
-
-
-def _warn(text: str) -> None:
-    typer.secho(f"warning: {text}", fg="yellow", err=True)
-
-
-def _print_plan(plan: PruningPlan) -> None:
-    typer.echo(
-        f"keeps {plan.kept:.1%} of {plan.macs_dense / 1e9:.3f} GMACs at {plan.tokens} tokens "
-        f"({plan.prunable_kept:.1%} of heads and FFN)"
-    )
-    rows = [(str(i), str(len(h)), str(len(n))) for i, (h, n) in enumerate(zip(plan.heads, plan.neurons, strict=True))]
-    print_table(("layer", "heads", "neurons"), rows)
-
-
-def _print_report(report: Report, folder: Path) -> None:
-    from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, latency_rows, quality_lines, summary_rows
-
-    for line in (*quality_lines(report), *report.notes):
-        typer.echo(line)
-    print_table(SUMMARY_HEADER, summary_rows(report))
-    if report.latency:
-        print_table(LATENCY_HEADER, latency_rows(report.latency))
-    typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on the terminal; wide enough for all columns where there is none (a log)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)

@@ -31,10 +31,11 @@ from tiny_checkpoint import (
 )
 
 import optin_deploy
-from exporters import ENGINES, check_precision, exporter
-from exporters import job as job_module
+from exporters import ENGINES, check_precision, exporter, measuring
 from exporters.base import Artifact
-from exporters.job import Built, Point, check_engine, export_model, record_samples
+from exporters.building import Built, check_engine
+from exporters.job import export_model, record_samples
+from exporters.measuring import Point
 from optin_deploy.calibration import Batches, read_samples, split
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_dense
@@ -102,13 +103,13 @@ def _token_rows(batches: Batches) -> list[list[int]]:
 
 def test_points_and_threads_reach_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    real = job_module.measure_pair
+    real = measuring.measure_pair
 
     def two_blocks(*openers: Any, **options: Any) -> Any:
         shapes.append(openers[2]["input_ids"].shape)
         return real(*openers, **options, blocks=2)
 
-    monkeypatch.setattr(job_module, "measure_pair", two_blocks)
+    monkeypatch.setattr(measuring, "measure_pair", two_blocks)
     points = (Point(batch=2, seq=12), Point(batch=1))
     report = run_job(tmp_path / "out", text_source(), dense=True, points=points, threads=1)
     assert shapes == [(2, 12), (1, SEQ_LEN)]
@@ -284,8 +285,8 @@ def test_every_engine_of_the_table_follows_the_protocol() -> None:
 
 
 def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = job_module.measure_pair
-    monkeypatch.setattr(job_module, "measure_pair", lambda *args, **options: real(*args, **options, blocks=2))
+    real = measuring.measure_pair
+    monkeypatch.setattr(measuring, "measure_pair", lambda *args, **options: real(*args, **options, blocks=2))
     source = Source(str(vit()), calibration=str(photos()))
     report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2),))
     assert [(m.batch, m.seq_len) for m in report.latency] == [(2, 17)]  # 16 patches and the class token

@@ -1,0 +1,102 @@
+"""What a person sees: progress bars, tables, warnings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from optin_deploy.bench.report import Report
+    from optin_deploy.plan import PruningPlan
+    from optin_deploy.progress import Progress
+
+LOG_WIDTH = 120
+"""Characters a line where the output is no terminal."""
+
+
+def quiet_libraries() -> None:
+    """Silence the bars and reports that transformers prints a load; what matters of them, load_dense says as an error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # read the environment when it was imported
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def stage_bar(title: str) -> Iterator[Progress]:
+    """A progress bar on a terminal; elsewhere one line a stage."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(f"{title} ...", err=True)
+        yield lambda done, total: None
+        return
+    columns = (
+        TextColumn("{task.description:>18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+        whole = bars.tasks[0].total or 1
+        bars.update(bar, completed=whole, total=whole)
+
+
+def warn(text: str) -> None:
+    """A warning, on the error stream."""
+    typer.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def print_plan(plan: PruningPlan) -> None:
+    """What a plan keeps: the share, and the counts a layer."""
+    typer.echo(
+        f"keeps {plan.kept:.1%} of {plan.macs_dense / 1e9:.3f} GMACs at {plan.tokens} tokens "
+        f"({plan.prunable_kept:.1%} of heads and FFN)"
+    )
+    rows = [(str(i), str(len(h)), str(len(n))) for i, (h, n) in enumerate(zip(plan.heads, plan.neurons, strict=True))]
+    print_table(("layer", "heads", "neurons"), rows)
+
+
+def print_report(report: Report, folder: Path) -> None:
+    """What a job found: quality first, then size and latency."""
+    from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, latency_rows, quality_lines, summary_rows
+
+    for line in (*quality_lines(report), *report.notes):
+        typer.echo(line)
+    print_table(SUMMARY_HEADER, summary_rows(report))
+    if report.latency:
+        print_table(LATENCY_HEADER, latency_rows(report.latency))
+    typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on the terminal; wide enough for all columns where there is none (a log)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
