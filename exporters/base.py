@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import nn
 
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import gives_logits
 from optin_deploy.runtimes.base import Runtime
 
 
@@ -55,5 +57,23 @@ class Exporter(Protocol):
         Raises: CannotBuildHere: this machine cannot build the engine; says what to run where.
         """
 
-    def open(self, path: Path, *, threads: int = 0) -> Runtime:
-        """Load an artifact; threads = 0 leaves the engine's default."""
+    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
+        """Load an artifact.
+
+        Args: threads: 0 leaves the engine's default. task: of a dense transformers folder, where that is the artifact.
+        """
+
+
+POOLS = ("mean",)
+
+
+def output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
+    """Names of an exported model's outputs.
+
+    Raises: BadInput: unknown pooling, or pooling of a model with logits.
+    """
+    if pool is not None and pool not in POOLS:
+        raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLS)}.")
+    if gives_logits(model) and pool is not None:
+        raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
+    return ("logits",) if gives_logits(model) else ("last_hidden_state", *(("sentence_embedding",) if pool else ()))

@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 from exporters import check_precision, exporter
-from exporters.base import ExportSpec
+from exporters.base import Exporter, ExportSpec, output_names
 from exporters.building import Built, build, check_engine
-from exporters.measuring import Point, measure
+from exporters.measuring import Point, check_threads, length_of, measure, title_of
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Report, to_markdown
 from optin_deploy.masking import inference
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.quality import compare
 from optin_deploy.rewrite.verify import main_output
-from optin_deploy.search import Budget
+from optin_deploy.scoring import check_scorer
+from optin_deploy.search import Budget, check_search
 from optin_deploy.stages import Prepared, plan_stage, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import write_json, write_tensors, write_text
 from optin_deploy.workspace import Source, Workspace
@@ -56,13 +57,20 @@ def export_model(
         stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
-    target = exporter(engine)
-    spec = ExportSpec(precision=check_precision(target, precision), pool=pool)
-    budget = Budget(flops)
     clock = _Clock(stage)
     with clock("load"):
-        prepared = prepare(source)
-        budget.macs(prepared.cost)
+        target, spec, prepared = ready(
+            source,
+            flops=flops,
+            engine=engine,
+            precision=precision,
+            align=align,
+            allocation=allocation,
+            scorer=scorer,
+            points=points,
+            threads=threads,
+            pool=pool,
+        )
         workspace = Workspace.claim(out, source, force=force)
     with clock("score") as progress:
         score_stage(workspace, prepared, scorer=scorer, seed=source.seed, progress=progress)
@@ -78,10 +86,11 @@ def export_model(
         record_samples(workspace, prepared, pruned.model)
     latency = []
     for point in points if dense and built.is_asked_engine else ():
-        with clock(f"measure {point.batch} x {point.seq or plan.tokens}") as progress:
-            dense_path = built.dense.path if built.dense else Path(source.model)
-            paths = (dense_path, built.pruned.path)
-            latency.append(measure(built.engine, *paths, pruned, point, threads=threads, progress=progress))
+        with clock(title_of(point, plan.tokens)) as progress:
+            paths = (built.dense.path if built.dense else Path(source.model), built.pruned.path)
+            latency.append(
+                measure(built.engine, *paths, pruned, point, threads=threads, task=source.task, progress=progress)
+            )
     report = Report(
         quality=quality,
         params=pruned.report["params"],
@@ -101,7 +110,6 @@ def export_model(
             "plan": plan.hash,
             "layout": plan.layout_hash,
             "dense_weights": prepared.weights_sha256,
-            "calibration": prepared.calibration.fingerprint,
             **built.hashes(),
         },
         seconds=clock.seconds,
@@ -114,6 +122,7 @@ def export_model(
             "allocation": allocation,
             "scorer": scorer,
             "compensation": compensation,
+            "calibration_fingerprint": prepared.calibration.fingerprint,
         },
         notes=_notes(source, built),
     )
@@ -126,7 +135,8 @@ def export_model(
 
 def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) -> None:
     """Keep 8 held-out inputs with the outputs of both models, for parity on the target."""
-    batch = {name: rows[:RECORDED] for name, rows in prepared.held_out.batches[-1].items()}
+    largest = max(prepared.held_out.batches, key=lambda batch: len(next(iter(batch.values()))))
+    batch = {name: rows[:RECORDED] for name, rows in largest.items()}
     tensors = {f"input.{name}": rows for name, rows in batch.items()}
     for name, model in (("dense", prepared.loaded.model), ("pruned", pruned)):
         with inference(model), torch.inference_mode():
@@ -134,23 +144,48 @@ def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) 
     write_tensors(workspace.root / "samples.safetensors", tensors)
 
 
-def describe_job(
-    source: Source, out: Path, *, flops: float, engine: str, precision: str | None, force: bool
-) -> list[str]:
-    """What `export_model` would do, after the same checks; writes nothing."""
+def ready(
+    source: Source,
+    *,
+    flops: float = 0.6,
+    engine: str = "onnx",
+    precision: str | None = None,
+    align: int = 16,
+    allocation: str = "uniform",
+    scorer: str = "sketch",
+    points: Sequence[Point] = (),
+    threads: int = 0,
+    pool: str | None = None,
+) -> tuple[Exporter, ExportSpec, Prepared]:
+    """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
+
+    Raises: BadInput and its kinds.
+    """
     target = exporter(engine)
-    chosen = check_precision(target, precision)
+    spec = ExportSpec(check_precision(target, precision), pool)
     budget = Budget(flops)
+    check_search(align, allocation)
+    check_scorer(scorer)
+    check_threads(threads)
     prepared = prepare(source)
-    limit = budget.macs(prepared.cost)
-    Workspace.check(out, force=force)
+    budget.macs(prepared.cost)
+    output_names(prepared.loaded.model, pool)
+    for point in points:
+        length_of(point, prepared.loaded.model, prepared.cost.tokens)
+    return target, spec, prepared
+
+
+def describe(prepared: Prepared, *, flops: float, artifact: Path) -> list[str]:
+    """What a job would do, line by line."""
     layers = prepared.layout.layers
+    limit = Budget(flops).macs(prepared.cost)
+    model = f"{prepared.layout.model_class}, {prepared.loaded.task}, {len(layers)} layers"
     return [
-        f"model        {source.model}: {prepared.layout.model_class}, {prepared.loaded.task}, {len(layers)} layers",
+        f"model        {prepared.source.model}: {model}",
         f"units        {sum(x.heads for x in layers)} heads, {sum(x.neurons for x in layers)} neurons",
         f"calibration  {len(prepared.calibration)} samples, {len(prepared.held_out)} held out",
         f"budget       {limit / 1e9:.4f} of {prepared.cost.dense / 1e9:.4f} GMACs at {prepared.cost.tokens} tokens",
-        f"engine       {engine} {chosen}: {out / target.file_names[0]}",
+        f"writes       {artifact}",
         "dry run: nothing was written",
     ]
 

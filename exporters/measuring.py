@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from exporters import exporter
 from exporters.base import Exporter
 from optin_deploy.bench.environment import environment
@@ -13,7 +15,7 @@ from optin_deploy.bench.report import Measurement
 from optin_deploy.bench.timing import measure_pair
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import example_inputs
+from optin_deploy.inputs import check_seq_len, example_inputs, input_names
 from optin_deploy.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.storage import write_json
@@ -37,13 +39,17 @@ def measure(
     point: Point,
     *,
     threads: int = 0,
+    task: str | None = None,
     progress: Progress = silent,
 ) -> Measurement:
-    """Interleaved A/B timing of two artifacts of an engine on the same random inputs without padding."""
-    seq_len = point.seq or pruned.plan.tokens
+    """Interleaved A/B timing of two artifacts of an engine on the same random inputs without padding.
+
+    Args: task: of the dense model, where the engine runs its own folder.
+    """
+    seq_len = length_of(point, pruned.model, pruned.plan.tokens)
     feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
     timing = measure_pair(
-        lambda: target.open(dense, threads=threads),
+        lambda: target.open(dense, threads=threads, task=task),
         lambda: target.open(smaller, threads=threads),
         feeds,
         on_block=progress,
@@ -58,11 +64,43 @@ def measure(
     )
 
 
+def length_of(point: Point, model: nn.Module, tokens: int) -> int:
+    """Tokens a sample at a point; images have the model's own number.
+
+    Raises: BadInput: longer than the position table.
+    """
+    if input_names(model) == ("pixel_values",) or point.seq is None:
+        return tokens
+    check_seq_len(model.config, point.seq)
+    return point.seq
+
+
+def parse_point(text: str) -> Point:
+    """Read `batch=8,seq=128`.
+
+    Raises: BadInput.
+    """
+    try:
+        values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
+        if not values or set(values) - {"batch", "seq"} or min(values.values()) < 1:
+            raise ValueError(text)
+    except ValueError as err:
+        raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
+    return Point(**values)
+
+
 def bench_folder(
-    folder: Path, *, engine: str, points: Sequence[Point], threads: int, stage: Stage = silent_stage
+    folder: Path,
+    *,
+    engine: str,
+    points: Sequence[Point],
+    threads: int = 0,
+    dry_run: bool = False,
+    stage: Stage = silent_stage,
 ) -> list[Measurement]:
     """Measure the artifacts in an output folder; raw samples go to measurements.json.
 
+    Args: dry_run: only check that it could be done.
     Raises: BadInput: an artifact is missing.
     """
     target = exporter(engine)
@@ -73,10 +111,31 @@ def bench_folder(
     for path in (dense, folder / name):
         if not path.exists():
             raise BadInput(f"{path} does not exist. Make it with `optin build {folder} --engine {engine}`.")
-    measured = []
     for point in points:
-        with stage(f"measure batch {point.batch}") as progress:
-            measured.append(measure(target, dense, folder / name, pruned, point, threads=threads, progress=progress))
-    rows = [m.to_json() for m in measured]
-    write_json(folder / "measurements.json", {"schema_version": 1, "latency": rows, "environment": environment()})
+        length_of(point, pruned.model, pruned.plan.tokens)
+    check_threads(threads)
+    measured: list[Measurement] = []
+    for point in () if dry_run else points:
+        with stage(title_of(point, pruned.plan.tokens)) as progress:
+            paths = (dense, folder / name)
+            measured.append(
+                measure(target, *paths, pruned, point, threads=threads, task=source.task, progress=progress)
+            )
+    if not dry_run:
+        rows = [m.to_json() for m in measured]
+        write_json(folder / "measurements.json", {"schema_version": 1, "latency": rows, "environment": environment()})
     return measured
+
+
+def title_of(point: Point, tokens: int) -> str:
+    """How a measurement is called on the screen and in the report's seconds."""
+    return f"measure {point.batch} x {point.seq or tokens}"
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a negative number of threads.
+
+    Raises: BadInput.
+    """
+    if threads < 0:
+        raise BadInput(f"--threads {threads}: give 0 (the engine's default) or a positive number.")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.base import Artifact, ExportSpec
+from exporters.base import Artifact, ExportSpec, output_names
 from optin_deploy.cost.macs import eager_attention
-from optin_deploy.errors import BadInput, RefusedRewrite
-from optin_deploy.inputs import example_inputs, gives_logits, input_names
+from optin_deploy.errors import RefusedRewrite
+from optin_deploy.inputs import example_inputs, input_names
 from optin_deploy.masking import inference
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -24,9 +24,10 @@ from optin_deploy.storage import atomic_file, sha256_file, sha256_json, sha256_t
 
 OPSET = 20
 """Below 23, whose fp32 Attention node TensorRT does not build; Gelu is one node from 20 on."""
+PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
+"""What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
-POOLS = ("mean",)
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
 """Sizes of the traced example; neither is 1, which torch would take for a constant."""
 SINGLE_FILE_BYTES = 2**31 - 2**26
@@ -68,12 +69,14 @@ class OnnxExporter:
         """
         import onnx
 
-        key = sha256_json([sha256_tensors(model.state_dict()), spec.pool, OPSET, version("torch")])
+        made_by = [version(name) for name in PACKAGES]
+        settings = [type(model).__name__, config_json(model), spec.pool, OPSET, made_by]
+        key = sha256_json([sha256_tensors(model.state_dict()), *settings])
         finished = self._read(out)
         if finished is not None and finished[1] == key:
             return finished[0]
         names = input_names(model)
-        outputs = _output_names(model, spec.pool)
+        outputs = output_names(model, spec.pool)
         if sum(p.numel() * p.element_size() for p in model.parameters()) > SINGLE_FILE_BYTES:
             raise RefusedRewrite("the weights exceed 2 GiB, more than one ONNX file holds.")
         example = example_inputs(model, batch=EXAMPLE_BATCH, seq_len=EXAMPLE_LENGTH)
@@ -115,22 +118,19 @@ class OnnxExporter:
             outputs=tuple(o.name for o in proto.graph.output),
             sha256=sha256_file(path),
             size_bytes=path.stat().st_size,
-            versions={name: version(name) for name in ("torch", "onnx", "onnxscript", "transformers")},
+            versions={name: version(name) for name in PACKAGES},
         )
         return artifact, {p.key: p.value for p in proto.metadata_props}.get(KEY, "")
 
-    def open(self, path: Path, *, threads: int = 0) -> Runtime:
+    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
         """ONNX Runtime on the CPU."""
         return OrtRuntime(path, threads=threads)
 
 
-def _output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
-    if pool is not None and pool not in POOLS:
-        raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLS)}.")
-    has_logits = gives_logits(model)
-    if has_logits and pool is not None:
-        raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
-    return ("logits",) if has_logits else ("last_hidden_state", *(("sentence_embedding",) if pool else ()))
+def config_json(model: nn.Module) -> str:
+    """The settings that the graph depends on beside the weights: activation, epsilons, number of heads."""
+    config: Any = model.config
+    return str(config.to_json_string(use_diff=False))
 
 
 def _dynamic(example: Tensor) -> dict[int, Any]:

@@ -60,7 +60,7 @@ class TensorRTExporter:
             out, self.engine, precision, (), (), sha256_file(out), len(plan), {"tensorrt": version("tensorrt")}
         )
 
-    def open(self, path: Path, *, threads: int = 0) -> Runtime:
+    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
         """Raises: CannotBuildHere: no TensorRT runtime in this version."""
         raise CannotBuildHere(f"{path}: this version builds TensorRT plans but does not run them; use trtexec.")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec
-from optin_deploy.inputs import gives_logits, input_names
+from exporters.base import Artifact, ExportSpec, output_names
+from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
 from optin_deploy.pruned import MANIFEST, load
 from optin_deploy.runtimes.base import Runtime
@@ -32,13 +32,13 @@ class TorchExporter:
             engine=self.engine,
             precision=self.precisions[0],
             inputs=input_names(model),
-            outputs=("logits" if gives_logits(model) else "last_hidden_state",),
+            outputs=output_names(model, spec.pool),
             sha256=sha256_file(weights),
             size_bytes=weights.stat().st_size,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
 
-    def open(self, path: Path, *, threads: int = 0) -> Runtime:
+    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
         """A pruned or dense transformers model."""
         pruned = any((folder / MANIFEST).is_file() for folder in (path, path / "model"))
-        return TorchRuntime(load(path) if pruned else load_dense(str(path)).model, threads=threads)
+        return TorchRuntime(load(path) if pruned else load_dense(str(path), task).model, threads=threads)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
-from optin_deploy.errors import EXIT_CODES, BadInput, CannotBuildHere, OptinError
+from optin_deploy.errors import EXIT_CODES, CannotBuildHere, OptinError
 from optin_deploy.terminal import print_plan, print_report, print_table, quiet_libraries, stage_bar, warn
-
-if TYPE_CHECKING:
-    from exporters.measuring import Point
 
 app = typer.Typer(
     name="optin",
@@ -54,6 +50,9 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that o
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
 
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""Base of all errors of the command line itself; typer brings its own copy of click or uses the installed one."""
+
 EXPORT_EXAMPLES = """
 Examples:
 
@@ -92,43 +91,35 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    from exporters.job import describe_job, export_model
-    from optin_deploy.workspace import Source
+    from exporters import exporter
+    from exporters.job import describe, export_model, ready
+    from exporters.measuring import Point, parse_point
+    from optin_deploy.workspace import Source, Workspace
 
-    source = Source(
-        model,
-        task,
-        None if calibration is None else str(calibration),
-        text_column,
-        label_column,
-        seq_len,
-        samples,
-        seed,
-    )
+    data = None if calibration is None else str(calibration)
+    source = Source(model, task, data, text_column, label_column, seq_len, samples, seed)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{flops:g}")
+    options: dict[str, Any] = {
+        "flops": flops,
+        "engine": engine,
+        "precision": precision,
+        "align": align,
+        "allocation": allocation,
+        "scorer": scorer,
+        "points": [parse_point(text) for text in at] if at else [Point()],
+        "threads": threads,
+        "pool": pool,
+    }
     if dry_run:
-        for line in describe_job(source, folder, flops=flops, engine=engine, precision=precision, force=force):
-            typer.echo(line)
+        Workspace.check(folder, force=force)
+        _, _, prepared = ready(source, **options)
+        _echo(describe(prepared, flops=flops, artifact=folder / exporter(engine).file_names[0]))
         return
     if calibration is None:
         warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
     try:
         report = export_model(
-            source,
-            folder,
-            flops=flops,
-            engine=engine,
-            precision=precision,
-            align=align,
-            allocation=allocation,
-            scorer=scorer,
-            compensation=compensation,
-            points=_points(at),
-            threads=threads,
-            pool=pool,
-            dense=dense,
-            force=force,
-            stage=stage_bar,
+            source, folder, **options, compensation=compensation, dense=dense, force=force, stage=stage_bar
         )
     except CannotBuildHere as err:
         if not prepare_only:
@@ -154,25 +145,19 @@ def score(
     dry_run: DryRun = False,
 ) -> None:
     """Score every head and neuron of MODEL; writes scores.safetensors and scores.json."""
-    from exporters.job import describe_job
-    from optin_deploy.stages import prepare, score_stage
+    from exporters.job import describe, ready
+    from optin_deploy.stages import score_stage
     from optin_deploy.workspace import Source, Workspace
 
-    source = Source(
-        model,
-        task,
-        None if calibration is None else str(calibration),
-        text_column,
-        label_column,
-        seq_len,
-        samples,
-        seed,
-    )
+    data = None if calibration is None else str(calibration)
+    source = Source(model, task, data, text_column, label_column, seq_len, samples, seed)
+    Workspace.check(out, force=force)
+    _, _, prepared = ready(source, flops=1.0, scorer=scorer)
     if dry_run:
-        for line in describe_job(source, out, flops=1.0, engine="torch", precision=None, force=force):
-            typer.echo(line)
+        _echo(describe(prepared, flops=1.0, artifact=out / "scores.safetensors"))
         return
-    prepared = prepare(source)
+    if calibration is None:
+        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
     workspace = Workspace.claim(out, source, force=force)
     with stage_bar("score") as progress:
         reused = score_stage(workspace, prepared, scorer=scorer, seed=seed, progress=progress)
@@ -228,11 +213,11 @@ def build(
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from exporters.building import build_folder
 
-    if dry_run:
+    with stage_bar("export"):
+        built = build_folder(folder, engine=engine, precision=precision, pool=pool, dense=dense, dry_run=dry_run)
+    if built is None:
         typer.echo(f"would export {folder / 'model'} to engine {engine}")
         return
-    with stage_bar("export"):
-        built = build_folder(folder, engine=engine, precision=precision, pool=pool, dense=dense)
     for artifact in built.artifacts().values():
         typer.echo(f"{artifact.path}  {artifact.size_bytes / 2**20:.1f} MiB  sha256 {artifact.sha256[:12]}")
     if built.problem is not None:
@@ -242,12 +227,18 @@ def build(
 
 
 @app.command(epilog="Example:\n\n    optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2")
-def bench(folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threads = 0) -> None:
+def bench(
+    folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threads = 0, dry_run: DryRun = False
+) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.measuring import bench_folder
+    from exporters.measuring import Point, bench_folder, parse_point
     from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
-    measured = bench_folder(folder, engine=engine, points=_points(at), threads=threads, stage=stage_bar)
+    points = [parse_point(text) for text in at] if at else [Point()]
+    measured = bench_folder(folder, engine=engine, points=points, threads=threads, dry_run=dry_run, stage=stage_bar)
+    if dry_run:
+        typer.echo(f"would measure {len(points)} points on engine {engine}")
+        return
     print_table(LATENCY_HEADER, latency_rows(measured))
 
 
@@ -287,27 +278,14 @@ def _run(program: Callable[..., object]) -> int:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
         typer.echo(str(err), err=True)
         return err.exit_code
-    except click.ClickException as err:
+    except USAGE_ERROR as err:
         err.show()
-        return err.exit_code
-    except (KeyboardInterrupt, click.Abort):
+        return int(err.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
         return 130
 
 
-def _points(at: list[str] | None) -> tuple[Point, ...]:
-    from exporters.measuring import Point
-
-    return tuple(_point(text) for text in at) if at else (Point(),)
-
-
-def _point(text: str) -> Point:
-    from exporters.measuring import Point
-
-    try:
-        values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
-        if not values or set(values) - {"batch", "seq"} or min(values.values()) < 1:
-            raise ValueError(text)
-    except ValueError as err:
-        raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
-    return Point(**values)
+def _echo(lines: Sequence[str]) -> None:
+    for line in lines:
+        typer.echo(line)

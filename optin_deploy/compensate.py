@@ -177,7 +177,9 @@ class _Moments:
             return self.xy, mean_y
         covariance = self.xx / count - torch.outer(mean_x, mean_x)
         cross = self.xy / count - torch.outer(mean_x, mean_y)
-        spread = covariance.diagonal().mean().clamp(min=1e-12)
+        # Inputs that hardly vary leave rounding noise alone; the ridge stays well above it.
+        noise = 1e-8 * self.xx.diagonal().mean() / count
+        spread = covariance.diagonal().mean().clamp(min=max(float(noise), 1e-30))
         covariance.diagonal().add_(ridge * spread)
         coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
         return coefficients, mean_y - mean_x @ coefficients

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optin_deploy.errors import BadInput
+from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
 
@@ -16,6 +17,8 @@ SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class Branch:
     """One residual branch: inputs projections -> units -> output projection, added to a residual tensor."""
+
+    __pydantic_config__ = STORED
 
     inputs: tuple[str, ...]
     """Module paths of the projections that make the units: q, k, v, or FFN up (and gate)."""
@@ -38,6 +41,8 @@ class Branch:
 @dataclass(frozen=True)
 class LayerSpec:
     """One block: an attention branch and a feed-forward branch."""
+
+    __pydantic_config__ = STORED
 
     path: str
     """Module path of the block; its output is the feature the trajectory looks at."""
@@ -68,6 +73,8 @@ class LayerSpec:
 class ModelLayout:
     """All layers of one model, in the order they run."""
 
+    __pydantic_config__ = STORED
+
     arch: str
     """Name of the architecture row."""
     model_class: str
@@ -96,15 +103,4 @@ class ModelLayout:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        try:
-            layers = tuple(
-                LayerSpec(**{**layer, "attention": _branch(layer["attention"]), "ffn": _branch(layer["ffn"])})
-                for layer in data["layers"]
-            )
-            return cls(**{**data, "layers": layers})
-        except (KeyError, TypeError) as err:
-            raise BadInput(f"layout: not a layout of optin-deploy ({err}). Write it again with `optin score`.") from err
-
-
-def _branch(data: Mapping[str, Any]) -> Branch:
-    return Branch(**{**data, "inputs": tuple(data["inputs"])})
+        return validated(cls, data, "layout: not a layout.json of optin-deploy, write it again with `optin score`")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from optin_deploy.errors import BadInput
@@ -58,7 +59,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
         model, info = auto.from_pretrained(
             name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         if isinstance(err, BadInput):
             raise
         raise BadInput(f"model {name} cannot be loaded: {_first_line(err)}") from err

@@ -155,14 +155,21 @@ def _tensor(output: Any) -> Tensor:
     return first
 
 
-def check_finite(recording: Recording) -> None:
-    """Name the first module whose recorded output holds NaN or infinity.
+def check_finite(model: nn.Module, batch: Batch, values: Iterable[Tensor]) -> None:
+    """Refuse values that hold NaN or infinity; `values` came from this model on this batch.
 
-    Raises: NonFiniteActivation.
+    Raises: NonFiniteActivation: names the first module that puts one out.
     """
-    for path, output in recording.outputs.items():
-        if not bool(torch.isfinite(output).all()):
-            raise NonFiniteActivation(
-                f"{path} put out NaN or infinity on the calibration data. Check the weights and the data; a model "
-                "stored in half precision may overflow: load it in float32."
-            )
+    if all(bool(torch.isfinite(value).all()) for value in values):
+        return
+    leaves = [path for path, module in model.named_modules() if not list(module.children())]
+    with recorded(model, outputs=leaves) as recording:
+        model(**batch)
+    # Outputs are kept in the order in which the modules ran.
+    first = next(
+        (path for path, value in recording.outputs.items() if not bool(torch.isfinite(value).all())), "a layer"
+    )
+    raise NonFiniteActivation(
+        f"{first} put out NaN or infinity on the calibration data. Check the weights and the data; a model "
+        "stored in half precision may overflow: load it in float32."
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
+from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
 Keep = tuple[tuple[bool, ...], ...]
@@ -19,6 +20,8 @@ Keep = tuple[tuple[bool, ...], ...]
 @dataclass(frozen=True)
 class Masks:
     """Keep-masks of all layers."""
+
+    __pydantic_config__ = STORED
 
     heads: Keep
     neurons: Keep
@@ -51,15 +54,19 @@ class Masks:
 
         Raises: BadInput: not masks of this version.
         """
+        what = "masks: not a masks.json of optin-deploy, write it with `optin plan`"
         try:
-            return cls(**{**data, "heads": _bits(data["heads"]), "neurons": _bits(data["neurons"])})
+            bits = {name: _bits(data[name]) for name in ("heads", "neurons")}
         except (KeyError, TypeError, ValueError) as err:
-            raise BadInput(f"masks: not a masks.json of optin-deploy ({err}). Write it with `optin plan`.") from err
+            raise BadInput(f"{what}: {err}") from err
+        return validated(cls, {**{k: v for k, v in data.items() if k != "settings"}, **bits}, what)
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """Which heads and neurons of each layer stay, and what that costs."""
+
+    __pydantic_config__ = STORED
 
     heads: tuple[tuple[int, ...], ...]
     """Kept head indices a layer, ascending."""
@@ -78,6 +85,11 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         _check_version("plan", self.schema_version)
+        if not 0 <= self.macs_fixed <= self.macs_pruned <= self.macs_dense or self.macs_fixed == self.macs_dense:
+            raise BadInput(
+                f"plan: MACs must be fixed <= pruned <= dense, with something to cut: {self.macs_fixed}, "
+                f"{self.macs_pruned}, {self.macs_dense}."
+            )
         for name, layers in (("heads", self.heads), ("neurons", self.neurons)):
             for i, kept in enumerate(layers):
                 if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
@@ -135,11 +147,7 @@ class PruningPlan:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        try:
-            heads, neurons = (tuple(tuple(map(int, kept)) for kept in data[k]) for k in ("heads", "neurons"))
-            return cls(**{**data, "heads": heads, "neurons": neurons})
-        except (KeyError, TypeError, ValueError) as err:
-            raise BadInput(f"plan: not a plan.json of optin-deploy ({err}). Write it with `optin plan`.") from err
+        return validated(cls, data, "plan: not a plan.json of optin-deploy, write it with `optin plan`")
 
 
 def _mask(kept: tuple[int, ...], units: int) -> tuple[bool, ...]:

@@ -75,6 +75,11 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     if (folder / "model" / MANIFEST).is_file():
         folder = folder / "model"
     manifest = read_json(folder / MANIFEST, f"{folder} is not a pruned model. {REWRITE_HINT}")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise BadInput(
+            f"{folder / MANIFEST}: schema_version {manifest.get('schema_version')}; this version of optin-deploy reads "
+            f"{SCHEMA_VERSION}. {REWRITE_HINT}"
+        )
     layout = ModelLayout.from_json(read_json(folder / "layout.json", REWRITE_HINT))
     plan = PruningPlan.from_json(read_json(folder / "plan.json", REWRITE_HINT))
     plan.check(layout)
@@ -84,13 +89,19 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     model = _empty(folder, layout)
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in tensors):
         model.pooler = None
-    smaller = rewrite_torch(model, layout, plan)
     try:
-        smaller.load_state_dict(tensors)
+        smaller = rewrite_torch(model, layout, plan)
+    except (AttributeError, AssertionError, IndexError) as err:
+        raise PlanMismatch(f"{folder}/config.json does not fit its layout: {_problem(err)}. {REWRITE_HINT}") from err
+    try:
+        # Assigned, so that half-precision weights stay half; copied, because the file's tensors are not aligned.
+        smaller.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     except RuntimeError as err:
         raise PlanMismatch(
             f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}"
         ) from err
+    if manifest.get("weights_sha256") != sha256_file(folder / "model.safetensors"):
+        raise PlanMismatch(f"{folder}/model.safetensors is not the file that was saved here. {REWRITE_HINT}")
     return PrunedModel(smaller.eval(), plan, layout, manifest.get("report", {}))
 
 
@@ -112,9 +123,9 @@ def _empty(folder: Path, layout: ModelLayout) -> Any:
         )
     try:
         return found(transformers.AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise BadInput(f"{folder}/config.json cannot be used ({err}). {REWRITE_HINT}") from err
 
 
-def _problem(err: RuntimeError) -> str:
+def _problem(err: Exception) -> str:
     return " ".join(str(err).split())[:300]

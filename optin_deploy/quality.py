@@ -51,7 +51,7 @@ def compare(dense: nn.Module, pruned: nn.Module, held_out: Batches) -> Quality:
         return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
     if any(label is None for label in held_out.labels):
         return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
-    labels = torch.tensor([_class_index(label, dense.config) for label in held_out.labels])
+    labels = torch.tensor([_class_index(label, dense.config) for label in held_out.labels if label is not None])
     return Quality("accuracy", _accuracy(before, labels), _accuracy(after, labels), rows)
 
 
@@ -59,9 +59,21 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).float().mean())
 
 
-def _class_index(label: str | int | None, config: Any) -> int:
-    index = label if isinstance(label, int) else config.label2id.get(label)
-    if index is None or not 0 <= index < config.num_labels:
-        known = ", ".join(map(str, list(config.label2id)[:10]))
+def check_labels(batches: Batches, model: nn.Module) -> None:
+    """Refuse labels that a classifier does not know, before the long work.
+
+    Raises: BadInput.
+    """
+    if gives_logits(model):
+        for label in batches.labels:
+            if label is not None:
+                _class_index(label, model.config)
+
+
+def _class_index(label: str | int, config: Any) -> int:
+    names = {str(name): int(index) for index, name in config.id2label.items()}
+    index = names.get(str(label), label)  # a name first: classes may be named by numbers
+    if not isinstance(index, int) or not 0 <= index < config.num_labels:
+        known = ", ".join(list(names)[:10])
         raise BadInput(f"label {label!r} is not one of the model's ({known}; or 0 to {config.num_labels - 1}).")
-    return int(index)
+    return index

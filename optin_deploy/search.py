@@ -14,6 +14,8 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
+ROUNDING = 1e-6
+"""MACs: 0.29 * 100 is 28.999999999999996 in floating point."""
 ALLOCATIONS = ("uniform", "paper")
 
 
@@ -34,7 +36,7 @@ class Budget:
 
         Raises: InfeasibleBudget: below what the unprunable layers cost.
         """
-        limit = math.floor(self.limit * cost.dense) if self.relative else int(self.limit)
+        limit = math.floor(self.limit * cost.dense + ROUNDING) if self.relative else int(self.limit)
         if limit < cost.fixed:
             least = math.ceil(100 * cost.fixed / cost.dense) / 100
             raise InfeasibleBudget(
@@ -57,10 +59,7 @@ def search(
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput, InfeasibleBudget.
     """
-    if allocation not in ALLOCATIONS:
-        raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
-    if align < 1:
-        raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
+    check_search(align, allocation)
     scores.check(layout)
     heads = [_Ranked(s.numpy(), 1, c) for s, c in zip(scores.heads, cost.head, strict=True)]
     neurons = [_Ranked(s.numpy(), align, c) for s, c in zip(scores.neurons, cost.neuron, strict=True)]
@@ -71,6 +70,17 @@ def search(
         tuple(x.keep(kept_neurons.count(i)) for i, x in enumerate(neurons)),
         layout.hash,
     )
+
+
+def check_search(align: int, allocation: str) -> None:
+    """Refuse impossible options.
+
+    Raises: BadInput.
+    """
+    if allocation not in ALLOCATIONS:
+        raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
+    if align < 1:
+        raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
 
 
 class _Ranked:
@@ -96,11 +106,12 @@ Step = tuple[list[int], float, int]
 
 def _by_score(layers: Sequence[_Ranked]) -> list[Step]:
     """One group at a time, best score per cost first, over all layers (inside a layer always best first)."""
-    groups = [
-        (-value / cost, index, position, value, cost)
-        for index, layer in enumerate(layers)
-        for position, (value, cost) in enumerate(zip(layer.values, layer.costs, strict=True))
-    ]
+    groups = []
+    for index, layer in enumerate(layers):
+        # Best first inside a layer holds for sums too, but for rounding: a later group must not come before.
+        worth = np.minimum.accumulate(layer.values / layer.costs)
+        for position, rank in enumerate(worth):
+            groups.append((-rank, index, position, layer.values[position], layer.costs[position]))
     return [([index], float(value), int(cost)) for _, index, _, value, cost in sorted(groups, key=lambda g: g[:3])]
 
 
@@ -125,7 +136,7 @@ def _best_pair(heads: list[Step], neurons: list[Step], limit: int) -> tuple[list
     neuron_value, neuron_cost = _running(neurons)
     affordable = np.searchsorted(neuron_cost, limit - head_cost, side="right") - 1  # neuron steps beside h head steps
     total = np.where(head_cost <= limit, head_value + neuron_value[np.maximum(affordable, 0)], -np.inf)
-    best = int(total.argmax())
+    best = len(total) - 1 - int(total[::-1].argmax())  # of equal totals the one with most heads: they cost nothing more
     return (
         [layer for step in heads[:best] for layer in step[0]],
         [layer for step in neurons[: affordable[best]] for layer in step[0]],

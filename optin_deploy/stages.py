@@ -20,6 +20,7 @@ from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
+from optin_deploy.quality import check_labels
 from optin_deploy.scoring import score
 from optin_deploy.search import Budget, make_plan, search
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
@@ -63,6 +64,8 @@ def prepare(source: Source) -> Prepared:
         samples = read_samples(path, text_column=source.text_column, label_column=source.label_column)
     parts = split(samples, samples_limit=source.samples, seed=source.seed)
     calibration, held_out = (_batches(loaded, part, source.seq_len) for part in parts)
+    for batches in (calibration, held_out):
+        check_labels(batches, loaded.model)
     cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
     return Prepared(source, loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
 

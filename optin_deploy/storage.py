@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,9 +56,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             with written.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.chmod(0o755)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
+        try:
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.replace(path)  # the exchange failed half-way: the old folder comes back
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -88,7 +92,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         raise BadInput(f"{path} is {path.stat().st_size} bytes; at most {JSON_LIMIT_BYTES} are read. {hint}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:  # not JSON, not UTF-8, or nested and long beyond what Python holds
         raise BadInput(f"{path} is not JSON ({err}). {hint}") from err
     if not isinstance(data, dict):
         raise BadInput(f"{path} holds a {type(data).__name__}, not an object. {hint}")
@@ -112,6 +116,12 @@ def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as err:
         raise BadInput(f"{path} is truncated or not a safetensors file ({err}). {hint}") from err
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_tensors` could read."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,7 @@ LOG_WIDTH = 120
 
 
 def quiet_libraries() -> None:
-    """Silence the bars and reports that transformers prints a load; what matters of them, load_dense says as an error."""
+    """Silence the bars and reports that transformers prints a load; what matters in them, load_dense says itself."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:  # read the environment when it was imported

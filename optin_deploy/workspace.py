@@ -15,7 +15,8 @@ from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
-from optin_deploy.storage import read_json, read_tensors, write_json, write_tensors
+from optin_deploy.storage import read_json, read_metadata, read_tensors, write_json, write_tensors
+from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
@@ -25,6 +26,8 @@ PLAN_HINT = "Write it with `optin plan DIR`."
 @dataclass(frozen=True)
 class Source:
     """What a job starts from; every later stage reads it, so that commands need only the folder."""
+
+    __pydantic_config__ = STORED
 
     model: str
     """Folder or hub id of the dense model."""
@@ -86,15 +89,13 @@ class Workspace:
         data = read_json(self.source_path, f"{self.root} is not an output folder. {SCORE_HINT}")
         if data.pop("schema_version", None) != SCHEMA_VERSION:
             raise BadInput(f"{self.source_path}: this version reads schema_version {SCHEMA_VERSION}. {SCORE_HINT}")
-        try:
-            return Source(**data)
-        except TypeError as err:
-            raise BadInput(f"{self.source_path} is not of this version ({err}). {SCORE_HINT}") from err
+        return validated(Source, data, f"{self.source_path}: not of this version")
 
     def write_scores(self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str) -> None:
         """Store scores, and with them what planning needs: layout and cost."""
         tensors = {f"{kind}.{i}": t for kind in ("heads", "neurons") for i, t in enumerate(getattr(scores, kind))}
-        write_tensors(self.root / "scores.safetensors", tensors, {"layout_hash": scores.layout_hash, "key": key})
+        about = {"schema_version": str(scores.schema_version), "layout_hash": scores.layout_hash, "key": key}
+        write_tensors(self.root / "scores.safetensors", tensors, about)
         write_json(
             self.root / "scores.json",
             {
@@ -115,21 +116,23 @@ class Workspace:
         """
         data = read_json(self.root / "scores.json", SCORE_HINT)
         tensors = read_tensors(self.root / "scores.safetensors", SCORE_HINT)
+        metadata = read_metadata(self.root / "scores.safetensors")
         try:
-            layout = ModelLayout.from_json(data["layout"])
-            cost = MacCost.from_json(data["cost"])
+            layout, cost = ModelLayout.from_json(data["layout"]), MacCost.from_json(data["cost"])
             count = range(len(layout.layers))
             scores = Scores(
                 tuple(tensors[f"heads.{i}"].to(torch.float64) for i in count),
                 tuple(tensors[f"neurons.{i}"].to(torch.float64) for i in count),
-                data["layout_hash"],
+                str(data["layout_hash"]),
                 data["provenance"],
                 data["schema_version"],
             )
-            key: str = data["key"]
+            key = str(data["key"])
         except (KeyError, TypeError) as err:
             raise BadInput(f"{self.root}/scores.json is not of this version ({err!r}). {SCORE_HINT}") from err
         scores.check(layout)
+        if len(cost.head) != len(layout.layers) or metadata.get("key") != key:
+            raise BadInput(f"scores.json and scores.safetensors in {self.root} are of different runs. {SCORE_HINT}")
         return scores, layout, cost, key
 
     def has_scores(self, key: str) -> bool:

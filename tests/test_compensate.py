@@ -150,49 +150,59 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
     assert float(np.abs(wanted_bias - bias).max()) > 1e-2, "there was something to solve"
 
 
-def residual_gaps(model: nn.Module, family: Family, batches: list[Batch], student: nn.Module) -> tuple[list, list]:
-    """Of layer 0's FFN: kept inputs of the student, and x + s (W a + b) - x' of the dense model; real tokens."""
-    path, residual = {
-        BERT: ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.0.intermediate"),
-        VIT: ("vit.layers.0.mlp.fc2", "vit.layers.0.layernorm_after"),
-        DINOV2: ("encoder.layer.0.mlp.fc2", "encoder.layer.0.norm2"),
-    }[family]
+FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2"}
+
+
+def inputs_and_target(
+    model: nn.Module, student: nn.Module, family: Family, batches: list[Batch], layer: int, kind: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of one sub-layer, per sample: the student's projection inputs, and W a + b + (x - x') / s; real tokens."""
+    path, block = family.columns(layer, kind, 0)[0], f"{family.blocks}.{layer}"
+    residual = block if kind == "heads" else f"{block}.{FFN_RESIDUAL[family]}"
     a, a_student = (projection_inputs(m, path, batches) for m in (model, student))
     x, x_student = (projection_inputs(m, residual, batches) for m in (model, student))
-    assert float(np.abs(np.concatenate(x) - np.concatenate(x_student)).max()) > 0.1, "the streams differ"
     projection = model.get_submodule(path)
     weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
     scale = np.ones(HIDDEN)
     if family is DINOV2:
-        scale = model.get_parameter("encoder.layer.0.layer_scale2.lambda1").detach().numpy()
+        number = 1 if kind == "heads" else 2
+        scale = model.get_parameter(f"{block}.layer_scale{number}.lambda1").detach().numpy()
     target = [v @ weight.T + bias + (r - q) / scale for v, r, q in zip(a, x, x_student, strict=True)]
+    if (layer, kind) != (0, "heads"):
+        assert float(np.abs(np.concatenate(x) - np.concatenate(x_student)).max()) > 0.05, "the streams differ"
     return a_student, target
 
 
-def test_the_second_sub_layer_aims_at_the_dense_stream_over_the_pruned_one(
-    case: Case, monkeypatch: pytest.MonkeyPatch
+def set_columns(student: nn.Module, found: dict[str, Tensor], path: str, columns: list[int]) -> None:
+    """Give the student the solution of one projection, cut columns zero."""
+    with torch.no_grad():
+        projection = student.get_submodule(path)
+        projection.weight.zero_()
+        projection.weight[:, columns] = found[f"{path}.weight"][:, columns]
+        projection.bias.copy_(found[f"{path}.bias"])
+
+
+@pytest.mark.parametrize("name", [*CASES, "bert, 3 layers"])
+def test_every_sub_layer_aims_at_the_dense_stream_as_the_solutions_before_it_leave_the_pruned_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Target W a + b + (x - x') / s, with x' and the inputs as the first sub-layer's cut and solution leave them."""
-    model, family, _, data = case
+    deep = name not in CASES
+    model, family, _, data = (bert(layers=3), BERT, NEURONS, texts) if deep else CASES[name]()
+    heads, neurons = (*HALF_HEADS, (0,))[: LAYERS + deep], (*HALF_NEURONS, (1, 2, 5))[: LAYERS + deep]
     monkeypatch.setattr(module, "RIDGES", (0.03,))
     batches = data(0)
-    layout = resolve(model)
-    found = compensate(model, layout, plan_of(model, HALF_HEADS, HALF_NEURONS), batches)
-    attention, ffn = (family.columns(0, kind, 0)[0] for kind in ("heads", "neurons"))
+    found = compensate(model, resolve(model), plan_of(model, heads, neurons), batches)
     student = copy.deepcopy(model)
-    with torch.no_grad():
-        projection = student.get_submodule(attention)
-        projection.weight.zero_()
-        kept = columns_of(family, 0, "heads", HALF_HEADS[0])
-        projection.weight[:, kept] = found[f"{attention}.weight"][:, kept]
-        projection.bias.copy_(found[f"{attention}.bias"])
-    inputs, target = residual_gaps(model, family, batches, student)
-    columns = list(HALF_NEURONS[0])
-    start = model.get_submodule(ffn).weight.detach().numpy()[:, columns]
-    a = [x[:, columns] for x in inputs]
-    wanted, wanted_bias = centred_ridge(np.concatenate(a), np.concatenate(target), start, 0.03)
-    np.testing.assert_allclose(found[f"{ffn}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(found[f"{ffn}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
+    for layer in range(LAYERS + deep):
+        for kind, kept in (("heads", heads[layer]), ("neurons", neurons[layer])):
+            path, columns = family.columns(layer, kind, 0)[0], columns_of(family, layer, kind, kept)
+            inputs, target = inputs_and_target(model, student, family, batches, layer, kind)
+            start = model.get_submodule(path).weight.detach().numpy()[:, columns]
+            a = np.concatenate(inputs)[:, columns]
+            wanted, wanted_bias = centred_ridge(a, np.concatenate(target), start, 0.03)
+            np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(found[f"{path}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
+            set_columns(student, found, path, columns)
 
 
 # --- what it is for -------------------------------------------------------------------------------------------
@@ -307,10 +317,8 @@ def test_an_emptied_ffn_after_an_emptied_attention_aims_at_the_dense_stream(case
     found = compensate(model, resolve(model), plan_of(model, ((), (0,)), ((), (1, 2))), batches)
     attention, ffn = (family.columns(0, kind, 0)[0] for kind in ("heads", "neurons"))
     student = copy.deepcopy(model)
-    with torch.no_grad():
-        student.get_submodule(attention).weight.zero_()
-        student.get_submodule(attention).bias.copy_(found[f"{attention}.bias"])
-    _, target = residual_gaps(model, family, batches, student)
+    set_columns(student, found, attention, [])
+    _, target = inputs_and_target(model, student, family, batches, 0, "neurons")
     np.testing.assert_allclose(found[f"{ffn}.bias"].numpy(), np.concatenate(target).mean(0), rtol=1e-6, atol=1e-9)
 
 

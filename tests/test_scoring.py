@@ -501,6 +501,10 @@ def test_nan_in_weights_names_the_layer_and_leaves_the_model_as_it_was(scorer: s
     with pytest.raises(NonFiniteActivation, match=r"^bert\.encoder\.layer\.1 put out NaN or infinity"):
         score(model, resolve(model), TEXT, scorer=scorer)
     assert state_of(model) == before
+    terms_of = sketch_terms if scorer == "sketch" else exact_terms
+    options: Any = {"probes": 1, "seed": 0} if scorer == "sketch" else {"units": {}}
+    with pytest.raises(NonFiniteActivation), inference(model), torch.no_grad():
+        terms_of(model, resolve(model), TEXT, **options)
 
 
 @pytest.mark.xfail(strict=True, reason="only block outputs are checked: the error blames 'scores: heads of layer 0'")

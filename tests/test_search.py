@@ -250,15 +250,18 @@ def test_a_budget_of_the_fixed_cost_alone_keeps_nothing(allocation: str) -> None
     assert counts(masks) == ([0, 0], [0, 0])
 
 
-def test_ties_are_broken_the_same_way_each_time() -> None:
-    scores, layout, cost = problem([[1.0, 1.0, 1.0]] * 2, [[1.0] * 4] * 2)
-    masks = search(
-        scores, layout, cost, Budget(cost.fixed + 2 * 7 + 3 * 2, relative=False), align=1, allocation="paper"
-    )
-    assert counts(masks) == counts(
-        search(scores, layout, cost, Budget(25, relative=False), align=1, allocation="paper")
-    )
-    assert all(list(keep) == sorted(keep, reverse=True) for keep in (*masks.heads, *masks.neurons)), "first units first"
+@pytest.mark.parametrize("allocation", ["paper", "uniform"])
+def test_of_equal_units_the_first_ones_stay(allocation: str) -> None:
+    values = [float(u % 3) for u in range(400)]
+    scores, layout, cost = problem([[1.0] * 3] * 2, [values] * 2)
+    cut_between_equals = False
+    for share in (0.2, 0.5, 0.8):
+        for keep in search(scores, layout, cost, Budget(share), align=1, allocation=allocation).neurons:
+            for value in set(values):
+                equals = [k for k, v in zip(keep, values, strict=True) if v == value]
+                assert equals == sorted(equals, reverse=True)
+                cut_between_equals |= 0 < sum(equals) < len(equals)
+    assert cut_between_equals
 
 
 def test_the_search_leaves_the_scores_alone() -> None:

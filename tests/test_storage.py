@@ -108,7 +108,6 @@ def test_an_error_while_writing_a_folder_keeps_the_old_one_and_leaves_nothing(
     assert names(target) == ["old"]
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is moved aside, and then deleted although nothing replaced it")
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

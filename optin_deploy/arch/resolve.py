@@ -10,6 +10,7 @@ from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arch.table import TABLE
 from optin_deploy.errors import BadInput, UnknownArchitecture
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
+from optin_deploy.rewrite.torch import REWRITTEN
 
 
 def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
@@ -20,8 +21,10 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
         spec: an own row; default: the first row of the table that fits.
     Raises:
         UnknownArchitecture: no row fits; says how to give an own one.
-        BadInput: a path is missing, two layers share weights, or sizes do not agree.
+        BadInput: already pruned, a path is missing, two layers share weights, or sizes do not agree.
     """
+    if hasattr(model, REWRITTEN):
+        raise BadInput(f"this {type(model).__name__} is already pruned; start from the dense model.")
     base, prefix = _base_model(model)
     spec = spec or _row_for(model, base)
     try:
@@ -80,15 +83,29 @@ def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
     ffn = Branch(tuple(map(at, spec.ffn_in)), at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.in_features, 1)
     for branch in (attention, ffn):
         _check_branch(model, branch)
-    model.get_submodule(at(spec.core))
+    for module in (spec.core, *spec.residual):
+        _module(model, at(module))
+    for scale in filter(None, scales):
+        _parameter(model, scale)
     return LayerSpec(path, attn_out.out_features, at(spec.core), attention, ffn)
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
+def _module(model: nn.Module, path: str) -> nn.Module:
     try:
-        module = model.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError as err:
         raise BadInput(f"{type(model).__name__} has no module {path!r}; the architecture row does not fit.") from err
+
+
+def _parameter(model: nn.Module, path: str) -> nn.Parameter:
+    try:
+        return model.get_parameter(path)
+    except AttributeError as err:
+        raise BadInput(f"{type(model).__name__} has no parameter {path!r}; the architecture row does not fit.") from err
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    module = _module(model, path)
     if not isinstance(module, nn.Linear):
         raise BadInput(f"{path} is a {type(module).__name__}; only torch.nn.Linear can be cut.")
     return module

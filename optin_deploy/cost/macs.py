@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import inference, recorded
 from optin_deploy.plan import PruningPlan
+from optin_deploy.validation import STORED, validated
 
 FLOPS_PER_MAC = 2
 
@@ -22,6 +24,8 @@ FLOPS_PER_MAC = 2
 @dataclass(frozen=True)
 class MacCost:
     """What a plan costs: fixed + heads + neurons, for one sample."""
+
+    __pydantic_config__ = STORED
 
     fixed: int
     """MACs that no plan can cut: patch embedding, pooler, classifier."""
@@ -34,10 +38,14 @@ class MacCost:
     tokens: int
     """Tokens of the counted sample."""
 
+    def __post_init__(self) -> None:
+        if min(self.fixed, *self.head, *self.neuron) < 0 or self.dense < 1 or len(self.head) != len(self.neuron):
+            raise BadInput(f"cost: MACs must not be negative, and given for every layer: {self}.")
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MacCost:
         """Read what `dataclasses.asdict` made of one."""
-        return cls(**{**data, "head": tuple(data["head"]), "neuron": tuple(data["neuron"])})
+        return validated(cls, data, "cost: not a cost of optin-deploy, write it with `optin score`")
 
     def of(self, heads: Sequence[int], neurons: Sequence[int]) -> int:
         """MACs with these counts of kept heads and neurons a layer."""

@@ -15,6 +15,9 @@ from optin_deploy.rewrite.slices import linear_at, unit_columns
 
 Model = TypeVar("Model", bound=nn.Module)
 
+REWRITTEN = "optin_rewritten"
+"""Attribute of a rewritten model; its config still tells the dense sizes, so `resolve` could misread it."""
+
 
 class Bias(nn.Module):
     """What an output projection makes of no units: its bias, broadcast over (batch, tokens)."""
@@ -60,6 +63,7 @@ def rewrite_torch(model: Model, layout: ModelLayout, plan: PruningPlan) -> Model
             _cut(smaller, layer.ffn, neurons)
         else:
             _empty_ffn(smaller, layer)
+    setattr(smaller, REWRITTEN, plan.hash)
     return smaller
 
 

@@ -14,7 +14,7 @@ from optin_deploy.masking import Batch, inference
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.exact import exact_terms
 from optin_deploy.scoring.scores import Scores
-from optin_deploy.scoring.sketch import sketch_terms
+from optin_deploy.scoring.sketch import sample_keys, sketch_terms
 from optin_deploy.scoring.terms import Terms, attention_branches, ffn_branches
 
 SCORERS = ("sketch", "exact")
@@ -51,8 +51,7 @@ def score(
     """
     if not batches:
         raise BadInput("no calibration batches were given; scores need at least one.")
-    if scorer not in SCORERS:
-        raise BadInput(f"unknown --scorer {scorer!r}; possible: {', '.join(SCORERS)}.")
+    check_scorer(scorer)
     started = time.perf_counter()
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
     probes = probes or -(-ESTIMATES // samples)
@@ -65,7 +64,7 @@ def score(
             neuron_terms = weight_terms = sketch_terms(
                 model, layout, batches, probes=probes, seed=seed, progress=_part(progress, 0, 2)
             )
-            some = spread(batches, HEAD_SAMPLES)
+            some = drawn(batches, HEAD_SAMPLES)
             head_units = {branch: range(branch.units) for branch in heads}
             head_terms = exact_terms(model, layout, some, head_units, progress=_part(progress, 1, 2))
     weight = weight_terms.kl_weight() if kl_weight is None else kl_weight
@@ -86,11 +85,29 @@ def score(
     )
 
 
-def spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """About `samples` rows taken evenly from all batches (batches are often sorted by length)."""
-    total = sum(len(next(iter(batch.values()))) for batch in batches)
-    step = max(1, total // samples)
-    return [{name: value[::step] for name, value in batch.items()} for batch in batches]
+def check_scorer(scorer: str) -> None:
+    """Refuse an unknown scorer.
+
+    Raises: BadInput.
+    """
+    if scorer not in SCORERS:
+        raise BadInput(f"unknown --scorer {scorer!r}; possible: {', '.join(SCORERS)}.")
+
+
+def drawn(batches: Sequence[Batch], samples: int) -> list[Batch]:
+    """`samples` different rows, chosen by their content: order, batching and repetition change nothing."""
+    keys = [sample_keys(batch) for batch in batches]
+    wanted = set(sorted({key for row_keys in keys for key in row_keys})[:samples])
+    chosen: list[Batch] = []
+    for batch, row_keys in zip(batches, keys, strict=True):
+        rows = []
+        for row, key in enumerate(row_keys):
+            if key in wanted:
+                wanted.remove(key)
+                rows.append(row)
+        if rows:
+            chosen.append({name: value[rows] for name, value in batch.items()})
+    return chosen
 
 
 def _part(progress: Progress, index: int, parts: int) -> Progress:
@@ -98,4 +115,4 @@ def _part(progress: Progress, index: int, parts: int) -> Progress:
     return lambda done, total: progress(index * total + done, parts * total)
 
 
-__all__ = ["SCORERS", "Scores", "Terms", "exact_terms", "score", "sketch_terms", "spread"]
+__all__ = ["SCORERS", "Scores", "Terms", "check_scorer", "drawn", "exact_terms", "score", "sketch_terms"]

@@ -48,12 +48,12 @@ def exact_terms(
     for batch in batches:
         with recorded(model, outputs=paths) as dense:
             output = model(**batch)
-        check_finite(dense)
         states = [dense.outputs[path] for path in paths]
         valid = valid_tokens(batch, states[0])
+        reference = readout(output, valid)
+        check_finite(model, batch, (*states, reference))
         grams = [token_gram(state, valid) for state in states]
         kind = output_kind(output, getattr(model.config, "problem_type", None))
-        reference = readout(output, valid)
         terms.samples += len(valid)
         for index, layer in enumerate(layout.layers):
             hidden = states[index - 1] if index else None

@@ -45,11 +45,11 @@ def sketch_terms(
         masks = {b: torch.ones(rows, 1, b.units, requires_grad=True) for b in branches}
         with torch.enable_grad(), masked(model, masks), recorded(model, outputs=paths) as recording:
             output = model(**batch)
-            check_finite(recording)
             states = [recording.outputs[path] for path in paths]
             valid = valid_tokens(batch, states[0])
             grams = [token_gram(state, valid) for state in states]
             reference = readout(output, valid)
+        check_finite(model, batch, (*states, reference))
         keys = sample_keys(batch)
         kind = output_kind(output, getattr(model.config, "problem_type", None))
         output_noise = torch.stack([_noise(keys, seed, OUTPUT_STREAM, p, reference[0]) for p in range(probes)], 1)

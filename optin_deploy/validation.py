@@ -1,0 +1,32 @@
+"""Stored JSON -> our frozen dataclasses, with every type checked on the way in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from optin_deploy.errors import BadInput
+
+T = TypeVar("T")
+
+STORED = {"extra": "forbid", "strict": True}
+"""`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
+
+
+def validated(kind: type[T], data: Mapping[str, Any], what: str) -> T:
+    """Make a dataclass of what JSON held; lists become tuples.
+
+    Args: what: starts the error, e.g. "plan: not a plan.json of optin-deploy".
+    Raises: BadInput: a field is missing, unknown, of the wrong type, or refused by the dataclass itself.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data))
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "whole"
+        raise BadInput(f"{what}: {where}: {first['msg']}.") from err
+    except (TypeError, ValueError, RecursionError) as err:
+        raise BadInput(f"{what}: {err}") from err
