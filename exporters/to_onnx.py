@@ -26,6 +26,8 @@ OPSET = 20
 """Below 23, whose fp32 Attention node TensorRT does not build; Gelu is one node from 20 on."""
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
+LABELS_OF_CONFIG = ("architectures", "dtype", "transformers_version", "id2label", "label2id")
+"""Entries of a config that describe and do not compute; they may change when a model is saved and read."""
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
@@ -70,7 +72,7 @@ class OnnxExporter:
         import onnx
 
         made_by = [version(name) for name in PACKAGES]
-        settings = [type(model).__name__, config_json(model), spec.pool, OPSET, made_by]
+        settings = [type(model).__name__, graph_settings(model), spec.pool, OPSET, made_by]
         key = sha256_json([sha256_tensors(model.state_dict()), *settings])
         finished = self._read(out)
         if finished is not None and finished[1] == key:
@@ -127,10 +129,10 @@ class OnnxExporter:
         return OrtRuntime(path, threads=threads)
 
 
-def config_json(model: nn.Module) -> str:
-    """The settings that the graph depends on beside the weights: activation, epsilons, number of heads."""
+def graph_settings(model: nn.Module) -> dict[str, Any]:
+    """What the graph depends on beside the weights: activation, epsilons, number of heads."""
     config: Any = model.config
-    return str(config.to_json_string(use_diff=False))
+    return {k: v for k, v in config.to_dict().items() if k not in LABELS_OF_CONFIG and not k.startswith("_")}
 
 
 def _dynamic(example: Tensor) -> dict[int, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from exporters.base import Artifact, ExportSpec, output_names
+from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
 from optin_deploy.pruned import MANIFEST, load
@@ -26,6 +27,10 @@ class TorchExporter:
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
         """Describe the folder that the rewrite stage wrote; nothing more is needed."""
+        if spec.pool is not None:
+            raise BadInput(
+                "--pool needs a graph: use --engine onnx; the torch engine is the transformers model itself."
+            )
         weights = out / "model.safetensors"
         return Artifact(
             path=out,

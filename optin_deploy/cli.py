@@ -50,6 +50,7 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that o
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
 
+INTERRUPTED = 130
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """Base of all errors of the command line itself; typer brings its own copy of click or uses the installed one."""
 
@@ -96,8 +97,8 @@ def export(
     from exporters.measuring import Point, parse_point
     from optin_deploy.workspace import Source, Workspace
 
-    data = None if calibration is None else str(calibration)
-    source = Source(model, task, data, text_column, label_column, seq_len, samples, seed)
+    data = None if calibration is None else str(calibration.absolute())
+    source = Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{flops:g}")
     options: dict[str, Any] = {
         "flops": flops,
@@ -149,8 +150,8 @@ def score(
     from optin_deploy.stages import score_stage
     from optin_deploy.workspace import Source, Workspace
 
-    data = None if calibration is None else str(calibration)
-    source = Source(model, task, data, text_column, label_column, seq_len, samples, seed)
+    data = None if calibration is None else str(calibration.absolute())
+    source = Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
     Workspace.check(out, force=force)
     _, _, prepared = ready(source, flops=1.0, scorer=scorer)
     if dry_run:
@@ -273,6 +274,8 @@ def _run(program: Callable[..., object]) -> int:
     quiet_libraries()
     try:
         code = program(standalone_mode=False)
+        if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except OptinError as err:
         typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
@@ -283,7 +286,12 @@ def _run(program: Callable[..., object]) -> int:
         return int(err.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
-        return 130
+        return INTERRUPTED
+
+
+def _absolute(model: str) -> str:
+    """A folder by its full path, so that later commands find it from anywhere; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
 
 
 def _echo(lines: Sequence[str]) -> None:

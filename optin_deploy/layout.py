@@ -103,4 +103,4 @@ class ModelLayout:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        return validated(cls, data, "layout: not a layout.json of optin-deploy, write it again with `optin score`")
+        return validated(cls, data, "layout: not a layout of optin-deploy", "Write it again with `optin score`.")

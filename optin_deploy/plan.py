@@ -13,6 +13,7 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
+HINT = "Write it with `optin plan`."
 Keep = tuple[tuple[bool, ...], ...]
 """Per layer, True = kept; layers may differ in length."""
 
@@ -54,12 +55,12 @@ class Masks:
 
         Raises: BadInput: not masks of this version.
         """
-        what = "masks: not a masks.json of optin-deploy, write it with `optin plan`"
         try:
             bits = {name: _bits(data[name]) for name in ("heads", "neurons")}
         except (KeyError, TypeError, ValueError) as err:
-            raise BadInput(f"{what}: {err}") from err
-        return validated(cls, {**{k: v for k, v in data.items() if k != "settings"}, **bits}, what)
+            raise BadInput(f"masks: not a masks.json of optin-deploy: {err}. {HINT}") from err
+        known = {**{k: v for k, v in data.items() if k != "settings"}, **bits}
+        return validated(cls, known, "masks: not a masks.json of optin-deploy", HINT)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         _check_version("plan", self.schema_version)
+        if self.tokens < 1:
+            raise BadInput(f"plan: {self.tokens} tokens; MACs are counted for 1 or more.")
         if not 0 <= self.macs_fixed <= self.macs_pruned <= self.macs_dense or self.macs_fixed == self.macs_dense:
             raise BadInput(
                 f"plan: MACs must be fixed <= pruned <= dense, with something to cut: {self.macs_fixed}, "
@@ -147,7 +150,7 @@ class PruningPlan:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        return validated(cls, data, "plan: not a plan.json of optin-deploy, write it with `optin plan`")
+        return validated(cls, data, "plan: not a plan.json of optin-deploy", HINT)
 
 
 def _mask(kept: tuple[int, ...], units: int) -> tuple[bool, ...]:

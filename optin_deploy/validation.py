@@ -14,10 +14,12 @@ STORED = {"extra": "forbid", "strict": True}
 """`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
 
 
-def validated(kind: type[T], data: Mapping[str, Any], what: str) -> T:
+def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T:
     """Make a dataclass of what JSON held; lists become tuples.
 
-    Args: what: starts the error, e.g. "plan: not a plan.json of optin-deploy".
+    Args:
+        what: starts the error, e.g. "plan: not a plan.json of optin-deploy".
+        hint: ends it: the next step.
     Raises: BadInput: a field is missing, unknown, of the wrong type, or refused by the dataclass itself.
     """
     from pydantic import TypeAdapter, ValidationError
@@ -27,6 +29,6 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str) -> T:
     except ValidationError as err:
         first = err.errors()[0]
         where = ".".join(map(str, first["loc"])) or "whole"
-        raise BadInput(f"{what}: {where}: {first['msg']}.") from err
+        raise BadInput(f"{what}: {where}: {first['msg']}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
-        raise BadInput(f"{what}: {err}") from err
+        raise BadInput(f"{what}: {err}. {hint}") from err

@@ -89,7 +89,7 @@ class Workspace:
         data = read_json(self.source_path, f"{self.root} is not an output folder. {SCORE_HINT}")
         if data.pop("schema_version", None) != SCHEMA_VERSION:
             raise BadInput(f"{self.source_path}: this version reads schema_version {SCHEMA_VERSION}. {SCORE_HINT}")
-        return validated(Source, data, f"{self.source_path}: not of this version")
+        return validated(Source, data, f"{self.source_path}: not of this version", SCORE_HINT)
 
     def write_scores(self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str) -> None:
         """Store scores, and with them what planning needs: layout and cost."""

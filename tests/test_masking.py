@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import NonFiniteActivation
-from optin_deploy.masking import Recording, branch_masks, check_finite, inference, masked, recorded, run_blocks
+from optin_deploy.masking import branch_masks, check_finite, inference, masked, recorded, run_blocks
 from optin_deploy.plan import Masks
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -208,10 +208,16 @@ def test_a_recording_sees_the_masked_input_when_the_mask_is_on_first() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_the_first_module_with_a_non_finite_output_is_named(value: float) -> None:
-    good, bad = torch.ones(2), torch.tensor([1.0, value])
-    check_finite(Recording(outputs={"a": good, "b": good}))
-    with pytest.raises(NonFiniteActivation, match=r"^b put out NaN or infinity"):
-        check_finite(Recording(outputs={"a": good, "b": bad, "c": bad}))
+    model, batch = bert(), text_batch((3, 5))
+    before = state_of(model)
+    check_finite(model, batch, [torch.ones(2), torch.zeros(1, 1)])
+    assert state_of(model) == before
+    first = "bert.encoder.layer.1.attention.self.value"
+    model.get_submodule(first).bias[0] = value
+    before = state_of(model)
+    with pytest.raises(NonFiniteActivation, match=rf"^{first} put out NaN or infinity"):
+        check_finite(model, batch, [torch.ones(2), torch.tensor([1.0, value])])
+    assert state_of(model) == before
 
 
 # --- clean-up -------------------------------------------------------------------------------------------------

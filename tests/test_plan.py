@@ -19,8 +19,6 @@ MASKS = Masks(
     ((True, False), (False, True, True)), ((True, True, False, False), (False, False, False, False, True)), LAYOUT.hash
 )
 PLAN = PruningPlan(((0,), (1, 2)), ((0, 1), (4,)), LAYOUT.hash, 200, 110, 20, 8)
-WRONG_TYPES = "values are not checked: int() bends some, others fail later as TypeError, OverflowError or division by 0"
-wrong_types = pytest.mark.xfail(strict=True, reason=WRONG_TYPES)
 
 
 def on_disk(data: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +41,6 @@ def test_masks_survive_json_and_are_readable_in_it() -> None:
     assert Masks.from_json(data) == MASKS
 
 
-@pytest.mark.xfail(strict=True, reason="write_plan adds `settings` to masks.json, and from_json refuses unknown fields")
 def test_the_masks_json_of_a_workspace_can_be_read_back() -> None:
     assert Masks.from_json({**on_disk(MASKS.to_json()), "settings": {"flops": 0.6}}) == MASKS
 
@@ -93,7 +90,7 @@ def test_any_difference_changes_the_hash_of_a_plan(change: dict[str, Any]) -> No
 )
 def test_a_plan_without_a_field_is_refused_by_name(field: str) -> None:
     data = {name: value for name, value in PLAN.to_json().items() if name != field}
-    with pytest.raises(BadInput, match=rf"{field}.*Write it with `optin plan`"):
+    with pytest.raises(BadInput, match=rf"{field}.*`optin plan`"):
         PruningPlan.from_json(data)
 
 
@@ -104,7 +101,7 @@ def test_a_plan_with_an_unknown_field_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_a_plan_of_another_version_is_refused(version: object) -> None:
-    with pytest.raises(BadInput, match=f"schema_version {version}; this version of optin-deploy reads 1"):
+    with pytest.raises(BadInput, match="schema_version"):
         PruningPlan.from_json({**PLAN.to_json(), "schema_version": version})
 
 
@@ -132,7 +129,6 @@ def test_indices_that_are_no_lists_of_numbers_are_refused(change: dict[str, Any]
         PruningPlan.from_json({**PLAN.to_json(), **change})
 
 
-@wrong_types
 @pytest.mark.parametrize(
     "change",
     [
@@ -147,7 +143,6 @@ def test_indices_that_are_no_lists_of_numbers_are_refused(change: dict[str, Any]
         {"macs_pruned": 201},
         {"macs_pruned": 1.5},
         {"macs_fixed": 111},
-        {"tokens": 0},
         {"layout_hash": 5},
         {"layout_hash": None},
     ],
@@ -156,6 +151,17 @@ def test_indices_that_are_no_lists_of_numbers_are_refused(change: dict[str, Any]
 def test_values_of_the_wrong_type_or_size_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         PruningPlan.from_json({**PLAN.to_json(), **change})
+
+
+@pytest.mark.parametrize("tokens", [0, -8])
+def test_a_plan_needs_a_positive_number_of_tokens(tokens: int) -> None:
+    with pytest.raises(BadInput):
+        PruningPlan.from_json({**PLAN.to_json(), "tokens": tokens})
+
+
+def test_a_refused_version_is_told_apart_from_a_damaged_file() -> None:
+    with pytest.raises(BadInput, match="schema_version 2; this version of optin-deploy reads 1"):
+        PruningPlan.from_json({**PLAN.to_json(), "schema_version": 2})
 
 
 # --- plans against a layout -----------------------------------------------------------------------------------
@@ -231,7 +237,6 @@ def test_a_layout_with_a_bad_branch_is_refused(branch: dict[str, Any]) -> None:
         ModelLayout.from_json(bent_layer({}, branch))
 
 
-@wrong_types
 @pytest.mark.parametrize(
     "bent", [bent_layer({"hidden": "4"}, {}), bent_layer({}, {"units": 4.5}), bent_layer({}, {"output": 4})]
 )

@@ -45,7 +45,7 @@ class MacCost:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> MacCost:
         """Read what `dataclasses.asdict` made of one."""
-        return validated(cls, data, "cost: not a cost of optin-deploy, write it with `optin score`")
+        return validated(cls, data, "cost: not a cost of optin-deploy", "Write it with `optin score`.")
 
     def of(self, heads: Sequence[int], neurons: Sequence[int]) -> int:
         """MACs with these counts of kept heads and neurons a layer."""
