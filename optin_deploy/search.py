@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -14,8 +15,6 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
-ROUNDING = 1e-6
-"""MACs: 0.29 * 100 is 28.999999999999996 in floating point."""
 ALLOCATIONS = ("uniform", "paper")
 
 
@@ -36,9 +35,10 @@ class Budget:
 
         Raises: InfeasibleBudget: below what the unprunable layers cost.
         """
-        limit = math.floor(self.limit * cost.dense + ROUNDING) if self.relative else int(self.limit)
+        # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
+        limit = math.floor(Fraction(str(self.limit)) * cost.dense) if self.relative else int(self.limit)
         if limit < cost.fixed:
-            least = math.ceil(100 * cost.fixed / cost.dense) / 100
+            least = -(-100 * cost.fixed // cost.dense) / 100
             raise InfeasibleBudget(
                 f"{limit / cost.dense:.3f} of the dense MACs asked, but the unprunable layers alone are "
                 f"{cost.fixed / cost.dense:.3f}. Use --flops {least:.2f} or more."

@@ -103,9 +103,11 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write safetensors atomically; tensors are made contiguous."""
+    """Write safetensors atomically; tensors that share memory are written each on their own."""
     with atomic_file(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, dict(metadata or {})
+        )
 
 
 def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:

@@ -448,7 +448,6 @@ def test_a_dead_unit_scores_zero_in_the_sketch_and_next_to_nothing_in_exact() ->
         assert float(exact_scores[unit - 1]) > 1e-6
 
 
-@pytest.mark.xfail(strict=True, reason="sample_keys hashes through numpy, which has no bfloat16: TypeError")
 def test_bfloat16_images_can_be_sketched() -> None:
     model = vit().bfloat16()
     batch = {"pixel_values": image_batch(3)["pixel_values"].bfloat16()}

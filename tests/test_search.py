@@ -312,9 +312,7 @@ def test_a_budget_below_the_fixed_cost_names_the_least_possible_and_that_one_wor
     [
         100,
         10**9,
-        pytest.param(
-            10**11, marks=pytest.mark.xfail(strict=True, reason="ROUNDING is absolute: too small for 100 GMACs")
-        ),
+        10**11,
     ],
 )
 def test_the_least_possible_share_works_when_it_is_a_whole_percent(dense: int) -> None:

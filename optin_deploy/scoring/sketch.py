@@ -76,7 +76,11 @@ def sample_keys(batch: Batch) -> tuple[int, ...]:
     main = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
     rows = (row if valid is None else row[valid[i].bool()] for i, row in enumerate(main))
     return tuple(
-        int.from_bytes(hashlib.sha256(row.cpu().contiguous().numpy().tobytes()).digest()[:6], "little") for row in rows
+        int.from_bytes(
+            hashlib.sha256(row.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).digest()[:6],
+            "little",
+        )
+        for row in rows
     )
 
 
