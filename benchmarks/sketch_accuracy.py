@@ -26,7 +26,7 @@ from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference
 from optin_deploy.scoring import exact_terms, sketch_terms
 from optin_deploy.scoring.terms import attention_branches, ffn_branches
-from optin_deploy.terminal import stage_bar
+from optin_deploy.terminal import quiet_libraries, stage_bar
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/sketch_accuracy"))
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
+    quiet_libraries()
     loaded = load_dense(str(minilm_folder()))
     texts = tuple(Sample(text=text) for text, _ in bbc_articles(options.seed)[: options.samples])
     names = input_names(loaded.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ from exporters.base import Exporter, ExportSpec, output_names
 from exporters.building import Built, build, check_engine
 from exporters.measuring import Point, check_threads, length_of, measure, title_of
 from optin_deploy.bench.environment import environment
-from optin_deploy.bench.report import Report, to_markdown
+from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.masking import inference
 from optin_deploy.progress import Progress, Stage, silent_stage
-from optin_deploy.quality import compare
+from optin_deploy.pruned import PrunedModel
+from optin_deploy.quality import Quality, compare
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import check_scorer
 from optin_deploy.search import Budget, check_search
@@ -91,46 +92,51 @@ def export_model(
             latency.append(
                 measure(built.engine, *paths, pruned, point, threads=threads, task=source.task, progress=progress)
             )
-    report = Report(
+    settings = {
+        "flops": flops,
+        "engine": engine,
+        "precision": spec.precision,
+        "align": align,
+        "allocation": allocation,
+        "scorer": scorer,
+        "compensation": compensation,
+    }
+    report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
+    write_json(out / "report.json", report.to_json())
+    write_text(out / "report.md", to_markdown(report))
+    if built.problem is not None:
+        raise built.problem
+    return report
+
+
+def _report(
+    prepared: Prepared,
+    pruned: PrunedModel,
+    built: Built,
+    quality: Quality,
+    parity: Mapping[str, float],
+    latency: Sequence[Measurement],
+    seconds: Mapping[str, float],
+    settings: Mapping[str, object],
+) -> Report:
+    plan, source = pruned.plan, prepared.source
+    weights = {"plan": plan.hash, "layout": plan.layout_hash, "dense_weights": prepared.weights_sha256}
+    macs = {"dense": plan.macs_dense, "pruned": plan.macs_pruned}
+    return Report(
         quality=quality,
         params=pruned.report["params"],
-        macs={
-            "dense": plan.macs_dense,
-            "pruned": plan.macs_pruned,
-            "kept": plan.kept,
-            "prunable_kept": plan.prunable_kept,
-        },
+        macs={**macs, "kept": plan.kept, "prunable_kept": plan.prunable_kept},
         size_bytes=built.sizes(),
         parity={**pruned.report["parity"], **parity},
         latency=latency,
         heads=[len(kept) for kept in plan.heads],
         neurons=[len(kept) for kept in plan.neurons],
         environment=environment(),
-        hashes={
-            "plan": plan.hash,
-            "layout": plan.layout_hash,
-            "dense_weights": prepared.weights_sha256,
-            **built.hashes(),
-        },
-        seconds=clock.seconds,
-        settings={
-            **asdict(source),
-            "flops": flops,
-            "engine": engine,
-            "precision": spec.precision,
-            "align": align,
-            "allocation": allocation,
-            "scorer": scorer,
-            "compensation": compensation,
-            "calibration_fingerprint": prepared.calibration.fingerprint,
-        },
+        hashes={**weights, **built.hashes()},
+        seconds=seconds,
+        settings={**asdict(source), **settings, "calibration_fingerprint": prepared.calibration.fingerprint},
         notes=_notes(source, built),
     )
-    write_json(out / "report.json", report.to_json())
-    write_text(out / "report.md", to_markdown(report))
-    if built.problem is not None:
-        raise built.problem
-    return report
 
 
 def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) -> None:
