@@ -7,6 +7,8 @@ timed against the dense model, and judged on articles that calibration never saw
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,7 +76,7 @@ def main() -> None:
     print(f"Done in {time.perf_counter() - started:.0f} s. The pruned model is in {options.out / 'pruned'}.")
     if options.record:
         page = "# Demo\n\n" + "\n\n".join(f"{title}:\n\n{to_table(columns, lines)}" for title, columns, lines in tables)
-        command = "python -m benchmarks.demo --record"
+        command = shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]])
         write_result(RESULTS, "demo", {"quality": quality, "report": shareable(report)}, page, command)
 
 

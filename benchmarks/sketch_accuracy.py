@@ -7,6 +7,8 @@ sketch scores all units on the same samples. Run: python -m benchmarks.sketch_ac
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +52,7 @@ def main() -> None:
     print(text)
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "record")}
     folder = RESULTS if options.record else options.out
-    command = "python -m benchmarks.sketch_accuracy --record"
+    command = shlex.join(["python", "-m", "benchmarks.sketch_accuracy", *sys.argv[1:]])
     write_result(folder, "sketch_accuracy", {"settings": settings, **asdict(found)}, text, command)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -67,7 +69,7 @@ def main() -> None:
         "latency": [m.to_json() for m in measured],
         "operators": profiles,
     }
-    command = f"python -m benchmarks.speed {options.folder.as_posix()} --record"
+    command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     write_result(RESULTS if options.record else options.out, "speed", data, page, command)
 
 

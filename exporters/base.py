@@ -65,6 +65,7 @@ class Exporter(Protocol):
 
 
 POOLS = ("mean",)
+POOLED = "sentence_embedding"
 
 
 def output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
@@ -76,4 +77,4 @@ def output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
         raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLS)}.")
     if gives_logits(model) and pool is not None:
         raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
-    return ("logits",) if gives_logits(model) else ("last_hidden_state", *(("sentence_embedding",) if pool else ()))
+    return ("logits",) if gives_logits(model) else ("last_hidden_state", *((POOLED,) if pool else ()))

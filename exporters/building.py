@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from exporters import check_precision, exporter
-from exporters.base import Artifact, Exporter, ExportSpec, output_names
-from optin_deploy.errors import CannotBuildHere, ParityFailure
+from exporters.base import POOLED, Artifact, Exporter, ExportSpec, output_names
+from optin_deploy.errors import CannotBuildHere, ParityFailure, PlanMismatch
 from optin_deploy.inputs import example_inputs
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference
 from optin_deploy.pruned import load_pruned
 from optin_deploy.rewrite.verify import main_output, relative_error
-from optin_deploy.storage import atomic_file, read_json, write_json
+from optin_deploy.storage import atomic_file, read_json, sha256_tensors, write_json
 from optin_deploy.workspace import Workspace
 
 ENGINE_TOLERANCE = 1e-4
@@ -72,8 +72,12 @@ def build(
     base_spec = replace(spec, precision=None) if target.portable else spec
     smaller = base.export(pruned, base_spec, workspace.root / base.file_names[0])
     original: Artifact | None = None
-    if dense is not None and base.file_names[1] is not None:
-        original = base.export(dense, base_spec, workspace.root / base.file_names[1])
+    if base.file_names[1] is not None:
+        dense_path = workspace.root / base.file_names[1]
+        if dense is None:
+            dense_path.unlink(missing_ok=True)  # of an earlier run; it could be measured beside the wrong model
+        else:
+            original = base.export(dense, base_spec, dense_path)
     if target is base:
         return Built(base, smaller, original)
     try:
@@ -118,9 +122,13 @@ def check_engine(built: Built, pruned: nn.Module, dense: nn.Module | None, *, se
                 inputs = example_inputs(model, batch=batch, seq_len=max(2, int(share * seq_len)), seed=batch)
                 if "attention_mask" in inputs:
                     inputs["attention_mask"][-1, -1] = 0
-                expected = main_output(model(**inputs)).numpy()
+                expected = main_output(model(**inputs))
                 found = runtime.run({k: v.numpy() for k, v in inputs.items()})
-                found_errors.append(relative_error(expected, found[artifact.outputs[0]]))
+                found_errors.append(relative_error(expected.numpy(), found[artifact.outputs[0]]))
+                if POOLED in found:
+                    real = inputs.get("attention_mask", torch.ones(expected.shape[:2])).unsqueeze(-1)
+                    mean = (expected * real).sum(1) / real.sum(1)
+                    found_errors.append(relative_error(mean.numpy(), found[POOLED]))
         worst = float(np.max(found_errors))  # NaN stays NaN
         if not worst <= ENGINE_TOLERANCE:
             raise ParityFailure(
@@ -150,6 +158,10 @@ def build_folder(
     pruned = load_pruned(folder)
     output_names(pruned.model, pool)
     original = load_dense(source.model, source.task).model if dense else None
+    if original is not None and sha256_tensors(original.state_dict()) != pruned.report.get("dense_weights"):
+        raise PlanMismatch(
+            f"{folder}/model was not cut from {source.model}. Run `optin rewrite {folder}` first, or give --no-dense."
+        )
     if dry_run:
         return None
     built = build(workspace, target, spec, pruned.model, original)

@@ -42,6 +42,7 @@ def export_model(
     align: int = 16,
     allocation: str = "uniform",
     scorer: str = "sketch",
+    kl_weight: float | None = None,
     compensation: bool = True,
     points: Sequence[Point] = (Point(),),
     threads: int = 0,
@@ -53,6 +54,7 @@ def export_model(
     """Prune a model end to end; everything it makes lies in `out`, finished stages are reused.
 
     Args:
+        kl_weight: lambda of the output term; default: a tenth of the trajectory term on average.
         points: where dense and pruned are measured against each other; none if `dense` is False.
         threads: intra-op threads of the engine; 0 = its default.
         stage: draws progress.
@@ -74,7 +76,7 @@ def export_model(
         )
         workspace = Workspace.claim(out, source, force=force)
     with clock("score") as progress:
-        score_stage(workspace, prepared, scorer=scorer, seed=source.seed, progress=progress)
+        score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
     with clock("plan"):
         plan = plan_stage(workspace, flops=flops, align=align, allocation=allocation)
     with clock("rewrite") as progress:
@@ -99,6 +101,7 @@ def export_model(
         "align": align,
         "allocation": allocation,
         "scorer": scorer,
+        "kl_weight": kl_weight,
         "compensation": compensation,
     }
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)

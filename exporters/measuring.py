@@ -108,7 +108,11 @@ def bench_folder(
     pruned = load_pruned(folder)
     name, dense_name = target.file_names
     dense = folder / dense_name if dense_name else Path(source.model)
-    for path in (dense, folder / name):
+    if target.portable is not None:
+        raise BadInput(
+            f"this version builds {engine} engines but does not run them; measure with the engine's own tool."
+        )
+    for path in (dense, folder / name) if dense_name else (folder / name,):
         if not path.exists():
             raise BadInput(f"{path} does not exist. Make it with `optin build {folder} --engine {engine}`.")
     for point in points:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from exporters.base import Artifact, ExportSpec, output_names
 from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import RefusedRewrite
-from optin_deploy.inputs import example_inputs, input_names
+from optin_deploy.inputs import config_settings, example_inputs, input_names
 from optin_deploy.masking import inference
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -26,11 +26,9 @@ OPSET = 20
 """Below 23, whose fp32 Attention node TensorRT does not build; Gelu is one node from 20 on."""
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
-LABELS_OF_CONFIG = ("architectures", "dtype", "transformers_version", "id2label", "label2id")
-"""Entries of a config that describe and do not compute; they may change when a model is saved and read."""
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
-EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 16
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 13
 """Sizes of the traced example; neither is 1, which torch would take for a constant."""
 SINGLE_FILE_BYTES = 2**31 - 2**26
 """protobuf holds 2 GiB; larger weights would need a second file."""
@@ -72,7 +70,7 @@ class OnnxExporter:
         import onnx
 
         made_by = [version(name) for name in PACKAGES]
-        settings = [type(model).__name__, graph_settings(model), spec.pool, OPSET, made_by]
+        settings = [type(model).__name__, config_settings(model), spec.pool, OPSET, made_by]
         key = sha256_json([sha256_tensors(model.state_dict()), *settings])
         finished = self._read(out)
         if finished is not None and finished[1] == key:
@@ -127,12 +125,6 @@ class OnnxExporter:
     def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
         """ONNX Runtime on the CPU."""
         return OrtRuntime(path, threads=threads)
-
-
-def graph_settings(model: nn.Module) -> dict[str, Any]:
-    """What the graph depends on beside the weights: activation, epsilons, number of heads."""
-    config: Any = model.config
-    return {k: v for k, v in config.to_dict().items() if k not in LABELS_OF_CONFIG and not k.startswith("_")}
 
 
 def _dynamic(example: Tensor) -> dict[int, Any]:

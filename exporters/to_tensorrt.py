@@ -20,6 +20,7 @@ from torch import nn
 from exporters.base import Artifact, ExportSpec
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import CannotBuildHere
+from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.storage import atomic_file, sha256_file
 
@@ -46,14 +47,14 @@ class TensorRTExporter:
         portable = out.with_suffix(".onnx")
         missing = _missing()
         if missing is not None:
-            raise CannotBuildHere(_instructions(portable, precision, missing))
+            raise CannotBuildHere(_instructions(model, portable, precision, missing))
         trt = import_module("tensorrt")
         with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
             source = portable
             if precision == "fp16":
                 source = Path(temporary) / "half.onnx"
                 OnnxExporter().export(copy.deepcopy(model).half(), ExportSpec(pool=spec.pool), source)
-            plan = build_plan(trt, source, longest=getattr(model.config, "max_position_embeddings", LENGTHS[-1]))
+            plan = build_plan(trt, source, longest=longest_text(model.config) or LENGTHS[-1])
         with atomic_file(out) as written:
             written.write_bytes(plan)
         return Artifact(
@@ -119,13 +120,19 @@ def _missing() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
 
-def _instructions(portable: Path, precision: str, missing: str) -> str:
+def _instructions(model: nn.Module, portable: Path, precision: str, missing: str) -> str:
     folder = portable.parent
     half = " --fp16" if precision == "fp16" else ""
+    longest = longest_text(model.config) or LENGTHS[-1]
+    shapes = ""
+    for name, batch, length in zip(("min", "opt", "max"), BATCHES, LENGTHS, strict=True):
+        example = example_inputs(model, batch=batch, seq_len=min(length, longest))
+        sizes = ",".join(f"{entry}:{'x'.join(map(str, value.shape))}" for entry, value in example.items())
+        shapes += f" --{name}Shapes={sizes}"
     return (
         f"{portable} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there\n"
-        "  pip install 'optin-deploy[trt]'\n"
+        "  pip install 'optin-deploy[cpu,trt]'\n"
         f"  optin build {folder.name} --engine trt --precision {precision} --no-dense\n"
         "or, with TensorRT 10's own tool,\n"
-        f"  trtexec --onnx={folder.name}/{portable.name} --saveEngine={folder.name}/model.engine{half}"
+        f"  trtexec --onnx={folder.name}/{portable.name} --saveEngine={folder.name}/model.engine{half}{shapes}"
     )

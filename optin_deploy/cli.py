@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.errors import EXIT_CODES, CannotBuildHere, OptinError
+from optin_deploy.errors import EXIT_CODES, BadInput, CannotBuildHere, OptinError
 from optin_deploy.terminal import print_plan, print_report, print_table, quiet_libraries, stage_bar, warn
 
 app = typer.Typer(
@@ -36,6 +36,9 @@ Flops = Annotated[float, typer.Option(help="Share of the dense MACs to keep, in 
 Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
 Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
 ScorerName = Annotated[str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).")]
+KlWeight = Annotated[
+    float | None, typer.Option(min=0, help="Weight of the output term; default: a tenth of the trajectory term.")
+]
 Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
 Engine = Annotated[str, typer.Option(help="onnx (ONNX Runtime CPU), torch or trt.")]
 Precision = Annotated[str | None, typer.Option(help="fp32; for trt fp16 (default) or fp32.")]
@@ -79,6 +82,7 @@ def export(
     align: Align = 16,
     allocation: Allocation = "uniform",
     scorer: ScorerName = "sketch",
+    kl_weight: KlWeight = None,
     compensation: Compensation = True,
     engine: Engine = "onnx",
     precision: Precision = None,
@@ -112,7 +116,7 @@ def export(
         "pool": pool,
     }
     if dry_run:
-        Workspace.check(folder, force=force)
+        Workspace.check(folder, source, force=force)
         _, _, prepared = ready(source, **options)
         _echo(describe(prepared, flops=flops, artifact=folder / exporter(engine).file_names[0]))
         return
@@ -120,7 +124,14 @@ def export(
         warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
     try:
         report = export_model(
-            source, folder, **options, compensation=compensation, dense=dense, force=force, stage=stage_bar
+            source,
+            folder,
+            **options,
+            kl_weight=kl_weight,
+            compensation=compensation,
+            dense=dense,
+            force=force,
+            stage=stage_bar,
         )
     except CannotBuildHere as err:
         if not prepare_only:
@@ -142,6 +153,7 @@ def score(
     samples: Samples = 512,
     seed: Seed = 0,
     scorer: ScorerName = "sketch",
+    kl_weight: KlWeight = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -152,7 +164,7 @@ def score(
 
     data = None if calibration is None else str(calibration.absolute())
     source = Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
-    Workspace.check(out, force=force)
+    Workspace.check(out, source, force=force)
     _, _, prepared = ready(source, flops=1.0, scorer=scorer)
     if dry_run:
         _echo(describe(prepared, flops=1.0, artifact=out / "scores.safetensors"))
@@ -161,7 +173,7 @@ def score(
         warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
     workspace = Workspace.claim(out, source, force=force)
     with stage_bar("score") as progress:
-        reused = score_stage(workspace, prepared, scorer=scorer, seed=seed, progress=progress)
+        reused = score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
     typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
 
 
@@ -284,6 +296,9 @@ def _run(program: Callable[..., object]) -> int:
     except USAGE_ERROR as err:
         err.show()
         return int(err.exit_code)
+    except OSError as err:
+        typer.echo(f"error: {err}. Check the path, its permissions and the free space.", err=True)
+        return BadInput.exit_code
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
         return INTERRUPTED

@@ -132,7 +132,7 @@ class _Problem:
             ridge = min(RIDGES, key=lambda r: self.judge.error(*self.fit.solve(r, self.centred)))
         change, offset = (self.fit + self.judge).solve(ridge, self.centred)
         if self.scale is not None:
-            inverse = torch.where(self.scale.abs() > 1e-8, 1 / self.scale, 0).double()
+            inverse = torch.where(self.scale.abs() > 1e-8, 1 / self.scale, 0).double().cpu()
             change, offset = change * inverse, offset * inverse
         weight = self.start.weight.detach().clone()
         weight[:, self.columns] += change.T.to(weight)

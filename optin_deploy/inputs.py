@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
 
+IMAGE_SIZE = "inference_image_size"
+"""Our entry in a config: height and width of the images that the model is served with."""
+VOLATILE = ("architectures", "dtype", "transformers_version")
+
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
     """Input names in the order of CONTRACT: text with or without token types, or images."""
@@ -34,7 +38,7 @@ def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     names = input_names(model)
     if names == ("pixel_values",):
-        size = config.image_size
+        size = getattr(config, IMAGE_SIZE, None) or config.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return {"pixel_values": torch.randn(batch, config.num_channels, height, width, generator=generator)}
     check_seq_len(config, seq_len)
@@ -49,13 +53,35 @@ def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0)
     return {name: values[name] for name in names}
 
 
+def set_image_size(config: Any, height: int, width: int) -> None:
+    """Note in the config the size that the image processor makes, if it is not the size the model was built for.
+
+    DINOv2 checkpoints are built for 518 pixels and served at 224; everything is counted and measured as served.
+    """
+    size = config.image_size
+    if [height, width] != (list(size) if isinstance(size, (tuple, list)) else [size, size]):
+        setattr(config, IMAGE_SIZE, [height, width])
+
+
+def config_settings(model: nn.Module) -> dict[str, Any]:
+    """The config without what may change when it is saved and read: paths, dtype, versions."""
+    config: Any = model.config
+    return {k: v for k, v in config.to_dict().items() if k not in VOLATILE and not k.startswith("_")}
+
+
 def check_seq_len(config: Any, seq_len: int) -> None:
     """Refuse a length that the position table does not hold.
 
     Raises: BadInput: names the longest length possible.
     """
+    longest = longest_text(config)
+    if seq_len < 1 or (longest is not None and seq_len > longest):
+        raise BadInput(f"--seq-len {seq_len}: possible are 1 to {longest or 'any'} for this model.")
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens that the position table holds; None if there is no table."""
     table = getattr(config, "max_position_embeddings", None)
     # RoBERTa-like models number positions from pad_token_id + 1.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    if seq_len < 1 or (table is not None and seq_len > table - offset):
-        raise BadInput(f"--seq-len {seq_len}: possible are 1 to {table - offset if table else 'any'} for this model.")
+    return None if table is None else int(table - offset)

@@ -53,11 +53,16 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
         found = f" ({others[0]} is a pickle, which is not read)" if others else ""
         raise BadInput(f"{name} has no *.safetensors weights{found}. Save with save_pretrained.")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         task = check_task(task) if task else infer_task(config)
         auto: Any = getattr(transformers, AUTO_CLASSES[task])
         model, info = auto.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         if isinstance(err, BadInput):
@@ -84,7 +89,7 @@ def load_preprocessor(name: str, model: nn.Module) -> Any:
     auto: Any = transformers.AutoTokenizer if text else transformers.AutoImageProcessor
     kind = "tokenizer (tokenizer.json or vocab.txt)" if text else "preprocessor_config.json"
     try:
-        preprocessor = auto.from_pretrained(name, config=model.config)
+        preprocessor = auto.from_pretrained(name, config=model.config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as err:
         raise BadInput(f"{name} has no usable {kind}: {_first_line(err)}. Save it beside the weights.") from err
     if text:

@@ -41,8 +41,11 @@ class PrunedModel:
 
         Args: key: hash of the settings that made it, kept in the manifest.
         Returns: the folder.
+        Raises: BadInput: the folder holds something else than a pruned model.
         """
         folder = Path(folder)
+        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
+            raise BadInput(f"{folder} exists and is not a pruned model; it would be replaced. Give a new folder.")
         with atomic_folder(folder) as temporary:
             config: Any = self.model.config
             config.architectures = [self.layout.model_class]
@@ -122,7 +125,7 @@ def _empty(folder: Path, layout: ModelLayout) -> Any:
             f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks."
         )
     try:
-        return found(transformers.AutoConfig.from_pretrained(folder))
+        return found(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise BadInput(f"{folder}/config.json cannot be used ({err}). {REWRITE_HINT}") from err
 

@@ -20,7 +20,8 @@ from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import score
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import Budget, check_search, make_plan, search
+from optin_deploy.storage import sha256_tensors
 
 
 def prune(
@@ -49,13 +50,17 @@ def prune(
         seq_len: tokens at which MACs are counted (images: the model's own size).
         align: FFN widths in multiples of this.
         allocation: `uniform` or `paper`.
+        scorer: `sketch` or `exact`.
+        compensation: re-solve the kept output projections in closed form.
         spec: an own architecture row.
+        seed: of the random projections.
     Raises: BadInput and its kinds; see errors.py.
     """
     layout = resolve(model, spec)
     cost = mac_cost(model, layout, seq_len=seq_len)
     budget = Budget(flops)
-    budget.macs(cost)  # an impossible budget is refused before the long work
+    budget.macs(cost)  # what is impossible is refused before the long work
+    check_search(align, allocation)
     scores = score(model, layout, batches, scorer=scorer, seed=seed)
     plan = make_plan(search(scores, layout, cost, budget, align=align, allocation=allocation), layout, cost)
     return cut(model, layout, plan, batches, compensation=compensation)
@@ -82,6 +87,7 @@ def cut(
     smaller = rewrite_torch(compensated, layout, plan)
     error = masked_vs_rewritten(compensated, smaller, layout, plan, batches[0])
     report = {
+        "dense_weights": sha256_tensors(model.state_dict()),
         "kept": plan.kept,
         "prunable_kept": plan.prunable_kept,
         "params": {"dense": count_params(model), "pruned": count_params(smaller)},

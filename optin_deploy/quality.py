@@ -13,7 +13,7 @@ from optin_deploy.calibration import Batches
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
 from optin_deploy.masking import inference
-from optin_deploy.scoring.losses import pooled, readout, valid_tokens
+from optin_deploy.scoring.losses import pooled, valid_tokens
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Quality:
     """One figure for the dense and the pruned model."""
 
     metric: str
-    """`accuracy` if labels were given; else `same_prediction` (share) or `cosine_to_dense` (mean)."""
+    """`accuracy` if labels were given; else `same_prediction` (share), `correlation_with_dense` (regression) or
+    `cosine_to_dense` (mean)."""
     dense: float
     pruned: float
     samples: int
@@ -35,7 +36,8 @@ def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...]) -> T
 
 def _readout(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if "logits" in output:
-        return readout(output, output["logits"])
+        logits: Tensor = output["logits"]
+        return logits
     states = output["last_hidden_state"]
     return pooled(states, valid_tokens(batch, states))
 
@@ -49,6 +51,9 @@ def compare(dense: nn.Module, pruned: nn.Module, held_out: Batches) -> Quality:
     rows = len(held_out)
     if not gives_logits(dense):
         return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
+    if is_regression(dense):
+        both = torch.stack((before.flatten(), after.flatten()))
+        return Quality("correlation_with_dense", 1.0, float(torch.corrcoef(both)[0, 1]), rows)
     if any(label is None for label in held_out.labels):
         return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
     labels = torch.tensor([_class_index(label, dense.config) for label in held_out.labels if label is not None])
@@ -62,12 +67,21 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 def check_labels(batches: Batches, model: nn.Module) -> None:
     """Refuse labels that a classifier does not know, before the long work.
 
-    Raises: BadInput.
+    Raises: BadInput; also for multi-label models, whose outputs are no distribution over classes.
     """
-    if gives_logits(model):
+    config: Any = model.config
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        raise BadInput("the model is a multi-label classifier; possible are single-label, regression and embeddings.")
+    if gives_logits(model) and not is_regression(model):
         for label in batches.labels:
             if label is not None:
                 _class_index(label, model.config)
+
+
+def is_regression(model: nn.Module) -> bool:
+    """One output number, or several if the config says so."""
+    config: Any = model.config
+    return gives_logits(model) and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1)
 
 
 def _class_index(label: str | int, config: Any) -> int:

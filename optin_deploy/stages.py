@@ -6,14 +6,15 @@ A finished stage is recognised by the hash of everything that went into it and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import check_seq_len, input_names
+from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.plan import PruningPlan
@@ -53,8 +54,10 @@ class Prepared:
 
     @property
     def key(self) -> str:
-        """Hash of model and calibration data."""
-        return sha256_json([self.weights_sha256, self.layout.hash, self.calibration.fingerprint])
+        """Hash of all that a stage's result depends on besides its own options: model, data, cost, versions."""
+        versions = [version(name) for name in ("optin-deploy", "torch", "transformers")]
+        model = [self.weights_sha256, self.layout.hash, config_settings(self.loaded.model), asdict(self.cost)]
+        return sha256_json([*model, self.calibration.fingerprint, versions])
 
 
 def prepare(source: Source) -> Prepared:
@@ -75,7 +78,12 @@ def prepare(source: Source) -> Prepared:
     calibration, held_out = (_batches(loaded, part, source.seq_len) for part in parts)
     for batches in (calibration, held_out):
         check_labels(batches, loaded.model)
-    cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
+    if not loaded.is_text:
+        set_image_size(loaded.model.config, *calibration.batches[0]["pixel_values"].shape[-2:])
+    try:
+        cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
+    except ValueError as err:
+        raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
     return Prepared(source, loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
 
 
@@ -91,16 +99,18 @@ def score_stage(
     *,
     scorer: str = "sketch",
     kl_weight: float | None = None,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> bool:
     """Write scores.safetensors and scores.json; True if finished ones were reused."""
+    seed = prepared.source.seed
     key = sha256_json([prepared.key, scorer, kl_weight, seed])
     if workspace.has_scores(key):
         return True
     batches = prepared.calibration.batches
     model = prepared.loaded.model
     scores = score(model, prepared.layout, batches, scorer=scorer, kl_weight=kl_weight, seed=seed, progress=progress)
+    for name in ("masks.json", "plan.json"):  # of other scores
+        (workspace.root / name).unlink(missing_ok=True)
     workspace.write_scores(scores, prepared.layout, prepared.cost, key)
     return False
 

@@ -54,22 +54,33 @@ class Workspace:
 
         Raises: BadInput: a file, or a non-empty folder that optin-deploy did not make (without `force`).
         """
-        cls.check(root, force=force)
+        cls.check(root, source, force=force)
         root.mkdir(parents=True, exist_ok=True)
         workspace = cls(root)
         write_json(workspace.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
         return workspace
 
     @classmethod
-    def check(cls, root: Path, *, force: bool = False) -> None:
+    def check(cls, root: Path, source: Source, *, force: bool = False) -> None:
         """Would `claim` take this folder?
 
-        Raises: BadInput: as `claim`.
+        Raises: BadInput: as `claim`, or what the job reads lies inside (it would be overwritten).
         """
         if root.is_file():
             raise BadInput(f"--out {root} is a file. Give a folder.")
-        if root.is_dir() and any(root.iterdir()) and not cls(root).source_path.is_file() and not force:
+        if root.is_dir() and any(root.iterdir()) and not force and not cls(root)._is_ours():
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
+        if Path(source.model).exists() and Path(source.model).resolve().is_relative_to(root.resolve()):
+            raise BadInput(
+                f"--out {root} holds the model {source.model} itself, which would be lost. Use another folder."
+            )
+
+    def _is_ours(self) -> bool:
+        try:
+            self.source()
+        except BadInput:
+            return False
+        return True
 
     @property
     def source_path(self) -> Path:

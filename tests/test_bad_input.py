@@ -415,7 +415,7 @@ def test_a_json_file_that_is_not_ours(shell: Shell, finished: Path, name: str, c
 def test_a_measurement_without_artifacts(shell: Shell, finished: Path) -> None:
     (finished / "dense.onnx").unlink()
     refuse(shell("optin", "bench", finished), "dense.onnx", f"optin build {finished} --engine onnx")
-    refuse(shell("optin", "bench", finished, "--engine", "trt"), "engine", f"optin build {finished} --engine trt")
+    refuse(shell("optin", "bench", finished, "--engine", "trt"), "trt", "does not run", "own tool")
 
 
 # Ctrl-C

@@ -290,3 +290,33 @@ def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: 
     source = Source(str(vit()), calibration=str(photos()))
     report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2), Point(batch=1, seq=999)))
     assert [(m.batch, m.seq_len) for m in report.latency] == [(2, 17), (1, 17)]  # 16 patches and the class token
+
+
+def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = [run_job(out, replace(text_source(), seq_len=length)).macs["dense"] for length in (32, 40, 32)]
+    assert found[0] == found[2] < found[1]
+
+
+def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished: Path) -> None:
+    from exporters.building import build_folder
+
+    assert (finished / "dense.onnx").is_file()
+    build_folder(finished, engine="onnx", dense=False)
+    assert not (finished / "dense.onnx").exists()
+
+
+def test_images_are_counted_and_exported_at_the_size_that_the_processor_makes(tmp_path: Path) -> None:
+    """DINOv2 is built for one size and served at another."""
+    import transformers
+
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, mlp_ratio=2, image_size=64, patch_size=8
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
+    transformers.AutoImageProcessor.from_pretrained(vit()).save_pretrained(tmp_path / "dino")
+    report = run_job(tmp_path / "out", Source(str(tmp_path / "dino"), calibration=str(photos())))
+    size = transformers.AutoImageProcessor.from_pretrained(vit()).size["height"]
+    assert size < 64
+    assert optin_deploy.load(tmp_path / "out").config.inference_image_size == [size, size]
+    assert report.macs["dense"] < 64 * 64 * 24 * 3 + 2 * 65 * (12 * 24**2 + 2 * 65 * 24)  # what 64 pixels would cost

@@ -418,3 +418,10 @@ def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
 def test_saved_folder_can_be_moved(saved: Path, tmp_path: Path) -> None:
     shutil.move(saved, tmp_path / "elsewhere")
     assert load_pruned(tmp_path / "elsewhere").plan == pruned_model("bert").plan
+
+
+def test_save_never_replaces_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="not a pruned model"):
+        pruned_model("bert").save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -18,7 +18,7 @@ from optin_deploy.bench.report import Measurement, Report, latency_rows, quality
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.calibration import Batches
 from optin_deploy.errors import BadInput
-from optin_deploy.quality import Quality, compare
+from optin_deploy.quality import Quality, check_labels, compare
 
 TIMING = PairTiming(dense_ms=((6.0, 6.0, 8.0), (6.0,)), pruned_ms=((4.0, 4.0, 4.0), (4.0,)), seed=0)
 """Medians 6 and 4 ms in both blocks: exactly 1.5x."""
@@ -259,6 +259,21 @@ def dense_and_pruned(names: dict[str, int] = NAMES, **config: Any) -> tuple[nn.M
 )
 def test_accuracy_takes_names_and_numbers(labels: tuple[str | int, ...], dense: float, pruned: float) -> None:
     assert compare(*dense_and_pruned(), rows(labels)) == Quality("accuracy", dense, pruned, 4)
+
+
+def test_one_output_number_is_compared_by_correlation() -> None:
+    """argmax over one column would call every cut perfect."""
+    dense, pruned = dense_and_pruned(num_labels=3, problem_type="regression")
+    found = compare(dense, pruned, rows((1, 2, None, 4)))
+    assert (found.metric, found.dense) == ("correlation_with_dense", 1.0)
+    assert found.pruned == pytest.approx(-1.0)  # the pruned one gives the negative
+    check_labels(rows((3, "7.5", None, 4)), dense)
+
+
+def test_a_multi_label_classifier_is_refused() -> None:
+    dense, _ = dense_and_pruned(problem_type="multi_label_classification")
+    with pytest.raises(BadInput, match="multi-label"):
+        check_labels(rows((0, 1, 2, 0)), dense)
 
 
 def test_names_that_are_numbers_are_names() -> None:

@@ -312,8 +312,23 @@ def test_a_file_is_never_a_workspace(tmp_path: Path, force: bool) -> None:
     assert (tmp_path / "out").read_text() == "x"
 
 
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_job_never_writes_over_its_own_model(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / "out"
+    (folder / inside).mkdir(parents=True)
+    (folder / inside / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match="would be lost"):
+        Workspace.claim(folder, Source(str(folder / inside)), force=True)
+
+
+def test_a_folder_with_a_source_file_of_its_own_is_foreign(tmp_path: Path) -> None:
+    (tmp_path / "source.json").write_text('{"of": "somebody"}')
+    with pytest.raises(BadInput, match="not made by optin-deploy"):
+        Workspace.claim(tmp_path, Source("bert"))
+
+
 def test_checking_writes_nothing(tmp_path: Path) -> None:
-    Workspace.check(tmp_path / "out")
+    Workspace.check(tmp_path / "out", Source("bert"))
     assert names(tmp_path) == []
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class ArchSpec:
     """Paths inside one block, relative to it; `blocks` is relative to the base model.
 
-    Every path but `core` names a Linear; `residual` may be "" for the block itself.
+    `qkv`, `attn_out`, `ffn_in` and `ffn_out` name Linears; `residual` may be "" for the block itself.
     """
 
     name: str

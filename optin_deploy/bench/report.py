@@ -85,7 +85,11 @@ def quality_lines(report: Report) -> list[str]:
         return [
             f"Accuracy {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."
         ]
-    what = {"cosine_to_dense": "Mean cosine to the dense embeddings", "same_prediction": "Same prediction as dense"}
+    what = {
+        "cosine_to_dense": "Mean cosine to the dense embeddings",
+        "same_prediction": "Same prediction as dense",
+        "correlation_with_dense": "Correlation with the dense predictions",
+    }
     lines = [f"{what[q.metric]}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")

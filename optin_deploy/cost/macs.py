@@ -88,7 +88,9 @@ def count_macs(model: nn.Module, layout: ModelLayout, *, seq_len: int) -> tuple[
     Works on dense and on rewritten models (then with the dense layout).
     """
     first = layout.layers[0].path
-    inputs = example_inputs(model, batch=1, seq_len=seq_len)
+    like = next(model.parameters())
+    example = example_inputs(model, batch=1, seq_len=seq_len)
+    inputs = {k: v.to(like if v.is_floating_point() else like.device) for k, v in example.items()}
     counter = FlopCounterMode(display=False)
     with (
         inference(model),

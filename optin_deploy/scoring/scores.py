@@ -25,7 +25,7 @@ class Scores:
     """Per layer, (neurons,), not negative."""
     layout_hash: str
     provenance: Mapping[str, Any]
-    """Method, samples, probes, lambda, seed, seconds, data fingerprint, versions."""
+    """Scorer, samples, probes, lambda, seed, seconds."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
