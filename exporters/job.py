@@ -17,7 +17,7 @@ from exporters.building import Built, build, check_engine
 from exporters.measuring import Point, check_threads, length_of, measure, title_of
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
-from optin_deploy.masking import inference
+from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.pruned import PrunedModel
 from optin_deploy.quality import Quality, compare
@@ -144,7 +144,7 @@ def _report(
 
 def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) -> None:
     """Keep 8 held-out inputs with the outputs of both models, for parity on the target."""
-    largest = max(prepared.held_out.batches, key=lambda batch: len(next(iter(batch.values()))))
+    largest = max(prepared.held_out.batches, key=rows_of)
     batch = {name: rows[:RECORDED] for name, rows in largest.items()}
     tensors = {f"input.{name}": rows for name, rows in batch.items()}
     for name, model in (("dense", prepared.loaded.model), ("pruned", pruned)):

@@ -18,6 +18,7 @@ from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import RefusedRewrite
 from optin_deploy.inputs import config_settings, example_inputs, input_names
 from optin_deploy.masking import inference
+from optin_deploy.rewrite.verify import main_output
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.storage import atomic_file, sha256_file, sha256_json, sha256_tensors
@@ -44,10 +45,7 @@ class _Outputs(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         inputs = dict(zip(self.names, values, strict=True))
-        output = self.model(**inputs)
-        if "logits" in output:
-            return output["logits"]  # type: ignore[no-any-return]
-        states: Tensor = output["last_hidden_state"]
+        states = main_output(self.model(**inputs))
         if self.pool is None:
             return states
         real = inputs.get("attention_mask", torch.ones_like(states[..., 0])).unsqueeze(-1).to(states)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import random
 import struct
 import warnings
@@ -18,6 +17,7 @@ import torch
 from optin_deploy.bundled import bundled_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.samples import Sample, check_size, read_samples
+from optin_deploy.storage import sha256_tensors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,12 +61,8 @@ class Batches:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the names, dtypes, shapes and bytes of all tensors, batch by batch; not the labels."""
-        digest = hashlib.sha256()
-        for index, batch in enumerate(self.batches):
-            for name, tensor in sorted(batch.items()):
-                digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        named = {f"{i} {name}": tensor for i, batch in enumerate(self.batches) for name, tensor in batch.items()}
+        return sha256_tensors(named)
 
 
 def split(

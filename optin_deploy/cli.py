@@ -120,8 +120,7 @@ def export(
         _, _, prepared = ready(source, **options)
         _echo(describe(prepared, flops=flops, artifact=folder / exporter(engine).file_names[0]))
         return
-    if calibration is None:
-        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
+    _warn_if_bundled(calibration)
     try:
         report = export_model(
             source,
@@ -169,8 +168,7 @@ def score(
     if dry_run:
         _echo(describe(prepared, flops=1.0, artifact=out / "scores.safetensors"))
         return
-    if calibration is None:
-        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
+    _warn_if_bundled(calibration)
     workspace = Workspace.claim(out, source, force=force)
     with stage_bar("score") as progress:
         reused = score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
@@ -307,6 +305,11 @@ def _run(program: Callable[..., object]) -> int:
 def _absolute(model: str) -> str:
     """A folder by its full path, so that later commands find it from anywhere; a hub id as it is."""
     return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def _warn_if_bundled(calibration: Path | None) -> None:
+    if calibration is None:
+        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
 
 
 def _echo(lines: Sequence[str]) -> None:

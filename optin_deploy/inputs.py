@@ -13,6 +13,7 @@ from optin_deploy.errors import BadInput
 IMAGE_SIZE = "inference_image_size"
 """Our entry in a config: height and width of the images that the model is served with."""
 VOLATILE = ("architectures", "dtype", "transformers_version")
+"""Entries of a config that may differ between a model in memory and the same model read back."""
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:

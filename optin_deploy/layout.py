@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import sha256_json
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
@@ -91,7 +90,7 @@ class ModelLayout:
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON; plans, masks and scores carry it."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return sha256_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""

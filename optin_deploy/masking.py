@@ -18,6 +18,11 @@ Batch = Mapping[str, Tensor]
 """Keyword arguments of the model, batch first."""
 
 
+def rows_of(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    return len(next(iter(batch.values())))
+
+
 @dataclass
 class Recording:
     """First argument and output of the watched modules, by path, of the last forward."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
+from optin_deploy.storage import sha256_json
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
@@ -111,7 +110,7 @@ class PruningPlan:
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return sha256_json(self.to_json())
 
     def check(self, layout: ModelLayout) -> None:
         """Make sure that the plan was made for this layout.

@@ -10,7 +10,7 @@ from torch import nn
 
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
-from optin_deploy.masking import Batch, inference
+from optin_deploy.masking import Batch, inference, rows_of
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.exact import exact_terms
 from optin_deploy.scoring.scores import Scores
@@ -53,7 +53,7 @@ def score(
         raise BadInput("no calibration batches were given; scores need at least one.")
     check_scorer(scorer)
     started = time.perf_counter()
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+    samples = sum(map(rows_of, batches))
     probes = probes or -(-ESTIMATES // samples)
     heads, ffns = attention_branches(layout), ffn_branches(layout)
     with inference(model), torch.no_grad():

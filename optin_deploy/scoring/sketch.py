@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, check_finite, masked, recorded
+from optin_deploy.masking import Batch, check_finite, masked, recorded, rows_of
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.losses import output_directions, output_kind, readout, token_gram, valid_tokens
 from optin_deploy.scoring.terms import Terms, attention_branches, ffn_branches
+from optin_deploy.storage import tensor_bytes
 
 OUTPUT_STREAM = -1
 """Stands for the layer number in the seed of noise on the output."""
@@ -41,7 +42,7 @@ def sketch_terms(
     terms = Terms.zeros(branches)
     paths = [layer.path for layer in layout.layers]
     for done, batch in enumerate(batches):
-        rows = len(next(iter(batch.values())))
+        rows = rows_of(batch)
         masks = {b: torch.ones(rows, 1, b.units, requires_grad=True) for b in branches}
         with torch.enable_grad(), masked(model, masks), recorded(model, outputs=paths) as recording:
             output = model(**batch)
@@ -75,13 +76,7 @@ def sample_keys(batch: Batch) -> tuple[int, ...]:
     valid = batch.get("attention_mask")
     main = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
     rows = (row if valid is None else row[valid[i].bool()] for i, row in enumerate(main))
-    return tuple(
-        int.from_bytes(
-            hashlib.sha256(row.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).digest()[:6],
-            "little",
-        )
-        for row in rows
-    )
+    return tuple(int.from_bytes(hashlib.sha256(tensor_bytes(row)).digest()[:6], "little") for row in rows)
 
 
 def _noise(keys: Sequence[int], seed: int, layer: int, probe: int, like: Tensor) -> Tensor:
