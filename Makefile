@@ -9,6 +9,8 @@ PYTHON ?=
 PIP_ARGS ?=
 # Passed to pytest: make test TEST_ARGS='-k search'
 TEST_ARGS ?=
+# The Python half of TensorRT: it does not run without NVIDIA's libraries, but it holds every name and signature.
+TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.4.0.106
 CODE := optin_deploy exporters benchmarks
 
 SHELL := bash
@@ -67,7 +69,12 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
 	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
-	@echo "==> installing optin-deploy[cpu,demo,dev] with the versions of constraints.txt"
-	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,demo,dev]' -c constraints.txt | $(show)
+	@echo "==> installing optin-deploy[cpu,trt-rtx,demo,dev] with the versions of constraints.txt"
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,trt-rtx,demo,dev]' -c constraints.txt | $(show)
 	@$(PY) -m pip check
+	@echo "==> fetching the bindings of TensorRT 10 and 11, whose names the tests compare (both cannot be installed at once)"
+	@set -o pipefail; for wheel in $(TENSORRT_BINDINGS); do \
+	  target=$(VENV)/tensorrt-$$(grep -o '==[0-9]*' <<< "$$wheel" | tr -d =); rm -rf "$$target"; \
+	  $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --target "$$target" "$$wheel" | $(show); \
+	done
 	@touch $@

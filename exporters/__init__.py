@@ -9,8 +9,13 @@ from optin_deploy.errors import BadInput
 
 ENGINES = {
     "onnx": "exporters.to_onnx:OnnxExporter",
+    "ort-cuda": "exporters.to_ort_gpu:OrtCudaExporter",
+    "ort-trt": "exporters.to_ort_gpu:OrtTensorRTExporter",
     "torch": "exporters.to_torch:TorchExporter",
+    "torch-compile": "exporters.to_torch:CompiledTorchExporter",
+    "aoti": "exporters.to_aoti:AotiExporter",
     "trt": "exporters.to_tensorrt:TensorRTExporter",
+    "trt-rtx": "exporters.to_tensorrt:RtxExporter",
 }
 """Name on the command line -> module:class, imported when asked for."""
 

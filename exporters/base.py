@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import nn
 
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
+from optin_deploy.masking import Batch
 from optin_deploy.runtimes.base import Runtime
 
 
@@ -22,6 +24,10 @@ class ExportSpec:
     """One of the exporter's precisions; None = its first."""
     pool: str | None = None
     """`mean`: add the mean over real tokens as output `sentence_embedding`."""
+    options: EngineOptions = field(default_factory=EngineOptions)
+    """How TensorRT builds its plan."""
+    calibration: Sequence[Batch] = ()
+    """Samples on which int8 measures the range of activations."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Artifact:
     size_bytes: int
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages that made it."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """(batch, tokens) at which it must be proven, if it does not take every shape."""
 
 
 class Exporter(Protocol):
@@ -46,10 +54,13 @@ class Exporter(Protocol):
     engine: str
     precisions: tuple[str, ...]
     """What `--precision` may be; the first is the default."""
-    file_names: tuple[str, str | None]
-    """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder."""
-    portable: str | None
-    """Engine whose artifacts (of the same stem) this one is built from, such as `onnx` for TensorRT; None: torch."""
+    align: int
+    """Multiple of neurons that its kernels like: 16 on CPUs, 64 on GPUs."""
+    reads_onnx: bool
+    """Is the artifact an ONNX file, or built from one? Then the float32 ONNX is exported and proven beside it."""
+
+    def file_names(self, precision: str) -> tuple[str, str | None]:
+        """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder."""
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
         """Write the artifact of a dense or pruned model to `out`, atomically; a finished one is reused.
@@ -57,11 +68,29 @@ class Exporter(Protocol):
         Raises: CannotBuildHere: this machine cannot build the engine; says what to run where.
         """
 
-    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
+    def cannot_build(self) -> str | None:
+        """Why this machine cannot make artifacts of this engine; None: it can."""
+
+    def obstacle(self, precision: str | None = None) -> str | None:
+        """Why this machine cannot run artifacts of this engine; None: it can."""
+
+    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """Load an artifact.
 
-        Args: threads: 0 leaves the engine's default. task: of a dense transformers folder, where that is the artifact.
+        Args: precision: where the artifact itself does not fix it. threads: 0 leaves the engine's default.
+            task: of a dense transformers folder, where that is the artifact.
         """
+
+
+TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.5}
+"""Engine against the float32 torch model, largest error over largest output. Fused kernels sum in another order; the
+16-bit types round each product to 11 and 8 bits. int8 is a loss to be judged by quality: the limit only finds nonsense.
+"""
+
+
+def typed_name(stem: str, precision: str, suffix: str) -> str:
+    """`model.onnx` in float32, `model.fp16.onnx` in another type."""
+    return f"{stem}{suffix}" if precision in ("fp32", "tf32") else f"{stem}.{precision}{suffix}"
 
 
 POOLS = ("mean",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,78 +13,102 @@ import torch
 from torch import nn
 
 from exporters import check_precision, exporter
-from exporters.base import POOLED, Artifact, Exporter, ExportSpec, output_names
+from exporters.base import POOLED, TOLERANCES, Artifact, Exporter, ExportSpec, output_names
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import CannotBuildHere, ParityFailure, PlanMismatch
 from optin_deploy.inputs import example_inputs
 from optin_deploy.loading import load_dense
-from optin_deploy.masking import inference
+from optin_deploy.masking import Batch, inference, rows_of
 from optin_deploy.pruned import load_pruned
 from optin_deploy.rewrite.verify import main_output, relative_error
+from optin_deploy.stages import prepare
 from optin_deploy.storage import atomic_file, read_json, sha256_tensors, write_json
 from optin_deploy.workspace import Workspace
 
-ENGINE_TOLERANCE = 1e-4
-"""float32 engines against torch, relative to the largest output: fused kernels sum in another order."""
 PARITY_POINTS = ((1, 1.0), (3, 0.4))
 """(batch, share of seq_len) at which engines are compared with torch: not the sizes that were traced."""
+INT8_ROWS = 64
+"""Calibration samples for int8: ranges change little after some dozens."""
 OWN_FILES = ("model.safetensors", "plan.json", "layout.json", "optin.json")
 """What model/ holds besides config and tokenizer or processor."""
 
 
 @dataclass(frozen=True)
-class Built:
-    """What an export left."""
+class Pair:
+    """The pruned and the dense model on one engine, in one precision."""
 
     engine: Exporter
-    """Runs `pruned` and `dense` here: the asked engine, or the portable one that it is built from."""
+    precision: str
     pruned: Artifact
     dense: Artifact | None
     """None: not asked for, or the engine runs the dense model's own folder."""
-    final: Artifact | None = None
-    """The asked engine's own artifact, if it is built from the portable one."""
-    problem: CannotBuildHere | None = None
-    """Why there is no such artifact."""
 
     @property
-    def is_asked_engine(self) -> bool:
-        """False: times of these artifacts would not be those of the asked engine."""
-        return self.final is None and self.problem is None
+    def obstacle(self) -> str | None:
+        """Why it cannot run on this machine; None: it can."""
+        return self.engine.obstacle(self.precision)
 
     def artifacts(self) -> dict[str, Artifact]:
         """By name."""
-        named = {"pruned": self.pruned, "dense": self.dense, "engine": self.final}
+        named = {"pruned": self.pruned, "dense": self.dense}
         return {name: artifact for name, artifact in named.items() if artifact is not None}
 
+
+@dataclass(frozen=True)
+class Built:
+    """What an export left: the forms of the model on the way to the asked engine, the asked one last."""
+
+    pairs: tuple[Pair, ...]
+    problem: CannotBuildHere | None = None
+    """Why the asked engine is not among them."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the asked engine cannot be measured on this machine; None: it can."""
+        return str(self.problem) if self.problem else self.pairs[-1].obstacle
+
     def sizes(self) -> dict[str, int]:
-        """Bytes of each artifact."""
-        return {name: artifact.size_bytes for name, artifact in self.artifacts().items()}
+        """Bytes of the last pair, as `pruned` and `dense`."""
+        return {name: artifact.size_bytes for name, artifact in self.pairs[-1].artifacts().items()}
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of each artifact."""
-        return {f"{name}_artifact": artifact.sha256 for name, artifact in self.artifacts().items()}
+        """sha256 of each artifact, by its file name."""
+        return {a.path.name: a.sha256 for pair in self.pairs for a in pair.artifacts().values()}
 
 
 def build(
     workspace: Workspace, target: Exporter, spec: ExportSpec, pruned: nn.Module, dense: nn.Module | None
 ) -> Built:
-    """Export pruned and dense with the same exporter; where the engine cannot be built, its portable form."""
+    """Export pruned and dense to an engine; what it is built from is exported, kept and proven too."""
     _copy_support_files(workspace)
-    base = exporter(target.portable) if target.portable else target
-    base_spec = replace(spec, precision=None) if target.portable else spec
-    smaller = base.export(pruned, base_spec, workspace.root / base.file_names[0])
+    pairs: list[Pair] = []
+    for engine, precision in _steps(target, spec.precision or target.precisions[0]):
+        try:
+            pairs.append(_pair(workspace, engine, replace(spec, precision=precision), pruned, dense))
+        except CannotBuildHere as problem:
+            return Built(tuple(pairs), problem)
+    return Built(tuple(pairs))
+
+
+def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
+    """What an engine's artifact is made from, first to last: float32 ONNX, typed ONNX, the artifact."""
+    if not target.reads_onnx:
+        return [(target, precision)]
+    onnx = exporter("onnx")
+    typed = "fp32" if precision == "tf32" else precision
+    steps = [(onnx, "fp32")] if typed == "fp32" else [(onnx, "fp32"), (onnx, typed)]
+    return steps if target.engine == onnx.engine else [*steps, (target, precision)]
+
+
+def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, pruned: nn.Module, dense: nn.Module | None) -> Pair:
+    name, dense_name = engine.file_names(spec.precision or engine.precisions[0])
+    smaller = engine.export(pruned, spec, workspace.root / name)
     original: Artifact | None = None
-    if base.file_names[1] is not None:
-        dense_path = workspace.root / base.file_names[1]
-        if dense is None:
-            dense_path.unlink(missing_ok=True)  # of an earlier run; it could be measured beside the wrong model
-        else:
-            original = base.export(dense, base_spec, dense_path)
-    if target is base:
-        return Built(base, smaller, original)
-    try:
-        return Built(base, smaller, original, final=target.export(pruned, spec, workspace.root / target.file_names[0]))
-    except CannotBuildHere as problem:
-        return Built(base, smaller, original, problem=problem)
+    if dense_name is not None and dense is not None:
+        original = engine.export(dense, spec, workspace.root / dense_name)
+    elif dense_name is not None:
+        (workspace.root / dense_name).unlink(missing_ok=True)  # of an earlier run: perhaps of another model
+    return Pair(engine, spec.precision or engine.precisions[0], smaller, original)
 
 
 def _copy_support_files(workspace: Workspace) -> None:
@@ -106,36 +131,56 @@ def _for_transformers_4(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def check_engine(built: Built, pruned: nn.Module, dense: nn.Module | None, *, seq_len: int) -> dict[str, float]:
-    """Error of each artifact against its torch model, at sizes that were not traced, with padding.
+def int8_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first calibration batches that hold enough rows to measure the range of activations."""
+    rows = np.cumsum([rows_of(batch) for batch in batches])
+    return batches[: int(np.searchsorted(rows, INT8_ROWS)) + 1]
 
-    Raises: ParityFailure: above 1e-4 of the largest output.
+
+def check_engine(built: Built, pruned: nn.Module, dense: nn.Module | None, *, seq_len: int) -> dict[str, float]:
+    """Error of every artifact that runs here against its torch model, with padding.
+
+    Returns: `torch_vs_engine` (and `_dense`) of the last engine that runs here, the others with their names added.
+    Raises: ParityFailure: above the tolerance of the precision.
     """
     errors = {}
-    pairs = [("pruned", built.pruned, pruned), ("dense", built.dense, dense)]
-    for name, artifact, model in pairs:
-        if artifact is None or model is None:
-            continue
-        with built.engine.open(artifact.path) as runtime, inference(model), torch.inference_mode():
-            found_errors = []
-            for batch, share in PARITY_POINTS:
-                inputs = example_inputs(model, batch=batch, seq_len=max(2, int(share * seq_len)), seed=batch)
-                if "attention_mask" in inputs:
-                    inputs["attention_mask"][-1, -1] = 0
-                expected = main_output(model(**inputs))
-                found = runtime.run({k: v.numpy() for k, v in inputs.items()})
-                found_errors.append(relative_error(expected.numpy(), found[artifact.outputs[0]]))
-                if POOLED in found:
-                    real = inputs.get("attention_mask", torch.ones(expected.shape[:2])).unsqueeze(-1)
-                    mean = (expected * real).sum(1) / real.sum(1)
-                    found_errors.append(relative_error(mean.numpy(), found[POOLED]))
-        worst = float(np.max(found_errors))  # NaN stays NaN
-        if not worst <= ENGINE_TOLERANCE:
-            raise ParityFailure(
-                f"{artifact.path} differs from its torch model by {worst:.2e} (allowed: {ENGINE_TOLERANCE:.0e})."
-            )
-        errors["torch_vs_engine" if name == "pruned" else "torch_vs_engine_dense"] = worst
+    runs_here = [pair for pair in built.pairs if pair.obstacle is None]
+    for pair in runs_here:
+        for name, artifact in pair.artifacts().items():
+            model = pruned if name == "pruned" else dense
+            if model is not None:
+                key = "torch_vs_engine" if pair is runs_here[-1] else f"torch_vs_{pair.engine.engine}_{pair.precision}"
+                errors[key if name == "pruned" else f"{key}_dense"] = _error(pair, artifact, model, seq_len)
     return errors
+
+
+def _error(pair: Pair, artifact: Artifact, model: nn.Module, seq_len: int) -> float:
+    """Largest relative error over the artifact's own shapes, or over sizes that were not traced."""
+    shapes = artifact.shapes or tuple((batch, max(2, int(share * seq_len))) for batch, share in PARITY_POINTS)
+    errors = []
+    with (
+        pair.engine.open(artifact.path, precision=pair.precision) as runtime,
+        inference(model),
+        torch.inference_mode(),
+    ):
+        for batch, tokens in dict.fromkeys(shapes):
+            inputs = example_inputs(model, batch=batch, seq_len=tokens, seed=batch)
+            if "attention_mask" in inputs and tokens > 1:
+                inputs["attention_mask"][-1, -1] = 0
+            expected = main_output(model(**inputs))
+            found = runtime.run({k: v.numpy() for k, v in inputs.items()})
+            errors.append(relative_error(expected.numpy(), found[artifact.outputs[0]]))
+            if POOLED in found:
+                real = inputs.get("attention_mask", torch.ones(expected.shape[:2])).unsqueeze(-1)
+                mean = (expected * real).sum(1) / real.sum(1)
+                errors.append(relative_error(mean.numpy(), found[POOLED]))
+    worst = float(np.max(errors))  # NaN stays NaN
+    if not worst <= TOLERANCES[pair.precision]:
+        raise ParityFailure(
+            f"{artifact.path} differs from its torch model by {worst:.2e} (allowed in {pair.precision}: "
+            f"{TOLERANCES[pair.precision]:.0e}). See `optin doctor {artifact.path.parent}`."
+        )
+    return worst
 
 
 def build_folder(
@@ -144,6 +189,7 @@ def build_folder(
     engine: str,
     precision: str | None = None,
     pool: str | None = None,
+    options: EngineOptions | None = None,
     dense: bool = True,
     dry_run: bool = False,
 ) -> Built | None:
@@ -152,7 +198,7 @@ def build_folder(
     Args: dry_run: only check that it could be done; returns None.
     """
     target = exporter(engine)
-    spec = ExportSpec(check_precision(target, precision), pool)
+    precision = check_precision(target, precision)
     workspace = Workspace(folder)
     source = workspace.source()
     pruned = load_pruned(folder)
@@ -164,6 +210,8 @@ def build_folder(
         )
     if dry_run:
         return None
+    samples = int8_samples(prepare(source).calibration.batches) if precision == "int8" else ()
+    spec = ExportSpec(precision, pool, options or EngineOptions(), samples)
     built = build(workspace, target, spec, pruned.model, original)
     check_engine(built, pruned.model, original, seq_len=source.seq_len)
     return built

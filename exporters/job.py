@@ -13,8 +13,9 @@ from torch import nn
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
-from exporters.building import Built, build, check_engine
+from exporters.building import Built, build, check_engine, int8_samples
 from exporters.measuring import Point, check_threads, length_of, measure, title_of
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.masking import inference, rows_of
@@ -39,7 +40,7 @@ def export_model(
     flops: float = 0.6,
     engine: str = "onnx",
     precision: str | None = None,
-    align: int = 16,
+    align: int | None = None,
     allocation: str = "uniform",
     scorer: str = "sketch",
     kl_weight: float | None = None,
@@ -47,6 +48,7 @@ def export_model(
     points: Sequence[Point] = (Point(),),
     threads: int = 0,
     pool: str | None = None,
+    options: EngineOptions | None = None,
     dense: bool = True,
     force: bool = False,
     stage: Stage = silent_stage,
@@ -54,9 +56,11 @@ def export_model(
     """Prune a model end to end; everything it makes lies in `out`, finished stages are reused.
 
     Args:
+        align: neurons in multiples of this; default: what the engine likes.
         kl_weight: lambda of the output term; default: a tenth of the trajectory term on average.
         points: where dense and pruned are measured against each other; none if `dense` is False.
         threads: intra-op threads of the engine; 0 = its default.
+        options: how TensorRT builds its plan.
         stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
@@ -73,11 +77,13 @@ def export_model(
             points=points,
             threads=threads,
             pool=pool,
+            options=options,
         )
         workspace = Workspace.claim(out, source, force=force)
     with clock("score") as progress:
         score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
     with clock("plan"):
+        align = target.align if align is None else align
         plan = plan_stage(workspace, flops=flops, align=align, allocation=allocation)
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
@@ -88,11 +94,21 @@ def export_model(
         quality = compare(prepared.loaded.model, pruned.model, prepared.held_out)
         record_samples(workspace, prepared, pruned.model)
     latency = []
-    for point in points if dense and built.is_asked_engine else ():
+    asked = built.pairs[-1]
+    for point in points if dense and built.obstacle is None else ():
         with clock(title_of(point, plan.tokens)) as progress:
-            paths = (built.dense.path if built.dense else Path(source.model), built.pruned.path)
+            paths = (asked.dense.path if asked.dense else Path(source.model), asked.pruned.path)
             latency.append(
-                measure(built.engine, *paths, pruned, point, threads=threads, task=source.task, progress=progress)
+                measure(
+                    asked.engine,
+                    *paths,
+                    pruned,
+                    point,
+                    precision=asked.precision,
+                    threads=threads,
+                    task=source.task,
+                    progress=progress,
+                )
             )
     settings = {
         "flops": flops,
@@ -159,21 +175,22 @@ def ready(
     flops: float = 0.6,
     engine: str = "onnx",
     precision: str | None = None,
-    align: int = 16,
+    align: int | None = None,
     allocation: str = "uniform",
     scorer: str = "sketch",
     points: Sequence[Point] = (),
     threads: int = 0,
     pool: str | None = None,
+    options: EngineOptions | None = None,
 ) -> tuple[Exporter, ExportSpec, Prepared]:
     """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
 
     Raises: BadInput and its kinds.
     """
     target = exporter(engine)
-    spec = ExportSpec(check_precision(target, precision), pool)
+    precision = check_precision(target, precision)
     budget = Budget(flops)
-    check_search(align, allocation)
+    check_search(target.align if align is None else align, allocation)
     check_scorer(scorer)
     check_threads(threads)
     prepared = prepare(source)
@@ -181,7 +198,8 @@ def ready(
     output_names(prepared.loaded.model, pool)
     for point in points:
         length_of(point, prepared.loaded.model, prepared.cost.tokens)
-    return target, spec, prepared
+    samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
+    return target, ExportSpec(precision, pool, options or EngineOptions(), samples), prepared
 
 
 def describe(prepared: Prepared, *, flops: float, artifact: Path) -> list[str]:
@@ -205,8 +223,8 @@ def _notes(source: Source, built: Built) -> list[str]:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
     if built.problem is not None:
         notes.append(f"The engine could not be built here. {built.problem}")
-    if built.final is not None:
-        notes.append(f"{built.final.path.name} was built but not run: measure it with the engine's own tools.")
+    elif built.obstacle is not None:
+        notes.append(f"{built.pairs[-1].pruned.path.name} was built but not run here: {built.obstacle}.")
     return notes
 
 

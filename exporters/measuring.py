@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from exporters import exporter
+from exporters import check_precision, exporter
 from exporters.base import Exporter
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement
@@ -38,6 +38,7 @@ def measure(
     pruned: PrunedModel,
     point: Point,
     *,
+    precision: str | None = None,
     threads: int = 0,
     task: str | None = None,
     progress: Progress = silent,
@@ -49,8 +50,8 @@ def measure(
     seq_len = length_of(point, pruned.model, pruned.plan.tokens)
     feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
     timing = measure_pair(
-        lambda: target.open(dense, threads=threads, task=task),
-        lambda: target.open(smaller, threads=threads),
+        lambda: target.open(dense, precision=precision, threads=threads, task=task),
+        lambda: target.open(smaller, precision=precision, threads=threads),
         feeds,
         on_block=progress,
     )
@@ -61,6 +62,7 @@ def measure(
         threads=threads,
         ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
         timing=timing,
+        precision=precision or target.precisions[0],
     )
 
 
@@ -93,6 +95,7 @@ def bench_folder(
     folder: Path,
     *,
     engine: str,
+    precision: str | None = None,
     points: Sequence[Point],
     threads: int = 0,
     dry_run: bool = False,
@@ -106,15 +109,16 @@ def bench_folder(
     target = exporter(engine)
     source = Workspace(folder).source()
     pruned = load_pruned(folder)
-    name, dense_name = target.file_names
+    precision = check_precision(target, precision)
+    name, dense_name = target.file_names(precision)
     dense = folder / dense_name if dense_name else Path(source.model)
-    if target.portable is not None:
-        raise BadInput(
-            f"this version builds {engine} engines but does not run them; measure with the engine's own tool."
-        )
+    obstacle = target.obstacle(precision)
+    if obstacle is not None:
+        raise BadInput(f"{engine} in {precision} does not run on this machine: {obstacle}.")
     for path in (dense, folder / name) if dense_name else (folder / name,):
         if not path.exists():
-            raise BadInput(f"{path} does not exist. Make it with `optin build {folder} --engine {engine}`.")
+            remedy = f"optin build {folder} --engine {engine} --precision {precision}"
+            raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
     for point in points:
         length_of(point, pruned.model, pruned.plan.tokens)
     check_threads(threads)
@@ -123,7 +127,16 @@ def bench_folder(
         with stage(title_of(point, pruned.plan.tokens)) as progress:
             paths = (dense, folder / name)
             measured.append(
-                measure(target, *paths, pruned, point, threads=threads, task=source.task, progress=progress)
+                measure(
+                    target,
+                    *paths,
+                    pruned,
+                    point,
+                    precision=precision,
+                    threads=threads,
+                    task=source.task,
+                    progress=progress,
+                )
             )
     if not dry_run:
         rows = [m.to_json() for m in measured]

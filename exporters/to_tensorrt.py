@@ -1,138 +1,208 @@
-"""Build an NVIDIA TensorRT plan from the portable ONNX, on the machine that it will serve on.
+"""NVIDIA TensorRT and TensorRT-RTX: a plan built from the typed ONNX file, with a record of what it fits.
 
-One strongly typed path for TensorRT 10.12 and later: precision comes from the ONNX graph, not from builder flags.
+TensorRT builds on the GPU that it will serve on. TensorRT-RTX also builds ahead of time on a machine without one,
+which makes it the preflight of TensorRT: it shares the parser and much of the compiler, but is not the same product.
 """
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec
+from exporters.base import Artifact, ExportSpec, typed_name
+from exporters.checks.preflight import build_ahead
+from exporters.tensorrt_plan import EngineOptions, build_engine
 from exporters.to_onnx import OnnxExporter
-from optin_deploy.errors import CannotBuildHere
+from optin_deploy.errors import CannotBuildHere, MissingDependency
 from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.runtimes.base import Runtime
-from optin_deploy.storage import atomic_file, sha256_file
+from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
+from optin_deploy.runtimes.record import EngineRecord, finished, write_record
+from optin_deploy.runtimes.tensorrt import MODULES, EngineLog, TensorRTRuntime, import_tensorrt
+from optin_deploy.storage import atomic_file, sha256_file, sha256_json, write_text
 
-BATCHES = (1, 8, 32)
-"""Smallest, usual and largest batch of the plan's one profile."""
-LENGTHS = (16, 128, 512)
-"""The same for tokens, cut to the model's position table."""
+TIMING_CACHE = "timing.cache"
+OLDEST, NEWEST = (10, 12), 12
+"""First version with the calls used here, and the first major version that was not looked at."""
 
 
 class TensorRTExporter:
     """Plans for TensorRT; where it or a GPU is missing, the instructions for the target."""
 
     engine = "trt"
-    precisions = ("fp16", "fp32")
-    file_names = ("model.engine", "dense.engine")
-    portable = "onnx"
+    precisions = ("fp16", "fp32", "tf32", "bf16", "int8")
+    align = 64
+    reads_onnx = True
+    keeps_timings = True
+
+    def file_names(self, precision: str) -> tuple[str, str | None]:
+        """See `Exporter.file_names`."""
+        return "model.engine", "dense.engine"
 
     def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Build the plan; unverified until a GPU run.
+        """Build the plan of the typed ONNX file, which is exported beside it.
 
-        Raises: CannotBuildHere: no TensorRT, no GPU, or the builder refused; the portable ONNX lies beside `out`.
+        Raises: CannotBuildHere: no TensorRT, no GPU, or the builder refused; the ONNX file lies beside `out`.
         """
         precision = spec.precision or self.precisions[0]
-        portable = out.with_suffix(".onnx")
-        missing = _missing()
+        stem = out.name.partition(".")[0]
+        onnx_precision = "fp32" if precision == "tf32" else precision
+        source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
+        graph = OnnxExporter().export(model, replace(spec, precision=onnx_precision), source)
+        profiles = tuple(profile.up_to(longest_text(model.config)) for profile in spec.options.profiles)
+        options = replace(spec.options, profiles=profiles)
+        missing = self.cannot_build()
         if missing is not None:
-            raise CannotBuildHere(_instructions(model, portable, precision, missing))
-        trt = import_module("tensorrt")
-        with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
-            source = portable
-            if precision == "fp16":
-                source = Path(temporary) / "half.onnx"
-                OnnxExporter().export(copy.deepcopy(model).half(), ExportSpec(pool=spec.pool), source)
-            plan = build_plan(trt, source, longest=longest_text(model.config) or LENGTHS[-1])
-        with atomic_file(out) as written:
-            written.write_bytes(plan)
+            preflight = _preflight(source, options) if self.engine == "trt" else ""
+            raise CannotBuildHere(f"{_instructions(model, source, precision, options, missing)}{preflight}")
+        trt: Any = import_tensorrt(self.engine)
+        gpu = current_gpu()
+        device = ("", "") if gpu is None else describe_device(gpu)
+        key = sha256_json([graph.sha256, self.engine, precision, options.settings(), trt.__version__, device])
+        record = finished(out, key)
+        if record is None:
+            record = self._build(trt, source, out, options, precision, key, device, graph.sha256)
         return Artifact(
-            out, self.engine, precision, (), (), sha256_file(out), len(plan), {"tensorrt": version("tensorrt")}
+            path=out,
+            engine=self.engine,
+            precision=precision,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            sha256=record.sha256,
+            size_bytes=record.size_bytes,
+            versions={**graph.versions, MODULES[self.engine][0]: record.version},
+            shapes=tuple(corner for profile in profiles for corner in profile.corners()),
         )
 
-    def open(self, path: Path, *, threads: int = 0, task: str | None = None) -> Runtime:
-        """Raises: CannotBuildHere: no TensorRT runtime in this version."""
-        raise CannotBuildHere(f"{path}: this version builds TensorRT plans but does not run them; use trtexec.")
-
-
-def build_plan(trt: ModuleType | Any, source: Path, *, longest: int) -> bytes:
-    """Parse an ONNX file and build a serialised plan with one optimisation profile.
-
-    Args: trt: the `tensorrt` module (or TensorRT-RTX's bindings, which have the same names).
-    Raises: CannotBuildHere: the parser or the builder refused, with what they said.
-    """
-    log = _messages(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(source.read_bytes()):
-        said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        raise CannotBuildHere(f"TensorRT's parser refused {source.name}: {said}")
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        entry = network.get_input(index)
-        profile.set_shape(
-            entry.name, *(_sized(entry.shape, b, min(n, longest)) for b, n in zip(BATCHES, LENGTHS, strict=True))
+    def _build(
+        self,
+        trt: Any,
+        source: Path,
+        out: Path,
+        options: EngineOptions,
+        precision: str,
+        key: str,
+        device: tuple[str, str],
+        onnx_sha256: str,
+    ) -> EngineRecord:
+        log = EngineLog(MODULES[self.engine][1])
+        cache = (options.timing_cache or out.with_name(TIMING_CACHE)) if self.keeps_timings else None
+        try:
+            plan = build_engine(
+                trt,
+                source,
+                options,
+                log=log,
+                tf32=precision == "tf32",
+                timing_cache=cache,
+                configure=lambda config: self.configure(trt, config),
+            )
+        finally:
+            write_text(out.with_name(f"{out.name}.log"), "\n".join(log.lines) + "\n")
+        with atomic_file(out) as temporary:
+            temporary.write_bytes(plan)
+        record = EngineRecord(
+            engine=self.engine,
+            precision=precision,
+            sha256=sha256_file(out),
+            size_bytes=len(plan),
+            device=device[0],
+            capability=device[1],
+            version=trt.__version__,
+            key=key,
+            versions={"torch": torch.__version__, "cuda": str(torch.version.cuda)},
+            options=options.settings(),
+            onnx=source.name,
+            onnx_sha256=onnx_sha256,
+            any_version="version" in options.compatible,
+            any_device="hardware" in options.compatible,
+            stripped=options.weights == "stripped",
         )
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:  # a failed build raises nothing
-        raise CannotBuildHere(f"TensorRT's builder gave no plan for {source.name}: {' '.join(log.lines[-5:])}")
-    return bytes(plan)
+        write_record(out, record)
+        return record
+
+    def configure(self, trt: Any, config: Any) -> None:
+        """Set what only this kind of TensorRT has."""
+
+    def cannot_build(self) -> str | None:
+        """Why no plan can be built on this machine; None: it can."""
+        try:
+            found = import_tensorrt(self.engine).__version__
+        except MissingDependency as err:
+            return str(err)
+        numbers = [int(part) for part in found.split(".")[:2]]
+        if tuple(numbers) < OLDEST or numbers[0] >= NEWEST:
+            return f"TensorRT {found} is installed; 10.12 to 11 are supported. Run: pip install 'optin-deploy[trt]'"
+        return self._no_device()
+
+    def obstacle(self, precision: str | None = None) -> str | None:
+        """See `Exporter.obstacle`."""
+        return self.cannot_build() or self._no_device()
+
+    def _no_device(self) -> str | None:
+        return NO_GPU if current_gpu() is None else None
+
+    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
+        """The plan on the current CUDA device, with CUDA graphs."""
+        return TensorRTRuntime(path, engine=self.engine)
 
 
-def _sized(shape: Any, batch: int, length: int) -> tuple[int, ...]:
-    """A dynamic shape (-1 for batch, then for length) with sizes put in."""
-    sizes = iter((batch, length))
-    return tuple(next(sizes) if size == -1 else size for size in shape)
+class RtxExporter(TensorRTExporter):
+    """TensorRT-RTX: builds ahead of time, with or without a GPU; kernels are finished where it is loaded."""
+
+    engine = "trt-rtx"
+    keeps_timings = False
+
+    def file_names(self, precision: str) -> tuple[str, str | None]:
+        """Other names than TensorRT's, whose plans it cannot load."""
+        return "model.rtx.engine", "dense.rtx.engine"
+
+    def cannot_build(self) -> str | None:
+        """See `TensorRTExporter.cannot_build`."""
+        try:
+            import_tensorrt(self.engine)
+        except MissingDependency as err:
+            return str(err)
+        return None
+
+    def configure(self, trt: Any, config: Any) -> None:
+        """Build for the GPU that is here, if one is; else for the product's default list of architectures."""
+        if current_gpu() is not None:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
 
 
-def _messages(trt: ModuleType | Any) -> Any:
-    """A logger that keeps warnings and errors for our own error text."""
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # the base class exists only where TensorRT does
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.lines.append(message)
-
-    return Log()
+def _preflight(source: Path, options: EngineOptions) -> str:
+    """What TensorRT-RTX, if it is installed, makes of the same file: a line for the error text."""
+    try:
+        said = build_ahead(source, options)
+    except CannotBuildHere as err:
+        return f"\nPreflight FAILED, TensorRT will likely refuse it too: {err}"
+    return "" if said is None else f"\nPreflight passed: {said}"
 
 
-def _missing() -> str | None:
-    if find_spec("tensorrt") is None:
-        return "the package tensorrt is not installed"
-    return None if torch.cuda.is_available() else "no CUDA device is visible"
+def _instructions(model: nn.Module, source: Path, precision: str, options: EngineOptions, missing: str) -> str:
+    folder = source.parent
+    lines = [
+        f"{source} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there",
+        "  pip install 'optin-deploy[cpu,trt]'",
+        f"  optin build {folder.name} --engine trt --precision {precision} --no-dense"
+        + "".join(f' --profile "{profile}"' for profile in options.profiles),
+        "or, with TensorRT's own tool,",
+        f"  trtexec --stronglyTyped --onnx={folder.name}/{source.name} --saveEngine={folder.name}/model.engine"
+        + _trtexec_shapes(model, options),
+    ]
+    return "\n".join(lines)
 
 
-def _instructions(model: nn.Module, portable: Path, precision: str, missing: str) -> str:
-    folder = portable.parent
-    half = " --fp16" if precision == "fp16" else ""
-    longest = longest_text(model.config) or LENGTHS[-1]
+def _trtexec_shapes(model: nn.Module, options: EngineOptions) -> str:
     shapes = ""
-    for name, batch, length in zip(("min", "opt", "max"), BATCHES, LENGTHS, strict=True):
-        example = example_inputs(model, batch=batch, seq_len=min(length, longest))
+    for name, (batch, tokens) in zip(("min", "opt", "max"), options.profiles[0].corners(), strict=True):
+        example = example_inputs(model, batch=batch, seq_len=tokens)
         sizes = ",".join(f"{entry}:{'x'.join(map(str, value.shape))}" for entry, value in example.items())
         shapes += f" --{name}Shapes={sizes}"
-    return (
-        f"{portable} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there\n"
-        "  pip install 'optin-deploy[cpu,trt]'\n"
-        f"  optin build {folder.name} --engine trt --precision {precision} --no-dense\n"
-        "or, with TensorRT 10's own tool,\n"
-        f"  trtexec --onnx={folder.name}/{portable.name} --saveEngine={folder.name}/model.engine{half}{shapes}"
-    )
+    return shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,14 +35,46 @@ Samples = Annotated[int, typer.Option(help="Calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
 Flops = Annotated[float, typer.Option(help="Share of the dense MACs to keep, in (0, 1].")]
 Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
+EngineAlign = Annotated[
+    int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
+]
 Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
 ScorerName = Annotated[str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).")]
 KlWeight = Annotated[
     float | None, typer.Option(min=0, help="Weight of the output term; default: a tenth of the trajectory term.")
 ]
 Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
-Engine = Annotated[str, typer.Option(help="onnx (ONNX Runtime CPU), torch or trt.")]
-Precision = Annotated[str | None, typer.Option(help="fp32; for trt fp16 (default) or fp32.")]
+Engine = Annotated[
+    str,
+    typer.Option(help="onnx (ONNX Runtime on CPU), ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
+]
+TENSORRT = "TensorRT"
+ProfileOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="SIZES",
+        help="min, opt and max sizes of the engine: batch=1,8,32 seq=16,128,512 (the default); repeatable.",
+        rich_help_panel=TENSORRT,
+    ),
+]
+Workspace_ = Annotated[
+    str | None, typer.Option("--workspace", help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(help="File of measured kernel times, reused by later builds.", rich_help_panel=TENSORRT),
+]
+Compatible = Annotated[
+    list[str] | None,
+    typer.Option(help="version (loads in later ones) or hardware (any GPU from Ampere on).", rich_help_panel=TENSORRT),
+]
+Weights = Annotated[
+    str, typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT)
+]
 At = Annotated[
     list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
 ]
@@ -79,7 +112,7 @@ def export(
     samples: Samples = 512,
     seed: Seed = 0,
     flops: Flops = 0.6,
-    align: Align = 16,
+    align: EngineAlign = None,
     allocation: Allocation = "uniform",
     scorer: ScorerName = "sketch",
     kl_weight: KlWeight = None,
@@ -90,13 +123,17 @@ def export(
     threads: Threads = 0,
     pool: Pool = None,
     dense: Dense = True,
+    profile: ProfileOption = None,
+    workspace: Workspace_ = None,
+    timing_cache: TimingCache = None,
+    compatible: Compatible = None,
+    weights: Weights = "fixed",
     out: Out = None,
     force: Force = False,
     dry_run: DryRun = False,
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    from exporters import exporter
     from exporters.job import describe, export_model, ready
     from exporters.measuring import Point, parse_point
     from optin_deploy.workspace import Source, Workspace
@@ -114,11 +151,13 @@ def export(
         "points": [parse_point(text) for text in at] if at else [Point()],
         "threads": threads,
         "pool": pool,
+        "options": _engine_options(profile, workspace, timing_cache, compatible, weights),
     }
     if dry_run:
         Workspace.check(folder, source, force=force)
-        _, _, prepared = ready(source, **options)
-        _echo(describe(prepared, flops=flops, artifact=folder / exporter(engine).file_names[0]))
+        target, spec, prepared = ready(source, **options)
+        name, _ = target.file_names(spec.precision or target.precisions[0])
+        _echo(describe(prepared, flops=flops, artifact=folder / name))
         return
     _warn_if_bundled(calibration)
     try:
@@ -218,35 +257,52 @@ def build(
     precision: Precision = None,
     pool: Pool = None,
     dense: Dense = True,
+    profile: ProfileOption = None,
+    workspace: Workspace_ = None,
+    timing_cache: TimingCache = None,
+    compatible: Compatible = None,
+    weights: Weights = "fixed",
     prepare_only: PrepareOnly = False,
     dry_run: DryRun = False,
 ) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from exporters.building import build_folder
 
+    options = _engine_options(profile, workspace, timing_cache, compatible, weights)
     with stage_bar("export"):
-        built = build_folder(folder, engine=engine, precision=precision, pool=pool, dense=dense, dry_run=dry_run)
+        built = build_folder(
+            folder, engine=engine, precision=precision, pool=pool, options=options, dense=dense, dry_run=dry_run
+        )
     if built is None:
         typer.echo(f"would export {folder / 'model'} to engine {engine}")
         return
-    for artifact in built.artifacts().values():
-        typer.echo(f"{artifact.path}  {artifact.size_bytes / 2**20:.1f} MiB  sha256 {artifact.sha256[:12]}")
-    if built.problem is not None:
-        if not prepare_only:
-            raise built.problem
-        typer.echo(str(built.problem))
+    for pair in built.pairs:
+        for artifact in pair.artifacts().values():
+            size = f"{artifact.size_bytes / 2**20:.1f} MiB"
+            typer.echo(f"{artifact.path}  {pair.precision}  {size}  sha256 {artifact.sha256[:12]}")
+    if built.problem is not None and not prepare_only:
+        raise built.problem
+    if built.obstacle is not None:
+        typer.echo(f"not run here: {built.obstacle}")
 
 
 @app.command(epilog="Example:\n\n    optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2")
 def bench(
-    folder: Folder, engine: Engine = "onnx", at: At = None, threads: Threads = 0, dry_run: DryRun = False
+    folder: Folder,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    at: At = None,
+    threads: Threads = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
     from exporters.measuring import Point, bench_folder, parse_point
     from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
     points = [parse_point(text) for text in at] if at else [Point()]
-    measured = bench_folder(folder, engine=engine, points=points, threads=threads, dry_run=dry_run, stage=stage_bar)
+    measured = bench_folder(
+        folder, engine=engine, precision=precision, points=points, threads=threads, dry_run=dry_run, stage=stage_bar
+    )
     if dry_run:
         typer.echo(f"would measure {len(points)} points on engine {engine}")
         return
@@ -267,6 +323,27 @@ def show(folder: Folder) -> None:
         typer.echo(report.read_text(encoding="utf-8"))
 
 
+@app.command(epilog="Examples:\n\n    optin doctor\n\n    optin doctor work\n\n    optin doctor model.onnx --json")
+def doctor(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Output folder or .onnx file. Without it: this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what will not work on this machine, or with the ONNX files in DIR, and what to do; exit code 1 if any."""
+    from exporters.doctor import diagnose
+
+    found = diagnose(target)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        for title, header, rows in found.tables():
+            print_table(header, rows, title)
+        typer.echo(found.summary)
+    if found.has_problem:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point `optin`."""
     sys.exit(_run(app))
@@ -283,7 +360,7 @@ def _run(program: Callable[..., object]) -> int:
     """Run a typer app; errors of ours become one line and their exit code."""
     quiet_libraries()
     try:
-        code = program(standalone_mode=False)
+        code = program(_joined(sys.argv[1:]), standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -300,6 +377,37 @@ def _run(program: Callable[..., object]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
         return INTERRUPTED
+
+
+def _engine_options(
+    profiles: Sequence[str] | None,
+    workspace: str | None,
+    timing_cache: Path | None,
+    compatible: Sequence[str] | None,
+    weights: str,
+) -> Any:
+    from exporters.profiles import Profile, parse_profile
+    from exporters.tensorrt_plan import EngineOptions, parse_size
+
+    return EngineOptions(
+        profiles=tuple(map(parse_profile, profiles)) if profiles else (Profile(),),
+        workspace_bytes=None if workspace is None else parse_size(workspace),
+        compatible=tuple(compatible or ()),
+        weights=weights,
+        timing_cache=None if timing_cache is None else timing_cache.absolute(),
+    )
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--profile batch=1,8,32 seq=16,128,384` as one value, so that people need not quote it."""
+    joined: list[str] = []
+    for argument in arguments:
+        of_profile = len(joined) > 1 and joined[-2] == "--profile"
+        if of_profile and argument.startswith(("batch=", "seq=")):
+            joined[-1] += f" {argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _absolute(model: str) -> str:

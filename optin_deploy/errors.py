@@ -4,7 +4,7 @@ from __future__ import annotations
 
 EXIT_CODES = {
     0: "done",
-    1: "a gate or a quality limit failed",
+    1: "a gate, a quality limit or a check of doctor failed",
     2: "bad input",
     3: "artifact written, but the engine cannot be built here",
     4: "too unstable to judge",

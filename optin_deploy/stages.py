@@ -27,15 +27,8 @@ from optin_deploy.search import Budget, make_plan, search
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.workspace import Source, Workspace
 
-MADE_FROM_MODEL = (
-    "model.onnx",
-    "model.engine",
-    "samples.safetensors",
-    "measurements.json",
-    "report.json",
-    "report.md",
-)
-"""Files of the output folder that a new model/ makes stale."""
+MADE_FROM_MODEL = ("model.*", "samples.safetensors", "measurements.json", "report.json", "report.md")
+"""Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
 REMAKE_HINT = "It will be made again."
 
 
@@ -151,7 +144,8 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
-    for name in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
-        (workspace.root / name).unlink(missing_ok=True)
+    for pattern in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
+        for stale in workspace.root.glob(pattern):
+            stale.unlink()
     pruned.save(folder, key=key)
     return pruned, False

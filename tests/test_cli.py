@@ -43,7 +43,7 @@ from optin_deploy.cli import app
 from optin_deploy.errors import EXIT_CODES
 
 COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
-READ_ONLY = ("show",)
+READ_ONLY = ("show", "doctor")
 """Commands that write nothing; every other one has --dry-run."""
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "exporters")
 EXPENSIVE = ("scores.safetensors", "model/model.safetensors", "model.onnx", "dense.onnx")
@@ -394,9 +394,9 @@ def test_the_torch_engine_measures_the_dense_model_of_the_same_task(shell: Shell
     opened: list[str] = []
 
     class Watched(to_torch.TorchRuntime):
-        def __init__(self, model: torch.nn.Module, *, threads: int = 0) -> None:
+        def __init__(self, model: torch.nn.Module, **options: Any) -> None:
             opened.append(type(model).__name__)
-            super().__init__(model, threads=threads)
+            super().__init__(model, **options)
 
     flags = [*text_options(lines(), tmp_path / "out"), "--engine", "torch", "--task", "feature-extraction"]
     with pytest.MonkeyPatch.context() as patch:

@@ -32,8 +32,8 @@ from tiny_checkpoint import (
 
 import optin_deploy
 from exporters import ENGINES, check_precision, exporter, measuring
-from exporters.base import Artifact
-from exporters.building import Built, check_engine
+from exporters.base import TOLERANCES, Artifact
+from exporters.building import Built, Pair, check_engine
 from exporters.job import export_model, record_samples
 from exporters.measuring import Point
 from optin_deploy.calibration import Batches, read_samples, split
@@ -203,9 +203,10 @@ def test_rounding_passes_the_parity_check(finished: Path, monkeypatch: pytest.Mo
     built = _built(finished)
     found = check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
     assert max(found.values()) <= 1e-5
-    honest = built.engine.open
-    monkeypatch.setattr(built.engine, "open", lambda *args, **options: Bent(honest(*args, **options), 5e-5), False)
-    alone = replace(built, dense=None)
+    (pair,) = built.pairs
+    honest = pair.engine.open
+    monkeypatch.setattr(pair.engine, "open", lambda *args, **options: Bent(honest(*args, **options), 5e-5), False)
+    alone = Built((replace(pair, dense=None),))
     bent = check_engine(alone, load_pruned(finished).model, None, seq_len=SEQ_LEN)
     assert max(bent.values()) == pytest.approx(5e-5, rel=0.2)
 
@@ -220,10 +221,11 @@ def test_an_artifact_of_the_wrong_model_fails(finished: Path) -> None:
 def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = _built(finished)
     seen: list[Any] = []
-    honest = built.engine.open
+    engine = built.pairs[0].engine
+    honest = engine.open
 
-    def watched(path: Path) -> Any:
-        runtime = honest(path)
+    def watched(path: Path, **options: Any) -> Any:
+        runtime = honest(path, **options)
         run = runtime.run
 
         def spy(feeds: Feeds) -> dict[str, np.ndarray]:
@@ -234,7 +236,7 @@ def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkey
         runtime.run = spy
         return runtime
 
-    monkeypatch.setattr(built.engine, "open", watched, False)
+    monkeypatch.setattr(engine, "open", watched, False)
     check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
     assert {mask.shape for mask in seen} >= {(1, SEQ_LEN), (3, 6)}
     assert (2, 16) not in {mask.shape for mask in seen}
@@ -245,7 +247,7 @@ def _built(folder: Path) -> Built:
     def artifact(name: str) -> Artifact:
         return Artifact(folder / name, "onnx", "fp32", ("input_ids",), ("logits",), "", 0)
 
-    return Built(exporter("onnx"), artifact("model.onnx"), artifact("dense.onnx"))
+    return Built((Pair(exporter("onnx"), "fp32", artifact("model.onnx"), artifact("dense.onnx")),))
 
 
 # recorded samples
@@ -280,8 +282,11 @@ def test_every_engine_of_the_table_follows_the_protocol() -> None:
         found = exporter(name)
         assert found.engine == name
         assert found.precisions
-        assert found.portable in (None, *ENGINES)
-        assert all(part is None or Path(part).name == part for part in found.file_names)
+        for precision in found.precisions:
+            assert precision in TOLERANCES
+            names = found.file_names(precision)
+            assert all(part is None or Path(part).name == part for part in names)
+            assert len(set(names)) == 2
 
 
 def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

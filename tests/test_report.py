@@ -111,7 +111,7 @@ def test_parity_errors_are_small_numbers() -> None:
 def test_a_report_names_its_machine_and_its_artifacts_but_no_owner() -> None:
     data = stored()
     assert {"date", "cpu_model", "platform", "versions", "python"} <= set(data["environment"])
-    assert {"plan", "layout", "dense_weights", "pruned_artifact", "dense_artifact"} <= set(data["hashes"])
+    assert {"plan", "layout", "dense_weights", "model.onnx", "dense.onnx"} <= set(data["hashes"])
     assert all(len(value) == 64 for value in data["hashes"].values())
     assert {"load", "score", "plan", "rewrite", "export", "check"} <= set(data["seconds"])
 

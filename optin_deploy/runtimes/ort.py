@@ -1,8 +1,9 @@
-"""Run an ONNX file with ONNX Runtime on the CPU."""
+"""Run an ONNX file with ONNX Runtime, on the CPU or on another of its execution providers."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -13,9 +14,14 @@ from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.runtimes.base import Feeds
 
 PROVIDER = "CPUExecutionProvider"
+FALLBACKS = {"TensorrtExecutionProvider": ["CUDAExecutionProvider"]}
+"""Who takes the nodes that a provider does not."""
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 """Packages that all install the same `onnxruntime` folder, so that only one may be present."""
+
+ENGINES = {PROVIDER: "onnx", "CUDAExecutionProvider": "ort-cuda", "TensorrtExecutionProvider": "ort-trt"}
+"""Names in the engine table."""
 
 
 def import_onnxruntime() -> ModuleType:
@@ -38,34 +44,40 @@ def import_onnxruntime() -> ModuleType:
 
 
 class OrtRuntime:
-    """One session on the CPU provider, all graph optimisations on; its threads rest between runs."""
+    """One session on one provider, all graph optimisations on; its threads rest between runs."""
 
-    engine = "onnx"
-
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int = 0, provider: str = PROVIDER, options: Mapping[str, str] | None = None
+    ) -> None:
         """Load the file.
 
         Args: path: an ONNX file; external data is looked for beside it.
             threads: intra-op threads; 0 = ORT's default (one per physical core).
-        Raises: BadInput: no such file, or negative threads. MissingDependency: see `import_onnxruntime`.
+            provider: execution provider that the session must really get. options: its options.
+        Raises: BadInput: no such file, or negative threads. MissingDependency: see `import_onnxruntime`; or the
+            session runs on another provider than the asked one.
         """
+        self.engine = ENGINES.get(provider, provider)
         if threads < 0:
             raise BadInput(f"threads is {threads}; use 0 (ONNX Runtime's default) or a positive number.")
         if not Path(path).is_file():
             raise BadInput(f"There is no ONNX file at {path}. Give the path of a .onnx file.")
         ort = import_onnxruntime()
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        settings = ort.SessionOptions()
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
         # Threads of an idle session would spin on and slow the session that is measured beside it.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = ort.InferenceSession(str(path), sess_options=options, providers=[PROVIDER])
-        # ORT may add or drop providers without raising; a number from another one must not pass as CPU's.
-        if session.get_providers() != [PROVIDER]:
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        wanted = [provider, *FALLBACKS.get(provider, [])]
+        session = ort.InferenceSession(
+            str(path), sess_options=settings, providers=[(provider, dict(options or {})), *wanted[1:]]
+        )
+        # ORT drops a provider that does not load without raising; the CPU's numbers must not pass as its own.
+        if session.get_providers()[: len(wanted)] != wanted:
             raise MissingDependency(
-                f"ONNX Runtime chose {session.get_providers()} where {PROVIDER} was asked. "
-                "Reinstall it: pip install --force-reinstall onnxruntime"
+                f"ONNX Runtime chose {session.get_providers()} where {provider} was asked: that provider, its "
+                "libraries or the driver do not fit. See `optin doctor`."
             )
         self._session: Any = session
         self._inputs = tuple(node.name for node in session.get_inputs())

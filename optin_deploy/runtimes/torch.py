@@ -19,9 +19,7 @@ OUTPUTS = ("logits", "last_hidden_state")
 class TorchRuntime:
     """A model in memory; it stays the caller's, and closing leaves it as it was."""
 
-    engine = "torch"
-
-    def __init__(self, model: nn.Module, *, threads: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, engine: str = "torch", threads: int = 0) -> None:
         """Wrap the model; nothing is copied.
 
         Args: model: in eval mode; its forward takes the feeds by name and gives `.logits` or `.last_hidden_state`.
@@ -35,7 +33,9 @@ class TorchRuntime:
         if training is not None:
             raise BadInput(f"{training or 'The model'} is in training mode (dropout is on). Call model.eval() first.")
         parameter = next(model.parameters(), None)
+        self.engine = engine
         self._model = model
+        self._dtype = torch.float32 if parameter is None else parameter.dtype
         self._device = torch.device("cpu") if parameter is None else parameter.device
         self._threads = threads
         self._threads_before = 0
@@ -49,7 +49,8 @@ class TorchRuntime:
         with torch.inference_mode():
             # np.require copies only what from_numpy cannot share: read-only or strided arrays.
             arrays = {name: np.require(array, requirements=("C", "W")) for name, array in feeds.items()}
-            result = self._model(**{name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()})
+            inputs = {name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()}
+            result = self._model(**{k: v.to(self._dtype) if v.is_floating_point() else v for k, v in inputs.items()})
             for name in OUTPUTS:
                 value = getattr(result, name, None)
                 if value is not None:

@@ -1,0 +1,137 @@
+"""Build a serialised TensorRT plan from an ONNX file: one strongly typed path for TensorRT 10.12+, 11 and RTX.
+
+Precision comes from the types in the ONNX graph, not from builder flags. The module that is given as `trt` may be
+`tensorrt` or TensorRT-RTX's bindings: the names used here exist in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.profiles import Profile
+from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.runtimes.tensorrt import EngineLog
+from optin_deploy.storage import atomic_file
+
+COMPATIBLE = ("version", "hardware")
+WEIGHTS = ("fixed", "refittable", "stripped")
+SHOWN_LINES = 5
+"""Last warnings and errors of the builder that go into our own error."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the builder is told beyond the graph."""
+
+    profiles: tuple[Profile, ...] = (Profile(),)
+    workspace_bytes: int | None = None
+    """Scratch memory that kernels may use; None: all of the device's."""
+    compatible: tuple[str, ...] = ()
+    """`version`: loads in later versions of the same major version; `hardware`: runs on every GPU from Ampere on."""
+    weights: str = "fixed"
+    """`refittable`: can be exchanged without another build; `stripped`: not in the plan, put in from the ONNX file
+    when it is loaded."""
+    timing_cache: Path | None = None
+    """Measured kernel times, read and extended by every build; None: beside the engine."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.compatible) - set(COMPATIBLE)
+        if unknown:
+            raise BadInput(f"unknown --compatible {', '.join(sorted(unknown))}; possible: {', '.join(COMPATIBLE)}.")
+        if self.weights not in WEIGHTS:
+            raise BadInput(f"unknown --weights {self.weights!r}; possible: {', '.join(WEIGHTS)}.")
+
+    def settings(self) -> dict[str, str]:
+        """Everything that changes the plan, as text."""
+        return {
+            "profiles": "; ".join(map(str, self.profiles)),
+            "workspace_bytes": str(self.workspace_bytes or "all"),
+            "compatible": " ".join(sorted(self.compatible)) or "no",
+            "weights": self.weights,
+        }
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as `4GiB`, `512MiB` or a number of bytes.
+
+    Raises: BadInput.
+    """
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    unit = text[-3:]
+    number = text.removesuffix(unit) if unit in units else text
+    if not number.strip().isdigit() or int(number) == 0:
+        raise BadInput(f"--workspace {text!r}: give a size such as 512MiB or 4GiB.")
+    return int(number) * units.get(unit, 1)
+
+
+def build_engine(
+    trt: Any,
+    source: Path,
+    options: EngineOptions,
+    *,
+    log: EngineLog,
+    tf32: bool = False,
+    timing_cache: Path | None = None,
+    configure: Callable[[Any], None] | None = None,
+) -> bytes:
+    """Parse an ONNX file and build its plan.
+
+    Args:
+        tf32: may float32 products be rounded to TF32?
+        timing_cache: file of measured kernel times, read if it fits this device and written back.
+        configure: sets what only this kind of TensorRT has.
+    Raises: CannotBuildHere: the parser or the builder refused, with what they said.
+    """
+    logger = log.to(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(source.read_bytes(), str(source)):
+        said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise CannotBuildHere(f"{log.name}'s parser refused {source.name}: {said}. See `optin doctor {source.parent}`.")
+    config = builder.create_builder_config()
+    for profile in options.profiles:
+        _add_profile(builder, config, network, profile)
+    _set_options(trt, config, options, tf32=tf32)
+    if configure is not None:
+        configure(config)
+    if timing_cache is not None:
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)  # False: refused if of another device
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:  # a failed build raises nothing
+        said = " ".join(log.problems[-SHOWN_LINES:]) or "it gave no reason"
+        raise CannotBuildHere(f"{log.name}'s builder gave no plan for {source.name}: {said}")
+    if timing_cache is not None:
+        with atomic_file(timing_cache) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+    shapes = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        entry = network.get_input(index)
+        shapes.set_shape(entry.name, *profile.sized(entry.shape))
+    config.add_optimization_profile(shapes)
+
+
+def _set_options(trt: Any, config: Any, options: EngineOptions, *, tf32: bool) -> None:
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    flags = {
+        trt.BuilderFlag.TF32: tf32,  # on by default
+        trt.BuilderFlag.VERSION_COMPATIBLE: "version" in options.compatible,
+        trt.BuilderFlag.REFIT: options.weights == "refittable",
+        trt.BuilderFlag.STRIP_PLAN: options.weights == "stripped",
+    }
+    for flag, wanted in flags.items():
+        if wanted:
+            config.set_flag(flag)
+        else:
+            config.clear_flag(flag)
+    if "hardware" in options.compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS

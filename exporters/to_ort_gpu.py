@@ -1,0 +1,76 @@
+"""ONNX Runtime on the GPU: the same ONNX file, run by its CUDA or its TensorRT execution provider."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from exporters.base import Artifact, ExportSpec
+from exporters.to_onnx import OnnxExporter
+from optin_deploy.errors import CannotBuildHere, MissingDependency
+from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.device import NO_GPU, current_gpu
+from optin_deploy.runtimes.ort import OrtRuntime, import_onnxruntime
+
+CACHE = "ort-trt-cache"
+"""Folder beside the ONNX file where the TensorRT provider keeps its plans; without it every session builds anew."""
+
+
+class OrtCudaExporter(OnnxExporter):
+    """ONNX Runtime's CUDA provider."""
+
+    engine = "ort-cuda"
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    align = 64
+    provider = "CUDAExecutionProvider"
+
+    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+        """Write the ONNX file; the engine itself is made from it when a session opens.
+
+        Raises: CannotBuildHere: such a session cannot open on this machine.
+        """
+        artifact = replace(super().export(model, spec, out), engine=self.engine)
+        obstacle = self.obstacle()
+        if obstacle is not None:
+            raise CannotBuildHere(
+                f"{out} is written, but {self.engine} does not run here: {obstacle}. Copy {out.parent} to the target "
+                f"and run there\n  pip install 'optin-deploy[gpu]'\n"
+                f"  optin bench {out.parent.name} --engine {self.engine} --precision {artifact.precision}"
+            )
+        return artifact
+
+    def obstacle(self, precision: str | None = None) -> str | None:
+        """See `Exporter.obstacle`; whether the provider really loads shows only when a session opens."""
+        try:
+            known = import_onnxruntime().get_available_providers()
+        except MissingDependency as err:
+            return str(err)
+        if self.provider not in known:
+            return (
+                f"the installed onnxruntime has no {self.provider}. "
+                "Run: pip uninstall -y onnxruntime && pip install 'optin-deploy[gpu]'"
+            )
+        return NO_GPU if current_gpu() is None else None
+
+    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
+        """A session whose first provider is proven to be the asked one."""
+        return OrtRuntime(path, threads=threads, provider=self.provider)
+
+
+class OrtTensorRTExporter(OrtCudaExporter):
+    """ONNX Runtime's TensorRT provider; what it does not take runs on CUDA."""
+
+    engine = "ort-trt"
+    provider = "TensorrtExecutionProvider"
+
+    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
+        """See `OrtCudaExporter.open`; plans are kept beside the file."""
+        cache = {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(path.parent / CACHE),
+            "trt_timing_cache_enable": "True",
+            "trt_timing_cache_path": str(path.parent / CACHE),
+        }
+        return OrtRuntime(path, threads=threads, provider=self.provider, options=cache)

@@ -1,0 +1,126 @@
+"""engine.json: what the device-bound artifacts of a folder were built for, read before one of them is loaded.
+
+An engine of another device or version can crash the process that loads it: the record refuses it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.errors import BadInput
+from optin_deploy.storage import read_json, sha256_file, write_json
+from optin_deploy.validation import STORED, validated
+
+FILE = "engine.json"
+SCHEMA_VERSION = 1
+AMPERE = (8,)
+"""Compute capability from which on hardware-compatible engines run."""
+REBUILD = "Build it here: optin build {folder} --engine {engine}"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One artifact that fits one device and one version of its engine."""
+
+    __pydantic_config__ = STORED
+
+    engine: str
+    precision: str
+    sha256: str
+    """Of the artifact's file."""
+    size_bytes: int
+    device: str
+    """Name of the GPU or CPU it was built on; empty: built ahead of time, with no device."""
+    capability: str
+    """CUDA compute capability such as `9.0`, or the CPU's instruction set; empty: any that the engine takes."""
+    version: str
+    """Of the package that built it and must load it."""
+    key: str
+    """Hash of everything that it was made from; an artifact with the wanted key is not built again."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Other packages it depended on."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """What the builder was told, the profiles (sizes that it takes) among it."""
+    onnx: str | None = None
+    """File beside it that it was built from."""
+    onnx_sha256: str | None = None
+    any_version: bool = False
+    """Loads in later versions of the same major version."""
+    any_device: bool = False
+    """Runs on every GPU from Ampere on."""
+    stripped: bool = False
+    """Holds no weights: they are put in from `onnx` when it is loaded."""
+
+    def check(self, path: Path, *, version: str, capability: str) -> None:
+        """Refuse to load where it could crash.
+
+        Args: version: installed. capability: of the device that is to run it.
+        Raises: BadInput: built for another device or version, or the file is not the one that was built.
+        """
+        remedy = REBUILD.format(folder=path.parent, engine=self.engine)
+        if self.version != version and not (self.any_version and _newer_of_same_major(version, self.version)):
+            raise BadInput(f"{path} was built with version {self.version}, but {version} is installed. {remedy}")
+        fits = self.capability in ("", capability) or (self.any_device and _numbers(capability) >= AMPERE)
+        if not fits:
+            raise BadInput(
+                f"{path} was built for {self.device} (compute capability {self.capability}), but this device has "
+                f"{capability}. {remedy}"
+            )
+        if path.stat().st_size != self.size_bytes or sha256_file(path) != self.sha256:
+            raise BadInput(f"{path} is not the file that {FILE} describes. {remedy}")
+
+
+def write_record(path: Path, record: EngineRecord) -> None:
+    """Note an artifact in the engine.json of its folder; the entries of others stay."""
+    entries = {name: asdict(entry) for name, entry in _entries(path.parent).items() if (path.parent / name).is_file()}
+    entries[path.name] = asdict(record)
+    write_json(path.parent / FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
+
+
+def read_record(path: Path) -> EngineRecord:
+    """What engine.json says of an artifact.
+
+    Raises: BadInput: no such file, or no word of it.
+    """
+    if not path.is_file():
+        raise BadInput(f"There is no engine at {path}. Make it with `optin build {path.parent} --engine ENGINE`.")
+    entry = _entries(path.parent).get(path.name)
+    if entry is None:
+        raise BadInput(
+            f"{path.parent / FILE} does not describe {path.name}: its device and version are unknown, and loading "
+            f"it could crash. Build it with `optin build {path.parent} --engine ENGINE`."
+        )
+    return entry
+
+
+def finished(path: Path, key: str) -> EngineRecord | None:
+    """The record of an artifact that lies there whole and was made from the same things; else None."""
+    try:
+        entry = _entries(path.parent).get(path.name)
+    except BadInput:
+        return None
+    whole = entry is not None and entry.key == key and path.is_file() and sha256_file(path) == entry.sha256
+    return entry if whole else None
+
+
+def _entries(folder: Path) -> dict[str, EngineRecord]:
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    hint = "Build the engines again with `optin build`."
+    data: dict[str, Any] = read_json(file, hint)
+    if data.get("schema_version") != SCHEMA_VERSION or not isinstance(data.get("engines"), dict):
+        raise BadInput(f"{file}: schema_version {data.get('schema_version')}; possible: {SCHEMA_VERSION}. {hint}")
+    return {name: validated(EngineRecord, entry, str(file), hint) for name, entry in data["engines"].items()}
+
+
+def _newer_of_same_major(installed: str, built: str) -> bool:
+    ours, theirs = (_numbers(version) for version in (installed, built))
+    return ours[0] == theirs[0] and ours >= theirs
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))

@@ -1,0 +1,267 @@
+"""Run a TensorRT or TensorRT-RTX plan: fixed buffers, a CUDA graph per input shape, nothing allocated in the loop."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
+from optin_deploy.runtimes.record import EngineRecord, read_record
+from optin_deploy.storage import sha256_file
+
+MODULES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx_bindings", "TensorRT-RTX")}
+"""Engine -> module of its Python bindings, name for people."""
+KEPT_SHAPES = 16
+"""Input shapes whose buffers and graph are kept; of more, the one unused for longest is dropped."""
+WARMUP_RUNS = 2
+"""Runs before a graph is recorded: TensorRT prepares its kernels in the first."""
+
+
+def import_tensorrt(engine: str) -> ModuleType:
+    """The Python bindings of an engine.
+
+    Raises: MissingDependency: not installed, or its libraries do not load.
+    """
+    module, name = MODULES[engine]
+    extra = f"pip install 'optin-deploy[{engine}]'"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as err:
+        if err.name != module:
+            raise MissingDependency(f"{name} is installed but lacks {err.name}. Run: {extra}") from err
+        raise MissingDependency(f"{name} is not installed. Run: {extra}") from err
+    except (ImportError, OSError) as err:  # a shared library is missing or too old
+        raise MissingDependency(f"{name} is installed but does not load: {err}. See `optin doctor`.") from err
+
+
+@dataclass
+class EngineLog:
+    """What a builder or runtime said, kept for the log file and for our own error texts."""
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    """Everything but the chatter."""
+    problems: list[str] = field(default_factory=list)
+    """Warnings and errors."""
+
+    def to(self, trt: Any) -> Any:
+        """A logger for TensorRT that writes here."""
+        log = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc]  # the base class exists only where TensorRT does
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.Severity.INFO:
+                    log.lines.append(f"{severity.name}: {message}")
+                if severity <= trt.ILogger.Severity.WARNING:
+                    log.problems.append(message)
+
+        return Logger()
+
+
+@dataclass
+class _Bound:
+    """An execution context bound to the buffers of one set of input shapes."""
+
+    context: Any
+    device: dict[str, Tensor]
+    host: dict[str, Tensor]
+    """Pinned, so that copies do not wait for the processor."""
+    arrays: dict[str, np.ndarray]
+    """The same memory as `host`."""
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class TensorRTRuntime:
+    """One plan on one device."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        engine: str = "trt",
+        cuda_graph: bool = True,
+    ) -> None:
+        """Check the plan's record, load it, and put its weights in if it was built without.
+
+        Args: path: the plan; engine.json lies beside it.
+            cuda_graph: record one graph per input shape and replay it (fewer launches by the processor).
+        Raises: MissingDependency. BadInput: no GPU, or the plan is not for this device or version.
+        """
+        self.engine = engine
+        path = Path(path)
+        record = read_record(path)
+        trt: Any = import_tensorrt(engine)
+        gpu = current_gpu()
+        if gpu is None:
+            raise BadInput(f"{path} cannot run: {NO_GPU}. See `optin doctor`.")
+        self._device = gpu
+        record.check(path, version=trt.__version__, capability=describe_device(gpu)[1])
+        self._trt = trt
+        self._log = EngineLog(MODULES[engine][1])
+        self._logger = self._log.to(trt)
+        self._runtime = trt.Runtime(self._logger)
+        if record.any_version:
+            self._runtime.engine_host_code_allowed = True  # such plans carry the code that runs them
+        self._plan: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._plan is None:
+            raise BadInput(f"{path} cannot be loaded: {' '.join(self._log.problems) or 'no reason given'}")
+        if record.stripped:
+            self._put_weights_in(path, record)
+        self._on_gpu = self._device.type == "cuda"
+        self._graphs = cuda_graph and self._on_gpu
+        self._stream: Any = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._types = _torch_types(trt)
+        names = [self._plan.get_tensor_name(i) for i in range(self._plan.num_io_tensors)]
+        self.inputs = tuple(n for n in names if self._plan.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
+        self.outputs = tuple(n for n in names if n not in self.inputs)
+        # Contexts run one after another on one stream, so they can share their scratch memory.
+        self._scratch: Any = torch.empty(
+            max(1, self._plan.device_memory_size_v2), dtype=torch.uint8, device=self._device
+        )
+        self._bound: OrderedDict[tuple[tuple[int, ...], ...], _Bound] = OrderedDict()
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Copy the inputs to the device, run, copy the outputs back.
+
+        Returns: all outputs; the arrays are overwritten by the next run of the same shapes.
+        Raises: BadInput: an input is missing, or no profile takes its shape.
+        """
+        missing = [name for name in self.inputs if name not in feeds]
+        if missing:
+            raise BadInput(f"The engine needs {', '.join(missing)}; give all of: {', '.join(self.inputs)}.")
+        shapes = tuple(tuple(feeds[name].shape) for name in self.inputs)
+        bound = self._bound.get(shapes) or self._bind(shapes)
+        self._bound.move_to_end(shapes)
+        for name in self.inputs:
+            np.copyto(bound.arrays[name], feeds[name], casting="same_kind")
+        with self._on_stream():
+            for name in self.inputs:
+                bound.device[name].copy_(bound.host[name], non_blocking=True)
+            if bound.graph is not None:
+                bound.graph.replay()
+            else:
+                self._launch(bound.context)
+            for name in self.outputs:
+                bound.host[name].copy_(bound.device[name], non_blocking=True)
+        self.synchronize()
+        return {name: bound.arrays[name] for name in self.outputs}
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Free graphs, contexts, buffers and the plan, in this order."""
+        self._bound.clear()
+        self._plan = self._runtime = self._scratch = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
+        """A context of its own for these shapes: a recorded graph must not see its context change."""
+        if len(self._bound) >= KEPT_SHAPES:
+            self._bound.popitem(last=False)
+        profile = self._profile_for(shapes)
+        context = self._plan.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        context.set_optimization_profile_async(profile, self._handle())
+        for name, shape in zip(self.inputs, shapes, strict=True):
+            if not context.set_input_shape(name, shape):
+                raise BadInput(f"The engine refused {name} of shape {shape}: {' '.join(self._log.problems[-2:])}")
+        bound = _Bound(context, {}, {}, {})
+        for name in (*self.inputs, *self.outputs):
+            shape = tuple(context.get_tensor_shape(name))
+            dtype = self._types[self._plan.get_tensor_dtype(name)]
+            bound.device[name] = torch.empty(shape, dtype=dtype, device=self._device)
+            bound.host[name] = torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
+            bound.arrays[name] = bound.host[name].numpy()
+            context.set_tensor_address(name, bound.device[name].data_ptr())
+        if self._graphs:
+            bound.graph = self._record(bound)
+        self._bound[shapes] = bound
+        return bound
+
+    def _record(self, bound: _Bound) -> torch.cuda.CUDAGraph:
+        for name in self.inputs:
+            bound.device[name].zero_()
+        with self._on_stream():
+            for _ in range(WARMUP_RUNS):
+                self._launch(bound.context)
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._launch(bound.context)
+        return graph
+
+    def _launch(self, context: Any) -> None:
+        if not context.execute_async_v3(self._handle()):
+            raise BadInput(f"The engine failed: {' '.join(self._log.problems[-2:]) or 'no reason given'}")
+
+    def _profile_for(self, shapes: tuple[tuple[int, ...], ...]) -> int:
+        ranges = []
+        for profile in range(self._plan.num_optimization_profiles):
+            limits = [self._plan.get_tensor_profile_shape(name, profile) for name in self.inputs]
+            fits = [
+                len(shape) == len(tuple(low))
+                and all(a <= size <= b for a, size, b in zip(tuple(low), shape, tuple(high), strict=True))
+                for (low, _, high), shape in zip(limits, shapes, strict=True)
+            ]
+            if all(fits):
+                return profile
+            low, _, high = limits[0]
+            ranges.append(f"{tuple(low)} to {tuple(high)}")
+        raise BadInput(
+            f"{self.inputs[0]} has shape {shapes[0]}, but the engine takes {' or '.join(ranges)}. "
+            "Build it with another --profile."
+        )
+
+    def _put_weights_in(self, path: Path, record: EngineRecord) -> None:
+        source = path.parent / Path(record.onnx or "").name
+        if not source.is_file() or sha256_file(source) != record.onnx_sha256:
+            raise BadInput(
+                f"{path} was built without weights, and {source} is not the file they came from. Put it back, or "
+                f"run: optin build {path.parent} --engine {self.engine}"
+            )
+        refitter = self._trt.Refitter(self._plan, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
+            raise BadInput(f"{source} does not fill {path}: {' '.join(self._log.problems) or 'no reason given'}")
+
+    def _handle(self) -> int:
+        # While a graph is recorded, torch's current stream is the one that records.
+        return int(torch.cuda.current_stream(self._device).cuda_stream) if self._on_gpu else 0
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _torch_types(trt: Any) -> dict[Any, torch.dtype]:
+    """TensorRT's types of inputs and outputs that numpy has too."""
+    return {
+        trt.DataType.FLOAT: torch.float32,
+        trt.DataType.HALF: torch.float16,
+        trt.DataType.INT32: torch.int32,
+        trt.DataType.INT64: torch.int64,
+        trt.DataType.BOOL: torch.bool,
+    }

@@ -1,0 +1,426 @@
+"""TensorRT plans, their records and their runtime, on the stand-in of fake_tensorrt.py (the CPU plays the GPU)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from exporters import exporter
+from exporters.base import ExportSpec, typed_name
+from exporters.profiles import Profile, parse_profile
+from exporters.tensorrt_plan import EngineOptions, parse_size
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.rewrite.verify import relative_error
+from optin_deploy.runtimes import tensorrt as runtime_module
+from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.runtimes.record import read_record
+from optin_deploy.runtimes.tensorrt import TensorRTRuntime, import_tensorrt
+from tests import fake_tensorrt as fake
+from tests.conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
+from tests.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, root, text_options
+
+SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in as the installed TensorRT, and a device to run it on."""
+    fake.reset()
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    put_device(monkeypatch, ("Fake GPU", "9.0"))
+    return fake
+
+
+def put_device(monkeypatch: pytest.MonkeyPatch, described: tuple[str, str] | None) -> None:
+    """Let the CPU pass for a GPU of this name and capability; None: no GPU."""
+    device = None if described is None else torch.device("cpu")
+    for module in ("exporters.to_tensorrt", "optin_deploy.runtimes.tensorrt"):
+        monkeypatch.setattr(f"{module}.current_gpu", lambda: device)
+        monkeypatch.setattr(f"{module}.describe_device", lambda _: described)
+
+
+def pruned(name: str = "bert") -> Any:
+    model = tiny_model(name)
+    layout = resolve(model)
+    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,)))
+
+
+def export(model: Any, out: Path, *, precision: str = "fp32", options: EngineOptions = SMALL) -> Any:
+    """Build a plan; the ONNX file it comes from is traced once a session and found finished."""
+    name = typed_name("model", precision, ".onnx")
+    out.parent.mkdir(exist_ok=True)
+    shutil.copyfile(_onnx(model.config.model_type, precision) / name, out.parent / name)
+    return exporter("trt").export(model, ExportSpec(precision, options=options), out)
+
+
+@cache
+def _onnx(name: str, precision: str) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=root()))
+    model = pruned({"vit": "vit+head"}.get(name, name))
+    typed = "fp32" if precision == "tf32" else precision
+    exporter("onnx").export(model, ExportSpec(typed), folder / typed_name("model", precision, ".onnx"))
+    return folder
+
+
+def feeds_of(model: Any, *, batch: int, seq_len: int) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in tiny_batch(model, batch=batch, seq_len=seq_len).items()}
+
+
+# ---- the command
+
+
+def test_one_command_builds_proves_and_measures_plans(trt: Any, tmp_path: Path, shell: Shell) -> None:
+    out = tmp_path / "job"
+    options = [*text_options(labelled(), out), "--engine", "trt", "--profile", "batch=1,2,4", "seq=4,16,32"]
+    ran = shell("optin-export", bert(), *options)
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "report.json").read_text())
+    assert 0 < report["parity"]["torch_vs_engine"] < 2e-2
+    assert report["parity"]["torch_vs_onnx_fp32"] < 1e-4
+    assert [(row["engine"], row["precision"]) for row in report["latency"]] == [("trt", "fp16")]
+    names = {"model.engine", "dense.engine", "model.fp16.onnx", "dense.fp16.onnx", "model.onnx", "dense.onnx"}
+    assert names <= set(report["hashes"])
+    assert names | {"engine.json", "model.engine.log", "timing.cache"} <= {path.name for path in out.iterdir()}
+    assert (out / "model.engine").stat().st_size < (out / "dense.engine").stat().st_size
+    assert "INFO: building" in (out / "model.engine.log").read_text()
+
+
+def test_bench_runs_the_plans_that_build_left(trt: Any, tmp_path: Path, shell: Shell, finished: Path) -> None:
+    sizes = ["--profile", "batch=1,2,4 seq=4,16,32"]
+    assert shell("optin", "build", finished, "--engine", "trt", *sizes).code == 0
+    ran = shell("optin", "bench", finished, "--engine", "trt", "--at", "batch=2,seq=16")
+    assert ran.code == 0, ran.err
+    outside = shell("optin", "bench", finished, "--engine", "trt", "--at", "batch=8,seq=16")
+    assert outside.code == 2
+    assert "(4, 32)" in outside.err
+    assert "--profile" in outside.err
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    return copy_of(finished_job(), tmp_path / "finished")
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+# ---- what the builder is told
+
+
+def test_profiles_reach_the_builder_and_end_at_the_position_table(trt: Any, tmp_path: Path) -> None:
+    profiles = (parse_profile("batch=1,8,32 seq=16,48,384"), parse_profile("batch=64 seq=8"))
+    artifact = export(pruned(), tmp_path / "model.engine", options=EngineOptions(profiles=profiles))
+    first, second = (profile._shapes["input_ids"] for profile in trt.built[-1]._profiles)
+    assert first == [[1, 16], [8, 48], [32, 64]]  # the tiny table holds 64 positions
+    assert second == [[64, 8]] * 3
+    assert artifact.shapes == ((1, 16), (8, 48), (32, 64), (64, 8), (64, 8), (64, 8))
+
+
+def test_images_have_profiles_of_the_batch_alone(trt: Any, tmp_path: Path) -> None:
+    export(pruned("vit+head"), tmp_path / "model.engine")
+    assert trt.built[-1]._profiles[0]._shapes["pixel_values"] == [[b, 3, 32, 32] for b in (1, 2, 4)]
+
+
+def test_options_reach_the_builder(trt: Any, tmp_path: Path) -> None:
+    given = EngineOptions(SMALL.profiles, parse_size("512MiB"), ("version", "hardware"), "stripped")
+    export(pruned(), tmp_path / "model.engine", options=given)
+    config = trt.built[-1]
+    assert config._workspace == 512 * 2**20
+    assert config._flags == {trt.BuilderFlag.VERSION_COMPATIBLE, trt.BuilderFlag.STRIP_PLAN}
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("fp32", False), ("tf32", True)])
+def test_float32_is_rounded_to_tf32_only_when_asked(trt: Any, tmp_path: Path, precision: str, rounded: bool) -> None:
+    export(pruned(), tmp_path / "model.engine", precision=precision)
+    assert (trt.BuilderFlag.TF32 in trt.built[-1]._flags) is rounded
+
+
+@pytest.mark.parametrize(("precision", "elem_type"), [("fp32", 1), ("fp16", 10)])
+def test_precision_comes_from_the_types_in_the_graph(trt: Any, tmp_path: Path, precision: str, elem_type: int) -> None:
+    export(pruned(), tmp_path / "model.engine", precision=precision)
+    proto = onnx.load(tmp_path / read_record(tmp_path / "model.engine").onnx)
+    types = {t.data_type for t in proto.graph.initializer if len(t.dims) == 2} - {onnx.TensorProto.INT64}
+    assert types == {elem_type}
+
+
+def test_the_timing_cache_is_read_and_extended(trt: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "kernels.cache"
+    cache.write_bytes(b"old;")
+    options = EngineOptions(SMALL.profiles, timing_cache=cache)
+    export(pruned(), tmp_path / "model.engine", options=options)
+    assert cache.read_bytes() == b"old;measured;"
+
+
+def test_a_finished_plan_is_not_built_again_but_a_changed_one_is(trt: Any, tmp_path: Path) -> None:
+    out = tmp_path / "model.engine"
+    for options in (SMALL, SMALL, EngineOptions(SMALL.profiles, weights="refittable")):
+        export(pruned(), out, options=options)
+    assert len(trt.built) == 2
+    out.write_bytes(out.read_bytes()[:-1])
+    export(pruned(), out, options=EngineOptions(SMALL.profiles, weights="refittable"))
+    assert len(trt.built) == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "batch=8,1,2", "batch=0,1,2", "batch=1,2", "batch=a", "tokens=1", "batch=1 batch=2"]
+)
+def test_impossible_profiles_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="--profile"):
+        parse_profile(text)
+
+
+@pytest.mark.parametrize("text", ["4GB", "GiB", "-1", "0", "1.5GiB", ""])
+def test_impossible_workspace_sizes_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="--workspace"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("options", [{"compatible": ("everything",)}, {"weights": "none"}])
+def test_unknown_options_are_refused_with_what_is_possible(options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="possible: "):
+        EngineOptions(**options)
+
+
+# ---- the runtime
+
+
+@pytest.mark.parametrize("name", ["bert", "vit+head"])
+def test_a_plan_computes_what_the_model_computes_at_every_corner(trt: Any, tmp_path: Path, name: str) -> None:
+    model = pruned(name)
+    artifact = export(model, tmp_path / "model.engine")
+    with TensorRTRuntime(artifact.path) as runtime:
+        for batch, seq_len in artifact.shapes:
+            inputs = tiny_batch(model, batch=batch, seq_len=seq_len)
+            expected = outputs(model, inputs, states=False)
+            found = runtime.run({k: v.numpy() for k, v in inputs.items()})
+            assert relative_error(expected[main_name(expected)].numpy(), found[artifact.outputs[0]]) < 1e-5
+
+
+def test_each_profile_takes_its_own_shapes(trt: Any, tmp_path: Path) -> None:
+    model = pruned()
+    options = EngineOptions(profiles=(Profile((1, 1, 1), (4, 4, 4)), Profile((2, 2, 3), (8, 8, 16))))
+    artifact = export(model, tmp_path / "model.engine", options=options)
+    with TensorRTRuntime(artifact.path) as runtime:
+        for batch, seq_len in ((1, 4), (3, 16), (1, 4)):
+            feeds = feeds_of(model, batch=batch, seq_len=seq_len)
+            expected = OrtRuntime(tmp_path / "model.onnx").run(feeds)["last_hidden_state"]
+            np.testing.assert_array_equal(runtime.run(feeds)["last_hidden_state"], expected)
+        with pytest.raises(BadInput, match=r"\(1, 4\) to \(1, 4\) or \(2, 8\) to \(3, 16\)"):
+            runtime.run(feeds_of(model, batch=1, seq_len=8))
+
+
+def test_later_runs_allocate_nothing(trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned()
+    with TensorRTRuntime(export(model, tmp_path / "model.engine").path) as runtime:
+        first = {k: v.copy() for k, v in runtime.run(feeds_of(model, batch=2, seq_len=8)).items()}
+        other = dict(feeds_of(model, batch=2, seq_len=8))
+        other["input_ids"] = other["input_ids"][:, ::-1]
+        for name in ("empty", "zeros", "from_numpy", "tensor"):
+            monkeypatch.setattr(torch, name, None)
+        again = runtime.run(other)["last_hidden_state"]
+        assert not np.array_equal(first["last_hidden_state"], again)
+        assert runtime.run(other)["last_hidden_state"] is again  # the same memory
+
+
+def test_buffers_of_the_oldest_shape_are_dropped(trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_module, "KEPT_SHAPES", 2)
+    model = pruned()
+    with TensorRTRuntime(export(model, tmp_path / "model.engine").path) as runtime:
+        for seq_len in (4, 5, 4, 6):
+            runtime.run(feeds_of(model, batch=1, seq_len=seq_len))
+        assert [shapes[0] for shapes in runtime._bound] == [(1, 4), (1, 6)]
+
+
+def test_a_missing_input_is_named(trt: Any, tmp_path: Path) -> None:
+    with (
+        TensorRTRuntime(export(pruned(), tmp_path / "model.engine").path) as runtime,
+        pytest.raises(BadInput, match="attention_mask"),
+    ):
+        runtime.run({"input_ids": np.ones((1, 4), dtype=np.int64), "token_type_ids": np.ones((1, 4), dtype=np.int64)})
+
+
+def test_a_failing_launch_is_an_error_not_an_old_answer(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    with TensorRTRuntime(export(model, tmp_path / "model.engine").path) as runtime:
+        feeds = feeds_of(model, batch=1, seq_len=4)
+        runtime.run(feeds)
+        monkeypatch.setattr(fake.IExecutionContext, "execute_async_v3", lambda self, stream: False)
+        with pytest.raises(BadInput, match="failed"):
+            runtime.run(feeds)
+
+
+def test_a_plan_without_weights_takes_them_from_the_onnx_beside_it(trt: Any, tmp_path: Path) -> None:
+    model = pruned()
+    artifact = export(model, tmp_path / "model.engine", options=EngineOptions(SMALL.profiles, weights="stripped"))
+    feeds = feeds_of(model, batch=2, seq_len=8)
+    with TensorRTRuntime(artifact.path) as runtime:
+        expected = OrtRuntime(tmp_path / "model.onnx").run(feeds)["last_hidden_state"]
+        np.testing.assert_array_equal(runtime.run(feeds)["last_hidden_state"], expected)
+    (tmp_path / "model.onnx").write_bytes(b"other weights")
+    with pytest.raises(BadInput, match="not the file they came from"):
+        TensorRTRuntime(artifact.path)
+
+
+# ---- what must not be loaded
+
+
+def test_a_plan_of_another_device_is_refused_before_it_is_loaded(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    put_device(monkeypatch, ("Other GPU", "8.6"))
+    monkeypatch.setattr(fake.Runtime, "deserialize_cuda_engine", None)
+    with pytest.raises(BadInput, match=r"built for Fake GPU \(compute capability 9\.0\).*8\.6.*optin build"):
+        TensorRTRuntime(artifact.path)
+
+
+def test_a_plan_of_another_version_is_refused_before_it_is_loaded(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    monkeypatch.setattr(fake, "__version__", "10.13.0.35")
+    monkeypatch.setattr(fake.Runtime, "deserialize_cuda_engine", None)
+    with pytest.raises(BadInput, match=r"version 10\.12\.0\.36, but 10\.13\.0\.35.*optin build"):
+        TensorRTRuntime(artifact.path)
+
+
+@pytest.mark.parametrize(("version", "loads"), [("10.14.0", True), ("10.2.0", False), ("11.4.0", False)])
+def test_version_compatible_plans_load_in_later_versions_of_the_same_major(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, loads: bool
+) -> None:
+    artifact = export(
+        pruned(), tmp_path / "model.engine", options=EngineOptions(SMALL.profiles, compatible=("version",))
+    )
+    monkeypatch.setattr(fake, "__version__", version)
+    if not loads:
+        with pytest.raises(BadInput, match="was built with version"):
+            TensorRTRuntime(artifact.path)
+        return
+    with TensorRTRuntime(artifact.path) as runtime:
+        assert runtime._runtime.engine_host_code_allowed
+
+
+@pytest.mark.parametrize(("capability", "loads"), [("8.0", True), ("12.0", True), ("7.5", False)])
+def test_hardware_compatible_plans_run_from_ampere_on(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, loads: bool
+) -> None:
+    options = EngineOptions(SMALL.profiles, compatible=("hardware",))
+    artifact = export(pruned(), tmp_path / "model.engine", options=options)
+    put_device(monkeypatch, ("Other GPU", capability))
+    if loads:
+        TensorRTRuntime(artifact.path).close()
+    else:
+        with pytest.raises(BadInput, match="compute capability"):
+            TensorRTRuntime(artifact.path)
+
+
+def test_a_file_that_was_exchanged_is_refused(trt: Any, tmp_path: Path) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    artifact.path.write_bytes(artifact.path.read_bytes()[:-1] + b"?")
+    with pytest.raises(BadInput, match=r"not the file that engine\.json describes"):
+        TensorRTRuntime(artifact.path)
+
+
+def test_a_plan_without_a_record_is_refused(trt: Any, tmp_path: Path) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    (tmp_path / "engine.json").unlink()
+    with pytest.raises(BadInput, match="does not describe"):
+        TensorRTRuntime(artifact.path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1, "engines": {"model.engine": {"engine": 5}}}'])
+def test_a_damaged_record_is_refused(trt: Any, tmp_path: Path, text: str) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    (tmp_path / "engine.json").write_text(text)
+    with pytest.raises(BadInput, match=r"engine\.json"):
+        TensorRTRuntime(artifact.path)
+    export(pruned(), tmp_path / "other" / "model.engine")  # elsewhere nothing is in the way
+
+
+def test_what_tensorrt_says_of_a_plan_it_does_not_load_is_shown(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        fake.Builder, "build_serialized_network", lambda self, network, config: fake.IHostMemory(b"no plan")
+    )
+    artifact = export(pruned(), tmp_path / "model.engine")
+    with pytest.raises(BadInput, match="magic tag does not match"):
+        TensorRTRuntime(artifact.path)
+
+
+# ---- where no plan can be built
+
+
+def test_a_builder_that_gives_no_plan_is_a_failure_with_its_words(trt: Any, tmp_path: Path) -> None:
+    trt.refuse_to_build.append("could not find any implementation for node LayerNorm")
+    with pytest.raises(CannotBuildHere, match="could not find any implementation for node LayerNorm"):
+        export(pruned(), tmp_path / "model.engine")
+    assert not (tmp_path / "model.engine").exists()
+    assert "ERROR: could not find any" in (tmp_path / "model.engine.log").read_text()
+
+
+def test_nodes_that_the_parser_does_not_know_are_named(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake.OnnxParser, "parse", lambda self, model, path: self._errors.append("no importer for Gelu"))
+    with pytest.raises(CannotBuildHere, match=r"parser refused.*no importer for Gelu.*optin doctor"):
+        export(pruned(), tmp_path / "model.engine")
+
+
+def test_without_tensorrt_the_target_gets_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tensorrt", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(CannotBuildHere) as caught:
+        export(pruned(), tmp_path / "model.engine", precision="fp16")
+    said = str(caught.value)
+    assert "TensorRT is not installed" in said
+    assert "optin build " in said
+    assert '--profile "batch=1,2,4 seq=4,16,32"' in said
+    assert "--optShapes=input_ids:2x16,attention_mask:2x16,token_type_ids:2x16" in said
+    assert "Preflight" not in said
+    assert (tmp_path / "model.fp16.onnx").is_file()
+
+
+@pytest.mark.parametrize("error", [ImportError("libnvinfer.so.10: cannot open shared object file"), OSError("bad ELF")])
+def test_libraries_that_do_not_load_are_named(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(runtime_module, "import_module", fail)
+    with pytest.raises(MissingDependency, match=f"{error}.*optin doctor"):
+        import_tensorrt("trt")
+
+
+@pytest.mark.parametrize("version", ["10.11.0.33", "8.6.1", "12.0.0"])
+def test_versions_without_the_calls_used_here_are_refused(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(fake, "__version__", version)
+    with pytest.raises(CannotBuildHere, match=rf"TensorRT {version} is installed; 10\.12 to 11"):
+        export(pruned(), tmp_path / "model.engine")
+
+
+def test_without_a_gpu_nothing_is_built_or_run(trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    put_device(monkeypatch, None)
+    with pytest.raises(BadInput, match="no CUDA device is visible"):
+        TensorRTRuntime(artifact.path)
+    with pytest.raises(CannotBuildHere, match="no CUDA device is visible"):
+        export(pruned(), tmp_path / "model.engine")

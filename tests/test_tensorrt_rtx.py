@@ -1,0 +1,130 @@
+"""Real builds with TensorRT-RTX, ahead of time and without a GPU: what is pruned is a model that its compiler takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from exporters import exporter
+from exporters.base import ExportSpec
+from exporters.profiles import Profile
+from exporters.tensorrt_plan import EngineOptions, build_engine
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.runtimes.record import read_record
+from optin_deploy.runtimes.tensorrt import EngineLog, TensorRTRuntime, import_tensorrt
+from tests.conftest import random_plan, tiny_batches, tiny_model
+from tests.tiny_checkpoint import Shell, bert, lines, text_options
+
+OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
+MODELS = [
+    ("bert", "fp32", {}),
+    ("bert", "fp16", {"no_heads": (1,)}),
+    ("bert+head", "bf16", {"no_neurons": (0,)}),
+    ("bert+head", "int8", {}),
+    ("vit+head", "fp32", {"no_heads": (0,), "no_neurons": (2,)}),
+    ("vit", "fp16", {}),
+    ("dinov2-swiglu", "fp16", {"no_neurons": (1,)}),
+    ("distilbert", "fp16", {"no_heads": (2,)}),
+]
+"""Model, precision, and the layers that lose everything; every layer keeps another number of heads and neurons."""
+
+
+def pruned(name: str, **emptied: Any) -> Any:
+    model = tiny_model(name)
+    layout = resolve(model)
+    return rewrite_torch(model, layout, random_plan(model, layout, **emptied))
+
+
+def build(model: Any, precision: str, out: Path) -> Any:
+    spec = ExportSpec(precision, options=OPTIONS, calibration=tiny_batches(model) if precision == "int8" else ())
+    return exporter("trt-rtx").export(model, spec, out)
+
+
+@pytest.mark.parametrize(("name", "precision", "emptied"), MODELS)
+def test_pruned_models_build(name: str, precision: str, emptied: dict[str, Any], tmp_path: Path) -> None:
+    artifact = build(pruned(name, **emptied), precision, tmp_path / "model.rtx.engine")
+    record = read_record(artifact.path)
+    assert artifact.size_bytes == artifact.path.stat().st_size > 100_000
+    assert (record.engine, record.precision, record.capability) == ("trt-rtx", precision, "")
+
+
+def test_the_dense_model_builds_with_the_same_inputs_and_outputs(tmp_path: Path) -> None:
+    dense = build(tiny_model("bert"), "fp32", tmp_path / "dense.rtx.engine")
+    assert dense.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    assert dense.outputs == ("last_hidden_state",)
+    assert dense.shapes == ((1, 4), (2, 16), (4, 32))
+
+
+def test_a_wrong_slice_is_refused(tmp_path: Path) -> None:
+    """One column too few in a projection's weight, in an ONNX file that the builder has taken before."""
+    build(pruned("bert"), "fp32", tmp_path / "model.rtx.engine")
+    proto = onnx.load(tmp_path / "model.onnx")
+    weights = {t.name: t for t in proto.graph.initializer if len(t.dims) == 2}
+    product = next(n for n in proto.graph.node if n.op_type == "MatMul" and n.input[1] in weights)
+    wrong = weights[product.input[1]]
+    wrong.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(wrong)[:, 1:]), wrong.name))
+    onnx.save(proto, tmp_path / "wrong.onnx")
+    trt = import_tensorrt("trt-rtx")
+    with pytest.raises(CannotBuildHere, match=r"wrong\.onnx"):
+        build_engine(trt, tmp_path / "wrong.onnx", OPTIONS, log=EngineLog("TensorRT-RTX"))
+
+
+def test_operators_of_other_domains_are_named(tmp_path: Path) -> None:
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
+    node = onnx.helper.make_node("BiasGelu", ["x", "x"], ["y"], domain="com.microsoft")
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([node], "other", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets), tmp_path / "other.onnx")
+    trt = import_tensorrt("trt-rtx")
+    with pytest.raises(CannotBuildHere, match="BiasGelu"):
+        build_engine(trt, tmp_path / "other.onnx", OPTIONS, log=EngineLog("TensorRT-RTX"))
+
+
+def test_plans_are_not_loaded_without_a_gpu(tmp_path: Path) -> None:
+    artifact = build(pruned("bert"), "fp32", tmp_path / "model.rtx.engine")
+    with pytest.raises(BadInput, match="no CUDA device is visible"):
+        TensorRTRuntime(artifact.path, engine="trt-rtx")
+
+
+def test_the_names_for_the_gpu_that_is_here_exist() -> None:
+    trt = import_tensorrt("trt-rtx")
+    assert trt.ComputeCapability.CURRENT
+    assert {"num_compute_capabilities", "set_compute_capability"} <= set(dir(trt.IBuilderConfig))
+
+
+def test_the_command_builds_both_plans_and_says_that_they_were_not_run(tmp_path: Path, shell: Shell) -> None:
+    out = tmp_path / "job"
+    ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "trt-rtx", "--precision", "fp16")
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "report.json").read_text())
+    assert report["latency"] == []
+    assert any("model.rtx.engine was built but not run here" in note for note in report["notes"])
+    assert {"torch_vs_engine", "torch_vs_onnx_fp32"} <= set(report["parity"])
+    assert {"model.rtx.engine", "dense.rtx.engine"} <= set(report["hashes"])
+
+
+def test_without_tensorrt_the_plan_is_tried_ahead_of_time(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "job"
+    ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "trt", "--no-dense")
+    assert ran.code == 3
+    assert "TensorRT is not installed" in ran.err
+    assert "Preflight passed: TensorRT-RTX" in ran.err
+    assert (out / "model.fp16.onnx").is_file()
+    assert (out / "report.md").is_file()
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
