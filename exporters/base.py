@@ -59,6 +59,15 @@ class Exporter(Protocol):
     reads_onnx: bool
     """Is the artifact an ONNX file, or built from one? Then the float32 ONNX is exported and proven beside it."""
 
+    has_profiles: bool
+    """Does it take only the sizes of the profiles it was built for, and the other options of `EngineOptions`?"""
+
+    def check(self, options: EngineOptions) -> None:
+        """Refuse options that this engine does not have.
+
+        Raises: BadInput.
+        """
+
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder."""
 
@@ -82,15 +91,32 @@ class Exporter(Protocol):
         """
 
 
+def refuse_options(engine: str, options: EngineOptions) -> None:
+    """The check of engines that build no plan.
+
+    Raises: BadInput: an option was given.
+    """
+    if options != EngineOptions():
+        raise BadInput(
+            "--profile, --workspace, --timing-cache, --compatible and --weights are for plans of trt and trt-rtx; "
+            f"engine {engine} has none of them."
+        )
+
+
 TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.5}
 """Engine against the float32 torch model, largest error over largest output. Fused kernels sum in another order; the
-16-bit types round each product to 11 and 8 bits. int8 is a loss to be judged by quality: the limit only finds nonsense.
-"""
+16-bit types round each product to 11 and 8 bits. int8 is a loss to be judged by quality: its limit, on the mean square
+error over real samples, only finds nonsense."""
+
+
+GRAPH = {"tf32": "fp32"}
+"""Precision -> the one whose ONNX file it runs, where that is another."""
 
 
 def typed_name(stem: str, precision: str, suffix: str) -> str:
     """`model.onnx` in float32, `model.fp16.onnx` in another type."""
-    return f"{stem}{suffix}" if precision in ("fp32", "tf32") else f"{stem}.{precision}{suffix}"
+    graph = GRAPH.get(precision, precision)
+    return f"{stem}{suffix}" if graph == "fp32" else f"{stem}.{graph}{suffix}"
 
 
 POOLS = ("mean",)

@@ -5,28 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from exporters import check_precision, exporter
-from exporters.base import POOLED, TOLERANCES, Artifact, Exporter, ExportSpec, output_names
-from exporters.tensorrt_plan import EngineOptions
-from optin_deploy.errors import CannotBuildHere, ParityFailure, PlanMismatch
-from optin_deploy.inputs import example_inputs
-from optin_deploy.loading import load_dense
-from optin_deploy.masking import Batch, inference, rows_of
-from optin_deploy.pruned import load_pruned
-from optin_deploy.rewrite.verify import main_output, relative_error
-from optin_deploy.stages import prepare
-from optin_deploy.storage import atomic_file, read_json, sha256_tensors, write_json
+from exporters import exporter
+from exporters.base import GRAPH, Artifact, Exporter, ExportSpec
+from optin_deploy.errors import CannotBuildHere
+from optin_deploy.masking import Batch, rows_of
+from optin_deploy.storage import atomic_file, read_json, write_json
 from optin_deploy.workspace import Workspace
 
-PARITY_POINTS = ((1, 1.0), (3, 0.4))
-"""(batch, share of seq_len) at which engines are compared with torch: not the sizes that were traced."""
 INT8_ROWS = 64
 """Calibration samples for int8: ranges change little after some dozens."""
 OWN_FILES = ("model.safetensors", "plan.json", "layout.json", "optin.json")
@@ -95,7 +85,7 @@ def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
     if not target.reads_onnx:
         return [(target, precision)]
     onnx = exporter("onnx")
-    typed = "fp32" if precision == "tf32" else precision
+    typed = GRAPH.get(precision, precision)
     steps = [(onnx, "fp32")] if typed == "fp32" else [(onnx, "fp32"), (onnx, typed)]
     return steps if target.engine == onnx.engine else [*steps, (target, precision)]
 
@@ -135,83 +125,3 @@ def int8_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
     """The first calibration batches that hold enough rows to measure the range of activations."""
     rows = np.cumsum([rows_of(batch) for batch in batches])
     return batches[: int(np.searchsorted(rows, INT8_ROWS)) + 1]
-
-
-def check_engine(built: Built, pruned: nn.Module, dense: nn.Module | None, *, seq_len: int) -> dict[str, float]:
-    """Error of every artifact that runs here against its torch model, with padding.
-
-    Returns: `torch_vs_engine` (and `_dense`) of the last engine that runs here, the others with their names added.
-    Raises: ParityFailure: above the tolerance of the precision.
-    """
-    errors = {}
-    runs_here = [pair for pair in built.pairs if pair.obstacle is None]
-    for pair in runs_here:
-        for name, artifact in pair.artifacts().items():
-            model = pruned if name == "pruned" else dense
-            if model is not None:
-                key = "torch_vs_engine" if pair is runs_here[-1] else f"torch_vs_{pair.engine.engine}_{pair.precision}"
-                errors[key if name == "pruned" else f"{key}_dense"] = _error(pair, artifact, model, seq_len)
-    return errors
-
-
-def _error(pair: Pair, artifact: Artifact, model: nn.Module, seq_len: int) -> float:
-    """Largest relative error over the artifact's own shapes, or over sizes that were not traced."""
-    shapes = artifact.shapes or tuple((batch, max(2, int(share * seq_len))) for batch, share in PARITY_POINTS)
-    errors = []
-    with (
-        pair.engine.open(artifact.path, precision=pair.precision) as runtime,
-        inference(model),
-        torch.inference_mode(),
-    ):
-        for batch, tokens in dict.fromkeys(shapes):
-            inputs = example_inputs(model, batch=batch, seq_len=tokens, seed=batch)
-            if "attention_mask" in inputs and tokens > 1:
-                inputs["attention_mask"][-1, -1] = 0
-            expected = main_output(model(**inputs))
-            found = runtime.run({k: v.numpy() for k, v in inputs.items()})
-            errors.append(relative_error(expected.numpy(), found[artifact.outputs[0]]))
-            if POOLED in found:
-                real = inputs.get("attention_mask", torch.ones(expected.shape[:2])).unsqueeze(-1)
-                mean = (expected * real).sum(1) / real.sum(1)
-                errors.append(relative_error(mean.numpy(), found[POOLED]))
-    worst = float(np.max(errors))  # NaN stays NaN
-    if not worst <= TOLERANCES[pair.precision]:
-        raise ParityFailure(
-            f"{artifact.path} differs from its torch model by {worst:.2e} (allowed in {pair.precision}: "
-            f"{TOLERANCES[pair.precision]:.0e}). See `optin doctor {artifact.path.parent}`."
-        )
-    return worst
-
-
-def build_folder(
-    folder: Path,
-    *,
-    engine: str,
-    precision: str | None = None,
-    pool: str | None = None,
-    options: EngineOptions | None = None,
-    dense: bool = True,
-    dry_run: bool = False,
-) -> Built | None:
-    """Export the model in an output folder and prove the artifacts; the dense model is loaded from its source.
-
-    Args: dry_run: only check that it could be done; returns None.
-    """
-    target = exporter(engine)
-    precision = check_precision(target, precision)
-    workspace = Workspace(folder)
-    source = workspace.source()
-    pruned = load_pruned(folder)
-    output_names(pruned.model, pool)
-    original = load_dense(source.model, source.task).model if dense else None
-    if original is not None and sha256_tensors(original.state_dict()) != pruned.report.get("dense_weights"):
-        raise PlanMismatch(
-            f"{folder}/model was not cut from {source.model}. Run `optin rewrite {folder}` first, or give --no-dense."
-        )
-    if dry_run:
-        return None
-    samples = int8_samples(prepare(source).calibration.batches) if precision == "int8" else ()
-    spec = ExportSpec(precision, pool, options or EngineOptions(), samples)
-    built = build(workspace, target, spec, pruned.model, original)
-    check_engine(built, pruned.model, original, seq_len=source.seq_len)
-    return built

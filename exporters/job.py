@@ -1,4 +1,4 @@
-"""The main job behind `optin-export`: score, plan, rewrite, export, prove, measure, report."""
+"""The main job behind `optin-export`: score, plan, rewrite, export, prove, measure, report; and its export alone."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch import nn
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
-from exporters.building import Built, build, check_engine, int8_samples
+from exporters.building import Built, build, int8_samples
 from exporters.measuring import Point, check_threads, length_of, measure, title_of
+from exporters.profiles import Profile
+from exporters.proving import EngineModel, check_engine
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
-from optin_deploy.pruned import PrunedModel
+from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.quality import Quality, compare
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import check_scorer
 from optin_deploy.search import Budget, check_search
 from optin_deploy.stages import Prepared, plan_stage, prepare, rewrite_stage, score_stage
-from optin_deploy.storage import write_json, write_tensors, write_text
+from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
 from optin_deploy.workspace import Source, Workspace
 
 RECORDED = 8
@@ -90,8 +94,9 @@ def export_model(
     with clock("export"):
         built = build(workspace, target, spec, pruned.model, prepared.loaded.model if dense else None)
     with clock("check"):
-        parity = check_engine(built, pruned.model, prepared.loaded.model, seq_len=source.seq_len)
-        quality = compare(prepared.loaded.model, pruned.model, prepared.held_out)
+        samples = spec.calibration
+        parity = check_engine(built, pruned.model, prepared.loaded.model, seq_len=source.seq_len, samples=samples)
+        quality = _quality(prepared, pruned.model, built)
         record_samples(workspace, prepared, pruned.model)
     latency = []
     asked = built.pairs[-1]
@@ -126,6 +131,51 @@ def export_model(
     if built.problem is not None:
         raise built.problem
     return report
+
+
+def build_folder(
+    folder: Path,
+    *,
+    engine: str,
+    precision: str | None = None,
+    pool: str | None = None,
+    options: EngineOptions | None = None,
+    dense: bool = True,
+    dry_run: bool = False,
+) -> Built | None:
+    """Export the model in an output folder and prove the artifacts; the dense model is loaded from its source.
+
+    Args: dry_run: only check that it could be done; returns None.
+    """
+    target = exporter(engine)
+    precision = check_precision(target, precision)
+    workspace = Workspace(folder)
+    source = workspace.source()
+    pruned = load_pruned(folder)
+    output_names(pruned.model, pool)
+    original = load_dense(source.model, source.task).model if dense else None
+    if original is not None and sha256_tensors(original.state_dict()) != pruned.report.get("dense_weights"):
+        raise PlanMismatch(
+            f"{folder}/model was not cut from {source.model}. Run `optin rewrite {folder}` first, or give --no-dense."
+        )
+    target.check(options or EngineOptions())
+    if dry_run:
+        return None
+    samples = int8_samples(prepare(source).calibration.batches) if precision == "int8" else ()
+    spec = ExportSpec(precision, pool, options or EngineOptions(), samples)
+    built = build(workspace, target, spec, pruned.model, original)
+    check_engine(built, pruned.model, original, seq_len=source.seq_len, samples=samples)
+    return built
+
+
+def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
+    """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
+    pair = built.pairs[-1]
+    if built.obstacle is not None or pair.pruned.shapes:
+        return compare(prepared.loaded.model, pruned, prepared.held_out)
+    with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
+        shipped = EngineModel(runtime, pair.pruned.outputs[0]).eval()
+        return compare(prepared.loaded.model, shipped, prepared.held_out)
 
 
 def _report(
@@ -196,10 +246,23 @@ def ready(
     prepared = prepare(source)
     budget.macs(prepared.cost)
     output_names(prepared.loaded.model, pool)
+    spec = options or EngineOptions()
+    target.check(spec)
     for point in points:
-        length_of(point, prepared.loaded.model, prepared.cost.tokens)
+        tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
+        if target.has_profiles:
+            _check_profiles(spec.profiles, point.batch, tokens if prepared.loaded.is_text else None)
     samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
-    return target, ExportSpec(precision, pool, options or EngineOptions(), samples), prepared
+    return target, ExportSpec(precision, pool, spec, samples), prepared
+
+
+def _check_profiles(profiles: Sequence[Profile], batch: int, tokens: int | None) -> None:
+    if not any(profile.holds(batch, tokens) for profile in profiles):
+        at = f"batch={batch}" + ("" if tokens is None else f",seq={tokens}")
+        raise BadInput(
+            f"the point to measure, {at}, lies outside of --profile {' and '.join(map(str, profiles))}. "
+            "Give --at with a point inside, or wider profiles."
+        )
 
 
 def describe(prepared: Prepared, *, flops: float, artifact: Path) -> list[str]:

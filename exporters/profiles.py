@@ -35,6 +35,11 @@ class Profile:
         """(batch, tokens) at the smallest, usual and largest sizes."""
         return tuple(zip(self.batch, self.seq, strict=True))
 
+    def holds(self, batch: int, tokens: int | None) -> bool:
+        """Does a batch of this size, and length if it has one, lie inside?"""
+        fits = self.batch[0] <= batch <= self.batch[2]
+        return fits and (tokens is None or self.seq[0] <= tokens <= self.seq[2])
+
     def sized(self, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Min, opt and max of a dynamic shape (-1 for the batch, then for the length)."""
         found = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from exporters.profiles import Profile
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.runtimes.tensorrt import EngineLog
+from optin_deploy.runtimes.tensorrt_bindings import EngineLog
 from optin_deploy.storage import atomic_file
 
 COMPATIBLE = ("version", "hardware")
@@ -99,16 +99,24 @@ def build_engine(
     if configure is not None:
         configure(config)
     if timing_cache is not None:
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)  # False: refused if of another device
+        _use_timings(config, timing_cache, log)
     plan = builder.build_serialized_network(network, config)
     if plan is None:  # a failed build raises nothing
         said = " ".join(log.problems[-SHOWN_LINES:]) or "it gave no reason"
         raise CannotBuildHere(f"{log.name}'s builder gave no plan for {source.name}: {said}")
-    if timing_cache is not None:
+    measured = None if timing_cache is None else config.get_timing_cache()
+    if timing_cache is not None and measured is not None:
         with atomic_file(timing_cache) as temporary:
-            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+            temporary.write_bytes(bytes(measured.serialize()))
     return bytes(plan)
+
+
+def _use_timings(config: Any, file: Path, log: EngineLog) -> None:
+    """Attach known kernel times; those of another device or version are refused, and measured anew."""
+    known = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    if known is None or not config.set_timing_cache(known, False):
+        log.lines.append(f"WARNING: {file.name} is of another device or version; kernels are timed anew")
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:

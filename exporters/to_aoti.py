@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, output_names, typed_name
+from exporters.base import Artifact, ExportSpec, output_names, refuse_options, typed_name
 from exporters.graph import DTYPES, Traced, graph_key, quiet_export
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.inputs import input_names
 from optin_deploy.masking import inference
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.base import Runtime
-from optin_deploy.runtimes.device import current_gpu, describe_device, missing_compiler
+from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 from optin_deploy.storage import atomic_file, sha256_file
 
@@ -30,6 +31,11 @@ class AotiExporter:
     precisions = ("fp32", "fp16", "bf16")
     align = 16
     reads_onnx = False
+    has_profiles = False
+
+    def check(self, options: EngineOptions) -> None:
+        """See `Exporter.check`."""
+        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -80,7 +86,7 @@ def _compile(
         )
     own = copy.deepcopy(model).to(device, DTYPES[precision])
     traced = Traced(own, pool)
-    with tempfile.TemporaryDirectory() as temporary, inference(own), torch.no_grad(), quiet_export():
+    with tempfile.TemporaryDirectory() as temporary, inference(own), torch.no_grad(), exact_float32(), quiet_export():
         program = torch.export.export(traced, traced.example(), dynamic_shapes=traced.dynamic_shapes())
         inductor: Any = torch._inductor
         settings = {

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, typed_name
+from exporters.base import Artifact, ExportSpec, refuse_options, typed_name
 from exporters.graph import Traced, graph_key, quiet_export, typed_copy
-from exporters.quantize import NEEDS_SAMPLES, quantize_int8
+from exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import BadInput, RefusedRewrite
 from optin_deploy.masking import inference
@@ -37,6 +38,11 @@ class OnnxExporter:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
     align = 16
     reads_onnx = True
+    has_profiles = False
+
+    def check(self, options: EngineOptions) -> None:
+        """See `Exporter.check`."""
+        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -50,7 +56,12 @@ class OnnxExporter:
         precision = spec.precision or self.precisions[0]
         settings: list[object] = [precision, spec.pool, OPSET, [version(name) for name in PACKAGES]]
         if precision == "int8":
-            settings += [version("onnxruntime"), [sha256_tensors(batch) for batch in spec.calibration]]
+            settings += [
+                version("onnxruntime"),
+                NOISE_LIMIT,
+                SETTINGS,
+                [sha256_tensors(batch) for batch in spec.calibration],
+            ]
         key = graph_key(model, *settings)
         finished = self._read(out, precision)
         if finished is not None and finished[1] == key:

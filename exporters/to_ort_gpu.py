@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec
+from exporters.base import GRAPH, Artifact, ExportSpec
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import CannotBuildHere, MissingDependency
 from optin_deploy.runtimes.base import Runtime
@@ -22,7 +22,7 @@ class OrtCudaExporter(OnnxExporter):
     """ONNX Runtime's CUDA provider."""
 
     engine = "ort-cuda"
-    precisions: tuple[str, ...] = ("fp32", "fp16")
+    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16")
     align = 64
     provider = "CUDAExecutionProvider"
 
@@ -31,7 +31,9 @@ class OrtCudaExporter(OnnxExporter):
 
         Raises: CannotBuildHere: such a session cannot open on this machine.
         """
-        artifact = replace(super().export(model, spec, out), engine=self.engine)
+        precision = spec.precision or self.precisions[0]
+        graph = super().export(model, replace(spec, precision=GRAPH.get(precision, precision)), out)
+        artifact = replace(graph, engine=self.engine, precision=precision)
         obstacle = self.obstacle()
         if obstacle is not None:
             raise CannotBuildHere(
@@ -56,21 +58,24 @@ class OrtCudaExporter(OnnxExporter):
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """A session whose first provider is proven to be the asked one."""
-        return OrtRuntime(path, threads=threads, provider=self.provider)
+        options = {"use_tf32": str(int(precision == "tf32"))}  # on by default, also for what is called float32
+        return OrtRuntime(path, threads=threads, provider=self.provider, options=options)
 
 
 class OrtTensorRTExporter(OrtCudaExporter):
     """ONNX Runtime's TensorRT provider; what it does not take runs on CUDA."""
 
     engine = "ort-trt"
+    precisions = ("tf32", "fp16")  # it has no option that keeps float32 exact
     provider = "TensorrtExecutionProvider"
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """See `OrtCudaExporter.open`; plans are kept beside the file."""
-        cache = {
+        options = {
+            "trt_fp16_enable": str(precision == "fp16"),
             "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(path.parent / CACHE),
             "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(path.parent / CACHE),
         }
-        return OrtRuntime(path, threads=threads, provider=self.provider, options=cache)
+        return OrtRuntime(path, threads=threads, provider=self.provider, options=options)

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, typed_name
+from exporters.base import GRAPH, Artifact, ExportSpec, typed_name
 from exporters.checks.preflight import build_ahead
 from exporters.tensorrt_plan import EngineOptions, build_engine
 from exporters.to_onnx import OnnxExporter
-from optin_deploy.errors import CannotBuildHere, MissingDependency
+from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
-from optin_deploy.runtimes.record import EngineRecord, finished, write_record
-from optin_deploy.runtimes.tensorrt import MODULES, EngineLog, TensorRTRuntime, import_tensorrt
+from optin_deploy.runtimes.record import EngineRecord, finished, read_record, write_record
+from optin_deploy.runtimes.tensorrt import TensorRTRuntime
+from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 from optin_deploy.storage import atomic_file, sha256_file, sha256_json, write_text
 
 TIMING_CACHE = "timing.cache"
@@ -37,6 +38,7 @@ class TensorRTExporter:
     precisions = ("fp16", "fp32", "tf32", "bf16", "int8")
     align = 64
     reads_onnx = True
+    has_profiles = True
     keeps_timings = True
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
@@ -50,7 +52,7 @@ class TensorRTExporter:
         """
         precision = spec.precision or self.precisions[0]
         stem = out.name.partition(".")[0]
-        onnx_precision = "fp32" if precision == "tf32" else precision
+        onnx_precision = GRAPH.get(precision, precision)
         source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
         graph = OnnxExporter().export(model, replace(spec, precision=onnx_precision), source)
         profiles = tuple(profile.up_to(longest_text(model.config)) for profile in spec.options.profiles)
@@ -97,7 +99,7 @@ class TensorRTExporter:
                 source,
                 options,
                 log=log,
-                tf32=precision == "tf32",
+                tf32=precision in ("tf32", "int8"),  # int8: what is not quantised need not be exact
                 timing_cache=cache,
                 configure=lambda config: self.configure(trt, config),
             )
@@ -125,6 +127,9 @@ class TensorRTExporter:
         write_record(out, record)
         return record
 
+    def check(self, options: EngineOptions) -> None:
+        """See `Exporter.check`."""
+
     def configure(self, trt: Any, config: Any) -> None:
         """Set what only this kind of TensorRT has."""
 
@@ -137,17 +142,23 @@ class TensorRTExporter:
         numbers = [int(part) for part in found.split(".")[:2]]
         if tuple(numbers) < OLDEST or numbers[0] >= NEWEST:
             return f"TensorRT {found} is installed; 10.12 to 11 are supported. Run: pip install 'optin-deploy[trt]'"
-        return self._no_device()
+        return NO_GPU if current_gpu() is None else None
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`."""
-        return self.cannot_build() or self._no_device()
-
-    def _no_device(self) -> str | None:
-        return NO_GPU if current_gpu() is None else None
+        return self.cannot_build() or (NO_GPU if current_gpu() is None else None)
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
-        """The plan on the current CUDA device, with CUDA graphs."""
+        """The plan on the current CUDA device, with CUDA graphs.
+
+        Raises: BadInput: the plan was built in another precision, or for another device or version.
+        """
+        found = read_record(path).precision
+        if precision not in (None, found):
+            raise BadInput(
+                f"{path} is a plan in {found}, not {precision}. Run: "
+                f"optin build {path.parent} --engine {self.engine} --precision {precision}, or give --precision {found}"
+            )
         return TensorRTRuntime(path, engine=self.engine)
 
 
@@ -169,8 +180,19 @@ class RtxExporter(TensorRTExporter):
             return str(err)
         return None
 
+    def check(self, options: EngineOptions) -> None:
+        """Its plans fit one release and a list of architectures; without a GPU, it builds no plan to be refitted.
+
+        Raises: BadInput.
+        """
+        if options.compatible:
+            raise BadInput("TensorRT-RTX has no --compatible: its plans load in the release that built them.")
+        if options.weights != "fixed" and current_gpu() is None:
+            raise BadInput(f"--weights {options.weights} needs a GPU with TensorRT-RTX, and {NO_GPU}.")
+
     def configure(self, trt: Any, config: Any) -> None:
         """Build for the GPU that is here, if one is; else for the product's default list of architectures."""
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # or its launches cannot be captured in a graph
         if current_gpu() is not None:
             config.num_compute_capabilities = 1
             config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
@@ -190,13 +212,22 @@ def _instructions(model: nn.Module, source: Path, precision: str, options: Engin
     lines = [
         f"{source} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there",
         "  pip install 'optin-deploy[cpu,trt]'",
-        f"  optin build {folder.name} --engine trt --precision {precision} --no-dense"
-        + "".join(f' --profile "{profile}"' for profile in options.profiles),
-        "or, with TensorRT's own tool,",
-        f"  trtexec --stronglyTyped --onnx={folder.name}/{source.name} --saveEngine={folder.name}/model.engine"
+        f"  optin build {folder.name} --engine trt --precision {precision} --no-dense {_flags(options)}",
+        "or, for a plan that only other tools read,",
+        f"  trtexec --stronglyTyped --onnx={folder.name}/{source.name} --saveEngine={folder.name}/trtexec.engine"
+        + ("" if precision != "fp32" else " --noTF32")
         + _trtexec_shapes(model, options),
     ]
     return "\n".join(lines)
+
+
+def _flags(options: EngineOptions) -> str:
+    """The options as they are typed."""
+    typed = [f'--profile "{profile}"' for profile in options.profiles]
+    typed += [f"--compatible {what}" for what in options.compatible]
+    typed += [f"--workspace {options.workspace_bytes}"] if options.workspace_bytes else []
+    typed += [f"--weights {options.weights}"] if options.weights != "fixed" else []
+    return " ".join(typed)
 
 
 def _trtexec_shapes(model: nn.Module, options: EngineOptions) -> str:

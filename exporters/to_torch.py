@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, output_names
+from exporters.base import Artifact, ExportSpec, output_names, refuse_options
 from exporters.graph import DTYPES
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
@@ -20,6 +21,9 @@ from optin_deploy.runtimes.device import current_gpu, missing_compiler
 from optin_deploy.runtimes.torch import TorchRuntime
 from optin_deploy.storage import sha256_file
 
+SHAPES = 64
+"""Input shapes that are compiled for one model class in a process."""
+
 
 class TorchExporter:
     """PyTorch, eager with fused attention, on the GPU if there is one."""
@@ -28,6 +32,11 @@ class TorchExporter:
     precisions = ("fp32", "fp16", "bf16")
     align = 16
     reads_onnx = False
+    has_profiles = False
+
+    def check(self, options: EngineOptions) -> None:
+        """See `Exporter.check`."""
+        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -82,5 +91,8 @@ class CompiledTorchExporter(TorchExporter):
         """Compiles at the first run of each shape, which takes seconds to minutes."""
         model = self._prepared(path, precision, task)
         mode = "default" if current_gpu() is None else "max-autotune"
+        # Past the limit torch would go on without compiling, and such a time must not pass as compiled.
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
         model.forward = torch.compile(model.forward, mode=mode, dynamic=False)
         return TorchRuntime(model, engine=self.engine, threads=threads)

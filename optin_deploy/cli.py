@@ -266,7 +266,7 @@ def build(
     dry_run: DryRun = False,
 ) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from exporters.building import build_folder
+    from exporters.job import build_folder
 
     options = _engine_options(profile, workspace, timing_cache, compatible, weights)
     with stage_bar("export"):

@@ -281,8 +281,20 @@ class ICudaEngine:
         shapes: list[list[int]] = self._profiles[profile_index][name]
         return shapes
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> IExecutionContext:
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
+
+    def create_execution_context(self, runtime_config: IRuntimeConfig) -> IExecutionContext:
+        assert runtime_config._strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
+
+
+class IRuntimeConfig:
+    def __init__(self) -> None:
+        self._strategy: ExecutionContextAllocationStrategy | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self._strategy = strategy
 
 
 launches: list[str] = []

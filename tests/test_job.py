@@ -33,9 +33,10 @@ from tiny_checkpoint import (
 import optin_deploy
 from exporters import ENGINES, check_precision, exporter, measuring
 from exporters.base import TOLERANCES, Artifact
-from exporters.building import Built, Pair, check_engine
+from exporters.building import Built, Pair
 from exporters.job import export_model, record_samples
 from exporters.measuring import Point
+from exporters.proving import check_engine
 from optin_deploy.calibration import Batches, read_samples, split
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_dense
@@ -304,7 +305,7 @@ def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_pat
 
 
 def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished: Path) -> None:
-    from exporters.building import build_folder
+    from exporters.job import build_folder
 
     assert (finished / "dense.onnx").is_file()
     build_folder(finished, engine="onnx", dense=False)

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 
+from benchmarks.gpu import engines_trt
 from exporters import exporter
 from exporters.base import ExportSpec, typed_name
 from exporters.profiles import Profile, parse_profile
@@ -26,7 +27,8 @@ from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes import tensorrt as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record
-from optin_deploy.runtimes.tensorrt import TensorRTRuntime, import_tensorrt
+from optin_deploy.runtimes.tensorrt import TensorRTRuntime
+from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
 from tests import fake_tensorrt as fake
 from tests.conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
 from tests.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, root, text_options
@@ -108,6 +110,23 @@ def test_bench_runs_the_plans_that_build_left(trt: Any, tmp_path: Path, shell: S
     assert "--profile" in outside.err
 
 
+def test_a_point_outside_of_every_profile_is_refused_before_the_work(trt: Any, tmp_path: Path, shell: Shell) -> None:
+    out = tmp_path / "job"
+    options = [*text_options(labelled(), out), "--engine", "trt", "--profile", "batch=4", "seq=16"]
+    ran = shell("optin-export", bert(), *options)
+    assert ran.code == 2
+    assert "batch=1,seq=16" in ran.err
+    assert "batch=4,4,4 seq=16,16,16" in ran.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch", "aoti", "ort-cuda"])
+def test_options_of_plans_are_refused_by_engines_without_plans(shell: Shell, finished: Path, engine: str) -> None:
+    ran = shell("optin", "build", finished, "--engine", engine, "--weights", "stripped")
+    assert ran.code == 2
+    assert f"engine {engine} has none of them" in ran.err
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     return copy_of(finished_job(), tmp_path / "finished")
@@ -164,6 +183,25 @@ def test_the_timing_cache_is_read_and_extended(trt: Any, tmp_path: Path) -> None
     options = EngineOptions(SMALL.profiles, timing_cache=cache)
     export(pruned(), tmp_path / "model.engine", options=options)
     assert cache.read_bytes() == b"old;measured;"
+
+
+@pytest.mark.parametrize("refusal", ["create_timing_cache", "set_timing_cache"])
+def test_a_timing_cache_of_another_device_costs_no_plan(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    honest = getattr(fake.IBuilderConfig, refusal)
+
+    def refuses(self: Any, given: Any, *rest: Any) -> Any:
+        foreign = b"foreign" in (given if isinstance(given, bytes) else given._known)
+        return (
+            {"create_timing_cache": None, "set_timing_cache": False}[refusal] if foreign else honest(self, given, *rest)
+        )
+
+    monkeypatch.setattr(fake.IBuilderConfig, refusal, refuses)
+    (tmp_path / "timing.cache").write_bytes(b"foreign")
+    assert export(pruned(), tmp_path / "model.engine").size_bytes > 0
+    assert (tmp_path / "timing.cache").read_bytes() == b"measured;"
+    assert "timed anew" in (tmp_path / "model.engine.log").read_text()
 
 
 def test_a_finished_plan_is_not_built_again_but_a_changed_one_is(trt: Any, tmp_path: Path) -> None:
@@ -224,6 +262,23 @@ def test_each_profile_takes_its_own_shapes(trt: Any, tmp_path: Path) -> None:
             runtime.run(feeds_of(model, batch=1, seq_len=8))
 
 
+def test_of_two_fitting_profiles_the_narrower_one_is_used(trt: Any, tmp_path: Path) -> None:
+    model = pruned()
+    options = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)), Profile((1, 1, 1), (4, 8, 8))))
+    with TensorRTRuntime(export(model, tmp_path / "model.engine", options=options).path) as runtime:
+        for batch, seq_len in ((1, 8), (2, 8), (1, 16)):
+            runtime.run(feeds_of(model, batch=batch, seq_len=seq_len))
+        assert [bound.context._profile for bound in runtime._bound.values()] == [1, 0, 0]
+
+
+def test_a_closed_runtime_says_so(trt: Any, tmp_path: Path) -> None:
+    runtime = TensorRTRuntime(export(pruned(), tmp_path / "model.engine").path)
+    runtime.close()
+    runtime.close()
+    with pytest.raises(BadInput, match="closed"):
+        runtime.run({})
+
+
 def test_later_runs_allocate_nothing(trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned()
     with TensorRTRuntime(export(model, tmp_path / "model.engine").path) as runtime:
@@ -235,6 +290,21 @@ def test_later_runs_allocate_nothing(trt: Any, tmp_path: Path, monkeypatch: pyte
         again = runtime.run(other)["last_hidden_state"]
         assert not np.array_equal(first["last_hidden_state"], again)
         assert runtime.run(other)["last_hidden_state"] is again  # the same memory
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(
+    trt: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(engines_trt, "need_cuda", lambda engine, inputs: None)
+    model = pruned(name)
+    inputs = tiny_batch(model, batch=3, seq_len=8)
+    inputs.pop("attention_mask", None)  # the suite's full inputs have none
+    with engines_trt.trt(model, inputs, "fp32") as run:
+        expected = outputs(model, inputs, states=False)["last_hidden_state"]
+        assert relative_error(expected.numpy(), run().numpy()) < 1e-5
+        assert run() is run()
+    assert [p._shapes[next(iter(inputs))][0][0] for p in trt.built[-1]._profiles] == [3]
 
 
 def test_buffers_of_the_oldest_shape_are_dropped(trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +424,20 @@ def test_a_damaged_record_is_refused(trt: Any, tmp_path: Path, text: str) -> Non
     export(pruned(), tmp_path / "other" / "model.engine")  # elsewhere nothing is in the way
 
 
+def test_a_new_build_mends_a_damaged_record(trt: Any, tmp_path: Path) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine")
+    (tmp_path / "engine.json").write_text("[]")
+    export(pruned(), tmp_path / "model.engine")
+    TensorRTRuntime(artifact.path).close()
+
+
+def test_a_plan_passes_for_no_other_precision(trt: Any, tmp_path: Path) -> None:
+    artifact = export(pruned(), tmp_path / "model.engine", precision="fp32")
+    exporter("trt").open(artifact.path, precision="fp32").close()
+    with pytest.raises(BadInput, match=r"a plan in fp32, not fp16.*--precision fp16"):
+        exporter("trt").open(artifact.path, precision="fp16")
+
+
 def test_what_tensorrt_says_of_a_plan_it_does_not_load_is_shown(
     trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,7 +487,7 @@ def test_libraries_that_do_not_load_are_named(monkeypatch: pytest.MonkeyPatch, e
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(runtime_module, "import_module", fail)
+    monkeypatch.setattr("optin_deploy.runtimes.tensorrt_bindings.import_module", fail)
     with pytest.raises(MissingDependency, match=f"{error}.*optin doctor"):
         import_tensorrt("trt")
 

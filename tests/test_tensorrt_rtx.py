@@ -14,13 +14,15 @@ from onnx import numpy_helper
 
 from exporters import exporter
 from exporters.base import ExportSpec
+from exporters.checks.preflight import build_ahead
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions, build_engine
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput, CannotBuildHere
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.runtimes.record import read_record
-from optin_deploy.runtimes.tensorrt import EngineLog, TensorRTRuntime, import_tensorrt
+from optin_deploy.runtimes.tensorrt import TensorRTRuntime
+from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt
 from tests.conftest import random_plan, tiny_batches, tiny_model
 from tests.tiny_checkpoint import Shell, bert, lines, text_options
 
@@ -99,6 +101,20 @@ def test_the_names_for_the_gpu_that_is_here_exist() -> None:
     trt = import_tensorrt("trt-rtx")
     assert trt.ComputeCapability.CURRENT
     assert {"num_compute_capabilities", "set_compute_capability"} <= set(dir(trt.IBuilderConfig))
+
+
+@pytest.mark.parametrize("options", [EngineOptions(compatible=("version",)), EngineOptions(weights="stripped")])
+def test_what_it_cannot_do_is_refused(options: EngineOptions) -> None:
+    with pytest.raises(BadInput, match="TensorRT-RTX"):
+        exporter("trt-rtx").check(options)
+
+
+@pytest.mark.parametrize("given", [{"weights": "stripped"}, {"weights": "refittable"}, {"compatible": ("version",)}])
+def test_the_preflight_leaves_out_what_needs_a_gpu(tmp_path: Path, given: dict[str, Any]) -> None:
+    artifact = exporter("onnx").export(pruned("vit"), ExportSpec(), tmp_path / "model.onnx")
+    said = build_ahead(artifact.path, EngineOptions(profiles=OPTIONS.profiles, **given))
+    assert said is not None
+    assert said.startswith("TensorRT-RTX")
 
 
 def test_the_command_builds_both_plans_and_says_that_they_were_not_run(tmp_path: Path, shell: Shell) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.engines import Run, Skipped, need_cuda
-from benchmarks.gpu.precision import DTYPES, cast
+from benchmarks.gpu.engines_trt import with_mask
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -46,18 +47,16 @@ def _bound(
 ) -> Run:
     wanted = providers[0][0]
     ort = _onnxruntime(engine, wanted)
-    if precision not in PRECISIONS or (precision == "fp16" and "pixel_values" in inputs):
-        raise Skipped(
-            f"engine {engine}: the exporter gives fp32 graphs, and fp16 ones of text models, not {precision}."
-        )
+    if precision not in PRECISIONS:
+        raise Skipped(f"engine {engine} has no precision {precision}; possible: {', '.join(PRECISIONS)}.")
     path = _exported(model, precision, folder)
     session = ort.InferenceSession(str(path), providers=providers)
     # ORT falls back to another provider without an error; its number must not pass as this engine's.
     if session.get_providers()[0] != wanted:
         raise Skipped(f"engine {engine}: ONNX Runtime chose {session.get_providers()} where {wanted} was asked.")
-    feeds = _all_inputs(inputs)
+    feeds = with_mask(inputs)
     shape = _output_shape(model, feeds)
-    output = torch.empty(shape, dtype=DTYPES[precision], device=next(iter(feeds.values())).device)
+    output = torch.empty(shape, device=next(iter(feeds.values())).device)
     binding = session.io_binding()
     for node in session.get_inputs():
         _bind(binding.bind_input, node.name, feeds[node.name])
@@ -90,15 +89,9 @@ def _exported(model: nn.Module, precision: str, folder: Path) -> Path:
     from exporters.to_onnx import OnnxExporter
 
     path = folder / "model.onnx"
-    OnnxExporter().export(cast(model, precision).cpu(), ExportSpec(), path)
+    typed = "fp32" if precision == "tf32" else precision
+    OnnxExporter().export(copy.deepcopy(model).cpu(), ExportSpec(typed), path)
     return path
-
-
-def _all_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Exported graphs always take a mask; full sequences have one of ones."""
-    ids = inputs.get("input_ids")
-    masks = {} if ids is None else {"attention_mask": torch.ones_like(ids)}
-    return {name: value.contiguous() for name, value in {**masks, **inputs}.items()}
 
 
 def _output_shape(model: nn.Module, inputs: Mapping[str, Tensor]) -> torch.Size:

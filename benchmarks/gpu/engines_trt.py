@@ -1,40 +1,74 @@
-"""TensorRT and TensorRT-RTX: wired to the library's own builder and runtime where those are there."""
+"""TensorRT and TensorRT-RTX: the plan that the product builds, launched on the current stream without transfers."""
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from benchmarks.gpu.engines import Run, Skipped, need_cuda
 
+if TYPE_CHECKING:
+    from exporters.profiles import Profile
+
 
 @contextmanager
 def trt(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """A TensorRT plan, built here and run on the current stream."""
-    need_cuda("trt", inputs)
-    yield _open("trt", "tensorrt", model, inputs, precision)
+    """A TensorRT plan, built here, with its CUDA graph."""
+    with _opened("trt", model, inputs, precision) as run:
+        yield run
 
 
 @contextmanager
 def trt_rtx(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """A TensorRT-RTX engine, built here and run on the current stream."""
-    need_cuda("trt-rtx", inputs)
-    yield _open("trt-rtx", "tensorrt_rtx_bindings", model, inputs, precision)
+    """A TensorRT-RTX plan, built here, with its CUDA graph."""
+    with _opened("trt-rtx", model, inputs, precision) as run:
+        yield run
 
 
-def _open(engine: str, package: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Run:
-    """Build the engine of a model with the ONNX of `exporters`, and give what launches it."""
-    for needed in (package, "optin_deploy.runtimes.tensorrt", "exporters.to_tensorrt"):
-        _imported(engine, needed)
-    raise Skipped(f"engine {engine} is not wired into the suite yet (benchmarks/gpu/engines_trt.py).")
-
-
-def _imported(engine: str, module: str) -> ModuleType:
+@contextmanager
+def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
+    need_cuda(engine, inputs)
+    if find_spec("pydantic") is None:
+        raise Skipped(f"engine {engine}: pydantic, which reads engine.json, is not installed; bring it along.")
     try:
-        return import_module(module)
+        from exporters import exporter
+        from exporters.base import ExportSpec
+        from exporters.tensorrt_plan import EngineOptions
+        from optin_deploy.runtimes.tensorrt import TensorRTRuntime
     except ImportError as err:
-        raise Skipped(f"engine {engine}: {module} cannot be imported ({err}).") from err
+        raise Skipped(f"engine {engine}: {err}; bring it along.") from err
+    chosen = exporter(engine)
+    obstacle = chosen.cannot_build()
+    if obstacle is not None:
+        raise Skipped(f"engine {engine}: {obstacle}")
+    if precision not in chosen.precisions:
+        raise Skipped(f"engine {engine} has no precision {precision}; possible: {', '.join(chosen.precisions)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        spec = ExportSpec(precision, options=EngineOptions(profiles=(_profile(inputs),)))
+        artifact = chosen.export(copy.deepcopy(model).cpu(), spec, Path(folder) / "model.engine")
+        with TensorRTRuntime(artifact.path, engine=engine) as runtime:
+            launch = runtime.launcher(with_mask(inputs))
+            yield lambda: launch()[artifact.outputs[0]]
+
+
+def _profile(inputs: Mapping[str, Tensor]) -> Profile:
+    """The one shape that is measured; images have no length."""
+    from exporters.profiles import Profile
+
+    batch, *rest = next(iter(inputs.values())).shape
+    tokens = rest[0] if len(rest) == 1 else 1
+    return Profile((batch,) * 3, (tokens,) * 3)
+
+
+def with_mask(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exported graphs always take a mask; full sequences have one of ones."""
+    ids = inputs.get("input_ids")
+    masks = {} if ids is None else {"attention_mask": ids.new_ones(ids.shape)}
+    return {name: value.contiguous() for name, value in {**masks, **inputs}.items()}

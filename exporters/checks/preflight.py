@@ -15,7 +15,7 @@ from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions, build_engine
 from optin_deploy.errors import MissingDependency
 from optin_deploy.inputs import longest_text
-from optin_deploy.runtimes.tensorrt import MODULES, EngineLog, import_tensorrt
+from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 from optin_deploy.storage import read_json
 
 
@@ -37,7 +37,7 @@ def build_ahead(path: Path, options: EngineOptions | None = None) -> str | None:
         options = EngineOptions(profiles=(Profile().up_to(_longest(config)),))
     started = time.perf_counter()
     log = EngineLog(MODULES["trt-rtx"][1])
-    plan = build_engine(trt, path, replace(options, compatible=()), log=log)
+    plan = build_engine(trt, path, replace(options, compatible=(), weights="fixed"), log=log)
     size_mib, seconds = len(plan) / 2**20, time.perf_counter() - started
     shapes = " and ".join(map(str, options.profiles))
     return f"{log.name} {trt.__version__} builds it ahead of time for {shapes} ({size_mib:.1f} MiB, {seconds:.1f} s)."

@@ -8,7 +8,7 @@ from typing import Any
 
 from exporters.checks.findings import Finding, listed, named
 from optin_deploy.errors import MissingDependency
-from optin_deploy.runtimes.tensorrt import MODULES, EngineLog, import_tensorrt
+from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds
-from optin_deploy.runtimes.device import current_gpu, describe_device
+from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32
 from optin_deploy.runtimes.record import read_record
 
 
@@ -46,7 +46,7 @@ class AotiRuntime:
         missing = [name for name in self._inputs if name not in feeds]
         if missing:
             raise BadInput(f"The package needs {', '.join(missing)}; give all of: {', '.join(self._inputs)}.")
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             arrays = (np.require(feeds[name], requirements=("C", "W")) for name in self._inputs)
             found = self._package(*(torch.from_numpy(array).to(self._device) for array in arrays))
         values = found if isinstance(found, (tuple, list)) else (found,)

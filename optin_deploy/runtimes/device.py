@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +17,17 @@ NO_GPU = "no CUDA device is visible"
 def current_gpu() -> torch.device | None:
     """The CUDA device in use; None: there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions in float32, not TF32, which is their default on GPUs; matrix products are exact by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def missing_compiler() -> str | None:

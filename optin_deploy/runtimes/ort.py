@@ -14,8 +14,8 @@ from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.runtimes.base import Feeds
 
 PROVIDER = "CPUExecutionProvider"
-FALLBACKS = {"TensorrtExecutionProvider": ["CUDAExecutionProvider"]}
-"""Who takes the nodes that a provider does not."""
+FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
+"""Who takes the nodes that a provider does not, with its options."""
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 """Packages that all install the same `onnxruntime` folder, so that only one may be present."""
@@ -69,11 +69,11 @@ class OrtRuntime:
         settings.inter_op_num_threads = 1
         # Threads of an idle session would spin on and slow the session that is measured beside it.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        wanted = [provider, *FALLBACKS.get(provider, [])]
-        session = ort.InferenceSession(
-            str(path), sess_options=settings, providers=[(provider, dict(options or {})), *wanted[1:]]
-        )
+        providers = [(provider, dict(options or {})), *FALLBACKS.get(provider, [])]
+        # No fallback: `run` would go on with another provider after an error of this one.
+        session = ort.InferenceSession(str(path), sess_options=settings, providers=providers, enable_fallback=0)
         # ORT drops a provider that does not load without raising; the CPU's numbers must not pass as its own.
+        wanted = [name for name, _ in providers]
         if session.get_providers()[: len(wanted)] != wanted:
             raise MissingDependency(
                 f"ONNX Runtime chose {session.get_providers()} where {provider} was asked: that provider, its "

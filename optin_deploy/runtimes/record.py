@@ -75,7 +75,11 @@ class EngineRecord:
 
 def write_record(path: Path, record: EngineRecord) -> None:
     """Note an artifact in the engine.json of its folder; the entries of others stay."""
-    entries = {name: asdict(entry) for name, entry in _entries(path.parent).items() if (path.parent / name).is_file()}
+    try:
+        known = _entries(path.parent)
+    except BadInput:
+        known = {}  # damaged: what it described is unknown from now on, and refused
+    entries = {name: asdict(entry) for name, entry in known.items() if (path.parent / name).is_file()}
     entries[path.name] = asdict(record)
     write_json(path.parent / FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
 
@@ -123,4 +127,4 @@ def _newer_of_same_major(installed: str, built: str) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+    return tuple(int(part) if part.isascii() and part.isdigit() else 0 for part in version[:64].split("."))

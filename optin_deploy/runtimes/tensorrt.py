@@ -2,74 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, read_record
+from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 from optin_deploy.storage import sha256_file
 
-MODULES = {"trt": ("tensorrt", "TensorRT"), "trt-rtx": ("tensorrt_rtx_bindings", "TensorRT-RTX")}
-"""Engine -> module of its Python bindings, name for people."""
+logger = logging.getLogger(__name__)
+
 KEPT_SHAPES = 16
 """Input shapes whose buffers and graph are kept; of more, the one unused for longest is dropped."""
 WARMUP_RUNS = 2
 """Runs before a graph is recorded: TensorRT prepares its kernels in the first."""
-
-
-def import_tensorrt(engine: str) -> ModuleType:
-    """The Python bindings of an engine.
-
-    Raises: MissingDependency: not installed, or its libraries do not load.
-    """
-    module, name = MODULES[engine]
-    extra = f"pip install 'optin-deploy[{engine}]'"
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as err:
-        if err.name != module:
-            raise MissingDependency(f"{name} is installed but lacks {err.name}. Run: {extra}") from err
-        raise MissingDependency(f"{name} is not installed. Run: {extra}") from err
-    except (ImportError, OSError) as err:  # a shared library is missing or too old
-        raise MissingDependency(f"{name} is installed but does not load: {err}. See `optin doctor`.") from err
-
-
-@dataclass
-class EngineLog:
-    """What a builder or runtime said, kept for the log file and for our own error texts."""
-
-    name: str
-    lines: list[str] = field(default_factory=list)
-    """Everything but the chatter."""
-    problems: list[str] = field(default_factory=list)
-    """Warnings and errors."""
-
-    def to(self, trt: Any) -> Any:
-        """A logger for TensorRT that writes here."""
-        log = self
-
-        class Logger(trt.ILogger):  # type: ignore[misc]  # the base class exists only where TensorRT does
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.Severity.INFO:
-                    log.lines.append(f"{severity.name}: {message}")
-                if severity <= trt.ILogger.Severity.WARNING:
-                    log.problems.append(message)
-
-        return Logger()
 
 
 @dataclass
@@ -140,25 +98,36 @@ class TensorRTRuntime:
         Returns: all outputs; the arrays are overwritten by the next run of the same shapes.
         Raises: BadInput: an input is missing, or no profile takes its shape.
         """
-        missing = [name for name in self.inputs if name not in feeds]
-        if missing:
-            raise BadInput(f"The engine needs {', '.join(missing)}; give all of: {', '.join(self.inputs)}.")
-        shapes = tuple(tuple(feeds[name].shape) for name in self.inputs)
-        bound = self._bound.get(shapes) or self._bind(shapes)
-        self._bound.move_to_end(shapes)
+        bound = self._bound_to(feeds)
         for name in self.inputs:
             np.copyto(bound.arrays[name], feeds[name], casting="same_kind")
         with self._on_stream():
             for name in self.inputs:
                 bound.device[name].copy_(bound.host[name], non_blocking=True)
-            if bound.graph is not None:
-                bound.graph.replay()
-            else:
-                self._launch(bound.context)
+            self._start(bound)
             for name in self.outputs:
                 bound.host[name].copy_(bound.device[name], non_blocking=True)
         self.synchronize()
         return {name: bound.arrays[name] for name in self.outputs}
+
+    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """Put inputs into the engine's own memory once, for timing without transfers.
+
+        Returns: a function that launches on torch's current stream and gives the output buffers on the device. Launch
+            nothing else of this runtime on another stream meanwhile: all shapes share one scratch memory.
+        """
+        bound = self._bound_to(inputs)
+        for name in self.inputs:
+            bound.device[name].copy_(inputs[name])
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)  # the caller's stream and ours do not wait for each other
+        outputs = {name: bound.device[name] for name in self.outputs}
+
+        def launch() -> dict[str, Tensor]:
+            self._start(bound)
+            return outputs
+
+        return launch
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -167,6 +136,11 @@ class TensorRTRuntime:
 
     def close(self) -> None:
         """Free graphs, contexts, buffers and the plan, in this order."""
+        if self._plan is not None:
+            self.synchronize()
+        for bound in self._bound.values():
+            bound.graph = None
+            bound.context = None
         self._bound.clear()
         self._plan = self._runtime = self._scratch = None
 
@@ -178,14 +152,40 @@ class TensorRTRuntime:
     ) -> None:
         self.close()
 
+    def _bound_to(self, inputs: Mapping[str, np.ndarray] | Mapping[str, Tensor]) -> _Bound:
+        if self._plan is None:
+            raise BadInput("This TensorRTRuntime is closed. Open a new one for more runs.")
+        missing = [name for name in self.inputs if name not in inputs]
+        if missing:
+            raise BadInput(f"The engine needs {', '.join(missing)}; give all of: {', '.join(self.inputs)}.")
+        shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
+        bound = self._bound.get(shapes) or self._bind(shapes)
+        self._bound.move_to_end(shapes)
+        return bound
+
     def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
         """A context of its own for these shapes: a recorded graph must not see its context change."""
         if len(self._bound) >= KEPT_SHAPES:
             self._bound.popitem(last=False)
         profile = self._profile_for(shapes)
-        context = self._plan.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        with self._on_stream():  # all of it: nothing waits for torch's default stream by itself
+            bound = self._prepare(profile, shapes)
+            self.synchronize()
+        if self._graphs:
+            bound.graph = self._record(bound)
+        self._bound[shapes] = bound
+        return bound
+
+    def _prepare(self, profile: int, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
+        config = self._plan.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        specialization = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is not None:  # TensorRT-RTX: else a graph could keep the kernels that bridge a compilation
+            config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        context = self._plan.create_execution_context(config)
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         context.set_optimization_profile_async(profile, self._handle())
+        self.synchronize()
         for name, shape in zip(self.inputs, shapes, strict=True):
             if not context.set_input_shape(name, shape):
                 raise BadInput(f"The engine refused {name} of shape {shape}: {' '.join(self._log.problems[-2:])}")
@@ -193,48 +193,53 @@ class TensorRTRuntime:
         for name in (*self.inputs, *self.outputs):
             shape = tuple(context.get_tensor_shape(name))
             dtype = self._types[self._plan.get_tensor_dtype(name)]
-            bound.device[name] = torch.empty(shape, dtype=dtype, device=self._device)
-            bound.host[name] = torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
+            bound.device[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            bound.host[name] = torch.zeros(shape, dtype=dtype, pin_memory=self._on_gpu)
             bound.arrays[name] = bound.host[name].numpy()
             context.set_tensor_address(name, bound.device[name].data_ptr())
-        if self._graphs:
-            bound.graph = self._record(bound)
-        self._bound[shapes] = bound
         return bound
 
-    def _record(self, bound: _Bound) -> torch.cuda.CUDAGraph:
-        for name in self.inputs:
-            bound.device[name].zero_()
+    def _record(self, bound: _Bound) -> torch.cuda.CUDAGraph | None:
+        """A graph of one launch; None where it cannot be recorded: then every run launches."""
         with self._on_stream():
             for _ in range(WARMUP_RUNS):
                 self._launch(bound.context)
-        self.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._launch(bound.context)
+            self.synchronize()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._launch(bound.context)
+        except (RuntimeError, BadInput) as err:
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own
+            logger.warning("running without a CUDA graph: %s", err)
+            return None
         return graph
+
+    def _start(self, bound: _Bound) -> None:
+        if bound.graph is not None:
+            bound.graph.replay()
+        else:
+            self._launch(bound.context)
 
     def _launch(self, context: Any) -> None:
         if not context.execute_async_v3(self._handle()):
             raise BadInput(f"The engine failed: {' '.join(self._log.problems[-2:]) or 'no reason given'}")
 
     def _profile_for(self, shapes: tuple[tuple[int, ...], ...]) -> int:
-        ranges = []
+        """The profile that takes these shapes; of several the one with the smallest maximum, being tuned for less."""
+        ranges, fitting = [], {}
         for profile in range(self._plan.num_optimization_profiles):
-            limits = [self._plan.get_tensor_profile_shape(name, profile) for name in self.inputs]
-            fits = [
-                len(shape) == len(tuple(low))
-                and all(a <= size <= b for a, size, b in zip(tuple(low), shape, tuple(high), strict=True))
-                for (low, _, high), shape in zip(limits, shapes, strict=True)
-            ]
-            if all(fits):
-                return profile
+            limits = [tuple(map(tuple, self._plan.get_tensor_profile_shape(name, profile))) for name in self.inputs]
+            if all(_holds(low, high, shape) for (low, _, high), shape in zip(limits, shapes, strict=True)):
+                fitting[profile] = sum(int(np.prod(high)) for _, _, high in limits)
             low, _, high = limits[0]
-            ranges.append(f"{tuple(low)} to {tuple(high)}")
-        raise BadInput(
-            f"{self.inputs[0]} has shape {shapes[0]}, but the engine takes {' or '.join(ranges)}. "
-            "Build it with another --profile."
-        )
+            ranges.append(f"{low} to {high}")
+        if not fitting:
+            raise BadInput(
+                f"{self.inputs[0]} has shape {shapes[0]}, but the engine takes {' or '.join(ranges)}. "
+                "Build it with another --profile."
+            )
+        return min(fitting, key=fitting.__getitem__)
 
     def _put_weights_in(self, path: Path, record: EngineRecord) -> None:
         source = path.parent / Path(record.onnx or "").name
@@ -254,6 +259,10 @@ class TensorRTRuntime:
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _holds(low: tuple[int, ...], high: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(low) == len(shape) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
 
 
 def _torch_types(trt: Any) -> dict[Any, torch.dtype]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.device import exact_float32
 
 OUTPUTS = ("logits", "last_hidden_state")
 """The output that is read: the first of these that the model gives."""
@@ -46,7 +47,7 @@ class TorchRuntime:
         Returns: one output, `logits` if the model gives it, else `last_hidden_state`; bfloat16 comes back as float32.
         Raises: BadInput: the model gives neither.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32():
             # np.require copies only what from_numpy cannot share: read-only or strided arrays.
             arrays = {name: np.require(array, requirements=("C", "W")) for name, array in feeds.items()}
             inputs = {name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()}
