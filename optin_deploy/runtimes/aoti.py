@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 
-from optin_deploy.errors import BadInput
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Feeds, OwnThreads, check_names
 from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32
 from optin_deploy.runtimes.record import read_record
 
 
-class AotiRuntime:
+class AotiRuntime(OwnThreads):
     """One package; inputs and outputs in host memory."""
 
     engine = "aoti"
@@ -26,6 +24,7 @@ class AotiRuntime:
         Args: threads: intra-op threads between enter and exit; 0 = leave as is.
         Raises: BadInput: made for another device or torch, or not the file that was recorded.
         """
+        super().__init__(threads)
         path = Path(path)
         record = read_record(path)
         self._device = current_gpu() or torch.device("cpu")
@@ -35,17 +34,13 @@ class AotiRuntime:
         metadata = self._package.get_metadata()
         self._inputs = tuple(metadata["inputs"].split(","))
         self._outputs = tuple(metadata["outputs"].split(","))
-        self._threads = threads
-        self._threads_before = 0
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once.
 
         Raises: BadInput: an input is missing.
         """
-        missing = [name for name in self._inputs if name not in feeds]
-        if missing:
-            raise BadInput(f"The package needs {', '.join(missing)}; give all of: {', '.join(self._inputs)}.")
+        check_names(self._inputs, feeds)
         with torch.inference_mode(), exact_float32():
             arrays = (np.require(feeds[name], requirements=("C", "W")) for name in self._inputs)
             found = self._package(*(torch.from_numpy(array).to(self._device) for array in arrays))
@@ -54,15 +49,3 @@ class AotiRuntime:
 
     def synchronize(self) -> None:
         """Nothing to wait for: `run` copies its outputs to host memory."""
-
-    def __enter__(self) -> Self:
-        self._threads_before = torch.get_num_threads()
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads_before)

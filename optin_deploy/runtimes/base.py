@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
+import torch
+
+from optin_deploy.errors import BadInput
 
 Feeds = Mapping[str, np.ndarray]
 """Named input arrays, batch first."""
@@ -29,3 +32,55 @@ class Runtime(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Closing:
+    """`with` for runtimes that have a `close`."""
+
+    def close(self) -> None:
+        """Free what was loaded; a second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class OwnThreads:
+    """torch's intra-op threads between enter and exit; of two nested runtimes the inner one's number counts."""
+
+    def __init__(self, threads: int) -> None:
+        """Args: threads: 0 = leave as is. Raises: BadInput: negative."""
+        if threads < 0:
+            raise BadInput(f"threads is {threads}; use 0 (leave PyTorch's number) or a positive number.")
+        self._threads = threads
+        self._threads_before = 0
+
+    def __enter__(self) -> Self:
+        self._threads_before = torch.get_num_threads()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads_before)
+
+
+def check_names(needed: Sequence[str], given: Mapping[str, object]) -> None:
+    """Refuse feeds that lack an input.
+
+    Raises: BadInput: names the missing ones and all that are needed.
+    """
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise BadInput(
+            f"The model needs {', '.join(missing)}, but the feeds are {', '.join(given) or 'empty'}. "
+            f"Give all of: {', '.join(needed)}."
+        )

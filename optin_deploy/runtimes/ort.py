@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Closing, Feeds, check_names
 
 PROVIDER = "CPUExecutionProvider"
 FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
@@ -43,7 +43,7 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
-class OrtRuntime:
+class OrtRuntime(Closing):
     """One session on one provider, all graph optimisations on; its threads rest between runs."""
 
     def __init__(
@@ -91,12 +91,7 @@ class OrtRuntime:
         """
         if self._session is None:
             raise BadInput("This OrtRuntime is closed. Open a new one for more runs.")
-        missing = [name for name in self._inputs if name not in feeds]
-        if missing:
-            raise BadInput(
-                f"The ONNX model needs {', '.join(missing)}, but the feeds are {', '.join(feeds) or 'empty'}. "
-                f"Give all of: {', '.join(self._inputs)}."
-            )
+        check_names(self._inputs, feeds)
         values = self._session.run(None, {name: feeds[name] for name in self._inputs})
         return dict(zip(self._outputs, values, strict=True))
 
@@ -106,11 +101,3 @@ class OrtRuntime:
     def close(self) -> None:
         """Free the session (its weights, arena and threads); a second call does nothing."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Closing, Feeds, check_names
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, read_record
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
@@ -43,7 +42,7 @@ class _Bound:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-class TensorRTRuntime:
+class TensorRTRuntime(Closing):
     """One plan on one device."""
 
     def __init__(
@@ -144,20 +143,10 @@ class TensorRTRuntime:
         self._bound.clear()
         self._plan = self._runtime = self._scratch = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _bound_to(self, inputs: Mapping[str, np.ndarray] | Mapping[str, Tensor]) -> _Bound:
         if self._plan is None:
             raise BadInput("This TensorRTRuntime is closed. Open a new one for more runs.")
-        missing = [name for name in self.inputs if name not in inputs]
-        if missing:
-            raise BadInput(f"The engine needs {', '.join(missing)}; give all of: {', '.join(self.inputs)}.")
+        check_names(self.inputs, inputs)
         shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
         bound = self._bound.get(shapes) or self._bind(shapes)
         self._bound.move_to_end(shapes)

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 import torch
 from torch import nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Feeds, OwnThreads
 from optin_deploy.runtimes.device import exact_float32
 
 OUTPUTS = ("logits", "last_hidden_state")
 """The output that is read: the first of these that the model gives."""
 
 
-class TorchRuntime:
+class TorchRuntime(OwnThreads):
     """A model in memory; it stays the caller's, and closing leaves it as it was."""
 
     def __init__(self, model: nn.Module, *, engine: str = "torch", threads: int = 0) -> None:
         """Wrap the model; nothing is copied.
 
         Args: model: in eval mode; its forward takes the feeds by name and gives `.logits` or `.last_hidden_state`.
-            threads: intra-op threads between enter and exit; 0 = leave as is. The number is one per process:
-                of two nested runtimes the inner one's counts.
+            threads: see `OwnThreads`.
         Raises: BadInput: a module is in training mode, or negative threads.
         """
-        if threads < 0:
-            raise BadInput(f"threads is {threads}; use 0 (leave PyTorch's number) or a positive number.")
+        super().__init__(threads)
         training = next((name for name, module in model.named_modules() if module.training), None)
         if training is not None:
             raise BadInput(f"{training or 'The model'} is in training mode (dropout is on). Call model.eval() first.")
@@ -38,8 +33,6 @@ class TorchRuntime:
         self._model = model
         self._dtype = torch.float32 if parameter is None else parameter.dtype
         self._device = torch.device("cpu") if parameter is None else parameter.device
-        self._threads = threads
-        self._threads_before = 0
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once under inference mode, on the device of the model's weights.
@@ -65,15 +58,3 @@ class TorchRuntime:
 
     def synchronize(self) -> None:
         """Nothing to wait for: `run` copies its output to host memory, which waits for the device."""
-
-    def __enter__(self) -> Self:
-        self._threads_before = torch.get_num_threads()
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads_before)

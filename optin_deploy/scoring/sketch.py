@@ -43,7 +43,8 @@ def sketch_terms(
     paths = [layer.path for layer in layout.layers]
     for done, batch in enumerate(batches):
         rows = rows_of(batch)
-        masks = {b: torch.ones(rows, 1, b.units, requires_grad=True) for b in branches}
+        device = next(iter(batch.values())).device
+        masks = {b: torch.ones(rows, 1, b.units, device=device, requires_grad=True) for b in branches}
         with torch.enable_grad(), masked(model, masks), recorded(model, outputs=paths) as recording:
             output = model(**batch)
             states = [recording.outputs[path] for path in paths]
