@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from exporters.base import Artifact, ExportSpec, refuse_options, typed_name
-from exporters.graph import Traced, graph_key, quiet_export, typed_copy
+from exporters.graph import DTYPES, Traced, graph_key, quiet_export, typed_copy
 from exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.cost.macs import eager_attention
@@ -21,12 +21,13 @@ from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.storage import atomic_file, sha256_file, sha256_tensors
 
-OPSET = 20
-"""Below 23, whose fp32 Attention node TensorRT does not build; Gelu is one node from 20 on."""
+OPSET, BF16_OPSET = 20, 22
+"""Below 23, whose fp32 Attention node TensorRT does not build. Gelu is one node from 20, Conv takes bfloat16 from 22."""
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
 SINGLE_FILE_BYTES = 2**31 - 2**26
 """protobuf holds 2 GiB; larger weights would need a second file."""
 
@@ -54,7 +55,7 @@ class OnnxExporter:
         Raises: BadInput: pooling of a model with logits; int8 without samples. RefusedRewrite: larger than one file.
         """
         precision = spec.precision or self.precisions[0]
-        settings: list[object] = [precision, spec.pool, OPSET, [version(name) for name in PACKAGES]]
+        settings: list[object] = [precision, spec.pool, _opset(precision), [version(name) for name in PACKAGES]]
         if precision == "int8":
             settings += [
                 version("onnxruntime"),
@@ -66,9 +67,9 @@ class OnnxExporter:
         finished = self._read(out, precision)
         if finished is not None and finished[1] == key:
             return finished[0]
-        if sum(p.numel() * p.element_size() for p in model.parameters()) > SINGLE_FILE_BYTES:
+        if sum(p.numel() for p in model.parameters()) * _dtype(precision).itemsize > SINGLE_FILE_BYTES:
             raise RefusedRewrite("the weights exceed 2 GiB, more than one ONNX file holds.")
-        proto = _int8(model, spec) if precision == "int8" else trace(typed_copy(model, precision), spec.pool)
+        proto = _int8(model, spec) if precision == "int8" else trace(model, spec.pool, precision)
         _save(proto, key, out)
         written = self._read(out, precision)
         assert written is not None, "the file was written just now"
@@ -108,15 +109,16 @@ class OnnxExporter:
         return OrtRuntime(path, threads=threads)
 
 
-def trace(model: nn.Module, pool: str | None) -> Any:
-    """The ONNX graph of a model, as a protobuf."""
+def trace(model: nn.Module, pool: str | None, precision: str) -> Any:
+    """The ONNX graph of a model in the type of a precision, as a protobuf."""
+    model = typed_copy(model, precision)
     with inference(model), eager_attention(model), torch.no_grad(), quiet_export():
         traced = Traced(model, pool)
         program: Any = torch.onnx.export(
             traced,
             traced.example(),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_opset(precision),
             input_names=list(traced.inputs),
             output_names=list(traced.outputs),
             dynamic_shapes=traced.dynamic_shapes(),
@@ -133,14 +135,26 @@ def _int8(model: nn.Module, spec: ExportSpec) -> Any:
     feeds = [{name: values.numpy() for name, values in batch.items()} for batch in spec.calibration]
     with tempfile.TemporaryDirectory() as temporary:
         source, quantised = Path(temporary) / "fp32.onnx", Path(temporary) / "int8.onnx"
-        onnx.save(trace(model, spec.pool), source)
+        onnx.save(trace(model, spec.pool, "fp32"), source)
         quantize_int8(source, quantised, feeds)
         return onnx.load(quantised)
+
+
+def _opset(precision: str) -> int:
+    return BF16_OPSET if precision == "bf16" else OPSET
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return DTYPES.get(precision, torch.float32)
 
 
 def _save(proto: Any, key: str, out: Path) -> None:
     import onnx
 
+    for node in proto.graph.node:  # where in its builder's files a node comes from is nobody's business
+        kept = [prop for prop in node.metadata_props if prop.key != STACK_TRACE]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, key
     onnx.checker.check_model(proto)

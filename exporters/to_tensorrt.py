@@ -64,10 +64,24 @@ class TensorRTExporter:
         trt: Any = import_tensorrt(self.engine)
         gpu = current_gpu()
         device = ("", "") if gpu is None else describe_device(gpu)
-        key = sha256_json([graph.sha256, self.engine, precision, options.settings(), trt.__version__, device])
-        record = finished(out, key)
-        if record is None:
-            record = self._build(trt, source, out, options, precision, key, device, graph.sha256)
+        wanted = EngineRecord(
+            engine=self.engine,
+            precision=precision,
+            sha256="",
+            size_bytes=0,
+            device=device[0],
+            capability=device[1],
+            version=trt.__version__,
+            key=sha256_json([graph.sha256, self.engine, precision, options.settings(), trt.__version__, device]),
+            versions={"torch": torch.__version__, "cuda": str(torch.version.cuda)},
+            options=options.settings(),
+            onnx=source.name,
+            onnx_sha256=graph.sha256,
+            any_version="version" in options.compatible,
+            any_device="hardware" in options.compatible,
+            stripped=options.weights == "stripped",
+        )
+        record = finished(out, wanted.key) or self._build(trt, source, out, options, wanted)
         return Artifact(
             path=out,
             engine=self.engine,
@@ -80,17 +94,8 @@ class TensorRTExporter:
             shapes=tuple(corner for profile in profiles for corner in profile.corners()),
         )
 
-    def _build(
-        self,
-        trt: Any,
-        source: Path,
-        out: Path,
-        options: EngineOptions,
-        precision: str,
-        key: str,
-        device: tuple[str, str],
-        onnx_sha256: str,
-    ) -> EngineRecord:
+    def _build(self, trt: Any, source: Path, out: Path, options: EngineOptions, wanted: EngineRecord) -> EngineRecord:
+        """Write plan, builder's log and record; `wanted` lacks only what the file itself tells."""
         log = EngineLog(MODULES[self.engine][1])
         cache = (options.timing_cache or out.with_name(TIMING_CACHE)) if self.keeps_timings else None
         try:
@@ -99,7 +104,7 @@ class TensorRTExporter:
                 source,
                 options,
                 log=log,
-                tf32=precision in ("tf32", "int8"),  # int8: what is not quantised need not be exact
+                tf32=wanted.precision in ("tf32", "int8"),  # int8: what is not quantised need not be exact
                 timing_cache=cache,
                 configure=lambda config: self.configure(trt, config),
             )
@@ -107,23 +112,7 @@ class TensorRTExporter:
             write_text(out.with_name(f"{out.name}.log"), "\n".join(log.lines) + "\n")
         with atomic_file(out) as temporary:
             temporary.write_bytes(plan)
-        record = EngineRecord(
-            engine=self.engine,
-            precision=precision,
-            sha256=sha256_file(out),
-            size_bytes=len(plan),
-            device=device[0],
-            capability=device[1],
-            version=trt.__version__,
-            key=key,
-            versions={"torch": torch.__version__, "cuda": str(torch.version.cuda)},
-            options=options.settings(),
-            onnx=source.name,
-            onnx_sha256=onnx_sha256,
-            any_version="version" in options.compatible,
-            any_device="hardware" in options.compatible,
-            stripped=options.weights == "stripped",
-        )
+        record = replace(wanted, sha256=sha256_file(out), size_bytes=len(plan))
         write_record(out, record)
         return record
 

@@ -615,6 +615,8 @@ def test_a_parser_that_does_not_start_is_replaced_by_the_list(tmp_path: Path) ->
     class NoGpu:
         """The full TensorRT on a machine without a GPU: pybind11 says that the constructor gave nothing."""
 
+        __name__ = "tensorrt"
+
         class ILogger:
             pass
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import outputs, zeroed
 
 from benchmarks.gpu import engines, engines_ort
 from benchmarks.gpu.__main__ import main
@@ -35,7 +36,6 @@ from optin_deploy.arch.resolve import resolve
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.ort import import_onnxruntime
-from tests.conftest import outputs, zeroed
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = ROOT / "benchmarks/gpu/cells.toml"

@@ -10,10 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt as fake
 import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
+from tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, root, text_options
 
 from benchmarks.gpu import engines_trt
 from exporters import exporter
@@ -29,9 +32,6 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
-from tests import fake_tensorrt as fake
-from tests.conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
-from tests.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, root, text_options
 
 SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import pytest
-
-from tests import fake_tensorrt
-from tests.tensorrt_names import classes
+from tensorrt_names import classes
 
 Names = Mapping[str, Mapping[str, int | None]]
 VERSIONS = {"tensorrt-10": "10.12.0.36", "tensorrt-11": "11.4.0.106"}

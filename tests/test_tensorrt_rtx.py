@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import random_plan, tiny_batches, tiny_model
 from onnx import numpy_helper
+from tiny_checkpoint import Shell, bert, lines, text_options
 
 from exporters import exporter
 from exporters.base import ExportSpec
@@ -23,8 +25,6 @@ from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt
-from tests.conftest import random_plan, tiny_batches, tiny_model
-from tests.tiny_checkpoint import Shell, bert, lines, text_options
 
 OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 MODELS = [

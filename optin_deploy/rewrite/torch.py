@@ -79,17 +79,18 @@ def _cut(model: nn.Module, branch: Branch, kept: Sequence[int]) -> None:
 
 def _empty_attention(model: nn.Module, layer: LayerSpec) -> None:
     output = layer.attention.output
-    bias = _bias(model, output)
+    bias, training = _bias(model, output), model.get_submodule(layer.core).training
     if output.startswith(f"{layer.core}."):
-        model.set_submodule(layer.core, EmptiedAttention(output.removeprefix(f"{layer.core}."), bias))
+        name = output.removeprefix(f"{layer.core}.")
+        model.set_submodule(layer.core, EmptiedAttention(name, bias).train(training))
     else:
-        model.set_submodule(layer.core, EmptiedAttention(None, None))
+        model.set_submodule(layer.core, EmptiedAttention(None, None).train(training))
         model.set_submodule(output, bias)
 
 
 def _empty_ffn(model: nn.Module, layer: LayerSpec) -> None:
     for path in layer.ffn.inputs:
-        model.set_submodule(path, nn.Identity())
+        model.set_submodule(path, nn.Identity().train(model.get_submodule(path).training))
     model.set_submodule(layer.ffn.output, _bias(model, layer.ffn.output))
 
 

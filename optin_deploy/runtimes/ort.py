@@ -70,6 +70,11 @@ class OrtRuntime(Closing):
         # Threads of an idle session would spin on and slow the session that is measured beside it.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         providers = [(provider, dict(options or {})), *FALLBACKS.get(provider, [])]
+        known = ort.get_available_providers()
+        if provider not in known:
+            raise MissingDependency(
+                f"This onnxruntime has no {provider}; it has {', '.join(known)}. See `optin doctor`."
+            )
         # No fallback: `run` would go on with another provider after an error of this one.
         session = ort.InferenceSession(str(path), sess_options=settings, providers=providers, enable_fallback=0)
         # ORT drops a provider that does not load without raising; the CPU's numbers must not pass as its own.

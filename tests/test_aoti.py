@@ -1,0 +1,399 @@
+"""AOTInductor packages: equal to the model, refused where they could crash; and compiled torch, without compiling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import error, outputs, random_plan, tiny_batch, tiny_model
+
+from exporters import exporter, to_aoti, to_torch
+from exporters.base import POOLED, Artifact, ExportSpec
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.pruned import MANIFEST
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.runtimes import aoti
+from optin_deploy.runtimes.aoti import AotiRuntime
+from optin_deploy.runtimes.record import read_record
+from optin_deploy.storage import sha256_file
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPEC = ExportSpec(pool="mean")
+
+
+def pruned_bert() -> Any:
+    model = tiny_model("bert")
+    layout = resolve(model)
+    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,)))
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    return {
+        "training": {path: module.training for path, module in model.named_modules()},
+        "hooks": {path: len(m._forward_hooks) + len(m._forward_pre_hooks) for path, m in model.named_modules()},
+        "parameters": {path: (p.dtype, p.device, p.requires_grad) for path, p in model.named_parameters()},
+        "weights": {name: value.sum().item() for name, value in model.state_dict().items()},
+        "attention": model.config._attn_implementation,
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, dict[str, Any], dict[str, Any]]:
+    """The one package of this file, which takes half a minute; and the model's state before and after."""
+    model = pruned_bert()
+    model.train()
+    model.encoder.layer[0].eval()
+    before = state_of(model)
+    artifact = exporter("aoti").export(model, SPEC, tmp_path_factory.mktemp("aoti") / "model.pt2")
+    return artifact, before, state_of(model)
+
+
+@pytest.fixture
+def package(compiled: tuple[Artifact, Any, Any], tmp_path: Path) -> Path:
+    """A copy of the package with its record."""
+    shutil.copytree(compiled[0].path.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "model.pt2"
+
+
+class Loading(Exception):
+    """Raised where the package would be loaded, compiled or traced."""
+
+
+def stopped(*args: object, **kwargs: object) -> None:
+    raise Loading
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", stopped)
+
+
+@pytest.fixture
+def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "export", stopped)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", stopped)
+
+
+# ---- what it computes
+
+
+def test_a_package_computes_what_the_model_computes_at_other_sizes(package: Path) -> None:
+    model = pruned_bert().eval()
+    with exporter("aoti").open(package) as runtime:
+        for batch, seq_len in ((1, 7), (5, 23), (3, 64), (1, 7)):  # traced with 2 x 13
+            inputs = tiny_batch(model, batch=batch, seq_len=seq_len)
+            expected = outputs(model, inputs, states=False)["last_hidden_state"]
+            found = runtime.run({name: value.numpy() for name, value in inputs.items()})
+            runtime.synchronize()
+            assert list(found) == ["last_hidden_state", POOLED]
+            assert error(expected, torch.from_numpy(found["last_hidden_state"])) < 1e-5
+            real = inputs["attention_mask"].unsqueeze(-1)
+            mean = (expected * real).sum(1) / real.sum(1)
+            assert error(mean, torch.from_numpy(found[POOLED])) < 1e-5
+
+
+def test_pruning_shows_in_the_package(package: Path) -> None:
+    model = tiny_model("bert")
+    inputs = tiny_batch(model, batch=2, seq_len=16)
+    with AotiRuntime(package) as runtime:
+        found = runtime.run({name: value.numpy() for name, value in inputs.items()})["last_hidden_state"]
+    assert error(outputs(model, inputs, states=False)["last_hidden_state"], torch.from_numpy(found)) > 0.1
+
+
+def test_read_only_and_strided_feeds_in_any_order_run_without_a_warning(package: Path) -> None:
+    model = pruned_bert().eval()
+    inputs = tiny_batch(model, batch=3, seq_len=9)
+    feeds = {name: np.asfortranarray(value.numpy()) for name, value in reversed(inputs.items())}
+    for array in feeds.values():
+        array.flags.writeable = False
+    with AotiRuntime(package) as runtime:
+        found = runtime.run({**feeds, "unknown": np.zeros(1)})["last_hidden_state"]
+    assert error(outputs(model, inputs, states=False)["last_hidden_state"], torch.from_numpy(found)) < 1e-5
+
+
+def test_compiling_leaves_the_model_as_it_was(compiled: tuple[Artifact, Any, Any]) -> None:
+    _, before, after = compiled
+    assert after == before
+    assert len(set(before["training"].values())) == 2  # both modes were there
+
+
+def test_a_missing_input_is_named(package: Path) -> None:
+    with (
+        AotiRuntime(package) as runtime,
+        pytest.raises(BadInput, match=r"needs attention_mask, .*Give all of: input_ids"),
+    ):
+        runtime.run({name: np.ones((1, 4), dtype=np.int64) for name in ("input_ids", "token_type_ids")})
+
+
+def test_threads_are_set_inside_and_restored_after_an_error(package: Path) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), exporter("aoti").open(package, threads=before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+# ---- the record, and what must not be loaded
+
+
+def test_the_record_says_what_the_package_fits(compiled: tuple[Artifact, Any, Any]) -> None:
+    artifact = compiled[0]
+    assert sorted(path.name for path in artifact.path.parent.iterdir()) == ["engine.json", "model.pt2"]
+    record = read_record(artifact.path)
+    assert (record.engine, record.precision, record.version) == ("aoti", "fp32", torch.__version__)
+    assert record.capability == torch.backends.cpu.get_cpu_capability()
+    assert record.device
+    assert (record.sha256, record.size_bytes) == (sha256_file(artifact.path), artifact.path.stat().st_size)
+    assert (artifact.sha256, artifact.size_bytes) == (record.sha256, record.size_bytes)
+    assert (artifact.engine, artifact.precision) == ("aoti", "fp32")
+    assert artifact.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    assert artifact.outputs == ("last_hidden_state", POOLED)
+    assert artifact.versions == {"torch": torch.__version__}
+    assert not artifact.shapes  # every shape is taken
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_package_of_another_torch_is_refused_before_it_is_loaded(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    with pytest.raises(
+        BadInput, match=r"built with version 2\..*but 2\.99\.0 is installed.*optin build .*--engine aoti"
+    ):
+        AotiRuntime(package)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_package_for_other_instructions_is_refused_before_it_is_loaded(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aoti, "describe_device", lambda device: ("Other CPU", "NO AVX"))
+    with pytest.raises(BadInput, match=r"this device has NO AVX.*optin build"):
+        AotiRuntime(package)
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_an_exchanged_or_unknown_package_is_refused_before_it_is_loaded(package: Path) -> None:
+    whole = package.read_bytes()
+    for other in (whole[:-1] + b"?", whole[:-1], b""):
+        package.write_bytes(other)
+        with pytest.raises(BadInput, match=r"not the file that engine\.json describes.*optin build"):
+            AotiRuntime(package)
+    package.write_bytes(whole)
+    with pytest.raises(Loading):  # the right one would be
+        AotiRuntime(package)
+    (package.parent / "engine.json").unlink()
+    with pytest.raises(BadInput, match="does not describe"):
+        AotiRuntime(package)
+    package.unlink()
+    with pytest.raises(BadInput, match="There is no engine"):
+        AotiRuntime(package)
+
+
+# ---- when it is compiled
+
+
+@pytest.mark.usefixtures("no_compiling")
+def test_a_finished_package_is_not_compiled_again(package: Path) -> None:
+    before = package.stat().st_mtime_ns
+    artifact = exporter("aoti").export(pruned_bert(), SPEC, package)
+    assert artifact.sha256 == sha256_file(package)
+    assert package.stat().st_mtime_ns == before
+
+
+def other_weights(model: Any) -> None:
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.bias[3] += 1
+
+
+@pytest.mark.usefixtures("no_compiling")
+@pytest.mark.parametrize(
+    ("change", "spec"),
+    [
+        (other_weights, SPEC),
+        (lambda model: None, ExportSpec()),
+        (lambda model: None, ExportSpec("fp16", pool="mean")),
+        (lambda model: setattr(model.config, "hidden_act", "relu"), SPEC),
+    ],
+    ids=["weights", "no pooling", "precision", "config"],
+)
+def test_what_changes_the_package_compiles_it_again(
+    package: Path, change: Callable[[Any], None], spec: ExportSpec
+) -> None:
+    model = pruned_bert()
+    change(model)
+    before = package.read_bytes()
+    with pytest.raises(Loading):
+        exporter("aoti").export(model, spec, package)
+    assert package.read_bytes() == before  # a failed compilation leaves the old one
+
+
+@pytest.mark.usefixtures("no_compiling")
+def test_another_device_compiles_it_again(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_aoti, "describe_device", lambda device: ("Other CPU", "NO AVX"))
+    with pytest.raises(Loading):
+        exporter("aoti").export(pruned_bert(), SPEC, package)
+
+
+@pytest.mark.usefixtures("no_compiling")
+def test_a_failed_compilation_leaves_the_model_as_it_was_and_writes_nothing(tmp_path: Path) -> None:
+    model = pruned_bert().train()
+    before = state_of(model)
+    with pytest.raises(Loading):
+        exporter("aoti").export(model, SPEC, tmp_path / "out" / "model.pt2")
+    assert state_of(model) == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("no_compiler", "no_compiling")
+def test_without_a_compiler_nothing_is_written_and_the_next_step_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CannotBuildHere, match=r"C\+\+ compiler.*optin build .* --engine aoti --precision fp16"):
+        exporter("aoti").export(pruned_bert(), ExportSpec("fp16"), tmp_path / "model.fp16.pt2")
+    assert not list(tmp_path.iterdir())
+    assert "C++ compiler" in str(exporter("aoti").cannot_build())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_finished_package_needs_no_compiler(package: Path) -> None:
+    assert exporter("aoti").obstacle("fp32") is None
+    assert exporter("aoti").export(pruned_bert(), SPEC, package).path == package
+    with AotiRuntime(package) as runtime:
+        runtime.run({name: value.numpy() for name, value in tiny_batch(pruned_bert(), batch=1, seq_len=4).items()})
+
+
+# ---- torch-compile
+
+
+@pytest.fixture
+def compile_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """What torch.compile was asked for; it gives the function back."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def spy(function: Any, **options: Any) -> Any:
+        calls.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", spy)
+    return calls
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Passes for the folder of a pruned model."""
+    (tmp_path / MANIFEST).touch()
+    monkeypatch.setattr(to_torch, "load", lambda path: pruned_bert().eval())
+    return tmp_path
+
+
+def test_compiled_torch_compiles_each_shape_by_default_on_the_cpu(
+    stored: Path, compile_calls: list[tuple[Any, dict[str, Any]]]
+) -> None:
+    model = pruned_bert().eval()
+    inputs = tiny_batch(model, batch=2, seq_len=9)
+    with exporter("torch-compile").open(stored, threads=1) as runtime:
+        assert runtime.engine == "torch-compile"
+        found = runtime.run({name: value.numpy() for name, value in inputs.items()})["last_hidden_state"]
+    ((function, options),) = compile_calls
+    assert function.__self__.config.model_type == "bert"
+    assert (options["mode"], options["dynamic"]) == ("default", False)
+    assert error(outputs(model, inputs, states=False)["last_hidden_state"], torch.from_numpy(found)) < 1e-6
+
+
+def test_compiled_torch_uses_autotuned_graphs_on_a_gpu(
+    stored: Path, compile_calls: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_torch, "current_gpu", lambda: torch.device("cpu"))  # stands for one
+    exporter("torch-compile").open(stored)
+    assert [(options["mode"], options["dynamic"]) for _, options in compile_calls] == [("max-autotune", False)]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_model_that_is_compiled_has_the_asked_type(
+    stored: Path, compile_calls: list[tuple[Any, dict[str, Any]]], precision: str, dtype: torch.dtype
+) -> None:
+    exporter("torch-compile").open(stored, precision=precision)
+    ((function, _),) = compile_calls
+    assert {parameter.dtype for parameter in function.__self__.parameters()} == {dtype}
+
+
+def test_compiled_torch_without_a_compiler_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = exporter("torch-compile")
+    assert chosen.obstacle("fp32") is None
+    monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+    assert "C++ compiler" in str(chosen.obstacle("fp32"))
+    assert chosen.cannot_build() is None  # its artifact is the model itself
+    assert exporter("torch").obstacle("fp32") is None
+
+
+@pytest.fixture
+def quick_compiler(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """torch.compile with its real tracing and its real limits, but no code generation; the graphs it made."""
+    real, graphs = torch.compile, []
+
+    def compiler(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_quickly(function: Any, **options: Any) -> Any:
+        return real(function, backend=compiler, **{k: v for k, v in options.items() if k != "mode"})
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield graphs
+    torch.compiler.reset()
+
+
+def run_once(stored: Path, batch: int) -> None:
+    with exporter("torch-compile").open(stored) as runtime:
+        inputs = tiny_batch(pruned_bert(), batch=batch, seq_len=8)
+        runtime.run({name: value.numpy() for name, value in inputs.items()})
+
+
+def test_more_points_than_torch_allows_by_default_are_all_compiled(stored: Path, quick_compiler: list[Any]) -> None:
+    for batch in range(2, 11):
+        run_once(stored, batch)
+    assert len(quick_compiler) == 9
+
+
+def test_past_the_limit_is_an_error_not_an_eager_run(
+    stored: Path, quick_compiler: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_torch, "SHAPES", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        run_once(stored, 2)
+        run_once(stored, 3)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            run_once(stored, 4)
+    assert len(quick_compiler) == 2
+
+
+def test_both_torch_engines_refuse_pooling(tmp_path: Path) -> None:
+    for engine in ("torch", "torch-compile"):
+        with pytest.raises(BadInput, match="--pool needs a graph"):
+            exporter(engine).export(pruned_bert(), SPEC, tmp_path)
+
+
+def test_aoti_refuses_unknown_pooling_before_it_compiles(tmp_path: Path, no_compiling: None) -> None:
+    with pytest.raises(BadInput, match="'max'"):
+        exporter("aoti").export(pruned_bert(), ExportSpec(pool="max"), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_record_is_json_that_a_person_can_read(package: Path) -> None:
+    stored = json.loads((package.parent / "engine.json").read_text())
+    assert stored["schema_version"] == 1
+    assert stored["engines"]["model.pt2"]["version"] == torch.__version__
