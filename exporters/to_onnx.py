@@ -22,7 +22,7 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.storage import atomic_file, sha256_file, sha256_tensors
 
 OPSET, BF16_OPSET = 20, 22
-"""Below 23, whose fp32 Attention node TensorRT does not build. Gelu is one node from 20, Conv takes bfloat16 from 22."""
+"""Below 23, whose fp32 Attention node TensorRT does not build; Gelu is a node from 20, Conv takes bfloat16 from 22."""
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
 KEY = "optin.key"
@@ -67,7 +67,8 @@ class OnnxExporter:
         finished = self._read(out, precision)
         if finished is not None and finished[1] == key:
             return finished[0]
-        if sum(p.numel() for p in model.parameters()) * _dtype(precision).itemsize > SINGLE_FILE_BYTES:
+        itemsize = DTYPES.get(precision, torch.float32).itemsize
+        if sum(p.numel() for p in model.parameters()) * itemsize > SINGLE_FILE_BYTES:
             raise RefusedRewrite("the weights exceed 2 GiB, more than one ONNX file holds.")
         proto = _int8(model, spec) if precision == "int8" else trace(model, spec.pool, precision)
         _save(proto, key, out)
@@ -142,10 +143,6 @@ def _int8(model: nn.Module, spec: ExportSpec) -> Any:
 
 def _opset(precision: str) -> int:
     return BF16_OPSET if precision == "bf16" else OPSET
-
-
-def _dtype(precision: str) -> torch.dtype:
-    return DTYPES.get(precision, torch.float32)
 
 
 def _save(proto: Any, key: str, out: Path) -> None:
