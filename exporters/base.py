@@ -91,16 +91,28 @@ class Exporter(Protocol):
         """
 
 
-def refuse_options(engine: str, options: EngineOptions) -> None:
-    """The check of engines that build no plan.
+class WithoutPlan:
+    """What engines share that build no plan: any size, no `EngineOptions`, and as a rule nothing in the way."""
 
-    Raises: BadInput: an option was given.
-    """
-    if options != EngineOptions():
-        raise BadInput(
-            "--profile, --workspace, --timing-cache, --compatible and --weights are for plans of trt and trt-rtx; "
-            f"engine {engine} has none of them."
-        )
+    engine: str
+    align = 16
+    has_profiles = False
+
+    def check(self, options: EngineOptions) -> None:
+        """See `Exporter.check`."""
+        if options != EngineOptions():
+            raise BadInput(
+                "--profile, --workspace, --timing-cache, --compatible and --weights are for plans of trt and trt-rtx; "
+                f"engine {self.engine} has none of them."
+            )
+
+    def cannot_build(self) -> str | None:
+        """See `Exporter.cannot_build`."""
+        return None
+
+    def obstacle(self, precision: str | None = None) -> str | None:
+        """See `Exporter.obstacle`."""
+        return None
 
 
 TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.5}
@@ -109,13 +121,14 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.
 error over real samples, only finds nonsense."""
 
 
-GRAPH = {"tf32": "fp32"}
-"""Precision -> the one whose ONNX file it runs, where that is another."""
+def graph_precision(precision: str) -> str:
+    """The precision whose graph is run: TF32 is a way to compute float32 products, not a type."""
+    return "fp32" if precision == "tf32" else precision
 
 
 def typed_name(stem: str, precision: str, suffix: str) -> str:
     """`model.onnx` in float32, `model.fp16.onnx` in another type."""
-    graph = GRAPH.get(precision, precision)
+    graph = graph_precision(precision)
     return f"{stem}{suffix}" if graph == "fp32" else f"{stem}.{graph}{suffix}"
 
 

@@ -1,4 +1,4 @@
-"""Export the pruned and the dense model to an engine, and prove that the artifacts compute the same."""
+"""Export the pruned and the dense model to an engine, and to what that engine is built from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from exporters import exporter
-from exporters.base import GRAPH, Artifact, Exporter, ExportSpec
+from exporters.base import Artifact, Exporter, ExportSpec, graph_precision
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.storage import atomic_file, read_json, write_json
@@ -74,7 +74,7 @@ def build(
     pairs: list[Pair] = []
     for engine, precision in _steps(target, spec.precision or target.precisions[0]):
         try:
-            pairs.append(_pair(workspace, engine, replace(spec, precision=precision), pruned, dense))
+            pairs.append(_pair(workspace, engine, precision, spec, pruned, dense))
         except CannotBuildHere as problem:
             return Built(tuple(pairs), problem)
     return Built(tuple(pairs))
@@ -85,20 +85,28 @@ def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
     if not target.reads_onnx:
         return [(target, precision)]
     onnx = exporter("onnx")
-    typed = GRAPH.get(precision, precision)
+    typed = graph_precision(precision)
     steps = [(onnx, "fp32")] if typed == "fp32" else [(onnx, "fp32"), (onnx, typed)]
     return steps if target.engine == onnx.engine else [*steps, (target, precision)]
 
 
-def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, pruned: nn.Module, dense: nn.Module | None) -> Pair:
-    name, dense_name = engine.file_names(spec.precision or engine.precisions[0])
+def _pair(
+    workspace: Workspace,
+    engine: Exporter,
+    precision: str,
+    spec: ExportSpec,
+    pruned: nn.Module,
+    dense: nn.Module | None,
+) -> Pair:
+    spec = replace(spec, precision=precision)
+    name, dense_name = engine.file_names(precision)
     smaller = engine.export(pruned, spec, workspace.root / name)
     original: Artifact | None = None
     if dense_name is not None and dense is not None:
         original = engine.export(dense, spec, workspace.root / dense_name)
     elif dense_name is not None:
         (workspace.root / dense_name).unlink(missing_ok=True)  # of an earlier run: perhaps of another model
-    return Pair(engine, spec.precision or engine.precisions[0], smaller, original)
+    return Pair(engine, precision, smaller, original)
 
 
 def _copy_support_files(workspace: Workspace) -> None:

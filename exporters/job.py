@@ -14,7 +14,7 @@ from torch import nn
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
 from exporters.building import Built, build, int8_samples
-from exporters.measuring import Point, check_threads, length_of, measure, title_of
+from exporters.measuring import Point, check_threads, length_of, measure
 from exporters.profiles import Profile
 from exporters.proving import EngineModel, check_engine
 from exporters.tensorrt_plan import EngineOptions
@@ -88,7 +88,7 @@ def export_model(
         score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
     with clock("plan"):
         align = target.align if align is None else align
-        plan = plan_stage(workspace, flops=flops, align=align, allocation=allocation)
+        plan_stage(workspace, flops=flops, align=align, allocation=allocation)
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     with clock("export"):
@@ -98,23 +98,18 @@ def export_model(
         parity = check_engine(built, pruned.model, prepared.loaded.model, seq_len=source.seq_len, samples=samples)
         quality = _quality(prepared, pruned.model, built)
         record_samples(workspace, prepared, pruned.model)
-    latency = []
     asked = built.pairs[-1]
-    for point in points if dense and built.obstacle is None else ():
-        with clock(title_of(point, plan.tokens)) as progress:
-            paths = (asked.dense.path if asked.dense else Path(source.model), asked.pruned.path)
-            latency.append(
-                measure(
-                    asked.engine,
-                    *paths,
-                    pruned,
-                    point,
-                    precision=asked.precision,
-                    threads=threads,
-                    task=source.task,
-                    progress=progress,
-                )
-            )
+    latency = measure(
+        asked.engine,
+        asked.dense.path if asked.dense else Path(source.model),
+        asked.pruned.path,
+        pruned,
+        points if dense and built.obstacle is None else (),
+        precision=asked.precision,
+        threads=threads,
+        task=source.task,
+        stage=clock,
+    )
     settings = {
         "flops": flops,
         "engine": engine,
@@ -149,6 +144,8 @@ def build_folder(
     """
     target = exporter(engine)
     precision = check_precision(target, precision)
+    options = options or EngineOptions()
+    target.check(options)
     workspace = Workspace(folder)
     source = workspace.source()
     pruned = load_pruned(folder)
@@ -158,11 +155,10 @@ def build_folder(
         raise PlanMismatch(
             f"{folder}/model was not cut from {source.model}. Run `optin rewrite {folder}` first, or give --no-dense."
         )
-    target.check(options or EngineOptions())
     if dry_run:
         return None
     samples = int8_samples(prepare(source).calibration.batches) if precision == "int8" else ()
-    spec = ExportSpec(precision, pool, options or EngineOptions(), samples)
+    spec = ExportSpec(precision, pool, options, samples)
     built = build(workspace, target, spec, pruned.model, original)
     check_engine(built, pruned.model, original, seq_len=source.seq_len, samples=samples)
     return built
@@ -239,6 +235,8 @@ def ready(
     """
     target = exporter(engine)
     precision = check_precision(target, precision)
+    options = options or EngineOptions()
+    target.check(options)
     budget = Budget(flops)
     check_search(target.align if align is None else align, allocation)
     check_scorer(scorer)
@@ -246,14 +244,12 @@ def ready(
     prepared = prepare(source)
     budget.macs(prepared.cost)
     output_names(prepared.loaded.model, pool)
-    spec = options or EngineOptions()
-    target.check(spec)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
         if target.has_profiles:
-            _check_profiles(spec.profiles, point.batch, tokens if prepared.loaded.is_text else None)
+            _check_profiles(options.profiles, point.batch, tokens if prepared.loaded.is_text else None)
     samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
-    return target, ExportSpec(precision, pool, spec, samples), prepared
+    return target, ExportSpec(precision, pool, options, samples), prepared
 
 
 def _check_profiles(profiles: Sequence[Profile], batch: int, tokens: int | None) -> None:

@@ -16,7 +16,7 @@ from optin_deploy.bench.timing import measure_pair
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
-from optin_deploy.progress import Progress, Stage, silent, silent_stage
+from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.storage import write_json
 from optin_deploy.workspace import Workspace
@@ -36,34 +36,40 @@ def measure(
     dense: Path,
     smaller: Path,
     pruned: PrunedModel,
-    point: Point,
+    points: Sequence[Point],
     *,
-    precision: str | None = None,
+    precision: str,
     threads: int = 0,
     task: str | None = None,
-    progress: Progress = silent,
-) -> Measurement:
-    """Interleaved A/B timing of two artifacts of an engine on the same random inputs without padding.
+    stage: Stage = silent_stage,
+) -> list[Measurement]:
+    """Interleaved A/B timing of two artifacts of an engine at each point, on the same random inputs without padding.
 
-    Args: task: of the dense model, where the engine runs its own folder.
+    Args: task: of the dense model, where the engine runs its own folder. stage: draws progress, one stage a point.
     """
-    seq_len = length_of(point, pruned.model, pruned.plan.tokens)
-    feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
-    timing = measure_pair(
-        lambda: target.open(dense, precision=precision, threads=threads, task=task),
-        lambda: target.open(smaller, precision=precision, threads=threads),
-        feeds,
-        on_block=progress,
-    )
-    return Measurement(
-        engine=target.engine,
-        batch=point.batch,
-        seq_len=seq_len,
-        threads=threads,
-        ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
-        timing=timing,
-        precision=precision or target.precisions[0],
-    )
+    measured = []
+    for point in points:
+        seq_len = length_of(point, pruned.model, pruned.plan.tokens)
+        feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
+        with stage(f"measure {point.batch} x {point.seq or pruned.plan.tokens}") as progress:
+            timing = measure_pair(
+                lambda: target.open(dense, precision=precision, threads=threads, task=task),
+                lambda: target.open(smaller, precision=precision, threads=threads),
+                feeds,
+                on_block=progress,
+            )
+        measured.append(
+            Measurement(
+                engine=target.engine,
+                batch=point.batch,
+                seq_len=seq_len,
+                threads=threads,
+                ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
+                timing=timing,
+                precision=precision,
+            )
+        )
+    return measured
 
 
 def length_of(point: Point, model: nn.Module, tokens: int) -> int:
@@ -122,31 +128,22 @@ def bench_folder(
     for point in points:
         length_of(point, pruned.model, pruned.plan.tokens)
     check_threads(threads)
-    measured: list[Measurement] = []
-    for point in () if dry_run else points:
-        with stage(title_of(point, pruned.plan.tokens)) as progress:
-            paths = (dense, folder / name)
-            measured.append(
-                measure(
-                    target,
-                    *paths,
-                    pruned,
-                    point,
-                    precision=precision,
-                    threads=threads,
-                    task=source.task,
-                    progress=progress,
-                )
-            )
-    if not dry_run:
-        rows = [m.to_json() for m in measured]
-        write_json(folder / "measurements.json", {"schema_version": 1, "latency": rows, "environment": environment()})
+    if dry_run:
+        return []
+    measured = measure(
+        target,
+        dense,
+        folder / name,
+        pruned,
+        points,
+        precision=precision,
+        threads=threads,
+        task=source.task,
+        stage=stage,
+    )
+    rows = [m.to_json() for m in measured]
+    write_json(folder / "measurements.json", {"schema_version": 1, "latency": rows, "environment": environment()})
     return measured
-
-
-def title_of(point: Point, tokens: int) -> str:
-    """How a measurement is called on the screen and in the report's seconds."""
-    return f"measure {point.batch} x {point.seq or tokens}"
 
 
 def check_threads(threads: int) -> None:

@@ -41,9 +41,15 @@ def quantize_int8(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
 
     Raises: BadInput: no feeds. MissingDependency: no ONNX Runtime, whose quantiser does the work.
     """
+    import onnx
+
     if not feeds:
         raise BadInput(NEEDS_SAMPLES)
     import_onnxruntime()
+    proto = onnx.load(source)
+    readers = _readers(proto.graph)
+    weighted = {name for names in readers.values() for name in names}
+    in_float = [node.name for node in proto.graph.node if node.op_type in PRODUCTS and node.name not in weighted]
     quantization = import_module("onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]  # untyped base
@@ -61,7 +67,7 @@ def quantize_int8(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(PRODUCTS),
-            nodes_to_exclude=[*products_of_activations(source), *fragile_products(source, feeds[0])],
+            nodes_to_exclude=[*in_float, *_fragile(proto, readers, feeds[0])],
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -69,25 +75,11 @@ def quantize_int8(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
         )
 
 
-def products_of_activations(source: Path) -> list[str]:
-    """Names of the products whose second factor is no constant: scores times values, queries times keys."""
-    import onnx
-
-    graph = onnx.load(source).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type in PRODUCTS and node.input[1] not in constants]
-
-
-def fragile_products(source: Path, feed: Feeds) -> list[str]:
+def _fragile(proto: Any, readers: Mapping[str, Sequence[str]], feed: Feeds) -> list[str]:
     """Names of the products that stay in float, so that all others together stay under NOISE_LIMIT."""
-    import onnx
-
     few = {name: values[:ROWS] for name, values in feed.items()}
-    proto = onnx.load(source)
-    readers = _readers(proto.graph)
-    damage = _damage(proto, list(readers), few)
-    kept_noise, fragile = 0.0, []
-    for tensor, noise in sorted(damage.items(), key=lambda item: item[1]):
+    kept_noise, fragile = 0.0, list[str]()
+    for tensor, noise in sorted(_damage(proto, readers, few).items(), key=lambda item: item[1]):
         kept_noise += noise
         if not kept_noise <= NOISE_LIMIT:
             fragile += readers[tensor]
@@ -104,36 +96,34 @@ def _readers(graph: Any) -> dict[str, list[str]]:
     return readers
 
 
-def _damage(proto: Any, tensors: Sequence[str], feed: Feeds) -> dict[str, float]:
+def _damage(proto: Any, readers: Mapping[str, Sequence[str]], feed: Feeds) -> dict[str, float]:
     """Variance that rounding one activation to int8 adds to the main output, over the output's own variance."""
     ort = import_onnxruntime()
     output = proto.graph.output[0].name
-    session = ort.InferenceSession(_gated(proto, tensors).SerializeToString(), providers=[PROVIDER])
+    session = ort.InferenceSession(_gated(proto, readers).SerializeToString(), providers=[PROVIDER])
 
     def run(gates: Mapping[str, float]) -> np.ndarray:
-        values = {_gate(tensor): np.array(gates.get(tensor, 0), np.float32) for tensor in tensors}
+        values = {_gate(tensor): np.array(gates.get(tensor, 0), np.float32) for tensor in readers}
         found: np.ndarray = session.run([output], {**feed, **values})[0]
         return found.astype(np.float64)
 
     exact = run({})
-    return {tensor: float(np.mean((run({tensor: 1}) - exact) ** 2) / np.var(exact)) for tensor in tensors}
+    return {tensor: float(np.mean((run({tensor: 1}) - exact) ** 2) / np.var(exact)) for tensor in readers}
 
 
-def _gated(proto: Any, tensors: Sequence[str]) -> Any:
+def _gated(proto: Any, readers: Mapping[str, Sequence[str]]) -> Any:
     """The graph with each tensor t replaced, where products read it, by t + gate * (rounded(t) - t)."""
     from onnx import ModelProto, TensorProto, helper
 
     gated = ModelProto()
     gated.CopyFrom(proto)
     graph = gated.graph
-    constants = {tensor.name for tensor in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        if node.op_type in PRODUCTS and node.input[0] in tensors and node.input[1] in constants:
+    nodes = list(graph.node)
+    for node in nodes:
+        if node.name in readers.get(next(iter(node.input), ""), ()):
             node.input[0] = f"{node.input[0]}/gated"
-        nodes.append(node)
     after: dict[str, list[Any]] = {}
-    for tensor in tensors:
+    for tensor in readers:
         names = {part: f"{tensor}/{part}" for part in ("abs", "max", "step", "int8", "back", "error", "part", "gated")}
         zero, steps = f"{tensor}/zero", f"{tensor}/steps"
         graph.input.append(helper.make_tensor_value_info(_gate(tensor), TensorProto.FLOAT, []))
@@ -151,7 +141,7 @@ def _gated(proto: Any, tensors: Sequence[str]) -> Any:
         ]
     del graph.node[:]
     inputs = {value.name for value in graph.input}
-    for tensor in (t for t in tensors if t in inputs):
+    for tensor in (t for t in readers if t in inputs):
         graph.node.extend(after[tensor])
     for node in nodes:  # each rounding right behind what it rounds, as the order of a graph must be
         graph.node.append(node)

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, output_names, refuse_options, typed_name
+from exporters.base import Artifact, ExportSpec, WithoutPlan, output_names, typed_name
 from exporters.graph import DTYPES, Traced, graph_key, quiet_export
-from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.inputs import input_names
 from optin_deploy.masking import inference
@@ -24,18 +23,12 @@ from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 from optin_deploy.storage import atomic_file, sha256_file
 
 
-class AotiExporter:
+class AotiExporter(WithoutPlan):
     """A `.pt2` package; any batch, any length up to the position table's."""
 
     engine = "aoti"
     precisions = ("fp32", "fp16", "bf16")
-    align = 16
     reads_onnx = False
-    has_profiles = False
-
-    def check(self, options: EngineOptions) -> None:
-        """See `Exporter.check`."""
-        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -64,12 +57,8 @@ class AotiExporter:
         )
 
     def cannot_build(self) -> str | None:
-        """See `Exporter.cannot_build`."""
+        """See `Exporter.cannot_build`; only the build needs a compiler."""
         return missing_compiler()
-
-    def obstacle(self, precision: str | None = None) -> str | None:
-        """See `Exporter.obstacle`; only the build needs a compiler."""
-        return None
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """The package on the device that it was compiled for."""

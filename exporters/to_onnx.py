@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, refuse_options, typed_name
+from exporters.base import Artifact, ExportSpec, WithoutPlan, typed_name
 from exporters.graph import DTYPES, Traced, graph_key, quiet_export, typed_copy
 from exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
-from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import BadInput, RefusedRewrite
 from optin_deploy.masking import inference
@@ -32,18 +31,12 @@ SINGLE_FILE_BYTES = 2**31 - 2**26
 """protobuf holds 2 GiB; larger weights would need a second file."""
 
 
-class OnnxExporter:
+class OnnxExporter(WithoutPlan):
     """ONNX for ONNX Runtime; also what TensorRT and OpenVINO read."""
 
     engine = "onnx"
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
-    align = 16
     reads_onnx = True
-    has_profiles = False
-
-    def check(self, options: EngineOptions) -> None:
-        """See `Exporter.check`."""
-        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -96,10 +89,6 @@ class OnnxExporter:
             versions={name: version(name) for name in PACKAGES},
         )
         return artifact, {p.key: p.value for p in proto.metadata_props}.get(KEY, "")
-
-    def cannot_build(self) -> str | None:
-        """See `Exporter.cannot_build`."""
-        return None
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from exporters.base import GRAPH, Artifact, ExportSpec
+from exporters.base import Artifact, ExportSpec, graph_precision
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import CannotBuildHere, MissingDependency
 from optin_deploy.runtimes.base import Runtime
@@ -32,7 +32,7 @@ class OrtCudaExporter(OnnxExporter):
         Raises: CannotBuildHere: such a session cannot open on this machine.
         """
         precision = spec.precision or self.precisions[0]
-        graph = super().export(model, replace(spec, precision=GRAPH.get(precision, precision)), out)
+        graph = super().export(model, replace(spec, precision=graph_precision(precision)), out)
         artifact = replace(graph, engine=self.engine, precision=precision)
         obstacle = self.obstacle()
         if obstacle is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import GRAPH, Artifact, ExportSpec, typed_name
+from exporters.base import Artifact, ExportSpec, graph_precision, typed_name
 from exporters.checks.preflight import build_ahead
 from exporters.tensorrt_plan import EngineOptions, build_engine
 from exporters.to_onnx import OnnxExporter
@@ -52,7 +52,7 @@ class TensorRTExporter:
         """
         precision = spec.precision or self.precisions[0]
         stem = out.name.partition(".")[0]
-        onnx_precision = GRAPH.get(precision, precision)
+        onnx_precision = graph_precision(precision)
         source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
         graph = OnnxExporter().export(model, replace(spec, precision=onnx_precision), source)
         profiles = tuple(profile.up_to(longest_text(model.config)) for profile in spec.options.profiles)
@@ -135,7 +135,7 @@ class TensorRTExporter:
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`."""
-        return self.cannot_build() or (NO_GPU if current_gpu() is None else None)
+        return self.cannot_build()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """The plan on the current CUDA device, with CUDA graphs.
@@ -168,6 +168,10 @@ class RtxExporter(TensorRTExporter):
         except MissingDependency as err:
             return str(err)
         return None
+
+    def obstacle(self, precision: str | None = None) -> str | None:
+        """See `Exporter.obstacle`; to run a plan takes a GPU."""
+        return self.cannot_build() or (NO_GPU if current_gpu() is None else None)
 
     def check(self, options: EngineOptions) -> None:
         """Its plans fit one release and a list of architectures; without a GPU, it builds no plan to be refitted.

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, output_names, refuse_options
+from exporters.base import Artifact, ExportSpec, WithoutPlan, output_names
 from exporters.graph import DTYPES
-from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
@@ -25,18 +24,12 @@ SHAPES = 64
 """Input shapes that are compiled for one model class in a process."""
 
 
-class TorchExporter:
+class TorchExporter(WithoutPlan):
     """PyTorch, eager with fused attention, on the GPU if there is one."""
 
     engine = "torch"
     precisions = ("fp32", "fp16", "bf16")
-    align = 16
     reads_onnx = False
-    has_profiles = False
-
-    def check(self, options: EngineOptions) -> None:
-        """See `Exporter.check`."""
-        refuse_options(self.engine, options)
 
     def file_names(self, precision: str) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
@@ -59,14 +52,6 @@ class TorchExporter:
             size_bytes=weights.stat().st_size,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
-
-    def cannot_build(self) -> str | None:
-        """See `Exporter.cannot_build`."""
-        return None
-
-    def obstacle(self, precision: str | None = None) -> str | None:
-        """See `Exporter.obstacle`."""
-        return None
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """A pruned or dense transformers model."""

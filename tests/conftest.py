@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from optin_deploy.cost.macs import mac_cost
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.search import make_plan
+
+if TYPE_CHECKING:
+    from tiny_checkpoint import Shell
 
 SEQ_LEN = 24
 """Tokens at which the plans of text models count MACs."""
@@ -198,3 +202,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Runs commands in this process."""
+    from tiny_checkpoint import Shell  # needs typer and pillow, which a bare GPU machine may lack
+
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A copy of the output folder of a finished `optin-export`."""
+    from tiny_checkpoint import copy_of, finished_job
+
+    return copy_of(finished_job(), tmp_path / "finished")

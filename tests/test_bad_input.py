@@ -44,20 +44,9 @@ export_main()
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
     """Where a refused job must write nothing."""
     return tmp_path / "out"
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A copy of the output folder of a finished `optin-export`."""
-    return copy_of(finished_job(), tmp_path / "finished")
 
 
 def refuse(ran: Ran, *says: object, code: int = 2) -> None:

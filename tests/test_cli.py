@@ -61,11 +61,6 @@ print(json.dumps({"said": said, "modules": sorted({name.split(".")[0] for name i
 """
 
 
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def helped() -> dict[str, Any]:
     """What `optin --help` and every `optin COMMAND --help` say, and the modules loaded after all of them."""
@@ -75,12 +70,6 @@ def helped() -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A copy of the output folder of a finished `optin-export`."""
-    return copy_of(finished_job(), tmp_path / "finished")
 
 
 def export_again(shell: Shell, out: Path, *more: object) -> Any:

@@ -51,11 +51,6 @@ BOTH_CUDAS = {"tensorrt-cu12": "10.13", "tensorrt-cu13": "10.13"}
 X, Y = ("x", TensorProto.FLOAT, ["batch", 4]), ("y", TensorProto.FLOAT, ["batch", 4])
 
 
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
-
-
 def with_packages(machine: Machine, **changes: Any) -> Machine:
     """Another machine; `packages` are added to, or (None) taken from, what is installed."""
     packages = {**machine.versions, **changes.pop("packages", {})}

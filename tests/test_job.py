@@ -18,7 +18,6 @@ from tiny_checkpoint import (
     Shell,
     bert,
     classifier,
-    copy_of,
     finished_job,
     labelled,
     lines,
@@ -44,17 +43,6 @@ from optin_deploy.pruned import load_pruned
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.stages import prepare
 from optin_deploy.workspace import Source, Workspace
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A copy of the output folder of a finished `optin-export`."""
-    return copy_of(finished_job(), tmp_path / "finished")
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
 
 
 def text_source() -> Source:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_checkpoint import Shell, classifier, copy_of, finished_job, labelled, text_options
+from tiny_checkpoint import Shell, classifier, finished_job, labelled, text_options
 
 from exporters import exporter
 from exporters.base import ExportSpec
@@ -28,17 +28,6 @@ PROVIDERS = {"ort-cuda": CUDA, "ort-trt": TENSORRT}
 ENGINES = tuple(PROVIDERS)
 PRECISION = {"ort-cuda": "fp32", "ort-trt": "tf32"}
 """The defaults: what runs the float32 file."""
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A copy of the output folder of a finished `optin-export` to engine onnx."""
-    return copy_of(finished_job(), tmp_path / "finished")
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
 
 
 @dataclass

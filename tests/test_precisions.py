@@ -18,7 +18,7 @@ from conftest import error, main_name, outputs, random_plan, tiny_batch, tiny_ba
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
-from tiny_checkpoint import Shell, copy_of, finished_job
+from tiny_checkpoint import Shell
 from torch import Tensor, nn
 
 from exporters.base import POOLED, TOLERANCES, Artifact, ExportSpec, typed_name
@@ -476,17 +476,6 @@ def test_a_file_that_cannot_run_here_is_not_called_proven(exported: Exported) ->
 
 
 # ---- the commands
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A copy of the output folder of a finished `optin-export`."""
-    return copy_of(finished_job(), tmp_path / "finished")
 
 
 def test_build_and_bench_in_int8_leave_float32_as_it_was(finished: Path, shell: Shell) -> None:

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
-from tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, root, text_options
+from tiny_checkpoint import Shell, bert, labelled, root, text_options
 
 from benchmarks.gpu import engines_trt
 from exporters import exporter
@@ -125,16 +125,6 @@ def test_options_of_plans_are_refused_by_engines_without_plans(shell: Shell, fin
     ran = shell("optin", "build", finished, "--engine", engine, "--weights", "stripped")
     assert ran.code == 2
     assert f"engine {engine} has none of them" in ran.err
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    return copy_of(finished_job(), tmp_path / "finished")
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
 
 
 # ---- what the builder is told

@@ -139,8 +139,3 @@ def test_without_tensorrt_the_plan_is_tried_ahead_of_time(
     assert "Preflight passed: TensorRT-RTX" in ran.err
     assert (out / "model.fp16.onnx").is_file()
     assert (out / "report.md").is_file()
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)

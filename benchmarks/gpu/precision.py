@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LIMITS = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2}
+from exporters.base import TOLERANCES
+from exporters.graph import DTYPES
+
+LIMITS = {name: TOLERANCES[name] for name in DTYPES}
 """Largest allowed max |a - b| / max(1, max |a|) against eager fp32 of the same weights."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
@@ -34,12 +35,12 @@ class Runtime(Protocol):
     ) -> None: ...
 
 
-class Closing:
+class Closing(ABC):
     """`with` for runtimes that have a `close`."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free what was loaded; a second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
