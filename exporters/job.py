@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.quality import Quality, compare
 from optin_deploy.rewrite.verify import main_output
-from optin_deploy.scoring import check_scorer
+from optin_deploy.scoring import ScoreSettings
 from optin_deploy.search import Budget, check_search
 from optin_deploy.stages import Prepared, plan_stage, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
@@ -46,8 +46,8 @@ def export_model(
     precision: str | None = None,
     align: int | None = None,
     allocation: str = "uniform",
-    scorer: str = "sketch",
-    kl_weight: float | None = None,
+    scoring: ScoreSettings | None = None,
+    memory_budget: int | None = None,
     compensation: bool = True,
     points: Sequence[Point] = (Point(),),
     threads: int = 0,
@@ -61,7 +61,8 @@ def export_model(
 
     Args:
         align: neurons in multiples of this; default: what the engine likes.
-        kl_weight: lambda of the output term; default: a tenth of the trajectory term on average.
+        scoring: how units are scored.
+        memory_budget: bytes that scoring may take beyond the model; default: most of what is free.
         points: where dense and pruned are measured against each other; none if `dense` is False.
         threads: intra-op threads of the engine; 0 = its default.
         options: how TensorRT builds its plan.
@@ -77,15 +78,15 @@ def export_model(
             precision=precision,
             align=align,
             allocation=allocation,
-            scorer=scorer,
             points=points,
             threads=threads,
             pool=pool,
             options=options,
         )
         workspace = Workspace.claim(out, source, force=force)
+    scoring = replace(scoring or ScoreSettings(), seed=source.seed)
     with clock("score") as progress:
-        score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
+        score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
     with clock("plan"):
         align = target.align if align is None else align
         plan_stage(workspace, flops=flops, align=align, allocation=allocation)
@@ -116,8 +117,7 @@ def export_model(
         "precision": spec.precision,
         "align": align,
         "allocation": allocation,
-        "scorer": scorer,
-        "kl_weight": kl_weight,
+        "scoring": asdict(scoring),
         "compensation": compensation,
     }
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
@@ -223,7 +223,6 @@ def ready(
     precision: str | None = None,
     align: int | None = None,
     allocation: str = "uniform",
-    scorer: str = "sketch",
     points: Sequence[Point] = (),
     threads: int = 0,
     pool: str | None = None,
@@ -239,7 +238,6 @@ def ready(
     target.check(options)
     budget = Budget(flops)
     check_search(target.align if align is None else align, allocation)
-    check_scorer(scorer)
     check_threads(threads)
     prepared = prepare(source)
     budget.macs(prepared.cost)

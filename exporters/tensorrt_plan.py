@@ -54,19 +54,6 @@ class EngineOptions:
         }
 
 
-def parse_size(text: str) -> int:
-    """Read a size such as `4GiB`, `512MiB` or a number of bytes.
-
-    Raises: BadInput.
-    """
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    unit = text[-3:]
-    number = text.removesuffix(unit) if unit in units else text
-    if not number.strip().isdigit() or int(number) == 0:
-        raise BadInput(f"--workspace {text!r}: give a size such as 512MiB or 4GiB.")
-    return int(number) * units.get(unit, 1)
-
-
 def build_engine(
     trt: Any,
     source: Path,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from optin_deploy.errors import EXIT_CODES, BadInput, CannotBuildHere, OptinError
+from optin_deploy.progress import silent
 from optin_deploy.terminal import print_plan, print_report, print_table, quiet_libraries, stage_bar, warn
 
 app = typer.Typer(
@@ -39,9 +42,38 @@ EngineAlign = Annotated[
     int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
 ]
 Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
-ScorerName = Annotated[str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).")]
+SCORING = "Scoring"
+ScorerName = Annotated[
+    str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
+]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="With --scorer exact: FFN outputs of 768 tokens drawn across each batch, as in the authors' code.",
+        rich_help_panel=SCORING,
+    ),
+]
+WeightingName = Annotated[
+    str,
+    typer.Option(
+        "--weighting",
+        help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
+        rich_help_panel=SCORING,
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]",
+        rich_help_panel=SCORING,
+    ),
+]
 KlWeight = Annotated[
-    float | None, typer.Option(min=0, help="Weight of the output term; default: a tenth of the trajectory term.")
+    float | None,
+    typer.Option(
+        min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
+    ),
 ]
 Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
 Engine = Annotated[
@@ -51,7 +83,7 @@ Engine = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
 ]
-TENSORRT = "TensorRT"
+TENSORRT, MANY = "TensorRT", "Many processes"
 ProfileOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,6 +118,7 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that o
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
 
+DEFAULT_WEIGHTING = "paper"
 INTERRUPTED = 130
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """Base of all errors of the command line itself; typer brings its own copy of click or uses the installed one."""
@@ -115,7 +148,10 @@ def export(
     align: EngineAlign = None,
     allocation: Allocation = "uniform",
     scorer: ScorerName = "sketch",
+    paper: Paper = False,
+    weighting: WeightingName = DEFAULT_WEIGHTING,
     kl_weight: KlWeight = None,
+    memory_budget: MemoryBudget = None,
     compensation: Compensation = True,
     engine: Engine = "onnx",
     precision: Precision = None,
@@ -147,12 +183,12 @@ def export(
         "precision": precision,
         "align": align,
         "allocation": allocation,
-        "scorer": scorer,
         "points": [parse_point(text) for text in at] if at else [Point()],
         "threads": threads,
         "pool": pool,
         "options": _engine_options(profile, workspace, timing_cache, compatible, weights),
     }
+    scoring, scoring_bytes = _scoring(scorer, paper, weighting, kl_weight), _size(memory_budget, "--memory-budget")
     if dry_run:
         Workspace.check(folder, source, force=force)
         target, spec, prepared = ready(source, **options)
@@ -165,7 +201,8 @@ def export(
             source,
             folder,
             **options,
-            kl_weight=kl_weight,
+            scoring=scoring,
+            memory_budget=scoring_bytes,
             compensation=compensation,
             dense=dense,
             force=force,
@@ -179,7 +216,18 @@ def export(
     print_report(report, folder)
 
 
-@app.command(epilog="Example:\n\n    optin score ./my-bert --calibration texts.txt --out work")
+SCORE_EXAMPLES = """
+Examples:
+
+    optin score ./my-bert --calibration texts.txt --out work
+
+    torchrun --nproc-per-node=4 -m optin_deploy score ./my-bert --calibration texts.txt --out work
+
+    optin score ./my-bert --calibration texts.txt --out /shared/work --shard 2/8
+"""
+
+
+@app.command(epilog=SCORE_EXAMPLES)
 def score(
     model: Model,
     out: Annotated[Path, typer.Option(help="Output folder.")],
@@ -191,27 +239,70 @@ def score(
     samples: Samples = 512,
     seed: Seed = 0,
     scorer: ScorerName = "sketch",
+    paper: Paper = False,
+    weighting: WeightingName = DEFAULT_WEIGHTING,
     kl_weight: KlWeight = None,
+    features: Annotated[
+        str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
+    ] = "block",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            help="Random projections a sample. [default: until the ranking is stable]", rich_help_panel=SCORING
+        ),
+    ] = None,
+    memory_budget: MemoryBudget = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/N", help="Do only this share of the work.", rich_help_panel=MANY)
+    ] = None,
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
+        ),
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Score every head and neuron of MODEL; writes scores.safetensors and scores.json."""
-    from exporters.job import describe, ready
-    from optin_deploy.stages import score_stage
+    """Score every head and neuron of MODEL; writes scores.safetensors and scores.json.
+
+    Run it as often as you like on the same --out, on one machine or on many that share the folder: finished parts are
+    skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
+    takes over what a killed one left.
+    """
+    from exporters.job import describe
+    from optin_deploy.scoring.parts import PartsLeft, worker_of
+    from optin_deploy.stages import ScoreRequest, prepare
     from optin_deploy.workspace import Source, Workspace
 
     data = None if calibration is None else str(calibration.absolute())
     source = Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
+    settings = _scoring(scorer, paper, weighting, kl_weight, features, tokens, probes)
+    request = ScoreRequest(source, out.absolute(), settings, _size(memory_budget, "--memory-budget"), force)
+    worker = worker_of(shard, os.environ)
     Workspace.check(out, source, force=force)
-    _, _, prepared = ready(source, flops=1.0, scorer=scorer)
     if dry_run:
-        _echo(describe(prepared, flops=1.0, artifact=out / "scores.safetensors"))
+        _echo(describe(prepare(source), flops=1.0, artifact=out / "scores.safetensors"))
         return
-    _warn_if_bundled(calibration)
-    workspace = Workspace.claim(out, source, force=force)
-    with stage_bar("score") as progress:
-        reused = score_stage(workspace, prepared, scorer=scorer, kl_weight=kl_weight, progress=progress)
-    typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
+    first = worker.index == 0 or shard is not None
+    if first:
+        _warn_if_bundled(calibration)
+    try:
+        with stage_bar("score") if first else nullcontext(silent) as progress:
+            if ray is None:
+                reused = request.run(worker, progress)
+            else:
+                from optin_deploy.cluster import score_on_ray
+
+                reused = score_on_ray(request, ray)
+    except PartsLeft as left:
+        typer.echo(str(left))
+        return
+    if first:
+        typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
 
 
 @app.command(epilog="Example:\n\n    optin plan work --flops 0.5 --align 64")
@@ -309,16 +400,34 @@ def bench(
     print_table(LATENCY_HEADER, latency_rows(measured))
 
 
-@app.command(epilog="Example:\n\n    optin show work")
-def show(folder: Folder) -> None:
-    """Print what is in DIR: the plan, and the report if there is one."""
+@app.command(epilog="Examples:\n\n    optin show work\n\n    optin show scores work")
+def show(
+    what: Annotated[
+        str, typer.Argument(metavar="DIR|scores", help="Output folder of an earlier command, or scores and the folder.")
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Whose scores; left out: of the current folder.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Print the plan and the report in DIR; with `scores` the scores, which are also drawn into DIR/scores.png."""
     from optin_deploy.workspace import Workspace
 
-    workspace = Workspace(folder)
+    scores_wanted, root = _scores_wanted(what, folder)
+    workspace = Workspace(root)
     source = workspace.source()
     typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
+    if scores_wanted:
+        _show_scores(workspace, write=not dry_run)
+        return
+    if (root / "scores.json").is_file() and not (root / "plan.json").exists():
+        from optin_deploy.score_table import print_provenance
+
+        print_provenance(workspace.read_scores()[0])
+        typer.echo(f"No plan yet. Next: optin plan {root}, or optin show scores {root}")
+        return
     print_plan(workspace.read_plan())
-    report = folder / "report.md"
+    report = root / "report.md"
     if report.is_file():
         typer.echo(report.read_text(encoding="utf-8"))
 
@@ -379,6 +488,28 @@ def _run(program: Callable[..., object]) -> int:
         return INTERRUPTED
 
 
+def _scores_wanted(what: str, folder: Path | None) -> tuple[bool, Path]:
+    """Scores or plan, and of which folder: `show DIR`, `show scores DIR`, or `show scores` of the current folder."""
+    if folder is None and Path(what).is_dir():
+        return False, Path(what)
+    if what == "scores":
+        return True, folder or Path()
+    wrong = f"cannot show {what!r} of {folder}" if folder else f"{what} is not an output folder"
+    raise BadInput(f"{wrong}; possible: optin show DIR, optin show scores DIR.")
+
+
+def _show_scores(workspace: Any, *, write: bool) -> None:
+    from optin_deploy.pictures import draw_scores
+    from optin_deploy.score_table import print_scores
+
+    scores = workspace.read_scores()[0]
+    print_scores(scores)
+    picture = workspace.root / "scores.png"
+    if write:
+        draw_scores(scores, picture)
+    typer.echo(f"{'Wrote' if write else 'would write'} {picture}")
+
+
 def _engine_options(
     profiles: Sequence[str] | None,
     workspace: str | None,
@@ -387,15 +518,36 @@ def _engine_options(
     weights: str,
 ) -> Any:
     from exporters.profiles import Profile, parse_profile
-    from exporters.tensorrt_plan import EngineOptions, parse_size
+    from exporters.tensorrt_plan import EngineOptions
 
     return EngineOptions(
         profiles=tuple(map(parse_profile, profiles)) if profiles else (Profile(),),
-        workspace_bytes=None if workspace is None else parse_size(workspace),
+        workspace_bytes=_size(workspace, "--workspace"),
         compatible=tuple(compatible or ()),
         weights=weights,
         timing_cache=None if timing_cache is None else timing_cache.absolute(),
     )
+
+
+def _scoring(
+    scorer: str,
+    paper: bool,
+    weighting: str,
+    kl_weight: float | None,
+    features: str = "block",
+    tokens: int | None = None,
+    probes: int | None = None,
+) -> Any:
+    from optin_deploy.scoring import PAPER, Features, ScoreSettings
+
+    chosen = PAPER if paper else Features(features, tokens)  # type: ignore[arg-type]  # it checks the name itself
+    return ScoreSettings(scorer, weighting, kl_weight, chosen, probes)  # type: ignore[arg-type]
+
+
+def _size(text: str | None, option: str) -> int | None:
+    from optin_deploy.validation import parse_size
+
+    return None if text is None else parse_size(text, option)
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from optin_deploy.masking import Batch, branch_masks, inference, masked, recorde
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.rewrite.slices import linear_at, unit_columns
-from optin_deploy.scoring.losses import valid_tokens
+from optin_deploy.scoring.features import valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean variance of the kept inputs."""

@@ -23,6 +23,10 @@ def rows_of(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
+HIDDEN = "hidden_states"
+"""What transformers calls the first argument of a block."""
+
+
 @dataclass
 class Recording:
     """First argument and output of the watched modules, by path, of the last forward."""
@@ -98,7 +102,7 @@ def recorded(model: nn.Module, *, inputs: Iterable[str] = (), outputs: Iterable[
 
 def _input_recorder(recording: Recording, path: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording.inputs[path] = args[0] if args else kwargs["hidden_states"]
+        recording.inputs[path] = args[0] if args else kwargs[HIDDEN]
 
     return hook
 
@@ -126,13 +130,17 @@ def run_blocks(
 
     Args:
         start: first block that computes; 0 runs all.
-        hidden: input of block `start`, (batch, tokens, hidden); needed if start > 0.
+        hidden: input of block `start`, (batch, tokens, hidden); needed if start > 0. Block 0 takes its own if None.
         stop: path of the module after which the forward ends.
     Returns: the model's output, or the output of module `stop`.
     """
     with ExitStack() as stack:
         for layer in layout.layers[:start]:
             stack.enter_context(_bypassed(model.get_submodule(layer.path), hidden))
+        if hidden is not None and start == 0:
+            hook = _replacer(hidden)
+            first = model.get_submodule(layout.layers[0].path)
+            stack.callback(first.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if stop is None:
             return model(**batch)
         recording = stack.enter_context(recorded(model, outputs=[stop]))
@@ -149,6 +157,13 @@ def _bypassed(block: nn.Module, hidden: Tensor | None) -> Iterator[None]:
         yield
     finally:
         del block.forward  # the class's own forward shows again
+
+
+def _replacer(hidden: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, HIDDEN: hidden})
+
+    return hook
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

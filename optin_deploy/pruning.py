@@ -19,7 +19,7 @@ from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
-from optin_deploy.scoring import score
+from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import Budget, check_search, make_plan, search
 from optin_deploy.storage import sha256_tensors
 
@@ -32,7 +32,7 @@ def prune(
     seq_len: int = 128,
     align: int = 16,
     allocation: str = "uniform",
-    scorer: str = "sketch",
+    settings: ScoreSettings | None = None,
     compensation: bool = True,
     spec: ArchSpec | None = None,
     seed: int = 0,
@@ -50,7 +50,7 @@ def prune(
         seq_len: tokens at which MACs are counted (images: the model's own size).
         align: FFN widths in multiples of this.
         allocation: `uniform` or `paper`.
-        scorer: `sketch` or `exact`.
+        settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve the kept output projections in closed form.
         spec: an own architecture row.
         seed: of the random projections.
@@ -61,7 +61,7 @@ def prune(
     budget = Budget(flops)
     budget.macs(cost)  # what is impossible is refused before the long work
     check_search(align, allocation)
-    scores = score(model, layout, batches, scorer=scorer, seed=seed)
+    scores = score(model, layout, batches, settings or ScoreSettings(seed=seed))
     plan = make_plan(search(scores, layout, cost, budget, align=align, allocation=allocation), layout, cost)
     return cut(model, layout, plan, batches, compensation=compensation)
 

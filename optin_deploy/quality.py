@@ -13,7 +13,8 @@ from optin_deploy.calibration import Batches
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
 from optin_deploy.masking import inference
-from optin_deploy.scoring.losses import pooled, valid_tokens
+from optin_deploy.scoring.features import valid_tokens
+from optin_deploy.scoring.losses import pooled
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A finished stage is recognised by the hash of everything that went into it and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import check_labels
-from optin_deploy.scoring import score
+from optin_deploy.scoring import ScoreSettings, Worker, score
+from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import Budget, make_plan, search
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.workspace import Source, Workspace
@@ -89,23 +90,60 @@ def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Ba
 def score_stage(
     workspace: Workspace,
     prepared: Prepared,
+    settings: ScoreSettings | None = None,
     *,
-    scorer: str = "sketch",
-    kl_weight: float | None = None,
+    memory_budget: int | None = None,
+    worker: Worker | None = None,
     progress: Progress = silent,
 ) -> bool:
-    """Write scores.safetensors and scores.json; True if finished ones were reused."""
-    seed = prepared.source.seed
-    key = sha256_json([prepared.key, scorer, kl_weight, seed])
-    if workspace.has_scores(key):
+    """Write scores.safetensors and scores.json; True if finished ones were reused.
+
+    Parts that are finished lie in parts/ until the scores are written: by whichever worker finds all of them there.
+    Raises: PartsLeft: this worker's are done, others' are not.
+    """
+    settings = replace(settings or ScoreSettings(), seed=prepared.source.seed)
+    key = sha256_json([prepared.key, asdict(settings)])
+    branches = [branch for layer in prepared.layout.layers for branch in (layer.attention, layer.ffn)]
+    store = FolderStore(workspace.parts_folder / key[:16], branches)
+    if workspace.has_scores(key) and not store.folder.exists():
         return True
-    batches = prepared.calibration.batches
-    model = prepared.loaded.model
-    scores = score(model, prepared.layout, batches, scorer=scorer, kl_weight=kl_weight, seed=seed, progress=progress)
-    for name in ("masks.json", "plan.json"):  # of other scores
-        (workspace.root / name).unlink(missing_ok=True)
-    workspace.write_scores(scores, prepared.layout, prepared.cost, key)
+    with store.shared(finished=lambda: workspace.has_scores(key)) as finished:
+        if finished:
+            return True
+        scores = score(
+            prepared.loaded.model,
+            prepared.layout,
+            prepared.calibration.batches,
+            settings,
+            memory_budget=memory_budget,
+            store=store,
+            worker=worker,
+            progress=progress,
+        )
+        with store.claimed("scores", wait=True):
+            if not workspace.has_scores(key):
+                fingerprint = prepared.calibration.fingerprint
+                workspace.write_scores(scores, prepared.layout, prepared.cost, key, fingerprint)
     return False
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """All that a worker needs to score, wherever it runs."""
+
+    source: Source
+    out: Path
+    settings: ScoreSettings
+    memory_budget: int | None = None
+    force: bool = False
+
+    def run(self, worker: Worker | None = None, progress: Progress = silent) -> bool:
+        """Load model and data, then `score_stage`."""
+        prepared = prepare(self.source)
+        workspace = Workspace.claim(self.out, self.source, force=self.force)
+        return score_stage(
+            workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
+        )
 
 
 def plan_stage(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from optin_deploy.bench.report import Report
     from optin_deploy.plan import PruningPlan
     from optin_deploy.progress import Progress
@@ -92,11 +94,17 @@ def print_report(report: Report, folder: Path) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table on the terminal; wide enough for all columns where there is none (a log)."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
+    output_console().print(table)
+
+
+def output_console() -> Console:
+    """The output stream; LOG_WIDTH wide where it is no terminal (a log)."""
+    from rich.console import Console
+
     console = Console()
-    Console(width=None if console.is_terminal else LOG_WIDTH).print(table)
+    return console if console.is_terminal else Console(width=LOG_WIDTH)

@@ -1,4 +1,4 @@
-"""Stored JSON -> our frozen dataclasses, with every type checked on the way in."""
+"""What comes from outside, checked on the way in: stored JSON, and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         raise BadInput(f"{what}: {where}: {first['msg']}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
         raise BadInput(f"{what}: {err}. {hint}") from err
+
+
+def parse_size(text: str, option: str) -> int:
+    """Read a size such as `4GiB`, `512MiB` or a number of bytes.
+
+    Raises: BadInput: names the option.
+    """
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    unit = text[-3:]
+    number = text.removesuffix(unit) if unit in units else text
+    if not number.strip().isdigit() or int(number) == 0:
+        raise BadInput(f"{option} {text!r}: give a size such as 512MiB or 4GiB.")
+    return int(number) * units.get(unit, 1)

@@ -19,6 +19,8 @@ from optin_deploy.storage import read_json, read_metadata, read_tensors, write_j
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
+SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
+MADE_FROM_SCORES = ("masks.json", "plan.json", "scores.png")
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
 
@@ -68,7 +70,9 @@ class Workspace:
         """
         if root.is_file():
             raise BadInput(f"--out {root} is a file. Give a folder.")
-        if root.is_dir() and any(root.iterdir()) and not force and not cls(root)._is_ours():
+        # Hidden files do not count: another worker may be writing its source.json at this moment.
+        taken = root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
+        if taken and not force and not cls(root)._is_ours():
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
         if Path(source.model).exists() and Path(source.model).resolve().is_relative_to(root.resolve()):
             raise BadInput(
@@ -92,6 +96,11 @@ class Workspace:
         """Where the pruned transformers model lies."""
         return self.root / "model"
 
+    @property
+    def parts_folder(self) -> Path:
+        """Where parts of an unfinished scoring lie."""
+        return self.root / "parts"
+
     def source(self) -> Source:
         """What the job started from.
 
@@ -102,9 +111,16 @@ class Workspace:
             raise BadInput(f"{self.source_path}: this version reads schema_version {SCHEMA_VERSION}. {SCORE_HINT}")
         return validated(Source, data, f"{self.source_path}: not of this version", SCORE_HINT)
 
-    def write_scores(self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str) -> None:
-        """Store scores, and with them what planning needs: layout and cost."""
-        tensors = {f"{kind}.{i}": t for kind in ("heads", "neurons") for i, t in enumerate(getattr(scores, kind))}
+    def write_scores(
+        self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str, fingerprint: str | None = None
+    ) -> None:
+        """Store scores, and with them what planning needs: layout and cost. What came of other scores goes.
+
+        Args: fingerprint: of the calibration data.
+        """
+        for name in MADE_FROM_SCORES:
+            (self.root / name).unlink(missing_ok=True)
+        tensors = {f"{kind}.{i}": t for kind in SCORE_TENSORS for i, t in enumerate(getattr(scores, kind))}
         about = {"schema_version": str(scores.schema_version), "layout_hash": scores.layout_hash, "key": key}
         write_tensors(self.root / "scores.safetensors", tensors, about)
         write_json(
@@ -113,8 +129,9 @@ class Workspace:
                 "schema_version": scores.schema_version,
                 "layout_hash": scores.layout_hash,
                 "key": key,
+                "calibration_fingerprint": fingerprint,
                 "provenance": dict(scores.provenance),
-                "versions": {name: version(name) for name in ("torch", "transformers")},
+                "versions": {name: version(name) for name in ("optin-deploy", "torch", "transformers")},
                 "cost": asdict(cost),
                 "layout": layout.to_json(),
             },
@@ -131,12 +148,16 @@ class Workspace:
         try:
             layout, cost = ModelLayout.from_json(data["layout"]), MacCost.from_json(data["cost"])
             count = range(len(layout.layers))
+            layers = {
+                kind: tuple(tensors[f"{kind}.{i}"].to(torch.float64) for i in count)
+                for kind in SCORE_TENSORS
+                if f"{kind}.0" in tensors
+            }
             scores = Scores(
-                tuple(tensors[f"heads.{i}"].to(torch.float64) for i in count),
-                tuple(tensors[f"neurons.{i}"].to(torch.float64) for i in count),
-                str(data["layout_hash"]),
-                data["provenance"],
-                data["schema_version"],
+                layout_hash=str(data["layout_hash"]),
+                provenance=data["provenance"],
+                schema_version=data["schema_version"],
+                **layers,
             )
             key = str(data["key"])
         except (KeyError, TypeError) as err:

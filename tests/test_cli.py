@@ -43,7 +43,7 @@ from optin_deploy.cli import app
 from optin_deploy.errors import EXIT_CODES
 
 COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
-READ_ONLY = ("show", "doctor")
+READ_ONLY = ("doctor",)
 """Commands that write nothing; every other one has --dry-run."""
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "exporters")
 EXPENSIVE = ("scores.safetensors", "model/model.safetensors", "model.onnx", "dense.onnx")
@@ -172,7 +172,7 @@ def test_the_output_folder_holds_the_files_of_the_contract() -> None:
 @pytest.mark.parametrize("name", ["plan.json", "masks.json", "scores.json", "model/plan.json", "report.json"])
 def test_a_json_file_carries_its_schema_version_and_a_hash(name: str) -> None:
     data = json.loads((finished_job() / name).read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == (2 if name == "scores.json" else 1)
     hashes = data.get("hashes", data)
     found = hashes.get("layout_hash", hashes.get("layout"))
     assert re.fullmatch("[0-9a-f]{64}", found)
@@ -181,7 +181,7 @@ def test_a_json_file_carries_its_schema_version_and_a_hash(name: str) -> None:
 def test_the_scores_carry_their_schema_version_and_hashes() -> None:
     with safetensors.safe_open(finished_job() / "scores.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["schema_version"] == "1"
+    assert metadata["schema_version"] == "2"
     data = json.loads((finished_job() / "scores.json").read_text())
     assert {name: metadata[name] for name in ("layout_hash", "key")} == {n: data[n] for n in ("layout_hash", "key")}
 
@@ -317,7 +317,7 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
     ran = shell("optin", "score", bert(), *options)
     assert ran.code == 0, ran.err
     assert f"optin plan {work}" in ran.out
-    assert {"scores.json", "scores.safetensors"} <= {path.name for path in work.iterdir()}
+    assert {path.name for path in work.iterdir()} == {"source.json", "scores.json", "scores.safetensors"}
     written = snapshot(work)
     ran = shell("optin", "score", bert(), *options)
     assert "Found finished" in ran.out

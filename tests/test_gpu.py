@@ -34,7 +34,7 @@ from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes import tensorrt as tensorrt_runtime
 from optin_deploy.runtimes.device import NO_GPU, exact_float32
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
-from optin_deploy.scoring import score
+from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import make_plan
 
 pytestmark = [
@@ -353,11 +353,11 @@ def copied(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["bert", "bert+head", "vit+head"])
 def test_scores_on_the_gpu_are_those_on_the_cpu(name: str, scorer: str) -> None:
     model = tiny_model(name)
-    layout, batches = resolve(model), tiny_batches(model)
-    expected = score(model, layout, batches, scorer=scorer, probes=8, seed=3)
+    layout, batches, settings = resolve(model), tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
+    expected = score(model, layout, batches, settings)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
     with exact_float32():  # else the image patches are rounded to TF32
-        found = score(copy.deepcopy(model).to(DEVICE), layout, there, scorer=scorer, probes=8, seed=3)
+        found = score(copy.deepcopy(model).to(DEVICE), layout, there, settings)
     assert found.provenance["kl_weight"] == pytest.approx(expected.provenance["kl_weight"], rel=1e-3)
     for kind in ("heads", "neurons"):
         for a, b in zip(getattr(expected, kind), getattr(found, kind), strict=True):

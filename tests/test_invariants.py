@@ -35,6 +35,7 @@ from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.pruning import cut, prune
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
+from optin_deploy.scoring import ScoreSettings
 from optin_deploy.search import make_plan
 
 TOLERANCE = 1e-5
@@ -250,7 +251,8 @@ def run_prune(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:
 
 
 def run_exact(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:
-    prune(model, [tiny_batch(model, batch=2)], flops=0.5, seq_len=SEQ_LEN, align=8, scorer="exact")
+    exact = ScoreSettings("exact")
+    prune(model, [tiny_batch(model, batch=2)], flops=0.5, seq_len=SEQ_LEN, align=8, settings=exact)
 
 
 def run_mac_cost(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:

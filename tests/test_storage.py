@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,9 @@ COST = MacCost(5, (3, 3), (1, 1), 5 + 15 + 9, 4)
 def some_scores(seed: int = 0) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     values = [torch.rand(n, generator=generator, dtype=torch.float64) for n in (2, 3, 4, 5)]
-    return Scores(tuple(values[:2]), tuple(values[2:]), LAYOUT.hash, {"scorer": "exact", "seed": seed})
+    errors = [value / 10 for value in values]
+    about = {"scorer": "exact", "seed": seed}
+    return Scores(tuple(values[:2]), tuple(values[2:]), LAYOUT.hash, about, tuple(errors[:2]), tuple(errors[2:]))
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -359,8 +362,10 @@ def _scored(tmp_path: Path) -> Workspace:
 def test_scores_survive_the_disk_with_layout_cost_and_key(scored: Workspace) -> None:
     scores, layout, cost, key = scored.read_scores()
     wanted = some_scores()
-    pairs = zip((*scores.heads, *scores.neurons), (*wanted.heads, *wanted.neurons), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for kind in ("heads", "neurons", "head_errors", "neuron_errors"):
+        pairs = zip(getattr(scores, kind), getattr(wanted, kind), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert scores.schema_version == 2
     assert (layout, cost, key) == (LAYOUT, COST, "key")
     assert dict(scores.provenance) == {"scorer": "exact", "seed": 0}
     assert scored.has_scores("key")
@@ -394,7 +399,9 @@ def bend_scores_json(workspace: Workspace, change: dict[str, Any]) -> None:
         {"cost": {"colour": 1}},
         {"cost": {"head": 3}},
         {"layout": []},
-        {"schema_version": 2},
+        {"schema_version": 1},
+        {"schema_version": 3},
+        {"schema_version": ...},
         {"layout_hash": "0" * 64},
         {"layout": toy_layout((2, 3), (4, 5), "other").to_json()},
         {"layout": toy_layout((2, 3), (4, 6)).to_json()},
@@ -418,6 +425,37 @@ def test_a_cost_that_does_not_fit_the_layout_is_refused(scored: Workspace, chang
     bend_scores_json(scored, {"cost": dict(change["cost"])})
     with pytest.raises(BadInput):
         scored.read_scores()
+
+
+def test_scores_of_an_earlier_version_are_not_finished_and_say_which_is_read(scored: Workspace) -> None:
+    bend_scores_json(scored, {"schema_version": 1})
+    with pytest.raises(BadInput, match="schema_version 1; this version reads 2"):
+        scored.read_scores()
+    assert not scored.has_scores("key")
+
+
+def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
+    wanted = some_scores()
+    scored.write_scores(replace(wanted, head_errors=(), neuron_errors=()), LAYOUT, COST, "key")
+    scores = scored.read_scores()[0]
+    assert scores.head_errors == scores.neuron_errors == ()
+    assert all(torch.equal(a, b) for a, b in zip(scores.heads, wanted.heads, strict=True))
+
+
+def test_new_scores_clear_away_what_came_of_the_old_ones(scored: Workspace) -> None:
+    for name in ("masks.json", "plan.json", "scores.png", "report.md"):
+        (scored.root / name).write_text("old")
+    scored.write_scores(some_scores(1), LAYOUT, COST, "another key", "fingerprint")
+    assert names(scored.root) == ["report.md", "scores.json", "scores.safetensors", "source.json"]
+    data = json.loads((scored.root / "scores.json").read_text())
+    assert data["calibration_fingerprint"] == "fingerprint"
+    assert set(data["versions"]) == {"optin-deploy", "torch", "transformers"}
+
+
+def test_a_folder_in_which_another_worker_is_writing_its_source_file_can_be_claimed(tmp_path: Path) -> None:
+    (tmp_path / ".source.json.0123456789abcdef.tmp").write_text("{")
+    Workspace.claim(tmp_path, Source("bert"))
+    assert (tmp_path / "source.json").is_file()
 
 
 def test_a_layout_hash_that_is_no_text_is_refused(scored: Workspace) -> None:

@@ -22,7 +22,7 @@ from benchmarks.gpu import engines_trt
 from exporters import exporter
 from exporters.base import ExportSpec, typed_name
 from exporters.profiles import Profile, parse_profile
-from exporters.tensorrt_plan import EngineOptions, parse_size
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.rewrite.torch import rewrite_torch
@@ -32,6 +32,7 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
+from optin_deploy.validation import parse_size
 
 SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 
@@ -145,7 +146,7 @@ def test_images_have_profiles_of_the_batch_alone(trt: Any, tmp_path: Path) -> No
 
 
 def test_options_reach_the_builder(trt: Any, tmp_path: Path) -> None:
-    given = EngineOptions(SMALL.profiles, parse_size("512MiB"), ("version", "hardware"), "stripped")
+    given = EngineOptions(SMALL.profiles, parse_size("512MiB", "--workspace"), ("version", "hardware"), "stripped")
     export(pruned(), tmp_path / "model.engine", options=given)
     config = trt.built[-1]
     assert config._workspace == 512 * 2**20
@@ -215,7 +216,7 @@ def test_impossible_profiles_are_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["4GB", "GiB", "-1", "0", "1.5GiB", ""])
 def test_impossible_workspace_sizes_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match="--workspace"):
-        parse_size(text)
+        parse_size(text, "--workspace")
 
 
 @pytest.mark.parametrize("options", [{"compatible": ("everything",)}, {"weights": "none"}])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     Dinov2Config,
@@ -58,6 +59,11 @@ def bare_bert(*, seed: int = 0) -> BertModel:
     return shaken(BertModel(_bert_config(), add_pooling_layer=False), seed)
 
 
+def masked_lm(*, seed: int = 0, words: int = VOCABULARY) -> BertForMaskedLM:
+    """A language model, one distribution a token, in float64."""
+    return shaken(BertForMaskedLM(_bert_config(vocab_size=words)), seed)
+
+
 def vit(*, labels: int = 3, seed: int = 0) -> ViTForImageClassification:
     """A pre-LN image classifier in float64: 5 tokens."""
     config = ViTConfig(**SIZES, intermediate_size=NEURONS, image_size=8, patch_size=4, num_labels=labels)
@@ -77,10 +83,8 @@ def dinov2(*, seed: int = 0, size: int = 8, widening: int = 1, scales: tuple[flo
 
 
 def _bert_config(*, layers: int = LAYERS, **config: Any) -> BertConfig:
-    sizes = {**SIZES, "num_hidden_layers": layers}
-    return BertConfig(
-        **sizes, intermediate_size=NEURONS, vocab_size=VOCABULARY, max_position_embeddings=24, pad_token_id=0, **config
-    )
+    sizes = {**SIZES, "num_hidden_layers": layers, "intermediate_size": NEURONS, "vocab_size": VOCABULARY, **config}
+    return BertConfig(**sizes, max_position_embeddings=24, pad_token_id=0)
 
 
 def shaken(model: Model, seed: int) -> Model:

@@ -1,39 +1,38 @@
-"""What the OPTIN score compares: token Grams of the blocks, and the model's outputs. Tensors in, tensors out.
+"""How far a model's output moved: distances of two outputs, and the directions that a sketch projects them on.
 
-Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921), section 3; the normalisations are ours: Grams are per
-sample over its own tokens and divided by the token count, so that long texts do not dominate.
+Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921), section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from optin_deploy.scoring.noise import signs
+
 OutputKind = Literal["logits", "regression", "embedding"]
 """How two outputs are compared: KL divergence, squared error, squared distance of unit vectors."""
+FEW_CLASSES = 4
+"""Up to so many, the KL term takes one exact direction for each class but one; above, random ones cost less."""
 
 
-def valid_tokens(batch: Any, features: Tensor) -> Tensor:
-    """Which tokens are real: the attention mask, or all for images. Shape (batch, tokens), 0 or 1."""
-    mask = batch.get("attention_mask")
-    return torch.ones(features.shape[:2]).to(features) if mask is None else mask.to(features)
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """The vectors that are compared: one a sample, or one a token (language models)."""
 
+    kind: OutputKind
+    values: Tensor
+    """(batch, positions, classes or hidden)."""
+    valid: Tensor
+    """(batch, positions), 0 or 1: a sample's distance is the mean over its valid positions."""
 
-def token_gram(features: Tensor, valid: Tensor) -> Tensor:
-    """Cosine of every pair of a sample's tokens, divided by its token count.
-
-    Args: features (batch, tokens, hidden); valid (batch, tokens).
-    Returns: (batch, tokens, tokens); rows and columns of padding are zero.
-    """
-    unit = torch.nn.functional.normalize(features, dim=-1) * valid.unsqueeze(-1)
-    return unit @ unit.transpose(1, 2) / valid.sum(1).view(-1, 1, 1)
-
-
-def trajectory_distance(gram: Tensor, masked_gram: Tensor) -> Tensor:
-    """Squared Frobenius distance of token Grams, (batch,): 0 when the masked unit changes nothing."""
-    return (gram - masked_gram).square().sum((1, 2))
+    def mean(self, distances: Tensor) -> Tensor:
+        """(batch, positions) -> (batch,)."""
+        return (distances * self.valid).sum(1) / self.valid.sum(1)
 
 
 def output_kind(output: Any, problem_type: str | None = None) -> OutputKind:
@@ -44,10 +43,18 @@ def output_kind(output: Any, problem_type: str | None = None) -> OutputKind:
     return "regression" if problem_type == "regression" or logits.shape[-1] == 1 else "logits"
 
 
-def readout(output: Any, valid: Tensor) -> Tensor:
-    """The vector that is compared: logits (batch, classes), or the unit mean over tokens (batch, hidden)."""
-    logits: Tensor | None = output.get("logits")
-    return pooled(output["last_hidden_state"], valid) if logits is None else logits
+def read_out(output: Any, valid: Tensor, problem_type: str | None = None) -> Readout:
+    """What is compared of a model's output: logits, or the unit mean over real tokens.
+
+    Args: valid: (batch, tokens), 0 or 1.
+    """
+    kind = output_kind(output, problem_type)
+    values: Tensor = pooled(output["last_hidden_state"], valid) if kind == "embedding" else output["logits"]
+    if values.dim() == 3:
+        # Real tokens first, so that noise falls on a token by its place in the text, wherever the padding is.
+        order = valid.argsort(dim=1, descending=True, stable=True)
+        return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), valid.gather(1, order))
+    return Readout(kind, values.unsqueeze(1), torch.ones(len(values), 1).to(values))
 
 
 def pooled(states: Tensor, valid: Tensor) -> Tensor:
@@ -56,35 +63,57 @@ def pooled(states: Tensor, valid: Tensor) -> Tensor:
     return torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 
 
-def output_distance(kind: OutputKind, dense: Tensor, masked: Tensor) -> Tensor:
-    """How far the output moved, per sample: (batch, classes or hidden) twice -> (batch,), never negative."""
-    if kind == "logits":
-        p, q = dense.log_softmax(-1), masked.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1).clamp(min=0)
-    return (dense - masked).square().sum(-1)
+def output_distance(dense: Readout, masked: Tensor) -> Tensor:
+    """How far the output moved, never negative.
 
-
-def output_directions(kind: OutputKind, dense: Tensor, noise: Tensor) -> tuple[Tensor, float]:
-    """Directions v with factor * sum of <v, J>^2 = the second-order output distance (exactly or on average).
-
-    Args:
-        dense: the readout, (batch, classes or hidden).
-        noise: standard normal, (batch, probes, classes or hidden); used where exact directions would be too many.
-    Returns: (batch, directions, classes or hidden), and the factor.
-    KL(p || p_m) ~ 1/2 J^T (diag(p) - p p^T) J, and sqrt(p) * e - p <sqrt(p), e> has that covariance for
-    random e; summed over unit vectors e it is exact, and for two classes one vector is.
+    Args: masked: (times * batch, positions, classes or hidden).
+    Returns: (times, batch).
     """
-    classes = dense.shape[-1]
-    if kind == "regression" and classes <= noise.shape[1]:
-        return torch.eye(classes).to(dense).expand(len(dense), -1, -1), 1.0
-    if kind != "logits":
-        return noise, 1.0 / noise.shape[1]
-    p = dense.softmax(-1).unsqueeze(1)  # (B, 1, C)
-    root = p.sqrt()
-    if classes == 2:
-        draws, factor = torch.stack((root[..., 1], -root[..., 0]), -1), 0.5
-    elif classes <= max(8, noise.shape[1]):
-        draws, factor = torch.eye(classes).to(dense).expand(len(dense), -1, -1), 0.5
+    moved = masked.view(-1, *dense.values.shape)
+    if dense.kind == "logits":
+        # In float32 the rounding of log p (1e-7) is above what most single neurons change.
+        p, q = dense.values.double().log_softmax(-1), moved.double().log_softmax(-1)
+        distances = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     else:
-        draws, factor = noise, 0.5 / noise.shape[1]
-    return root * draws - p * (root * draws).sum(-1, keepdim=True), factor
+        distances = (dense.values - moved).square().sum(-1)
+    return torch.stack([dense.mean(each) for each in distances])
+
+
+def exact_directions(dense: Readout) -> list[Tensor] | None:
+    """Few directions v, each shaped as the values, with sum of <v, J>^2 = the second-order output distance.
+
+    None where they would be too many.
+    KL(p || p_m) ~ 1/2 J^T (diag(p) - p p^T) J; the columns here are the Cholesky factor of that matrix by breaking a
+    stick: column j weighs class j against all later ones. Two classes give one: 1/2 p0 p1 (J1 - J0)^2.
+    """
+    classes = dense.values.shape[-1]
+    if dense.values.shape[1] > 1 or classes > FEW_CLASSES or dense.kind == "embedding":
+        return None
+    eye = torch.eye(classes).to(dense.values)
+    if dense.kind == "regression":
+        return [eye[j].expand_as(dense.values) for j in range(classes)]
+    p = dense.values.softmax(-1)
+    left = p.flip(-1).cumsum(-1).flip(-1)  # of the stick before class j
+    found = []
+    for j in range(classes - 1):
+        later = p * (torch.arange(classes, device=p.device) > j)
+        rest = left[..., j + 1, None].clamp(min=torch.finfo(p.dtype).tiny)
+        scale = (p[..., j, None] * rest / left[..., j, None].clamp(min=torch.finfo(p.dtype).tiny) / 2).sqrt()
+        found.append(scale * (eye[j] - later / rest))
+    return found
+
+
+def random_direction(dense: Readout, keys: Sequence[int], number: int) -> Tensor:
+    """A random v, shaped as the values, with E <v, J>^2 = the second-order output distance.
+
+    For KL: sqrt(p) * e - p <sqrt(p), e> has covariance diag(p) - p p^T for signs e.
+    """
+    values = dense.values
+    noise = signs(keys, number, values.shape[1], values.shape[2], like=values)
+    weights = dense.valid / dense.valid.sum(1, keepdim=True)
+    if dense.kind == "logits":
+        p = values.softmax(-1)
+        noise = p.sqrt() * noise
+        noise = noise - p * noise.sum(-1, keepdim=True)
+        weights = weights / 2
+    return noise * weights.sqrt().unsqueeze(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,11 @@ class Scores:
     """Per layer, (neurons,), not negative."""
     layout_hash: str
     provenance: Mapping[str, Any]
-    """Scorer, samples, probes, lambda, seed, seconds."""
+    """Scorer, weighting, samples, probes, lambda, seed, cost: everything needed to make them again."""
+    head_errors: tuple[Tensor, ...] = ()
+    """Standard error of each head's score, same shapes as `heads`; 0 where nothing was estimated."""
+    neuron_errors: tuple[Tensor, ...] = ()
+    """Standard error of each neuron's score, same shapes as `neurons`."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -1,28 +1,32 @@
 """The fast scorer: the curvature of the OPTIN score by random projections, all units from a few backward passes.
 
 At mask m = 1 the score and its gradient vanish, and its Gauss-Newton curvature is a squared Jacobian norm:
-D_k(u) ~ ||dG_k / dm_u||^2. With R of independent N(0, 1) entries, E[(d<R, G>/dm_u)^2] is exactly that norm, so
-one backward pass of s = sum of <R_k, G_k> estimates it for every unit of every layer, and a mask of shape
-(batch, 1, units) keeps the samples apart. Noise is seeded by sample, layer and probe: batching changes nothing.
+D_k(u) ~ ||dG_k / dm_u||^2. With R of independent signs, E[(d<R, G>/dm_u)^2] is exactly that norm, so one backward
+pass of s = sum of <R_k, G_k> estimates it for every unit of every layer: ds/dm_u of a sample is the sum over its tokens
+of unit u times ds/du. Signs depend on sample, layer and probe: batching changes nothing.
+
+The graph of one block at a time is kept: blocks run again from their recorded inputs, last one first, and each pass
+hands its gradient down. That costs one forward more, and takes the memory of one block instead of all.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, check_finite, masked, recorded, rows_of
+from optin_deploy.masking import Batch, recorded, rows_of, run_blocks
 from optin_deploy.progress import Progress, silent
-from optin_deploy.scoring.losses import output_directions, output_kind, readout, token_gram, valid_tokens
-from optin_deploy.scoring.terms import Terms, attention_branches, ffn_branches
-from optin_deploy.storage import tensor_bytes
+from optin_deploy.scoring.dense import DensePass, dense_pass
+from optin_deploy.scoring.features import ALL_TOKENS, Features
+from optin_deploy.scoring.losses import exact_directions, random_direction
+from optin_deploy.scoring.noise import sample_keys, signs, stream
+from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms, attention_branches, ffn_branches
 
-OUTPUT_STREAM = -1
-"""Stands for the layer number in the seed of noise on the output."""
+GAUSSIAN_SQUARES = 2 / 3
+"""E x^4 = 3 s^4 and Var x^2 = 2 s^4 for Gaussian x, which projections on many signs are: 2/3 x^4 estimates Var x^2."""
 
 
 def sketch_terms(
@@ -30,72 +34,98 @@ def sketch_terms(
     layout: ModelLayout,
     batches: Sequence[Batch],
     *,
-    probes: int,
+    probes: range,
+    output_probes: range,
     seed: int,
+    features: Features = ALL_TOKENS,
     progress: Progress = silent,
 ) -> Terms:
     """Estimate both terms for every head and neuron; unbiased for the curvature, error ~ 1/sqrt(samples * probes).
 
-    Args: probes: random projections per sample for each term.
+    Args:
+        batches: each is in memory as a whole; see `memory.micro_batches`.
+        probes: which random projections of the trajectory are taken.
+        output_probes: the same for the output. Where a few directions are exact, they are taken with probe 0.
+    Returns: sums over samples and probes.
     """
-    branches = (*attention_branches(layout), *ffn_branches(layout))
-    terms = Terms.zeros(branches)
-    paths = [layer.path for layer in layout.layers]
-    for done, batch in enumerate(batches):
-        rows = rows_of(batch)
-        device = next(iter(batch.values())).device
-        masks = {b: torch.ones(rows, 1, b.units, device=device, requires_grad=True) for b in branches}
-        with torch.enable_grad(), masked(model, masks), recorded(model, outputs=paths) as recording:
-            output = model(**batch)
-            states = [recording.outputs[path] for path in paths]
-            valid = valid_tokens(batch, states[0])
-            grams = [token_gram(state, valid) for state in states]
-            reference = readout(output, valid)
-        check_finite(model, batch, (*states, reference))
+    terms = Terms.zeros((*attention_branches(layout), *ffn_branches(layout)))
+    terms.probes = len(probes)
+    depth = len(layout.layers)
+    for number, batch in enumerate(batches):
+        dense = dense_pass(model, layout, batch, features, seed, inputs=[layer.path for layer in layout.layers])
         keys = sample_keys(batch)
-        kind = output_kind(output, getattr(model.config, "problem_type", None))
-        output_noise = torch.stack([_noise(keys, seed, OUTPUT_STREAM, p, reference[0]) for p in range(probes)], 1)
-        directions, factor = output_directions(kind, reference.detach(), output_noise)
-        sums: list[tuple[Tensor, dict[Branch, Tensor], float]] = []
-        with torch.enable_grad():
-            for probe in range(probes):
-                parts = [(_token_noise(keys, seed, k, probe, valid) * gram).sum() for k, gram in enumerate(grams)]
-                sums.append((torch.stack(parts).sum(), terms.trajectory, 1.0 / probes))
-            for direction in directions.unbind(1):
-                sums.append(((direction * reference).sum(), terms.output, factor))
-        for index, (projected, target, weight) in enumerate(sums):
-            gradients = torch.autograd.grad(projected, list(masks.values()), retain_graph=index < len(sums) - 1)
-            for branch, gradient in zip(branches, gradients, strict=True):
-                target[branch] += weight * gradient.double().square().sum((0, 1)).cpu()  # (B, 1, units) -> (units,)
-        terms.samples += rows
-        progress(done + 1, len(batches))
+        terms.samples += rows_of(batch)
+        terms.forward_seconds += dense.seconds
+        directions = exact_directions(dense.readout)
+        exact = directions is not None
+        if directions is None:
+            streams = (stream(seed, "output", probe) for probe in output_probes)
+            directions = [random_direction(dense.readout, keys, each) for each in streams]
+        elif 0 not in output_probes:
+            directions = []
+        terms.output_probes = int(0 in output_probes) if exact else len(output_probes)
+        # Of each projection of the output: its gradient at the end of the block in hand.
+        pulled = _pulled_back(model, layout, batch, dense, directions)
+        bent: list[Tensor | None] = [None] * len(probes)  # and of each projection of the trajectory
+        for index in reversed(range(depth)):
+            block = _Block(model, layout, index, batch, dense, features)
+            for place, probe in enumerate(probes):
+                noise = signs(keys, stream(seed, f"layer {index}", probe), *block.gram.shape[1:], like=block.gram)
+                bent[place] = block.pass_down(bent[place], noise, terms, TRAJECTORY)
+            for place, gradient in enumerate(pulled):
+                pulled[place] = block.pass_down(gradient, None, terms, OUTPUT, certain=exact)
+            del block  # its graph, before the next one's
+            progress(number * depth + depth - index, len(batches) * depth)
     return terms
 
 
-def sample_keys(batch: Batch) -> tuple[int, ...]:
-    """A number for each sample that depends on its content alone, not on its place or padding."""
-    valid = batch.get("attention_mask")
-    main = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
-    rows = (row if valid is None else row[valid[i].bool()] for i, row in enumerate(main))
-    return tuple(int.from_bytes(hashlib.sha256(tensor_bytes(row)).digest()[:6], "little") for row in rows)
+class _Block:
+    """The graph of one block on one batch, from its dense input to its output and its Gram matrix."""
+
+    def __init__(
+        self, model: nn.Module, layout: ModelLayout, index: int, batch: Batch, dense: DensePass, features: Features
+    ) -> None:
+        layer = layout.layers[index]
+        self.branches, path = (layer.attention, layer.ffn), features.path(layer)
+        hidden = dense.recording.inputs.pop(layer.path).detach().requires_grad_()
+        watch = recorded(model, inputs=[branch.output for branch in self.branches], outputs=[path])
+        with torch.enable_grad(), watch as kept:
+            self.out = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=layer.path)
+            self.gram = dense.tokens.gram(kept.outputs[path])
+        self.units = [kept.inputs[branch.output] for branch in self.branches]
+        self.below = [hidden] if index else []
+
+    def pass_down(
+        self, gradient: Tensor | None, noise: Tensor | None, terms: Terms, row: int, *, certain: bool = False
+    ) -> Tensor | None:
+        """One backward pass: add every unit's squared slope to a row of the sums, and to another its variance.
+
+        Args: gradient: of the projection at the block's output. noise: what the block's Gram matrix is projected on.
+            certain: the direction is not random.
+        Returns: the gradient at the block's input; None below the first.
+        """
+        ends = [(self.out, gradient), (self.gram, noise)]
+        roots, weights = zip(*[(root, weight) for root, weight in ends if weight is not None], strict=True)
+        found = torch.autograd.grad(roots, [*self.units, *self.below], weights, retain_graph=True)
+        for branch, values, slopes in zip(self.branches, self.units, found[:2], strict=True):
+            squares = _slopes(branch, values, slopes).square()
+            terms.sums[branch][row] += squares.sum(0).cpu()
+            if not certain:
+                terms.sums[branch][VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()
+        return found[2] if self.below else None
 
 
-def _noise(keys: Sequence[int], seed: int, layer: int, probe: int, like: Tensor) -> Tensor:
-    """Standard normal noise of the shape of `like` for each sample: (batch, *like.shape)."""
-    drawn = [torch.randn(like.shape, generator=_generator(key, seed, layer, probe)) for key in keys]
-    return torch.stack(drawn).to(like)
+def _slopes(branch: Branch, values: Tensor, gradients: Tensor) -> Tensor:
+    """ds/dm of each sample and unit, (batch, units), in float64: over its tokens and the unit's own columns."""
+    slopes = (values.detach() * gradients).sum(1)  # (batch, units * width)
+    return slopes.double().view(len(slopes), branch.units, -1).sum(2)
 
 
-def _token_noise(keys: Sequence[int], seed: int, layer: int, probe: int, valid: Tensor) -> Tensor:
-    """Noise on the Gram of each sample's real tokens, zero on padding: (batch, tokens, tokens)."""
-    noise = torch.zeros(*valid.shape, valid.shape[1])
-    for row, key in enumerate(keys):
-        real = valid[row].nonzero().squeeze(1).cpu()
-        drawn = torch.randn(len(real), len(real), generator=_generator(key, seed, layer, probe))
-        noise[row, real.unsqueeze(1), real] = drawn
-    return noise.to(valid)
-
-
-def _generator(key: int, seed: int, layer: int, probe: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{key}/{seed}/{layer}/{probe}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+def _pulled_back(
+    model: nn.Module, layout: ModelLayout, batch: Batch, dense: DensePass, directions: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of <direction, output> at the end of the last block, (batch, tokens, hidden) each."""
+    with torch.enable_grad():
+        hidden = dense.last.detach().requires_grad_()
+        values = dense.read(run_blocks(model, layout, batch, start=len(layout.layers), hidden=hidden))
+    return [torch.autograd.grad(values, hidden, direction, retain_graph=True)[0] for direction in directions]

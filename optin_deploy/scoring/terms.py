@@ -1,44 +1,129 @@
-"""The two terms of the score, summed over samples and joined by lambda."""
+"""The two terms of the score, summed over samples, joined by a weighting, with their standard errors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from optin_deploy.layout import Branch, ModelLayout
 
+Weighting = Literal["paper", "normalised", "output"]
+WEIGHTINGS: tuple[Weighting, ...] = ("paper", "normalised", "output")
 KL_SHARE = 0.1
 """lambda makes the output term a tenth of the trajectory term on average (the authors' code: about 1/10 a unit)."""
+TRAJECTORY, OUTPUT, VARIANCE, ROWS = 0, 1, 2, 5
+"""Rows of `Terms.sums`: the two terms, from VARIANCE on their second moments and the one between them."""
 
 
 @dataclass
 class Terms:
-    """Running sums over samples of both terms, per branch (units,), in float64."""
+    """Running sums over samples, in float64; those of disjoint samples or units add up."""
 
-    trajectory: dict[Branch, Tensor]
-    output: dict[Branch, Tensor]
+    sums: dict[Branch, Tensor]
+    """Per branch (5, units): sum of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
+    Exact: the sums of D^2, O^2, D O over samples. Sketch: the variances of the first two rows, and 0; all summed over
+    the probes too."""
     samples: int = 0
+    probes: int = 1
+    """Projections of the trajectory in the sums."""
+    output_probes: int = 1
+    """Projections of the output in the sums; 1 if they are exact."""
+    forward_seconds: float = 0.0
+    """Time of the dense forwards among the work: one over these samples."""
+    seconds: float = 0.0
+    """Time of the work."""
+    peak_bytes: int = 0
+    """Most memory that the process had held when the work was done."""
 
     @classmethod
     def zeros(cls, branches: Iterable[Branch]) -> Terms:
         """Empty sums for these branches."""
-        chosen = tuple(branches)
-        return cls(
-            {b: torch.zeros(b.units, dtype=torch.float64) for b in chosen},
-            {b: torch.zeros(b.units, dtype=torch.float64) for b in chosen},
-        )
+        return cls({b: torch.zeros(ROWS, b.units, dtype=torch.float64) for b in branches})
 
-    def kl_weight(self) -> float:
-        """Lambda of SCORING: one constant a model, 0.1 * mean trajectory / mean output term."""
-        trajectory, output = (float(torch.cat(list(t.values())).mean()) for t in (self.trajectory, self.output))
-        return KL_SHARE * trajectory / output if output > 0 else 0.0
 
-    def total(self, branch: Branch, kl_weight: float) -> Tensor:
-        """Score of a branch's units, mean over samples, (units,)."""
-        return (self.trajectory[branch] + kl_weight * self.output[branch]) / max(self.samples, 1)
+def combined(rounds: Sequence[Sequence[Terms]]) -> Terms:
+    """Sums over all samples, averaged over all probes.
+
+    Args: rounds: each covers the same samples, with further probes.
+    """
+    results = list(chain(*rounds))
+    probes, output_probes = (sum(getattr(each[0], name) for each in rounds) for name in ("probes", "output_probes"))
+    scale = torch.tensor([1 / max(probes, 1), 1 / max(output_probes, 1)], dtype=torch.float64)
+    scale = torch.cat([scale, scale.square(), torch.ones(1)]).unsqueeze(1)
+    branches = {branch for terms in results for branch in terms.sums}
+    return Terms(
+        {b: scale * torch.stack([t.sums[b] for t in results if b in t.sums]).sum(0) for b in branches},
+        samples=sum(terms.samples for terms in rounds[0]),
+        probes=probes,
+        output_probes=output_probes,
+        forward_seconds=sum(terms.forward_seconds for terms in rounds[0]),
+        seconds=sum(terms.seconds for terms in results),
+        peak_bytes=max(terms.peak_bytes for terms in results),
+    )
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """score = trajectory[layer] * D + output * O."""
+
+    trajectory: tuple[float, ...]
+    """One a layer."""
+    output: float
+    """lambda."""
+
+
+def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayout, terms: Terms) -> TermWeights:
+    """What each term counts.
+
+    `paper`: the plain sum over all later layers. `normalised`: divided by their number, so that a unit does not gain by
+    standing early. `output`: how far the model's output moves, alone.
+
+    Args: kl_weight: lambda; None: 0.1 * mean trajectory term / mean output term of `terms`, one constant a model.
+    """
+    depth = len(layout.layers)
+    if weighting == "output":
+        return TermWeights((0.0,) * depth, 1.0)
+    shares = tuple(1.0 / (depth - index) if weighting == "normalised" else 1.0 for index in range(depth))
+    if kl_weight is None:
+        pairs = [(s, terms.sums[b]) for s, x in zip(shares, layout.layers, strict=True) for b in (x.attention, x.ffn)]
+        trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
+        output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
+        kl_weight = KL_SHARE * trajectory / output if output > 0 else 0.0
+    return TermWeights(shares, kl_weight)
+
+
+def mean_scores(terms: Terms, branches: Sequence[Branch], weights: TermWeights) -> list[Tensor]:
+    """Scores of one branch a layer, mean over samples, (units,) each."""
+    pairs = zip(branches, weights.trajectory, strict=True)
+    return [
+        (share * terms.sums[b][TRAJECTORY] + weights.output * terms.sums[b][OUTPUT]) / terms.samples
+        for b, share in pairs
+    ]
+
+
+def sketch_errors(terms: Terms, branches: Sequence[Branch], weights: TermWeights) -> list[Tensor]:
+    """Standard errors of sketched scores, (units,) a layer, against the curvature on these very samples."""
+    pairs = [(terms.sums[b][VARIANCE:], share) for b, share in zip(branches, weights.trajectory, strict=True)]
+    return [(share**2 * dd + weights.output**2 * oo).sqrt() / terms.samples for (dd, oo, _), share in pairs]
+
+
+def sampling_errors(terms: Terms, branches: Sequence[Branch], weights: TermWeights, population: int) -> list[Tensor]:
+    """Standard errors of scores from some of `population` samples, drawn without replacement, (units,) a layer."""
+    n, o = terms.samples, weights.output
+    if n >= population or n < 2:
+        return [torch.zeros(branch.units, dtype=torch.float64) for branch in branches]
+    errors = []
+    for branch, mean, t in zip(branches, mean_scores(terms, branches, weights), weights.trajectory, strict=True):
+        dd, oo, do = terms.sums[branch][VARIANCE:]
+        squares = t**2 * dd + o**2 * oo + 2 * t * o * do
+        variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
+        errors.append((variance / n * (1 - n / population)).sqrt())
+    return errors
 
 
 def attention_branches(layout: ModelLayout) -> tuple[Branch, ...]:

@@ -13,20 +13,23 @@ from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.precision import matmul_mode
 from benchmarks.gpu.workbench import SEED, Dense, Workbench
 from optin_deploy.masking import Batch, inference
-from optin_deploy.scoring import exact_terms, score
+from optin_deploy.scoring import Scores, ScoreSettings, exact_terms, score
 from optin_deploy.scoring.terms import attention_branches, ffn_branches
 
 EXACT_BATCHES = 2
 """Batches on which the exact scorer is timed; every further batch is the same work."""
-UNITS_A_BRANCH = 1
-"""Units of each branch that the exact scorer masks: all layers, as later ones take shorter forwards."""
+UNITS_A_BRANCH = 16
+"""Units of each branch that the exact scorer masks: all layers, as later ones take shorter forwards, and so many that
+they share forwards as in earnest."""
+WARM_UP = ScoreSettings(probes=1, head_samples=1, seed=SEED)
 
 
 def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     """Time both scorers on random calibration data.
 
-    Returns: seconds of one dense forward over the set, of the sketch, of the exact scorer (extrapolated: it says
-        from what), and both as forward-equivalents.
+    Returns: seconds of one dense forward over the set, of the sketch (with the probes and samples that it took until
+        its ranking was stable), of the exact scorer (extrapolated: it says from what), and both as
+        forward-equivalents.
     """
     dense = bench.dense(cell.model)
     batches = [bench.inputs(cell, seed=SEED + i) for i in range(cell.samples // cell.batch)]
@@ -41,8 +44,9 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     with matmul_mode(cell.precision):
         seconds(lambda: forward(dense, batches[:1]))  # warm-up
         forward_s = median(seconds(lambda: forward(dense, batches)) for _ in range(3))
-        seconds(lambda: score(dense.model, dense.layout, batches[:1], probes=1, seed=SEED))  # warm-up
-        sketch_s = seconds(lambda: score(dense.model, dense.layout, batches, seed=SEED))
+        score(dense.model, dense.layout, batches[:1], WARM_UP)
+        scores: list[Scores] = []
+        sketch_s = seconds(lambda: scores.append(score(dense.model, dense.layout, batches, ScoreSettings(seed=SEED))))
         exact = exact_seconds(dense, batches, seconds)
     return {
         "samples": len(batches) * cell.batch,
@@ -50,6 +54,7 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
         "forward_s": forward_s,
         "sketch_s": sketch_s,
         "sketch_forwards": sketch_s / forward_s,
+        "sketch_took": {name: scores[0].provenance[name] for name in ("probes", "output_probes", "head_samples")},
         **exact,
         "exact_forwards": exact["exact_s"] / forward_s,
     }

@@ -1,0 +1,1 @@
+"""How well scores choose: the product's importance beside its rivals', judged on labelled tasks."""

@@ -1,0 +1,152 @@
+"""Scores in the terminal: heads as a heatmap, neurons as one row a layer, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+from rich.style import Style
+from rich.text import Text
+from torch import Tensor
+
+from optin_deploy.terminal import output_console, print_table
+
+if TYPE_CHECKING:
+    from optin_deploy.scoring.scores import Scores
+
+DECADES = 6.0
+"""Span of the colours: one dead head at 1e-15 must not leave a single colour for all others."""
+PALETTE = (
+    *("#440154", "#482878", "#3e4989", "#31688e", "#26828e"),
+    *("#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"),
+)
+"""Viridis in ten steps, lowest first: the colours of scores.png."""
+LIGHT = 0.45
+"""Colours above this level need dark text."""
+LABEL_WIDTH, CELL_WIDTH = 6, 5
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+def print_scores(scores: Scores) -> None:
+    """All heads, the neurons of each layer, and the provenance."""
+    console = output_console()
+    for line in head_heatmap(scores.heads, width=console.width):
+        console.print(line, soft_wrap=True)
+    if scores.head_errors:
+        error = relative_error(torch.cat(scores.heads), torch.cat(scores.head_errors))
+        typer.echo(f"relative standard error of the median head: {error}")
+    typer.echo("\nNeurons: scores in each layer; higher = keep")
+    print_table(*neuron_table(scores))
+    print_provenance(scores)
+
+
+def print_provenance(scores: Scores) -> None:
+    """How many units were scored, and how."""
+    heads, neurons = (sum(map(len, layers)) for layers in (scores.heads, scores.neurons))
+    facts = list(told(scores.provenance))
+    typer.echo(f"{len(scores.heads)} layers, {heads:,} heads and {neurons:,} neurons scored{':' if facts else ''}")
+    width = max((len(name) for name, _ in facts), default=0)
+    for name, value in facts:
+        typer.echo(f"  {name:<{width}}  {value}")
+
+
+def head_heatmap(layers: Sequence[Tensor], *, width: int) -> list[Text]:
+    """Lines of a table, layers x heads, of scores relative to the mean of all heads; coloured by log10 of the score.
+
+    Args: layers: per layer, (heads,); counts may differ. width: characters a line; more heads go into further blocks.
+    """
+    count = sum(map(len, layers))
+    mean = float(torch.cat(tuple(layers)).mean())
+    scale = f"score relative to the mean of all {count:,} ({mean:.1e} = 1.0)" if mean > 0 else "all scores are 0"
+    levels = colour_levels(layers)
+    most = max(map(len, layers))
+    blocks = -(-most // max(1, (width - LABEL_WIDTH) // CELL_WIDTH))
+    step = -(-most // blocks)
+    lines = [Text(f"Heads: {scale}; higher = keep")]
+    for start in range(0, most, step):
+        columns = range(start, min(start + step, most))
+        lines.append(Text("layer".ljust(LABEL_WIDTH) + "".join(f"{head:>{CELL_WIDTH - 1}} " for head in columns)))
+        for index, (values, shades) in enumerate(zip(layers, levels, strict=True)):
+            line = Text(f"{index:>{LABEL_WIDTH - 1}} ")
+            for head in columns[: max(0, len(values) - start)]:
+                cell = compact(float(values[head]) / mean) if mean > 0 else "0"
+                line.append(f"{cell:>{CELL_WIDTH - 1}} ", _style(float(shades[head])))
+            lines.append(line)
+    return lines
+
+
+def compact(ratio: float) -> str:
+    """A non-negative number in at most four characters: 312, 47, 3.2, .41, .03, 5e-3."""
+    if ratio == 0:
+        return "0"
+    if ratio < 0.5e-9:
+        return "~0"
+    if ratio < 0.0095:
+        mantissa, exponent = f"{ratio:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    if ratio < 0.995:
+        return f"{ratio:.2f}"[1:]
+    return f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
+
+
+def neuron_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a layer: how many neurons, and how their scores spread."""
+    header = ["layer", "neurons", "mean", "5%", "median", "95%"]
+    rows = []
+    for index, values in enumerate(scores.neurons):
+        points = values.quantile(torch.tensor(QUANTILES, dtype=values.dtype, device=values.device))
+        rows.append([str(index), f"{len(values):,}", *(f"{x:.1e}" for x in (float(values.mean()), *points.tolist()))])
+    if scores.neuron_errors:
+        header.append("relative standard error")
+        for row, values, errors in zip(rows, scores.neurons, scores.neuron_errors, strict=True):
+            row.append(relative_error(values, errors))
+    return header, rows
+
+
+def relative_error(values: Tensor, errors: Tensor) -> str:
+    """Median of standard error / score, in percent, over units whose score is not zero."""
+    some = values > 0
+    return f"{float((errors[some] / values[some]).median()):.1%}" if bool(some.any()) else "-"
+
+
+def told(provenance: Mapping[str, Any], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Name and value of what a provenance tells, in words; `names` chooses some, in their order."""
+    for name in provenance if names is None else names:
+        value = provenance.get(name)
+        words = name.removesuffix("_bytes").replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from ((f"{words} {inner}", text) for inner, text in told(value))
+        elif value is not None:
+            yield words, _worded(name, value)
+
+
+def colour_range(layers: Sequence[Tensor]) -> tuple[float, float]:
+    """Lowest and highest log10 of the scores that get colours of their own; equal if all scores are."""
+    logs = torch.cat(tuple(layers)).log10()
+    known = logs[logs.isfinite()]
+    if not len(known):
+        return 0.0, 0.0
+    high = float(known.max())
+    low = max(float(known.min()), high - DECADES)
+    only_zeros_differ = low == high and len(known) < len(logs)
+    return low - only_zeros_differ, high
+
+
+def colour_levels(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Per layer, (units,) in [0, 1]: where a score lies in `colour_range`; zeros are at 0."""
+    low, high = colour_range(layers)
+    return [((x.log10() - low) / (high - low or 1.0)).clamp(0, 1) for x in layers]
+
+
+def _style(level: float) -> Style:
+    return Style(color="#000000" if level > LIGHT else "#ffffff", bgcolor=PALETTE[round(level * (len(PALETTE) - 1))])
+
+
+def _worded(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**30:.2f} GiB"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and name != "seed" else str(value)

@@ -1,0 +1,128 @@
+"""What the trajectory compares: which features of a block, of which tokens, and the Gram matrix over them.
+
+Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921), section 3; the normalisations are ours: Grams are per
+sample over its own tokens and divided by the token count, so that long texts do not dominate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import BadInput
+from optin_deploy.layout import LayerSpec
+from optin_deploy.masking import Batch
+from optin_deploy.scoring.noise import sample_keys, stream, uniform_order
+
+Site = Literal["block", "ffn"]
+SITES: tuple[Site, ...] = ("block", "ffn")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which features are compared."""
+
+    site: Site = "block"
+    """`block`: outputs of the blocks; `ffn`: outputs of the FFN's second projection, before the residual is added."""
+    tokens: int | None = None
+    """Tokens drawn, seeded, from each sample's own; None = all."""
+    across: bool = False
+    """Draw the tokens over the whole batch, and compare tokens of different samples too, as the paper's code does.
+    Such scores depend on which samples share a batch."""
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise BadInput(f"unknown --features {self.site!r}; possible: {', '.join(SITES)}.")
+        if self.tokens is not None and self.tokens < 2:
+            raise BadInput(f"--tokens {self.tokens}: give at least 2; a single token has no relation to another.")
+        if self.across and self.tokens is None:
+            raise BadInput("tokens across a batch must be drawn: give their number.")
+
+    def path(self, layer: LayerSpec) -> str:
+        """Module whose output is compared."""
+        return layer.path if self.site == "block" else layer.ffn.output
+
+
+ALL_TOKENS = Features()
+PAPER = Features("ffn", 768, across=True)
+"""As in the authors' code, but for what has no reason there: padding, the last layer halved, a prior on the index."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The compared tokens of one batch, in groups; each group has a Gram matrix of its own."""
+
+    batch: int
+    """Samples."""
+    places: Tensor | None
+    """(groups, tokens): places in the flattened (batch * tokens) features; None = all, where they are."""
+    valid: Tensor
+    """(groups, tokens), 0 or 1."""
+
+    @property
+    def weight(self) -> float:
+        """Samples a group stands for."""
+        return self.batch / len(self.valid)
+
+    def gram(self, features: Tensor) -> Tensor:
+        """Cosine of every pair of a group's tokens, divided by its token count.
+
+        Args: features: (times * batch, tokens, hidden).
+        Returns: (times * groups, tokens, tokens); rows and columns of padding are zero.
+        """
+        times = len(features) // self.batch
+        if self.places is not None:
+            flat = features.reshape(times, -1, features.shape[-1])
+            features = flat[:, self.places].flatten(0, 1)  # (times * groups, tokens, hidden)
+        valid = self.valid.repeat(times, 1)
+        unit = torch.nn.functional.normalize(features, dim=-1) * valid.unsqueeze(-1)
+        return unit @ unit.transpose(1, 2) / valid.sum(1).view(-1, 1, 1)
+
+
+def draw_tokens(features: Features, batch: Batch, valid: Tensor, seed: int) -> Tokens:
+    """The tokens to compare, real ones first in each group.
+
+    Args: valid: (batch, tokens), 0 or 1. seed: of the draw, which depends on the samples' content alone.
+    """
+    samples, length = valid.shape
+    keys = sample_keys(batch)
+    if features.tokens is None:
+        if bool((valid[:, 1:] <= valid[:, :-1]).all()):
+            return Tokens(samples, None, valid)
+        rank = torch.arange(length, device=valid.device).expand(samples, -1)
+        width = length
+    else:
+        rank = uniform_order(keys, stream(seed, "tokens", 0), length, valid.device)
+        rank = rank.gather(
+            1, (valid.bool().cumsum(1) - 1).clamp(min=0)
+        )  # by place in the text, wherever the padding is
+        width = min(features.tokens, length)
+    if features.across:
+        # Padding last; real tokens in random order over the whole batch.
+        real = valid.flatten().nonzero().squeeze(1)
+        places = real[rank.flatten()[real].argsort()[: features.tokens]]
+        return Tokens(samples, places.unsqueeze(0), torch.ones(1, len(places)).to(valid))
+    last = torch.iinfo(rank.dtype).max
+    order = rank.masked_fill(valid == 0, last).argsort(dim=1, stable=True)[:, :width]
+    start = torch.arange(samples, device=valid.device).unsqueeze(1) * length
+    return Tokens(samples, order + start, valid.gather(1, order))
+
+
+def valid_tokens(batch: Batch, features: Tensor) -> Tensor:
+    """Which tokens are real: the attention mask, or all for images. Shape (batch, tokens), 0 or 1."""
+    mask = batch.get("attention_mask")
+    return torch.ones(features.shape[:2]).to(features) if mask is None else mask.to(features)
+
+
+def trajectory_distance(grams: Sequence[Tensor], masked_grams: Sequence[Tensor]) -> Tensor:
+    """Squared Frobenius distances of Grams, summed over the layers; 0 when nothing changed.
+
+    Args: grams: per layer (groups, tokens, tokens). masked_grams: per layer (times * groups, tokens, tokens).
+    Returns: (times, groups).
+    """
+    pairs = zip(grams, masked_grams, strict=True)
+    return torch.stack([(m.view(-1, *g.shape) - g).square().sum((2, 3)) for g, m in pairs]).sum(0)

@@ -1,0 +1,287 @@
+"""Scoring in parts that many processes share by files alone: no messages, nothing lost, nothing scored twice.
+
+A part's result is one file, written whole under a name that says what it is, in a folder named by the hash of model,
+data and settings. Who works on a part holds the operating system's lock on a file beside it, which a killed process
+lets go of; what is finished is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import torch
+from safetensors import SafetensorError
+
+from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.layout import Branch
+from optin_deploy.progress import Progress
+from optin_deploy.scoring.terms import ROWS, Terms
+from optin_deploy.storage import read_metadata, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+FIGURES = ("samples", "probes", "output_probes", "forward_seconds", "seconds", "peak_bytes")
+"""Fields of `Terms` that a part's file holds beside the sums."""
+REMAKE_HINT = "It will be scored again."
+ATTEMPTS = 100
+"""To open a file in a folder that another worker is clearing away at this moment."""
+
+
+class PartsLeft(OptinError):
+    """This worker did its parts; others are not finished."""
+
+    exit_code = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One piece of work."""
+
+    name: str
+    """Says what is scored; unique among the parts of one scoring."""
+    cost: int
+    """For the progress bar: about samples times forwards."""
+    work: Callable[[Progress], Terms]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that share the parts."""
+
+    index: int = 0
+    count: int = 1
+    helps: bool = True
+    """After its own parts it takes over what nobody works on, and waits for the rest; else it leaves them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise BadInput(
+                f"--shard {self.index + 1}/{self.count}: possible are 1/{self.count} to {self.count}/{self.count}."
+            )
+
+
+def worker_of(shard: str | None, environment: Mapping[str, str]) -> Worker:
+    """Which worker this process is: by `--shard i/N`, else by torchrun's RANK and WORLD_SIZE, else the only one.
+
+    Raises: BadInput.
+    """
+    if shard is not None:
+        index, _, count = shard.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and int(count) > 0):
+            raise BadInput(f"--shard {shard!r}: give i/N, for example 1/4 to 4/4 for four processes.")
+        return Worker(int(index) - 1, int(count), helps=False)
+    rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise BadInput(f"RANK {rank!r} of WORLD_SIZE {size!r}: torchrun sets both; unset them to score alone.")
+    return Worker(int(rank), int(size))
+
+
+class Store(Protocol):
+    """Where finished parts are."""
+
+    def get(self, name: str) -> Terms | None:
+        """The result of a part, if it is finished."""
+
+    def put(self, name: str, terms: Terms) -> None:
+        """Keep a result."""
+
+    def claimed(self, name: str, *, wait: bool) -> AbstractContextManager[bool]:
+        """True if the part is this worker's to do; False if another is at it and `wait` is off."""
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """For one process: parts are kept until it ends."""
+
+    parts: dict[str, Terms] = field(default_factory=dict)
+
+    def get(self, name: str) -> Terms | None:
+        """The result of a part, if it is finished."""
+        return self.parts.get(name)
+
+    def put(self, name: str, terms: Terms) -> None:
+        """Keep a result."""
+        self.parts[name] = terms
+
+    @contextmanager
+    def claimed(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Always this worker's."""
+        yield True
+
+
+@dataclass(frozen=True)
+class FolderStore:
+    """For many processes, now or later."""
+
+    folder: Path
+    branches: Sequence[Branch]
+    """Of the model: what a part may hold sums of."""
+
+    @contextmanager
+    def shared(self, finished: Callable[[], bool]) -> Iterator[bool]:
+        """Stand among those who work on the parts; the last one to leave clears away what nobody needs any more.
+
+        Args: finished: are the scores written?
+        Returns: what `finished` said when this worker came.
+        """
+        while True:
+            with _opened(self.folder / "workers.lock") as lock:
+                lock.take(shared=True, wait=True)
+                if not lock.stands(self.folder / "workers.lock"):
+                    continue  # it was cleared away meanwhile
+                try:
+                    yield finished()
+                finally:
+                    # First alone, then the question: else the one who finishes may still see us, and we not its scores.
+                    if lock.take() and (finished() or not any(self.folder.glob("*.safetensors"))):
+                        shutil.rmtree(self.folder, ignore_errors=True)
+                        with suppress(OSError):  # parts of other settings are there
+                            self.folder.parent.rmdir()
+                return
+
+    def get(self, name: str) -> Terms | None:
+        """The result of a part, if its file is there, whole, and of this part."""
+        path, known = self._path(name), {branch.output: branch for branch in self.branches}
+        try:
+            sums = {known[output]: sums for output, sums in read_tensors(path, REMAKE_HINT).items()}
+            about = read_metadata(path)
+            figures = json.loads(about["figures"])
+            whole = sums and all(_fits(some, branch) for branch, some in sums.items()) and _are_figures(figures)
+        except (BadInput, SafetensorError, OSError, KeyError, ValueError):
+            return None
+        return Terms(sums, **figures) if whole and about.get("part") == name else None
+
+    def put(self, name: str, terms: Terms) -> None:
+        """Write the part's file, whole or not at all."""
+        figures = {figure: getattr(terms, figure) for figure in FIGURES}
+        tensors = {branch.output: sums for branch, sums in terms.sums.items()}
+        write_tensors(self._path(name), tensors, {"part": name, "figures": json.dumps(figures)})
+
+    @contextmanager
+    def claimed(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold the lock of a part."""
+        with _opened(self.folder / f"{name}.lock") as lock:
+            yield lock.take(wait=wait)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class _Lock:
+    """An operating system's lock on an open file: it falls when the file is closed, or the process dies.
+
+    Where there are none (not POSIX, some network file systems) every `take` succeeds: work may then be done twice,
+    with the same result.
+    """
+
+    file: TextIO
+
+    def take(self, *, wait: bool = False, shared: bool = False) -> bool:
+        """Take it, alone or together with others; False if it is held and `wait` is off."""
+        try:
+            import fcntl
+        except ImportError:
+            return True
+        try:
+            fcntl.flock(self.file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        except OSError as err:
+            log.warning("no locks on this file system (%s): other workers may do the same parts", err)
+        return True
+
+    def stands(self, path: Path) -> bool:
+        """Is this still the file at its path?"""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), path.stat())
+        except FileNotFoundError:
+            return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Lock]:
+    with _open(path) as file:
+        yield _Lock(file)
+
+
+def _open(path: Path) -> TextIO:
+    """For reading and writing: network file systems give a shared lock only for one, a lock alone for the other."""
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+")
+    raise BadInput(f"{path} cannot be made. Look at its folder.")
+
+
+def run_parts(
+    parts: Sequence[Part], store: Store, worker: Worker, progress: Progress, *, further: bool = False
+) -> list[Terms]:
+    """Do this worker's parts and collect those of all.
+
+    Args: further: after a round that is finished: who does not help may have left before it, so that whoever is there
+        does all that nobody works on.
+    Returns: the results, in the order of `parts`.
+    Raises: PartsLeft: another worker's are missing, and this one does not help.
+    """
+    finished: dict[str, Terms] = {}
+    total = sum(part.cost for part in parts)
+
+    def visit(part: Part, *, wait: bool) -> None:
+        done = sum(p.cost for p in parts if p.name in finished)
+        found = store.get(part.name)
+        if found is None:
+            with store.claimed(part.name, wait=wait) as mine:
+                if not mine:
+                    return
+                found = store.get(part.name)
+                if found is None:
+                    started = time.perf_counter()
+                    found = part.work(lambda d, t: progress(done + part.cost * d // max(t, 1), total))
+                    found = replace(found, seconds=time.perf_counter() - started)
+                    store.put(part.name, found)
+        finished[part.name] = found
+        progress(done + part.cost, total)
+
+    own = parts[worker.index :: worker.count]
+    rest = [part for part in parts if part not in own] if worker.helps or further else []
+    for part in (*own, *rest):
+        visit(part, wait=False)
+    if worker.helps:
+        for part in parts:  # what others are at: wait, and take over from whoever was killed
+            if part.name not in finished:
+                visit(part, wait=True)
+    left = [part.name for part in parts if part.name not in finished and store.get(part.name) is None]
+    if left:
+        raise PartsLeft(
+            f"worker {worker.index + 1} of {worker.count} has done its parts; {len(left)} of {len(parts)} are left to "
+            "others. The last one to finish writes the scores; run the same command to go on after a crash."
+        )
+    return [finished.get(part.name) or _of(store, part.name) for part in parts]
+
+
+def _of(store: Store, name: str) -> Terms:
+    found = store.get(name)
+    if found is None:
+        raise BadInput(f"the finished part {name} has vanished. Run the same command again.")
+    return found
+
+
+def _are_figures(found: object) -> bool:
+    if not isinstance(found, dict) or set(found) != set(FIGURES):
+        return False
+    return all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in found.values())
+
+
+def _fits(sums: torch.Tensor, branch: Branch) -> bool:
+    return sums.shape == (ROWS, branch.units) and sums.dtype == torch.float64 and bool(torch.isfinite(sums).all())

@@ -1,0 +1,292 @@
+"""`optin show`: scores as numbers and colours in the terminal, the picture, and what is told before there is a plan."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from PIL import Image
+from rich.console import Console
+from tiny_scoring import toy_layout
+
+from optin_deploy.cost.macs import MacCost
+from optin_deploy.score_table import (
+    PALETTE,
+    colour_levels,
+    compact,
+    head_heatmap,
+    neuron_table,
+    print_scores,
+    relative_error,
+    told,
+)
+from optin_deploy.scoring.scores import Scores
+from optin_deploy.workspace import Source, Workspace
+
+if TYPE_CHECKING:
+    from tiny_checkpoint import Shell
+
+HEADS = [[6.0, 0.06, 3.0], [0.0, 0.94]]
+CELLS = [["3.0", ".03", "1.5"], ["0", ".47"]]
+"""HEADS / 2, their mean."""
+NEURONS = [[1e-3, 2e-3, 3e-3, 4e-3, 5e-3], [0.0, 0.0]]
+PROVENANCE = {"scorer": "sketch", "samples": 1024, "probes": None, "seconds": 12.3456, "seed": 0}
+
+
+def tensors(layers: Sequence[Sequence[float]]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(x, dtype=torch.float64) for x in layers)
+
+
+def some_scores(**fields: Any) -> Scores:
+    layout = toy_layout((3, 2), (5, 2))
+    return Scores(tensors(HEADS), tensors(NEURONS), layout.hash, PROVENANCE, **fields)
+
+
+@pytest.fixture(name="work")
+def _work(tmp_path: Path) -> Path:
+    """An output folder as `optin score` leaves it."""
+    workspace = Workspace.claim(tmp_path / "work", Source("some-bert"))
+    cost = MacCost(fixed=10, head=(5, 5), neuron=(3, 3), dense=56, tokens=4)
+    workspace.write_scores(some_scores(), toy_layout((3, 2), (5, 2)), cost, "key")
+    return workspace.root
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def cells(text: str) -> list[list[str]]:
+    """The numbers of a heatmap's rows."""
+    return [line.split()[1:] for line in text.splitlines() if re.match(r" +\d+ ", line)]
+
+
+# the heatmap
+
+
+def test_a_head_is_shown_relative_to_the_mean_of_all_heads() -> None:
+    lines = head_heatmap(tensors(HEADS), width=80)
+    assert cells("\n".join(line.plain for line in lines)) == CELLS
+    assert "mean of all 5 (2.0e+00 = 1.0)" in lines[0].plain
+    assert "higher = keep" in lines[0].plain
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        *[(0, "0"), (1e-12, "~0"), (1e-9, "1e-9"), (3.4e-5, "3e-5"), (0.0094, "9e-3"), (0.0096, ".01"), (0.034, ".03")],
+        *[(0.994, ".99"), (0.996, "1.0"), (1, "1.0"), (9.94, "9.9"), (9.96, "10"), (47.4, "47"), (1600, "1600")],
+    ],
+)
+def test_a_ratio_is_compact(ratio: float, text: str) -> None:
+    assert compact(ratio) == text
+
+
+def test_a_compact_ratio_is_right_to_its_digits_and_fits() -> None:
+    for ratio in np.exp(np.linspace(np.log(1e-9), np.log(9999), 2000)):
+        text = compact(float(ratio))
+        assert len(text) <= 4
+        assert float(text) == pytest.approx(ratio, rel=0.5 if ratio < 0.1 else 0.06)
+
+
+def test_all_zero_scores_are_said_to_be_zero() -> None:
+    lines = head_heatmap(tensors([[0.0, 0.0], [0.0]]), width=80)
+    assert "all scores are 0" in lines[0].plain
+    assert cells("\n".join(line.plain for line in lines)) == [["0", "0"], ["0"]]
+
+
+def test_more_heads_than_fit_go_into_further_blocks() -> None:
+    heads = [[float(i + 1) for i in range(30)], [1.0] * 25]
+    lines = [line.plain for line in head_heatmap(tensors(heads), width=80)][1:]
+    assert max(map(len, lines)) <= 80
+    headers = [line.split()[1:] for line in lines if line.startswith("layer")]
+    assert [int(head) for header in headers for head in header] == list(range(30))
+    assert list(map(len, headers)) == [10, 10, 10], "of like width, not 14, 14 and 2"
+    rows = cells("\n".join(lines))
+    assert [sum(map(len, rows[layer::2])) for layer in range(2)] == [30, 25]
+
+
+def test_colours_on_a_terminal_are_those_of_the_picture() -> None:
+    lines = head_heatmap(tensors([[1.0, 10.0], [100.0]]), width=80)
+    shown = {}
+    for kind, system in (("terminal", "truecolor"), ("log", None)):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=kind == "terminal", color_system=system, width=80)
+        for line in lines:
+            console.print(line)
+        shown[kind] = out.getvalue()
+    assert "\x1b" not in shown["log"]
+    lowest, highest = "48;2;68;1;84", "48;2;253;231;37"
+    assert [shown["terminal"].count(colour) for colour in (lowest, highest)] == [1, 1]
+    assert tuple(to_hex(matplotlib.colormaps["viridis"](i / 9)) for i in range(10)) == PALETTE
+
+
+def test_text_can_be_read_on_every_colour() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    scores = tensors([[10 ** (i / 9) for i in range(10)]])
+    line = head_heatmap(scores, width=80)[2]
+    for span in line.spans:
+        style: Any = span.style
+        light, dark = sorted((luminance(style.color.name), luminance(style.bgcolor.name)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4.5, "WCAG AA"  # contrast of small text
+
+
+def test_levels_are_the_logarithm_between_lowest_and_highest() -> None:
+    levels = colour_levels(tensors([[1.0, 10.0], [1000.0, 0.0]]))
+    assert [x.tolist() for x in levels] == [pytest.approx([0, 1 / 3]), [1, 0]]
+    assert [x.tolist() for x in colour_levels(tensors([[0.0], [0.0]]))] == [[0], [0]]
+    assert [x.tolist() for x in colour_levels(tensors([[5.0], [5.0]]))] == [[0], [0]]
+    assert [x.tolist() for x in colour_levels(tensors([[5.0], [0.0]]))] == [[1], [0]]
+
+
+# neurons, errors, provenance
+
+
+def test_neurons_are_summarised_by_layer() -> None:
+    rng = np.random.default_rng(0)
+    neurons = [list(np.exp(rng.normal(0, 3, n))) for n in (101, 40)]
+    header, rows = neuron_table(Scores(tensors(HEADS), tensors(neurons), "hash", {}))
+    assert header == ["layer", "neurons", "mean", "5%", "median", "95%"]
+    for index, (row, values) in enumerate(zip(rows, neurons, strict=True)):
+        expected = [np.mean(values), *np.quantile(values, [0.05, 0.5, 0.95])]
+        assert row == [str(index), str(len(values)), *(f"{x:.1e}" for x in expected)]
+
+
+def test_the_relative_error_is_that_of_the_median_unit_with_a_score() -> None:
+    values, errors = tensors([[1.0, 2.0, 4.0, 0.0], [0.1, 1.0, 0.4, 0.0]])
+    assert relative_error(values, errors) == "10.0%"  # of 10%, 50% and 10%
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == "-"
+
+
+def test_errors_are_shown_where_they_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    print_scores(some_scores())
+    assert "standard error" not in capsys.readouterr().out
+    fifth = [x / 5 for x in tensors(HEADS)], [x / 4 for x in tensors(NEURONS)]
+    print_scores(some_scores(head_errors=tuple(fifth[0]), neuron_errors=tuple(fifth[1])))
+    out = capsys.readouterr().out
+    assert "relative standard error of the median head: 20.0%" in out
+    assert [line.split()[-2] for line in out.splitlines() if re.match(r"│ \d", line)] == ["25.0%", "-"]
+
+
+def test_provenance_is_told_in_words() -> None:
+    provenance = {
+        **PROVENANCE,
+        "peak_memory_bytes": 3 * 2**29,
+        "forward_equivalents": 4.0,
+        "rank_stability": {"heads": 0.98, "neurons": None},
+    }
+    assert list(told(provenance)) == [
+        ("scorer", "sketch"),
+        ("samples", "1,024"),
+        ("seconds", "12.35"),
+        ("seed", "0"),
+        ("peak memory", "1.50 GiB"),
+        ("forward equivalents", "4"),
+        ("rank stability heads", "0.98"),
+    ]
+    assert list(told(provenance, ("weighting", "seed", "scorer"))) == [("seed", "0"), ("scorer", "sketch")]
+
+
+# the command
+
+
+def test_show_scores_prints_them_and_draws_them(shell: Shell, work: Path) -> None:
+    before = names(work)
+    ran = shell("optin", "show", "scores", work)
+    assert ran.code == 0, ran.err
+    assert cells(ran.out) == CELLS
+    assert "some-bert" in ran.out
+    assert re.search(r"samples +1,024\n", ran.out)
+    assert "\x1b" not in ran.out
+    assert f"Wrote {work / 'scores.png'}" in ran.out
+    assert names(work) == sorted([*before, "scores.png"])
+    with Image.open(work / "scores.png") as image:
+        assert image.format == "PNG"
+
+
+def test_show_scores_alone_means_the_current_folder(shell: Shell, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    assert shell("optin", "show", "scores").code == 0
+    assert (work / "scores.png").is_file()
+
+
+def test_a_folder_named_scores_is_a_folder(shell: Shell, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work.rename(work.with_name("scores")).parent)
+    ran = shell("optin", "show", "scores")
+    assert ran.code == 0, ran.err
+    assert "Next: optin plan scores" in ran.out
+    assert not Path("scores/scores.png").exists()
+    assert shell("optin", "show", "scores", "scores").code == 0
+    assert Path("scores/scores.png").is_file()
+
+
+def test_a_dry_run_prints_and_writes_nothing(shell: Shell, work: Path) -> None:
+    before = names(work)
+    ran = shell("optin", "show", "scores", work, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert cells(ran.out) == CELLS
+    assert f"would write {work / 'scores.png'}" in ran.out
+    assert names(work) == before
+
+
+@pytest.mark.parametrize("words", [["colours", "work"], ["work", "scores"], ["scor"]])
+def test_what_cannot_be_shown_is_told_with_what_can(
+    shell: Shell, work: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(work.parent)
+    ran = shell("optin", "show", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert words[0] in ran.err
+    assert "optin show DIR" in ran.err
+    assert "optin show scores DIR" in ran.err
+    assert not (work / "scores.png").exists()
+
+
+def test_before_a_plan_show_tells_what_was_scored_and_the_next_step(shell: Shell, work: Path) -> None:
+    before = names(work)
+    ran = shell("optin", "show", work)
+    assert ran.code == 0, ran.err
+    assert "2 layers, 5 heads and 7 neurons" in ran.out
+    assert re.search(r"scorer +sketch\n", ran.out)
+    assert f"Next: optin plan {work}" in ran.out
+    assert f"optin show scores {work}" in ran.out
+    assert names(work) == before
+
+
+def test_with_a_plan_show_prints_the_plan(shell: Shell, work: Path) -> None:
+    assert shell("optin", "plan", work, "--flops", "0.7", "--align", "1").code == 0
+    ran = shell("optin", "show", work)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("keeps ") == 1
+    assert "Next" not in ran.out
+
+
+@pytest.mark.parametrize("words", [[], ["scores"]])
+@pytest.mark.parametrize("name", ["scores.json", "scores.safetensors"])
+def test_damaged_scores_are_refused_and_nothing_is_drawn(shell: Shell, work: Path, words: list[str], name: str) -> None:
+    (work / name).write_text("{")
+    ran = shell("optin", "show", *words, work)
+    assert ran.code == 2
+    assert name in ran.err
+    assert "optin score" in ran.err
+    assert not (work / "scores.png").exists()
+
+
+def test_without_scores_and_plan_show_says_what_to_run(shell: Shell, work: Path) -> None:
+    for path in work.glob("scores.*"):
+        path.unlink()
+    assert "optin plan" in shell("optin", "show", work).err
+    ran = shell("optin", "show", "scores", work)
+    assert ran.code == 2
+    assert "optin score" in ran.err
