@@ -81,7 +81,7 @@ def flat(terms: Any) -> Tensor:
 
 CASES: dict[str, Callable[[], Case]] = {
     "3 classes": lambda: Case(bert(), BERT, TEXT, "logits"),
-    "3 classes, 3 layers": lambda: Case(bert(layers=3, seed=4), BERT, TEXT[:1], "logits"),
+    "3 classes, 3 layers": lambda: Case(bert(layers=3, seed=4), BERT, [text_batch((3, 5, 4))], "logits"),
     "2 classes, 1 layer": lambda: Case(bert(labels=2, layers=1), BERT, TEXT, "logits"),
     "12 classes": lambda: Case(bert(labels=12), BERT, TEXT[1:], "logits"),
     "regression": lambda: Case(bert(labels=1), BERT, TEXT, "regression"),
@@ -148,10 +148,15 @@ def real_tokens(batch: Batch, i: int) -> list[int]:
 def drawn_tokens(count: int, seed: int) -> Pick:
     """Those real tokens with the smallest random numbers (as signed integers), smallest first."""
 
+    known: dict[tuple[int, ...], list[int]] = {}
+
     def pick(batch: Batch, i: int) -> list[int]:
-        key, number = key_of(rows(batch, [i])), stream_of(seed, "tokens", 0)
-        drawn = {place: word(key, number, order) for order, place in enumerate(real_tokens(batch, i))}
-        return sorted(drawn, key=lambda place: drawn[place] - (drawn[place] >> 63 << 64))[:count]
+        key, places = key_of(rows(batch, [i])), real_tokens(batch, i)
+        if (key, *places) not in known:
+            drawn = {place: word(key, stream_of(seed, "tokens", 0), order) for order, place in enumerate(places)}
+            order = sorted(drawn, key=lambda place: drawn[place] - (drawn[place] >> 63 << 64))
+            known[(key, *places)] = order[:count]
+        return known[(key, *places)]
 
     return pick
 
@@ -191,7 +196,8 @@ def look(
         output = model(**batch)
     found = []
     for i in range(len(states[0])):
-        grams = [cosines(state[i][pick(batch, i)]) for state in states]
+        places = pick(batch, i)
+        grams = [cosines(state[i][places]) for state in states]
         if kind == "embedding":
             mean = output.last_hidden_state[i][real_tokens(batch, i)].mean(0)
             vectors = (mean / mean.norm())[None]
@@ -243,6 +249,12 @@ def simple_terms(case: Case, *, site: str = "block", pick: Pick = real_tokens) -
                     line.append(torch.stack([d, output_moved(case.kind, vectors, moved)]))
             table.append(torch.stack(line, 1))  # (2, samples)
     return torch.stack(table, 1)
+
+
+@cache
+def terms_of(name: str, site: str = "block") -> Tensor:
+    """Of a case, all tokens."""
+    return simple_terms(case(name), site=site)
 
 
 # --- curvature ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -319,9 +320,8 @@ def test_the_damages_spoil_a_file_by_what_they_change_alone(tmp_path: Path) -> N
 # --- locks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_only_one_claims_a_part_at_a_time(tmp_path: Path, folder: bool) -> None:
-    store = FolderStore(tmp_path, [])
+def test_only_one_claims_a_part_at_a_time(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "new" / "folder", [])
     with store.claimed("p", wait=False) as first, store.claimed("p", wait=False) as again:
         assert (first, again) == (True, False)
         with store.claimed("other", wait=False) as other:
@@ -479,6 +479,29 @@ def test_who_comes_while_the_folder_is_cleared_away_stands_in_a_new_one(
         with store.shared(lambda: True):
             pass
         assert store.folder.exists()
+
+
+def test_workers_that_come_and_go_at_the_same_moment_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "parts" / "key", [FIRST])
+
+    def come_and_go() -> None:
+        for _ in range(300):
+            with store.shared(lambda: True):
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(come_and_go) for _ in range(4)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "parts").symlink_to(tmp_path / "nowhere" / "deeper")
+    with (
+        pytest.raises((BadInput, OSError), match="parts"),
+        FolderStore(tmp_path / "parts", []).claimed("p", wait=False),
+    ):
+        pass
 
 
 # --- whole scorings ---------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ from optin_deploy.terminal import quiet_libraries, stage_bar
 
 PROBES, HEAD_SAMPLES = range(6), 48
 ALLOCATIONS = ("uniform", "paper")
-EMBEDDER_LENGTH, EMBEDDER_CALIBRATION, EMBEDDER_TEST = 128, 256, 600
+MOST_TOKENS = 64
+"""Texts are cut there: the articles say what they are about in their first sentences."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,8 @@ def main() -> None:
     """Compare on all cases, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4])
-    parser.add_argument("--rows", type=int, default=256, help="most calibration rows")
+    parser.add_argument("--rows", type=int, default=128, help="most calibration rows")
+    parser.add_argument("--test-rows", type=int, default=400, help="most unseen rows")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
     parser.add_argument("--out", type=Path, default=Path("out/scoring"))
     parser.add_argument("--record", action="store_true")
@@ -84,7 +86,7 @@ def main() -> None:
     quiet_libraries()
     rows: list[Row] = []
     dense: dict[str, float] = {}
-    for case in cases(options.cache, options.rows):
+    for case in cases(options.cache, options.rows, options.test_rows):
         before = outputs_of(case.model, case.test.batches)
         if case.test.labels[0] is not None:
             dense[case.name] = accuracy(before, case.test)
@@ -96,21 +98,18 @@ def main() -> None:
     write_result(folder, "scoring_weighting", {"dense": dense, "rows": [asdict(row) for row in rows]}, text, command)
 
 
-def cases(cache: Path, most: int) -> Iterator[Case]:
+def cases(cache: Path, most: int, unseen: int) -> Iterator[Case]:
     """The classifiers, then all-MiniLM-L6-v2 as it comes."""
     for name, make in TASKS.items():
         task = make(cache)
-        parts = (
-            batches_of(task.model, rows, task.tokenizer, task.seq_len) for rows in (task.calibration[:most], task.test)
-        )
-        yield Case(name, task.model, task.seq_len, *parts)
+        length = min(task.seq_len, MOST_TOKENS)
+        rows = (task.calibration[:most], task.test[:unseen])
+        yield Case(name, task.model, length, *(batches_of(task.model, some, task.tokenizer, length) for some in rows))
     loaded = load_dense(str(minilm_folder()))
-    texts = [Sample(text=text) for text, _ in bbc_articles()[: EMBEDDER_CALIBRATION + EMBEDDER_TEST]]
-    parts = (
-        batches_of(loaded.model, rows, loaded.preprocessor, EMBEDDER_LENGTH)
-        for rows in (texts[:EMBEDDER_CALIBRATION], texts[EMBEDDER_CALIBRATION:])
-    )
-    yield Case("embeddings", loaded.model, EMBEDDER_LENGTH, *parts)
+    texts = tuple(Sample(text=text) for text, _ in bbc_articles()[: most + unseen])
+    parts = (texts[:most], texts[most:])
+    data = (batches_of(loaded.model, some, loaded.preprocessor, MOST_TOKENS) for some in parts)
+    yield Case("embeddings", loaded.model, MOST_TOKENS, *data)
 
 
 def compare(case: Case, dense: Tensor, budgets: Sequence[float]) -> list[Row]:

@@ -1,0 +1,103 @@
+"""The options that commands share: each once, with its help and the panel it stands in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or hub id.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of an earlier command.")]
+Task = Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
+SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
+Flops = Annotated[float, typer.Option(help="Share of the dense MACs to keep, in (0, 1].")]
+Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
+EngineAlign = Annotated[
+    int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
+]
+Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
+SCORING = "Scoring"
+ScorerName = Annotated[
+    str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
+]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper",
+        help="With --scorer exact: FFN outputs of 768 tokens drawn across each batch, as in the authors' code.",
+        rich_help_panel=SCORING,
+    ),
+]
+WeightingName = Annotated[
+    str,
+    typer.Option(
+        "--weighting",
+        help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
+        rich_help_panel=SCORING,
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]",
+        rich_help_panel=SCORING,
+    ),
+]
+KlWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
+    ),
+]
+Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
+Engine = Annotated[
+    str,
+    typer.Option(help="onnx (ONNX Runtime on CPU), ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
+]
+TENSORRT, MANY = "TensorRT", "Many processes"
+ProfileOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="SIZES",
+        help="min, opt and max sizes of the engine: batch=1,8,32 seq=16,128,512 (the default); repeatable.",
+        rich_help_panel=TENSORRT,
+    ),
+]
+Workspace_ = Annotated[
+    str | None, typer.Option("--workspace", help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(help="File of measured kernel times, reused by later builds.", rich_help_panel=TENSORRT),
+]
+Compatible = Annotated[
+    list[str] | None,
+    typer.Option(help="version (loads in later ones) or hardware (any GPU from Ampere on).", rich_help_panel=TENSORRT),
+]
+Weights = Annotated[
+    str, typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT)
+]
+At = Annotated[
+    list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
+]
+Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
+Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
+Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-FLOPS]")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
+PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
+
+DEFAULT_WEIGHTING = "paper"
