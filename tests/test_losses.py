@@ -107,6 +107,16 @@ def test_a_distance_over_tokens_is_the_mean_over_the_real_ones() -> None:
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
 
 
+def test_in_float32_the_divergence_of_a_small_change_is_not_lost_in_the_rounding_of_log_p() -> None:
+    logits = randn(8, 1, 5).float()
+    moved = logits + 1e-4 * randn(8, 1, 5, seed=1).float()
+    p, q = (x.double().softmax(2) for x in (logits, moved))
+    wanted = (p * (p / q).log()).sum((1, 2))
+    assert 1e-10 < float(wanted.min()) < float(wanted.max()) < 1e-7
+    found = output_distance(readout("logits", logits), moved)
+    torch.testing.assert_close(found[0].double(), wanted, rtol=1e-4, atol=0)
+
+
 # --- directions -----------------------------------------------------------------------------------------------
 
 CONFIDENT = [[0.0, 40.0, -40.0, 3.0], [300.0, 0.0, 0.0, 0.0], [-900.0, -1800.0, 0.0, 900.0], [0.0, 0.0, 200.0, 200.0]]

@@ -498,7 +498,7 @@ def test_workers_that_come_and_go_at_the_same_moment_do_not_trip_over_each_other
 def test_a_folder_in_which_no_lock_can_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "parts").symlink_to(tmp_path / "nowhere" / "deeper")
     with (
-        pytest.raises((BadInput, OSError), match="parts"),
+        pytest.raises(BadInput, match="parts"),
         FolderStore(tmp_path / "parts", []).claimed("p", wait=False),
     ):
         pass

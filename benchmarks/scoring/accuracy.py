@@ -59,7 +59,7 @@ def main() -> None:
     """Score in every way, compare, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=384)
-    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=48)
     parser.add_argument("--neurons", type=int, default=80, help="exactly scored neurons a layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/scoring"))

@@ -57,7 +57,7 @@ def main() -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=384)
-    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("out/scoring"))
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--memory-of", choices=MEMORY_WORK, help="internal: the work of one fresh process")
