@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -281,13 +282,20 @@ def test_samples_do_not_share_their_signs() -> None:
     torch.testing.assert_close(flat(run(model, [twice]))[TRAJECTORY], 2 * apart[0], rtol=1e-9, atol=0)
 
 
-def test_only_the_block_in_hand_keeps_its_graph() -> None:
-    """Blocks run again one by one, the last one first; nothing before the block in hand computes."""
-    model = bert(layers=3)
-    layout, ran = resolve(model), []
+def test_only_the_block_in_hand_computes_and_keeps_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run again one by one, the last one first, when the graph of the one before is gone."""
+    model, ran, alive = bert(layers=3), list[int](), WeakSet[Any]()
+
+    class Watched(sketch_module._Block):
+        def __init__(self, *args: Any) -> None:
+            assert not alive
+            alive.add(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(sketch_module, "_Block", Watched)
     hooks = [
         model.get_submodule(layer.ffn.output).register_forward_pre_hook(lambda m, a, i=i: ran.append(i))
-        for i, layer in enumerate(layout.layers)
+        for i, layer in enumerate(resolve(model).layers)
     ]
     run(model, TEXT[:1])
     assert ran == [0, 1, 2, 2, 1, 0]

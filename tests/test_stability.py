@@ -16,6 +16,7 @@ from torch import Tensor
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.scoring import Scores, ScoreSettings, score
 from optin_deploy.scoring import job as job_module
+from optin_deploy.scoring.parts import MemoryStore
 from optin_deploy.scoring.stability import enough, rank_stability
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -120,9 +121,9 @@ def test_errors_of_a_whole_population_are_nothing() -> None:
 # --- the stop rule of `score` ---------------------------------------------------------------------------------
 
 
-def scored(batches: Any = None, **options: Any) -> Scores:
+def scored(batches: Any = None, store: MemoryStore | None = None, **options: Any) -> Scores:
     model = case("3 classes").model
-    return score(model, resolve(model), batches or [text_batch((4, 7, 5))], ScoreSettings(**options))
+    return score(model, resolve(model), batches or [text_batch((4, 7, 5))], ScoreSettings(**options), store=store)
 
 
 def ranking(found: Scores, units: str) -> float:
@@ -137,8 +138,13 @@ def test_probes_are_added_until_the_ranking_of_neurons_is_stable(monkeypatch: py
     target = (1 + ranking(first, "neurons")) / 2
     monkeypatch.setattr(job_module, "STABLE_NEURONS", target)
     monkeypatch.setattr(job_module, "MOST_PROBES", 60)
-    found = scored()
+    done = MemoryStore()
+    found = scored(store=done)
     assert 1 < found.provenance["probes"] < 60
+    # Each round takes further probes; those before are not taken again.
+    rounds = sorted(tuple(map(int, name.split("-")[-2:])) for name in done.parts if name.startswith("sketch"))
+    assert len(rounds) > 1
+    assert [last for _, last in rounds] == [*(first for first, _ in rounds[1:]), found.provenance["probes"]]
     assert ranking(found, "neurons") >= target > ranking(first, "neurons")
     for a, b in zip(found.neurons, scored(probes=found.provenance["probes"]).neurons, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)  # rounds add up to what one would have been

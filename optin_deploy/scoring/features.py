@@ -97,9 +97,8 @@ def draw_tokens(features: Features, batch: Batch, valid: Tensor, seed: int) -> T
         width = length
     else:
         rank = uniform_order(keys, stream(seed, "tokens", 0), length, valid.device)
-        rank = rank.gather(
-            1, (valid.bool().cumsum(1) - 1).clamp(min=0)
-        )  # by place in the text, wherever the padding is
+        place = (valid.bool().cumsum(1) - 1).clamp(min=0)  # in the text, wherever its padding is
+        rank = rank.gather(1, place)
         width = min(features.tokens, length)
     if features.across:
         # Padding last; real tokens in random order over the whole batch.

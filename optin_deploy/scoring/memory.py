@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -78,6 +77,12 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory that this process has held: of the device, or resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
