@@ -166,7 +166,7 @@ Examples:
 
     optin score ./my-bert --calibration texts.txt --out work
 
-    torchrun --nproc-per-node=4 -m optin_deploy score ./my-bert --calibration texts.txt --out work
+    torchrun --nproc-per-node=4 --max-restarts=3 -m optin_deploy score ./my-bert --calibration texts.txt --out work
 
     optin score ./my-bert --calibration texts.txt --out /shared/work --shard 2/8
 """

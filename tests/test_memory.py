@@ -170,6 +170,20 @@ def test_the_advised_budget_is_enough() -> None:
     assert measured(lambda: kib(3 * KIB + 1), CPU, int(advised) * 2**20).rows == 1
 
 
+def test_a_batch_whose_tokens_are_drawn_together_is_never_divided() -> None:
+    """With `--paper` a smaller batch would be another draw, and other scores."""
+    model = bert()
+    layout, settings = resolve(model), ScoreSettings("exact", features=Features("ffn", 6, across=True))
+    batch = text_batch((6, 5, 4, 6))
+    free = score(model, layout, [batch], settings)
+    row = free.provenance["memory"]["row_bytes"]
+    with pytest.raises(BadInput, match="scoring 4 samples at once takes"):
+        score(model, layout, [batch], settings, memory_budget=3 * row)
+    found = score(model, layout, [batch], settings, memory_budget=4 * row)
+    for a, b in zip(all_of(found), all_of(free), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-18)
+
+
 def all_of(found: Scores) -> list[torch.Tensor]:
     return [*found.heads, *found.neurons, *found.head_errors, *found.neuron_errors]
 

@@ -325,6 +325,7 @@ def test_nan_in_weights_names_the_first_bad_layer_and_leaves_the_model_as_it_was
         ({"features": PAPER}, r"\(--paper\) are compared only by --scorer exact"),
         ({"probes": 0}, "--probes 0: give 1 or more"),
         ({"head_samples": -1}, "--head-samples -1: give 1 or more"),
+        ({"kl_weight": math.nan}, "--kl-weight nan: give a number, 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -154,7 +154,12 @@ class Job:
 
     def _exact_part(self, name: str, batches: Sequence[Batch], units: Mapping[Branch, range]) -> Part:
         def work(progress: Progress) -> Terms:
-            fitting, rows = micro_batches(batches, self._memory.rows), self._memory.rows
+            rows = self._memory.rows
+            if self.settings.features.across:  # tokens are drawn over the whole batch: it stays in one piece
+                fitting = list(batches)
+                self._memory.check_rows(max(map(rows_of, batches)))
+            else:
+                fitting = micro_batches(batches, rows)
             found = exact_terms(self.model, self.layout, fitting, units, rows=rows, progress=progress, **self._how)
             return replace(found, peak_bytes=peak_bytes(self._device))
 

@@ -34,6 +34,20 @@ class Memory:
         """Samples (exact: samples times units) that may be in work at once."""
         return self.budget_bytes // self.row_bytes
 
+    def check_rows(self, needed: int) -> None:
+        """Refuse a batch that cannot be divided and does not fit.
+
+        Raises: BadInput.
+        """
+        if self.rows < needed:
+            what = "one sample" if needed == 1 else f"{needed} samples at once"
+            least = needed * self.row_bytes
+            raise BadInput(
+                f"scoring {what} takes {least / 2**20:.1f} MiB, but the memory budget is "
+                f"{self.budget_bytes / 2**20:.1f} MiB. Give --memory-budget {-(-least // 2**20)}MiB or more, "
+                "or a smaller --seq-len."
+            )
+
 
 def measured(work: Callable[[], object], device: torch.device, budget_bytes: int | None) -> Memory:
     """Run `work`, which scores one sample, and see what it takes.
@@ -44,12 +58,7 @@ def measured(work: Callable[[], object], device: torch.device, budget_bytes: int
     with PeakBytes() as peak:
         work()
     memory = Memory(int(SHARE * free_bytes(device)) if budget_bytes is None else budget_bytes, max(peak.most, 1))
-    if memory.rows < 1:
-        raise BadInput(
-            f"scoring one sample takes {memory.row_bytes / 2**20:.1f} MiB, but the memory budget is "
-            f"{memory.budget_bytes / 2**20:.1f} MiB. Give --memory-budget {-(-memory.row_bytes // 2**20)}MiB or more, "
-            "or a smaller --seq-len."
-        )
+    memory.check_rows(1)
     return memory
 
 

@@ -34,7 +34,9 @@ class Scores:
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"scores: schema_version {self.schema_version}; this version reads {SCHEMA_VERSION}.")
+            raise BadInput(
+                f"scores: schema_version {self.schema_version}; this version reads {SCHEMA_VERSION}. Score again."
+            )
         for name, layers in (("heads", self.heads), ("neurons", self.neurons)):
             for i, values in enumerate(layers):
                 if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
@@ -37,6 +38,8 @@ class ScoreSettings:
             raise BadInput(f"unknown --weighting {self.weighting!r}; possible: {', '.join(WEIGHTINGS)}.")
         if self.features.across and self.scorer != "exact":
             raise BadInput("tokens across a batch (--paper) are compared only by --scorer exact.")
+        if self.kl_weight is not None and not 0 <= self.kl_weight < math.inf:
+            raise BadInput(f"--kl-weight {self.kl_weight}: give a number, 0 or more.")
         for name, value in (("--probes", self.probes), ("--head-samples", self.head_samples)):
             if value is not None and value < 1:
                 raise BadInput(f"{name} {value}: give 1 or more.")
