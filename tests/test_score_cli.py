@@ -381,7 +381,7 @@ def test_help_has_a_panel_for_scoring_and_one_for_many_processes_with_examples(s
     assert "--memory-budget" in panels["Scoring"]
     assert "--shard" in panels["Many processes"]
     assert "--ray" in panels["Many processes"]
-    assert "torchrun --nproc-per-node=4 -m optin_deploy score" in said
+    assert "torchrun --nproc-per-node=4 --max-restarts=3 -m optin_deploy score" in " ".join(said.split())
     assert "--shard 2/8" in said
     export = shell("optin", "export", "--help").out
     assert "--memory-budget" in export.split(" Scoring ─")[1].split("╰")[0]
