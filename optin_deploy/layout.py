@@ -53,6 +53,11 @@ class LayerSpec:
     ffn: Branch
 
     @property
+    def branches(self) -> tuple[Branch, Branch]:
+        """Both, in the order they run."""
+        return self.attention, self.ffn
+
+    @property
     def heads(self) -> int:
         """Number of attention heads."""
         return self.attention.units

@@ -103,7 +103,7 @@ def score_stage(
     """
     settings = replace(settings or ScoreSettings(), seed=prepared.source.seed)
     key = sha256_json([prepared.key, asdict(settings)])
-    branches = [branch for layer in prepared.layout.layers for branch in (layer.attention, layer.ffn)]
+    branches = [branch for layer in prepared.layout.layers for branch in layer.branches]
     store = FolderStore(workspace.parts_folder / key[:16], branches)
     if workspace.has_scores(key) and not store.folder.exists():
         return True

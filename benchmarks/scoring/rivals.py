@@ -55,7 +55,7 @@ def fisher(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss
     Caveats: needs labels; small where the model fits its data well. Their released code squares the gradient of a
     batch's mean loss, in which samples cancel; here, as in the paper, each sample's own is squared.
     """
-    branches = [branch for layer in layout.layers for branch in (layer.attention, layer.ffn)]
+    branches = [branch for layer in layout.layers for branch in layer.branches]
     sums = {branch: torch.zeros(branch.units, dtype=torch.float64) for branch in branches}
     weight = next(model.parameters()).detach()
     with inference(model), torch.enable_grad():

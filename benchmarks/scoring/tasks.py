@@ -21,7 +21,6 @@ from optin_deploy.calibration import Batches, Sample, text_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense, load_preprocessor
-from optin_deploy.masking import inference
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_file, sha256_json, write_text
 from optin_deploy.terminal import stage_bar
@@ -47,7 +46,7 @@ class Task:
     calibration: tuple[Sample, ...]
     """For scores and compensation. Labels are kept for rivals that need them; the product never looks at them."""
     test: tuple[Sample, ...]
-    """For `accuracy` alone."""
+    """For judging alone."""
     seq_len: int
     """Tokens at which texts are cut."""
 
@@ -97,14 +96,6 @@ def topics(cache: Path) -> Task:
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {"sentiment": sentiment, "topics": topics}
-
-
-def accuracy(model: nn.Module, task: Task) -> float:
-    """Share of the test rows whose largest logit is their label's."""
-    data = batches_of(model, task.test, task.tokenizer, task.seq_len)
-    with inference(model), torch.inference_mode():
-        predicted = torch.cat([model(**batch)["logits"].argmax(1) for batch in data.batches]).tolist()
-    return float(sum(a == b for a, b in zip(predicted, data.labels, strict=True)) / len(data))
 
 
 def batches_of(

@@ -125,7 +125,7 @@ def _check_branch(model: nn.Module, branch: Branch) -> None:
 def _refuse_shared_weights(model: nn.Module, layers: tuple[LayerSpec, ...]) -> None:
     owner: dict[int, str] = {}
     for layer in layers:
-        for branch in (layer.attention, layer.ffn):
+        for branch in layer.branches:
             for path in (*branch.inputs, branch.output):
                 weight = _linear(model, path).weight
                 first = owner.setdefault(id(weight), path)

@@ -55,7 +55,7 @@ def exact_terms(
         terms.forward_seconds += dense.seconds
         for index, layer in enumerate(layout.layers):
             hidden = dense.recording.outputs[blocks[index - 1]] if index else None
-            for branch in (layer.attention, layer.ffn):
+            for branch in layer.branches:
                 for chunk in _chunks(units.get(branch, ()), units_at_once(dense.valid, rows)):
                     many = {name: _repeat(value, len(chunk)) for name, value in batch.items()}
                     start = None if hidden is None else _repeat(hidden, len(chunk))

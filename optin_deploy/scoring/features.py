@@ -89,14 +89,13 @@ def draw_tokens(features: Features, batch: Batch, valid: Tensor, seed: int) -> T
     Args: valid: (batch, tokens), 0 or 1. seed: of the draw, which depends on the samples' content alone.
     """
     samples, length = valid.shape
-    keys = sample_keys(batch)
     if features.tokens is None:
         if bool((valid[:, 1:] <= valid[:, :-1]).all()):
             return Tokens(samples, None, valid)
         rank = torch.arange(length, device=valid.device).expand(samples, -1)
         width = length
     else:
-        rank = uniform_order(keys, stream(seed, "tokens", 0), length, valid.device)
+        rank = uniform_order(sample_keys(batch), stream(seed, "tokens", 0), length, valid.device)
         place = (valid.bool().cumsum(1) - 1).clamp(min=0)  # in the text, wherever its padding is
         rank = rank.gather(1, place)
         width = min(features.tokens, length)

@@ -9,7 +9,7 @@ from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, rows_of
@@ -69,8 +69,7 @@ class Job:
         rows = sum(map(rows_of, self.batches))
         # Every part holds units of its own on the samples of its batch.
         found = replace(found, samples=rows, forward_seconds=found.forward_seconds * rows / found.samples)
-        nothing = [torch.zeros(branch.units, dtype=torch.float64) for branch in self._ffns]
-        return self._told(found, found, nothing)
+        return self._told(found, found)
 
     def _sketch(self) -> Scores:
         settings, samples = self.settings, len(self._keys)
@@ -81,7 +80,7 @@ class Job:
             rounds = [self._sketch_parts(range(*some)) for some in pairwise([0, *ends])]
             results = iter(self._run([*chain(*rounds), *self._head_parts(heads)], further=further))
             sketched = combined([list(islice(results, len(each))) for each in rounds])
-            found = self._told(combined([list(results)]), sketched, None)
+            found = self._told(combined([list(results)]), sketched)
             more, more_heads = ends[-1], heads
             if settings.probes is None:
                 more = enough(found.neurons, found.neuron_errors, more, MOST_PROBES, STABLE_NEURONS)
@@ -93,22 +92,23 @@ class Job:
                 return found
             ends, heads, further = [*ends, more] if more > ends[-1] else ends, more_heads, True
 
-    def _told(self, masked: Terms, estimated: Terms, neuron_errors: list[Tensor] | None) -> Scores:
+    def _told(self, masked: Terms, estimated: Terms) -> Scores:
         """Scores of heads from one set of sums and of neurons from another, with where they came from."""
-        settings = self.settings
+        settings, exact = self.settings, self.settings.scorer == "exact"
         weights = weights_of(settings.weighting, settings.kl_weight, self.layout, estimated)
-        if neuron_errors is None:
-            neuron_errors = sketch_errors(estimated, self._ffns, weights)
         heads, neurons = mean_scores(masked, self._heads, weights), mean_scores(estimated, self._ffns, weights)
         head_errors = sampling_errors(masked, self._heads, weights, len(self._keys))
-        both = (masked,) if masked is estimated else (masked, estimated)
+        neuron_errors = (
+            [torch.zeros_like(t) for t in neurons] if exact else sketch_errors(estimated, self._ffns, weights)
+        )
+        both = (estimated,) if exact else (masked, estimated)
         seconds = sum(terms.seconds for terms in both)
         provenance = {
             **asdict(settings),
             "samples": estimated.samples,
             "head_samples": masked.samples,
-            "probes": None if masked is estimated else estimated.probes,
-            "output_probes": None if masked is estimated else estimated.output_probes,
+            "probes": None if exact else estimated.probes,
+            "output_probes": None if exact else estimated.output_probes,
             "kl_weight": weights.output,
             "rank_stability": {
                 "heads": rank_stability(heads, head_errors),

@@ -261,19 +261,13 @@ def run_parts(
         for part in parts:  # what others are at: wait, and take over from whoever was killed
             if part.name not in finished:
                 visit(part, wait=True)
-    left = [part.name for part in parts if part.name not in finished and store.get(part.name) is None]
-    if left:
+    results = [finished.get(part.name) or store.get(part.name) for part in parts]
+    found = [terms for terms in results if terms is not None]
+    if left := len(parts) - len(found):
         raise PartsLeft(
-            f"worker {worker.index + 1} of {worker.count} has done its parts; {len(left)} of {len(parts)} are left to "
+            f"worker {worker.index + 1} of {worker.count} has done its parts; {left} of {len(parts)} are left to "
             "others. The last one to finish writes the scores; run the same command to go on after a crash."
         )
-    return [finished.get(part.name) or _of(store, part.name) for part in parts]
-
-
-def _of(store: Store, name: str) -> Terms:
-    found = store.get(name)
-    if found is None:
-        raise BadInput(f"the finished part {name} has vanished. Run the same command again.")
     return found
 
 

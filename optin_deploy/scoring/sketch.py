@@ -86,7 +86,7 @@ class _Block:
         self, model: nn.Module, layout: ModelLayout, index: int, batch: Batch, dense: DensePass, features: Features
     ) -> None:
         layer = layout.layers[index]
-        self.branches, path = (layer.attention, layer.ffn), features.path(layer)
+        self.branches, path = layer.branches, features.path(layer)
         hidden = dense.recording.inputs.pop(layer.path).detach().requires_grad_()
         watch = recorded(model, inputs=[branch.output for branch in self.branches], outputs=[path])
         with torch.enable_grad(), watch as kept:

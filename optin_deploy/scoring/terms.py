@@ -90,7 +90,7 @@ def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayou
         return TermWeights((0.0,) * depth, 1.0)
     shares = tuple(1.0 / (depth - index) if weighting == "normalised" else 1.0 for index in range(depth))
     if kl_weight is None:
-        pairs = [(s, terms.sums[b]) for s, x in zip(shares, layout.layers, strict=True) for b in (x.attention, x.ffn)]
+        pairs = [(s, terms.sums[b]) for s, x in zip(shares, layout.layers, strict=True) for b in x.branches]
         trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
         output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
         kl_weight = KL_SHARE * trajectory / output if output > 0 else 0.0
