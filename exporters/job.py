@@ -29,7 +29,7 @@ from optin_deploy.quality import Quality, compare
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.search import Budget, check_search
-from optin_deploy.stages import Prepared, plan_stage, prepare, rewrite_stage, score_stage
+from optin_deploy.stages import Prepared, curve_stage, plan_stage, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
 from optin_deploy.workspace import Source, Workspace
 
@@ -87,6 +87,9 @@ def export_model(
     scoring = replace(scoring or ScoreSettings(), seed=source.seed)
     with clock("score") as progress:
         score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
+    if allocation == "curves":
+        with clock("curves") as progress:
+            curve_stage(workspace, prepared, progress=progress)
     with clock("plan"):
         align = target.align if align is None else align
         plan_stage(workspace, flops=flops, align=align, allocation=allocation)

@@ -250,15 +250,24 @@ def score(
         typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
 
 
-@app.command(epilog="Example:\n\n    optin plan work --flops 0.5 --align 64")
+@app.command(
+    epilog="Examples:\n\n    optin plan work --flops 0.5 --align 64\n\n    optin plan work --allocation curves"
+)
 def plan(
     folder: Folder, flops: Flops = 0.6, align: Align = 16, allocation: Allocation = "uniform", dry_run: DryRun = False
 ) -> None:
     """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
-    from optin_deploy.stages import plan_stage
+    from optin_deploy.search import check_search
+    from optin_deploy.stages import curve_stage, plan_stage, prepare
     from optin_deploy.workspace import Workspace
 
-    found = plan_stage(Workspace(folder), flops=flops, align=align, allocation=allocation, write=not dry_run)
+    workspace = Workspace(folder)
+    check_search(align, allocation)
+    if allocation == "curves" and not dry_run:
+        prepared = prepare(workspace.source())
+        with stage_bar("curves") as progress:
+            curve_stage(workspace, prepared, progress=progress)
+    found = plan_stage(workspace, flops=flops, align=align, allocation=allocation, write=not dry_run)
     print_plan(found)
     if not dry_run:
         typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")

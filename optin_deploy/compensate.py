@@ -21,6 +21,7 @@ from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
+from optin_deploy.regression import Moments
 from optin_deploy.rewrite.slices import linear_at, unit_columns
 from optin_deploy.scoring.features import valid_tokens
 
@@ -110,7 +111,7 @@ class _Problem:
         self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
         self.centred = self.start.bias is not None
         hidden = len(self.start.weight)
-        self.fit, self.judge = (_Moments(len(columns), hidden) for _ in range(2))
+        self.fit, self.judge = (Moments(len(columns), hidden) for _ in range(2))
         self.samples = 0
 
     def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
@@ -141,51 +142,3 @@ class _Problem:
             entries[f"{self.branch.output}.bias"] = self.start.bias.detach() + offset.to(weight)
         student.load_state_dict(entries, strict=False)
         return entries
-
-
-class _Moments:
-    """Sums that determine a linear regression, in float64; memory does not grow with the samples."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
-        self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
-        self.yy = 0.0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take rows x (rows, inputs), y (rows, outputs)."""
-        x, y = x.double().cpu(), y.double().cpu()
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += float(y.square().sum())
-
-    def __add__(self, other: _Moments) -> _Moments:
-        both = _Moments(len(self.x), len(self.y))
-        for name in ("count", "x", "y", "xx", "xy", "yy"):
-            setattr(both, name, getattr(self, name) + getattr(other, name))
-        return both
-
-    def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
-        """Coefficients (inputs, outputs) and offset (outputs,) of y ~ x @ coefficients + offset."""
-        count = max(self.count, 1)
-        mean_x, mean_y = (self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0)
-        if not len(self.x):
-            return self.xy, mean_y
-        covariance = self.xx / count - torch.outer(mean_x, mean_x)
-        cross = self.xy / count - torch.outer(mean_x, mean_y)
-        # Inputs that hardly vary leave rounding noise alone; the ridge stays well above it.
-        noise = 1e-8 * self.xx.diagonal().mean() / count
-        spread = covariance.diagonal().mean().clamp(min=max(float(noise), 1e-30))
-        covariance.diagonal().add_(ridge * spread)
-        coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
-        return coefficients, mean_y - mean_x @ coefficients
-
-    def error(self, coefficients: Tensor, offset: Tensor) -> float:
-        """Sum of squared errors of a solution on these rows."""
-        fitted = (coefficients * (self.xx @ coefficients)).sum() + 2 * offset @ (self.x @ coefficients)
-        fitted = fitted + self.count * offset @ offset
-        return float(self.yy - 2 * (coefficients * self.xy).sum() - 2 * offset @ self.y + fitted)

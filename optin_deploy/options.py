@@ -23,7 +23,10 @@ Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 1
 EngineAlign = Annotated[
     int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
 ]
-Allocation = Annotated[str, typer.Option(help="uniform (equal widths a layer) or paper (global ranking).")]
+Allocation = Annotated[
+    str,
+    typer.Option(help="uniform (equal widths a layer), paper (global ranking) or curves (error after compensation)."),
+]
 SCORING = "Scoring"
 ScorerName = Annotated[
     str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)

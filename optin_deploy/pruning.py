@@ -12,6 +12,7 @@ from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.compensate import apply_weights, compensate
 from optin_deploy.cost.macs import mac_cost
+from optin_deploy.curves import error_curves
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch
 from optin_deploy.plan import PruningPlan
@@ -49,7 +50,7 @@ def prune(
         flops: share of the dense MACs to keep, in (0, 1].
         seq_len: tokens at which MACs are counted (images: the model's own size).
         align: FFN widths in multiples of this.
-        allocation: `uniform` or `paper`.
+        allocation: where to cut: `uniform`, `paper` or `curves`; see `search`.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve the kept output projections in closed form.
         spec: an own architecture row.
@@ -62,7 +63,9 @@ def prune(
     budget.macs(cost)  # what is impossible is refused before the long work
     check_search(align, allocation)
     scores = score(model, layout, batches, settings or ScoreSettings(seed=seed))
-    plan = make_plan(search(scores, layout, cost, budget, align=align, allocation=allocation), layout, cost)
+    curves = error_curves(model, layout, scores, batches) if allocation == "curves" else None
+    masks = search(scores, layout, cost, budget, align=align, allocation=allocation, curves=curves)
+    plan = make_plan(masks, layout, cost)
     return cut(model, layout, plan, batches, compensation=compensation)
 
 

@@ -9,13 +9,15 @@ from fractions import Fraction
 
 import numpy as np
 
+from optin_deploy.allocate import Options, least_error
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.curves import Curve, Curves
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
-ALLOCATIONS = ("uniform", "paper")
+ALLOCATIONS = ("uniform", "paper", "curves")
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,24 @@ class Budget:
 
 
 def search(
-    scores: Scores, layout: ModelLayout, cost: MacCost, budget: Budget, *, align: int = 16, allocation: str = "uniform"
+    scores: Scores,
+    layout: ModelLayout,
+    cost: MacCost,
+    budget: Budget,
+    *,
+    align: int = 16,
+    allocation: str = "uniform",
+    curves: Curves | None = None,
 ) -> Masks:
     """Choose the heads and neurons to keep.
 
     Args:
         align: neurons are kept in multiples of this (or all of a layer's).
         allocation: `uniform`: the same number of heads and neurons in every layer, the best units inside;
-            `paper`: one ranking of all heads and one of all neurons over the whole model.
-    Both try every number of kept heads, fill the rest of the budget with neurons, and keep the pair of the
+            `paper`: one ranking of all heads and one of all neurons over the whole model;
+            `curves`: the widths of least summed error by the error curves, the best units inside.
+        curves: of this model and these scores; needed by `curves` alone.
+    The first two try every number of kept heads, fill the rest of the budget with neurons, and keep the pair of the
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput, InfeasibleBudget.
     """
@@ -63,13 +74,19 @@ def search(
     scores.check(layout)
     heads = [_Ranked(s.numpy(), 1, c) for s, c in zip(scores.heads, cost.head, strict=True)]
     neurons = [_Ranked(s.numpy(), align, c) for s, c in zip(scores.neurons, cost.neuron, strict=True)]
-    order = _by_depth if allocation == "uniform" else _by_score
-    kept_heads, kept_neurons = _best_pair(order(heads), order(neurons), budget.macs(cost) - cost.fixed)
-    return Masks(
-        tuple(x.keep(kept_heads.count(i)) for i, x in enumerate(heads)),
-        tuple(x.keep(kept_neurons.count(i)) for i, x in enumerate(neurons)),
-        layout.hash,
-    )
+    room = budget.macs(cost) - cost.fixed
+    if allocation == "curves":
+        if curves is None:
+            raise BadInput("--allocation curves needs error curves: measure them with `error_curves`.")
+        curves.check(layout)
+        groups = _least_error((*heads, *neurons), (*curves.heads, *curves.neurons), room)
+    else:
+        order = _by_depth if allocation == "uniform" else _by_score
+        some_heads, some_neurons = _best_pair(order(heads), order(neurons), room)
+        layers = range(len(layout.layers))
+        groups = [*(some_heads.count(i) for i in layers), *(some_neurons.count(i) for i in layers)]
+    kept = [ranked.keep(count) for ranked, count in zip((*heads, *neurons), groups, strict=True)]
+    return Masks(tuple(kept[: len(heads)]), tuple(kept[len(heads) :]), layout.hash)
 
 
 def check_search(align: int, allocation: str) -> None:
@@ -98,6 +115,18 @@ class _Ranked:
         kept = np.zeros(len(self.order), dtype=bool)
         kept[self.order[: self.ends[groups - 1] if groups else 0]] = True
         return tuple(kept.tolist())
+
+
+def _least_error(branches: Sequence[_Ranked], curves: Sequence[Curve], room: int) -> list[int]:
+    """Kept groups of each branch."""
+    options = []
+    for ranked, curve in zip(branches, curves, strict=True):
+        counts = np.array([0, *ranked.ends])
+        costs = np.array([0, *np.cumsum(ranked.costs)])
+        options.append(Options(np.arange(len(counts)), curve.at(counts), costs[np.newaxis]))
+    found = least_error(options, [room])
+    assert found is not None  # keeping nothing is always within the room
+    return found
 
 
 Step = tuple[list[int], float, int]

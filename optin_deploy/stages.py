@@ -13,6 +13,7 @@ from pathlib import Path
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
+from optin_deploy.curves import error_curves
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
 from optin_deploy.layout import ModelLayout
@@ -146,12 +147,29 @@ class ScoreRequest:
         )
 
 
+def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
+    """Write curves.json, which `--allocation curves` plans by; True if a finished one was reused."""
+    scores, _, _, scores_key = workspace.read_scores()
+    key = sha256_json([prepared.key, scores_key])
+    try:
+        if workspace.read_curves()[1] == key:
+            return True
+    except BadInput:
+        pass  # absent or damaged: measured again
+    batches = prepared.calibration.batches
+    workspace.write_curves(
+        error_curves(prepared.loaded.model, prepared.layout, scores, batches, progress=progress), key
+    )
+    return False
+
+
 def plan_stage(
     workspace: Workspace, *, flops: float = 0.6, align: int = 16, allocation: str = "uniform", write: bool = True
 ) -> PruningPlan:
-    """Make masks.json and plan.json from the stored scores; `write=False` only tells what they would be."""
+    """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be."""
     scores, layout, cost, key = workspace.read_scores()
-    masks = search(scores, layout, cost, Budget(flops), align=align, allocation=allocation)
+    curves = workspace.read_curves()[0] if allocation == "curves" else None
+    masks = search(scores, layout, cost, Budget(flops), align=align, allocation=allocation, curves=curves)
     plan = make_plan(masks, layout, cost)
     settings = {"flops": flops, "align": align, "allocation": allocation, "scores_key": key}
     if write:

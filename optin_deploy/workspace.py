@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.curves import Curves
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
@@ -20,9 +21,10 @@ from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
 SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
-MADE_FROM_SCORES = ("masks.json", "plan.json", "scores.png")
+MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png")
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
+CURVES_HINT = "Write it with `optin plan DIR --allocation curves`."
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,21 @@ class Workspace:
             return self.read_scores()[3] == key
         except BadInput:
             return False
+
+    def write_curves(self, curves: Curves, key: str) -> None:
+        """Store error curves and the key of what they were measured with."""
+        write_json(self.root / "curves.json", {"key": key, "curves": curves.to_json()})
+
+    def read_curves(self) -> tuple[Curves, str]:
+        """Error curves, and the key of what they were measured with.
+
+        Raises: BadInput: missing or damaged.
+        """
+        data = read_json(self.root / "curves.json", CURVES_HINT)
+        try:
+            return Curves.from_json(data["curves"]), str(data["key"])
+        except (KeyError, TypeError) as err:
+            raise BadInput(f"{self.root}/curves.json is not of this version ({err!r}). {CURVES_HINT}") from err
 
     def write_plan(self, plan: PruningPlan, masks: Masks, settings: Mapping[str, Any]) -> None:
         """Store masks (with the settings of the search) and plan."""

@@ -249,7 +249,7 @@ def test_a_budget_below_the_unprunable_layers_names_the_least(shell: Shell, out:
     [
         ("--engine", "bogus", "onnx, ort-cuda, ort-trt, torch, torch-compile, aoti, trt, trt-rtx"),
         ("--precision", "int3", "fp32"),
-        ("--allocation", "bogus", "uniform, paper"),
+        ("--allocation", "bogus", "uniform, paper, curves"),
         ("--scorer", "bogus", "sketch, exact"),
         ("--task", "bogus", "feature-extraction, text-classification, image-classification"),
         ("--pool", "max", "mean"),

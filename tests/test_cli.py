@@ -332,6 +332,18 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
     for kind in ("heads", "neurons"):
         assert [[i for i, bit in enumerate(bits) if bit == "1"] for bits in masks[kind]] == plan[kind]
 
+    assert (
+        "optin plan DIR --allocation curves" in shell("optin", "plan", work, "--allocation", "curves", "--dry-run").err
+    )
+    curves = tmp_path / "curves"
+    shutil.copytree(work, curves)
+    ran = shell("optin", "plan", curves, "--allocation", "curves", "--flops", 0.5, "--align", 8)
+    assert ran.code == 0, ran.err
+    told = json.loads((curves / "plan.json").read_text())
+    assert told["macs_pruned"] / told["macs_dense"] <= 0.5
+    assert json.loads((curves / "masks.json").read_text())["settings"]["allocation"] == "curves"
+    assert (curves / "curves.json").exists()
+
     ran = shell("optin", "rewrite", work)
     assert ran.code == 0, ran.err
     assert f"optin build {work}" in ran.out

@@ -134,6 +134,18 @@ def test_stages_are_announced_in_order_and_timed(tmp_path: Path) -> None:
     assert min(report.seconds.values()) >= 0
 
 
+def test_curves_are_a_stage_of_their_own_and_measured_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    uniform = run_job(tmp_path / "uniform", text_source())
+    first = run_job(out, text_source(), allocation="curves")
+    assert "curves" in first.seconds
+    assert first.hashes["plan"] != uniform.hashes["plan"]
+    written = (out / "curves.json").stat().st_mtime_ns
+    smaller = run_job(out, text_source(), allocation="curves", flops=0.5)
+    assert (out / "curves.json").stat().st_mtime_ns == written
+    assert smaller.macs["kept"] <= 0.5 < first.macs["kept"]
+
+
 def test_a_full_budget_keeps_everything_and_changes_nothing(tmp_path: Path) -> None:
     report = run_job(tmp_path / "out", text_source(), flops=1.0, compensation=False)
     assert report.macs["kept"] == 1.0

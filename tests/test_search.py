@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_scoring import toy_layout
 
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.curves import Curve, Curves
 from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks
@@ -191,7 +192,7 @@ layers = st.integers(1, 3).flatmap(
     align=st.integers(1, 5),
     share=st.floats(0, 1),
     fixed=st.integers(0, 40),
-    allocation=st.sampled_from(["uniform", "paper"]),
+    allocation=st.sampled_from(["uniform", "paper", "curves"]),
 )
 def test_any_plan_is_within_the_budget_aligned_and_keeps_the_best_units_of_each_layer(
     layers: tuple[Values, Values, list[int], list[int]], align: int, share: float, fixed: int, allocation: str
@@ -199,7 +200,9 @@ def test_any_plan_is_within_the_budget_aligned_and_keeps_the_best_units_of_each_
     heads, neurons, head_costs, neuron_costs = layers
     scores, layout, cost = problem(heads, neurons, head=head_costs, neuron=neuron_costs, fixed=fixed)
     limit = max(1, cost.fixed + math.floor(share * (cost.dense - cost.fixed)))
-    masks = search(scores, layout, cost, Budget(limit, relative=False), align=align, allocation=allocation)
+    curves = random_curves(layout, fixed)
+    budget = Budget(limit, relative=False)
+    masks = search(scores, layout, cost, budget, align=align, allocation=allocation, curves=curves)
     spent = fixed
     for keeps, all_values, costs, step in (
         (masks.heads, heads, head_costs, 1),
@@ -214,6 +217,47 @@ def test_any_plan_is_within_the_budget_aligned_and_keeps_the_best_units_of_each_
     assert spent <= limit
     assert make_plan(masks, layout, cost).macs_pruned == spent
     assert masks.layout_hash == layout.hash
+
+
+def random_curves(layout: ModelLayout, seed: int) -> Curves:
+    """Curves of a layout, measured at every other width."""
+    rng = np.random.default_rng(seed)
+
+    def curve(units: int) -> Curve:
+        counts = sorted({*range(0, units, 2), units})
+        errors = sorted(rng.random(len(counts) - 1).tolist(), reverse=True)
+        return Curve(tuple(counts), (*errors, 0.0))
+
+    heads, neurons = (tuple(curve(getattr(layer, kind)) for layer in layout.layers) for kind in ("heads", "neurons"))
+    return Curves(heads, neurons, layout.hash)
+
+
+@pytest.mark.parametrize("align", [1, 2, 3])
+def test_curves_give_the_widths_of_least_summed_error(align: int) -> None:
+    for seed in range(4):
+        scores, layout, cost = random_problem(seed, (3, 2), (5, 4))
+        curves = random_curves(layout, seed)
+        every = (*curves.heads, *curves.neurons)
+        widths = [range(4), range(3), *({*range(0, n + 1, align), n} for n in (5, 4))]
+        for limit in range(cost.fixed, cost.dense + 1, 3):
+            budget = Budget(limit, relative=False)
+            masks = search(scores, layout, cost, budget, align=align, allocation="curves", curves=curves)
+            errors = {
+                chosen: sum(float(curve.at([n])[0]) for curve, n in zip(every, chosen, strict=True))
+                for chosen in itertools.product(*widths)
+                if cost.of(chosen[:2], chosen[2:]) <= limit
+            }
+            heads, neurons = counts(masks)
+            assert errors[(*heads, *neurons)] == pytest.approx(min(errors.values()), abs=1e-5)
+
+
+def test_curves_must_be_given_and_of_this_layout() -> None:
+    scores, layout, cost = random_problem(0, (3, 3), (4, 4))
+    with pytest.raises(BadInput, match="needs error curves"):
+        search(scores, layout, cost, Budget(0.5), allocation="curves")
+    other = random_curves(toy_layout((3, 3), (4, 4), "other"), 0)
+    with pytest.raises(BadInput, match="another model"):
+        search(scores, layout, cost, Budget(0.5), allocation="curves", curves=other)
 
 
 @pytest.mark.parametrize(("score", "width", "align"), [(0.1, 7, 6), (0.1, 8, 7), (1 / 3, 20, 16)])

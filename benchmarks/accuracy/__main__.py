@@ -1,0 +1,164 @@
+"""Accuracy at 60, 40 and 25% of the MACs without retraining: ours and peers, on the same rows in one run.
+
+A cell is one task, calibration seed, method and budget; it is a file with the right and wrong rows, so that a run can
+be interrupted and continued, and methods compared row by row. Nothing is chosen on test rows.
+Run: python -m benchmarks.accuracy --minutes 20, as often as needed; --record writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.methods import METHODS, PEERS, Case
+from benchmarks.record import RESULTS, write_result
+from benchmarks.scoring.tasks import TASKS, Task, batches_of
+from optin_deploy.bench.report import to_table
+from optin_deploy.calibration import Batches
+from optin_deploy.quality import outputs_of
+from optin_deploy.storage import read_json, sha256_tensors, write_json
+from optin_deploy.terminal import quiet_libraries
+
+Cell = tuple[str, int, str, float]
+"""Task, seed, method, share of the MACs."""
+DENSE = "dense"
+
+
+def main() -> None:
+    """Do open cells for some time, print the table, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
+    parser.add_argument("--rows", type=int, default=512, help="calibration rows of a seed")
+    parser.add_argument("--test-rows", type=int, default=1500)
+    parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
+    parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
+    parser.add_argument("--cells", type=Path, default=Path("out/accuracy"), help="keeps the finished cells")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    end = time.monotonic() + 60 * options.minutes
+    found: dict[Cell, dict[str, Any]] = {}
+    for name in options.tasks:
+        task = TASKS[name](options.cache)
+        wanted = list(product([name], options.seeds, options.methods, options.flops))
+        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=options.test_rows, end=end)
+    text = page(found)
+    print(text)
+    data = {
+        "cells": [
+            {"task": t, "seed": s, "method": m, "flops": f, "accuracy": accuracy(c), "seconds": c["seconds"]}
+            for (t, s, m, f), c in found.items()
+        ]
+    }
+    command = shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]])
+    write_result(RESULTS if options.record else options.cells, "accuracy", data, text, command)
+
+
+def cells(
+    task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float
+) -> dict[Cell, dict[str, Any]]:
+    """The finished cells of one task; open ones are done until `end`."""
+    test = batches_of(task.model, task.test[:test_rows], task.tokenizer, task.seq_len)
+    key = sha256_tensors(task.model.state_dict())[:12]
+    found: dict[Cell, dict[str, Any]] = {}
+    cases: dict[int, Case] = {}
+    for cell in [(task.name, -1, DENSE, 1.0), *wanted]:
+        _, seed, method, flops = cell
+        name = "-".join(c if c.isalnum() else "_" for c in method)
+        path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}" / f"{name}-{flops:g}-seed{seed}.json"
+        if path.exists():
+            found[cell] = read_json(path, "Delete it to measure it again.")
+            continue
+        if time.monotonic() > end and method != DENSE:
+            continue
+        case = cases.setdefault(seed, _case(task, seed, rows))
+        started = time.perf_counter()
+        model = task.model if method == DENSE else METHODS[method](case, flops)
+        seconds = time.perf_counter() - started
+        right = (outputs_of(model, test.batches).argmax(1) == torch.tensor(test.labels)).int().tolist()
+        found[cell] = {"right": "".join(map(str, right)), "seconds": round(seconds, 1)}
+        write_json(path, found[cell])
+        print(*cell, f"{accuracy(found[cell]):.2%}", f"{seconds:.0f} s", flush=True)
+    return found
+
+
+def _case(task: Task, seed: int, rows: int) -> Case:
+    drawn = random.Random(seed).sample(task.calibration, min(rows, len(task.calibration)))
+    data: Batches = batches_of(task.model, drawn, task.tokenizer, task.seq_len)
+    return Case(task.model, task.seq_len, data, seed)
+
+
+def accuracy(cell: Mapping[str, Any]) -> float:
+    """Share of right rows."""
+    return float(cell["right"].count("1") / len(cell["right"]))
+
+
+def page(found: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """The result for people."""
+    tasks = list(dict.fromkeys(task for task, *_ in found))
+    budgets = list(dict.fromkeys(flops for *_, method, flops in found if method != DENSE))
+    methods = [method for method in METHODS if any(cell[2] == method for cell in found)]
+    dense = {task: accuracy(found[task, -1, DENSE, 1.0]) for task in tasks}
+    lines = []
+    for method in methods:
+        row = [method]
+        for flops in budgets:
+            drops = []
+            for task in tasks:
+                some = [accuracy(c) for (t, _, m, f), c in found.items() if (t, m, f) == (task, method, flops)]
+                row.append(_spread(some))
+                drops.append(100 * (dense[task] - statistics.mean(some)) if some else float("nan"))
+            row.append(f"{statistics.mean(drops):.2f}")
+        seconds = [c["seconds"] for (_, _, m, _), c in found.items() if m == method]
+        lines.append((*row, f"{statistics.mean(seconds):.0f}"))
+    header = ["method", *(x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")), "s"]
+    told = ", ".join(f"{task} {100 * value:.2f}%" for task, value in dense.items())
+    return (
+        f"# Accuracy without retraining\n\nShare of right test rows in percent at shares of the dense MACs, mean and "
+        f"spread (standard deviation) over calibration seeds; drop: mean points lost over the tasks. Dense: {told}.\n\n"
+        f"{to_table(header, lines)}\n\n" + "\n".join(_paired(found, tasks, budgets))
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def _paired(found: Mapping[Cell, Mapping[str, Any]], tasks: Sequence[str], budgets: Sequence[float]) -> Iterator[str]:
+    """Ours against the best peer of each cell, on the same rows."""
+    for flops in budgets:
+        for task in tasks:
+            ours = _rows(found, task, "ours", flops)
+            peers = {peer: rows for peer in PEERS if (rows := _rows(found, task, peer, flops)) is not None}
+            if ours is None or not peers:
+                continue
+            best = max(peers, key=lambda peer: float(peers[peer].mean()))
+            gain = ours - peers[best]
+            error = float(gain.std() / len(gain) ** 0.5)
+            yield f"- {task} at {flops:g}: {100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points over {best}."
+
+
+def _rows(found: Mapping[Cell, Mapping[str, Any]], task: str, method: str, flops: float) -> torch.Tensor | None:
+    """Share of the seeds in which each test row is right, (rows,)."""
+    some = [cell["right"] for (t, _, m, f), cell in found.items() if (t, m, f) == (task, method, flops)]
+    return torch.tensor([[float(c) for c in right] for right in some]).mean(0) if some else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Linear regression from sums over rows: the memory does not grow with the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Sums that determine a linear regression of y on x, in float64 on the CPU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.count = 0
+        self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.yy = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take rows x (rows, inputs), y (rows, outputs)."""
+        x, y = x.double().cpu(), y.double().cpu()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += float(y.square().sum())
+
+    def __add__(self, other: Moments) -> Moments:
+        both = Moments(len(self.x), len(self.y))
+        for name in ("count", "x", "y", "xx", "xy", "yy"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def narrowed(self, kept: Tensor, weight: Tensor) -> Moments:
+        """The sums of another regression on the same rows: of what the inputs left out gave, on those kept.
+
+        Args: kept: indices of inputs. weight: (outputs, inputs), of the projection whose other columns go.
+        """
+        cut = torch.ones(len(self.x), dtype=torch.bool)
+        cut[kept] = False
+        lost = weight.double().cpu().T[cut]  # (inputs left out, outputs)
+        part = Moments(len(kept), len(weight))
+        part.count, part.x, part.y = self.count, self.x[kept], self.x[cut] @ lost
+        part.xx, part.xy = self.xx[kept][:, kept], self.xx[kept][:, cut] @ lost
+        part.yy = float((lost * (self.xx[cut][:, cut] @ lost)).sum())
+        return part
+
+    def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
+        """Coefficients (inputs, outputs) and offset (outputs,) of y ~ x @ coefficients + offset."""
+        count = max(self.count, 1)
+        mean_x, mean_y = (self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0)
+        if not len(self.x):
+            return self.xy, mean_y
+        covariance = self.xx / count - torch.outer(mean_x, mean_x)
+        cross = self.xy / count - torch.outer(mean_x, mean_y)
+        # Inputs that hardly vary leave rounding noise alone; the ridge stays well above it.
+        noise = 1e-8 * self.xx.diagonal().mean() / count
+        spread = covariance.diagonal().mean().clamp(min=max(float(noise), 1e-30))
+        covariance.diagonal().add_(ridge * spread)
+        coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+        return coefficients, mean_y - mean_x @ coefficients
+
+    def error(self, coefficients: Tensor, offset: Tensor) -> float:
+        """Sum of squared errors of a solution on these rows."""
+        fitted = (coefficients * (self.xx @ coefficients)).sum() + 2 * offset @ (self.x @ coefficients)
+        fitted = fitted + self.count * offset @ offset
+        return float(self.yy - 2 * (coefficients * self.xy).sum() - 2 * offset @ self.y + fitted)
