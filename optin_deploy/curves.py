@@ -29,6 +29,7 @@ from optin_deploy.scoring.scores import Scores
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
+HINT = "Measure them with `optin plan DIR --allocation curves`."
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a branch's units; with all of them the error is 0."""
 RIDGE = 1e-2
@@ -79,10 +80,12 @@ class Curves:
 
         Raises: BadInput.
         """
-        counts = [(curve.counts[-1]) for curve in (*self.heads, *self.neurons)]
+        counts = [curve.counts[-1] for curve in (*self.heads, *self.neurons)]
         expected = [*(layer.heads for layer in layout.layers), *(layer.neurons for layer in layout.layers)]
         if self.layout_hash != layout.hash or self.schema_version != SCHEMA_VERSION or counts != expected:
-            raise BadInput("curves: of another model or version. Measure them again with `optin plan`.")
+            raise BadInput(
+                "curves: of another model or version. Measure them again with `optin plan DIR --allocation curves`."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -94,7 +97,12 @@ class Curves:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        return validated(cls, data, "curves: not curves of optin-deploy", "Measure them again with `optin plan`.")
+        return validated(
+            cls,
+            data,
+            "curves: not curves of optin-deploy",
+            "Measure them again with `optin plan DIR --allocation curves`.",
+        )
 
 
 def error_curves(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.curves import HINT as CURVES_HINT
 from optin_deploy.curves import Curves
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
@@ -24,7 +25,6 @@ SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
 MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png")
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
-CURVES_HINT = "Write it with `optin plan DIR --allocation curves`."
 
 
 @dataclass(frozen=True)

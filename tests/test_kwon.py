@@ -11,7 +11,8 @@ import torch
 from tiny_scoring import BERT, HEADS, HIDDEN, NEURONS, bert, one_thread, state_of, text_batch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.kwon import DAMPING, mask_gradients, rearranged, tuned
+from benchmarks.accuracy.kwon import DAMPING, rearranged, tuned
+from benchmarks.scoring.rivals import mask_gradients
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.plan import Masks, PruningPlan
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.scoring.rivals import Loss
 from optin_deploy.compensate import Weights
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, rows_of, run_blocks
+from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.features import valid_tokens
 
@@ -23,21 +22,6 @@ DAMPING = 1.0
 """Of the least squares, as published: large beside nothing but dead units."""
 LARGEST = 10.0
 """A layer whose tuned mask leaves [-10, 10] keeps its binary mask, as published."""
-
-
-def mask_gradients(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss: Loss) -> dict[Branch, Tensor]:
-    """d loss / d mask of every sample and unit at mask 1, (samples, units) a branch, float64."""
-    branches = [branch for layer in layout.layers for branch in layer.branches]
-    found: dict[Branch, list[Tensor]] = {branch: [] for branch in branches}
-    weight = next(model.parameters()).detach()
-    with inference(model), torch.enable_grad():
-        for index, batch in enumerate(batches):
-            masks = {b: weight.new_ones(rows_of(batch), 1, b.units, requires_grad=True) for b in branches}
-            with masked(model, masks):
-                total = loss(model(**batch), index).sum()
-            for branch, gradient in zip(branches, torch.autograd.grad(total, list(masks.values())), strict=True):
-                found[branch].append(gradient.double().squeeze(1))
-    return {branch: torch.cat(parts) for branch, parts in found.items()}
 
 
 def rearranged(masks: Masks, layout: ModelLayout, gradients: Mapping[Branch, Tensor]) -> Masks:

@@ -9,8 +9,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.kwon import mask_gradients, rearranged, tuned
-from benchmarks.scoring.rivals import RIVALS
+from benchmarks.accuracy.kwon import rearranged, tuned
+from benchmarks.scoring.rivals import RIVALS, mask_gradients
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.calibration import Batches
 from optin_deploy.compensate import Weights, apply_weights, compensate

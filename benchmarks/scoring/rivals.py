@@ -55,8 +55,14 @@ def fisher(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss
     Caveats: needs labels; small where the model fits its data well. Their released code squares the gradient of a
     batch's mean loss, in which samples cancel; here, as in the paper, each sample's own is squared.
     """
+    gradients = mask_gradients(model, layout, batches, loss)
+    return _by_layer(layout, lambda branch: gradients[branch].square().sum(0))
+
+
+def mask_gradients(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss: Loss) -> dict[Branch, Tensor]:
+    """d loss / d mask of every sample and unit at mask 1: (samples, units) a branch, float64 on the CPU."""
     branches = [branch for layer in layout.layers for branch in layer.branches]
-    sums = {branch: torch.zeros(branch.units, dtype=torch.float64) for branch in branches}
+    found: dict[Branch, list[Tensor]] = {branch: [] for branch in branches}
     weight = next(model.parameters()).detach()
     with inference(model), torch.enable_grad():
         for index, batch in enumerate(batches):
@@ -64,8 +70,8 @@ def fisher(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss
             with masked(model, masks):
                 total = loss(model(**batch), index).sum()
             for branch, gradient in zip(branches, torch.autograd.grad(total, list(masks.values())), strict=True):
-                sums[branch] += gradient.double().square().sum((0, 1)).cpu()  # (rows, 1, units) -> (units,)
-    return _by_layer(layout, sums.__getitem__)
+                found[branch].append(gradient.double().squeeze(1).cpu())
+    return {branch: torch.cat(parts) for branch, parts in found.items()}
 
 
 def torch_pruning_taylor(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss: Loss) -> Importance:
