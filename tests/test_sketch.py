@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -20,7 +20,20 @@ from oracle_scoring import (
     slopes_of,
     stream_of,
 )
-from tiny_scoring import BERT, Batch, bert, image_batch, masked_lm, one_thread, padded, rows, text_batch, vit
+from tiny_scoring import (
+    BERT,
+    Batch,
+    bare_bert,
+    bert,
+    dinov2,
+    image_batch,
+    masked_lm,
+    one_thread,
+    padded,
+    rows,
+    text_batch,
+    vit,
+)
 from torch import Tensor
 
 from optin_deploy.arch.resolve import resolve
@@ -340,3 +353,37 @@ def test_a_dead_unit_is_zero_in_both_terms_and_their_variances() -> None:
     for branch, unit in ((layout.layers[0].attention, 1), (layout.layers[0].ffn, 4)):
         dead = (terms.sums[branch][:4] == 0).all(0)
         assert dead.nonzero().flatten().tolist() == [unit]
+
+
+@pytest.mark.parametrize("make", [bert, bare_bert, vit, dinov2, masked_lm])
+def test_passes_in_bfloat16_move_scores_far_less_than_their_noise(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make().float()
+    images = {"pixel_values": image_batch(4)["pixel_values"].float()}
+    batches = [images] if "pixel_values" in model.main_input_name else TEXT
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sketch_module, "pass_dtype", lambda weight, dtype=dtype: dtype)
+        found.append(score(model, resolve(model), batches, ScoreSettings(probes=4)))
+    moved = False
+    for plain, half, error in zip(found[0].neurons, found[1].neurons, found[0].neuron_errors, strict=True):
+        moved |= not torch.equal(plain, half)
+        assert float(((plain - half).abs() / error).max()) < 0.2
+    assert moved, "bfloat16 was used"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "expected"),
+    [
+        (torch.float32, {"avx512_bf16": True}, torch.bfloat16),
+        (torch.float32, {"avx512_bf16": False, "avx2": True}, torch.float32),
+        (torch.float64, {"avx512_bf16": True}, torch.float64),
+        (torch.float16, {}, torch.float16),
+    ],
+)
+def test_only_float32_models_on_able_hardware_get_bfloat16_passes(
+    dtype: torch.dtype, able: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert sketch_module.pass_dtype(torch.zeros(1, dtype=dtype)) is expected

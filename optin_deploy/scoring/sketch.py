@@ -6,12 +6,14 @@ pass of s = sum of <R_k, G_k> estimates it for every unit of every layer: ds/dm_
 of unit u times ds/du. Signs depend on sample, layer and probe: batching changes nothing.
 
 The graph of one block at a time is kept: blocks run again from their recorded inputs, last one first, and each pass
-hands its gradient down. That costs one forward more, and takes the memory of one block instead of all.
+hands its gradient down. That costs one forward more, and takes the memory of one block instead of all. Where the
+hardware multiplies bfloat16, the passes of a float32 model use it: on MiniLM single scores move by half a percent, far
+below the noise of the projections. The dense forward, what is compared, and all sums stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms, atte
 
 GAUSSIAN_SQUARES = 2 / 3
 """E x^4 = 3 s^4 and Var x^2 = 2 s^4 for Gaussian x, which projections on many signs are: 2/3 x^4 estimates Var x^2."""
+BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16")
+"""CPU features, on x86 and on ARM; without one, bfloat16 is emulated and slower."""
 
 
 def sketch_terms(
@@ -50,6 +54,7 @@ def sketch_terms(
     """
     terms = Terms.zeros((*attention_branches(layout), *ffn_branches(layout)))
     terms.probes = len(probes)
+    dtype = pass_dtype(next(model.parameters()))
     depth = len(layout.layers)
     for number, batch in enumerate(batches):
         dense = dense_pass(model, layout, batch, features, seed, inputs=[layer.path for layer in layout.layers])
@@ -68,7 +73,7 @@ def sketch_terms(
         pulled = _pulled_back(model, layout, batch, dense, directions)
         bent: list[Tensor | None] = [None] * len(probes)  # and of each projection of the trajectory
         for index in reversed(range(depth)):
-            block = _Block(model, layout, index, batch, dense, features)
+            block = _Block(model, layout, index, batch, dense, features, dtype)
             for place, probe in enumerate(probes):
                 noise = signs(keys, stream(seed, f"layer {index}", probe), *block.gram.shape[1:], like=block.gram)
                 bent[place] = block.pass_down(bent[place], noise, terms, TRAJECTORY)
@@ -79,17 +84,38 @@ def sketch_terms(
     return terms
 
 
+def pass_dtype(weight: Tensor) -> torch.dtype:
+    """What the passes through a model with such weights multiply in."""
+    if weight.dtype != torch.float32:
+        return weight.dtype
+    if weight.is_cuda:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Not in every torch that we run with.
+        able: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = any(able.get(name, False) for name in BFLOAT16_PRODUCTS)
+    return torch.bfloat16 if fast else torch.float32
+
+
 class _Block:
     """The graph of one block on one batch, from its dense input to its output and its Gram matrix."""
 
     def __init__(
-        self, model: nn.Module, layout: ModelLayout, index: int, batch: Batch, dense: DensePass, features: Features
+        self,
+        model: nn.Module,
+        layout: ModelLayout,
+        index: int,
+        batch: Batch,
+        dense: DensePass,
+        features: Features,
+        dtype: torch.dtype,
     ) -> None:
         layer = layout.layers[index]
         self.branches, path = layer.branches, features.path(layer)
         hidden = dense.recording.inputs.pop(layer.path).detach().requires_grad_()
         watch = recorded(model, inputs=[branch.output for branch in self.branches], outputs=[path])
-        with torch.enable_grad(), watch as kept:
+        products = torch.autocast(hidden.device.type, dtype, enabled=dtype != hidden.dtype)
+        with torch.enable_grad(), products, watch as kept:
             self.out = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=layer.path)
             self.gram = dense.tokens.gram(kept.outputs[path])
         self.units = [kept.inputs[branch.output] for branch in self.branches]
@@ -105,7 +131,9 @@ class _Block:
         Returns: the gradient at the block's input; None below the first.
         """
         ends = [(self.out, gradient), (self.gram, noise)]
-        roots, weights = zip(*[(root, weight) for root, weight in ends if weight is not None], strict=True)
+        roots, weights = zip(
+            *[(root, weight.to(root.dtype)) for root, weight in ends if weight is not None], strict=True
+        )
         found = torch.autograd.grad(roots, [*self.units, *self.below], weights, retain_graph=True)
         for branch, values, slopes in zip(self.branches, self.units, found[:2], strict=True):
             squares = _slopes(branch, values, slopes).square()
