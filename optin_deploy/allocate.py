@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_array, csr_array
+from scipy.sparse import block_diag
 
 GAP = 1e-6
 """Relative distance to the best sum at which the solver may stop."""
@@ -33,12 +33,8 @@ def least_error(branches: Sequence[Options], limits: Sequence[int]) -> list[int]
     """
     errors = np.concatenate([options.errors for options in branches])
     costs = np.hstack([options.costs for options in branches]).astype(float)  # (budgets, all options)
-    one_each = block_array(
-        [
-            [csr_array(np.ones((1, len(options.counts)))) if i == j else None for j, options in enumerate(branches)]
-            for i in range(len(branches))
-        ]
-    )
+    sizes = [len(options.counts) for options in branches]
+    one_each = block_diag([np.ones((1, size)) for size in sizes])  # (branches, all options)
     scale = np.maximum(np.array(limits, dtype=float), 1)[:, None]
     room = np.ones(len(limits))
     while True:
@@ -51,8 +47,7 @@ def least_error(branches: Sequence[Options], limits: Sequence[int]) -> list[int]
         )
         if found.x is None:
             return None
-        bounds = np.cumsum([len(options.counts) for options in branches])[:-1]
-        chosen = [int(part.argmax()) for part in np.split(found.x, bounds)]
+        chosen = [int(part.argmax()) for part in np.split(found.x, np.cumsum(sizes)[:-1])]
         # The solver calculates in floating point with tolerances; costs are whole numbers and never above the limit.
         spent = [sum(int(x.costs[k, c]) for x, c in zip(branches, chosen, strict=True)) for k in range(len(limits))]
         if all(cost <= limit for cost, limit in zip(spent, limits, strict=True)):

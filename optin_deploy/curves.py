@@ -6,9 +6,10 @@ trade any width of one branch for any of another. No labels: the error is the sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,7 @@ class Curves:
 
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
-        return validated(
-            cls,
-            data,
-            "curves: not curves of optin-deploy",
-            "Measure them again with `optin plan DIR --allocation curves`.",
-        )
+        return validated(cls, data, "curves: not curves of optin-deploy", HINT)
 
 
 def error_curves(
@@ -113,66 +109,65 @@ def error_curves(
     *,
     progress: Progress = silent,
 ) -> Curves:
-    """Measure every branch at a few widths; costs about as much as 20 dense forwards over the samples.
+    """Measure every branch at a few widths; each costs forwards of the judging samples from the branch's block on.
 
     Args: batches: unlabeled calibration inputs; every fourth sample judges what the others fitted.
     """
     scores.check(layout)
     fitted, judged = _divided(batches)
-    heads: list[Curve] = []
-    neurons: list[Curve] = []
+    curves: dict[Branch, Curve] = {}
     with inference(model), torch.no_grad():
         dense = [dense_pass(model, layout, batch, ALL_TOKENS, 0) for batch in judged]
-        inputs: list[list[Tensor | None]] = [[None] * len(some) for some in (fitted, judged)]
+        fit_inputs: list[Tensor | None] = [None] * len(fitted)  # of the block in hand
+        inputs: list[Tensor | None] = [None] * len(judged)
         for index, layer in enumerate(layout.layers):
             moments = {branch: Moments(branch.units * branch.unit_width, 0) for branch in layer.branches}
-            ahead: list[list[Tensor | None]] = []
-            for some, states in zip((fitted, judged), inputs, strict=True):
-                ahead.append([])
-                for batch, hidden in zip(some, states, strict=True):
-                    with recorded(model, inputs=[branch.output for branch in moments]) as seen:
-                        after = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=layer.path)
-                    ahead[-1].append(after)
-                    if some is fitted:
-                        _take(moments, seen.inputs, valid_tokens(batch, after))
-            for branch, unit_scores, found in (
-                (layer.attention, scores.heads[index], heads),
-                (layer.ffn, scores.neurons[index], neurons),
-            ):
-                order = unit_scores.argsort(descending=True, stable=True).tolist()
-                found.append(_curve(model, layout, branch, index, order, moments[branch], judged, inputs[1], dense))
-            inputs = ahead
+            for i, batch in enumerate(fitted):
+                with recorded(model, inputs=[branch.output for branch in layer.branches]) as seen:
+                    after = run_blocks(model, layout, batch, start=index, hidden=fit_inputs[i], stop=layer.path)
+                real = valid_tokens(batch, after).bool()
+                for branch, sums in moments.items():
+                    units = seen.inputs[branch.output][real]  # (real tokens, units * width)
+                    sums.add(units, units[:, :0])
+                fit_inputs[i] = after
+            error = partial(_error, model, layout, index, judged, inputs, dense)
+            for branch, values in zip(layer.branches, (scores.heads[index], scores.neurons[index]), strict=True):
+                order = values.argsort(descending=True, stable=True).tolist()
+                curves[branch] = _curve(model, branch, order, moments[branch], error)
+            inputs = [
+                run_blocks(model, layout, batch, start=index, hidden=hidden, stop=layer.path)
+                for batch, hidden in zip(judged, inputs, strict=True)
+            ]
             progress(index + 1, len(layout.layers))
-    return Curves(tuple(heads), tuple(neurons), layout.hash)
+    heads, neurons = zip(*[[curves[branch] for branch in layer.branches] for layer in layout.layers], strict=True)
+    return Curves(heads, neurons, layout.hash)
 
 
-def _take(moments: Mapping[Branch, Moments], units: Mapping[str, Tensor], valid: Tensor) -> None:
-    for branch, sums in moments.items():
-        rows = units[branch.output][valid.bool()]  # (real tokens, units * width)
-        sums.add(rows, rows[:, :0])
-
-
-def _curve(
+def _error(
     model: nn.Module,
     layout: ModelLayout,
-    branch: Branch,
     index: int,
-    order: Sequence[int],
-    moments: Moments,
     batches: Sequence[Batch],
     inputs: Sequence[Tensor | None],
     dense: Sequence[DensePass],
+) -> float:
+    """Mean distance of the outputs to the dense ones, from the inputs of block `index` on."""
+    total = 0.0
+    for batch, hidden, before in zip(batches, inputs, dense, strict=True):
+        after = before.read(run_blocks(model, layout, batch, start=index, hidden=hidden))
+        total += float(output_distance(before.readout, after).sum())
+    return total / sum(map(rows_of, batches))
+
+
+def _curve(
+    model: nn.Module, branch: Branch, order: Sequence[int], moments: Moments, error: Callable[[], float]
 ) -> Curve:
-    """The curve of one branch of block `index`; `inputs` are the block's."""
+    """The errors of a branch that keeps its first units in this order."""
     counts = sorted({round(share * branch.units) for share in SHARES} - {branch.units})
     errors: list[float] = []
     for count in counts:
         with _narrowed(model, branch, unit_columns(sorted(order[:count]), branch.unit_width), moments):
-            total = 0.0
-            for batch, hidden, before in zip(batches, inputs, dense, strict=True):
-                after = before.read(run_blocks(model, layout, batch, start=index, hidden=hidden))
-                total += float(output_distance(before.readout, after).sum())
-        errors.append(total / sum(map(rows_of, batches)))
+            errors.append(error())
     # A wider branch can do what a narrower one does: where it measures worse, that is noise.
     falling = np.minimum.accumulate(errors).tolist()
     return Curve((*counts, branch.units), (*falling, 0.0))

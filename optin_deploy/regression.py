@@ -40,10 +40,11 @@ class Moments:
         cut = torch.ones(len(self.x), dtype=torch.bool)
         cut[kept] = False
         lost = weight.double().cpu().T[cut]  # (inputs left out, outputs)
+        products = self.xx[:, cut] @ lost  # of all inputs with what is lost
         part = Moments(len(kept), len(weight))
         part.count, part.x, part.y = self.count, self.x[kept], self.x[cut] @ lost
-        part.xx, part.xy = self.xx[kept][:, kept], self.xx[kept][:, cut] @ lost
-        part.yy = float((lost * (self.xx[cut][:, cut] @ lost)).sum())
+        part.xx, part.xy = self.xx[kept][:, kept], products[kept]
+        part.yy = float((lost * products[cut]).sum())
         return part
 
     def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from test_compensate import centred_ridge, projection_inputs
+from test_compensate import CASES as COMPENSATED
+from test_compensate import Case, centred_ridge, images, projection_inputs, texts
 from tiny_scoring import (
     BARE_BERT,
-    BERT,
-    DINOV2,
     HEADS,
-    HIDDEN,
     LAYERS,
     NEURONS,
-    VIT,
     Batch,
-    Family,
     bare_bert,
     bert,
-    dinov2,
     image_batch,
     one_thread,
     padded,
     rows,
     state_of,
-    text_batch,
     vit,
 )
 from torch import Tensor, nn
@@ -42,21 +35,7 @@ from optin_deploy.scoring import Scores
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
-def texts() -> list[Batch]:
-    return [text_batch((3, 7, 5, 6, 9, 4, 8, 10), seed=i) for i in range(3)]
-
-
-def images() -> list[Batch]:
-    return [image_batch(12, seed=0), image_batch(9, seed=1)]
-
-
-Case = tuple[nn.Module, Family, int, Callable[[], list[Batch]]]
-CASES: dict[str, Callable[[], Case]] = {
-    "classifier": lambda: (bert(), BERT, NEURONS, texts),
-    "embedding": lambda: (bare_bert(), BARE_BERT, NEURONS, texts),
-    "images": lambda: (vit(), VIT, NEURONS, images),
-    "LayerScale": lambda: (dinov2(), DINOV2, HIDDEN, images),
-}
+CASES = {**COMPENSATED, "bare bert: no logits": lambda: (bare_bert(), BARE_BERT, NEURONS, texts)}
 
 
 @pytest.fixture(params=CASES, name="case")
@@ -104,7 +83,7 @@ def distance(model: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
 def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model(case: Case, kind: str) -> None:
     model, family, neurons, data = case
-    batches, units = data(), HEADS if kind == "heads" else neurons
+    batches, units = data(0), HEADS if kind == "heads" else neurons
     curves, scores = measured(model, batches), scores_of(model)
     for layer in range(LAYERS):
         curve, order = getattr(curves, kind)[layer], getattr(scores, kind)[layer].argsort(descending=True).tolist()
@@ -132,7 +111,7 @@ def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model
 
 
 def test_padding_and_batching_do_not_enter() -> None:
-    model, batches = bert(), texts()
+    model, batches = bert(), texts(0)
     merged = [{name: torch.cat([padded(b, 2)[name] for b in batches]) for name in batches[0]}]
     for a, b in zip(measured(model, batches).neurons, measured(model, merged).neurons, strict=True):
         np.testing.assert_allclose(a.errors, b.errors, rtol=1e-8, atol=1e-14)
@@ -141,7 +120,7 @@ def test_padding_and_batching_do_not_enter() -> None:
 def test_the_model_is_untouched_also_after_an_error(case: Case) -> None:
     model, family, _, data = case
     before = state_of(model)
-    measured(model, data())
+    measured(model, data(0))
     assert state_of(model) == before
     calls = 0
 
@@ -153,7 +132,7 @@ def test_the_model_is_untouched_also_after_an_error(case: Case) -> None:
 
     handle = model.get_submodule(family.columns(1, "neurons", 0)[0]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        measured(model, data())
+        measured(model, data(0))
     handle.remove()
     assert state_of(model) == before
 
@@ -161,7 +140,7 @@ def test_the_model_is_untouched_also_after_an_error(case: Case) -> None:
 def test_progress_counts_layers() -> None:
     model, seen = vit(), []
     error_curves(
-        model, resolve(model), scores_of(model), images(), progress=lambda done, total: seen.append((done, total))
+        model, resolve(model), scores_of(model), images(0), progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, LAYERS), (2, LAYERS)]
 
@@ -173,7 +152,7 @@ def test_too_few_samples_are_refused_with_what_is_needed() -> None:
 
 def test_curves_come_back_from_json_and_are_checked() -> None:
     model = vit()
-    curves = measured(model, images())
+    curves = measured(model, images(0))
     assert Curves.from_json(curves.to_json()) == curves
     curves.check(resolve(model))
     with pytest.raises(BadInput, match="another model"):

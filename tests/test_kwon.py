@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from test_compensate import projection_inputs
 from tiny_scoring import BERT, HEADS, HIDDEN, NEURONS, bert, one_thread, state_of, text_batch
 from torch import Tensor, nn
 
@@ -77,13 +78,7 @@ def test_the_first_tuned_branch_is_a_damped_least_squares_fit(kind: str) -> None
     assert state_of(model) == before
     path, _ = BERT.columns(0, kind, 0)
     weight = model.get_parameter(f"{path}.weight").detach()
-    seen: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        for batch in BATCHES:
-            model(**batch)
-    hook.remove()
-    rows = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen, BATCHES, strict=True)])
+    rows = torch.tensor(np.concatenate(projection_inputs(model, path, BATCHES)))
     outputs = [
         (rows[:, columns] @ weight[:, columns].T).flatten().numpy()
         for unit in range(units)

@@ -16,10 +16,11 @@ from optin_deploy.compensate import Weights
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
 from optin_deploy.plan import Masks, PruningPlan
+from optin_deploy.rewrite.slices import unit_columns
 from optin_deploy.scoring.features import valid_tokens
 
 DAMPING = 1.0
-"""Of the least squares, as published: large beside nothing but dead units."""
+"""Of the least squares, as published: it holds units near 1 that hardly put anything out."""
 LARGEST = 10.0
 """A layer whose tuned mask leaves [-10, 10] keeps its binary mask, as published."""
 
@@ -79,10 +80,10 @@ def _factors(
     model: nn.Module, student: nn.Module, layout: ModelLayout, branch: Branch, kept: Tensor, batches: Sequence[Batch]
 ) -> Tensor:
     """One factor a unit, (units,); 1 where nothing is tuned."""
-    weight = student.get_parameter(f"{branch.output}.weight").detach()
-    weight = weight.view(len(weight), branch.units, branch.unit_width)[:, kept]  # (hidden, kept, width)
-    normal = torch.zeros(len(kept), len(kept), dtype=torch.float64)
-    right = torch.zeros(len(kept), dtype=torch.float64)
+    columns = unit_columns(kept.tolist(), branch.unit_width)
+    weight = student.get_parameter(f"{branch.output}.weight").detach()[:, columns]  # (hidden, kept * width)
+    products = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+    right = torch.zeros(len(columns), dtype=torch.float64)
     for batch in batches:
         with recorded(model, inputs=[branch.residual], outputs=[branch.output]) as dense:
             run_blocks(model, layout, batch, stop=branch.output)
@@ -91,15 +92,12 @@ def _factors(
         real = valid_tokens(batch, pruned.outputs[branch.output]).bool()
         gap = dense.outputs[branch.output] + dense.inputs[branch.residual]
         gap = (gap - pruned.outputs[branch.output] - pruned.inputs[branch.residual])[real]  # (rows, hidden)
-        units = pruned.inputs[branch.output][real].view(-1, branch.units, branch.unit_width)[:, kept]
-        if branch.unit_width == 1:  # Gram of a_u w_u: products of the Grams
-            rows, columns = units.squeeze(2), weight.squeeze(2)
-            normal += ((rows.T @ rows) * (columns.T @ columns)).double()
-            right += (rows * (gap @ columns)).sum(0).double()
-        else:
-            outputs = torch.einsum("ruw,huw->urh", units, weight).flatten(1)
-            normal += (outputs @ outputs.T).double()
-            right += (outputs @ gap.flatten()).double()
+        inputs = pruned.inputs[branch.output][real][:, columns]
+        products += (inputs.T @ inputs).double()
+        right += (inputs * (gap @ weight)).sum(0).double()
+    # Column c adds a_c w_c to the output; a unit is the sum of its columns.
+    normal = (products * (weight.T @ weight).double()).view(len(kept), branch.unit_width, len(kept), -1).sum((1, 3))
+    right = right.view(len(kept), branch.unit_width).sum(1)
     normal.diagonal().add_(DAMPING**2)
     factors = torch.ones(branch.units, dtype=torch.float64)
     factors[kept] += torch.linalg.solve(normal, right)

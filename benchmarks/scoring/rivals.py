@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,11 @@ def fisher(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss
     Caveats: needs labels; small where the model fits its data well. Their released code squares the gradient of a
     batch's mean loss, in which samples cancel; here, as in the paper, each sample's own is squared.
     """
-    gradients = mask_gradients(model, layout, batches, loss)
+    return squared(layout, mask_gradients(model, layout, batches, loss))
+
+
+def squared(layout: ModelLayout, gradients: Mapping[Branch, Tensor]) -> Importance:
+    """The diagonal Fisher of gradients that `mask_gradients` gave."""
     return _by_layer(layout, lambda branch: gradients[branch].square().sum(0))
 
 

@@ -54,7 +54,6 @@ def sketch_terms(
     """
     terms = Terms.zeros((*attention_branches(layout), *ffn_branches(layout)))
     terms.probes = len(probes)
-    dtype = pass_dtype(next(model.parameters()))
     depth = len(layout.layers)
     for number, batch in enumerate(batches):
         dense = dense_pass(model, layout, batch, features, seed, inputs=[layer.path for layer in layout.layers])
@@ -73,7 +72,7 @@ def sketch_terms(
         pulled = _pulled_back(model, layout, batch, dense, directions)
         bent: list[Tensor | None] = [None] * len(probes)  # and of each projection of the trajectory
         for index in reversed(range(depth)):
-            block = _Block(model, layout, index, batch, dense, features, dtype)
+            block = _Block(model, layout, index, batch, dense, features)
             for place, probe in enumerate(probes):
                 noise = signs(keys, stream(seed, f"layer {index}", probe), *block.gram.shape[1:], like=block.gram)
                 bent[place] = block.pass_down(bent[place], noise, terms, TRAJECTORY)
@@ -84,11 +83,11 @@ def sketch_terms(
     return terms
 
 
-def pass_dtype(weight: Tensor) -> torch.dtype:
-    """What the passes through a model with such weights multiply in."""
-    if weight.dtype != torch.float32:
-        return weight.dtype
-    if weight.is_cuda:
+def pass_dtype(hidden: Tensor) -> torch.dtype:
+    """What passes through a block with such input multiply in."""
+    if hidden.dtype != torch.float32:
+        return hidden.dtype
+    if hidden.is_cuda:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Not in every torch that we run with.
@@ -101,19 +100,13 @@ class _Block:
     """The graph of one block on one batch, from its dense input to its output and its Gram matrix."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: ModelLayout,
-        index: int,
-        batch: Batch,
-        dense: DensePass,
-        features: Features,
-        dtype: torch.dtype,
+        self, model: nn.Module, layout: ModelLayout, index: int, batch: Batch, dense: DensePass, features: Features
     ) -> None:
         layer = layout.layers[index]
         self.branches, path = layer.branches, features.path(layer)
         hidden = dense.recording.inputs.pop(layer.path).detach().requires_grad_()
         watch = recorded(model, inputs=[branch.output for branch in self.branches], outputs=[path])
+        dtype = pass_dtype(hidden)
         products = torch.autocast(hidden.device.type, dtype, enabled=dtype != hidden.dtype)
         with torch.enable_grad(), products, watch as kept:
             self.out = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=layer.path)
