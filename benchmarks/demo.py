@@ -21,12 +21,13 @@ from benchmarks.record import RESULTS, write_result
 from exporters.job import export_model
 from exporters.measuring import Point
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
+from optin_deploy.budget import Budget, Limits
 from optin_deploy.calibration import Batches, Sample, text_batches
 from optin_deploy.inputs import input_names
 from optin_deploy.pruned import load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import outputs_of
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.terminal import print_table, quiet_libraries, stage_bar
 from optin_deploy.workspace import Source, Workspace
@@ -58,7 +59,7 @@ def main() -> None:
     report = export_model(
         source,
         options.out / "pruned",
-        flops=FLOPS,
+        limits=Limits(flops=FLOPS),
         points=(Point(batch=1), Point(batch=8)),
         threads=THREADS,
         stage=stage_bar,
@@ -105,7 +106,7 @@ def judge(folder: Path, source: Source, articles: list[tuple[str, str]]) -> dict
 
 def by_paper(folder: Path, prepared: Prepared):  # type: ignore[no-untyped-def]  # a transformers model
     """The same scores and budget, but with the paper's global ranking; compensated too."""
-    scores, layout, cost, _ = Workspace(folder).read_scores()
+    scores, layout, cost, *_ = Workspace(folder).read_scores()
     masks = search(scores, layout, cost, Budget(FLOPS), allocation="paper")
     with stage_bar("rewrite (paper)") as progress:
         return cut(

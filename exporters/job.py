@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,17 +21,19 @@ from exporters.proving import EngineModel, check_engine
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
+from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
-from optin_deploy.quality import Quality, compare
+from optin_deploy.quality import Judge, Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
-from optin_deploy.search import Budget, check_search
-from optin_deploy.stages import Prepared, curve_stage, plan_stage, prepare, rewrite_stage, score_stage
+from optin_deploy.search import check_search
+from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
+from optin_deploy.sweep import planned
 from optin_deploy.workspace import Source, Workspace
 
 RECORDED = 8
@@ -41,7 +44,7 @@ def export_model(
     source: Source,
     out: Path,
     *,
-    flops: float = 0.6,
+    limits: Limits | None = None,
     engine: str = "onnx",
     precision: str | None = None,
     align: int | None = None,
@@ -60,6 +63,7 @@ def export_model(
     """Prune a model end to end; everything it makes lies in `out`, finished stages are reused.
 
     Args:
+        limits: what may stay; default: 60% of the MACs.
         align: neurons in multiples of this; default: what the engine likes.
         scoring: how units are scored.
         memory_budget: bytes that scoring may take beyond the model; default: most of what is free.
@@ -69,11 +73,11 @@ def export_model(
         stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
-    clock = _Clock(stage)
+    clock, limits = _Clock(stage), limits or Limits()
     with clock("load"):
         target, spec, prepared = ready(
             source,
-            flops=flops,
+            limits=limits,
             engine=engine,
             precision=precision,
             align=align,
@@ -87,12 +91,9 @@ def export_model(
     scoring = replace(scoring or ScoreSettings(), seed=source.seed)
     with clock("score") as progress:
         score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
-    if allocation == "curves":
-        with clock("curves") as progress:
-            curve_stage(workspace, prepared, progress=progress)
-    with clock("plan"):
-        align = target.align if align is None else align
-        plan_stage(workspace, flops=flops, align=align, allocation=allocation)
+    align = target.align if align is None else align
+    how: dict[str, Any] = {"align": align, "allocation": allocation, "compensation": compensation}
+    planned(workspace, prepared, limits, **how, stage=clock)
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     with clock("export"):
@@ -115,13 +116,11 @@ def export_model(
         stage=clock,
     )
     settings = {
-        "flops": flops,
+        **asdict(limits),
         "engine": engine,
         "precision": spec.precision,
-        "align": align,
-        "allocation": allocation,
         "scoring": asdict(scoring),
-        "compensation": compensation,
+        **how,
     }
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
     write_json(out / "report.json", report.to_json())
@@ -171,10 +170,10 @@ def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
     """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
     pair = built.pairs[-1]
     if built.obstacle is not None or pair.pruned.shapes:
-        return compare(prepared.loaded.model, pruned, prepared.held_out)
+        return Judge(prepared.loaded.model, prepared.held_out).of(pruned)
     with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
         shipped = EngineModel(runtime, pair.pruned.outputs[0]).eval()
-        return compare(prepared.loaded.model, shipped, prepared.held_out)
+        return Judge(prepared.loaded.model, prepared.held_out).of(shipped)
 
 
 def _report(
@@ -221,7 +220,7 @@ def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) 
 def ready(
     source: Source,
     *,
-    flops: float = 0.6,
+    limits: Limits | None = None,
     engine: str = "onnx",
     precision: str | None = None,
     align: int | None = None,
@@ -239,11 +238,10 @@ def ready(
     precision = check_precision(target, precision)
     options = options or EngineOptions()
     target.check(options)
-    budget = Budget(flops)
     check_search(target.align if align is None else align, allocation)
     check_threads(threads)
     prepared = prepare(source)
-    budget.macs(prepared.cost)
+    (limits or Limits()).within(prepared.cost, prepared.params)
     output_names(prepared.loaded.model, pool)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
@@ -262,16 +260,19 @@ def _check_profiles(profiles: Sequence[Profile], batch: int, tokens: int | None)
         )
 
 
-def describe(prepared: Prepared, *, flops: float, artifact: Path) -> list[str]:
+def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:
     """What a job would do, line by line."""
     layers = prepared.layout.layers
-    limit = Budget(flops).macs(prepared.cost)
+    budgets = [
+        f"{budget.option} {budget.limit:g}: {limit:,} of {cost.dense:,}"
+        for budget, (cost, limit) in zip(limits.budgets(), limits.within(prepared.cost, prepared.params), strict=True)
+    ] or [f"--max-drop {limits.max_drop:g}: the smallest model that loses no more points"]
     model = f"{prepared.layout.model_class}, {prepared.loaded.task}, {len(layers)} layers"
     return [
         f"model        {prepared.source.model}: {model}",
         f"units        {sum(x.heads for x in layers)} heads, {sum(x.neurons for x in layers)} neurons",
         f"calibration  {len(prepared.calibration)} samples, {len(prepared.held_out)} held out",
-        f"budget       {limit / 1e9:.4f} of {prepared.cost.dense / 1e9:.4f} GMACs at {prepared.cost.tokens} tokens",
+        *(f"budget       {budget}" for budget in budgets),
         f"writes       {artifact}",
         "dry run: nothing was written",
     ]

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,15 +28,18 @@ from optin_deploy.options import (
     DryRun,
     Engine,
     EngineAlign,
+    Eval,
     Flops,
     Folder,
     Force,
     KlWeight,
     LabelColumn,
+    MaxDrop,
     MemoryBudget,
     Model,
     Out,
     Paper,
+    Params,
     Pool,
     Precision,
     PrepareOnly,
@@ -44,6 +48,7 @@ from optin_deploy.options import (
     ScorerName,
     Seed,
     SeqLen,
+    Size,
     Task,
     TextColumn,
     Threads,
@@ -89,7 +94,11 @@ def export(
     seq_len: SeqLen = 128,
     samples: Samples = 512,
     seed: Seed = 0,
-    flops: Flops = 0.6,
+    flops: Flops = None,
+    params: Params = None,
+    size: Size = None,
+    max_drop: MaxDrop = None,
+    evaluation: Eval = None,
     align: EngineAlign = None,
     allocation: Allocation = "uniform",
     scorer: ScorerName = "sketch",
@@ -120,10 +129,13 @@ def export(
     from optin_deploy.workspace import Source, Workspace
 
     data = None if calibration is None else str(calibration.absolute())
-    source = Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
-    folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{flops:g}")
+    source = _judged_by(
+        Source(_absolute(model), task, data, text_column, label_column, seq_len, samples, seed), evaluation
+    )
+    limits = _limits(flops, params, size, max_drop)
+    folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")
     options: dict[str, Any] = {
-        "flops": flops,
+        "limits": limits,
         "engine": engine,
         "precision": precision,
         "align": align,
@@ -138,7 +150,7 @@ def export(
         Workspace.check(folder, source, force=force)
         target, spec, prepared = ready(source, **options)
         name, _ = target.file_names(spec.precision or target.precisions[0])
-        _echo(describe(prepared, flops=flops, artifact=folder / name))
+        _echo(describe(prepared, limits=limits, artifact=folder / name))
         return
     _warn_if_bundled(calibration)
     try:
@@ -219,6 +231,7 @@ def score(
     takes over what a killed one left.
     """
     from exporters.job import describe
+    from optin_deploy.budget import Limits
     from optin_deploy.scoring.parts import PartsLeft, worker_of
     from optin_deploy.stages import ScoreRequest, prepare
     from optin_deploy.workspace import Source, Workspace
@@ -230,7 +243,7 @@ def score(
     worker = worker_of(shard, os.environ)
     Workspace.check(out, source, force=force)
     if dry_run:
-        _echo(describe(prepare(source), flops=1.0, artifact=out / "scores.safetensors"))
+        _echo(describe(prepare(source), limits=Limits(flops=1.0), artifact=out / "scores.safetensors"))
         return
     first = worker.index == 0 or shard is not None
     if first:
@@ -251,26 +264,81 @@ def score(
 
 
 @app.command(
-    epilog="Examples:\n\n    optin plan work --flops 0.5 --align 64\n\n    optin plan work --allocation curves"
+    epilog="Examples:\n\n    optin plan work --flops 0.5 --align 64\n\n    optin plan work --params 0.6 --size 60MiB"
+    "\n\n    optin plan work --allocation curves"
 )
 def plan(
-    folder: Folder, flops: Flops = 0.6, align: Align = 16, allocation: Allocation = "uniform", dry_run: DryRun = False
+    folder: Folder,
+    flops: Flops = None,
+    params: Params = None,
+    size: Size = None,
+    max_drop: MaxDrop = None,
+    evaluation: Eval = None,
+    align: Align = 16,
+    allocation: Allocation = "uniform",
+    compensation: Compensation = True,
+    dry_run: DryRun = False,
 ) -> None:
     """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
     from optin_deploy.search import check_search
-    from optin_deploy.stages import curve_stage, plan_stage, prepare
+    from optin_deploy.stages import plan_stage, prepare
+    from optin_deploy.sweep import planned
     from optin_deploy.workspace import Workspace
 
-    workspace = Workspace(folder)
+    workspace, limits = Workspace(folder), _limits(flops, params, size, max_drop)
     check_search(align, allocation)
-    if allocation == "curves" and not dry_run:
-        prepared = prepare(workspace.source())
-        with stage_bar("curves") as progress:
-            curve_stage(workspace, prepared, progress=progress)
-    found = plan_stage(workspace, flops=flops, align=align, allocation=allocation, write=not dry_run)
+    if dry_run and max_drop is not None:
+        typer.echo(
+            f"would try models within smaller and smaller budgets, until one loses more than {max_drop:g} points"
+        )
+        return
+    if dry_run or (allocation != "curves" and max_drop is None):  # no model is needed
+        found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
+    else:
+        prepared = prepare(_judged_by(workspace.source(), evaluation))
+        limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
+        how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
+        found = planned(workspace, prepared, limits, **how, stage=stage_bar)
     print_plan(found)
     if not dry_run:
         typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
+
+
+@app.command(
+    epilog="Examples:\n\n    optin sweep work\n\n    optin sweep work --eval test.jsonl --flops 0.8,0.6,0.4 "
+    "--allocation curves"
+)
+def sweep(
+    folder: Folder,
+    flops: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Shares of the dense MACs. [default: 0.9,0.8,...,0.3]")
+    ] = None,
+    evaluation: Eval = None,
+    align: Align = 16,
+    allocation: Allocation = "uniform",
+    compensation: Compensation = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model at each of many budgets and judge it; writes sweep.csv, sweep.png and sweep.json.
+
+    Models that sweep.json already holds are not made again.
+    """
+    from optin_deploy.search import check_search
+    from optin_deploy.stages import prepare
+    from optin_deploy.sweep import HEADER, parse_shares
+    from optin_deploy.sweep import sweep as sweep_folder
+    from optin_deploy.workspace import Workspace
+
+    workspace, shares = Workspace(folder), parse_shares(flops)
+    check_search(align, allocation)
+    source = _judged_by(workspace.source(), evaluation)
+    if dry_run:
+        typer.echo(f"would make and judge {len(shares)} models")
+        return
+    how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
+    points = sweep_folder(workspace, prepare(source), shares, **how, stage=stage_bar)
+    print_table(HEADER, [point.row for point in points])
+    typer.echo(f"Wrote {folder / 'sweep.csv'} and {folder / 'sweep.png'}.")
 
 
 @app.command(epilog="Example:\n\n    optin rewrite work")
@@ -496,6 +564,16 @@ def _scoring(
 
     chosen = PAPER if paper else Features(features, tokens)  # type: ignore[arg-type]  # it checks the name itself
     return ScoreSettings(scorer, weighting, kl_weight, chosen, probes)  # type: ignore[arg-type]
+
+
+def _limits(flops: float | None, params: float | None, size: str | None, max_drop: float | None) -> Any:
+    from optin_deploy.budget import Limits
+
+    return Limits(flops, params, _size(size, "--size"), max_drop)
+
+
+def _judged_by(source: Any, evaluation: Path | None) -> Any:
+    return source if evaluation is None else replace(source, evaluation=str(evaluation.absolute()))
 
 
 def _size(text: str | None, option: str) -> int | None:

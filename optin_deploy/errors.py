@@ -39,6 +39,12 @@ class NonFiniteActivation(BadInput):
     """A layer put out NaN or infinity on calibration data."""
 
 
+class QualityLimit(OptinError):
+    """No model within the limits is good enough."""
+
+    exit_code = 1
+
+
 class RefusedRewrite(OptinError):
     """A layer cannot be cut without changing what it computes; names the layer and the reason."""
 

@@ -18,7 +18,21 @@ LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are 
 SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
-Flops = Annotated[float, typer.Option(help="Share of the dense MACs to keep, in (0, 1].")]
+BUDGET = "Budget: all that is given must hold"
+Flops = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]",
+        rich_help_panel=BUDGET,
+    ),
+]
+Params = Annotated[
+    float | None, typer.Option(help="Share of the dense parameters to keep, in (0, 1].", rich_help_panel=BUDGET)
+]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Most that all weights may take in float32, e.g. 60MiB.", rich_help_panel=BUDGET),
+]
 Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
 EngineAlign = Annotated[
     int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
@@ -26,6 +40,22 @@ EngineAlign = Annotated[
 Allocation = Annotated[
     str,
     typer.Option(help="uniform (equal widths a layer), paper (global ranking) or curves (error after compensation)."),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Points of the metric that may be lost: the smallest such model is found by bisection. Instead of a "
+        "budget.",
+        rich_help_panel=BUDGET,
+    ),
+]
+Eval = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        help="Rows that judge the models, as --calibration takes them; nothing learns from them. [default: held-out "
+        "calibration rows]",
+    ),
 ]
 SCORING = "Scoring"
 ScorerName = Annotated[
@@ -98,7 +128,7 @@ At = Annotated[
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
 Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
-Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-FLOPS]")]
+Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]

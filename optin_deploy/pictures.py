@@ -1,4 +1,4 @@
-"""Scores as a picture: a heatmap of the heads, and for each layer how fast the scores of its neurons fall."""
+"""Pictures: the scores of heads and neurons, and quality against cost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from optin_deploy.storage import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from optin_deploy.scoring.scores import Scores
+    from optin_deploy.sweep import Point
 
 DPI = 120
 ANNOTATED_COLUMNS = 16
@@ -48,6 +50,29 @@ def draw_scores(scores: Scores, path: Path) -> None:
     for axes in (left, right):
         axes.set_anchor("N")
     figure.suptitle(", ".join(f"{name} {value}" for name, value in told(scores.provenance, TITLE)), fontsize=10)
+    _save(figure, path)
+
+
+def draw_sweep(points: Sequence[Point], path: Path) -> None:
+    """Write a PNG: the metric over the share of the MACs that stays, and the dense model as a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    found = sorted(points, key=lambda point: point.kept)
+    dense, metric = found[0].quality.dense, found[0].quality.metric
+    figure = Figure((CURVES_INCHES + 1, CURVES_INCHES - 1), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense, color="#888888", linewidth=1, linestyle="--", label=f"dense {dense:.4g}")
+    axes.plot([p.kept for p in found], [p.quality.pruned for p in found], marker="o", markersize=4, label="pruned")
+    axes.set(xlabel="MACs that stay", ylabel=metric.replace("_", " "), title=f"{found[0].quality.samples:,} rows")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(color="#e0e0e0", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as temporary:
         # The temporary name does not end in .png; no version of matplotlib in the bytes.
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})

@@ -10,8 +10,10 @@ from torch import nn
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
+from optin_deploy.budget import Limits
 from optin_deploy.compensate import apply_weights, compensate
 from optin_deploy.cost.macs import mac_cost
+from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch
@@ -21,7 +23,7 @@ from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
-from optin_deploy.search import Budget, check_search, make_plan, search
+from optin_deploy.search import check_search, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
 
 
@@ -29,7 +31,9 @@ def prune(
     model: nn.Module,
     batches: Sequence[Batch],
     *,
-    flops: float = 0.6,
+    flops: float | None = None,
+    params: float | None = None,
+    size: int | None = None,
     seq_len: int = 128,
     align: int = 16,
     allocation: str = "uniform",
@@ -47,7 +51,9 @@ def prune(
     Args:
         model: a transformers model, dense.
         batches: calibration inputs, as keyword arguments of the model; no labels needed.
-        flops: share of the dense MACs to keep, in (0, 1].
+        flops: share of the dense MACs to keep, in (0, 1]; 0.6 if nothing is limited.
+        params: share of the dense parameters to keep, in (0, 1].
+        size: most bytes of all weights in float32.
         seq_len: tokens at which MACs are counted (images: the model's own size).
         align: FFN widths in multiples of this.
         allocation: where to cut: `uniform`, `paper` or `curves`; see `search`.
@@ -59,12 +65,11 @@ def prune(
     """
     layout = resolve(model, spec)
     cost = mac_cost(model, layout, seq_len=seq_len)
-    budget = Budget(flops)
-    budget.macs(cost)  # what is impossible is refused before the long work
+    limits = Limits(flops, params, size).within(cost, param_cost(model, layout))
     check_search(align, allocation)
     scores = score(model, layout, batches, settings or ScoreSettings(seed=seed))
     curves = error_curves(model, layout, scores, batches) if allocation == "curves" else None
-    masks = search(scores, layout, cost, budget, align=align, allocation=allocation, curves=curves)
+    masks = search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
     plan = make_plan(masks, layout, cost)
     return cut(model, layout, plan, batches, compensation=compensation)
 
@@ -99,8 +104,3 @@ def cut(
         "seconds": round(time.perf_counter() - started, 3),
     }
     return PrunedModel(smaller, plan, layout, report, preprocessor)
-
-
-def count_params(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in model.parameters())

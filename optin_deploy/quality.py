@@ -28,6 +28,11 @@ class Quality:
     pruned: float
     samples: int
 
+    @property
+    def drop(self) -> float:
+        """Points (hundredths) that the pruned model lost."""
+        return 100 * (self.dense - self.pruned)
+
 
 def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...]) -> Tensor:
     """Logits (rows, classes), or unit embeddings: the mean over real tokens (rows, hidden)."""
@@ -43,22 +48,28 @@ def _readout(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return pooled(states, valid_tokens(batch, states))
 
 
-def compare(dense: nn.Module, pruned: nn.Module, held_out: Batches) -> Quality:
-    """Accuracy of both models if the rows are labelled and the model classifies; else their agreement.
+class Judge:
+    """Compares pruned models with one dense model on the same rows; the dense one runs once."""
 
-    Raises: BadInput: labels that the model does not know.
-    """
-    before, after = (outputs_of(model, held_out.batches) for model in (dense, pruned))
-    rows = len(held_out)
-    if not gives_logits(dense):
-        return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
-    if is_regression(dense):
-        both = torch.stack((before.flatten(), after.flatten()))
-        return Quality("correlation_with_dense", 1.0, float(torch.corrcoef(both)[0, 1]), rows)
-    if any(label is None for label in held_out.labels):
-        return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
-    labels = torch.tensor([_class_index(label, dense.config) for label in held_out.labels if label is not None])
-    return Quality("accuracy", _accuracy(before, labels), _accuracy(after, labels), rows)
+    def __init__(self, dense: nn.Module, rows: Batches) -> None:
+        """Raises: BadInput: labels that the model does not know."""
+        self.rows, self._dense = rows, outputs_of(dense, rows.batches)
+        self._classifies = gives_logits(dense)
+        self._is_regression = self._classifies and is_regression(dense)
+        labelled = self._classifies and not self._is_regression and None not in rows.labels
+        self._labels = torch.tensor([_class_index(x, dense.config) for x in rows.labels]) if labelled else None
+
+    def of(self, pruned: nn.Module) -> Quality:
+        """Accuracy of both models if the rows are labelled and the model classifies; else their agreement."""
+        before, after, rows = self._dense, outputs_of(pruned, self.rows.batches), len(self.rows)
+        if not self._classifies:
+            return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
+        if self._is_regression:
+            both = torch.stack((before.flatten(), after.flatten()))
+            return Quality("correlation_with_dense", 1.0, float(torch.corrcoef(both)[0, 1]), rows)
+        if self._labels is None:
+            return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
+        return Quality("accuracy", _accuracy(before, self._labels), _accuracy(after, self._labels), rows)
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -85,7 +96,7 @@ def is_regression(model: nn.Module) -> bool:
     return gives_logits(model) and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1)
 
 
-def _class_index(label: str | int, config: Any) -> int:
+def _class_index(label: str | int | None, config: Any) -> int:
     names = {str(name): int(index) for index, name in config.id2label.items()}
     index = names.get(str(label), label)  # a name first: classes may be named by numbers
     if not isinstance(index, int) or not 0 <= index < config.num_labels:

@@ -1,18 +1,18 @@
-"""Turn a budget and unit scores into keep-masks: exact costs, never over the budget."""
+"""Turn budgets and unit scores into keep-masks: exact costs, never over a budget."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 
 import numpy as np
 
 from optin_deploy.allocate import Options, least_error
+from optin_deploy.budget import Budget, Limit
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import Curve, Curves
-from optin_deploy.errors import BadInput, InfeasibleBudget
+from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
@@ -20,68 +20,60 @@ from optin_deploy.scoring.scores import Scores
 ALLOCATIONS = ("uniform", "paper", "curves")
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much may stay."""
-
-    limit: float
-    relative: bool = True
-    """True: limit is a share of the dense MACs, in (0, 1]; False: MACs of one sample."""
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.limit) or self.limit <= 0 or (self.relative and self.limit > 1):
-            raise BadInput(f"--flops {self.limit}: give the share of MACs to keep, in (0, 1], for example 0.6.")
-
-    def macs(self, cost: MacCost) -> int:
-        """The limit in MACs of one sample.
-
-        Raises: InfeasibleBudget: below what the unprunable layers cost.
-        """
-        # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
-        limit = math.floor(Fraction(str(self.limit)) * cost.dense) if self.relative else int(self.limit)
-        if limit < cost.fixed:
-            least = -(-100 * cost.fixed // cost.dense) / 100
-            raise InfeasibleBudget(
-                f"{limit / cost.dense:.3f} of the dense MACs asked, but the unprunable layers alone are "
-                f"{cost.fixed / cost.dense:.3f}. Use --flops {least:.2f} or more."
-            )
-        return limit
-
-
 def search(
     scores: Scores,
     layout: ModelLayout,
-    cost: MacCost,
+    cost: UnitCost,
     budget: Budget,
     *,
     align: int = 16,
     allocation: str = "uniform",
     curves: Curves | None = None,
 ) -> Masks:
-    """Choose the heads and neurons to keep.
+    """Choose the heads and neurons to keep under one budget; see `search_within`.
+
+    Raises: BadInput, InfeasibleBudget.
+    """
+    limits = [(cost, budget.within(cost))]
+    return search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
+
+
+def search_within(
+    scores: Scores,
+    layout: ModelLayout,
+    limits: Sequence[Limit],
+    *,
+    align: int = 16,
+    allocation: str = "uniform",
+    curves: Curves | None = None,
+) -> Masks:
+    """Choose the heads and neurons to keep, within several limits at once.
 
     Args:
+        limits: one or more; each at least the fixed part of its cost.
         align: neurons are kept in multiples of this (or all of a layer's).
         allocation: `uniform`: the same number of heads and neurons in every layer, the best units inside;
             `paper`: one ranking of all heads and one of all neurons over the whole model;
             `curves`: the widths of least summed error by the error curves, the best units inside.
         curves: of this model and these scores; needed by `curves` alone.
-    The first two try every number of kept heads, fill the rest of the budget with neurons, and keep the pair of the
+    The first two try every number of kept heads, fill the rest of the budgets with neurons, and keep the pair of the
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
-    Raises: BadInput, InfeasibleBudget.
+    Raises: BadInput.
     """
     check_search(align, allocation)
     scores.check(layout)
-    heads = [_Ranked(s.numpy(), 1, c) for s, c in zip(scores.heads, cost.head, strict=True)]
-    neurons = [_Ranked(s.numpy(), align, c) for s, c in zip(scores.neurons, cost.neuron, strict=True)]
-    room = budget.macs(cost) - cost.fixed
+    room = np.array([limit - cost.fixed for cost, limit in limits])
+    heads, neurons = [], []
+    for index, (of_heads, of_neurons) in enumerate(zip(scores.heads, scores.neurons, strict=True)):
+        heads.append(_Ranked(of_heads.numpy(), 1, [cost.head[index] for cost, _ in limits]))
+        neurons.append(_Ranked(of_neurons.numpy(), align, [cost.neuron[index] for cost, _ in limits]))
     if allocation == "curves":
         if curves is None:
             raise BadInput("--allocation curves needs error curves: measure them with `error_curves`.")
         curves.check(layout)
         groups = _least_error((*heads, *neurons), (*curves.heads, *curves.neurons), room)
     else:
-        order = _by_depth if allocation == "uniform" else _by_score
+        order = _by_depth if allocation == "uniform" else partial(_by_score, room=room)
         some_heads, some_neurons = _best_pair(order(heads), order(neurons), room)
         layers = range(len(layout.layers))
         groups = [*(some_heads.count(i) for i in layers), *(some_neurons.count(i) for i in layers)]
@@ -103,13 +95,13 @@ def check_search(align: int, allocation: str) -> None:
 class _Ranked:
     """A layer's units, best first, in groups of `align` that are kept together; the last group may be smaller."""
 
-    def __init__(self, scores: np.ndarray, align: int, unit_cost: int) -> None:
+    def __init__(self, scores: np.ndarray, align: int, unit_costs: Sequence[int]) -> None:
         self.order = np.argsort(-scores, kind="stable")
         bounds = [*range(0, len(scores), align), len(scores)]
         self.sizes = np.diff(bounds)
         self.ends = bounds[1:]
         self.values = np.add.reduceat(scores[self.order], bounds[:-1])
-        self.costs = self.sizes * unit_cost
+        self.costs = self.sizes * np.array(unit_costs, dtype=np.int64)[:, None]  # (budgets, groups)
 
     def keep(self, groups: int) -> tuple[bool, ...]:
         kept = np.zeros(len(self.order), dtype=bool)
@@ -117,31 +109,34 @@ class _Ranked:
         return tuple(kept.tolist())
 
 
-def _least_error(branches: Sequence[_Ranked], curves: Sequence[Curve], room: int) -> list[int]:
+def _least_error(branches: Sequence[_Ranked], curves: Sequence[Curve], room: np.ndarray) -> list[int]:
     """Kept groups of each branch."""
     options = []
     for ranked, curve in zip(branches, curves, strict=True):
         counts = np.array([0, *ranked.ends])
-        costs = np.array([0, *np.cumsum(ranked.costs)])
-        options.append(Options(np.arange(len(counts)), curve.at(counts), costs[np.newaxis]))
-    found = least_error(options, [room])
+        costs = np.pad(np.cumsum(ranked.costs, axis=1), ((0, 0), (1, 0)))
+        options.append(Options(np.arange(len(counts)), curve.at(counts), costs))
+    found = least_error(options, room.tolist())
     assert found is not None  # keeping nothing is always within the room
     return found
 
 
-Step = tuple[list[int], float, int]
-"""Layers that get one more group, the score this adds, and its cost."""
+Step = tuple[list[int], float, np.ndarray]
+"""Layers that get one more group, the score this adds, and its costs (budgets,)."""
 
 
-def _by_score(layers: Sequence[_Ranked]) -> list[Step]:
-    """One group at a time, best score per cost first, over all layers (inside a layer always best first)."""
+def _by_score(layers: Sequence[_Ranked], room: np.ndarray) -> list[Step]:
+    """One group at a time, best score per cost first, over all layers (inside a layer always best first).
+
+    Of several budgets, the cost of a group is the sum of its shares of them.
+    """
     groups = []
     for index, layer in enumerate(layers):
         # Best first inside a layer holds for sums too, but for rounding: a later group must not come before.
-        worth = np.minimum.accumulate(layer.values / layer.costs)
+        worth = np.minimum.accumulate(layer.values / (layer.costs / np.maximum(room, 1)[:, None]).sum(0))
         for position, rank in enumerate(worth):
-            groups.append((-rank, index, position, layer.values[position], layer.costs[position]))
-    return [([index], float(value), int(cost)) for _, index, _, value, cost in sorted(groups, key=lambda g: g[:3])]
+            groups.append((-rank, index, position, layer.values[position], layer.costs[:, position]))
+    return [([index], float(value), costs) for _, index, _, value, costs in sorted(groups, key=lambda g: g[:3])]
 
 
 def _by_depth(layers: Sequence[_Ranked]) -> list[Step]:
@@ -155,16 +150,19 @@ def _by_depth(layers: Sequence[_Ranked]) -> list[Step]:
             for position in range(step * len(layer.values) // depth, (step + 1) * len(layer.values) // depth)
         ]
         value = sum(float(layers[i].values[p]) for i, p in picked)
-        steps.append(([i for i, _ in picked], value, int(sum(layers[i].costs[p] for i, p in picked))))
+        steps.append(([i for i, _ in picked], value, np.sum([layers[i].costs[:, p] for i, p in picked], axis=0)))
     return steps
 
 
-def _best_pair(heads: list[Step], neurons: list[Step], limit: int) -> tuple[list[int], list[int]]:
-    """Layer indices of the kept head groups and neuron groups, within `limit` MACs."""
-    head_value, head_cost = _running(heads)
-    neuron_value, neuron_cost = _running(neurons)
-    affordable = np.searchsorted(neuron_cost, limit - head_cost, side="right") - 1  # neuron steps beside h head steps
-    total = np.where(head_cost <= limit, head_value + neuron_value[np.maximum(affordable, 0)], -np.inf)
+def _best_pair(heads: list[Step], neurons: list[Step], room: np.ndarray) -> tuple[list[int], list[int]]:
+    """Layer indices of the kept head groups and neuron groups, within the room of every budget."""
+    head_value, head_costs = _running(heads)
+    neuron_value, neuron_costs = _running(neurons)
+    left = room[:, None] - head_costs
+    # Neuron steps that fit beside h head steps, by the tightest budget.
+    fitting = [np.searchsorted(costs, some, side="right") - 1 for costs, some in zip(neuron_costs, left, strict=True)]
+    affordable = np.min(fitting, axis=0)
+    total = np.where((left >= 0).all(0), head_value + neuron_value[np.maximum(affordable, 0)], -np.inf)
     best = len(total) - 1 - int(total[::-1].argmax())  # of equal totals the one with most heads: they cost nothing more
     return (
         [layer for step in heads[:best] for layer in step[0]],
@@ -173,8 +171,9 @@ def _best_pair(heads: list[Step], neurons: list[Step], limit: int) -> tuple[list
 
 
 def _running(steps: list[Step]) -> tuple[np.ndarray, np.ndarray]:
-    """Value and cost of the first 0, 1, 2, ... steps."""
-    return np.cumsum([0.0, *(s[1] for s in steps)]), np.cumsum([0, *(s[2] for s in steps)])
+    """Value (steps + 1,) and costs (budgets, steps + 1) of the first 0, 1, 2, ... steps."""
+    costs = np.cumsum([step[2] for step in steps], axis=0).T
+    return np.cumsum([0.0, *(step[1] for step in steps)]), np.pad(costs, ((0, 0), (1, 0)))
 
 
 def make_plan(masks: Masks, layout: ModelLayout, cost: MacCost) -> PruningPlan:

@@ -11,8 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.budget import Limits
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
+from optin_deploy.cost.params import param_cost
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import error_curves
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
@@ -25,7 +28,7 @@ from optin_deploy.pruning import cut
 from optin_deploy.quality import check_labels
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.workspace import Source, Workspace
 
@@ -42,6 +45,7 @@ class Prepared:
     loaded: LoadedModel
     layout: ModelLayout
     cost: MacCost
+    params: UnitCost
     calibration: Batches
     held_out: Batches
     """Rows that no stage learns from."""
@@ -64,13 +68,13 @@ def prepare(source: Source) -> Prepared:
     layout = resolve(loaded.model)
     if loaded.is_text:
         check_seq_len(loaded.model.config, source.seq_len)
-    if source.calibration is None:
-        samples = bundled_samples("text" if loaded.is_text else "image")
-    else:
-        path = Path(source.calibration)
-        samples = read_samples(path, text_column=source.text_column, label_column=source.label_column)
-    parts = split(samples, samples_limit=source.samples, seed=source.seed)
-    calibration, held_out = (_batches(loaded, part, source.seq_len) for part in parts)
+    samples = bundled_samples("text" if loaded.is_text else "image")
+    if source.calibration is not None:
+        samples = _samples(source, source.calibration)
+    chosen, held = split(samples, samples_limit=source.samples, seed=source.seed)
+    if source.evaluation is not None:
+        held = _samples(source, source.evaluation)
+    calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
     for batches in (calibration, held_out):
         check_labels(batches, loaded.model)
     if not loaded.is_text:
@@ -79,7 +83,12 @@ def prepare(source: Source) -> Prepared:
         cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
     except ValueError as err:
         raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
-    return Prepared(source, loaded, layout, cost, calibration, held_out, sha256_tensors(loaded.model.state_dict()))
+    params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
+    return Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+
+
+def _samples(source: Source, path: str) -> tuple[Sample, ...]:
+    return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
@@ -124,7 +133,7 @@ def score_stage(
         with store.claimed("scores", wait=True):
             if not workspace.has_scores(key):
                 fingerprint = prepared.calibration.fingerprint
-                workspace.write_scores(scores, prepared.layout, prepared.cost, key, fingerprint)
+                workspace.write_scores(scores, prepared.layout, prepared.cost, prepared.params, key, fingerprint)
     return False
 
 
@@ -149,8 +158,8 @@ class ScoreRequest:
 
 def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
     """Write curves.json, which `--allocation curves` plans by; True if a finished one was reused."""
-    scores, _, _, scores_key = workspace.read_scores()
-    key = sha256_json([prepared.key, scores_key])
+    scored = workspace.read_scores()
+    key = sha256_json([prepared.key, scored.key])
     try:
         if workspace.read_curves()[1] == key:
             return True
@@ -158,21 +167,28 @@ def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress 
         pass  # absent or damaged: measured again
     batches = prepared.calibration.batches
     workspace.write_curves(
-        error_curves(prepared.loaded.model, prepared.layout, scores, batches, progress=progress), key
+        error_curves(prepared.loaded.model, prepared.layout, scored.scores, batches, progress=progress), key
     )
     return False
 
 
 def plan_stage(
-    workspace: Workspace, *, flops: float = 0.6, align: int = 16, allocation: str = "uniform", write: bool = True
+    workspace: Workspace,
+    limits: Limits | None = None,
+    *,
+    align: int = 16,
+    allocation: str = "uniform",
+    write: bool = True,
 ) -> PruningPlan:
     """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be."""
-    scores, layout, cost, key = workspace.read_scores()
+    limits = limits or Limits()
+    scores, layout, macs, params, key = workspace.read_scores()
     curves = workspace.read_curves()[0] if allocation == "curves" else None
-    masks = search(scores, layout, cost, Budget(flops), align=align, allocation=allocation, curves=curves)
-    plan = make_plan(masks, layout, cost)
-    settings = {"flops": flops, "align": align, "allocation": allocation, "scores_key": key}
+    within = limits.within(macs, params)
+    masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves)
+    plan = make_plan(masks, layout, macs)
     if write:
+        settings = {**asdict(limits), "align": align, "allocation": allocation, "scores_key": key}
         workspace.write_plan(plan, masks, settings)
     return plan
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import HINT as CURVES_HINT
 from optin_deploy.curves import Curves
 from optin_deploy.errors import BadInput
@@ -22,7 +23,7 @@ from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
 SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
-MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png")
+MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
 
@@ -44,6 +45,19 @@ class Source:
     """Longest calibration text in tokens, and the length at which MACs are counted."""
     samples: int = 512
     seed: int = 0
+    evaluation: str | None = None
+    """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
+
+
+class Scored(NamedTuple):
+    """Scores, and all that planning needs beside them."""
+
+    scores: Scores
+    layout: ModelLayout
+    macs: MacCost
+    params: UnitCost
+    key: str
+    """Of the settings that made them."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +128,15 @@ class Workspace:
         return validated(Source, data, f"{self.source_path}: not of this version", SCORE_HINT)
 
     def write_scores(
-        self, scores: Scores, layout: ModelLayout, cost: MacCost, key: str, fingerprint: str | None = None
+        self,
+        scores: Scores,
+        layout: ModelLayout,
+        macs: MacCost,
+        params: UnitCost,
+        key: str,
+        fingerprint: str | None = None,
     ) -> None:
-        """Store scores, and with them what planning needs: layout and cost. What came of other scores goes.
+        """Store scores, and with them what planning needs: layout and costs. What came of other scores goes.
 
         Args: fingerprint: of the calibration data.
         """
@@ -134,13 +154,14 @@ class Workspace:
                 "calibration_fingerprint": fingerprint,
                 "provenance": dict(scores.provenance),
                 "versions": {name: version(name) for name in ("optin-deploy", "torch", "transformers")},
-                "cost": asdict(cost),
+                "cost": asdict(macs),
+                "params": asdict(params),
                 "layout": layout.to_json(),
             },
         )
 
-    def read_scores(self) -> tuple[Scores, ModelLayout, MacCost, str]:
-        """Scores, layout, cost, and the key of the settings that made them.
+    def read_scores(self) -> Scored:
+        """Scores, layout, costs, and the key of the settings that made them.
 
         Raises: BadInput, PlanMismatch: files missing, damaged, or of different runs.
         """
@@ -148,7 +169,8 @@ class Workspace:
         tensors = read_tensors(self.root / "scores.safetensors", SCORE_HINT)
         metadata = read_metadata(self.root / "scores.safetensors")
         try:
-            layout, cost = ModelLayout.from_json(data["layout"]), MacCost.from_json(data["cost"])
+            layout = ModelLayout.from_json(data["layout"])
+            macs, params = MacCost.from_json(data["cost"]), UnitCost.from_json(data["params"])
             count = range(len(layout.layers))
             layers = {
                 kind: tuple(tensors[f"{kind}.{i}"].to(torch.float64) for i in count)
@@ -165,14 +187,14 @@ class Workspace:
         except (KeyError, TypeError) as err:
             raise BadInput(f"{self.root}/scores.json is not of this version ({err!r}). {SCORE_HINT}") from err
         scores.check(layout)
-        if len(cost.head) != len(layout.layers) or metadata.get("key") != key:
+        if {len(macs.head), len(params.head)} != {len(layout.layers)} or metadata.get("key") != key:
             raise BadInput(f"scores.json and scores.safetensors in {self.root} are of different runs. {SCORE_HINT}")
-        return scores, layout, cost, key
+        return Scored(scores, layout, macs, params, key)
 
     def has_scores(self, key: str) -> bool:
         """Are finished scores here that these very settings made?"""
         try:
-            return self.read_scores()[3] == key
+            return self.read_scores().key == key
         except BadInput:
             return False
 

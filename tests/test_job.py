@@ -36,6 +36,7 @@ from exporters.building import Built, Pair
 from exporters.job import export_model, record_samples
 from exporters.measuring import Point
 from exporters.proving import check_engine
+from optin_deploy.budget import Limits
 from optin_deploy.calibration import Batches, read_samples, split
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_dense
@@ -141,13 +142,13 @@ def test_curves_are_a_stage_of_their_own_and_measured_once(tmp_path: Path) -> No
     assert "curves" in first.seconds
     assert first.hashes["plan"] != uniform.hashes["plan"]
     written = (out / "curves.json").stat().st_mtime_ns
-    smaller = run_job(out, text_source(), allocation="curves", flops=0.5)
+    smaller = run_job(out, text_source(), allocation="curves", limits=Limits(flops=0.5))
     assert (out / "curves.json").stat().st_mtime_ns == written
     assert smaller.macs["kept"] <= 0.5 < first.macs["kept"]
 
 
 def test_a_full_budget_keeps_everything_and_changes_nothing(tmp_path: Path) -> None:
-    report = run_job(tmp_path / "out", text_source(), flops=1.0, compensation=False)
+    report = run_job(tmp_path / "out", text_source(), limits=Limits(flops=1.0), compensation=False)
     assert report.macs["kept"] == 1.0
     assert report.params["dense"] == report.params["pruned"]
     assert report.quality.pruned == pytest.approx(1.0, abs=1e-6)

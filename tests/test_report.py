@@ -18,7 +18,7 @@ from optin_deploy.bench.report import Measurement, Report, latency_rows, quality
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.calibration import Batches
 from optin_deploy.errors import BadInput
-from optin_deploy.quality import Quality, check_labels, compare
+from optin_deploy.quality import Judge, Quality, check_labels
 
 TIMING = PairTiming(dense_ms=((6.0, 6.0, 8.0), (6.0,)), pruned_ms=((4.0, 4.0, 4.0), (4.0,)), seed=0)
 """Medians 6 and 4 ms in both blocks: exactly 1.5x."""
@@ -239,6 +239,10 @@ def rows(labels: tuple[str | int | None, ...]) -> Batches:
     return Batches(({"pixel_values": LOGITS[:3]}, {"pixel_values": LOGITS[3:]}), labels)
 
 
+def judged(dense: nn.Module, pruned: nn.Module, rows: Batches) -> Quality:
+    return Judge(dense, rows).of(pruned)
+
+
 def dense_and_pruned(names: dict[str, int] = NAMES, **config: Any) -> tuple[nn.Module, nn.Module]:
     """The pruned one predicts 2, 0, 0, 1: the smallest logit."""
     known = {"num_labels": 3, "label2id": names, "id2label": {index: name for name, index in names.items()}}
@@ -258,13 +262,13 @@ def dense_and_pruned(names: dict[str, int] = NAMES, **config: Any) -> tuple[nn.M
     ],
 )
 def test_accuracy_takes_names_and_numbers(labels: tuple[str | int, ...], dense: float, pruned: float) -> None:
-    assert compare(*dense_and_pruned(), rows(labels)) == Quality("accuracy", dense, pruned, 4)
+    assert judged(*dense_and_pruned(), rows(labels)) == Quality("accuracy", dense, pruned, 4)
 
 
 def test_one_output_number_is_compared_by_correlation() -> None:
     """argmax over one column would call every cut perfect."""
     dense, pruned = dense_and_pruned(num_labels=3, problem_type="regression")
-    found = compare(dense, pruned, rows((1, 2, None, 4)))
+    found = judged(dense, pruned, rows((1, 2, None, 4)))
     assert (found.metric, found.dense) == ("correlation_with_dense", 1.0)
     assert found.pruned == pytest.approx(-1.0)  # the pruned one gives the negative
     check_labels(rows((3, "7.5", None, 4)), dense)
@@ -279,33 +283,33 @@ def test_a_multi_label_classifier_is_refused() -> None:
 def test_names_that_are_numbers_are_names() -> None:
     # Star ratings 1 to 3 in the data are read as integers; here class 1 is index 0.
     models = dense_and_pruned({"1": 0, "2": 1, "3": 2})
-    assert compare(*models, rows((1, 2, 3, 1))).dense == 1.0
+    assert judged(*models, rows((1, 2, 3, 1))).dense == 1.0
 
 
 def test_a_config_with_names_in_one_direction_only() -> None:
     # transformers leaves label2id None if config.json has only id2label.
     models = dense_and_pruned(label2id=None)
-    assert compare(*models, rows(("arts", "business", "sport", "arts"))).dense == 1.0
-    assert compare(*models, rows((0, 1, 2, 0))).dense == 1.0
+    assert judged(*models, rows(("arts", "business", "sport", "arts"))).dense == 1.0
+    assert judged(*models, rows((0, 1, 2, 0))).dense == 1.0
 
 
 @pytest.mark.parametrize("label", ["politics", 3, -1, "Arts"])
 def test_an_unknown_label_is_refused_with_the_known_ones(label: str | int) -> None:
     with pytest.raises(BadInput, match=r"arts, business, sport; or 0 to 2") as refused:
-        compare(*dense_and_pruned(), rows(("arts", 1, label, 0)))
+        judged(*dense_and_pruned(), rows(("arts", 1, label, 0)))
     assert repr(label) in str(refused.value)
 
 
 def test_one_missing_label_makes_agreement_the_metric() -> None:
     dense, pruned = dense_and_pruned()
-    assert compare(dense, pruned, rows(("arts", None, "sport", "arts"))) == Quality("same_prediction", 1.0, 0.0, 4)
-    assert compare(dense, dense, rows((None,) * 4)).pruned == 1.0
+    assert judged(dense, pruned, rows(("arts", None, "sport", "arts"))) == Quality("same_prediction", 1.0, 0.0, 4)
+    assert judged(dense, dense, rows((None,) * 4)).pruned == 1.0
 
 
 def test_labels_of_a_feature_extractor_do_not_matter_and_padding_does_not_count() -> None:
     states = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [9.0, -9.0]]])  # (2, tokens, hidden)
     mask = torch.tensor([[1, 1], [1, 0]])
     batches = Batches(({"states": states, "attention_mask": mask},), ("arts", 1))
-    found = compare(Toy(1.0, 1.0), Toy(1.0, 0.0), batches)
+    found = judged(Toy(1.0, 1.0), Toy(1.0, 0.0), batches)
     assert (found.metric, found.dense, found.samples) == ("cosine_to_dense", 1.0, 2)
     assert found.pruned == pytest.approx((1 + 1 / math.sqrt(2)) / 2)

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_scoring import toy_layout
 
+from optin_deploy.budget import Budget
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.curves import Curve, Curves
 from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks
 from optin_deploy.scoring import Scores
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search
 
 Values = list[list[float]]
 Problem = tuple[Scores, ModelLayout, MacCost]
@@ -316,7 +317,7 @@ def test_the_search_leaves_the_scores_alone() -> None:
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, 0.0, -0.5, 1.0001, 60.0])
 def test_a_share_outside_zero_to_one_is_refused_with_the_value(share: float) -> None:
-    with pytest.raises(BadInput, match=re.escape(f"--flops {share}: give the share of MACs to keep, in (0, 1]")):
+    with pytest.raises(BadInput, match=re.escape(f"--flops {share}: give the share to keep, in (0, 1]")):
         Budget(share)
 
 
@@ -330,17 +331,17 @@ def test_an_absolute_limit_must_be_finite_and_positive(limit: float) -> None:
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.6, 0.999, 1.0])
 def test_a_share_becomes_macs_rounded_down(share: float) -> None:
     cost = MacCost(10, (1,), (1,), 997, 4)
-    assert Budget(share).macs(cost) == int(share * 997)
+    assert Budget(share).within(cost) == int(share * 997)
 
 
 def infeasible_then_least(cost: MacCost, share: float) -> int:
     """Ask for too little; take the value that the message offers."""
     with pytest.raises(InfeasibleBudget, match="unprunable layers alone") as caught:
-        Budget(share).macs(cost)
+        Budget(share).within(cost)
     found = re.search(r"Use --flops (\d\.\d+) or more", str(caught.value))
     assert found, str(caught.value)
     assert float(found[1]) <= cost.fixed / cost.dense + 0.01 + 1e-9, "the least, to the second digit"
-    return Budget(float(found[1])).macs(cost)
+    return Budget(float(found[1])).within(cost)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_the_least_possible_share_works_when_it_is_a_whole_percent(dense: int) -
 
 def test_the_search_refuses_an_infeasible_budget() -> None:
     scores, layout, cost = problem([[1.0]], [[1.0]], fixed=50)
-    with pytest.raises(InfeasibleBudget, match=r"0\.492 of the dense MACs asked.*Use --flops 0\.85"):
+    with pytest.raises(InfeasibleBudget, match=r"0\.492 of the dense model, but.*Use --flops 0\.85"):
         search(scores, layout, cost, Budget(0.5))
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from tiny_scoring import toy_layout
 
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.score_table import (
     PALETTE,
     colour_levels,
@@ -55,7 +56,7 @@ def _work(tmp_path: Path) -> Path:
     """An output folder as `optin score` leaves it."""
     workspace = Workspace.claim(tmp_path / "work", Source("some-bert"))
     cost = MacCost(fixed=10, head=(5, 5), neuron=(3, 3), dense=56, tokens=4)
-    workspace.write_scores(some_scores(), toy_layout((3, 2), (5, 2)), cost, "key")
+    workspace.write_scores(some_scores(), toy_layout((3, 2), (5, 2)), cost, UnitCost(1, (5, 5), (3, 3), 47), "key")
     return workspace.root
 
 

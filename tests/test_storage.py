@@ -17,6 +17,7 @@ from tiny_scoring import toy_layout
 
 from optin_deploy import storage
 from optin_deploy.cost.macs import MacCost
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.plan import Masks
 from optin_deploy.scoring import Scores
@@ -269,6 +270,7 @@ def test_the_hash_of_json_does_not_see_the_order_of_keys_and_that_of_a_file_sees
 
 LAYOUT = toy_layout((2, 3), (4, 5))
 COST = MacCost(5, (3, 3), (1, 1), 5 + 15 + 9, 4)
+PARAMS = UnitCost(7, (2, 2), (1, 1), 7 + 10 + 9)
 
 
 def some_scores(seed: int = 0) -> Scores:
@@ -301,7 +303,7 @@ def test_a_foreign_folder_is_refused_unless_forced_and_keeps_its_files(tmp_path:
 
 def test_an_own_folder_is_taken_again_and_its_stages_stay(tmp_path: Path) -> None:
     workspace = Workspace.claim(tmp_path / "out", Source("bert"))
-    workspace.write_scores(some_scores(), LAYOUT, COST, "key")
+    workspace.write_scores(some_scores(), LAYOUT, COST, PARAMS, "key")
     again = Workspace.claim(tmp_path / "out", Source("bert", samples=9))
     assert again.source().samples == 9
     assert again.has_scores("key")
@@ -355,18 +357,18 @@ def test_a_folder_without_source_says_what_to_run(tmp_path: Path) -> None:
 @pytest.fixture(name="scored")
 def _scored(tmp_path: Path) -> Workspace:
     workspace = Workspace.claim(tmp_path / "out", Source("bert"))
-    workspace.write_scores(some_scores(), LAYOUT, COST, "key")
+    workspace.write_scores(some_scores(), LAYOUT, COST, PARAMS, "key")
     return workspace
 
 
 def test_scores_survive_the_disk_with_layout_cost_and_key(scored: Workspace) -> None:
-    scores, layout, cost, key = scored.read_scores()
+    scores, layout, cost, params, key = scored.read_scores()
     wanted = some_scores()
     for kind in ("heads", "neurons", "head_errors", "neuron_errors"):
         pairs = zip(getattr(scores, kind), getattr(wanted, kind), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert scores.schema_version == 2
-    assert (layout, cost, key) == (LAYOUT, COST, "key")
+    assert (layout, cost, params, key) == (LAYOUT, COST, PARAMS, "key")
     assert dict(scores.provenance) == {"scorer": "exact", "seed": 0}
     assert scored.has_scores("key")
     assert not scored.has_scores("other settings")
@@ -436,7 +438,7 @@ def test_scores_of_an_earlier_version_are_not_finished_and_say_which_is_read(sco
 
 def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
     wanted = some_scores()
-    scored.write_scores(replace(wanted, head_errors=(), neuron_errors=()), LAYOUT, COST, "key")
+    scored.write_scores(replace(wanted, head_errors=(), neuron_errors=()), LAYOUT, COST, PARAMS, "key")
     scores = scored.read_scores()[0]
     assert scores.head_errors == scores.neuron_errors == ()
     assert all(torch.equal(a, b) for a, b in zip(scores.heads, wanted.heads, strict=True))
@@ -445,7 +447,7 @@ def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
 def test_new_scores_clear_away_what_came_of_the_old_ones(scored: Workspace) -> None:
     for name in ("masks.json", "plan.json", "scores.png", "report.md"):
         (scored.root / name).write_text("old")
-    scored.write_scores(some_scores(1), LAYOUT, COST, "another key", "fingerprint")
+    scored.write_scores(some_scores(1), LAYOUT, COST, PARAMS, "another key", "fingerprint")
     assert names(scored.root) == ["report.md", "scores.json", "scores.safetensors", "source.json"]
     data = json.loads((scored.root / "scores.json").read_text())
     assert data["calibration_fingerprint"] == "fingerprint"

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.budget import Budget
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search
 
 
 @dataclass(frozen=True)

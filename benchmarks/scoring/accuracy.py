@@ -28,6 +28,7 @@ from benchmarks.record import RESULTS, write_result
 from benchmarks.scoring.rivals import RIVALS, Importance, Loss, Rival
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Budget
 from optin_deploy.calibration import Batches, Sample, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.inputs import input_names
@@ -40,7 +41,7 @@ from optin_deploy.scoring import Scores, exact_terms, score, sketch_terms
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.scoring.losses import pooled
 from optin_deploy.scoring.terms import TermWeights, attention_branches, combined, ffn_branches, mean_scores
-from optin_deploy.search import Budget, search
+from optin_deploy.search import search
 from optin_deploy.terminal import quiet_libraries, stage_bar
 
 FLOPS = 0.6
@@ -115,6 +116,8 @@ class Comparison:
     methods: list[Method]
     figures: dict[str, float]
     """What must hold."""
+    exact: dict[str, list[list[float]]]
+    """Exact scores of heads and of the seeded neurons by layer, for later comparisons without the hour they take."""
 
 
 def compare(model: nn.Module, data: Batches, *, neurons: int, seed: int, seq_len: int) -> Comparison:
@@ -184,6 +187,7 @@ def compare(model: nn.Module, data: Batches, *, neurons: int, seed: int, seq_len
         peak_bytes=told["memory"]["peak_bytes"],
         methods=methods,
         figures=figures,
+        exact={kind: [t.tolist() for t in found] for kind, found in zip(("heads", "neurons"), truth, strict=True)},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,46 +11,21 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from optin_deploy.errors import BadInput
+from optin_deploy.cost.units import UnitCost
 from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import inference, recorded
 from optin_deploy.plan import PruningPlan
-from optin_deploy.validation import STORED, validated
 
 FLOPS_PER_MAC = 2
 
 
 @dataclass(frozen=True)
-class MacCost:
-    """What a plan costs: fixed + heads + neurons, for one sample."""
+class MacCost(UnitCost):
+    """MACs of one sample: patch embedding, pooler and classifier are fixed."""
 
-    __pydantic_config__ = STORED
-
-    fixed: int
-    """MACs that no plan can cut: patch embedding, pooler, classifier."""
-    head: tuple[int, ...]
-    """MACs of one head, a layer."""
-    neuron: tuple[int, ...]
-    """MACs of one FFN neuron, a layer."""
-    dense: int
-    """MACs of the dense model."""
     tokens: int
     """Tokens of the counted sample."""
-
-    def __post_init__(self) -> None:
-        if min(self.fixed, *self.head, *self.neuron) < 0 or self.dense < 1 or len(self.head) != len(self.neuron):
-            raise BadInput(f"cost: MACs must not be negative, and given for every layer: {self}.")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MacCost:
-        """Read what `dataclasses.asdict` made of one."""
-        return validated(cls, data, "cost: not a cost of optin-deploy", "Write it with `optin score`.")
-
-    def of(self, heads: Sequence[int], neurons: Sequence[int]) -> int:
-        """MACs with these counts of kept heads and neurons a layer."""
-        pairs = (*zip(self.head, heads, strict=True), *zip(self.neuron, neurons, strict=True))
-        return self.fixed + sum(cost * count for cost, count in pairs)
 
 
 def mac_cost(model: nn.Module, layout: ModelLayout, *, seq_len: int) -> MacCost:

@@ -22,9 +22,9 @@ REWRITTEN = "optin_rewritten"
 class Bias(nn.Module):
     """What an output projection makes of no units: its bias, broadcast over (batch, tokens)."""
 
-    def __init__(self, bias: Tensor) -> None:
+    def __init__(self, bias: nn.Parameter | nn.Buffer) -> None:
         super().__init__()
-        self.bias = nn.Parameter(bias)  # (hidden,)
+        self.bias = bias  # (hidden,)
 
     def forward(self, ignored: Tensor) -> Tensor:
         """Shape (1, 1, hidden): adding it to the residual broadcasts it."""
@@ -96,8 +96,9 @@ def _empty_ffn(model: nn.Module, layer: LayerSpec) -> None:
 
 def _bias(model: nn.Module, path: str) -> Bias:
     full = linear_at(model, path)
-    bias = torch.zeros_like(full.weight[:, 0]) if full.bias is None else full.bias
-    return Bias(bias.detach().clone()).train(full.training)
+    if full.bias is None:  # nothing learned: no parameter
+        return Bias(nn.Buffer(torch.zeros_like(full.weight[:, 0]))).train(full.training)
+    return Bias(nn.Parameter(full.bias.detach().clone())).train(full.training)
 
 
 def _sized_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:

@@ -33,9 +33,10 @@ from optin_deploy.scoring.terms import (
     weights_of,
 )
 
-ESTIMATES = 1536
-"""Samples x probes of the first round: on MiniLM so many keep what exact scores keep, to 97%."""
-MOST_PROBES = 16
+ESTIMATES = 4096
+"""Samples x probes after which the first round ends: on MiniLM so many keep what exact scores keep, to 97%."""
+FIRST_PROBES, MOST_PROBES = 4, 16
+"""Of the first round at most, and of all: how many more there are, the noise that was seen decides."""
 PROBES_PER_OUTPUT_PROBE = 4
 """The output term is a tenth of a score on average: it takes fewer probes."""
 HEAD_SAMPLES, HEAD_CHUNK = 32, 8
@@ -73,7 +74,7 @@ class Job:
 
     def _sketch(self) -> Scores:
         settings, samples = self.settings, len(self._keys)
-        ends = [settings.probes or min(MOST_PROBES, -(-ESTIMATES // samples))]
+        ends = [settings.probes or min(FIRST_PROBES, -(-ESTIMATES // samples))]
         heads = min(samples, settings.head_samples or HEAD_SAMPLES)
         further = False
         while True:

@@ -1,0 +1,100 @@
+"""How much may stay: a share or an amount of MACs, of parameters, of bytes, or of several at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from optin_deploy.cost.params import BYTES
+from optin_deploy.cost.units import UnitCost
+from optin_deploy.errors import BadInput, InfeasibleBudget
+
+DEFAULT_FLOPS = 0.6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of one resource may stay."""
+
+    limit: float
+    relative: bool = True
+    """True: limit is a share of what the dense model takes, in (0, 1]; False: an amount."""
+    option: str = "--flops"
+    """What the user calls it."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.limit) or self.limit <= 0 or (self.relative and self.limit > 1):
+            asked = "the share to keep, in (0, 1], for example 0.6" if self.relative else "a positive amount"
+            raise BadInput(f"{self.option} {self.limit}: give {asked}.")
+
+    def within(self, cost: UnitCost) -> int:
+        """The limit in units of a cost.
+
+        Raises: InfeasibleBudget: below what the unprunable layers cost.
+        """
+        # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
+        limit = math.floor(Fraction(str(self.limit)) * cost.dense) if self.relative else int(self.limit)
+        if limit < cost.fixed:
+            least = f"{-(-100 * cost.fixed // cost.dense) / 100:.2f}" if self.relative else str(cost.fixed)
+            raise InfeasibleBudget(
+                f"{self.option} {self.limit:g} is {limit / cost.dense:.3f} of the dense model, but the unprunable "
+                f"layers alone are {cost.fixed / cost.dense:.3f}. Use {self.option} {least} or more."
+            )
+        return limit
+
+
+Limit = tuple[UnitCost, int]
+"""A cost, and the most that it may be."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a user allows: budgets that must all hold, or a loss of quality; without any, 60% of the MACs."""
+
+    flops: float | None = None
+    """Share of the dense MACs, in (0, 1]."""
+    params: float | None = None
+    """Share of the dense parameters, in (0, 1]."""
+    size: int | None = None
+    """Bytes of all weights in float32."""
+    max_drop: float | None = None
+    """Points of the metric that may be lost, instead of a budget: the smallest such model is looked for."""
+
+    def __post_init__(self) -> None:
+        given = any(limit is not None for limit in (self.flops, self.params, self.size))
+        if self.max_drop is None:
+            if not given:
+                object.__setattr__(self, "flops", DEFAULT_FLOPS)
+        elif given:
+            raise BadInput("--max-drop finds the budget itself: leave out --flops, --params and --size.")
+        elif not 0 <= self.max_drop < 100:
+            raise BadInput(f"--max-drop {self.max_drop}: give points to lose, 0 or more and under 100, such as 1.0.")
+        self.budgets()  # what is impossible is refused at once
+
+    def within(self, macs: UnitCost, params: UnitCost) -> list[Limit]:
+        """The costs that are limited, and the most that each may be.
+
+        Raises: InfeasibleBudget.
+        """
+        costs = {"--flops": macs, "--params": params, "--size": params.times(BYTES)}
+        return [(costs[budget.option], budget.within(costs[budget.option])) for budget in self.budgets()]
+
+    def budgets(self) -> list[Budget]:
+        """One for each limit.
+
+        Raises: BadInput.
+        """
+        shares = (("--flops", self.flops), ("--params", self.params))
+        found = [Budget(share, option=option) for option, share in shares if share is not None]
+        return found if self.size is None else [*found, Budget(self.size, relative=False, option="--size")]
+
+    def __str__(self) -> str:
+        """For names of folders: 0.6, params0.5, 60000000B."""
+        told = (
+            "" if self.flops is None else f"{self.flops:g}",
+            "" if self.params is None else f"params{self.params:g}",
+            "" if self.size is None else f"{self.size}B",
+            "" if self.max_drop is None else f"drop{self.max_drop:g}",
+        )
+        return "-".join(filter(None, told))

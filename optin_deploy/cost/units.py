@@ -1,0 +1,49 @@
+"""What a plan costs, if every kept unit costs the same wherever it stands in its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from optin_deploy.errors import BadInput
+from optin_deploy.validation import STORED, validated
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """Fixed + heads + neurons, in whole numbers of one resource."""
+
+    __pydantic_config__ = STORED
+
+    fixed: int
+    """What no plan can cut."""
+    head: tuple[int, ...]
+    """Of one head, a layer."""
+    neuron: tuple[int, ...]
+    """Of one FFN neuron, a layer."""
+    dense: int
+    """Of the dense model."""
+
+    def __post_init__(self) -> None:
+        if min(self.fixed, *self.head, *self.neuron) < 0 or self.dense < 1 or len(self.head) != len(self.neuron):
+            raise BadInput(f"cost: numbers must not be negative, and given for every layer: {self}.")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` made of one."""
+        return validated(cls, data, "cost: not a cost of optin-deploy", "Write it with `optin score`.")
+
+    def of(self, heads: Sequence[int], neurons: Sequence[int]) -> int:
+        """With these counts of kept heads and neurons a layer."""
+        pairs = (*zip(self.head, heads, strict=True), *zip(self.neuron, neurons, strict=True))
+        return self.fixed + sum(cost * count for cost, count in pairs)
+
+    def times(self, factor: int) -> UnitCost:
+        """The same in a smaller unit, for example bytes instead of parameters."""
+        return UnitCost(
+            self.fixed * factor,
+            tuple(cost * factor for cost in self.head),
+            tuple(cost * factor for cost in self.neuron),
+            self.dense * factor,
+        )

@@ -1,0 +1,213 @@
+"""Quality at many budgets, and the smallest budget at which it holds; scores and curves are made once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from optin_deploy.budget import Limits
+from optin_deploy.errors import BadInput, QualityLimit
+from optin_deploy.pictures import draw_sweep
+from optin_deploy.plan import PruningPlan
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.pruning import cut
+from optin_deploy.quality import Judge, Quality
+from optin_deploy.stages import Prepared, curve_stage, plan_stage
+from optin_deploy.storage import read_json, sha256_json, write_json, write_text
+from optin_deploy.validation import STORED, validated
+from optin_deploy.workspace import Workspace
+
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Of the MACs, if nothing else is asked."""
+HEADER = ("flops", "kept", "parameters", "metric", "dense", "pruned", "drop")
+HINT = "It will be made again."
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget, and what the model within it is worth."""
+
+    flops: float
+    """Share of the dense MACs that was allowed."""
+    kept: float
+    """Share that the model takes."""
+    params: int
+    """Its parameters."""
+    quality: Quality
+    seconds: float
+    """Of compensation, cut and judging."""
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """For a table with HEADER; the drop is in points."""
+        found = self.quality
+        figures = (f"{found.dense:.4f}", f"{found.pruned:.4f}", f"{found.drop:.2f}")
+        return (f"{self.flops:g}", f"{self.kept:.4f}", str(self.params), found.metric, *figures)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """sweep.json."""
+
+    __pydantic_config__ = STORED
+
+    key: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Models of one workspace at any budget, judged on the held-out rows; those in sweep.json are not made again."""
+
+    workspace: Workspace
+    prepared: Prepared
+    align: int = 16
+    allocation: str = "uniform"
+    compensation: bool = True
+    stage: Stage = silent_stage
+
+    def at(self, flops: float) -> Point:
+        """The point at this share of the MACs.
+
+        Raises: BadInput, InfeasibleBudget.
+        """
+        if flops not in self._points:
+            self._points[flops] = self._made(flops)
+            points = sorted(self._points.values(), key=lambda point: -point.flops)
+            write_json(self._path, asdict(_Stored(self._key, tuple(points))))
+        return self._points[flops]
+
+    def _made(self, flops: float) -> Point:
+        limits = Limits(flops=flops)
+        plan = plan_stage(self.workspace, limits, align=self.align, allocation=self.allocation, write=False)
+        started = time.perf_counter()
+        with self.stage(f"try {flops:g}") as progress:
+            pruned = cut(
+                self.prepared.loaded.model,
+                self.prepared.layout,
+                plan,
+                self.prepared.calibration.batches,
+                compensation=self.compensation,
+                progress=progress,
+            )
+            quality = self._judge.of(pruned.model)
+        seconds = round(time.perf_counter() - started, 2)
+        return Point(flops, plan.kept, pruned.report["params"]["pruned"], quality, seconds)
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return Judge(self.prepared.loaded.model, self.prepared.held_out)
+
+    @cached_property
+    def _points(self) -> dict[float, Point]:
+        try:
+            stored = validated(_Stored, read_json(self._path, HINT), f"{self._path}: not of this version", HINT)
+        except BadInput:
+            return {}  # absent or damaged
+        return {point.flops: point for point in stored.points if stored.key == self._key}
+
+    @cached_property
+    def _key(self) -> str:
+        rows = [self.prepared.held_out.fingerprint, self.prepared.held_out.labels]
+        how = [self.align, self.allocation, self.compensation]
+        return sha256_json([self.prepared.key, self.workspace.read_scores().key, rows, how])
+
+    @property
+    def _path(self) -> Path:
+        return self.workspace.root / "sweep.json"
+
+
+def planned(
+    workspace: Workspace,
+    prepared: Prepared,
+    limits: Limits,
+    *,
+    align: int = 16,
+    allocation: str = "uniform",
+    compensation: bool = True,
+    stage: Stage = silent_stage,
+) -> PruningPlan:
+    """`plan_stage`, after the curves that it needs, and after the search for the budget if a loss of quality is given.
+
+    Raises: BadInput, InfeasibleBudget, QualityLimit.
+    """
+    _measure_curves(workspace, prepared, allocation, stage)
+    if limits.max_drop is not None:
+        trials, cost = Trials(workspace, prepared, align, allocation, compensation, stage), prepared.cost
+        limits = Limits(flops=smallest_within(limits.max_drop, cost.fixed / cost.dense, trials.at).flops)
+    with stage("plan"):
+        return plan_stage(workspace, limits, align=align, allocation=allocation)
+
+
+def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> Point:
+    """Bisect whole percents of the MACs for the smallest model that loses at most `drop` points.
+
+    Quality is taken to fall with the budget; the model that is returned was judged itself.
+    Args: least: share of the MACs that no plan can cut. at: the point at a share.
+    Raises: QualityLimit: every smaller model loses more.
+    """
+    low, high = int(100 * least), 100  # low: too small; high: good enough
+    best: Point | None = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        point = at(middle / 100)
+        if point.quality.drop <= drop:
+            high, best = middle, point
+        else:
+            low = middle
+    if best is None:
+        raise QualityLimit(
+            f"--max-drop {drop:g}: no smaller model loses so little; 99% of the MACs lose {at(0.99).quality.drop:.2f} "
+            "points. Allow more, or calibrate on more data that is like that of --eval."
+        )
+    return best
+
+
+def sweep(
+    workspace: Workspace,
+    prepared: Prepared,
+    shares: Sequence[float] = SHARES,
+    *,
+    align: int = 16,
+    allocation: str = "uniform",
+    compensation: bool = True,
+    stage: Stage = silent_stage,
+) -> list[Point]:
+    """Make and judge a model at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
+
+    Raises: BadInput, InfeasibleBudget.
+    """
+    for share in shares:
+        Limits(flops=share).within(prepared.cost, prepared.params)  # what is impossible is refused at once
+    _measure_curves(workspace, prepared, allocation, stage)
+    trials = Trials(workspace, prepared, align, allocation, compensation, stage)
+    points = [trials.at(share) for share in shares]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
+    write_text(workspace.root / "sweep.csv", text.getvalue())
+    draw_sweep(points, workspace.root / "sweep.png")
+    return points
+
+
+def _measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, stage: Stage) -> None:
+    if allocation == "curves":
+        with stage("curves") as progress:
+            curve_stage(workspace, prepared, progress=progress)
+
+
+def parse_shares(text: str | None) -> tuple[float, ...]:
+    """Read shares such as `0.8,0.6,0.4`.
+
+    Raises: BadInput.
+    """
+    if text is None:
+        return SHARES
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as err:
+        raise BadInput(f"--flops {text!r}: give shares with commas between them, for example 0.8,0.6,0.4.") from err
