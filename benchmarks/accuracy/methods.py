@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -22,6 +24,7 @@ from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import rows_of
 from optin_deploy.plan import PruningPlan
 from optin_deploy.pruning import cut
+from optin_deploy.quality import outputs_of
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring import Scores, ScoreSettings, score
 from optin_deploy.search import make_plan, search
@@ -38,6 +41,8 @@ class Case:
     seq_len: int
     calibration: Batches
     seed: int
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
+    """Of a dense forward over the calibration rows, and of what was made for ours, by stage; the last of each."""
     _rivals: dict[str, Scores] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -53,12 +58,17 @@ class Case:
     @cached_property
     def scores(self) -> Scores:
         """The trajectory's, as the product makes them."""
-        return score(self.model, self.layout, self.calibration.batches, ScoreSettings(seed=self.seed))
+        with self._timed("forward"):
+            outputs_of(self.model, self.calibration.batches)
+        with self._timed("scores"):
+            return score(self.model, self.layout, self.calibration.batches, ScoreSettings(seed=self.seed))
 
     @cached_property
     def curves(self) -> Curves:
         """Error curves by these scores."""
-        return error_curves(self.model, self.layout, self.scores, self.calibration.batches)
+        scores = self.scores
+        with self._timed("curves"):
+            return error_curves(self.model, self.layout, scores, self.calibration.batches)
 
     @cached_property
     def gradients(self) -> dict[Branch, Tensor]:
@@ -95,7 +105,14 @@ class Case:
 
     def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
         """The smaller model, as the product makes it."""
-        return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
+        with self._timed("compensation and cut"):
+            return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
 
 
 IMPORTANCES: dict[str, Callable[[Case], Importance]] = {

@@ -20,7 +20,7 @@ from optin_deploy.scoring.noise import drawn, sample_keys
 from optin_deploy.scoring.parts import Part, Store, Worker, run_parts
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.scoring.settings import ScoreSettings
-from optin_deploy.scoring.sketch import sketch_terms
+from optin_deploy.scoring.sketch import pass_dtype, sketch_terms
 from optin_deploy.scoring.stability import STABLE_HEADS, STABLE_NEURONS, enough, rank_stability
 from optin_deploy.scoring.terms import (
     Terms,
@@ -110,6 +110,7 @@ class Job:
             "head_samples": masked.samples,
             "probes": None if exact else estimated.probes,
             "output_probes": None if exact else estimated.output_probes,
+            "pass_dtype": None if exact else str(pass_dtype(next(self.model.parameters()))).removeprefix("torch."),
             "kl_weight": weights.output,
             "rank_stability": {
                 "heads": rank_stability(heads, head_errors),

@@ -84,7 +84,7 @@ def sketch_terms(
 
 
 def pass_dtype(hidden: Tensor) -> torch.dtype:
-    """What passes through a block with such input multiply in."""
+    """What passes through a block with input of this kind multiply in; only dtype and device are looked at."""
     if hidden.dtype != torch.float32:
         return hidden.dtype
     if hidden.is_cuda:

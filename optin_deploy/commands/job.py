@@ -1,0 +1,161 @@
+"""`optin-export`: the whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from optin_deploy.commands.options import (
+    DEFAULT_WEIGHTING,
+    Allocation,
+    At,
+    Calibration,
+    Compatible,
+    Compensation,
+    Dense,
+    DryRun,
+    Engine,
+    EngineAlign,
+    Eval,
+    Flops,
+    Force,
+    KlWeight,
+    LabelColumn,
+    MaxDrop,
+    MemoryBudget,
+    Model,
+    Out,
+    Paper,
+    Params,
+    Pool,
+    Precision,
+    PrepareOnly,
+    ProfileOption,
+    Samples,
+    ScorerName,
+    Seed,
+    SeqLen,
+    Size,
+    Task,
+    TextColumn,
+    Threads,
+    TimingCache,
+    WeightingName,
+    Weights,
+    Workspace_,
+)
+from optin_deploy.commands.parsing import (
+    absolute,
+    echo,
+    engine_options,
+    judged_by,
+    limits_of,
+    scoring_settings,
+    size_of,
+    warn_if_bundled,
+)
+from optin_deploy.errors import CannotBuildHere
+from optin_deploy.terminal import print_report, stage_bar
+
+EXPORT_EXAMPLES = """
+Examples:
+
+    optin-export sentence-transformers/all-MiniLM-L6-v2 --calibration articles.jsonl
+
+    optin-export ./my-bert --flops 0.4 --at batch=1,seq=128 --at batch=32,seq=128 --threads 2
+
+    optin-export ./my-vit --calibration photos/ --engine trt --prepare-only
+"""
+
+
+def export(
+    model: Model,
+    task: Task = None,
+    calibration: Calibration = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seq_len: SeqLen = 128,
+    samples: Samples = 512,
+    seed: Seed = 0,
+    flops: Flops = None,
+    params: Params = None,
+    size: Size = None,
+    max_drop: MaxDrop = None,
+    evaluation: Eval = None,
+    align: EngineAlign = None,
+    allocation: Allocation = "uniform",
+    scorer: ScorerName = "sketch",
+    paper: Paper = False,
+    weighting: WeightingName = DEFAULT_WEIGHTING,
+    kl_weight: KlWeight = None,
+    memory_budget: MemoryBudget = None,
+    compensation: Compensation = True,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    at: At = None,
+    threads: Threads = 0,
+    pool: Pool = None,
+    dense: Dense = True,
+    profile: ProfileOption = None,
+    workspace: Workspace_ = None,
+    timing_cache: TimingCache = None,
+    compatible: Compatible = None,
+    weights: Weights = "fixed",
+    out: Out = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    prepare_only: PrepareOnly = False,
+) -> None:
+    """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    from exporters.job import describe, export_model, ready
+    from exporters.measuring import Point, parse_point
+    from optin_deploy.workspace import Source, Workspace
+
+    data = None if calibration is None else str(calibration.absolute())
+    source = judged_by(
+        Source(absolute(model), task, data, text_column, label_column, seq_len, samples, seed), evaluation
+    )
+    limits = limits_of(flops, params, size, max_drop)
+    folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")
+    options: dict[str, Any] = {
+        "limits": limits,
+        "engine": engine,
+        "precision": precision,
+        "align": align,
+        "allocation": allocation,
+        "points": [parse_point(text) for text in at] if at else [Point()],
+        "threads": threads,
+        "pool": pool,
+        "options": engine_options(profile, workspace, timing_cache, compatible, weights),
+    }
+    scoring, scoring_bytes = (
+        scoring_settings(scorer, paper, weighting, kl_weight),
+        size_of(memory_budget, "--memory-budget"),
+    )
+    if dry_run:
+        Workspace.check(folder, source, force=force)
+        target, spec, prepared = ready(source, **options)
+        name, _ = target.file_names(spec.precision or target.precisions[0])
+        echo(describe(prepared, limits=limits, artifact=folder / name))
+        return
+    warn_if_bundled(calibration)
+    try:
+        report = export_model(
+            source,
+            folder,
+            **options,
+            scoring=scoring,
+            memory_budget=scoring_bytes,
+            compensation=compensation,
+            dense=dense,
+            force=force,
+            stage=stage_bar,
+        )
+    except CannotBuildHere as err:
+        if not prepare_only:
+            raise
+        typer.echo(str(err))
+        return
+    print_report(report, folder)

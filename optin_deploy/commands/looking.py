@@ -1,0 +1,105 @@
+"""`optin show` and `doctor`: what is there, and what will not work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optin_deploy.commands.options import DryRun
+from optin_deploy.errors import BadInput
+from optin_deploy.terminal import print_plan, print_table
+
+SHOW_EXAMPLES = """
+Examples:
+
+    optin show work
+
+    optin show scores work
+"""
+
+
+def show(
+    what: Annotated[
+        str, typer.Argument(metavar="DIR|scores", help="Output folder of an earlier command, or scores and the folder.")
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Whose scores; left out: of the current folder.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Print the plan and the report in DIR; with `scores` the scores, which are also drawn into DIR/scores.png."""
+    from optin_deploy.workspace import Workspace
+
+    scores_wanted, root = _scores_wanted(what, folder)
+    workspace = Workspace(root)
+    source = workspace.source()
+    typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
+    if scores_wanted:
+        _show_scores(workspace, write=not dry_run)
+        return
+    if (root / "scores.json").is_file() and not (root / "plan.json").exists():
+        from optin_deploy.score_table import print_provenance
+
+        print_provenance(workspace.read_scores()[0])
+        typer.echo(f"No plan yet. Next: optin plan {root}, or optin show scores {root}")
+        return
+    print_plan(workspace.read_plan())
+    report = root / "report.md"
+    if report.is_file():
+        typer.echo(report.read_text(encoding="utf-8"))
+
+
+DOCTOR_EXAMPLES = """
+Examples:
+
+    optin doctor
+
+    optin doctor work
+
+    optin doctor model.onnx --json
+"""
+
+
+def doctor(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Output folder or .onnx file. Without it: this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what will not work on this machine, or with the ONNX files in DIR, and what to do; exit code 1 if any."""
+    from exporters.doctor import diagnose
+
+    found = diagnose(target)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        for title, header, rows in found.tables():
+            print_table(header, rows, title)
+        typer.echo(found.summary)
+    if found.has_problem:
+        raise typer.Exit(1)
+
+
+def _scores_wanted(what: str, folder: Path | None) -> tuple[bool, Path]:
+    """Scores or plan, and of which folder: `show DIR`, `show scores DIR`, or `show scores` of the current folder."""
+    if folder is None and Path(what).is_dir():
+        return False, Path(what)
+    if what == "scores":
+        return True, folder or Path()
+    wrong = f"cannot show {what!r} of {folder}" if folder else f"{what} is not an output folder"
+    raise BadInput(f"{wrong}; possible: optin show DIR, optin show scores DIR.")
+
+
+def _show_scores(workspace: Any, *, write: bool) -> None:
+    from optin_deploy.pictures import draw_scores
+    from optin_deploy.score_table import print_scores
+
+    scores = workspace.read_scores()[0]
+    print_scores(scores)
+    picture = workspace.root / "scores.png"
+    if write:
+        draw_scores(scores, picture)
+    typer.echo(f"{'Wrote' if write else 'would write'} {picture}")

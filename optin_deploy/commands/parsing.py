@@ -1,0 +1,84 @@
+"""Option values as the types that the library takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from optin_deploy.terminal import warn
+
+
+def engine_options(
+    profiles: Sequence[str] | None,
+    workspace: str | None,
+    timing_cache: Path | None,
+    compatible: Sequence[str] | None,
+    weights: str,
+) -> Any:
+    """How TensorRT builds its plan, checked."""
+    from exporters.profiles import Profile, parse_profile
+    from exporters.tensorrt_plan import EngineOptions
+
+    return EngineOptions(
+        profiles=tuple(map(parse_profile, profiles)) if profiles else (Profile(),),
+        workspace_bytes=size_of(workspace, "--workspace"),
+        compatible=tuple(compatible or ()),
+        weights=weights,
+        timing_cache=None if timing_cache is None else timing_cache.absolute(),
+    )
+
+
+def scoring_settings(
+    scorer: str,
+    paper: bool,
+    weighting: str,
+    kl_weight: float | None,
+    features: str = "block",
+    tokens: int | None = None,
+    probes: int | None = None,
+) -> Any:
+    """How units are scored, checked."""
+    from optin_deploy.scoring import PAPER, Features, ScoreSettings
+
+    chosen = PAPER if paper else Features(features, tokens)  # type: ignore[arg-type]  # it checks the name itself
+    return ScoreSettings(scorer, weighting, kl_weight, chosen, probes)  # type: ignore[arg-type]
+
+
+def limits_of(flops: float | None, params: float | None, size: str | None, max_drop: float | None) -> Any:
+    """What may stay, checked."""
+    from optin_deploy.budget import Limits
+
+    return Limits(flops, params, size_of(size, "--size"), max_drop)
+
+
+def judged_by(source: Any, evaluation: Path | None) -> Any:
+    """The same source, judged by the rows of `--eval`."""
+    return source if evaluation is None else replace(source, evaluation=str(evaluation.absolute()))
+
+
+def size_of(text: str | None, option: str) -> int | None:
+    """Bytes of a size such as 4GiB."""
+    from optin_deploy.validation import parse_size
+
+    return None if text is None else parse_size(text, option)
+
+
+def absolute(model: str) -> str:
+    """A folder by its full path, so that later commands find it from anywhere; a hub id as it is."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+def warn_if_bundled(calibration: Path | None) -> None:
+    """The bundled set is for trying things out."""
+    if calibration is None:
+        warn("no --calibration given: using the small bundled set. Accuracy needs your own data.")
+
+
+def echo(lines: Sequence[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        typer.echo(line)

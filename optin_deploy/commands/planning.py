@@ -1,0 +1,141 @@
+"""`optin plan`, `sweep` and `rewrite`: what to keep, and the smaller model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from optin_deploy.commands.options import (
+    Align,
+    Allocation,
+    Compensation,
+    DryRun,
+    Eval,
+    Flops,
+    Folder,
+    MaxDrop,
+    Params,
+    Size,
+)
+from optin_deploy.commands.parsing import judged_by, limits_of
+from optin_deploy.terminal import print_plan, print_table, stage_bar
+
+PLAN_EXAMPLES = """
+Examples:
+
+    optin plan work --flops 0.5 --align 64
+
+    optin plan work --params 0.6 --size 60MiB
+
+    optin plan work --max-drop 1.0 --eval labelled.jsonl
+
+    optin plan work --allocation curves
+"""
+
+
+def plan(
+    folder: Folder,
+    flops: Flops = None,
+    params: Params = None,
+    size: Size = None,
+    max_drop: MaxDrop = None,
+    evaluation: Eval = None,
+    align: Align = 16,
+    allocation: Allocation = "uniform",
+    compensation: Compensation = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
+    from optin_deploy.search import check_search
+    from optin_deploy.stages import plan_stage, prepare
+    from optin_deploy.sweep import planned
+    from optin_deploy.workspace import Workspace
+
+    workspace, limits = Workspace(folder), limits_of(flops, params, size, max_drop)
+    check_search(align, allocation)
+    if dry_run and max_drop is not None:
+        typer.echo(
+            f"would try models within smaller and smaller budgets, until one loses more than {max_drop:g} points"
+        )
+        return
+    if dry_run or (allocation != "curves" and max_drop is None):  # no model is needed
+        found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
+    else:
+        prepared = prepare(judged_by(workspace.source(), evaluation))
+        limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
+        how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
+        found = planned(workspace, prepared, limits, **how, stage=stage_bar)
+    print_plan(found)
+    if not dry_run:
+        typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
+
+
+SWEEP_EXAMPLES = """
+Examples:
+
+    optin sweep work
+
+    optin sweep work --eval labelled.jsonl --flops 0.8,0.6,0.4 --allocation curves
+"""
+
+
+def sweep(
+    folder: Folder,
+    flops: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Shares of the dense MACs. [default: 0.9,0.8,...,0.3]")
+    ] = None,
+    evaluation: Eval = None,
+    align: Align = 16,
+    allocation: Allocation = "uniform",
+    compensation: Compensation = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model at each of many budgets and judge it; writes sweep.csv, sweep.png and sweep.json.
+
+    Models that sweep.json already holds are not made again.
+    """
+    from optin_deploy.search import check_search
+    from optin_deploy.stages import prepare
+    from optin_deploy.sweep import HEADER, parse_shares
+    from optin_deploy.sweep import sweep as sweep_folder
+    from optin_deploy.workspace import Workspace
+
+    workspace, shares = Workspace(folder), parse_shares(flops)
+    check_search(align, allocation)
+    source = judged_by(workspace.source(), evaluation)
+    if dry_run:
+        typer.echo(f"would make and judge {len(shares)} models")
+        return
+    how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
+    points = sweep_folder(workspace, prepare(source), shares, **how, stage=stage_bar)
+    print_table(HEADER, [point.row for point in points])
+    typer.echo(f"Wrote {folder / 'sweep.csv'} and {folder / 'sweep.png'}.")
+
+
+REWRITE_EXAMPLES = """
+Example:
+
+    optin rewrite work
+"""
+
+
+def rewrite(folder: Folder, compensation: Compensation = True, dry_run: DryRun = False) -> None:
+    """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model."""
+    from optin_deploy.stages import prepare, rewrite_stage
+    from optin_deploy.workspace import Workspace
+
+    workspace = Workspace(folder)
+    chosen = workspace.read_plan()
+    prepared = prepare(workspace.source())
+    chosen.check(prepared.layout)
+    if dry_run:
+        print_plan(chosen)
+        return
+    with stage_bar("rewrite") as progress:
+        pruned, reused = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
+    params = pruned.report["params"]
+    typer.echo(
+        f"{'Found finished' if reused else 'Wrote'} {workspace.model_folder}: {params['dense']:,} -> "
+        f"{params['pruned']:,} parameters. Next: optin build {folder}"
+    )

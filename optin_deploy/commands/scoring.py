@@ -1,0 +1,122 @@
+"""`optin score`."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optin_deploy.commands.options import (
+    DEFAULT_WEIGHTING,
+    MANY,
+    SCORING,
+    Calibration,
+    DryRun,
+    Force,
+    KlWeight,
+    LabelColumn,
+    MemoryBudget,
+    Model,
+    Paper,
+    Samples,
+    ScorerName,
+    Seed,
+    SeqLen,
+    Task,
+    TextColumn,
+    WeightingName,
+)
+from optin_deploy.commands.parsing import absolute, echo, scoring_settings, size_of, warn_if_bundled
+from optin_deploy.progress import silent
+from optin_deploy.terminal import stage_bar
+
+SCORE_EXAMPLES = """
+Examples:
+
+    optin score ./my-bert --calibration texts.txt --out work
+
+    torchrun --nproc-per-node=4 --max-restarts=3 -m optin_deploy score ./my-bert --calibration texts.txt --out work
+
+    optin score ./my-bert --calibration texts.txt --out /shared/work --shard 2/8
+"""
+
+
+def score(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    task: Task = None,
+    calibration: Calibration = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    seq_len: SeqLen = 128,
+    samples: Samples = 512,
+    seed: Seed = 0,
+    scorer: ScorerName = "sketch",
+    paper: Paper = False,
+    weighting: WeightingName = DEFAULT_WEIGHTING,
+    kl_weight: KlWeight = None,
+    features: Annotated[
+        str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
+    ] = "block",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            help="Random projections a sample. [default: until the ranking is stable]", rich_help_panel=SCORING
+        ),
+    ] = None,
+    memory_budget: MemoryBudget = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/N", help="Do only this share of the work.", rich_help_panel=MANY)
+    ] = None,
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
+        ),
+    ] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score every head and neuron of MODEL; writes scores.safetensors and scores.json.
+
+    Run it as often as you like on the same --out, on one machine or on many that share the folder: finished parts are
+    skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
+    takes over what a killed one left.
+    """
+    from exporters.job import describe
+    from optin_deploy.budget import Limits
+    from optin_deploy.scoring.parts import PartsLeft, worker_of
+    from optin_deploy.stages import ScoreRequest, prepare
+    from optin_deploy.workspace import Source, Workspace
+
+    data = None if calibration is None else str(calibration.absolute())
+    source = Source(absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
+    settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
+    request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
+    worker = worker_of(shard, os.environ)
+    Workspace.check(out, source, force=force)
+    if dry_run:
+        echo(describe(prepare(source), limits=Limits(flops=1.0), artifact=out / "scores.safetensors"))
+        return
+    first = worker.index == 0 or shard is not None
+    if first:
+        warn_if_bundled(calibration)
+    try:
+        with stage_bar("score") if first else nullcontext(silent) as progress:
+            if ray is None:
+                reused = request.run(worker, progress)
+            else:
+                from optin_deploy.cluster import score_on_ray
+
+                reused = score_on_ray(request, ray)
+    except PartsLeft as left:
+        typer.echo(str(left))
+        return
+    if first:
+        typer.echo(f"{'Found finished' if reused else 'Wrote'} {out / 'scores.safetensors'}. Next: optin plan {out}")
