@@ -22,7 +22,7 @@ from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits
-from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.errors import BadInput, PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
@@ -127,6 +127,11 @@ def export_model(
     write_text(out / "report.md", to_markdown(report))
     if built.problem is not None:
         raise built.problem
+    if limits.max_drop is not None and quality.drop > limits.max_drop:  # the engine's own precision costs more
+        raise QualityLimit(
+            f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "
+            f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
+        )
     return report
 
 
@@ -202,7 +207,7 @@ def _report(
         hashes={**weights, **built.hashes()},
         seconds=seconds,
         settings={**asdict(source), **settings, "calibration_fingerprint": prepared.calibration.fingerprint},
-        notes=_notes(source, built),
+        notes=_notes(source, built, settings, quality),
     )
 
 
@@ -264,7 +269,7 @@ def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]
     """What a job would do, line by line."""
     layers = prepared.layout.layers
     budgets = [
-        f"{budget.option} {budget.limit:g}: {limit:,} of {cost.dense:,}"
+        f"{budget}: {limit:,} of {cost.dense:,}"
         for budget, (cost, limit) in zip(limits.budgets(), limits.within(prepared.cost, prepared.params), strict=True)
     ] or [f"--max-drop {limits.max_drop:g}: the smallest model that loses no more points"]
     model = f"{prepared.layout.model_class}, {prepared.loaded.task}, {len(layers)} layers"
@@ -278,8 +283,13 @@ def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]
     ]
 
 
-def _notes(source: Source, built: Built) -> list[str]:
+def _notes(source: Source, built: Built, settings: Mapping[str, object], quality: Quality) -> list[str]:
     notes = []
+    if settings["max_drop"] is not None:
+        notes.append(
+            f"The budget was chosen by `--max-drop {settings['max_drop']:g}` on the rows that quality is told of; one "
+            f"of the {quality.samples} rows is {100 / quality.samples:.2f} points."
+        )
     if source.calibration is None:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
     if built.problem is not None:

@@ -21,12 +21,15 @@ class Budget:
     relative: bool = True
     """True: limit is a share of what the dense model takes, in (0, 1]; False: an amount."""
     option: str = "--flops"
-    """What the user calls it."""
+    """What the user calls it; amounts are bytes."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.limit) or self.limit <= 0 or (self.relative and self.limit > 1):
             asked = "the share to keep, in (0, 1], for example 0.6" if self.relative else "a positive amount"
             raise BadInput(f"{self.option} {self.limit}: give {asked}.")
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.limit:g}" if self.relative else f"{self.option} {self.limit / 2**20:.2f}MiB"
 
     def within(self, cost: UnitCost) -> int:
         """The limit in units of a cost.
@@ -36,9 +39,10 @@ class Budget:
         # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
         limit = math.floor(Fraction(str(self.limit)) * cost.dense) if self.relative else int(self.limit)
         if limit < cost.fixed:
-            least = f"{-(-100 * cost.fixed // cost.dense) / 100:.2f}" if self.relative else str(cost.fixed)
+            share = f"{-(-100 * cost.fixed // cost.dense) / 100:.2f}"
+            least = share if self.relative else f"{-(-cost.fixed // 2**10)}KiB"
             raise InfeasibleBudget(
-                f"{self.option} {self.limit:g} is {limit / cost.dense:.3f} of the dense model, but the unprunable "
+                f"{self} is {limit / cost.dense:.3f} of the dense model, but the unprunable "
                 f"layers alone are {cost.fixed / cost.dense:.3f}. Use {self.option} {least} or more."
             )
         return limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,12 @@ class Quality:
 
     @property
     def drop(self) -> float:
-        """Points (hundredths) that the pruned model lost."""
-        return 100 * (self.dense - self.pruned)
+        """Points (hundredths) that the pruned model lost; rounded, so that 0.95 - 0.9 are 5 points."""
+        return round(100 * (self.dense - self.pruned), 6)
+
+    def __str__(self) -> str:
+        values = f"{self.metric} {self.pruned:.4f}, dense {self.dense:.4f}"
+        return f"{values}: {self.drop:.2f} points lost on {self.samples} rows"
 
 
 def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...]) -> Tensor:
@@ -65,15 +70,21 @@ class Judge:
         if not self._classifies:
             return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
         if self._is_regression:
-            both = torch.stack((before.flatten(), after.flatten()))
-            return Quality("correlation_with_dense", 1.0, float(torch.corrcoef(both)[0, 1]), rows)
+            return Quality("correlation_with_dense", 1.0, _correlation(before.flatten(), after.flatten()), rows)
         if self._labels is None:
-            return Quality("same_prediction", 1.0, float((before.argmax(1) == after.argmax(1)).float().mean()), rows)
-        return Quality("accuracy", _accuracy(before, self._labels), _accuracy(after, self._labels), rows)
+            return Quality("same_prediction", 1.0, _share(before.argmax(1) == after.argmax(1)), rows)
+        dense, small = (_share(logits.argmax(1) == self._labels) for logits in (before, after))
+        return Quality("accuracy", dense, small, rows)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).float().mean())
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's; 0 where it is undefined, as of constant outputs."""
+    found = float(torch.corrcoef(torch.stack((a, b)))[0, 1])
+    return 0.0 if math.isnan(found) else found
 
 
 def check_labels(batches: Batches, model: nn.Module) -> None:

@@ -73,7 +73,7 @@ def prepare(source: Source) -> Prepared:
         samples = _samples(source, source.calibration)
     chosen, held = split(samples, samples_limit=source.samples, seed=source.seed)
     if source.evaluation is not None:
-        held = _samples(source, source.evaluation)
+        held = _unseen(_samples(source, source.evaluation), chosen, source.evaluation)
     calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
     for batches in (calibration, held_out):
         check_labels(batches, loaded.model)
@@ -89,6 +89,20 @@ def prepare(source: Source) -> Prepared:
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
     return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
+
+
+def _unseen(rows: Sequence[Sample], calibration: Sequence[Sample], path: str) -> tuple[Sample, ...]:
+    """The rows that calibration does not learn from; labels for all or for none."""
+    seen = {(row.text, row.text_pair, str(row.image)) for row in calibration}
+    found = tuple(row for row in rows if (row.text, row.text_pair, str(row.image)) not in seen)
+    unlabelled = sum(row.label is None for row in found)
+    if not found:
+        raise BadInput(
+            f"--eval {path}: all {len(rows)} rows are calibration rows. Give rows that nothing learned from."
+        )
+    if 0 < unlabelled < len(found):
+        raise BadInput(f"--eval {path}: {unlabelled} of {len(found)} rows have no label. Label all rows, or none.")
+    return found
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
@@ -178,9 +192,13 @@ def plan_stage(
     *,
     align: int = 16,
     allocation: str = "uniform",
+    max_drop: float | None = None,
     write: bool = True,
 ) -> PruningPlan:
-    """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be."""
+    """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be.
+
+    Args: max_drop: the loss of quality by which the limits were found; only noted.
+    """
     limits = limits or Limits()
     scores, layout, macs, params, key = workspace.read_scores()
     curves = workspace.read_curves()[0] if allocation == "curves" else None
@@ -188,7 +206,8 @@ def plan_stage(
     masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves)
     plan = make_plan(masks, layout, macs)
     if write:
-        settings = {**asdict(limits), "align": align, "allocation": allocation, "scores_key": key}
+        how = {"align": align, "allocation": allocation, "scores_key": key}
+        settings = {**asdict(limits), "max_drop": max_drop, **how}
         workspace.write_plan(plan, masks, settings)
     return plan
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, QualityLimit
@@ -57,6 +58,8 @@ class _Stored:
     __pydantic_config__ = STORED
 
     key: str
+    settings: dict[str, Any]
+    """How the models were made; for people."""
     points: tuple[Point, ...]
 
 
@@ -77,9 +80,12 @@ class Trials:
         Raises: BadInput, InfeasibleBudget.
         """
         if flops not in self._points:
+            if not self._points:  # a table and a picture of models that were made in another way
+                for name in ("sweep.csv", "sweep.png"):
+                    (self.workspace.root / name).unlink(missing_ok=True)
             self._points[flops] = self._made(flops)
             points = sorted(self._points.values(), key=lambda point: -point.flops)
-            write_json(self._path, asdict(_Stored(self._key, tuple(points))))
+            write_json(self._path, asdict(_Stored(self._key, self._settings, tuple(points))))
         return self._points[flops]
 
     def _made(self, flops: float) -> Point:
@@ -114,8 +120,12 @@ class Trials:
     @cached_property
     def _key(self) -> str:
         rows = [self.prepared.held_out.fingerprint, self.prepared.held_out.labels]
-        how = [self.align, self.allocation, self.compensation]
-        return sha256_json([self.prepared.key, self.workspace.read_scores().key, rows, how])
+        return sha256_json([self.prepared.key, self.workspace.read_scores().key, rows, self._settings])
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        how = {"align": self.align, "allocation": self.allocation, "compensation": self.compensation}
+        return {**how, "evaluation": self.prepared.source.evaluation}
 
     @property
     def _path(self) -> Path:
@@ -131,17 +141,20 @@ def planned(
     allocation: str = "uniform",
     compensation: bool = True,
     stage: Stage = silent_stage,
-) -> PruningPlan:
+) -> tuple[PruningPlan, Point | None]:
     """`plan_stage`, after the curves that it needs, and after the search for the budget if a loss of quality is given.
 
+    Returns: the plan, and what its model is worth if that was looked for.
     Raises: BadInput, InfeasibleBudget, QualityLimit.
     """
     _measure_curves(workspace, prepared, allocation, stage)
-    if limits.max_drop is not None:
-        trials, cost = Trials(workspace, prepared, align, allocation, compensation, stage), prepared.cost
-        limits = Limits(flops=smallest_within(limits.max_drop, cost.fixed / cost.dense, trials.at).flops)
+    best, drop, cost = None, limits.max_drop, prepared.cost
+    if drop is not None:
+        trials = Trials(workspace, prepared, align, allocation, compensation, stage)
+        best = smallest_within(drop, cost.fixed / cost.dense, trials.at)
+        limits = Limits(flops=best.flops)
     with stage("plan"):
-        return plan_stage(workspace, limits, align=align, allocation=allocation)
+        return plan_stage(workspace, limits, align=align, allocation=allocation, max_drop=drop), best
 
 
 def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> Point:
@@ -182,8 +195,7 @@ def sweep(
 
     Raises: BadInput, InfeasibleBudget.
     """
-    for share in shares:
-        Limits(flops=share).within(prepared.cost, prepared.params)  # what is impossible is refused at once
+    check_shares(prepared, shares)
     _measure_curves(workspace, prepared, allocation, stage)
     trials = Trials(workspace, prepared, align, allocation, compensation, stage)
     points = [trials.at(share) for share in shares]
@@ -198,6 +210,15 @@ def _measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, s
     if allocation == "curves":
         with stage("curves") as progress:
             curve_stage(workspace, prepared, progress=progress)
+
+
+def check_shares(prepared: Prepared, shares: Sequence[float]) -> None:
+    """Refuse what is impossible before the long work.
+
+    Raises: BadInput, InfeasibleBudget.
+    """
+    for share in shares:
+        Limits(flops=share).within(prepared.cost, prepared.params)
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

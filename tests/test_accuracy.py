@@ -121,25 +121,71 @@ def test_classes_are_judged_by_accuracy_and_numbers_by_spearman() -> None:
     assert found["rows"] == pytest.approx((-((numbers - labels) ** 2)).tolist(), abs=1e-6)
 
 
-def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
-    def cell(rows: list[int]) -> dict[str, Any]:
-        return {"value": sum(rows) / len(rows), "rows": rows, "seconds": 3.0}
+def test_seconds_of_a_method_hold_what_others_made_for_it(case: Case) -> None:
+    first, again = (module.timed(METHODS["OPTIN"], case, flops)[1] for flops in (0.6, 0.4))
+    assert first.keys() == again.keys() == {"forward", "scores", "own"}
+    assert first["scores"] == again["scores"] > 0
+    kwon = module.timed(METHODS["Kwon et al."], case, 0.5)[1]
+    assert kwon.keys() == {"forward", "gradients", "own"}
+    assert all(seconds > 0 for seconds in kwon.values())
 
-    found = {
-        ("a", -1, DENSE, 1.0): cell([1, 1, 1, 1]),
-        ("a", 0, "ours", 0.4): cell([1, 1, 1, 0]),
-        ("a", 1, "ours", 0.4): cell([1, 1, 1, 1]),
-        ("a", 0, "OPTIN", 0.4): cell([1, 0, 0, 0]),
-        ("a", 1, "OPTIN", 0.4): cell([1, 1, 0, 0]),
-        ("a", 0, "random", 0.4): cell([0, 0, 0, 0]),
-    }
-    told = page(found)
+
+def cell(rows: list[int], scores: float = 2.0) -> dict[str, Any]:
+    return {"value": sum(rows) / len(rows), "rows": rows, "stages": {"forward": 0.5, "scores": scores, "own": 1.0}}
+
+
+FOUND = {
+    ("a", -1, DENSE, 1.0): cell([1, 1, 1, 1]),
+    ("a", 0, "ours", 0.4): cell([1, 1, 1, 0]),
+    ("a", 1, "ours", 0.4): cell([1, 1, 1, 1]),
+    ("a", 0, "OPTIN", 0.4): cell([1, 0, 0, 0]),
+    ("a", 1, "OPTIN", 0.4): cell([1, 1, 0, 0]),
+    ("a", 0, "random", 0.4): cell([0, 0, 0, 0]),
+}
+
+
+def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
+    told = page(FOUND)
     assert "Dense: a 100.00%" in told
-    assert "| ours | 87.5 ± 17.7 | 12.50 | 3 |" in told
-    assert "| OPTIN | 37.5 ± 17.7 | 62.50 | 3 |" in told
-    assert "| random | 0.0 | 100.00 | 3 |" in told
+    assert "over 2 calibration seeds" in told
+    assert "| ours | 87.5 ± 17.7 | 12.50 | 3 | 6 |" in told
+    assert "| OPTIN | 37.5 ± 17.7 | 62.50 | 3 | 6 |" in told
+    assert "| random | 0.0 (1 seed) | 100.00 | 3 | 6 |" in told
     # By row: 1 - 1, 1 - 0.5, 1 - 0, 0.5 - 0: mean 0.5, deviation 0.408, error 0.204. The best peer is OPTIN.
-    assert "a at 0.4: +50.00 ± 20.41 points over OPTIN" in told
+    assert "- a at 0.4: +50.00 ± 20.41 points over OPTIN" in told
+    assert "- on average at 0.4: +50.00 ± 20.41 points over each task's best peer" in told
+    assert "scores 4" in told
+
+
+def test_methods_are_paired_on_the_seeds_that_both_have() -> None:
+    some = {key: value for key, value in FOUND.items() if key[1:3] != (1, "OPTIN")}
+    # Of seed 0 alone: 0, 1, 1, 0.
+    assert "- a at 0.4: +50.00 ± 28.87 points over OPTIN" in page(some)
+
+
+def test_an_open_table_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(module, "TASKS", {"text": lambda cache: task_of("text")})
+    monkeypatch.setattr(module, "GATE", ["text"])
+    monkeypatch.setattr(module, "write_result", lambda folder, name, *rest: written.append((folder, name)))
+    command = [
+        "accuracy",
+        "--methods",
+        "magnitude",
+        "--seeds",
+        "0",
+        "--rows",
+        "12",
+        "--cells",
+        str(tmp_path),
+        "--record",
+    ]
+    monkeypatch.setattr("sys.argv", [*command, "--minutes", "0"])
+    with pytest.raises(SystemExit, match="3 cells are open"):
+        module.main()
+    monkeypatch.setattr("sys.argv", command)
+    module.main()
+    assert written == [(module.RESULTS, "accuracy")]
 
 
 # --- GLUE ---
@@ -147,8 +193,8 @@ def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
 
 def glue_files(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     folder.mkdir()
-    for part in ("train", GLUE[name].validation):
-        kept = rows if part == "train" else rows[:5]
+    for part in ("train", GLUE[name].validation, *(["validation_mismatched"] if name == "mnli" else [])):
+        kept = {"train": rows, GLUE[name].validation: rows[:5]}.get(part, rows[5:7])
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     return folder
 
@@ -162,7 +208,7 @@ def some_rows(name: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["sst2", "mrpc", "qnli"])
+@pytest.mark.parametrize("name", ["sst2", "mrpc", "qnli", "mnli"])
 def test_glue_is_read_from_local_files(tmp_path: Path, name: str) -> None:
     rows = some_rows(name)
     task = glue(name, str(classifier()), data=glue_files(tmp_path / "data", name, rows), rows=12)
@@ -181,8 +227,11 @@ def test_glue_refuses_what_does_not_fit(tmp_path: Path) -> None:
     data = glue_files(tmp_path / "data", "mrpc", some_rows("sst2"))
     with pytest.raises(BadInput, match="no column sentence1, sentence2 in part train"):
         glue("mrpc", str(classifier()), data=data)
-    with pytest.raises(BadInput, match="no part validation_matched in the data, only train, validation"):
+    with pytest.raises(BadInput, match=r"no files of train and validation_matched"):
         glue("mnli", str(classifier()), data=glue_files(tmp_path / "more", "qnli", some_rows("mnli")))
+    wrong = [{**row, "label": 7} for row in some_rows("sst2")]
+    with pytest.raises(BadInput, match="label 7 is not one of the model's"):
+        glue("sst2", str(classifier()), data=glue_files(tmp_path / "labels", "sst2", wrong))
     with pytest.raises(BadInput, match="puts out classes: that does not fit --glue stsb"):
         glue("stsb", str(classifier()), data=glue_files(tmp_path / "pairs", "stsb", some_rows("stsb")))
 
@@ -256,6 +305,9 @@ def test_an_archive_is_downloaded_once_and_only_as_it_was(tmp_path: Path, monkey
     assert "download" in commands[0]
     assert "--hash=sha256" in (tmp_path / "cache" / "x.whl.txt").read_text()
     assert Archive("x.tgz", "0" * 64, "npm:x@1.0")._command(tmp_path)[:2] == ("npm", "pack")
+    monkeypatch.setattr(subprocess, "run", lambda *rest, **options: Path("/no/such/npm").read_bytes())
+    with pytest.raises(BadInput, match=r"x\.tgz could not be downloaded: .*no/such/npm"):
+        Archive("x.tgz", "0" * 64, "npm:x@1.0").content(tmp_path)
 
 
 def test_reuters_rows_are_read_with_their_topics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

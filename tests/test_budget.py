@@ -157,8 +157,8 @@ def test_impossible_limits_say_which_and_what_is_possible() -> None:
         Limits(size=-3)
     with pytest.raises(InfeasibleBudget, match=r"--params 0\.3 is 0\.300 .*alone are 0\.444\. Use --params 0\.45"):
         Limits(params=0.3).within(MACS, PARAMS)
-    with pytest.raises(InfeasibleBudget, match=r"--size 100 is .*Use --size 160 or more"):
-        Limits(flops=1.0, size=100).within(MACS, PARAMS)
+    with pytest.raises(InfeasibleBudget, match=r"--size 2\.00MiB is .*Use --size 3907KiB or more"):
+        Limits(flops=1.0, size=2 * 2**20).within(MACS, UnitCost(10**6, (3,), (2,), 10**6 + 5))
 
 
 def test_tied_weights_count_once() -> None:

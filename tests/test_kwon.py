@@ -12,10 +12,14 @@ from test_compensate import projection_inputs
 from tiny_scoring import BERT, HEADS, HIDDEN, NEURONS, bert, one_thread, state_of, text_batch
 from torch import Tensor, nn
 
+from benchmarks.accuracy import kwon
 from benchmarks.accuracy.kwon import DAMPING, rearranged, tuned
 from benchmarks.scoring.rivals import mask_gradients
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.compensate import Weights
 from optin_deploy.plan import Masks, PruningPlan
+
+Kept = tuple[tuple[int, ...], ...]
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -63,41 +67,79 @@ def test_gradients_are_finite_differences_of_the_loss() -> None:
     np.testing.assert_allclose(gradients[layout.layers[1].ffn][:, 4], (found[0] - found[1]) / (2 * step), atol=1e-7)
 
 
+WHOLE = ((tuple(range(HEADS)),) * 2, (tuple(range(NEURONS)),) * 2)
+
+
+def plan_of(model: nn.Module, heads: Kept = WHOLE[0], neurons: Kept = WHOLE[1]) -> PruningPlan:
+    return PruningPlan(heads, neurons, resolve(model).hash, 100, 60, 10, 8)
+
+
+def tune(model: nn.Module, plan: PruningPlan, *, first_token: bool = False, teacher: Masks | None = None) -> Weights:
+    layout = resolve(model)
+    teacher = teacher or Masks.all_kept(layout)
+    return tuned(model, layout, plan, BATCHES, teacher=teacher, first_token=first_token)
+
+
+@pytest.mark.parametrize("first_token", [False, True])
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
-def test_the_first_tuned_branch_is_a_damped_least_squares_fit(kind: str) -> None:
+def test_the_first_tuned_branch_is_a_damped_least_squares_fit(kind: str, first_token: bool) -> None:
     """Before it both streams are equal: the kept units' outputs make up for those that went."""
     model = bert()
-    layout = resolve(model)
     before = state_of(model)
     units = HEADS if kind == "heads" else NEURONS
     kept = (0, 2) if kind == "heads" else (1, 3, 4)
-    everything = tuple(range(HEADS)), tuple(range(NEURONS))
-    heads, neurons = (kept, everything[1]) if kind == "heads" else (everything[0], kept)
-    plan = PruningPlan((heads, everything[0]), (neurons, everything[1]), layout.hash, 100, 60, 10, 8)
-    found = tuned(model, layout, plan, BATCHES)
+    heads, neurons = ((WHOLE[0][0], kept), WHOLE[1]) if kind == "heads" else (WHOLE[0], (WHOLE[1][0], kept))
+    plan = plan_of(model, heads, neurons)
+    found = tune(model, plan, first_token=first_token)
     assert state_of(model) == before
-    path, _ = BERT.columns(0, kind, 0)
+    path, _ = BERT.columns(1, kind, 0)
     weight = model.get_parameter(f"{path}.weight").detach()
-    rows = torch.tensor(np.concatenate(projection_inputs(model, path, BATCHES)))
+    rows = projection_inputs(model, path, BATCHES)
+    if first_token and kind == "neurons":  # of the last block alone
+        lengths = [int(n) for batch in BATCHES for n in batch["attention_mask"].sum(1)]
+        rows = [np.concatenate(rows)[np.cumsum([0, *lengths[:-1]])]]
+    rows = torch.tensor(np.concatenate(rows))
     outputs = [
         (rows[:, columns] @ weight[:, columns].T).flatten().numpy()
         for unit in range(units)
-        for columns in [BERT.columns(0, kind, unit)[1]]
+        for columns in [BERT.columns(1, kind, unit)[1]]
     ]
+    left = np.stack([outputs[u] for u in kept], 1)
     lost = sum(outputs[u] for u in range(units) if u not in kept)
-    left = np.concatenate([np.stack([outputs[u] for u in kept], 1), DAMPING * np.eye(len(kept))])
-    factors = 1 + np.linalg.lstsq(left, np.concatenate([lost, np.zeros(len(kept))]), rcond=None)[0]
-    assert abs(factors - 1).max() > 0.01, "there is something to make up for"
-    for factor, unit in zip(factors, kept, strict=True):
-        columns = BERT.columns(0, kind, unit)[1]
-        np.testing.assert_allclose(found[f"{path}.weight"][:, columns], factor * weight[:, columns], rtol=1e-9)
+    if kind == "heads":  # and a number that is added everywhere; it starts at 1, as the factors
+        left, lost = np.column_stack([left, np.ones(len(left))]), lost - 1
+    normal, right = left.T @ left, left.T @ lost
+    system = np.concatenate([normal, DAMPING * np.eye(len(normal))])
+    factors = 1 + np.linalg.lstsq(system, np.concatenate([right, np.zeros(len(right))]), rcond=None)[0]
+    assert abs(factors[: len(kept)] - 1).max() > 0.01, "there is something to make up for"
+    for factor, unit in zip(factors[: len(kept)], kept, strict=True):
+        columns = BERT.columns(1, kind, unit)[1]
+        np.testing.assert_allclose(found[f"{path}.weight"][:, columns], factor * weight[:, columns], rtol=1e-3)
     assert found[f"{path}.weight"].shape == weight.shape
     assert weight.shape[0] == HIDDEN
 
 
-def test_with_nothing_cut_tuning_changes_nothing() -> None:
+def test_the_heads_of_the_first_layer_and_emptied_branches_are_not_tuned() -> None:
     model = bert()
-    layout = resolve(model)
-    whole = PruningPlan((tuple(range(HEADS)),) * 2, (tuple(range(NEURONS)),) * 2, layout.hash, 100, 60, 10, 8)
-    for name, weight in tuned(model, layout, whole, BATCHES).items():
-        np.testing.assert_allclose(weight, model.get_parameter(name).detach(), rtol=1e-9)
+    found = tune(model, plan_of(model, heads=((0,), ()), neurons=((), (1, 2))))
+    assert set(found) == {f"{BERT.columns(1, 'neurons', 0)[0]}.weight"}
+
+
+def test_tuning_ends_at_the_first_factor_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    plan = plan_of(model, neurons=((1, 3), (1, 3)))
+    assert len(tune(model, plan)) == 3
+    monkeypatch.setattr(kwon, "LARGEST", 1e-3)
+    assert tune(model, plan) == {}
+
+
+def test_the_teacher_may_be_pruned_itself() -> None:
+    """Where teacher and student are the same model, there is nothing to tune."""
+    model = bert()
+    plan = plan_of(model, neurons=((1, 3, 4), (0, 2)))
+    same = plan.masks(resolve(model))
+    path = BERT.columns(0, "neurons", 0)[0]
+    for name, weight in tune(model, plan, teacher=same).items():
+        if name == f"{path}.weight":
+            np.testing.assert_allclose(weight, model.get_parameter(name).detach(), rtol=1e-9)
+    assert not torch.allclose(tune(model, plan)[f"{path}.weight"], model.get_parameter(f"{path}.weight"))

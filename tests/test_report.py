@@ -313,3 +313,21 @@ def test_labels_of_a_feature_extractor_do_not_matter_and_padding_does_not_count(
     found = judged(Toy(1.0, 1.0), Toy(1.0, 0.0), batches)
     assert (found.metric, found.dense, found.samples) == ("cosine_to_dense", 1.0, 2)
     assert found.pruned == pytest.approx((1 + 1 / math.sqrt(2)) / 2)
+
+
+def test_a_correlation_that_is_undefined_counts_as_none() -> None:
+    batches = Batches(({"states": torch.ones(3, 1)},), (None,) * 3)
+    config = SimpleNamespace(num_labels=1, problem_type="regression")
+    numbers = iter((torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [2.0], [2.0]])))
+
+    class NumbersClassification(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.values = config, next(numbers)
+
+        def forward(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.values}
+
+    dense = NumbersClassification()
+    assert judged(dense, dense, batches).pruned == pytest.approx(1.0)
+    assert judged(dense, NumbersClassification(), batches).pruned == 0.0

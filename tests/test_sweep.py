@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_checkpoint import SEQ_LEN, Shell, bert, classifier, labelled, lines
+from tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled, lines, root, texts
 
 import optin_deploy
 from optin_deploy import sweep as module
@@ -30,6 +32,21 @@ from optin_deploy.sweep import HEADER, Point, parse_shares, smallest_within
 from optin_deploy.workspace import Source
 
 SHARES = "0.9,0.5,0.2"
+
+
+@cache
+def judging() -> Path:
+    """Rows that calibration does not have, labelled by the classifier's own predictions: its accuracy is 1."""
+    dense = load_dense(str(classifier()))
+    rows = []
+    for first, second in pairwise(texts()):
+        text = " ".join((*second.split()[::2], *first.split()[1::2]))
+        encoded = dense.preprocessor(text, truncation=True, max_length=SEQ_LEN, return_tensors="pt")
+        with torch.inference_mode():
+            rows.append({"text": text, "label": CLASSES[int(dense.model(**encoded).logits.argmax())]})
+    path = root() / "judging.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
 
 
 def point(flops: float, drop: float) -> Point:
@@ -101,7 +118,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_a_sweep_judges_models_as_a_user_would(shell: Shell, folder: Path) -> None:
-    ran = shell("optin", "sweep", folder, "--eval", labelled(), "--flops", SHARES, "--align", 8)
+    ran = shell("optin", "sweep", folder, "--eval", judging(), "--flops", SHARES, "--align", 8)
     assert ran.code == 0, ran.err
     table = rows_of(folder)
     assert tuple(table[0]) == HEADER
@@ -112,7 +129,7 @@ def test_a_sweep_judges_models_as_a_user_would(shell: Shell, folder: Path) -> No
         assert shell("optin", "rewrite", folder).code == 0
         model, dense = optin_deploy.load(folder), load_dense(str(classifier()))
         right = 0
-        samples = read_samples(labelled())
+        samples = read_samples(judging())
         for sample in samples:
             encoded = dense.preprocessor(sample.text, truncation=True, max_length=SEQ_LEN, return_tensors="pt")
             with torch.inference_mode():
@@ -153,7 +170,7 @@ def test_models_are_made_once(shell: Shell, folder: Path, monkeypatch: pytest.Mo
         assert shell(*command, "--flops", "0.5,0.9,0.7").code == 0
         assert len(cuts) == 3
         assert [rows_of(folder)[i] for i in (1, 0)] == written
-        for other in (["--eval", labelled()], ["--no-compensation"], ["--align", 4], ["--allocation", "paper"]):
+        for other in (["--eval", judging()], ["--no-compensation"], ["--align", 4], ["--allocation", "paper"]):
             before = len(cuts)
             assert shell(*command, "--flops", "0.5", *other).code == 0
             assert len(cuts) == before + 1, other
@@ -198,7 +215,7 @@ def test_curves_are_measured_for_a_sweep_that_needs_them(shell: Shell, folder: P
 
 
 def test_max_drop_plans_the_smallest_model_that_is_good_enough(shell: Shell, folder: Path) -> None:
-    judged = ("--eval", labelled(), "--align", 8)
+    judged = ("--eval", judging(), "--align", 8)
     ran = shell("optin", "plan", folder, "--max-drop", 10, *judged)
     assert ran.code == 0, ran.err
     settings = json.loads((folder / "masks.json").read_text())["settings"]
@@ -208,28 +225,78 @@ def test_max_drop_plans_the_smallest_model_that_is_good_enough(shell: Shell, fol
     assert drops[round(settings["flops"] - 0.01, 2)] > 10  # one percent less was tried, and is not
     plan = json.loads((folder / "plan.json").read_text())
     assert plan["macs_pruned"] / plan["macs_dense"] <= settings["flops"]
+    assert settings["max_drop"] == 10
+    assert f"{drops[settings['flops']]:.2f} points lost on 59 rows" in ran.out
 
 
 def test_the_whole_job_takes_max_drop_and_reports_on_the_rows_of_eval(shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    data = ("--calibration", lines(), "--eval", labelled(), "--seq-len", SEQ_LEN)
+    data = ("--calibration", lines(), "--eval", judging(), "--seq-len", SEQ_LEN)
     ran = shell("optin-export", classifier(), *data, "--max-drop", 20, "--engine", "torch", "--align", 8,
                 "--no-dense", "--out", out)  # fmt: skip
     assert ran.code == 0, ran.err
     report = json.loads((out / "report.json").read_text())
     assert report["quality"]["metric"] == "accuracy"
-    assert report["quality"]["samples"] == len(read_samples(labelled()))
+    assert report["quality"]["samples"] == len(read_samples(judging()))
     assert report["quality"]["pruned"] >= 0.8
     assert report["macs"]["kept"] < 0.99
     assert report["settings"]["max_drop"] == 20
-    assert report["settings"]["evaluation"] == str(labelled())
+    assert report["settings"]["evaluation"] == str(judging())
 
 
 def test_eval_rows_do_not_change_what_is_calibrated_on() -> None:
     source = Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN)
-    plain, judged = prepare(source), prepare(replace(source, evaluation=str(labelled())))
+    plain, judged = prepare(source), prepare(replace(source, evaluation=str(judging())))
     assert plain.key == judged.key
-    assert len(judged.held_out) == len(read_samples(labelled())) != len(plain.held_out)
+    assert len(judged.held_out) == len(read_samples(judging())) != len(plain.held_out)
+
+
+def test_rows_that_calibration_learned_from_do_not_judge(tmp_path: Path) -> None:
+    source = Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(labelled().read_text() + judging().read_text())
+    plain, judged = prepare(source), prepare(replace(source, evaluation=str(mixed)))
+    assert len(judged.held_out) == len(plain.held_out) + len(read_samples(judging()))
+    only = tmp_path / "only.jsonl"
+    rows = [json.loads(line) for line in labelled().read_text().splitlines()]
+    held = {tuple(row) for batch in plain.held_out.batches for row in batch["input_ids"].tolist()}
+    encode = load_dense(str(classifier())).preprocessor
+    width = {len(row) for row in held}.pop()
+    seen = [
+        row
+        for row in rows
+        if tuple(encode(row["text"], truncation=True, max_length=SEQ_LEN, padding="max_length")["input_ids"][:width])
+        not in held
+    ]
+    assert len(seen) == len(rows) - len(plain.held_out)
+    only.write_text("".join(json.dumps(row) + "\n" for row in seen))
+    with pytest.raises(BadInput, match="all 48 rows are calibration rows"):
+        prepare(replace(source, evaluation=str(only)))
+
+
+def test_rows_are_labelled_all_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text(judging().read_text() + '{"text": "a game"}\n')
+    with pytest.raises(BadInput, match="1 of 60 rows have no label"):
+        prepare(Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN, evaluation=str(path)))
+
+
+def test_a_loss_of_just_what_is_allowed_is_allowed() -> None:
+    for dense, pruned, points in ((0.95, 0.90, 5), (0.92, 0.90, 2), (1.0, 48 / 50, 4)):
+        assert Quality("accuracy", dense, pruned, 50).drop == points
+
+
+def test_a_precision_that_loses_more_than_max_drop_fails_the_job(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("exporters.job._quality", lambda *rest: Quality("accuracy", 1.0, 0.7, 59))
+    data = ("--calibration", lines(), "--eval", judging(), "--seq-len", SEQ_LEN)
+    ran = shell("optin-export", classifier(), *data, "--max-drop", 20, "--engine", "torch", "--align", 8,
+                "--no-dense", "--out", out)  # fmt: skip
+    assert ran.code == 1
+    assert "torch in fp32 does not (accuracy 0.7000, dense 1.0000: 30.00 points lost on 59 rows)" in ran.err
+    assert json.loads((out / "report.json").read_text())["quality"]["pruned"] == 0.7
 
 
 def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path) -> None:
@@ -238,7 +305,7 @@ def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module.Trials, "_made", never)
-        ran = shell("optin", "plan", folder, "--max-drop", 5, "--eval", labelled())
+        ran = shell("optin", "plan", folder, "--max-drop", 5, "--eval", judging())
     assert ran.code == 1
     assert "99% of the MACs lose 7.00 points" in ran.err
     assert not (folder / "plan.json").exists()
@@ -251,6 +318,7 @@ def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path
         (("--max-drop", "nan"), "--max-drop nan: give points"),
         (("--max-drop", "1", "--flops", "0.5"), "leave out --flops"),
         (("--max-drop", "1", "--eval", "missing.jsonl"), "missing.jsonl"),
+        (("--flops", "0.5", "--eval", "missing.jsonl"), "--eval judges models for --max-drop"),
     ],
 )
 def test_impossible_wishes_are_refused(shell: Shell, folder: Path, options: tuple[str, ...], says: str) -> None:
@@ -279,10 +347,18 @@ def test_eval_labels_must_be_the_models(shell: Shell, folder: Path, tmp_path: Pa
 def test_dry_runs_write_nothing(shell: Shell, folder: Path, tmp_path: Path) -> None:
     before = sorted(folder.iterdir())
     ran = shell("optin", "sweep", folder, "--dry-run")
-    assert (ran.code, ran.out) == (0, f"would make and judge {len(module.SHARES)} models\n")
+    assert (ran.code, ran.out) == (0, f"would make and judge {len(module.SHARES)} models on 12 rows\n")
     ran = shell("optin", "plan", folder, "--max-drop", 2, "--dry-run")
     assert ran.code == 0
-    assert "more than 2 points" in ran.out
+    assert "--max-drop 2" in ran.out
+    ran = shell("optin", "plan", folder, "--allocation", "curves", "--flops", 0.5, "--dry-run")
+    assert ran.code == 0, ran.err
+    for impossible in (("plan", "--max-drop", 2), ("sweep",)):
+        ran = shell("optin", impossible[0], folder, *impossible[1:], "--eval", "missing.jsonl", "--dry-run")
+        assert ran.code == 2
+        assert "missing.jsonl" in ran.err
+    ran = shell("optin", "plan", tmp_path / "nothing", "--max-drop", 2, "--dry-run")
+    assert ran.code == 2
     assert sorted(folder.iterdir()) == before
     ran = shell("optin-export", bert(), "--calibration", lines(), "--seq-len", SEQ_LEN, "--max-drop", 2, "--dry-run",
                 "--out", tmp_path / "out")  # fmt: skip

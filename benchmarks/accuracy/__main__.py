@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
-from benchmarks.accuracy.methods import METHODS, PEERS, Case
+from benchmarks.accuracy.methods import METHODS, PEERS, Case, Method
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
     parser.add_argument("--rows", type=int, default=512, help="calibration rows of a seed")
-    parser.add_argument("--test-rows", type=int, default=1500)
+    parser.add_argument("--test-rows", type=int, default=1500, help="of GLUE: all")
     parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
     parser.add_argument("--cells", type=Path, default=Path("out/accuracy"), help="keeps the finished cells")
@@ -61,17 +62,27 @@ def main() -> None:
     found: dict[Cell, dict[str, Any]] = {}
     for task in tasks(options):
         wanted = list(product([task.name], options.seeds, options.methods, options.flops))
-        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=options.test_rows, end=end)
+        test_rows = len(task.test) if options.glue else options.test_rows
+        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end)
     text = page(found)
     print(text)
+    asked = len(list(product(options.seeds, options.methods, options.flops))) + 1
+    missing = asked * len({cell[0] for cell in found}) - len(found)
+    if missing and options.record:
+        sys.exit(f"{missing} cells are open: nothing is recorded. Run it again.")
     data = {
         "cells": [
-            {"task": t, "seed": s, "method": m, "flops": f, "value": c["value"], "seconds": c["seconds"]}
+            {"task": t, "seed": s, "method": m, "flops": f, "value": c["value"], "stages": c["stages"]}
             for (t, s, m, f), c in found.items()
         ]
     }
     command = shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]])
-    write_result(RESULTS if options.record else options.cells, "accuracy", data, text, command)
+    name = (
+        "accuracy"
+        if not options.glue and options.tasks == GATE
+        else f"accuracy_{'_'.join(dict.fromkeys(t for t, *_ in found))}"
+    )
+    write_result(RESULTS if options.record else options.cells, name, data, text, command)
 
 
 def tasks(options: argparse.Namespace) -> Iterator[Task]:
@@ -102,20 +113,29 @@ def cells(
             continue
         if seed not in cases and method != DENSE:
             cases[seed] = _case(task, seed, rows)
-        started = time.perf_counter()
-        model = task.model if method == DENSE else METHODS[method](cases[seed], flops)
-        seconds = time.perf_counter() - started
-        found[cell] = {**judged(outputs_of(model, test.batches), test.labels), "seconds": round(seconds, 1)}
-        if method == OURS:
-            spent = cases[seed].seconds
-            found[cell]["forwards"] = {stage: round(s / spent["forward"], 1) for stage, s in spent.items()}
+        model, stages = (task.model, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
+        found[cell] = {**judged(outputs_of(model, test.batches), test.labels), "stages": stages}
         write_json(path, found[cell])
-        print(*cell, f"{found[cell]['value']:.2%}", f"{seconds:.0f} s", flush=True)
+        print(*cell, f"{found[cell]['value']:.2%}", *(f"{stage} {s:.1f} s" for stage, s in stages.items()), flush=True)
     return found
 
 
+def timed(method: Method, case: Case, flops: float) -> tuple[nn.Module, dict[str, float]]:
+    """The pruned model, and the seconds of all that it needs, whoever made it first: shared stages, and its own work.
+
+    A dense forward over the calibration rows is among them, as a unit.
+    """
+    forward = case.forward_seconds()
+    case.used.clear()
+    before, started = sum(case.seconds.values()), time.perf_counter()
+    model = method(case, flops)
+    own = time.perf_counter() - started - (sum(case.seconds.values()) - before)
+    return model, {"forward": forward, **{stage: case.seconds[stage] for stage in sorted(case.used)}, "own": own}
+
+
 def _case(task: Task, seed: int, rows: int) -> Case:
-    drawn = random.Random(seed).sample(task.calibration, min(rows, len(task.calibration)))
+    # Of fewer rows not all are drawn, else the seeds would not differ.
+    drawn = random.Random(seed).sample(task.calibration, min(rows, 3 * len(task.calibration) // 4))
     return Case(task.model, task.seq_len, task.batches(drawn), seed)
 
 
@@ -129,7 +149,9 @@ def judged(outputs: torch.Tensor, labels: Sequence[Any]) -> dict[str, Any]:
         right = (outputs.argmax(1) == wanted).int()
         return {"value": float(right.float().mean()), "rows": right.tolist()}
     found = outputs[:, 0]
-    return {"value": float(spearmanr(found, wanted).statistic), "rows": (-((found - wanted) ** 2)).tolist()}
+    constant = bool((found == found[0]).all() or (wanted == wanted[0]).all())
+    value = 0.0 if constant else float(spearmanr(found, wanted).statistic)
+    return {"value": value, "rows": (-((found - wanted) ** 2)).tolist()}
 
 
 def page(found: Mapping[Cell, Mapping[str, Any]]) -> str:
@@ -148,50 +170,72 @@ def page(found: Mapping[Cell, Mapping[str, Any]]) -> str:
                 row.append(_spread(some))
                 drops.append(100 * (dense[task] - statistics.mean(some)) if some else float("nan"))
             row.append(f"{statistics.mean(drops):.2f}")
-        seconds = [c["seconds"] for (_, _, m, _), c in found.items() if m == method]
-        lines.append((*row, f"{statistics.mean(seconds):.0f}"))
-    header = ["method", *(x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")), "s"]
+        lines.append((*row, *_spent([c["stages"] for (_, _, m, _), c in found.items() if m == method])))
+    columns = [x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")]
+    header = ("method", *columns, "seconds", "forwards")
     told = ", ".join(f"{task} {100 * value:.2f}%" for task, value in dense.items())
-    spent = [c["forwards"] for (_, _, m, _), c in found.items() if m == OURS and "forwards" in c]
+    rows = ", ".join(f"{task} {len(found[task, -1, DENSE, 1.0]['rows']):,}" for task in tasks)
+    seeds = len({seed for _, seed, *_ in found} - {-1})
+    spent = [c["stages"] for (_, _, m, _), c in found.items() if m == OURS]
     stages = [
-        f"{stage} {statistics.mean(forwards[stage] for forwards in spent):.0f}"
-        for stage in (spent[0] if spent else {})
-        if stage != "forward"
+        f"{stage} {statistics.mean(x[stage] / x['forward'] for x in spent):.0f}"
+        for stage in ("scores", "curves", "own")
+        if spent and all(stage in x for x in spent)
     ]
     return (
-        f"# Accuracy without retraining\n\nShare of right test rows in percent at shares of the dense MACs, mean and "
-        f"spread (standard deviation) over calibration seeds; drop: mean points lost over the tasks. Dense: {told}.\n\n"
+        "# Accuracy without retraining\n\nAccuracy on test rows (stsb: Spearman's correlation) in percent at shares of "
+        f"the dense MACs: mean and standard deviation over {seeds} calibration seeds (fewer where it says so). Drop: "
+        f"mean points lost over the tasks. Seconds: of all that a method needs; forwards: in dense forwards over the "
+        f"calibration rows. Dense: {told}. Test rows: {rows}.\n\n"
         f"{to_table(header, lines)}\n\n"
         + "\n".join(_paired(found, tasks, budgets))
-        + (f"\n\nOurs in dense forwards over the calibration rows: {', '.join(stages)}." if stages else "")
+        + (f"\n\nOurs in dense forwards: {', '.join(stages)} (compensation, cut, proof)." if stages else "")
     )
+
+
+def _spent(cells: Sequence[Mapping[str, float]]) -> tuple[str, str]:
+    """Mean seconds, and mean dense forwards."""
+    totals = [sum(s for stage, s in stages.items() if stage != "forward") for stages in cells]
+    forwards = [total / stages["forward"] for total, stages in zip(totals, cells, strict=True)]
+    return f"{statistics.mean(totals):.0f}", f"{statistics.mean(forwards):.0f}"
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f} (1 seed)"
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 def _paired(found: Mapping[Cell, Mapping[str, Any]], tasks: Sequence[str], budgets: Sequence[float]) -> Iterator[str]:
-    """Ours against the best peer of each cell, on the same rows."""
-    for flops in budgets:
-        for task in tasks:
-            ours = _rows(found, task, OURS, flops)
-            peers = {peer: rows for peer in PEERS if (rows := _rows(found, task, peer, flops)) is not None}
-            if ours is None or not peers:
-                continue
-            best = max(peers, key=lambda peer: float(peers[peer].mean()))
-            gain = ours - peers[best]
+    """Ours against the best peer of each cell, on the same rows and the seeds that both have."""
+    gains: dict[float, list[tuple[float, float]]] = {}
+    for flops, task in product(budgets, tasks):
+        ours = _rows(found, task, OURS, flops)
+        if any(figure < 0 for row in ours.values() for figure in row):
+            continue  # numbers, whose rows are no points
+        best: tuple[float, str, torch.Tensor] | None = None
+        for peer in PEERS:
+            theirs = _rows(found, task, peer, flops)
+            seeds = sorted(ours.keys() & theirs.keys())
+            if seeds:
+                mine, other = (torch.tensor([x[seed] for seed in seeds]).double().mean(0) for x in (ours, theirs))
+                if best is None or float(other.mean()) > best[0]:
+                    best = (float(other.mean()), peer, mine - other)
+        if best is not None:
+            _, peer, gain = best
             error = float(gain.std() / len(gain) ** 0.5)
-            yield f"- {task} at {flops:g}: {100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points over {best}."
+            gains.setdefault(flops, []).append((float(gain.mean()), error))
+            yield f"- {task} at {flops:g}: {100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points over {peer}."
+    for flops, some in gains.items():
+        mean, error = statistics.mean(g for g, _ in some), sum(e**2 for _, e in some) ** 0.5 / len(some)
+        yield f"- on average at {flops:g}: {100 * mean:+.2f} ± {100 * error:.2f} points over each task's best peer."
 
 
-def _rows(found: Mapping[Cell, Mapping[str, Any]], task: str, method: str, flops: float) -> torch.Tensor | None:
-    """Mean over the seeds of each test row's figure, (rows,)."""
-    some = [cell["rows"] for (t, _, m, f), cell in found.items() if (t, m, f) == (task, method, flops)]
-    return torch.tensor(some, dtype=torch.float64).mean(0) if some else None
+def _rows(found: Mapping[Cell, Mapping[str, Any]], task: str, method: str, flops: float) -> dict[int, Sequence[float]]:
+    """By seed, each test row's figure."""
+    return {s: cell["rows"] for (t, s, m, f), cell in found.items() if (t, m, f) == (task, method, flops)}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What Kwon et al. do after the Fisher scores: rearrange masks inside a layer, then tune them by least squares.
 
-Source: A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022 (arXiv 2204.09656), sections 4.2 and 4.3.
-Written from the paper.
+Source: A Fast Post-Training Pruning Framework for Transformers, NeurIPS 2022 (arXiv 2204.09656), sections 4.2 and 4.3;
+details that the paper leaves open as in the released code (WoosukKwon/retraining-free-pruning), none of which is here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
+from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 
 from optin_deploy.compensate import Weights
@@ -20,9 +21,11 @@ from optin_deploy.rewrite.slices import unit_columns
 from optin_deploy.scoring.features import valid_tokens
 
 DAMPING = 1.0
-"""Of the least squares, as published: it holds units near 1 that hardly put anything out."""
+"""Of the least squares, which are solved for the normal equations."""
 LARGEST = 10.0
-"""A layer whose tuned mask leaves [-10, 10] keeps its binary mask, as published."""
+"""Beyond a factor of [-10, 10] nothing more is tuned."""
+FAILED = 3
+"""From this reason on, LSMR stopped without a solution."""
 
 
 def rearranged(masks: Masks, layout: ModelLayout, gradients: Mapping[Branch, Tensor]) -> Masks:
@@ -52,24 +55,45 @@ def _rearranged(keep: Sequence[bool], gradients: Tensor) -> tuple[bool, ...]:
     return tuple(unit not in gone for unit in range(len(keep)))
 
 
-def tuned(model: nn.Module, layout: ModelLayout, plan: PruningPlan, batches: Sequence[Batch]) -> Weights:
-    """Factors on kept units that bring each branch's sum with its residual nearest to the dense one, first layer first.
+def tuned(
+    model: nn.Module,
+    layout: ModelLayout,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    *,
+    teacher: Masks,
+    first_token: bool,
+) -> Weights:
+    """Factors on kept units that bring each branch's sum with its residual nearest to the teacher's, first layer first.
 
+    As released: the heads of the first layer are not tuned, and all tuning ends at the first factor beyond 10.
+    Args:
+        teacher: of the model to come near to, which is pruned half as much.
+        first_token: let the last block look at the first token alone, which a text classifier reads.
     Returns: the output projections with the factors folded in.
     """
-    student = copy.deepcopy(model)
+    model, student = copy.deepcopy(model), copy.deepcopy(model)
     weights: Weights = {}
     with (
         inference(model),
         inference(student),
         torch.no_grad(),
+        masked(model, branch_masks(layout, teacher)),
         masked(student, branch_masks(layout, plan.masks(layout))),
     ):
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
+                if not kept or (index == 0 and branch is layer.attention):
+                    continue
+                alone = first_token and branch is layout.layers[-1].ffn
+                units = torch.tensor(kept)
+                factors = _factors(
+                    model, student, layout, branch, units, batches, offset=branch is layer.attention, first_token=alone
+                )
+                if factors is None:
+                    return weights
                 projection = student.get_submodule(branch.output)
                 assert isinstance(projection, nn.Linear)
-                factors = _factors(model, student, layout, branch, torch.tensor(kept, dtype=torch.long), batches)
                 weight = projection.weight.detach() * factors.repeat_interleave(branch.unit_width).to(projection.weight)
                 weights[f"{branch.output}.weight"] = weight
                 projection.load_state_dict({"weight": weight}, strict=False)
@@ -77,28 +101,54 @@ def tuned(model: nn.Module, layout: ModelLayout, plan: PruningPlan, batches: Seq
 
 
 def _factors(
-    model: nn.Module, student: nn.Module, layout: ModelLayout, branch: Branch, kept: Tensor, batches: Sequence[Batch]
-) -> Tensor:
-    """One factor a unit, (units,); 1 where nothing is tuned."""
+    teacher: nn.Module,
+    student: nn.Module,
+    layout: ModelLayout,
+    branch: Branch,
+    kept: Tensor,
+    batches: Sequence[Batch],
+    *,
+    offset: bool,
+    first_token: bool,
+) -> Tensor | None:
+    """One factor a unit, (units,), 1 where it is cut; None if the fit fails.
+
+    Args: offset: fit also one number that is added everywhere, and dropped.
+    """
     columns = unit_columns(kept.tolist(), branch.unit_width)
     weight = student.get_parameter(f"{branch.output}.weight").detach()[:, columns]  # (hidden, kept * width)
     products = torch.zeros(len(columns), len(columns), dtype=torch.float64)
     right = torch.zeros(len(columns), dtype=torch.float64)
+    sums, total, count = torch.zeros(len(columns), dtype=torch.float64), 0.0, 0
     for batch in batches:
-        with recorded(model, inputs=[branch.residual], outputs=[branch.output]) as dense:
-            run_blocks(model, layout, batch, stop=branch.output)
+        with recorded(teacher, inputs=[branch.residual], outputs=[branch.output]) as wanted:
+            run_blocks(teacher, layout, batch, stop=branch.output)
         with recorded(student, inputs=[branch.residual, branch.output], outputs=[branch.output]) as pruned:
             run_blocks(student, layout, batch, stop=branch.output)
-        real = valid_tokens(batch, pruned.outputs[branch.output]).bool()
-        gap = dense.outputs[branch.output] + dense.inputs[branch.residual]
-        gap = (gap - pruned.outputs[branch.output] - pruned.inputs[branch.residual])[real]  # (rows, hidden)
-        inputs = pruned.inputs[branch.output][real][:, columns]
+        gap = wanted.outputs[branch.output] + wanted.inputs[branch.residual]
+        gap = gap - pruned.outputs[branch.output] - pruned.inputs[branch.residual]
+        inputs = pruned.inputs[branch.output][..., columns]
+        if first_token:
+            gap, inputs = gap[:, 0], inputs[:, 0]
+        else:
+            real = valid_tokens(batch, gap).bool()
+            gap, inputs = gap[real], inputs[real]  # (rows, hidden), (rows, kept * width)
         products += (inputs.T @ inputs).double()
         right += (inputs * (gap @ weight)).sum(0).double()
+        sums += inputs.sum(0).double()
+        total, count = total + float(gap.sum()), count + gap.numel()
     # Column c adds a_c w_c to the output; a unit is the sum of its columns.
     normal = (products * (weight.T @ weight).double()).view(len(kept), branch.unit_width, len(kept), -1).sum((1, 3))
     right = right.view(len(kept), branch.unit_width).sum(1)
-    normal.diagonal().add_(DAMPING**2)
+    if offset:
+        added = (sums * weight.sum(0)).view(len(kept), branch.unit_width).sum(1)  # of each unit over all outputs
+        normal = torch.cat(
+            (torch.cat((normal, added[:, None]), 1), torch.cat((added, torch.tensor([float(count)])))[None])
+        )
+        right = torch.cat((right, torch.tensor([total])))
+        right = right - normal[:, -1]  # the released code starts the offset at 1, as the factors
+    change, reason, *_ = lsmr(normal.numpy(), right.numpy(), damp=DAMPING)
     factors = torch.ones(branch.units, dtype=torch.float64)
-    factors[kept] += torch.linalg.solve(normal, right)
-    return factors if bool((factors.abs() <= LARGEST).all()) else torch.ones_like(factors)
+    factors[kept] += torch.tensor(change[: len(kept)])
+    solved = reason < FAILED
+    return factors if solved and bool((factors.abs() <= LARGEST).all()) else None

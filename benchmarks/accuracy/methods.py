@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +28,24 @@ from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring import Scores, ScoreSettings, score
 from optin_deploy.search import make_plan, search
 
+T = TypeVar("T")
 ALIGN = 16
 """Ours keeps FFN widths that hardware likes; peers choose freely."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One model, the calibration rows of one seed, and what several budgets share."""
+    """One model, the calibration rows of one seed, and what several methods and budgets share."""
 
     model: nn.Module
     seq_len: int
     calibration: Batches
     seed: int
     seconds: dict[str, float] = field(default_factory=dict, init=False)
-    """Of a dense forward over the calibration rows, and of what was made for ours, by stage; the last of each."""
-    _rivals: dict[str, Scores] = field(default_factory=dict, init=False)
+    """What each shared stage took, and one dense forward over the calibration rows."""
+    used: set[str] = field(default_factory=set, init=False)
+    """Shared stages that were asked for since this was cleared."""
+    _made: dict[str, Any] = field(default_factory=dict, init=False)
 
     @cached_property
     def layout(self) -> ModelLayout:
@@ -56,30 +58,33 @@ class Case:
         return mac_cost(self.model, self.layout, seq_len=self.seq_len)
 
     @cached_property
-    def scores(self) -> Scores:
-        """The trajectory's, as the product makes them."""
-        with self._timed("forward"):
-            outputs_of(self.model, self.calibration.batches)
-        with self._timed("scores"):
-            return score(self.model, self.layout, self.calibration.batches, ScoreSettings(seed=self.seed))
-
-    @cached_property
-    def curves(self) -> Curves:
-        """Error curves by these scores."""
-        scores = self.scores
-        with self._timed("curves"):
-            return error_curves(self.model, self.layout, scores, self.calibration.batches)
-
-    @cached_property
-    def gradients(self) -> dict[Branch, Tensor]:
-        """Of the labels' loss for the masks of every sample."""
-        return mask_gradients(self.model, self.layout, self.calibration.batches, self.loss)
-
-    @cached_property
     def labels(self) -> list[Tensor]:
         """Batch by batch."""
         sizes = [rows_of(batch) for batch in self.calibration.batches]
         return list(torch.split(torch.tensor(self.calibration.labels), sizes))
+
+    def forward_seconds(self) -> float:
+        """Of a dense forward over the calibration rows."""
+        self._shared("forward", lambda: outputs_of(self.model, self.calibration.batches))
+        return self.seconds["forward"]
+
+    @property
+    def scores(self) -> Scores:
+        """The trajectory's, as the product makes them."""
+        settings = ScoreSettings(seed=self.seed)
+        return self._shared("scores", lambda: score(self.model, self.layout, self.calibration.batches, settings))
+
+    @property
+    def curves(self) -> Curves:
+        """Error curves by these scores."""
+        scores = self.scores
+        return self._shared("curves", lambda: error_curves(self.model, self.layout, scores, self.calibration.batches))
+
+    @property
+    def gradients(self) -> dict[Branch, Tensor]:
+        """Of the labels' loss for the masks of every sample."""
+        make = partial(mask_gradients, self.model, self.layout, self.calibration.batches, self.loss)
+        return self._shared("gradients", make)
 
     def loss(self, output: Any, index: int) -> Tensor:
         """Of each sample of a batch: cross-entropy, or the squared error of a number."""
@@ -89,11 +94,21 @@ class Case:
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def rival(self, name: str) -> Scores:
-        """Another importance as scores, found once."""
-        if name not in self._rivals:
-            heads, neurons = IMPORTANCES[name](self)
-            self._rivals[name] = Scores(heads, neurons, self.layout.hash, {"importance": name})
-        return self._rivals[name]
+        """Another importance as scores."""
+        if name == "fisher":
+            heads, neurons = squared(self.layout, self.gradients)
+        else:
+            heads, neurons = self._shared(name, lambda: IMPORTANCES[name](self))
+        return Scores(heads, neurons, self.layout.hash, {"importance": name})
+
+    def _shared(self, stage: str, make: Callable[[], T]) -> T:
+        self.used.add(stage)
+        if stage not in self._made:
+            started = time.perf_counter()
+            self._made[stage] = make()
+            self.seconds[stage] = time.perf_counter() - started
+        found: T = self._made[stage]
+        return found
 
     def plan(
         self, scores: Scores, flops: float, allocation: str, align: int, curves: Curves | None = None
@@ -105,18 +120,10 @@ class Case:
 
     def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
         """The smaller model, as the product makes it."""
-        with self._timed("compensation and cut"):
-            return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - started
+        return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
 
 
 IMPORTANCES: dict[str, Callable[[Case], Importance]] = {
-    "fisher": lambda case: squared(case.layout, case.gradients),
     "magnitude": lambda case: magnitude(case.model, case.layout, case.calibration.batches, case.loss),
     "random": lambda case: random(case.model, case.layout, case.calibration.batches, case.loss, seed=case.seed),
     "taylor": lambda case: torch_pruning_taylor(case.model, case.layout, case.calibration.batches, case.loss),
@@ -148,7 +155,9 @@ def kwon(case: Case, flops: float) -> nn.Module:
     ranked = case.plan(case.rival("fisher"), flops, "paper", 1)
     masks = rearranged(ranked.masks(case.layout), case.layout, case.gradients)
     plan = make_plan(masks, case.layout, case.cost)
-    weights = tuned(case.model, case.layout, plan, case.calibration.batches)
+    teacher = case.plan(case.rival("fisher"), flops**0.5, "paper", 1).masks(case.layout)
+    first_token = "input_ids" in case.calibration.batches[0]
+    weights = tuned(case.model, case.layout, plan, case.calibration.batches, teacher=teacher, first_token=first_token)
     return rewrite_torch(apply_weights(case.model, weights), case.layout, plan)
 
 

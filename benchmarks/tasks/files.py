@@ -35,9 +35,13 @@ class Archive:
         path = cache / self.file
         if not path.is_file() or sha256_file(path) != self.sha256:
             cache.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(self._command(cache), cwd=cache, capture_output=True, text=True, check=False)
-            if done.returncode or not path.is_file() or sha256_file(path) != self.sha256:
-                raise BadInput(f"{self.file} could not be downloaded: {done.stderr.strip()}. Put it into {cache}.")
+            try:
+                done = subprocess.run(self._command(cache), cwd=cache, capture_output=True, text=True, check=False)
+                failed, why = bool(done.returncode), done.stderr.strip()
+            except OSError as err:  # no npm
+                failed, why = True, str(err)
+            if failed or not path.is_file() or sha256_file(path) != self.sha256:
+                raise BadInput(f"{self.file} could not be downloaded: {why}. Put it into {cache}.")
         return path.read_bytes()
 
     def _command(self, cache: Path) -> Sequence[str]:

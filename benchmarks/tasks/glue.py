@@ -15,7 +15,7 @@ from benchmarks.tasks.task import Task
 from optin_deploy.calibration import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
-from optin_deploy.quality import is_regression
+from optin_deploy.quality import check_labels, is_regression
 
 HUB = "nyu-mll/glue"
 
@@ -59,14 +59,21 @@ def glue(name: str, model: str, *, data: Path | None = None, rows: int = 2048, s
     if name not in GLUE:
         raise BadInput(f"--glue {name}: possible are {', '.join(GLUE)}.")
     form = GLUE[name]
-    parts = load_dataset(HUB, name) if data is None else load_dataset(str(data))
+    # Named one by one: else the two validation parts of mnli count as one.
+    found = {part: f"{part}[-.]*" for part in ("train", form.validation)}
+    if data is not None and not all(any(data.glob(pattern)) for pattern in found.values()):
+        raise BadInput(f"--data {data}: no files of {' and '.join(found)} (.parquet, .jsonl or .csv).")
+    parts = load_dataset(HUB, name) if data is None else load_dataset(str(data), data_files=found)
     train, test = (_samples(parts, part, form) for part in ("train", form.validation))
     random.Random(0).shuffle(train)
     loaded = load_dense(model, "text-classification")
     if is_regression(loaded.model) != (name == "stsb"):
         kind = "numbers" if is_regression(loaded.model) else "classes"
         raise BadInput(f"{model} puts out {kind}: that does not fit --glue {name}.")
-    return Task(name, loaded.model, loaded.preprocessor, tuple(train[:rows]), tuple(test), seq_len)
+    task = Task(name, loaded.model, loaded.preprocessor, tuple(train[:rows]), tuple(test), seq_len)
+    for some in (task.calibration, task.test):
+        check_labels(task.batches(some), loaded.model)
+    return task
 
 
 def _samples(parts: Mapping[str, Iterable[Mapping[str, Any]]], part: str, form: Format) -> list[Sample]:

@@ -18,7 +18,8 @@ from optin_deploy.commands.options import (
     Params,
     Size,
 )
-from optin_deploy.commands.parsing import judged_by, limits_of
+from optin_deploy.commands.parsing import echo, judged_by, limits_of
+from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table, stage_bar
 
 PLAN_EXAMPLES = """
@@ -47,6 +48,7 @@ def plan(
     dry_run: DryRun = False,
 ) -> None:
     """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
+    from exporters.job import describe
     from optin_deploy.search import check_search
     from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned
@@ -54,19 +56,23 @@ def plan(
 
     workspace, limits = Workspace(folder), limits_of(flops, params, size, max_drop)
     check_search(align, allocation)
-    if dry_run and max_drop is not None:
-        typer.echo(
-            f"would try models within smaller and smaller budgets, until one loses more than {max_drop:g} points"
-        )
-        return
-    if dry_run or (allocation != "curves" and max_drop is None):  # no model is needed
+    if evaluation is not None and max_drop is None:
+        raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
+    workspace.read_scores()
+    best = None
+    if allocation != "curves" and max_drop is None:  # no model is needed
         found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
     else:
         prepared = prepare(judged_by(workspace.source(), evaluation))
         limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
+        if dry_run:
+            echo(describe(prepared, limits=limits, artifact=folder / "plan.json"))
+            return
         how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
-        found = planned(workspace, prepared, limits, **how, stage=stage_bar)
+        found, best = planned(workspace, prepared, limits, **how, stage=stage_bar)
     print_plan(found)
+    if best is not None:
+        typer.echo(str(best.quality))
     if not dry_run:
         typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
 
@@ -97,18 +103,20 @@ def sweep(
     """
     from optin_deploy.search import check_search
     from optin_deploy.stages import prepare
-    from optin_deploy.sweep import HEADER, parse_shares
+    from optin_deploy.sweep import HEADER, check_shares, parse_shares
     from optin_deploy.sweep import sweep as sweep_folder
     from optin_deploy.workspace import Workspace
 
     workspace, shares = Workspace(folder), parse_shares(flops)
     check_search(align, allocation)
-    source = judged_by(workspace.source(), evaluation)
+    workspace.read_scores()
+    prepared = prepare(judged_by(workspace.source(), evaluation))
+    check_shares(prepared, shares)
     if dry_run:
-        typer.echo(f"would make and judge {len(shares)} models")
+        typer.echo(f"would make and judge {len(shares)} models on {len(prepared.held_out)} rows")
         return
     how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
-    points = sweep_folder(workspace, prepare(source), shares, **how, stage=stage_bar)
+    points = sweep_folder(workspace, prepared, shares, **how, stage=stage_bar)
     print_table(HEADER, [point.row for point in points])
     typer.echo(f"Wrote {folder / 'sweep.csv'} and {folder / 'sweep.png'}.")
 
