@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.accuracy import __main__ as module
 from benchmarks.accuracy.__main__ import DENSE, cells, judged, page
 from benchmarks.accuracy.methods import METHODS, Case
+from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
@@ -347,3 +348,27 @@ def test_a_sheet_of_photographs_is_cut_into_labelled_images(tmp_path: Path, monk
     for sample, wanted in zip(found, pixels, strict=True):
         assert isinstance(sample.image, Image.Image)
         assert np.array_equal(np.asarray(sample.image), wanted)
+
+
+# --- scores against exact ---
+
+
+def test_draws_are_averaged_figure_by_figure() -> None:
+    draws = [
+        scores_benchmark.Method("x", s, 2 * s, 0.9, 0.8, 0.7, 0.6, {"uniform": 0.5 + s / 10, "paper": 1.0})
+        for s in (1.0, 3.0)
+    ]
+    assert scores_benchmark.mean_of("sketch", draws) == scores_benchmark.Method(
+        "sketch", 2.0, 4.0, 0.9, 0.8, 0.7, 0.6, {"uniform": pytest.approx(0.7), "paper": 1.0}
+    )
+
+
+def test_exact_scores_are_taken_from_a_result_on_the_same_samples_alone(tmp_path: Path) -> None:
+    path, settings = tmp_path / "result.json", {"samples": 8, "seq_len": 4, "neurons": 2, "seed": 0}
+    exact = {"heads": [[1.0, 2.0]], "neurons": [[3.0]], "seconds": 5.0, "all_forwards": 7.0, "date": "today"}
+    path.write_text(json.dumps({"settings": settings, "exact": exact}))
+    found = scores_benchmark.earlier(path, settings)
+    assert [[t.tolist() for t in kind] for kind in found.importance] == [[[1.0, 2.0]], [[3.0]]]
+    assert found.all_forwards == 7.0
+    with pytest.raises(BadInput, match="'samples': 8"):
+        scores_benchmark.earlier(path, {**settings, "samples": 9})

@@ -83,7 +83,7 @@ def _samples(parts: Mapping[str, Iterable[Mapping[str, Any]]], part: str, form: 
     for row in parts[part]:
         missing = {form.first, form.second, "label"} - {None, *row}
         if missing:
-            raise BadInput(f"no column {', '.join(map(str, missing))} in part {part}, only {', '.join(row)}.")
+            raise BadInput(f"no column {', '.join(sorted(map(str, missing)))} in part {part}, only {', '.join(row)}.")
         pair = None if form.second is None else row[form.second]
         found.append(Sample(text=row[form.first], text_pair=pair, label=row["label"]))
     return found
