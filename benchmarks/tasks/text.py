@@ -70,7 +70,7 @@ TOPICS = Recipe(
 R8 = Recipe(
     classes=("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade"),
     seq_len=64,
-    epochs=1,
+    epochs=3,
     calibration=1024,
     test=1500,
 )
