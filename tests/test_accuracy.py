@@ -75,6 +75,18 @@ def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: C
     assert 0.3 < counts[1] / counts[0] <= FLOPS
 
 
+@pytest.mark.parametrize("flops", [0.8, 0.5, 0.3])
+def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flops: float) -> None:
+    scores = case.rival("magnitude")
+    plan = case.equal_shares(scores, flops, 1)
+    assert 0.98 * flops < plan.kept <= flops
+    for values, kept in zip((*scores.heads, *scores.neurons), (*plan.heads, *plan.neurons), strict=True):
+        assert abs(len(kept) / len(values) - plan.prunable_kept) <= 1 / min(map(len, scores.heads))
+        gone = sorted(set(range(len(values))) - set(kept))
+        assert values[list(kept)].min() >= values[gone].max()
+    assert {len(kept) for kept in plan.heads} == {len(plan.heads[0])}
+
+
 def test_methods_differ(case: Case) -> None:
     batch = case.calibration.batches[0]
     with torch.no_grad():

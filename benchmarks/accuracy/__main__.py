@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import shlex
 import statistics
 import sys
@@ -104,7 +105,7 @@ def cells(
     cases: dict[int, Case] = {}  # what the budgets of a seed share; made for open cells alone
     for cell in [(task.name, -1, DENSE, 1.0), *wanted]:
         _, seed, method, flops = cell
-        name = "-".join(c if c.isalnum() else "_" for c in method)
+        name = re.sub(r"\W+", "_", method)
         path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}" / f"{name}-{flops:g}-seed{seed}.json"
         if path.exists():
             found[cell] = read_json(path, "Delete it to measure it again.")

@@ -21,7 +21,7 @@ from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.curves import Curves, error_curves
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import rows_of
-from optin_deploy.plan import PruningPlan
+from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.pruning import cut
 from optin_deploy.quality import outputs_of
 from optin_deploy.rewrite.torch import rewrite_torch
@@ -118,9 +118,28 @@ class Case:
         masks = search(scores, self.layout, self.cost, budget, align=align, allocation=allocation, curves=curves)
         return make_plan(masks, self.layout, self.cost)
 
+    def equal_shares(self, scores: Scores, flops: float, align: int) -> PruningPlan:
+        """The same share of heads and of neurons in every layer, as a pruning ratio means it; the best units of each.
+
+        For importances that cannot be compared between heads and neurons.
+        """
+        cost = self.cost
+        room = Budget(flops).within(cost) - cost.fixed
+        share = room / (cost.dense - cost.fixed)
+        heads = [_best(t, int(share * len(t))) for t in scores.heads]
+        room -= sum(c * sum(kept) for c, kept in zip(cost.head, heads, strict=True))
+        share = room / sum(c * len(t) for c, t in zip(cost.neuron, scores.neurons, strict=True))
+        neurons = [_best(t, int(share * len(t)) // align * align) for t in scores.neurons]
+        return make_plan(Masks(tuple(heads), tuple(neurons), self.layout.hash), self.layout, cost)
+
     def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
         """The smaller model, as the product makes it."""
         return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
+
+
+def _best(scores: Tensor, count: int) -> tuple[bool, ...]:
+    chosen = set(scores.argsort(descending=True, stable=True)[:count].tolist())
+    return tuple(unit in chosen for unit in range(len(scores)))
 
 
 IMPORTANCES: dict[str, Callable[[Case], Importance]] = {
@@ -162,13 +181,13 @@ def kwon(case: Case, flops: float) -> nn.Module:
 
 
 def rival(name: str, case: Case, flops: float) -> nn.Module:
-    """Another importance, equal widths, nothing compensated."""
-    return case.cut(case.plan(case.rival(name), flops, "uniform", 1), compensation=False)
+    """Another importance, equal shares, nothing compensated."""
+    return case.cut(case.equal_shares(case.rival(name), flops, 1), compensation=False)
 
 
 def rival_compensated(name: str, case: Case, flops: float) -> nn.Module:
-    """Another importance, equal widths, our compensation: what the score alone is worth."""
-    return case.cut(case.plan(case.rival(name), flops, "uniform", ALIGN), compensation=True)
+    """Another importance, equal shares, our compensation: what the score alone is worth."""
+    return case.cut(case.equal_shares(case.rival(name), flops, ALIGN), compensation=True)
 
 
 METHODS: dict[str, Method] = {
