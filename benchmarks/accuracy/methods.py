@@ -126,7 +126,7 @@ class Case:
         cost = self.cost
         room = Budget(flops).within(cost) - cost.fixed
         share = room / (cost.dense - cost.fixed)
-        heads = [_best(t, int(share * len(t))) for t in scores.heads]
+        heads = [_best(t, round(share * len(t))) for t in scores.heads]
         room -= sum(c * sum(kept) for c, kept in zip(cost.head, heads, strict=True))
         share = room / sum(c * len(t) for c, t in zip(cost.neuron, scores.neurons, strict=True))
         neurons = [_best(t, int(share * len(t)) // align * align) for t in scores.neurons]
