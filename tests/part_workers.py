@@ -27,6 +27,7 @@ import optin_deploy.scoring
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.calibration import Batches
 from optin_deploy.cost.macs import mac_cost
+from optin_deploy.cost.params import param_cost
 from optin_deploy.loading import LoadedModel
 from optin_deploy.progress import Progress
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, job
@@ -54,8 +55,9 @@ def prepared() -> Prepared:
     )
     data = Batches(batches, (None,) * sum(len(batch["input_ids"]) for batch in batches))
     layout = resolve(model)
-    cost = mac_cost(model, layout, seq_len=8)
-    return Prepared(SOURCE, LoadedModel(model, "text-classification", None), layout, cost, data, data, "0" * 64)
+    cost, params = mac_cost(model, layout, seq_len=8), param_cost(model, layout)
+    loaded = LoadedModel(model, "text-classification", None)
+    return Prepared(SOURCE, loaded, layout, cost, params, data, data, "0" * 64)
 
 
 @dataclass(frozen=True)

@@ -527,7 +527,7 @@ def shard(workspace: Workspace, scorer: str, log: Log, worker: Worker | None = N
 
 def check(workspace: Workspace, scorer: str, *, killed: int = 0) -> None:
     """The scores are written, and are those of one process to the last bit; nothing else is left."""
-    found, expected = workspace.read_scores()[0], single(scorer)
+    found, expected = workspace.read_scores().scores, single(scorer)
     for kind in KINDS:
         pairs = zip(getattr(found, kind), getattr(expected, kind), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -593,7 +593,7 @@ def test_a_second_run_finds_the_finished_scores(tmp_path: Path, log: Log, worker
 def test_a_second_run_clears_away_what_a_killed_one_no_longer_could(tmp_path: Path, log: Log) -> None:
     workspace = claim(tmp_path)
     shard(workspace, "exact", log)
-    store = FolderStore(workspace.parts_folder / workspace.read_scores()[3][:16], [])
+    store = FolderStore(workspace.parts_folder / workspace.read_scores().key[:16], [])
     store.folder.mkdir(parents=True)
     (store.folder / "exact-0000-heads.safetensors").write_bytes(b"")
     assert shard(workspace, "exact", log) is True
@@ -660,7 +660,7 @@ def test_parts_of_other_settings_are_not_used(tmp_path: Path, log: Log, other: S
 def test_the_seed_of_the_source_is_that_of_the_scores(tmp_path: Path, log: Log) -> None:
     workspace = claim(tmp_path)
     score_stage(workspace, replace(prepared(), source=replace(SOURCE, seed=5)), SETTINGS["sketch"])
-    found = workspace.read_scores()[0]
+    found = workspace.read_scores().scores
     assert found.provenance["seed"] == 5
     assert not torch.equal(found.neurons[0], single("sketch").neurons[0])
 

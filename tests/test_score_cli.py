@@ -60,7 +60,7 @@ def plain(*flags: object) -> Scores:
 
 
 def found_in(out: Path) -> Scores:
-    return Workspace(out).read_scores()[0]
+    return Workspace(out).read_scores().scores
 
 
 def check(out: Path, *flags: object) -> None:

@@ -157,6 +157,7 @@ def test_provenance_says_how_the_scores_were_made() -> None:
     assert told == {
         **{"scorer": "sketch", "weighting": "paper", "features": {"site": "block", "tokens": 4, "across": False}},
         **{"samples": 5, "head_samples": 5, "probes": 6, "output_probes": 1, "seed": 5},
+        "pass_dtype": "float64",
     }
     assert found.layout_hash == resolve(model).hash
     exact = scored(model, TEXT, scorer="exact").provenance

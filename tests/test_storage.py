@@ -439,7 +439,7 @@ def test_scores_of_an_earlier_version_are_not_finished_and_say_which_is_read(sco
 def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
     wanted = some_scores()
     scored.write_scores(replace(wanted, head_errors=(), neuron_errors=()), LAYOUT, COST, PARAMS, "key")
-    scores = scored.read_scores()[0]
+    scores = scored.read_scores().scores
     assert scores.head_errors == scores.neuron_errors == ()
     assert all(torch.equal(a, b) for a, b in zip(scores.heads, wanted.heads, strict=True))
 

@@ -43,7 +43,7 @@ def show(
     if (root / "scores.json").is_file() and not (root / "plan.json").exists():
         from optin_deploy.score_table import print_provenance
 
-        print_provenance(workspace.read_scores()[0])
+        print_provenance(workspace.read_scores().scores)
         typer.echo(f"No plan yet. Next: optin plan {root}, or optin show scores {root}")
         return
     print_plan(workspace.read_plan())
@@ -97,7 +97,7 @@ def _show_scores(workspace: Any, *, write: bool) -> None:
     from optin_deploy.pictures import draw_scores
     from optin_deploy.score_table import print_scores
 
-    scores = workspace.read_scores()[0]
+    scores = workspace.read_scores().scores
     print_scores(scores)
     picture = workspace.root / "scores.png"
     if write:
