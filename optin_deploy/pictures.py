@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from optin_deploy.quality import Quality
     from optin_deploy.scoring.scores import Scores
-    from optin_deploy.sweep import Point
 
 DPI = 120
 ANNOTATED_COLUMNS = 16
@@ -53,18 +53,18 @@ def draw_scores(scores: Scores, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_sweep(points: Sequence[Point], path: Path) -> None:
+def draw_sweep(kept: Sequence[float], qualities: Sequence[Quality], path: Path) -> None:
     """Write a PNG: the metric over the share of the MACs that stays, and the dense model as a line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    found = sorted(points, key=lambda point: point.kept)
-    dense, metric = found[0].quality.dense, found[0].quality.metric
+    found = sorted(zip(kept, (quality.pruned for quality in qualities), strict=True))
+    first = qualities[0]
     figure = Figure((CURVES_INCHES + 1, CURVES_INCHES - 1), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    axes.axhline(dense, color="#888888", linewidth=1, linestyle="--", label=f"dense {dense:.4g}")
-    axes.plot([p.kept for p in found], [p.quality.pruned for p in found], marker="o", markersize=4, label="pruned")
-    axes.set(xlabel="MACs that stay", ylabel=metric.replace("_", " "), title=f"{found[0].quality.samples:,} rows")
+    axes.axhline(first.dense, color="#888888", linewidth=1, linestyle="--", label=f"dense {first.dense:.4g}")
+    axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label="pruned")
+    axes.set(xlabel="MACs that stay", ylabel=first.metric.replace("_", " "), title=f"{first.samples:,} rows")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#e0e0e0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

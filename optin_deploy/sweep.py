@@ -202,7 +202,7 @@ def sweep(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
     write_text(workspace.root / "sweep.csv", text.getvalue())
-    draw_sweep(points, workspace.root / "sweep.png")
+    draw_sweep([p.kept for p in points], [p.quality for p in points], workspace.root / "sweep.png")
     return points
 
 
