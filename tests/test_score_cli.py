@@ -296,6 +296,9 @@ def test_paper_draws_tokens_across_the_batch(shell: Shell, tmp_path: Path) -> No
         (["--shard", "1/0"], ["--shard '1/0'", "i/N"]),
         (["--ray", "two"], ["--ray"]),
         (["--ray", 0], ["--ray"]),
+        (["--ray", 2, "--shard", "1/4"], ["--ray", "leave out --shard"]),
+        (["--scorer", "exact", "--paper", "--tokens", 5], ["--paper", "leave out --features and --tokens"]),
+        (["--scorer", "exact", "--paper", "--features", "ffn"], ["--paper", "leave out --features and --tokens"]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from optin_deploy.errors import BadInput
 from optin_deploy.terminal import warn
 
 
@@ -44,6 +45,8 @@ def scoring_settings(
     """How units are scored, checked."""
     from optin_deploy.scoring import PAPER, Features, ScoreSettings
 
+    if paper and (features != "block" or tokens is not None):
+        raise BadInput("--paper says itself what is compared: leave out --features and --tokens.")
     chosen = PAPER if paper else Features(features, tokens)  # type: ignore[arg-type]  # it checks the name itself
     return ScoreSettings(scorer, weighting, kl_weight, chosen, probes)  # type: ignore[arg-type]
 

@@ -30,6 +30,7 @@ from optin_deploy.commands.options import (
     WeightingName,
 )
 from optin_deploy.commands.parsing import absolute, echo, scoring_settings, size_of, warn_if_bundled
+from optin_deploy.errors import BadInput
 from optin_deploy.progress import silent
 from optin_deploy.terminal import stage_bar
 
@@ -99,6 +100,8 @@ def score(
     source = Source(absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
     settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
     request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
+    if ray is not None and shard is not None:
+        raise BadInput("--ray divides the work itself: leave out --shard.")
     worker = worker_of(shard, os.environ)
     Workspace.check(out, source, force=force)
     if dry_run:
