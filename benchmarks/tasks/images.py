@@ -56,8 +56,8 @@ class Recipe:
     """Images; after these come the test images, and after those the ones that the classifier learns from."""
     test: int = 1500
     train: int = 4000
-    regularisation: float = 1.0
-    """`C` of the logistic regression on standardised features."""
+    regularisation: float = 0.01
+    """`C` of the logistic regression on standardised features, by 500 of the training images: with 1 it overfits."""
     seed: int = 0
 
 
