@@ -173,12 +173,12 @@ def build_folder(
 
 def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
     """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
-    pair = built.pairs[-1]
+    pair, judge = built.pairs[-1], Judge(prepared.loaded.model, prepared.held_out)
     if built.obstacle is not None or pair.pruned.shapes:
-        return Judge(prepared.loaded.model, prepared.held_out).of(pruned)
+        return judge.of(pruned)
     with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
         shipped = EngineModel(runtime, pair.pruned.outputs[0]).eval()
-        return Judge(prepared.loaded.model, prepared.held_out).of(shipped)
+        return judge.of(shipped)
 
 
 def _report(

@@ -84,9 +84,7 @@ class Curves:
         counts = [curve.counts[-1] for curve in (*self.heads, *self.neurons)]
         expected = [*(layer.heads for layer in layout.layers), *(layer.neurons for layer in layout.layers)]
         if self.layout_hash != layout.hash or self.schema_version != SCHEMA_VERSION or counts != expected:
-            raise BadInput(
-                "curves: of another model or version. Measure them again with `optin plan DIR --allocation curves`."
-            )
+            raise BadInput(f"curves: of another model or version. {HINT}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""

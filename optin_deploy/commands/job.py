@@ -47,13 +47,13 @@ from optin_deploy.commands.options import (
     Workspace_,
 )
 from optin_deploy.commands.parsing import (
-    absolute,
     echo,
     engine_options,
     judged_by,
     limits_of,
     scoring_settings,
     size_of,
+    source_of,
     warn_if_bundled,
 )
 from optin_deploy.errors import CannotBuildHere
@@ -111,12 +111,10 @@ def export(
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
     from exporters.job import describe, export_model, ready
     from exporters.measuring import Point, parse_point
-    from optin_deploy.workspace import Source, Workspace
+    from optin_deploy.workspace import Workspace
 
-    data = None if calibration is None else str(calibration.absolute())
-    source = judged_by(
-        Source(absolute(model), task, data, text_column, label_column, seq_len, samples, seed), evaluation
-    )
+    source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
+    source = judged_by(source, evaluation)
     limits = limits_of(flops, params, size, max_drop)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")
     options: dict[str, Any] = {

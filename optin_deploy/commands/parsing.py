@@ -70,9 +70,22 @@ def size_of(text: str | None, option: str) -> int | None:
     return None if text is None else parse_size(text, option)
 
 
-def absolute(model: str) -> str:
-    """A folder by its full path, so that later commands find it from anywhere; a hub id as it is."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
+def source_of(
+    model: str,
+    task: str | None,
+    calibration: Path | None,
+    text_column: str,
+    label_column: str,
+    seq_len: int,
+    samples: int,
+    seed: int,
+) -> Any:
+    """What a job starts from; files by their full paths, so that later commands find them from anywhere."""
+    from optin_deploy.workspace import Source
+
+    model = str(Path(model).absolute()) if Path(model).exists() else model  # else a hub id
+    data = None if calibration is None else str(calibration.absolute())
+    return Source(model, task, data, text_column, label_column, seq_len, samples, seed)
 
 
 def warn_if_bundled(calibration: Path | None) -> None:

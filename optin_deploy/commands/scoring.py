@@ -29,7 +29,7 @@ from optin_deploy.commands.options import (
     TextColumn,
     WeightingName,
 )
-from optin_deploy.commands.parsing import absolute, echo, scoring_settings, size_of, warn_if_bundled
+from optin_deploy.commands.parsing import echo, scoring_settings, size_of, source_of, warn_if_bundled
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import silent
 from optin_deploy.terminal import stage_bar
@@ -94,10 +94,9 @@ def score(
     from optin_deploy.budget import Limits
     from optin_deploy.scoring.parts import PartsLeft, worker_of
     from optin_deploy.stages import ScoreRequest, prepare
-    from optin_deploy.workspace import Source, Workspace
+    from optin_deploy.workspace import Workspace
 
-    data = None if calibration is None else str(calibration.absolute())
-    source = Source(absolute(model), task, data, text_column, label_column, seq_len, samples, seed)
+    source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
     settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
     request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
     if ray is not None and shard is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from optin_deploy.cost.units import UnitCost
+from optin_deploy.cost.units import UnitCost, prunable
 from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import inference, recorded
@@ -32,8 +32,7 @@ def mac_cost(model: nn.Module, layout: ModelLayout, *, seq_len: int) -> MacCost:
     """Cost table of a dense model at `seq_len` tokens (images: the model's own size)."""
     dense, tokens = count_macs(model, layout, seq_len=seq_len)
     head, neuron = unit_macs(layout, tokens)
-    prunable = sum(h * x.heads + n * x.neurons for h, n, x in zip(head, neuron, layout.layers, strict=True))
-    return MacCost(dense - prunable, head, neuron, dense, tokens)
+    return MacCost(dense - prunable(layout, head, neuron), head, neuron, dense, tokens)
 
 
 def unit_macs(layout: ModelLayout, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

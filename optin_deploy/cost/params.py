@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from optin_deploy.cost.units import UnitCost
+from optin_deploy.cost.units import UnitCost, prunable
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.rewrite.slices import linear_at
 
@@ -22,8 +22,7 @@ def param_cost(model: nn.Module, layout: ModelLayout) -> UnitCost:
     dense = count_params(model)
     head = tuple(_of_unit(model, layer.attention) for layer in layout.layers)
     neuron = tuple(_of_unit(model, layer.ffn) for layer in layout.layers)
-    prunable = sum(h * x.heads + n * x.neurons for h, n, x in zip(head, neuron, layout.layers, strict=True))
-    return UnitCost(dense - prunable, head, neuron, dense)
+    return UnitCost(dense - prunable(layout, head, neuron), head, neuron, dense)
 
 
 def _of_unit(model: nn.Module, branch: Branch) -> int:

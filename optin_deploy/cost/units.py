@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from optin_deploy.errors import BadInput
+from optin_deploy.layout import ModelLayout
 from optin_deploy.validation import STORED, validated
+
+
+def prunable(layout: ModelLayout, head: Sequence[int], neuron: Sequence[int]) -> int:
+    """What all units of a model cost together, if those of each layer cost this."""
+    return sum(h * x.heads + n * x.neurons for h, n, x in zip(head, neuron, layout.layers, strict=True))
 
 
 @dataclass(frozen=True)
