@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
+from optin_deploy.masking import Batch, inference, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Moments
 from optin_deploy.rewrite.slices import linear_at, unit_columns
+from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring.features import valid_tokens
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -46,15 +47,14 @@ def compensate(
 
     Args: batches: unlabeled calibration inputs; padding is left out of the fit.
     """
-    masks = branch_masks(layout, plan.masks(layout))
-    student = copy.deepcopy(model)
+    student = rewrite_torch(model, layout, plan)
     weights: Weights = {}
-    with inference(model), inference(student), torch.no_grad(), masked(student, masks):
+    with inference(model), inference(student), torch.no_grad():
         dense: list[Tensor | None] = [None] * len(batches)
         pruned: list[Tensor | None] = [None] * len(batches)
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
-                problem = _Problem(model, student, branch, unit_columns(kept, branch.unit_width))
+                problem = _Problem(model, branch, unit_columns(kept, branch.unit_width))
                 # The dense model's last look at a block also gives the input of its next one.
                 last = layer.path if branch is layer.ffn else branch.output
                 for i, batch in enumerate(batches):
@@ -105,9 +105,9 @@ class _Problem:
     by the scale afterwards gives the same projection as dividing the targets.
     """
 
-    def __init__(self, dense: nn.Module, student: nn.Module, branch: Branch, columns: Tensor) -> None:
+    def __init__(self, dense: nn.Module, branch: Branch, columns: Tensor) -> None:
         self.branch, self.columns = branch, columns
-        self.start = linear_at(student, branch.output)
+        self.start = linear_at(dense, branch.output)
         self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
         self.centred = self.start.bias is not None
         hidden = len(self.start.weight)
@@ -115,11 +115,11 @@ class _Problem:
         self.samples = 0
 
     def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
-        gap = dense.output - pruned.output  # the start: cut units masked, the others' columns as they were
+        gap = dense.output - pruned.output  # the start: cut units gone, the others' columns as they were
         if self.scale is not None:
             gap = gap * self.scale
         gap = gap + dense.residual - pruned.residual
-        kept = pruned.units[..., self.columns]
+        kept = pruned.units[..., : len(self.columns)]  # an emptied branch shows its input instead
         judged = (torch.arange(len(valid)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         real, judged = valid.bool(), judged.to(valid.device).unsqueeze(1)
         self.fit.add(kept[real & ~judged], gap[real & ~judged])
@@ -140,5 +140,6 @@ class _Problem:
         entries = {f"{self.branch.output}.weight": weight}
         if self.centred:
             entries[f"{self.branch.output}.bias"] = self.start.bias.detach() + offset.to(weight)
-        student.load_state_dict(entries, strict=False)
+        narrow = {name: value[:, self.columns] if value.dim() > 1 else value for name, value in entries.items()}
+        student.load_state_dict(narrow, strict=False)
         return entries

@@ -36,7 +36,11 @@ SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 RIDGE = 1e-2
 """Relative to the mean variance of the kept inputs: the middle of what compensation chooses from."""
 JUDGED_EVERY = 4
-"""Every fourth sample of a batch measures the error; the others fit the compensation."""
+"""Every fourth sample measures the error; the others fit the compensation."""
+MOST_JUDGED = 128
+"""Samples that measure the error; of a larger calibration set, fewer than a fourth do."""
+JUDGED_BATCH = 32
+"""Samples that are judged at once."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def error_curves(
 ) -> Curves:
     """Measure every branch at a few widths; each costs forwards of the judging samples from the branch's block on.
 
-    Args: batches: unlabeled calibration inputs; every fourth sample judges what the others fitted.
+    Args: batches: unlabeled calibration inputs; every fourth sample, or 128 of them, judge what the others fitted.
     """
     scores.check(layout)
     fitted, judged = _divided(batches)
@@ -191,19 +195,38 @@ def _narrowed(model: nn.Module, branch: Branch, columns: Tensor, moments: Moment
 
 
 def _divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Samples to fit and samples to judge; batches stay sorted by length.
+    """Samples to fit and samples to judge, both still sorted by length.
 
     Raises: BadInput: too few samples for both.
     """
+    every = max(JUDGED_EVERY, sum(map(rows_of, batches)) // MOST_JUDGED)
     parts: tuple[list[Batch], list[Batch]] = ([], [])
     start = 0
     for batch in batches:
         number = torch.arange(rows_of(batch)) + start
         start += rows_of(batch)
-        judged = number % JUDGED_EVERY == JUDGED_EVERY - 1
+        judged = number % every == every - 1
         for part, rows in zip(parts, (~judged, judged), strict=True):
             if rows.any():
                 part.append({name: value[rows.to(value.device)] for name, value in batch.items()})
     if not all(parts):
         raise BadInput(f"{start} calibration samples are too few for error curves: give at least {JUDGED_EVERY}.")
-    return parts
+    return parts[0], _joined(parts[1])
+
+
+def _joined(batches: Sequence[Batch]) -> list[Batch]:
+    """The same samples in batches of a useful size, texts padded with zeros, also in their attention mask."""
+    groups: list[list[Batch]] = [[]]
+    for batch in batches:
+        if sum(map(rows_of, groups[-1])) >= JUDGED_BATCH:
+            groups.append([])
+        groups[-1].append(batch)
+    return [{name: _stacked([batch[name] for batch in group]) for name in group[0]} for group in groups]
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """(rows, tokens) each, or images of one size -> (all rows, most tokens)."""
+    if values[0].dim() != 2:
+        return torch.cat(list(values))
+    longest = max(value.shape[1] for value in values)
+    return torch.cat([nn.functional.pad(value, (0, longest - value.shape[1])) for value in values])

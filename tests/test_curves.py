@@ -28,7 +28,7 @@ from tiny_scoring import (
 from torch import Tensor, nn
 
 from optin_deploy.arch.resolve import resolve
-from optin_deploy.curves import JUDGED_EVERY, RIDGE, Curve, Curves, error_curves
+from optin_deploy.curves import RIDGE, Curve, Curves, error_curves
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring import Scores
 
@@ -58,10 +58,10 @@ def measured(model: nn.Module, batches: list[Batch]) -> Curves:
     return error_curves(model, resolve(model), scores_of(model), batches)
 
 
-def judged_rows(batches: list[Batch], judged: bool) -> list[Batch]:
-    """Every fourth sample over all batches, or the others, one a batch."""
+def judged_rows(batches: list[Batch], judged: bool, every: int) -> list[Batch]:
+    """Every so many-th sample over all batches, or the others, one a batch."""
     singles = [rows(batch, [i]) for batch in batches for i in range(len(next(iter(batch.values()))))]
-    return [one for i, one in enumerate(singles) if (i % JUDGED_EVERY == JUDGED_EVERY - 1) is judged]
+    return [one for i, one in enumerate(singles) if (i % every == every - 1) is judged]
 
 
 def distance(model: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
@@ -80,9 +80,13 @@ def distance(model: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("kind", ["heads", "neurons"])
-def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model(case: Case, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "most", "every"), [("heads", 128, 4), ("neurons", 128, 4), ("neurons", 3, None)])
+def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model(
+    case: Case, kind: str, most: int, every: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optin_deploy.curves.MOST_JUDGED", most)
     model, family, neurons, data = case
+    every = every or sum(len(next(iter(batch.values()))) for batch in data(0)) // most
     batches, units = data(0), HEADS if kind == "heads" else neurons
     curves, scores = measured(model, batches), scores_of(model)
     for layer in range(LAYERS):
@@ -94,7 +98,7 @@ def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model
             linear = changed.get_submodule(path)
             assert isinstance(linear, nn.Linear)
             kept = [c for unit in sorted(order[:count]) for c in family.columns(layer, kind, unit)[1]]
-            a = np.concatenate(projection_inputs(model, path, judged_rows(batches, False)))
+            a = np.concatenate(projection_inputs(model, path, judged_rows(batches, False, every)))
             weight = linear.weight.detach().numpy().copy()
             target = a @ weight.T + linear.bias.detach().numpy()
             narrow = np.zeros_like(weight)
@@ -103,7 +107,7 @@ def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model
             else:
                 bias = target.mean(0)
             linear.weight.data, linear.bias.data = torch.tensor(narrow), torch.tensor(bias)
-            errors.append(distance(changed, model, judged_rows(batches, True)))
+            errors.append(distance(changed, model, judged_rows(batches, True, every)))
         assert max(errors) > 1e-6, "the branch matters"
         assert curve.counts[-1] == units
         assert curve.errors[-1] == 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, text_batches_of
+from benchmarks.tasks.training import train
 from optin_deploy.calibration import Sample
 from optin_deploy.loading import load_dense, load_preprocessor
 from optin_deploy.progress import Progress, silent
@@ -126,19 +127,15 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
         model = _untrained(recipe.classes)
         tokenizer = load_preprocessor(str(minilm_folder()), model)
         model.get_submodule("bert.embeddings").requires_grad_(False)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate)
-        steps = recipe.epochs * math.ceil(len(samples) / recipe.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps, recipe.warmup))
-        model.train()
-        for step, (batch, labels) in enumerate(_epochs(model, samples, tokenizer, recipe)):
-            loss = nn.functional.cross_entropy(model(**batch)["logits"], labels)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(trained, recipe.clip)
-            optimizer.step()
-            schedule.step()
-            progress(step + 1, steps)
+        train(
+            model,
+            _epochs(model, samples, tokenizer, recipe),
+            recipe.epochs * math.ceil(len(samples) / recipe.batch_size),
+            learning_rate=recipe.learning_rate,
+            warmup=recipe.warmup,
+            clip=recipe.clip,
+            progress=progress,
+        )
     return model.eval().requires_grad_(True), tokenizer
 
 
@@ -190,7 +187,3 @@ def _epochs(
         pairs = list(zip(data.batches, labels, strict=True))
         order.shuffle(pairs)
         yield from pairs
-
-
-def _rate(done: float, warmup: float) -> float:
-    return done / warmup if done < warmup else (1 - done) / (1 - warmup)
