@@ -5,7 +5,8 @@ Layer by layer on the already pruned stream, minimise over W', b' of the kept co
     || x' + s * (W' a' + b')  -  (x + s * (W a + b)) ||^2  +  ridge * || W' - W_kept ||^2
 
 a, x: input of the projection and the residual it is added to, dense; a', x': the same in the pruned model; s:
-LayerScale. No gradient step, no labels. The ridge is chosen by the error on samples that the solution has not seen.
+LayerScale. In the norm, a token counts by how much it moves the model's output (`token_weights`). No gradient step,
+no labels. The ridge is chosen by the error on samples that the solution has not seen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from optin_deploy.regression import Moments
 from optin_deploy.rewrite.slices import linear_at, unit_columns
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring.features import valid_tokens
+from optin_deploy.token_weights import TokenWeights
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean variance of the kept inputs."""
@@ -41,11 +43,14 @@ def compensate(
     plan: PruningPlan,
     batches: Sequence[Batch],
     *,
+    tokens: TokenWeights | None = None,
     progress: Progress = silent,
 ) -> Weights:
     """New weights and biases of the output projections, dense-shaped; the model itself is untouched.
 
-    Args: batches: unlabeled calibration inputs; padding is left out of the fit.
+    Args:
+        batches: unlabeled calibration inputs; padding is left out of the fit.
+        tokens: what each token's error counts, of these batches; None = all the same.
     """
     student = rewrite_torch(model, layout, plan)
     weights: Weights = {}
@@ -60,7 +65,8 @@ def compensate(
                 for i, batch in enumerate(batches):
                     teacher, ahead = _view(model, layout, branch, batch, index, dense[i], last)
                     pupil, _ = _view(student, layout, branch, batch, index, pruned[i], branch.output)
-                    problem.add(teacher, pupil, valid_tokens(batch, pupil.residual))
+                    valid = valid_tokens(batch, pupil.residual)
+                    problem.add(teacher, pupil, valid, valid if tokens is None else tokens[index][i])
                     dense[i] = ahead if branch is layer.ffn else dense[i]
                 weights |= problem.solve_into(student)
             for i, batch in enumerate(batches):
@@ -114,7 +120,7 @@ class _Problem:
         self.fit, self.judge = (Moments(len(columns), hidden) for _ in range(2))
         self.samples = 0
 
-    def add(self, dense: _View, pruned: _View, valid: Tensor) -> None:
+    def add(self, dense: _View, pruned: _View, valid: Tensor, weights: Tensor) -> None:
         gap = dense.output - pruned.output  # the start: cut units gone, the others' columns as they were
         if self.scale is not None:
             gap = gap * self.scale
@@ -122,8 +128,8 @@ class _Problem:
         kept = pruned.units[..., : len(self.columns)]  # an emptied branch shows its input instead
         judged = (torch.arange(len(valid)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         real, judged = valid.bool(), judged.to(valid.device).unsqueeze(1)
-        self.fit.add(kept[real & ~judged], gap[real & ~judged])
-        self.judge.add(kept[real & judged], gap[real & judged])
+        for moments, part in ((self.fit, real & ~judged), (self.judge, real & judged)):
+            moments.add(kept[part], gap[part], weights[part])
         self.samples += len(valid)
 
     def solve_into(self, student: nn.Module) -> Weights:

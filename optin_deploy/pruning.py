@@ -11,7 +11,7 @@ from torch import nn
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.budget import Limits
-from optin_deploy.compensate import apply_weights, compensate
+from optin_deploy.compensate import Weights, apply_weights, compensate
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
@@ -25,6 +25,7 @@ from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import check_search, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
+from optin_deploy.token_weights import token_weights
 
 
 def prune(
@@ -90,7 +91,10 @@ def cut(
     """
     started = time.perf_counter()
     plan.check(layout)
-    weights = compensate(model, layout, plan, batches, progress=progress) if compensation else {}
+    weights: Weights = {}
+    if compensation:
+        tokens = token_weights(model, layout, batches)
+        weights = compensate(model, layout, plan, batches, tokens=tokens, progress=progress)
     compensated = apply_weights(model, weights)
     smaller = rewrite_torch(compensated, layout, plan)
     error = masked_vs_rewritten(compensated, smaller, layout, plan, batches[0])

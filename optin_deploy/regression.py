@@ -10,21 +10,23 @@ class Moments:
     """Sums that determine a linear regression of y on x, in float64 on the CPU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        self.count = 0
+        self.count = 0.0
         self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
         self.yy = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take rows x (rows, inputs), y (rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Take rows x (rows, inputs), y (rows, outputs); a row of weight 2, of weights (rows,), counts twice."""
         x, y = x.double().cpu(), y.double().cpu()
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += float(y.square().sum())
+        rows = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double().cpu()
+        weighted = x * rows.unsqueeze(1)
+        self.count += float(rows.sum())
+        self.x += weighted.sum(0)
+        self.y += rows @ y
+        self.xx += x.T @ weighted
+        self.xy += weighted.T @ y
+        self.yy += float(rows @ y.square().sum(1))
 
     def __add__(self, other: Moments) -> Moments:
         both = Moments(len(self.x), len(self.y))
@@ -49,7 +51,7 @@ class Moments:
 
     def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
         """Coefficients (inputs, outputs) and offset (outputs,) of y ~ x @ coefficients + offset."""
-        count = max(self.count, 1)
+        count = self.count or 1.0
         mean_x, mean_y = (self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0)
         if not len(self.x):
             return self.xy, mean_y

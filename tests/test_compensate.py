@@ -153,6 +153,34 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
 FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2"}
 
 
+def test_a_token_of_weight_three_counts_as_three_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RIDGES", (100.0, 1e-6, 1.0))
+    model, batches = bert(), texts(0)
+    path, columns = BERT.columns(0, "heads", 0)[0], columns_of(BERT, 0, "heads", HALF_HEADS[0])
+    projection = model.get_submodule(path)
+    generator = torch.Generator().manual_seed(0)
+    counts = [torch.randint(0, 4, b["attention_mask"].shape, generator=generator) for b in batches]
+    found = compensate(
+        model,
+        resolve(model),
+        plan_of(model, HALF_HEADS, HALF_NEURONS),
+        batches,
+        tokens=[[count.double() for count in counts] for _ in range(LAYERS)],
+    )
+    repeats = [
+        n[real.bool()].numpy()
+        for c, b in zip(counts, batches, strict=True)
+        for n, real in zip(c, b["attention_mask"], strict=True)
+    ]
+    full = [np.repeat(a, n, axis=0) for a, n in zip(projection_inputs(model, path, batches), repeats, strict=True)]
+    weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
+    a, target = [x[:, columns] for x in full], [x @ weight.T + bias for x in full]
+    ridge = chosen_ridge(a, target, weight[:, columns], (100.0, 1e-6, 1.0))
+    wanted, wanted_bias = centred_ridge(np.concatenate(a), np.concatenate(target), weight[:, columns], ridge)
+    np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found[f"{path}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
+
+
 def inputs_and_target(
     model: nn.Module, student: nn.Module, family: Family, batches: list[Batch], layer: int, kind: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
-    parser.add_argument("--rows", type=int, default=512, help="calibration rows of a seed")
+    parser.add_argument("--rows", type=int, default=1024, help="calibration rows of a seed")
     parser.add_argument("--test-rows", type=int, default=1500, help="of GLUE: all")
     parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")

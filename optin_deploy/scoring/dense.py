@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.layout import ModelLayout
-from optin_deploy.masking import Batch, Recording, check_finite, recorded
+from optin_deploy.masking import Batch, Recording, check_finite, recorded, run_blocks
 from optin_deploy.scoring.features import Features, Tokens, draw_tokens, valid_tokens
 from optin_deploy.scoring.losses import Readout, read_out
 
@@ -64,6 +64,16 @@ def dense_pass(
     check_finite(model, batch, (*recording.inputs.values(), *recording.outputs.values(), readout.values))
     tokens = draw_tokens(features, batch, valid, seed)
     return DensePass(recording, last, valid, tokens, readout, problem, seconds)
+
+
+def pulled_back(
+    model: nn.Module, layout: ModelLayout, batch: Batch, dense: DensePass, directions: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of <direction, output> at the end of the last block, (batch, tokens, hidden) each."""
+    with torch.enable_grad():
+        hidden = dense.last.detach().requires_grad_()
+        values = dense.read(run_blocks(model, layout, batch, start=len(layout.layers), hidden=hidden))
+    return [torch.autograd.grad(values, hidden, direction, retain_graph=True)[0] for direction in directions]
 
 
 def _now(model: nn.Module) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, recorded, rows_of, run_blocks
 from optin_deploy.progress import Progress, silent
-from optin_deploy.scoring.dense import DensePass, dense_pass
+from optin_deploy.scoring.dense import DensePass, dense_pass, pulled_back
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.noise import sample_keys, signs, stream
@@ -69,7 +69,7 @@ def sketch_terms(
             directions = []
         terms.output_probes = int(0 in output_probes) if exact else len(output_probes)
         # Of each projection of the output: its gradient at the end of the block in hand.
-        pulled = _pulled_back(model, layout, batch, dense, directions)
+        pulled: list[Tensor | None] = [*pulled_back(model, layout, batch, dense, directions)]
         bent: list[Tensor | None] = [None] * len(probes)  # and of each projection of the trajectory
         for index in reversed(range(depth)):
             block = _Block(model, layout, index, batch, dense, features)
@@ -140,13 +140,3 @@ def _slopes(branch: Branch, values: Tensor, gradients: Tensor) -> Tensor:
     """ds/dm of each sample and unit, (batch, units), in float64: over its tokens and the unit's own columns."""
     slopes = (values.detach() * gradients).sum(1)  # (batch, units * width)
     return slopes.double().view(len(slopes), branch.units, -1).sum(2)
-
-
-def _pulled_back(
-    model: nn.Module, layout: ModelLayout, batch: Batch, dense: DensePass, directions: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of <direction, output> at the end of the last block, (batch, tokens, hidden) each."""
-    with torch.enable_grad():
-        hidden = dense.last.detach().requires_grad_()
-        values = dense.read(run_blocks(model, layout, batch, start=len(layout.layers), hidden=hidden))
-    return [torch.autograd.grad(values, hidden, direction, retain_graph=True)[0] for direction in directions]

@@ -1,0 +1,82 @@
+"""Which tokens matter: how far a change of each token of each block's output moves what the model puts out.
+
+A classifier that reads one token hears little of the others, and in its last block nothing: a least-squares fit that
+weighs all tokens alike spends most of what is left of a pruned projection on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.layout import ModelLayout
+from optin_deploy.masking import Batch, inference, run_blocks
+from optin_deploy.scoring.dense import dense_pass, pulled_back
+from optin_deploy.scoring.features import ALL_TOKENS
+from optin_deploy.scoring.losses import exact_directions, random_direction
+from optin_deploy.scoring.noise import sample_keys, stream
+
+TokenWeights = list[list[Tensor]]
+"""[layer][batch]: (batch, tokens); the mean over a sample's real tokens is 1, padding has 0."""
+PROBES = 2
+"""Random directions of the output, where it has too many for exact ones."""
+FLOOR = 0.05
+"""Least weight of a real token."""
+
+
+def token_weights(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], *, seed: int = 0) -> TokenWeights:
+    """The norm of each token's gradient, over the directions in which the output distance grows.
+
+    Block by block from the last one, as the sketch's passes: the memory is that of one block's graph.
+    Args: seed: of the random directions.
+    """
+    found: TokenWeights = [[] for _ in layout.layers]
+    with inference(model), torch.no_grad():
+        for batch in batches:
+            for layer, weights in zip(found, _of_batch(model, layout, batch, seed), strict=True):
+                layer.append(weights)
+    return found
+
+
+def _of_batch(model: nn.Module, layout: ModelLayout, batch: Batch, seed: int) -> list[Tensor]:
+    """Of every layer, (batch, tokens)."""
+    dense = dense_pass(model, layout, batch, ALL_TOKENS, seed, inputs=[layer.path for layer in layout.layers])
+    directions = exact_directions(dense.readout)
+    if directions is None:
+        keys = sample_keys(batch)
+        streams = [stream(seed, "token weights", probe) for probe in range(PROBES)]
+        directions = [random_direction(dense.readout, keys, each) for each in streams]
+    gradients = pulled_back(model, layout, batch, dense, directions)
+    found = []
+    for index in reversed(range(len(layout.layers))):
+        squares = torch.stack([gradient.square().sum(-1) for gradient in gradients]).sum(0)
+        found.append(_shares(squares.sqrt(), dense.valid))
+        if index:
+            gradients = _passed_down(model, layout, batch, index, dense.recording.inputs, gradients)
+    return found[::-1]
+
+
+def _passed_down(
+    model: nn.Module,
+    layout: ModelLayout,
+    batch: Batch,
+    index: int,
+    inputs: dict[str, Tensor],
+    gradients: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients at a block's output -> at its input, (batch, tokens, hidden) each."""
+    path = layout.layers[index].path
+    hidden = inputs.pop(path).detach().requires_grad_()
+    with torch.enable_grad():
+        out = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=path)
+    return [torch.autograd.grad(out, hidden, gradient, retain_graph=True)[0] for gradient in gradients]
+
+
+def _shares(norms: Tensor, valid: Tensor) -> Tensor:
+    """(batch, tokens), scaled to a mean of 1 over real tokens; equal where nothing moves the output."""
+    norms = norms * valid
+    mean = norms.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+    shares = torch.where(mean > 0, norms / mean, 1.0)
+    return (FLOOR + (1 - FLOOR) * shares) * valid

@@ -1,0 +1,137 @@
+"""Token weights equal norms of Jacobians by autograd through the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tiny_scoring import (
+    Batch,
+    bare_bert,
+    bert,
+    dinov2,
+    image_batch,
+    one_thread,
+    padded,
+    rows,
+    state_of,
+    text_batch,
+    vit,
+)
+from torch import Tensor, nn
+
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.token_weights import FLOOR, TokenWeights, token_weights
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+LENGTHS = (3, 7, 5, 9)
+Case = tuple[nn.Module, Batch]
+EXACT: dict[str, Callable[[], Case]] = {
+    "3 classes": lambda: (bert(), text_batch(LENGTHS)),
+    "2 classes, 3 layers": lambda: (bert(labels=2, layers=3), text_batch(LENGTHS)),
+    "regression": lambda: (bert(labels=1), text_batch(LENGTHS)),
+    "images": lambda: (vit(), image_batch(4)),
+}
+DRAWN: dict[str, Callable[[], Case]] = {
+    "6 classes": lambda: (bert(labels=6), text_batch(LENGTHS)),
+    "embeddings": lambda: (bare_bert(), text_batch(LENGTHS)),
+    "images, embeddings": lambda: (dinov2(), image_batch(4)),
+}
+
+
+def measured(model: nn.Module, batches: list[Batch], seed: int = 0) -> TokenWeights:
+    return token_weights(model, resolve(model), batches, seed=seed)
+
+
+def by_jacobian(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
+    """[layer][sample]: weights of its real tokens, from the curvature of the output distance written out."""
+    paths = [layer.path for layer in resolve(model).layers]
+    found: list[list[Tensor]] = [[] for _ in paths]
+    for i in range(len(next(iter(batch.values())))):
+        one = rows(batch, [i])
+        real = one["attention_mask"][0].bool() if "attention_mask" in one else slice(None)
+        states: list[Tensor] = []
+
+        def keep(module: nn.Module, args: object, out: Tensor, states: list[Tensor] = states) -> None:
+            states.append(out)
+
+        hooks = [model.get_submodule(path).register_forward_hook(keep) for path in paths]
+        out = model(**one)
+        for hook in hooks:
+            hook.remove()
+        if "logits" in out:
+            y, p = out.logits[0], out.logits[0].detach().softmax(0)
+            curvature = torch.eye(1).double() if len(y) == 1 else (torch.diag(p) - torch.outer(p, p)) / 2
+        else:
+            y = nn.functional.normalize(out.last_hidden_state[0][real].mean(0), dim=0)
+            curvature = torch.eye(len(y)).double()
+        slopes = [torch.autograd.grad(value, states, retain_graph=True) for value in y]
+        for layer, weights in enumerate(found):
+            jacobian = torch.stack([slope[layer][0] for slope in slopes])[:, real]  # (outputs, tokens, hidden)
+            norms = torch.einsum("cth,cd,dth->t", jacobian, curvature, jacobian).clamp(min=0).sqrt()
+            weights.append(FLOOR + (1 - FLOOR) * norms / norms.mean())
+    return found
+
+
+def assert_equal(found: TokenWeights, batch: Batch, wanted: list[list[Tensor]], rtol: float, least: float = 0) -> None:
+    for [weights], samples in zip(found, wanted, strict=True):
+        for i, expected in enumerate(samples):
+            real = batch["attention_mask"][i].bool() if "attention_mask" in batch else torch.ones(weights.shape[1]) > 0
+            np.testing.assert_allclose(weights[i, real].numpy(), expected.numpy(), rtol=rtol, atol=least)
+            assert not weights[i, ~real].any(), "padding counts nothing"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_few_outputs_give_the_norm_of_the_curvature_exactly(name: str) -> None:
+    model, batch = EXACT[name]()
+    wanted = by_jacobian(model, batch)
+    assert max(float(w.max()) for w in wanted[0]) > 1.2, "tokens differ"
+    assert_equal(measured(model, [batch]), batch, wanted, 1e-7)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_of_many_outputs_random_directions_come_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optin_deploy.token_weights.PROBES", 500)
+    model, batch = DRAWN[name]()
+    assert_equal(measured(model, [batch]), batch, by_jacobian(model, batch), 0.15, 0.02)
+
+
+def test_in_the_last_block_a_classifier_of_the_first_token_hears_no_other() -> None:
+    *_, [last] = measured(bert(), [text_batch(LENGTHS)])
+    for length, weights in zip(LENGTHS, last, strict=True):
+        assert float(weights[0]) == pytest.approx(FLOOR + (1 - FLOOR) * length)
+        np.testing.assert_allclose(weights[1:length].numpy(), FLOOR)
+
+
+@pytest.mark.parametrize("labels", [3, 6])
+def test_padding_and_batching_do_not_enter(labels: int) -> None:
+    model, batch = bert(labels=labels), text_batch(LENGTHS)
+    apart = measured(model, [padded(rows(batch, [i]), 1) for i in range(len(LENGTHS))])
+    for [whole], singles in zip(measured(model, [batch]), apart, strict=True):
+        for row, single in zip(whole, singles, strict=True):
+            np.testing.assert_allclose(row.numpy(), single[0, : len(row)].numpy(), rtol=1e-7, atol=1e-12)
+
+
+def test_the_seed_draws_the_directions() -> None:
+    model, batches = bert(labels=6), [text_batch(LENGTHS)]
+    first, again, other = (measured(model, batches, seed)[0][0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, rtol=1e-3)
+
+
+def test_where_nothing_moves_the_output_real_tokens_count_the_same() -> None:
+    model = bert()
+    nn.init.zeros_(model.classifier.weight)
+    batch = text_batch(LENGTHS)
+    for [weights] in measured(model, [batch]):
+        assert torch.equal(weights, batch["attention_mask"].to(weights))
+
+
+def test_the_model_is_untouched() -> None:
+    model = bert()
+    before = state_of(model)
+    measured(model, [text_batch(LENGTHS)])
+    assert state_of(model) == before
