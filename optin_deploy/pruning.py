@@ -25,7 +25,7 @@ from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import check_search, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
-from optin_deploy.token_weights import token_weights
+from optin_deploy.token_weights import TokenWeights, token_weights
 
 
 def prune(
@@ -82,18 +82,20 @@ def cut(
     batches: Sequence[Batch],
     *,
     compensation: bool = True,
+    tokens: TokenWeights | None = None,
     preprocessor: Any = None,
     progress: Progress = silent,
 ) -> PrunedModel:
     """Compensate, rewrite, and prove that the rewritten model is the masked one.
 
+    Args: tokens: what each token counts in the compensation, `token_weights` of these batches; None = measured here.
     Raises: ParityFailure: the smaller model differs from the masked one.
     """
     started = time.perf_counter()
     plan.check(layout)
     weights: Weights = {}
     if compensation:
-        tokens = token_weights(model, layout, batches)
+        tokens = tokens or token_weights(model, layout, batches)
         weights = compensate(model, layout, plan, batches, tokens=tokens, progress=progress)
     compensated = apply_weights(model, weights)
     smaller = rewrite_torch(compensated, layout, plan)

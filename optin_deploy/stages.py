@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
+from optin_deploy.token_weights import TokenWeights, token_weights
 from optin_deploy.workspace import Source, Workspace
 
 MADE_FROM_MODEL = ("model.*", "samples.safetensors", "measurements.json", "report.json", "report.md")
@@ -50,6 +52,11 @@ class Prepared:
     held_out: Batches
     """Rows that no stage learns from."""
     weights_sha256: str
+
+    @cached_property
+    def tokens(self) -> TokenWeights:
+        """What each calibration token counts in the compensation: the same for every plan."""
+        return token_weights(self.loaded.model, self.layout, self.calibration.batches)
 
     @property
     def key(self) -> str:
@@ -232,6 +239,7 @@ def rewrite_stage(
         plan,
         prepared.calibration.batches,
         compensation=compensation,
+        tokens=prepared.tokens if compensation else None,
         preprocessor=loaded.preprocessor,
         progress=progress,
     )

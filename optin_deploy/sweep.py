@@ -99,6 +99,7 @@ class Trials:
                 plan,
                 self.prepared.calibration.batches,
                 compensation=self.compensation,
+                tokens=self.prepared.tokens if self.compensation else None,
                 progress=progress,
             )
             quality = self._judge.of(pruned.model)

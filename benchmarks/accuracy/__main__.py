@@ -180,7 +180,7 @@ def page(found: Mapping[Cell, Mapping[str, Any]]) -> str:
     spent = [c["stages"] for (_, _, m, _), c in found.items() if m == OURS]
     stages = [
         f"{stage} {statistics.mean(x[stage] / x['forward'] for x in spent):.0f}"
-        for stage in ("scores", "curves", "own")
+        for stage in ("scores", "curves", "tokens", "own")
         if spent and all(stage in x for x in spent)
     ]
     return (

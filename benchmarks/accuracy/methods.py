@@ -27,6 +27,7 @@ from optin_deploy.quality import outputs_of
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring import Scores, ScoreSettings, score
 from optin_deploy.search import make_plan, search
+from optin_deploy.token_weights import TokenWeights, token_weights
 
 T = TypeVar("T")
 ALIGN = 16
@@ -79,6 +80,11 @@ class Case:
         """Error curves by these scores."""
         scores = self.scores
         return self._shared("curves", lambda: error_curves(self.model, self.layout, scores, self.calibration.batches))
+
+    @property
+    def tokens(self) -> TokenWeights:
+        """What each token counts in the compensation."""
+        return self._shared("tokens", lambda: token_weights(self.model, self.layout, self.calibration.batches))
 
     @property
     def gradients(self) -> dict[Branch, Tensor]:
@@ -134,7 +140,9 @@ class Case:
 
     def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
         """The smaller model, as the product makes it."""
-        return cut(self.model, self.layout, plan, self.calibration.batches, compensation=compensation).model
+        tokens = self.tokens if compensation else None
+        batches = self.calibration.batches
+        return cut(self.model, self.layout, plan, batches, compensation=compensation, tokens=tokens).model
 
 
 def _best(scores: Tensor, count: int) -> tuple[bool, ...]:
