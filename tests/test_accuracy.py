@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy.stats import spearmanr
 from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import __main__ as module
-from benchmarks.accuracy.__main__ import DENSE, cells, judged, page
+from benchmarks.accuracy.__main__ import cells, judged
 from benchmarks.accuracy.methods import METHODS, Case
+from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
 from benchmarks.tasks.files import Archive, from_tar, from_zip
@@ -168,6 +170,24 @@ def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
     assert "- a at 0.4: +50.00 ± 20.41 points over OPTIN" in told
     assert "- on average at 0.4: +50.00 ± 20.41 points over each task's best peer" in told
     assert "scores 4" in told
+
+
+def test_the_picture_draws_means_and_spans_of_the_methods_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    plain = Axes.errorbar
+
+    def spied(self: Axes, x: Any, y: Any, yerr: Any = None, *, label: str, **style: Any) -> Any:
+        drawn[label] = (x, y, None if yerr is None else yerr.tolist())
+        return plain(self, x, y, yerr, label=label, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", spied)
+    draw(FOUND, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert drawn["ours"] == ([0.4], [0.875], [[0.125], [0.125]])
+    assert drawn["OPTIN"] == ([0.4], [0.375], [[0.125], [0.125]])
+    assert drawn.keys() == {"ours", "OPTIN", "random"}
 
 
 def test_methods_are_paired_on_the_seeds_that_both_have() -> None:

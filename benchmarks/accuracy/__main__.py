@@ -2,7 +2,8 @@
 
 A cell is one task, calibration seed, method and budget; it is a file with a figure for each test row, so that a run can
 be interrupted and continued, and methods compared row by row (after a change of a method, delete its files). Nothing is
-chosen on test rows. Run: python -m benchmarks.accuracy --minutes 20, as often as needed; --record writes the table.
+chosen on test rows. Run: python -m benchmarks.accuracy --minutes 20, as often as needed; --record writes the table and
+its picture.
 GLUE, with a connection: python -m benchmarks.accuracy --glue mrpc --model my-bert-fine-tuned-on-mrpc
 """
 
@@ -12,10 +13,9 @@ import argparse
 import random
 import re
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,15 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.accuracy.methods import METHODS, PEERS, Case, Method
+from benchmarks.accuracy.methods import METHODS, Case, Method
+from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
-from optin_deploy.bench.report import to_table
 from optin_deploy.quality import outputs_of
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.terminal import quiet_libraries
 
-Cell = tuple[str, int, str, float]
-"""Task, seed, method, share of the MACs."""
-DENSE, OURS = "dense", "ours"
 GATE = ["sentiment", "r8", "cifar10"]
 
 
@@ -60,7 +57,7 @@ def main() -> None:
         parser.error("--glue needs --model, a classifier that was fine-tuned on this task")
     quiet_libraries()
     end = time.monotonic() + 60 * options.minutes
-    found: dict[Cell, dict[str, Any]] = {}
+    found: Found = {}
     for task in tasks(options):
         wanted = list(product([task.name], options.seeds, options.methods, options.flops))
         test_rows = len(task.test) if options.glue else options.test_rows
@@ -83,7 +80,9 @@ def main() -> None:
         if not options.glue and options.tasks == GATE
         else f"accuracy_{'_'.join(dict.fromkeys(t for t, *_ in found))}"
     )
-    write_result(RESULTS if options.record else options.cells, name, data, text, command)
+    folder = RESULTS if options.record else options.cells
+    write_result(folder, name, data, text, command)
+    draw(found, folder / f"{name}.png")
 
 
 def tasks(options: argparse.Namespace) -> Iterator[Task]:
@@ -95,13 +94,11 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
         yield TASKS[name](options.cache)
 
 
-def cells(
-    task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float
-) -> dict[Cell, dict[str, Any]]:
+def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float) -> Found:
     """The finished cells of one task; open ones are done until `end`."""
     test = task.batches(task.test[:test_rows])
     key = sha256_tensors(task.model.state_dict())[:12]
-    found: dict[Cell, dict[str, Any]] = {}
+    found: Found = {}
     cases: dict[int, Case] = {}  # what the budgets of a seed share; made for open cells alone
     for cell in [(task.name, -1, DENSE, 1.0), *wanted]:
         _, seed, method, flops = cell
@@ -153,90 +150,6 @@ def judged(outputs: torch.Tensor, labels: Sequence[Any]) -> dict[str, Any]:
     constant = bool((found == found[0]).all() or (wanted == wanted[0]).all())
     value = 0.0 if constant else float(spearmanr(found, wanted).statistic)
     return {"value": value, "rows": (-((found - wanted) ** 2)).tolist()}
-
-
-def page(found: Mapping[Cell, Mapping[str, Any]]) -> str:
-    """The result for people."""
-    tasks = list(dict.fromkeys(task for task, *_ in found))
-    budgets = list(dict.fromkeys(flops for *_, method, flops in found if method != DENSE))
-    methods = [method for method in METHODS if any(cell[2] == method for cell in found)]
-    dense = {task: found[task, -1, DENSE, 1.0]["value"] for task in tasks}
-    lines = []
-    for method in methods:
-        row = [method]
-        for flops in budgets:
-            drops = []
-            for task in tasks:
-                some = [c["value"] for (t, _, m, f), c in found.items() if (t, m, f) == (task, method, flops)]
-                row.append(_spread(some))
-                drops.append(100 * (dense[task] - statistics.mean(some)) if some else float("nan"))
-            row.append(f"{statistics.mean(drops):.2f}")
-        lines.append((*row, *_spent([c["stages"] for (_, _, m, _), c in found.items() if m == method])))
-    columns = [x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")]
-    header = ("method", *columns, "seconds", "forwards")
-    told = ", ".join(f"{task} {100 * value:.2f}%" for task, value in dense.items())
-    rows = ", ".join(f"{task} {len(found[task, -1, DENSE, 1.0]['rows']):,}" for task in tasks)
-    seeds = len({seed for _, seed, *_ in found} - {-1})
-    spent = [c["stages"] for (_, _, m, _), c in found.items() if m == OURS]
-    stages = [
-        f"{stage} {statistics.mean(x[stage] / x['forward'] for x in spent):.0f}"
-        for stage in ("scores", "curves", "tokens", "own")
-        if spent and all(stage in x for x in spent)
-    ]
-    return (
-        "# Accuracy without retraining\n\nAccuracy on test rows (stsb: Spearman's correlation) in percent at shares of "
-        f"the dense MACs: mean and standard deviation over {seeds} calibration seeds (fewer where it says so). Drop: "
-        f"mean points lost over the tasks. Seconds: of all that a method needs; forwards: in dense forwards over the "
-        f"calibration rows. Dense: {told}. Test rows: {rows}.\n\n"
-        f"{to_table(header, lines)}\n\n"
-        + "\n".join(_paired(found, tasks, budgets))
-        + (f"\n\nOurs in dense forwards: {', '.join(stages)} (compensation, cut, proof)." if stages else "")
-    )
-
-
-def _spent(cells: Sequence[Mapping[str, float]]) -> tuple[str, str]:
-    """Mean seconds, and mean dense forwards."""
-    totals = [sum(s for stage, s in stages.items() if stage != "forward") for stages in cells]
-    forwards = [total / stages["forward"] for total, stages in zip(totals, cells, strict=True)]
-    return f"{statistics.mean(totals):.0f}", f"{statistics.mean(forwards):.0f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f} (1 seed)"
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def _paired(found: Mapping[Cell, Mapping[str, Any]], tasks: Sequence[str], budgets: Sequence[float]) -> Iterator[str]:
-    """Ours against the best peer of each cell, on the same rows and the seeds that both have."""
-    gains: dict[float, list[tuple[float, float]]] = {}
-    for flops, task in product(budgets, tasks):
-        ours = _rows(found, task, OURS, flops)
-        if any(figure < 0 for row in ours.values() for figure in row):
-            continue  # numbers, whose rows are no points
-        best: tuple[float, str, torch.Tensor] | None = None
-        for peer in PEERS:
-            theirs = _rows(found, task, peer, flops)
-            seeds = sorted(ours.keys() & theirs.keys())
-            if seeds:
-                mine, other = (torch.tensor([x[seed] for seed in seeds]).double().mean(0) for x in (ours, theirs))
-                if best is None or float(other.mean()) > best[0]:
-                    best = (float(other.mean()), peer, mine - other)
-        if best is not None:
-            _, peer, gain = best
-            error = float(gain.std() / len(gain) ** 0.5)
-            gains.setdefault(flops, []).append((float(gain.mean()), error))
-            yield f"- {task} at {flops:g}: {100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points over {peer}."
-    for flops, some in gains.items():
-        mean, error = statistics.mean(g for g, _ in some), sum(e**2 for _, e in some) ** 0.5 / len(some)
-        yield f"- on average at {flops:g}: {100 * mean:+.2f} ± {100 * error:.2f} points over each task's best peer."
-
-
-def _rows(found: Mapping[Cell, Mapping[str, Any]], task: str, method: str, flops: float) -> dict[int, Sequence[float]]:
-    """By seed, each test row's figure."""
-    return {s: cell["rows"] for (t, s, m, f), cell in found.items() if (t, m, f) == (task, method, flops)}
 
 
 if __name__ == "__main__":
