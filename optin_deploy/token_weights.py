@@ -75,8 +75,10 @@ def _passed_down(
 
 
 def _shares(norms: Tensor, valid: Tensor) -> Tensor:
-    """(batch, tokens), scaled to a mean of 1 over real tokens; equal where nothing moves the output."""
-    norms = norms * valid
+    """(batch, tokens), scaled to a mean of 1 over real tokens; equal where nothing moves the output.
+
+    Padding moves nothing: its norms are 0.
+    """
     mean = norms.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
     shares = torch.where(mean > 0, norms / mean, 1.0)
     return (FLOOR + (1 - FLOOR) * shares) * valid

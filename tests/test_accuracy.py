@@ -201,6 +201,7 @@ def test_an_open_table_is_not_recorded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "TASKS", {"text": lambda cache: task_of("text")})
     monkeypatch.setattr(module, "GATE", ["text"])
     monkeypatch.setattr(module, "write_result", lambda folder, name, *rest: written.append((folder, name)))
+    monkeypatch.setattr(module, "draw", lambda found, path: written.append((path.parent, path.stem)))
     command = [
         "accuracy",
         "--methods",
@@ -218,7 +219,7 @@ def test_an_open_table_is_not_recorded(tmp_path: Path, monkeypatch: pytest.Monke
         module.main()
     monkeypatch.setattr("sys.argv", command)
     module.main()
-    assert written == [(module.RESULTS, "accuracy")]
+    assert written == [(module.RESULTS, "accuracy")] * 2  # the page and the picture
 
 
 # --- GLUE ---

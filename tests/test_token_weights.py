@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from test_compensate import HALF_HEADS, HALF_NEURONS, plan_of
 from tiny_scoring import (
     Batch,
     bare_bert,
@@ -23,6 +24,9 @@ from tiny_scoring import (
 from torch import Tensor, nn
 
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.compensate import apply_weights, compensate
+from optin_deploy.pruning import cut
+from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.token_weights import FLOOR, TokenWeights, token_weights
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -135,3 +139,17 @@ def test_the_model_is_untouched() -> None:
     before = state_of(model)
     measured(model, [text_batch(LENGTHS)])
     assert state_of(model) == before
+
+
+def test_a_cut_model_is_compensated_by_them() -> None:
+    model, batches = bert(), [text_batch(LENGTHS, seed=seed) for seed in range(6)]
+    layout, plan = resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS)
+
+    def compensated(tokens: TokenWeights | None) -> dict[str, Tensor]:
+        weights = compensate(model, layout, plan, batches, tokens=tokens)
+        return rewrite_torch(apply_weights(model, weights), layout, plan).state_dict()
+
+    found, wanted = cut(model, layout, plan, batches).model.state_dict(), compensated(measured(model, batches))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    plain = compensated(None)
+    assert max(float((found[name] - plain[name]).abs().max()) for name in plain) > 1e-3
