@@ -114,6 +114,7 @@ def by_paper(folder: Path, prepared: Prepared):  # type: ignore[no-untyped-def] 
             layout,
             make_plan(masks, layout, cost),
             prepared.calibration.batches,
+            token_weights=prepared.token_weights(progress),
             progress=progress,
         ).model
 

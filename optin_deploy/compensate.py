@@ -5,8 +5,8 @@ Layer by layer on the already pruned stream, minimise over W', b' of the kept co
     || x' + s * (W' a' + b')  -  (x + s * (W a + b)) ||^2  +  ridge * || W' - W_kept ||^2
 
 a, x: input of the projection and the residual it is added to, dense; a', x': the same in the pruned model; s:
-LayerScale. In the norm, a token counts by how much it moves the model's output (`token_weights`). No gradient step,
-no labels. The ridge is chosen by the error on samples that the solution has not seen.
+LayerScale. In the norm, a sample's tokens count by how much they move the output (see token_weights.py). No gradient
+step, no labels. The ridge is chosen by the error on samples that the solution has not seen.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def compensate(
     plan: PruningPlan,
     batches: Sequence[Batch],
     *,
-    tokens: TokenWeights | None = None,
+    token_weights: TokenWeights | None = None,
     progress: Progress = silent,
 ) -> Weights:
     """New weights and biases of the output projections, dense-shaped; the model itself is untouched.
 
     Args:
         batches: unlabeled calibration inputs; padding is left out of the fit.
-        tokens: what each token's error counts, of these batches; None = all the same.
+        token_weights: what each token's error counts, of these batches; None = all the same.
     """
     student = rewrite_torch(model, layout, plan)
     weights: Weights = {}
@@ -66,7 +66,7 @@ def compensate(
                     teacher, ahead = _view(model, layout, branch, batch, index, dense[i], last)
                     pupil, _ = _view(student, layout, branch, batch, index, pruned[i], branch.output)
                     valid = valid_tokens(batch, pupil.residual)
-                    problem.add(teacher, pupil, valid, valid if tokens is None else tokens[index][i])
+                    problem.add(teacher, pupil, valid, valid if token_weights is None else token_weights[index][i])
                     dense[i] = ahead if branch is layer.ffn else dense[i]
                 weights |= problem.solve_into(student)
             for i, batch in enumerate(batches):
@@ -87,9 +87,9 @@ class _View:
     """What one model shows at one branch, for one batch."""
 
     units: Tensor
-    """Input of the output projection, (batch, tokens, units * unit_width)."""
+    """Input of the output projection, (batch, tokens, units * unit_width); of an emptied branch, something else."""
     output: Tensor
-    """Output of the projection, (batch, tokens, hidden)."""
+    """Output of the projection, (batch, tokens, hidden); of an emptied branch (1, 1, hidden)."""
     residual: Tensor
     """The tensor that the branch is added to, (batch, tokens, hidden)."""
 

@@ -27,20 +27,21 @@ from optin_deploy.scoring.dense import DensePass, dense_pass
 from optin_deploy.scoring.features import ALL_TOKENS, valid_tokens
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.scores import Scores
+from optin_deploy.token_weights import TokenWeights
 from optin_deploy.validation import STORED, validated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 HINT = "Measure them with `optin plan DIR --allocation curves`."
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a branch's units; with all of them the error is 0."""
 RIDGE = 1e-2
 """Relative to the mean variance of the kept inputs: the middle of what compensation chooses from."""
 JUDGED_EVERY = 4
-"""Every fourth sample measures the error; the others fit the compensation."""
+"""Every fourth sample measures the error, of a large calibration set fewer; the others fit the compensation."""
 MOST_JUDGED = 128
-"""Samples that measure the error; of a larger calibration set, fewer than a fourth do."""
+"""Samples that measure the error."""
 JUDGED_BATCH = 32
-"""Samples that are judged at once."""
+"""Small batches are joined until they have so many judged samples."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +110,33 @@ def error_curves(
     scores: Scores,
     batches: Sequence[Batch],
     *,
+    token_weights: TokenWeights | None = None,
     progress: Progress = silent,
 ) -> Curves:
     """Measure every branch at a few widths; each costs forwards of the judging samples from the branch's block on.
 
-    Args: batches: unlabeled calibration inputs; every fourth sample, or 128 of them, judge what the others fitted.
+    Args:
+        batches: unlabeled calibration inputs; every fourth sample, at most 128 of them, judge what the others fitted.
+        token_weights: what each token of these batches counts in the fit; None = all the same.
     """
     scores.check(layout)
-    fitted, judged = _divided(batches)
+    marks = _judged(batches)
+    judged = _joined(batches, marks)
     curves: dict[Branch, Curve] = {}
     with inference(model), torch.no_grad():
         dense = [dense_pass(model, layout, batch, ALL_TOKENS, 0) for batch in judged]
-        fit_inputs: list[Tensor | None] = [None] * len(fitted)  # of the block in hand
+        fit_inputs: list[Tensor | None] = [None] * len(batches)  # of the block in hand
         inputs: list[Tensor | None] = [None] * len(judged)
         for index, layer in enumerate(layout.layers):
             moments = {branch: Moments(branch.units * branch.unit_width, 0) for branch in layer.branches}
-            for i, batch in enumerate(fitted):
+            for i, batch in enumerate(batches):
                 with recorded(model, inputs=[branch.output for branch in layer.branches]) as seen:
                     after = run_blocks(model, layout, batch, start=index, hidden=fit_inputs[i], stop=layer.path)
-                real = valid_tokens(batch, after).bool()
+                fitted = valid_tokens(batch, after).bool() & ~marks[i].to(after.device).unsqueeze(1)
+                weights = None if token_weights is None else token_weights[index][i][fitted]
                 for branch, sums in moments.items():
-                    units = seen.inputs[branch.output][real]  # (real tokens, units * width)
-                    sums.add(units, units[:, :0])
+                    units = seen.inputs[branch.output][fitted]  # (fitted tokens, units * width)
+                    sums.add(units, units[:, :0], weights)
                 fit_inputs[i] = after
             error = partial(_error, model, layout, index, judged, inputs, dense)
             for branch, values in zip(layer.branches, (scores.heads[index], scores.neurons[index]), strict=True):
@@ -194,38 +200,44 @@ def _narrowed(model: nn.Module, branch: Branch, columns: Tensor, moments: Moment
             linear.bias.data = bias
 
 
-def _divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Samples to fit and samples to judge, both still sorted by length.
+def _judged(batches: Sequence[Batch]) -> list[Tensor]:
+    """Which samples judge, (rows,) a batch; they are spread over all lengths.
 
-    Raises: BadInput: too few samples for both.
+    Raises: BadInput: too few samples to fit and to judge.
     """
-    every = max(JUDGED_EVERY, sum(map(rows_of, batches)) // MOST_JUDGED)
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
-    start = 0
-    for batch in batches:
-        number = torch.arange(rows_of(batch)) + start
-        start += rows_of(batch)
-        judged = number % every == every - 1
-        for part, rows in zip(parts, (~judged, judged), strict=True):
-            if rows.any():
-                part.append({name: value[rows.to(value.device)] for name, value in batch.items()})
-    if not all(parts):
-        raise BadInput(f"{start} calibration samples are too few for error curves: give at least {JUDGED_EVERY}.")
-    return parts[0], _joined(parts[1])
+    total = sum(map(rows_of, batches))
+    if total < JUDGED_EVERY:
+        raise BadInput(f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY}.")
+    every = max(JUDGED_EVERY, -(-total // MOST_JUDGED))
+    return list(torch.split(torch.arange(total) % every == every - 1, [rows_of(batch) for batch in batches]))
 
 
-def _joined(batches: Sequence[Batch]) -> list[Batch]:
-    """The same samples in batches of a useful size, texts padded with zeros, also in their attention mask."""
-    groups: list[list[Batch]] = [[]]
-    for batch in batches:
-        if sum(map(rows_of, groups[-1])) >= JUDGED_BATCH:
+def _joined(batches: Sequence[Batch], marks: Sequence[Tensor]) -> list[Batch]:
+    """The marked samples in batches of a useful size."""
+    groups: list[list[Batch]] = []
+    for batch, mark in zip(batches, marks, strict=True):
+        some = {name: value[mark.to(value.device)] for name, value in batch.items()}
+        if not mark.any():
+            continue
+        if not groups or sum(map(rows_of, groups[-1])) >= JUDGED_BATCH or not _alike(groups[-1][0], some):
             groups.append([])
-        groups[-1].append(batch)
+        groups[-1].append(some)
     return [{name: _stacked([batch[name] for batch in group]) for name in group[0]} for group in groups]
 
 
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether both can be one batch; only an attention mask tells padding from tokens."""
+    if one.keys() != other.keys():
+        return False
+    texts = "attention_mask" in one
+    return all(
+        value.shape[1:] == other[name].shape[1:] or (texts and value.dim() == other[name].dim() == 2)
+        for name, value in one.items()
+    )
+
+
 def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """(rows, tokens) each, or images of one size -> (all rows, most tokens)."""
+    """(rows, tokens) each, or all of one size -> (all rows, most tokens); texts are padded with zeros."""
     if values[0].dim() != 2:
         return torch.cat(list(values))
     longest = max(value.shape[1] for value in values)

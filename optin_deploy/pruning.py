@@ -25,7 +25,7 @@ from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import check_search, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
-from optin_deploy.token_weights import TokenWeights, token_weights
+from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
 
 def prune(
@@ -69,10 +69,13 @@ def prune(
     limits = Limits(flops, params, size).within(cost, param_cost(model, layout))
     check_search(align, allocation)
     scores = score(model, layout, batches, settings or ScoreSettings(seed=seed))
-    curves = error_curves(model, layout, scores, batches) if allocation == "curves" else None
+    weights = None
+    if compensation or allocation == "curves":
+        weights = measure_token_weights(model, layout, batches, seed=seed)
+    curves = error_curves(model, layout, scores, batches, token_weights=weights) if allocation == "curves" else None
     masks = search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
     plan = make_plan(masks, layout, cost)
-    return cut(model, layout, plan, batches, compensation=compensation)
+    return cut(model, layout, plan, batches, compensation=compensation, token_weights=weights)
 
 
 def cut(
@@ -82,21 +85,20 @@ def cut(
     batches: Sequence[Batch],
     *,
     compensation: bool = True,
-    tokens: TokenWeights | None = None,
+    token_weights: TokenWeights | None = None,
     preprocessor: Any = None,
     progress: Progress = silent,
 ) -> PrunedModel:
     """Compensate, rewrite, and prove that the rewritten model is the masked one.
 
-    Args: tokens: what each token counts in the compensation, `token_weights` of these batches; None = measured here.
+    Args: token_weights: what each token of these batches counts in the compensation; None = all the same.
     Raises: ParityFailure: the smaller model differs from the masked one.
     """
     started = time.perf_counter()
     plan.check(layout)
     weights: Weights = {}
     if compensation:
-        tokens = tokens or token_weights(model, layout, batches)
-        weights = compensate(model, layout, plan, batches, tokens=tokens, progress=progress)
+        weights = compensate(model, layout, plan, batches, token_weights=token_weights, progress=progress)
     compensated = apply_weights(model, weights)
     smaller = rewrite_torch(compensated, layout, plan)
     error = masked_vs_rewritten(compensated, smaller, layout, plan, batches[0])

@@ -6,8 +6,7 @@ A finished stage is recognised by the hash of everything that went into it and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
-from optin_deploy.token_weights import TokenWeights, token_weights
+from optin_deploy.token_weights import TokenWeights, measure_token_weights
 from optin_deploy.workspace import Source, Workspace
 
 MADE_FROM_MODEL = ("model.*", "samples.safetensors", "measurements.json", "report.json", "report.md")
@@ -52,11 +51,14 @@ class Prepared:
     held_out: Batches
     """Rows that no stage learns from."""
     weights_sha256: str
+    _token_weights: TokenWeights = field(default_factory=list, init=False, repr=False)
 
-    @cached_property
-    def tokens(self) -> TokenWeights:
-        """What each calibration token counts in the compensation: the same for every plan."""
-        return token_weights(self.loaded.model, self.layout, self.calibration.batches)
+    def token_weights(self, progress: Progress = silent) -> TokenWeights:
+        """What each calibration token counts in the compensation: the same for every plan, measured once."""
+        if not self._token_weights:
+            model, batches, seed = self.loaded.model, self.calibration.batches, self.source.seed
+            self._token_weights.extend(measure_token_weights(model, self.layout, batches, seed=seed, progress=progress))
+        return self._token_weights
 
     @property
     def key(self) -> str:
@@ -186,10 +188,15 @@ def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress 
             return True
     except BadInput:
         pass  # absent or damaged: measured again
-    batches = prepared.calibration.batches
-    workspace.write_curves(
-        error_curves(prepared.loaded.model, prepared.layout, scored.scores, batches, progress=progress), key
+    curves = error_curves(
+        prepared.loaded.model,
+        prepared.layout,
+        scored.scores,
+        prepared.calibration.batches,
+        token_weights=prepared.token_weights(progress),
+        progress=progress,
     )
+    workspace.write_curves(curves, key)
     return False
 
 
@@ -239,7 +246,7 @@ def rewrite_stage(
         plan,
         prepared.calibration.batches,
         compensation=compensation,
-        tokens=prepared.tokens if compensation else None,
+        token_weights=prepared.token_weights(progress) if compensation else None,
         preprocessor=loaded.preprocessor,
         progress=progress,
     )

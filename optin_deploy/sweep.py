@@ -91,15 +91,16 @@ class Trials:
     def _made(self, flops: float) -> Point:
         limits = Limits(flops=flops)
         plan = plan_stage(self.workspace, limits, align=self.align, allocation=self.allocation, write=False)
-        started = time.perf_counter()
         with self.stage(f"try {flops:g}") as progress:
+            token_weights = self.prepared.token_weights(progress) if self.compensation else None
+            started = time.perf_counter()
             pruned = cut(
                 self.prepared.loaded.model,
                 self.prepared.layout,
                 plan,
                 self.prepared.calibration.batches,
                 compensation=self.compensation,
-                tokens=self.prepared.tokens if self.compensation else None,
+                token_weights=token_weights,
                 progress=progress,
             )
             quality = self._judge.of(pruned.model)

@@ -106,17 +106,20 @@ def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(module, "METHODS", {"counting": counting})
     wanted = [("text", seed, "counting", flops) for seed in (0, 1) for flops in (0.6, 0.4)]
-    assert cells(task, wanted, tmp_path, rows=12, test_rows=30, end=0.0).keys() == {("text", -1, DENSE, 1.0)}
-    found = cells(task, wanted, tmp_path, rows=12, test_rows=30, end=float("inf"))
+    assert cells(task, wanted, tmp_path, rows=8, test_rows=30, end=0.0).keys() == {("text", -1, DENSE, 1.0)}
+    found = cells(task, wanted, tmp_path, rows=8, test_rows=30, end=float("inf"))
     assert made == [(0, 0.6), (0, 0.4), (1, 0.6), (1, 0.4)]
     assert set(found) == {("text", -1, DENSE, 1.0), *wanted}
     for cell in found.values():
         assert len(cell["rows"]) == 30
         assert cell["value"] == pytest.approx(sum(cell["rows"]) / 30)
     assert found["text", -1, DENSE, 1.0]["value"] == 1.0  # the labels are the dense model's own predictions
-    assert cells(task, wanted, tmp_path, rows=12, test_rows=30, end=0.0) == found
+    assert cells(task, wanted, tmp_path, rows=8, test_rows=30, end=0.0) == found
     assert len(made) == 4
-    assert set(cells(task, wanted, tmp_path, rows=13, test_rows=30, end=0.0)) == {("text", -1, DENSE, 1.0)}
+    assert {cell["calibration_rows"] for cell in found.values()} == {8}
+    assert set(cells(task, wanted, tmp_path, rows=7, test_rows=30, end=0.0)) == {("text", -1, DENSE, 1.0)}
+    most = cells(task, wanted[:1], tmp_path, rows=10**6, test_rows=30, end=0.0)
+    assert most["text", -1, DENSE, 1.0]["calibration_rows"] == len(task.calibration) // 2
 
 
 def test_calibration_rows_are_drawn_by_the_seed_and_never_from_the_test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +149,8 @@ def test_seconds_of_a_method_hold_what_others_made_for_it(case: Case) -> None:
 
 
 def cell(rows: list[int], scores: float = 2.0) -> dict[str, Any]:
-    return {"value": sum(rows) / len(rows), "rows": rows, "stages": {"forward": 0.5, "scores": scores, "own": 1.0}}
+    stages = {"forward": 0.5, "scores": scores, "own": 1.0}
+    return {"value": sum(rows) / len(rows), "rows": rows, "calibration_rows": 2, "stages": stages}
 
 
 FOUND = {

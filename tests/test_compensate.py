@@ -93,6 +93,11 @@ def projection_inputs(model: nn.Module, path: str, batches: list[Batch]) -> list
     return samples
 
 
+def repeated(values: list[np.ndarray], counts: list[np.ndarray] | None) -> list[np.ndarray]:
+    """Each token of each sample so many times."""
+    return values if counts is None else [np.repeat(v, n, axis=0) for v, n in zip(values, counts, strict=True)]
+
+
 def centred_ridge(a: np.ndarray, target: np.ndarray, start: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     """argmin mean |target - W a - b|^2 + ridge * (mean variance of a) * |W - start|^2, as one least squares."""
     mean_a, mean_t = a.mean(0), target.mean(0)
@@ -153,34 +158,6 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
 FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2"}
 
 
-def test_a_token_of_weight_three_counts_as_three_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RIDGES", (100.0, 1e-6, 1.0))
-    model, batches = bert(), texts(0)
-    path, columns = BERT.columns(0, "heads", 0)[0], columns_of(BERT, 0, "heads", HALF_HEADS[0])
-    projection = model.get_submodule(path)
-    generator = torch.Generator().manual_seed(0)
-    counts = [torch.randint(0, 4, b["attention_mask"].shape, generator=generator) for b in batches]
-    found = compensate(
-        model,
-        resolve(model),
-        plan_of(model, HALF_HEADS, HALF_NEURONS),
-        batches,
-        tokens=[[count.double() for count in counts] for _ in range(LAYERS)],
-    )
-    repeats = [
-        n[real.bool()].numpy()
-        for c, b in zip(counts, batches, strict=True)
-        for n, real in zip(c, b["attention_mask"], strict=True)
-    ]
-    full = [np.repeat(a, n, axis=0) for a, n in zip(projection_inputs(model, path, batches), repeats, strict=True)]
-    weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
-    a, target = [x[:, columns] for x in full], [x @ weight.T + bias for x in full]
-    ridge = chosen_ridge(a, target, weight[:, columns], (100.0, 1e-6, 1.0))
-    wanted, wanted_bias = centred_ridge(np.concatenate(a), np.concatenate(target), weight[:, columns], ridge)
-    np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(found[f"{path}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
-
-
 def inputs_and_target(
     model: nn.Module, student: nn.Module, family: Family, batches: list[Batch], layer: int, kind: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -210,24 +187,40 @@ def set_columns(student: nn.Module, found: dict[str, Tensor], path: str, columns
         projection.bias.copy_(found[f"{path}.bias"])
 
 
+def counts_of(batches: list[Batch], layers: int) -> tuple[list[list[Tensor]], list[list[np.ndarray]]]:
+    """Random numbers of times for each token of each layer: as weights, and of each sample's real tokens."""
+    generator = torch.Generator().manual_seed(0)
+    masks = [b.get("attention_mask", torch.ones(len(next(iter(b.values()))), 5)) for b in batches]
+    drawn = [[torch.randint(0, 4, mask.shape, generator=generator) for mask in masks] for _ in range(layers)]
+    real = [
+        [n[m.bool()].numpy() for rows, mask in zip(layer, masks, strict=True) for n, m in zip(rows, mask, strict=True)]
+        for layer in drawn
+    ]
+    return [[counts.double() for counts in layer] for layer in drawn], real
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", [*CASES, "bert, 3 layers"])
 def test_every_sub_layer_aims_at_the_dense_stream_as_the_solutions_before_it_leave_the_pruned_one(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A token of weight 3 counts as three tokens."""
     deep = name not in CASES
     model, family, _, data = (bert(layers=3), BERT, NEURONS, texts) if deep else CASES[name]()
     heads, neurons = (*HALF_HEADS, (0,))[: LAYERS + deep], (*HALF_NEURONS, (1, 2, 5))[: LAYERS + deep]
     monkeypatch.setattr(module, "RIDGES", (0.03,))
     batches = data(0)
-    found = compensate(model, resolve(model), plan_of(model, heads, neurons), batches)
+    weights, counts = counts_of(batches, LAYERS + deep) if weighted else (None, None)
+    found = compensate(model, resolve(model), plan_of(model, heads, neurons), batches, token_weights=weights)
     student = copy.deepcopy(model)
     for layer in range(LAYERS + deep):
+        times = None if counts is None else counts[layer]
         for kind, kept in (("heads", heads[layer]), ("neurons", neurons[layer])):
             path, columns = family.columns(layer, kind, 0)[0], columns_of(family, layer, kind, kept)
             inputs, target = inputs_and_target(model, student, family, batches, layer, kind)
             start = model.get_submodule(path).weight.detach().numpy()[:, columns]
-            a = np.concatenate(inputs)[:, columns]
-            wanted, wanted_bias = centred_ridge(a, np.concatenate(target), start, 0.03)
+            a = np.concatenate(repeated(inputs, times))[:, columns]
+            wanted, wanted_bias = centred_ridge(a, np.concatenate(repeated(target, times)), start, 0.03)
             np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], wanted, rtol=1e-6, atol=1e-9)
             np.testing.assert_allclose(found[f"{path}.bias"].numpy(), wanted_bias, rtol=1e-6, atol=1e-9)
             set_columns(student, found, path, columns)

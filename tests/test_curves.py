@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from test_compensate import CASES as COMPENSATED
-from test_compensate import Case, centred_ridge, images, projection_inputs, texts
+from test_compensate import Case, centred_ridge, counts_of, images, projection_inputs, repeated, texts
 from tiny_scoring import (
     BARE_BERT,
+    BERT,
     HEADS,
     LAYERS,
     NEURONS,
     Batch,
     bare_bert,
     bert,
+    dinov2,
     image_batch,
     one_thread,
     padded,
     rows,
     state_of,
+    text_batch,
     vit,
 )
 from torch import Tensor, nn
@@ -80,14 +84,16 @@ def distance(model: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize(("kind", "most", "every"), [("heads", 128, 4), ("neurons", 128, 4), ("neurons", 3, None)])
+@pytest.mark.parametrize(("kind", "most", "at_once"), [("heads", 128, 32), ("neurons", 128, 2), ("neurons", 3, 2)])
 def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model(
-    case: Case, kind: str, most: int, every: int | None, monkeypatch: pytest.MonkeyPatch
+    case: Case, kind: str, most: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optin_deploy.curves.MOST_JUDGED", most)
+    monkeypatch.setattr("optin_deploy.curves.JUDGED_BATCH", at_once)
     model, family, neurons, data = case
-    every = every or sum(len(next(iter(batch.values()))) for batch in data(0)) // most
     batches, units = data(0), HEADS if kind == "heads" else neurons
+    every = max(4, math.ceil(sum(len(next(iter(batch.values()))) for batch in batches) / most))
+    assert 0 < len(judged_rows(batches, True, every)) <= most
     curves, scores = measured(model, batches), scores_of(model)
     for layer in range(LAYERS):
         curve, order = getattr(curves, kind)[layer], getattr(scores, kind)[layer].argsort(descending=True).tolist()
@@ -112,6 +118,31 @@ def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model
         assert curve.counts[-1] == units
         assert curve.errors[-1] == 0
         np.testing.assert_allclose(curve.errors[:-1], np.minimum.accumulate(errors), rtol=1e-6, atol=1e-12)
+
+
+def test_the_fit_weighs_tokens() -> None:
+    """A token of weight 3 counts as three tokens; here of the last block's neurons, none of them kept."""
+    model, batches = bert(), texts(0)
+    weights, counts = counts_of(batches, LAYERS)
+    curve = error_curves(model, resolve(model), scores_of(model), batches, token_weights=weights).neurons[-1]
+    changed, path = copy.deepcopy(model), BERT.columns(LAYERS - 1, "neurons", 0)[0]
+    times = [n for i, n in enumerate(counts[-1]) if i % 4 != 3]
+    a = np.concatenate(repeated(projection_inputs(model, path, judged_rows(batches, False, 4)), times))
+    linear = changed.get_submodule(path)
+    linear.bias.data = torch.tensor(a @ linear.weight.detach().numpy().T).mean(0) + linear.bias.data
+    linear.weight.data = torch.zeros_like(linear.weight)
+    assert curve.errors[0] == pytest.approx(distance(changed, model, judged_rows(batches, True, 4)), rel=1e-6)
+
+
+def test_texts_without_a_mask_and_images_of_other_sizes_are_never_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = ({name: x for name, x in text_batch((n,) * 8, seed=n).items() if "mask" not in name} for n in (4, 9))
+    for model, batches in ((bert(), [short, long]), (dinov2(), [image_batch(8), image_batch(8, size=12)])):
+        found = measured(model, batches)
+        with monkeypatch.context() as patched:
+            patched.setattr("optin_deploy.curves.JUDGED_BATCH", 1)
+            apart = measured(model, batches)
+        for one, other in zip(found.neurons, apart.neurons, strict=True):
+            np.testing.assert_allclose(one.errors, other.errors, rtol=1e-8, atol=1e-14)
 
 
 def test_padding_and_batching_do_not_enter() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_compensate import HALF_HEADS, HALF_NEURONS, plan_of
 from tiny_scoring import (
     Batch,
     bare_bert,
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.compensate import apply_weights, compensate
-from optin_deploy.pruning import cut
+from optin_deploy.pruning import prune
 from optin_deploy.rewrite.torch import rewrite_torch
-from optin_deploy.token_weights import FLOOR, TokenWeights, token_weights
+from optin_deploy.token_weights import FLOOR, TokenWeights, measure_token_weights
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -47,7 +46,7 @@ DRAWN: dict[str, Callable[[], Case]] = {
 
 
 def measured(model: nn.Module, batches: list[Batch], seed: int = 0) -> TokenWeights:
-    return token_weights(model, resolve(model), batches, seed=seed)
+    return measure_token_weights(model, resolve(model), batches, seed=seed)
 
 
 def by_jacobian(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
@@ -141,15 +140,35 @@ def test_the_model_is_untouched() -> None:
     assert state_of(model) == before
 
 
-def test_a_cut_model_is_compensated_by_them() -> None:
-    model, batches = bert(), [text_batch(LENGTHS, seed=seed) for seed in range(6)]
-    layout, plan = resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS)
+def test_a_pruned_model_is_compensated_by_them() -> None:
+    model, batches = bert(labels=6), [text_batch(LENGTHS, seed=seed) for seed in range(6)]
+    pruned = prune(model, batches, flops=0.5, seq_len=9, align=1, seed=3)
 
-    def compensated(tokens: TokenWeights | None) -> dict[str, Tensor]:
-        weights = compensate(model, layout, plan, batches, tokens=tokens)
-        return rewrite_torch(apply_weights(model, weights), layout, plan).state_dict()
+    def compensated(weights: TokenWeights | None) -> dict[str, Tensor]:
+        found = compensate(model, pruned.layout, pruned.plan, batches, token_weights=weights)
+        return rewrite_torch(apply_weights(model, found), pruned.layout, pruned.plan).state_dict()
 
-    found, wanted = cut(model, layout, plan, batches).model.state_dict(), compensated(measured(model, batches))
+    found = pruned.model.state_dict()
+    wanted, plain, other = (compensated(w) for w in (measured(model, batches, 3), None, measured(model, batches, 4)))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    plain = compensated(None)
-    assert max(float((found[name] - plain[name]).abs().max()) for name in plain) > 1e-3
+    for different in (plain, other):
+        assert max(float((found[name] - different[name]).abs().max()) for name in different) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loses_no_weights(dtype: torch.dtype) -> None:
+    """Slopes of a sure classifier are small: their squares would be 0 in float16."""
+    model, batch = bert(), text_batch(LENGTHS)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+    exact = measured(model, [batch])
+    for [found], [wanted] in zip(measured(model.to(dtype), [batch]), exact, strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=0.3, atol=0.05)
+
+
+def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = bert(), text_batch(LENGTHS)
+    whole = measured(model, [batch])
+    monkeypatch.setattr("optin_deploy.token_weights.ROWS", 3)
+    for [parts], [weights] in zip(measured(model, [batch]), whole, strict=True):
+        np.testing.assert_allclose(parts.numpy(), weights.numpy(), rtol=1e-7, atol=1e-12)

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
-    parser.add_argument("--rows", type=int, default=1024, help="calibration rows of a seed")
+    parser.add_argument("--rows", type=int, default=1024, help="calibration rows of a seed, at most half of a task's")
     parser.add_argument("--test-rows", type=int, default=1500, help="of GLUE: all")
     parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
@@ -97,6 +97,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
 def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float) -> Found:
     """The finished cells of one task; open ones are done until `end`."""
     test = task.batches(task.test[:test_rows])
+    rows = min(rows, len(task.calibration) // 2)  # else the seeds would hardly differ
     key = sha256_tensors(task.model.state_dict())[:12]
     found: Found = {}
     cases: dict[int, Case] = {}  # what the budgets of a seed share; made for open cells alone
@@ -112,7 +113,8 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
         if seed not in cases and method != DENSE:
             cases[seed] = _case(task, seed, rows)
         model, stages = (task.model, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
-        found[cell] = {**judged(outputs_of(model, test.batches), test.labels), "stages": stages}
+        figures = judged(outputs_of(model, test.batches), test.labels)
+        found[cell] = {**figures, "stages": stages, "calibration_rows": rows}
         write_json(path, found[cell])
         print(*cell, f"{found[cell]['value']:.2%}", *(f"{stage} {s:.1f} s" for stage, s in stages.items()), flush=True)
     return found
@@ -132,8 +134,7 @@ def timed(method: Method, case: Case, flops: float) -> tuple[nn.Module, dict[str
 
 
 def _case(task: Task, seed: int, rows: int) -> Case:
-    # Of fewer rows not all are drawn, else the seeds would not differ.
-    drawn = random.Random(seed).sample(task.calibration, min(rows, 3 * len(task.calibration) // 4))
+    drawn = random.Random(seed).sample(task.calibration, rows)
     return Case(task.model, task.seq_len, task.batches(drawn), seed)
 
 

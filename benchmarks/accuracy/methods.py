@@ -27,7 +27,7 @@ from optin_deploy.quality import outputs_of
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring import Scores, ScoreSettings, score
 from optin_deploy.search import make_plan, search
-from optin_deploy.token_weights import TokenWeights, token_weights
+from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
 T = TypeVar("T")
 ALIGN = 16
@@ -78,13 +78,15 @@ class Case:
     @property
     def curves(self) -> Curves:
         """Error curves by these scores."""
-        scores = self.scores
-        return self._shared("curves", lambda: error_curves(self.model, self.layout, scores, self.calibration.batches))
+        scores, weights, batches = self.scores, self.token_weights, self.calibration.batches
+        make = partial(error_curves, self.model, self.layout, scores, batches, token_weights=weights)
+        return self._shared("curves", make)
 
     @property
-    def tokens(self) -> TokenWeights:
+    def token_weights(self) -> TokenWeights:
         """What each token counts in the compensation."""
-        return self._shared("tokens", lambda: token_weights(self.model, self.layout, self.calibration.batches))
+        make = partial(measure_token_weights, self.model, self.layout, self.calibration.batches, seed=self.seed)
+        return self._shared("token weights", make)
 
     @property
     def gradients(self) -> dict[Branch, Tensor]:
@@ -140,9 +142,9 @@ class Case:
 
     def cut(self, plan: PruningPlan, *, compensation: bool) -> nn.Module:
         """The smaller model, as the product makes it."""
-        tokens = self.tokens if compensation else None
+        weights = self.token_weights if compensation else None
         batches = self.calibration.batches
-        return cut(self.model, self.layout, plan, batches, compensation=compensation, tokens=tokens).model
+        return cut(self.model, self.layout, plan, batches, compensation=compensation, token_weights=weights).model
 
 
 def _best(scores: Tensor, count: int) -> tuple[bool, ...]:

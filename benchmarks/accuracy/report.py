@@ -17,7 +17,7 @@ from optin_deploy.storage import atomic_file
 Cell = tuple[str, int, str, float]
 """Task, seed, method, share of the MACs."""
 Found = dict[Cell, dict[str, Any]]
-"""Of each finished cell: value (the task's metric), rows (a figure for each test row), stages (seconds)."""
+"""Of each finished cell: value (the metric), rows (a figure for each test row), calibration_rows, stages (seconds)."""
 DENSE, OURS = "dense", "ours"
 
 
@@ -41,19 +41,20 @@ def page(found: Found) -> str:
     columns = [x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")]
     header = ("method", *columns, "seconds", "forwards")
     told = ", ".join(f"{task} {100 * value:.2f}%" for task, value in dense.items())
-    rows = ", ".join(f"{task} {len(found[task, -1, DENSE, 1.0]['rows']):,}" for task in tasks)
+    sizes = {task: found[task, -1, DENSE, 1.0] for task in tasks}
+    rows = ", ".join(f"{task} {len(cell['rows']):,} ({cell['calibration_rows']:,})" for task, cell in sizes.items())
     seeds = len({seed for _, seed, *_ in found} - {-1})
     spent = [c["stages"] for (_, _, m, _), c in found.items() if m == OURS]
     stages = [
         f"{stage} {statistics.mean(x[stage] / x['forward'] for x in spent):.0f}"
-        for stage in ("scores", "curves", "tokens", "own")
+        for stage in ("scores", "token weights", "curves", "own")
         if spent and all(stage in x for x in spent)
     ]
     return (
         "# Accuracy without retraining\n\nAccuracy on test rows (stsb: Spearman's correlation) in percent at shares of "
         f"the dense MACs: mean and standard deviation over {seeds} calibration seeds (fewer where it says so). Drop: "
         f"mean points lost over the tasks. Seconds: of all that a method needs; forwards: in dense forwards over the "
-        f"calibration rows. Dense: {told}. Test rows: {rows}.\n\n"
+        f"calibration rows. Dense: {told}. Test (calibration) rows: {rows}.\n\n"
         f"{to_table(header, lines)}\n\n"
         + "\n".join(_paired(found, tasks, budgets))
         + (f"\n\nOurs in dense forwards: {', '.join(stages)} (compensation, cut, proof)." if stages else "")
@@ -87,7 +88,7 @@ def draw(found: Found, path: Path) -> None:
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(color="#e0e0e0", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test rows")
+    panels[0].set_ylabel("accuracy (stsb: Spearman's correlation)" if "stsb" in tasks else "accuracy")
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

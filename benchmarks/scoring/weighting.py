@@ -43,6 +43,7 @@ from optin_deploy.scoring.terms import (
 )
 from optin_deploy.search import make_plan, search
 from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.token_weights import measure_token_weights
 
 PROBES, HEAD_SAMPLES = range(6), 48
 ALLOCATIONS = ("uniform", "paper")
@@ -121,6 +122,8 @@ def compare(case: Case, dense: Tensor, budgets: Sequence[float]) -> list[Row]:
     rows = []
     with stage_bar(f"{case.name}, scores") as progress:
         sketched, masked = terms_of(case, layout, progress)
+    batches = case.calibration.batches
+    token_weights = measure_token_weights(case.model, layout, batches)
     for weighting in WEIGHTINGS:
         weights = weights_of(weighting, None, layout, sketched)
         heads = mean_scores(masked, attention_branches(layout), weights)
@@ -129,7 +132,7 @@ def compare(case: Case, dense: Tensor, budgets: Sequence[float]) -> list[Row]:
         for flops in budgets:
             for allocation in ALLOCATIONS:
                 plan = make_plan(search(scores, layout, cost, Budget(flops), allocation=allocation), layout, cost)
-                pruned = cut(case.model, layout, plan, case.calibration.batches).model
+                pruned = cut(case.model, layout, plan, batches, token_weights=token_weights).model
                 after = outputs_of(pruned, case.test.batches)
                 right = None if case.test.labels[0] is None else accuracy(after, case.test)
                 rows.append(Row(case.name, flops, allocation, weighting, right, distance(dense, after)))

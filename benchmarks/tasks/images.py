@@ -59,7 +59,7 @@ class Recipe:
     """Images; after these come the test images, the rest is for training."""
     test: int = 1500
     regularisation: float = 0.01
-    """`C` of the logistic regression on standardised features that the classifier starts from."""
+    """`C` of the logistic regression on standardised features that the classifier starts from; with 1 it overfits."""
     epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 5e-5
@@ -118,6 +118,7 @@ def fine_tuned(
     _fit_classifier(model, data, recipe.regularisation)
     model.dinov2.embeddings.requires_grad_(False)
     pixels, labels = torch.cat([batch["pixel_values"] for batch in data.batches]), torch.tensor(data.labels)
+    del data  # its pixels are held once
     generator = torch.Generator().manual_seed(recipe.seed)
     orders = [torch.randperm(len(labels), generator=generator) for _ in range(recipe.epochs)]
     parts = [part for order in orders for part in torch.split(order, recipe.batch_size)]
