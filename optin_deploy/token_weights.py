@@ -37,6 +37,8 @@ def measure_token_weights(
 
     The distance itself grows with the square. The norm is less uneven, so that the fit rests on more tokens: from few
     samples that carries further than the square where tokens differ most, and is as good elsewhere.
+    An embedding is the mean of all tokens: there they count the same (on all-MiniLM-L6-v2 at 60% of the MACs, weights
+    by gradients brought the cosine to dense embeddings of unseen articles from 0.916 to 0.912).
     Block by block from the last one, a few samples at once: the memory is that of one block's graph, beside the inputs
     of all blocks.
     Args: seed: of the random directions.
@@ -54,6 +56,8 @@ def measure_token_weights(
 def _of_batch(model: nn.Module, layout: ModelLayout, batch: Batch, seed: int) -> list[Tensor]:
     """Of every layer, (batch, tokens) in float64."""
     dense = dense_pass(model, layout, batch, ALL_TOKENS, seed, inputs=[layer.path for layer in layout.layers])
+    if dense.readout.kind == "embedding":
+        return [dense.valid.double() for _ in layout.layers]
     directions = exact_directions(dense.readout)
     if directions is None:
         keys, streams = sample_keys(batch), [stream(seed, "token weights", probe) for probe in range(PROBES)]

@@ -40,8 +40,7 @@ EXACT: dict[str, Callable[[], Case]] = {
 }
 DRAWN: dict[str, Callable[[], Case]] = {
     "6 classes": lambda: (bert(labels=6), text_batch(LENGTHS)),
-    "embeddings": lambda: (bare_bert(), text_batch(LENGTHS)),
-    "images, embeddings": lambda: (dinov2(), image_batch(4)),
+    "images, 6 classes": lambda: (vit(labels=6), image_batch(4)),
 }
 
 
@@ -65,12 +64,8 @@ def by_jacobian(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
         out = model(**one)
         for hook in hooks:
             hook.remove()
-        if "logits" in out:
-            y, p = out.logits[0], out.logits[0].detach().softmax(0)
-            curvature = torch.eye(1).double() if len(y) == 1 else (torch.diag(p) - torch.outer(p, p)) / 2
-        else:
-            y = nn.functional.normalize(out.last_hidden_state[0][real].mean(0), dim=0)
-            curvature = torch.eye(len(y)).double()
+        y, p = out.logits[0], out.logits[0].detach().softmax(0)
+        curvature = torch.eye(1).double() if len(y) == 1 else (torch.diag(p) - torch.outer(p, p)) / 2
         slopes = [torch.autograd.grad(value, states, retain_graph=True) for value in y]
         for layer, weights in enumerate(found):
             jacobian = torch.stack([slope[layer][0] for slope in slopes])[:, real]  # (outputs, tokens, hidden)
@@ -107,6 +102,13 @@ def test_in_the_last_block_a_classifier_of_the_first_token_hears_no_other() -> N
     for length, weights in zip(LENGTHS, last, strict=True):
         assert float(weights[0]) == pytest.approx(FLOOR + (1 - FLOOR) * length)
         np.testing.assert_allclose(weights[1:length].numpy(), FLOOR)
+
+
+@pytest.mark.parametrize("model", [bare_bert(), dinov2()], ids=["texts", "images"])
+def test_of_embeddings_all_real_tokens_count_the_same(model: nn.Module) -> None:
+    batch = image_batch(4) if "dinov2" in model.config.model_type else text_batch(LENGTHS)
+    for [weights] in measured(model, [batch]):
+        assert torch.equal(weights, batch["attention_mask"].double() if "attention_mask" in batch else torch.ones(4, 5))
 
 
 @pytest.mark.parametrize("labels", [3, 6])
