@@ -216,9 +216,9 @@ def _joined(batches: Sequence[Batch], marks: Sequence[Tensor]) -> list[Batch]:
     """The marked samples in batches of a useful size."""
     groups: list[list[Batch]] = []
     for batch, mark in zip(batches, marks, strict=True):
-        some = {name: value[mark.to(value.device)] for name, value in batch.items()}
         if not mark.any():
             continue
+        some = {name: value[mark.to(value.device)] for name, value in batch.items()}
         if not groups or sum(map(rows_of, groups[-1])) >= JUDGED_BATCH or not _alike(groups[-1][0], some):
             groups.append([])
         groups[-1].append(some)

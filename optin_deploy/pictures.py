@@ -50,7 +50,7 @@ def draw_scores(scores: Scores, path: Path) -> None:
     for axes in (left, right):
         axes.set_anchor("N")
     figure.suptitle(", ".join(f"{name} {value}" for name, value in told(scores.provenance, TITLE)), fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sweep(kept: Sequence[float], qualities: Sequence[Quality], path: Path) -> None:
@@ -66,13 +66,19 @@ def draw_sweep(kept: Sequence[float], qualities: Sequence[Quality], path: Path) 
     axes.plot(*zip(*found, strict=True), marker="o", markersize=4, label="pruned")
     axes.set(xlabel="MACs that stay", ylabel=first.metric.replace("_", " "), title=f"{first.samples:,} rows")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    plain(axes)
+    axes.legend(frameon=False, loc="lower right")
+    save_figure(figure, path)
+
+
+def plain(axes: Axes) -> None:
+    """A light grid, and no frame above and right."""
     axes.grid(color="#e0e0e0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     with atomic_file(path) as temporary:
         # The temporary name does not end in .png; no version of matplotlib in the bytes.
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
@@ -139,8 +145,7 @@ def _draw_neurons(axes: Axes, layers: Sequence[Tensor]) -> None:
     axes.set(title=f"{sum(map(len, layers)):,} neurons", xlim=(0, 1), ylabel="score")
     axes.set_xlabel(f"share of the {many} neurons of a layer, best first")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(color="#e0e0e0", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     if high > low:
         margin = 0.05 * (high - low)
         axes.set_ylim(10 ** (low - margin), 10 ** (high + margin))

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.accuracy.methods import METHODS, PEERS
 from optin_deploy.bench.report import to_table
-from optin_deploy.storage import atomic_file
+from optin_deploy.pictures import DPI, plain, save_figure
 
 Cell = tuple[str, int, str, float]
 """Task, seed, method, share of the MACs."""
@@ -33,7 +33,7 @@ def page(found: Found) -> str:
         for flops in budgets:
             drops = []
             for task in tasks:
-                some = [c["value"] for (t, _, m, f), c in found.items() if (t, m, f) == (task, method, flops)]
+                some = _values(found, task, method, flops)
                 row.append(_spread(some))
                 drops.append(100 * (dense[task] - statistics.mean(some)) if some else float("nan"))
             row.append(f"{statistics.mean(drops):.2f}")
@@ -67,18 +67,16 @@ def draw(found: Found, path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     tasks = list(dict.fromkeys(task for task, *_ in found))
-    figure = Figure((4 * len(tasks) + 1.8, 3.8), dpi=120, layout="constrained")
+    budgets = sorted({flops for *_, method, flops in found if method != DENSE})
+    figure = Figure((4 * len(tasks) + 1.8, 3.8), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         axes.axhline(found[task, -1, DENSE, 1.0]["value"], color="#888888", linewidth=1, linestyle="--", label=DENSE)
         for method in (OURS, *PEERS):
-            values: dict[float, list[float]] = {}
-            for (t, _, m, flops), cell in found.items():
-                if (t, m) == (task, method):
-                    values.setdefault(flops, []).append(cell["value"])
+            values = {flops: some for flops in budgets if (some := _values(found, task, method, flops))}
             if not values:
                 continue
-            means = {flops: statistics.mean(some) for flops, some in sorted(values.items())}
+            means = {flops: statistics.mean(some) for flops, some in values.items()}
             spans = [[mean - min(values[x]), max(values[x]) - mean] for x, mean in means.items()]
             style = {"linewidth": 2.2, "zorder": 3} if method == OURS else {"linewidth": 1.1}
             errors = torch.tensor(spans).T.numpy()  # (below and above, budgets)
@@ -86,12 +84,10 @@ def draw(found: Found, path: Path) -> None:
         axes.set(title=task, xlabel="MACs that stay")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.grid(color="#e0e0e0", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     panels[0].set_ylabel("accuracy (stsb: Spearman's correlation)" if "stsb" in tasks else "accuracy")
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _spent(cells: Sequence[Mapping[str, float]]) -> tuple[str, str]:
@@ -132,6 +128,11 @@ def _paired(found: Found, tasks: Sequence[str], budgets: Sequence[float]) -> Ite
     for flops, some in gains.items():
         mean, error = statistics.mean(g for g, _ in some), sum(e**2 for _, e in some) ** 0.5 / len(some)
         yield f"- on average at {flops:g}: {100 * mean:+.2f} ± {100 * error:.2f} points over each task's best peer."
+
+
+def _values(found: Found, task: str, method: str, flops: float) -> list[float]:
+    """Of each seed."""
+    return [cell["value"] for (t, _, m, f), cell in found.items() if (t, m, f) == (task, method, flops)]
 
 
 def _rows(found: Found, task: str, method: str, flops: float) -> dict[int, Sequence[float]]:

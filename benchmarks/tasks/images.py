@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task
-from benchmarks.tasks.training import train
+from benchmarks.tasks.training import Training, train
 from optin_deploy.calibration import Batches, Sample, image_batches
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference
@@ -49,8 +49,8 @@ NAMES = {
 """Path in the ONNX graph's node names -> module path in transformers."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
     """How images are divided and the model is fine-tuned; part of the trained model's folder name."""
 
     image_size: int = 98
@@ -61,11 +61,7 @@ class Recipe:
     regularisation: float = 0.01
     """`C` of the logistic regression on standardised features that the classifier starts from; with 1 it overfits."""
     epochs: int = 3
-    batch_size: int = 32
     learning_rate: float = 5e-5
-    warmup: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
 
 
 def cifar10(cache: Path) -> Task:
@@ -126,9 +122,7 @@ def fine_tuned(
         model,
         (({"pixel_values": pixels[part]}, labels[part]) for part in parts),
         len(parts),
-        learning_rate=recipe.learning_rate,
-        warmup=recipe.warmup,
-        clip=recipe.clip,
+        recipe,
         progress=progress,
     )
     return model.eval().requires_grad_(True), processor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, text_batches_of
-from benchmarks.tasks.training import train
+from benchmarks.tasks.training import Training, train
 from optin_deploy.calibration import Sample
 from optin_deploy.loading import load_dense, load_preprocessor
 from optin_deploy.progress import Progress, silent
@@ -38,24 +38,17 @@ LEAST_RATING = 0.5
 """Snippets rated nearer to 0 are neither positive nor negative."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
     """How a task's rows are divided and its model is trained; part of the trained model's folder name."""
 
     classes: tuple[str, ...]
     """Names of the labels, by number."""
     seq_len: int
-    epochs: int
     calibration: int
     """Rows; after these come the test rows, the rest is for training."""
     test: int
-    batch_size: int = 32
     learning_rate: float = 1.5e-4
-    warmup: float = 0.1
-    """Share of the steps over which the learning rate rises; then it falls linearly to 0."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    seed: int = 0
 
 
 SENTIMENT = Recipe(classes=("negative", "positive"), seq_len=40, epochs=3, calibration=1024, test=1800)
@@ -131,9 +124,7 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
             model,
             _epochs(model, samples, tokenizer, recipe),
             recipe.epochs * math.ceil(len(samples) / recipe.batch_size),
-            learning_rate=recipe.learning_rate,
-            warmup=recipe.warmup,
-            clip=recipe.clip,
+            recipe,
             progress=progress,
         )
     return model.eval().requires_grad_(True), tokenizer
