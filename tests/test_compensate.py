@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from optin_deploy import compensate as module
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.compensate import RIDGES, apply_weights, compensate
 from optin_deploy.errors import PlanMismatch
+from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import PruningPlan
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -158,6 +160,20 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
 FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2"}
 
 
+INPUTS = {
+    BERT: {
+        "heads": [f"attention.self.{name}" for name in ("query", "key", "value")],
+        "neurons": ["intermediate.dense"],
+    },
+    VIT: {"heads": [f"attention.{name}_proj" for name in "qkv"], "neurons": ["mlp.fc1"]},
+}
+INPUTS[DINOV2] = INPUTS[VIT]
+
+
+def input_paths(family: Family, layer: int, kind: str) -> list[str]:
+    return [f"{family.blocks}.{layer}.{name}" for name in INPUTS[family][kind]]
+
+
 def inputs_and_target(
     model: nn.Module, student: nn.Module, family: Family, batches: list[Batch], layer: int, kind: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -187,6 +203,14 @@ def set_columns(student: nn.Module, found: dict[str, Tensor], path: str, columns
         projection.bias.copy_(found[f"{path}.bias"])
 
 
+def set_rows(student: nn.Module, found: dict[str, Tensor], path: str, rows: list[int]) -> None:
+    """Give the student the solution of one input projection."""
+    with torch.no_grad():
+        projection = student.get_submodule(path)
+        projection.weight[rows] = found[f"{path}.weight"][rows]
+        projection.bias[rows] = found[f"{path}.bias"][rows]
+
+
 def counts_of(batches: list[Batch], layers: int) -> tuple[list[list[Tensor]], list[list[np.ndarray]]]:
     """Random numbers of times for each token of each layer: as weights, and of each sample's real tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +228,10 @@ def counts_of(batches: list[Batch], layers: int) -> tuple[list[list[Tensor]], li
 def test_every_sub_layer_aims_at_the_dense_stream_as_the_solutions_before_it_leave_the_pruned_one(
     name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token of weight 3 counts as three tokens."""
+    """What it reads, and what it adds. A token of weight 3 counts as three tokens.
+
+    What attention reads counts by the weights of the block before.
+    """
     deep = name not in CASES
     model, family, _, data = (bert(layers=3), BERT, NEURONS, texts) if deep else CASES[name]()
     heads, neurons = (*HALF_HEADS, (0,))[: LAYERS + deep], (*HALF_NEURONS, (1, 2, 5))[: LAYERS + deep]
@@ -217,6 +244,21 @@ def test_every_sub_layer_aims_at_the_dense_stream_as_the_solutions_before_it_lea
         times = None if counts is None else counts[layer]
         for kind, kept in (("heads", heads[layer]), ("neurons", neurons[layer])):
             path, columns = family.columns(layer, kind, 0)[0], columns_of(family, layer, kind, kept)
+            if (layer, kind) != (0, "heads"):
+                read = input_paths(family, layer, kind)
+                heard = times if counts is None or kind == "neurons" else counts[layer - 1]
+                z, seen = (
+                    np.concatenate(repeated(projection_inputs(m, read[0], batches), heard)) for m in (model, student)
+                )
+                mapped, offset = centred_ridge(seen, z - seen, np.zeros((HIDDEN, HIDDEN)), 0.03)
+                for each in read:
+                    dense = model.get_submodule(each)
+                    weight, bias = (p.detach().numpy()[columns] for p in (dense.weight, dense.bias))
+                    new, moved = (found[f"{each}.{name}"].numpy()[columns] for name in ("weight", "bias"))
+                    np.testing.assert_allclose(new, weight + weight @ mapped, rtol=1e-6, atol=1e-9)
+                    np.testing.assert_allclose(moved, bias + weight @ offset, rtol=1e-6, atol=1e-9)
+                    assert float(np.abs(new - weight).max()) > 1e-3, "there was something to solve"
+                    set_rows(student, found, each, columns)
             inputs, target = inputs_and_target(model, student, family, batches, layer, kind)
             start = model.get_submodule(path).weight.detach().numpy()[:, columns]
             a = np.concatenate(repeated(inputs, times))[:, columns]
@@ -276,26 +318,24 @@ def test_it_brings_the_final_hidden_states_nearer_to_dense_on_unseen_data(case: 
     assert without > 0.01, "the cut hurts"
 
 
-def test_ignoring_layer_scale_would_be_visibly_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignoring_layer_scale_would_be_visibly_worse() -> None:
     """All heads of the first layer go; its FFN can see in x' what they did (one patch an image), and make up for it."""
     model = dinov2(size=4, widening=4, scales=(0.05, 0.2))
     heads: Kept = ((), tuple(range(HEADS)))
     neurons: Kept = (tuple(range(4 * HIDDEN)),) * LAYERS
-    plan, unseen = plan_of(model, heads, neurons), [image_batch(100, seed=1, size=4)]
+    layout, unseen = resolve(model), [image_batch(100, seed=1, size=4)]
 
-    def error() -> float:
-        weights = compensate(model, resolve(model), plan, [image_batch(300, size=4)])
+    def error(layout: ModelLayout) -> float:
+        plan = PruningPlan(heads, neurons, layout.hash, 100, 60, 10, 8)
+        weights = compensate(model, layout, plan, [image_batch(300, size=4)])
         with cut(apply_weights(model, weights), DINOV2, heads, neurons) as smaller:
             return float((final_states(smaller, DINOV2, unseen) - final_states(model, DINOV2, unseen)).square().mean())
 
-    right, honest = error(), module._Problem.__init__
-
-    def without_scale(self: module._Problem, *args: object) -> None:
-        honest(self, *args)  # type: ignore[arg-type]
-        self.scale = None
-
-    monkeypatch.setattr(module._Problem, "__init__", without_scale)
-    assert error() > 1.4 * right
+    blind = [
+        replace(each, attention=replace(each.attention, scale=None), ffn=replace(each.ffn, scale=None))
+        for each in layout.layers
+    ]
+    assert error(replace(layout, layers=tuple(blind))) > 1.4 * error(layout)
 
 
 def test_a_layer_scale_of_zero_leaves_the_projection_as_it_was() -> None:
@@ -315,7 +355,7 @@ def test_with_nothing_cut_it_changes_nothing(case: Case) -> None:
     model, _, width, data = case
     plan = plan_of(model, (tuple(range(HEADS)),) * LAYERS, (tuple(range(width)),) * LAYERS)
     found = compensate(model, resolve(model), plan, data(0))
-    assert len(found) == 4 * LAYERS
+    assert len(found) == (2 + 2 + 2) * LAYERS + 6 * (LAYERS - 1), "outputs, FFN inputs; q, k and v of later layers"
     for name, entry in found.items():
         torch.testing.assert_close(entry, model.state_dict()[name], rtol=0, atol=1e-6)
 
@@ -356,7 +396,7 @@ def test_padding_and_batching_do_not_enter() -> None:
     assert not torch.allclose(fewer[next(iter(base))], base[next(iter(base))], rtol=1e-3), "the data do matter"
 
 
-def test_columns_of_cut_units_and_all_other_parameters_are_untouched(case: Case) -> None:
+def test_rows_and_columns_of_cut_units_and_all_other_parameters_are_untouched(case: Case) -> None:
     model, family, _, data = case
     found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), data(0))
     expected = set()
@@ -370,6 +410,13 @@ def test_columns_of_cut_units_and_all_other_parameters_are_untouched(case: Case)
             assert gone
             assert torch.equal(new[:, gone], dense[:, gone])
             assert not torch.allclose(new[:, columns], dense[:, columns], rtol=1e-3)
+            for read in input_paths(family, layer, kind) if (layer, kind) != (0, "heads") else []:
+                expected |= {f"{read}.weight", f"{read}.bias"}
+                for name in ("weight", "bias"):
+                    before, after = model.get_parameter(f"{read}.{name}"), found[f"{read}.{name}"]
+                    cut_rows = sorted(set(range(len(before))) - set(columns))
+                    assert torch.equal(after[cut_rows], before[cut_rows])
+                    assert not torch.allclose(after[columns], before[columns], rtol=1e-3)
     assert set(found) == expected
 
 
@@ -423,6 +470,36 @@ def test_a_projection_without_bias_is_solved_without_centring(monkeypatch: pytes
     covariance += 0.03 * covariance.diagonal().mean() * np.eye(len(columns))
     change = np.linalg.solve(covariance, a.T @ (full @ weight.numpy().T - a @ start.T) / len(a))
     np.testing.assert_allclose(found[f"{path}.weight"].numpy()[:, columns], start + change.T, rtol=1e-6, atol=1e-9)
+
+
+def test_input_projections_of_which_one_has_no_bias_are_solved_without_centring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An offset that one of them cannot take would be missing there."""
+    model = bert()
+    paths = input_paths(BERT, 1, "heads")
+    weights = [model.get_parameter(f"{path}.weight").detach() for path in paths]
+    key = nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=torch.float64)
+    key.weight = nn.Parameter(weights[1].clone())
+    model.set_submodule(paths[1], key)
+    monkeypatch.setattr(module, "RIDGES", (0.03,))
+    found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), texts(0))
+    assert not [name for name in found if name.startswith(f"{paths[1]}.") and name.endswith("bias")]
+    student = copy.deepcopy(model)
+    for kind, kept in (("heads", HALF_HEADS[0]), ("neurons", HALF_NEURONS[0])):
+        columns = columns_of(BERT, 0, kind, kept)
+        for path in input_paths(BERT, 0, kind) if kind == "neurons" else []:
+            set_rows(student, found, path, columns)
+        set_columns(student, found, BERT.columns(0, kind, 0)[0], columns)
+    z, seen = (np.concatenate(projection_inputs(m, paths[0], texts(0))) for m in (model, student))
+    covariance = seen.T @ seen / len(seen)
+    covariance += 0.03 * covariance.diagonal().mean() * np.eye(HIDDEN)
+    mapped = np.linalg.solve(covariance, seen.T @ (z - seen) / len(seen)).T
+    rows_kept = columns_of(BERT, 1, "heads", HALF_HEADS[1])
+    for path, weight in zip(paths, weights, strict=True):
+        start = weight.numpy()[rows_kept]
+        new = found[f"{path}.weight"].numpy()[rows_kept]
+        np.testing.assert_allclose(new, start + start @ mapped, rtol=1e-6, atol=1e-9)
 
 
 def test_an_emptied_projection_without_bias_gets_none() -> None:

