@@ -51,14 +51,14 @@ class Prepared:
     held_out: Batches
     """Rows that no stage learns from."""
     weights_sha256: str
-    _token_weights: TokenWeights = field(default_factory=list, init=False, repr=False)
+    _measured: list[TokenWeights | None] = field(default_factory=list, init=False, repr=False)
 
-    def token_weights(self, progress: Progress = silent) -> TokenWeights:
+    def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
         """What each calibration token counts in the compensation: the same for every plan, measured once."""
-        if not self._token_weights:
+        if not self._measured:
             model, batches, seed = self.loaded.model, self.calibration.batches, self.source.seed
-            self._token_weights.extend(measure_token_weights(model, self.layout, batches, seed=seed, progress=progress))
-        return self._token_weights
+            self._measured.append(measure_token_weights(model, self.layout, batches, seed=seed, progress=progress))
+        return self._measured[0]
 
     @property
     def key(self) -> str:

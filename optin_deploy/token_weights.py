@@ -32,7 +32,7 @@ ROWS = 32
 
 def measure_token_weights(
     model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], *, seed: int = 0, progress: Progress = silent
-) -> TokenWeights:
+) -> TokenWeights | None:
     """The norm of each token's gradient, over the directions in which the output distance grows, within its sample.
 
     The distance itself grows with the square. The norm is less uneven, so that the fit rests on more tokens: from few
@@ -42,9 +42,13 @@ def measure_token_weights(
     Block by block from the last one, a few samples at once: the memory is that of one block's graph, beside the inputs
     of all blocks.
     Args: seed: of the random directions.
+    Returns: None where all tokens count the same.
     """
     found: TokenWeights = [[] for _ in layout.layers]
     with inference(model), torch.no_grad():
+        one = {name: value[:1] for name, value in batches[0].items()}
+        if dense_pass(model, layout, one, ALL_TOKENS, seed).readout.kind == "embedding":
+            return None
         for number, batch in enumerate(batches):
             parts = [_of_batch(model, layout, part, seed) for part in micro_batches([batch], ROWS)]
             for layer, weights in zip(found, zip(*parts, strict=True), strict=True):
@@ -56,8 +60,6 @@ def measure_token_weights(
 def _of_batch(model: nn.Module, layout: ModelLayout, batch: Batch, seed: int) -> list[Tensor]:
     """Of every layer, (batch, tokens) in float64."""
     dense = dense_pass(model, layout, batch, ALL_TOKENS, seed, inputs=[layer.path for layer in layout.layers])
-    if dense.readout.kind == "embedding":
-        return [dense.valid.double() for _ in layout.layers]
     directions = exact_directions(dense.readout)
     if directions is None:
         keys, streams = sample_keys(batch), [stream(seed, "token weights", probe) for probe in range(PROBES)]

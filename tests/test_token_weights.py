@@ -45,7 +45,9 @@ DRAWN: dict[str, Callable[[], Case]] = {
 
 
 def measured(model: nn.Module, batches: list[Batch], seed: int = 0) -> TokenWeights:
-    return measure_token_weights(model, resolve(model), batches, seed=seed)
+    found = measure_token_weights(model, resolve(model), batches, seed=seed)
+    assert found is not None
+    return found
 
 
 def by_jacobian(model: nn.Module, batch: Batch) -> list[list[Tensor]]:
@@ -105,10 +107,9 @@ def test_in_the_last_block_a_classifier_of_the_first_token_hears_no_other() -> N
 
 
 @pytest.mark.parametrize("model", [bare_bert(), dinov2()], ids=["texts", "images"])
-def test_of_embeddings_all_real_tokens_count_the_same(model: nn.Module) -> None:
+def test_of_embeddings_all_tokens_count_the_same(model: nn.Module) -> None:
     batch = image_batch(4) if "dinov2" in model.config.model_type else text_batch(LENGTHS)
-    for [weights] in measured(model, [batch]):
-        assert torch.equal(weights, batch["attention_mask"].double() if "attention_mask" in batch else torch.ones(4, 5))
+    assert measure_token_weights(model, resolve(model), [batch]) is None
 
 
 @pytest.mark.parametrize("labels", [3, 6])

@@ -83,7 +83,7 @@ class Case:
         return self._shared("curves", make)
 
     @property
-    def token_weights(self) -> TokenWeights:
+    def token_weights(self) -> TokenWeights | None:
         """What each token counts in the compensation."""
         make = partial(measure_token_weights, self.model, self.layout, self.calibration.batches, seed=self.seed)
         return self._shared("token weights", make)
