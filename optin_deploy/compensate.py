@@ -20,7 +20,7 @@ seen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.token_weights import TokenWeights
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Candidates, relative to the mean variance of the kept inputs."""
+"""Candidates, relative to the mean variance of a regression's inputs."""
 HELD_OUT_EVERY = 5
-"""Every fifth sample judges the ridge; the final solution uses all."""
+"""Every fifth sample judges a ridge; the final solution uses all."""
 
 Weights = dict[str, Tensor]
 """State-dict entries of the dense shape; rows and columns of cut units are untouched."""
@@ -101,7 +101,7 @@ class _Streams:
     def fit_inputs(self, index: int, branch: Branch, rows: Tensor) -> Weights:
         """The input projections of a branch; all of them read the same tensor.
 
-        Args: rows: of the kept units.
+        Args: rows: indices of the kept units' rows.
         """
         read = branch.inputs[0]
         projections = {path: linear_at(self.model, path) for path in branch.inputs}
@@ -116,11 +116,12 @@ class _Streams:
         entries: Weights = {}
         for path, full in projections.items():
             weight = full.weight.detach().clone()
-            weight[rows] += (weight[rows].double().cpu() @ change.T).to(weight)
+            kept = full.weight[rows].double().cpu()
+            weight[rows] = (kept + kept @ change.T).to(weight)
             entries[f"{path}.weight"] = weight
             if full.bias is not None:
                 bias = full.bias.detach().clone()
-                bias[rows] += (full.weight[rows].double().cpu() @ offset).to(bias)
+                bias[rows] = (full.bias[rows].double().cpu() + kept @ offset).to(bias)
                 entries[f"{path}.bias"] = bias
         self.student.load_state_dict({name: value[rows] for name, value in entries.items()}, strict=False)
         return entries
@@ -130,7 +131,7 @@ class _Streams:
 
         Unknowns and targets are in the residual stream's scale (LayerScale applied); rows of W' are independent, so
         dividing by the scale afterwards gives the same projection as dividing the targets.
-        Args: columns: of the kept units.
+        Args: columns: indices of the kept units' columns.
         """
         start = linear_at(self.model, branch.output)
         scale = None if branch.scale is None else self.model.get_parameter(branch.scale)
@@ -139,7 +140,7 @@ class _Streams:
         layer = self.layout.layers[index]
         last = layer.path if branch is layer.ffn else branch.output
         for i in range(len(self.batches)):
-            ends, inputs = (branch.output, last), (branch.output, branch.residual)
+            ends, inputs = {branch.output, last}, (branch.output, branch.residual)
             teacher, pupil = self._look(i, index, inputs=inputs, outputs=ends, stop=last)
             gap = teacher.outputs[branch.output] - pupil.outputs[branch.output]  # cut units gone, others as they were
             if scale is not None:
@@ -151,7 +152,8 @@ class _Streams:
                 self.dense[i] = teacher.outputs[last]
         change, offset = ridge.solve()
         if scale is not None:
-            inverse = torch.where(scale.abs() > 1e-8, 1 / scale, 0).double().cpu()
+            exact = scale.double().cpu()
+            inverse = torch.where(exact.abs() > 1e-8, 1 / exact, 0)
             change, offset = change * inverse, offset * inverse
         weight = start.weight.detach().clone()
         weight[:, columns] += change.T.to(weight)
@@ -170,7 +172,7 @@ class _Streams:
             self.pruned[i] = run_blocks(self.student, self.layout, batch, start=index, hidden=hidden, stop=stop)
 
     def _look(
-        self, i: int, index: int, *, inputs: Sequence[str], outputs: Sequence[str] = (), stop: str
+        self, i: int, index: int, *, inputs: Iterable[str], outputs: Iterable[str] = (), stop: str
     ) -> tuple[Recording, Recording]:
         """What modules of block `index` take and give for batch i, up to module `stop`: dense, and pruned."""
         found = []

@@ -15,12 +15,12 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: inputs projections -> units -> output projection, added to a residual tensor."""
+    """One residual branch: input projections -> units -> output projection, added to a residual tensor."""
 
     __pydantic_config__ = STORED
 
     inputs: tuple[str, ...]
-    """Module paths of the projections that make the units: q, k, v, or FFN up (and gate)."""
+    """Module paths of the projections that make the units: q, k, v, or FFN up (and gate). All read one tensor, once."""
     output: str
     """Module path of the projection whose *input* the units are; masks and cuts happen there."""
     residual: str

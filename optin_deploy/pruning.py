@@ -59,7 +59,7 @@ def prune(
         align: FFN widths in multiples of this.
         allocation: where to cut: `uniform`, `paper` or `curves`; see `search`.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
-        compensation: re-solve the kept output projections in closed form.
+        compensation: re-solve the kept projections in closed form.
         spec: an own architecture row.
         seed: of the random projections.
     Raises: BadInput and its kinds; see errors.py.

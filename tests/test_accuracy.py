@@ -373,6 +373,10 @@ def test_rows_of_the_own_test_part_are_never_seen_before(tmp_path: Path, monkeyp
     assert not {row.text for row in mixed.calibration} & {row.text for row in mixed.test}
 
 
+def test_calibration_and_test_photographs_are_not_learned_from() -> None:
+    assert not {images.CALIBRATION_SHEET, images.TEST_SHEET} & set(images.Recipe().train)
+
+
 def test_a_sheet_of_photographs_is_cut_into_labelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     sheet = io.BytesIO()

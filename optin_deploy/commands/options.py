@@ -90,7 +90,7 @@ KlWeight = Annotated[
         min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
     ),
 ]
-Compensation = Annotated[bool, typer.Option(help="Re-solve output projections in closed form.")]
+Compensation = Annotated[bool, typer.Option(help="Re-solve the kept projections in closed form.")]
 Engine = Annotated[
     str,
     typer.Option(help="onnx (ONNX Runtime on CPU), ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."),
