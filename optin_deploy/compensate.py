@@ -66,7 +66,7 @@ def compensate(
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
                 units = unit_columns(kept, branch.unit_width)
-                if kept and (index, branch) != (0, layer.attention):  # the first branch reads what the dense one reads
+                if kept and (index or branch is layer.ffn):  # the first branch of all reads what the dense one reads
                     weights |= streams.fit_inputs(index, branch, units)
                 weights |= streams.fit_output(index, branch, units)
             streams.advance(index)

@@ -88,7 +88,8 @@ def cifar10(cache: Path) -> Task:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
     loaded = load_dense(str(folder))
-    calibration, test = photographs(cache, [CALIBRATION_SHEET])[:CALIBRATION], photographs(cache, [TEST_SHEET])
+    unseen = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
+    calibration, test = unseen[:CALIBRATION], unseen[PER_SHEET:]
     random.Random(recipe.seed).shuffle(test)
     tokens = (recipe.image_size // 14) ** 2 + 1
     return Task("cifar10", loaded.model, loaded.preprocessor, tuple(calibration), tuple(test), tokens)
