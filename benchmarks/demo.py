@@ -35,6 +35,8 @@ from optin_deploy.workspace import Source, Workspace
 CALIBRATION, HELD_OUT = 256, 64
 PROBE_TRAIN, PROBE_TEST = 500, 500
 FLOPS = 0.6
+OTHERS = ("uniform", "paper")
+"""Allocations that the exported one is compared with."""
 THREADS = 2
 Embeddings = np.ndarray
 """(articles, hidden), rows of unit length."""
@@ -66,11 +68,11 @@ def main() -> None:
     )
     unseen = rows[seen : seen + PROBE_TRAIN + PROBE_TEST]
     quality = judge(options.out / "pruned", source, unseen)
-    header = ("keeping 60% of the MACs", "dense", "--allocation uniform", "--allocation paper")
+    header = ("keeping 60% of the MACs", "dense", "pruned", *(f"--allocation {name}" for name in OTHERS))
     tables: tuple[tuple[str, Sequence[str], Sequence[Sequence[str]]], ...] = (
         (f"Quality on {len(unseen)} articles not used for calibration", header, quality_rows(quality)),
         ("Size", SUMMARY_HEADER, summary_rows(report)),
-        (f"Latency on ONNX Runtime, {THREADS} threads (uniform)", LATENCY_HEADER, latency_rows(report.latency)),
+        (f"Latency on ONNX Runtime, {THREADS} threads", LATENCY_HEADER, latency_rows(report.latency)),
     )
     for title, columns, lines in tables:
         print_table(columns, lines, title)
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def judge(folder: Path, source: Source, articles: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Probe accuracy and cosine to the dense embeddings: of the dense model, the exported one, and `paper`."""
+    """Probe accuracy and cosine to the dense embeddings: of the dense model, the pruned one, and other allocations."""
     prepared = prepare(source)
     texts = tuple(Sample(text=text, label=label) for text, label in articles)
     data = text_batches(
@@ -90,8 +92,8 @@ def judge(folder: Path, source: Source, articles: list[tuple[str, str]]) -> dict
     )
     models = {
         "dense": prepared.loaded.model,
-        "uniform": load_pruned(folder).model,
-        "paper": by_paper(folder, prepared),
+        "pruned": load_pruned(folder).model,
+        **{name: by(name, folder, prepared) for name in OTHERS},
     }
     embeddings: dict[str, Embeddings] = {}
     with stage_bar("embed articles") as progress:
@@ -104,11 +106,11 @@ def judge(folder: Path, source: Source, articles: list[tuple[str, str]]) -> dict
     }
 
 
-def by_paper(folder: Path, prepared: Prepared):  # type: ignore[no-untyped-def]  # a transformers model
-    """The same scores and budget, but with the paper's global ranking; compensated too."""
+def by(allocation: str, folder: Path, prepared: Prepared):  # type: ignore[no-untyped-def]  # a transformers model
+    """The same scores and budget, compensated too, but with another allocation."""
     scores, layout, cost, *_ = Workspace(folder).read_scores()
-    masks = search(scores, layout, cost, Budget(FLOPS), allocation="paper")
-    with stage_bar("rewrite (paper)") as progress:
+    masks = search(scores, layout, cost, Budget(FLOPS), allocation=allocation)
+    with stage_bar(f"rewrite ({allocation})") as progress:
         return cut(
             prepared.loaded.model,
             layout,
@@ -137,10 +139,9 @@ def cosine(found: Embeddings, dense: Embeddings) -> float:
 
 def quality_rows(quality: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     """Rows of the quality table."""
-    names = ("dense", "uniform", "paper")
     return [
-        (f"linear probe, accuracy on {PROBE_TEST}", *(f"{quality[n]['probe']:.1%}" for n in names)),
-        ("mean cosine to the dense embedding", *(f"{quality[n]['cosine']:.3f}" for n in names)),
+        (f"linear probe, accuracy on {PROBE_TEST}", *(f"{found['probe']:.1%}" for found in quality.values())),
+        ("mean cosine to the dense embedding", *(f"{found['cosine']:.3f}" for found in quality.values())),
     ]
 
 

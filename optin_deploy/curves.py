@@ -31,7 +31,7 @@ from optin_deploy.token_weights import TokenWeights
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 2
-HINT = "Measure them with `optin plan DIR --allocation curves`."
+HINT = "Measure them with `optin plan DIR`."
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a branch's units; with all of them the error is 0."""
 RIDGE = 1e-2
@@ -207,7 +207,10 @@ def _judged(batches: Sequence[Batch]) -> list[Tensor]:
     """
     total = sum(map(rows_of, batches))
     if total < JUDGED_EVERY:
-        raise BadInput(f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY}.")
+        raise BadInput(
+            f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY}, "
+            "or choose --allocation uniform."
+        )
     every = max(JUDGED_EVERY, -(-total // MOST_JUDGED))
     return list(torch.split(torch.arange(total) % every == every - 1, [rows_of(batch) for batch in batches]))
 

@@ -37,7 +37,7 @@ def prune(
     size: int | None = None,
     seq_len: int = 128,
     align: int = 16,
-    allocation: str = "uniform",
+    allocation: str = "curves",
     settings: ScoreSettings | None = None,
     compensation: bool = True,
     spec: ArchSpec | None = None,
@@ -57,7 +57,7 @@ def prune(
         size: most bytes of all weights in float32.
         seq_len: tokens at which MACs are counted (images: the model's own size).
         align: FFN widths in multiples of this.
-        allocation: where to cut: `uniform`, `paper` or `curves`; see `search`.
+        allocation: where to cut: `curves`, `uniform` or `paper`; see `search_within`.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve the kept projections in closed form.
         spec: an own architecture row.

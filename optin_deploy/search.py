@@ -17,7 +17,7 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
-ALLOCATIONS = ("uniform", "paper", "curves")
+ALLOCATIONS = ("curves", "uniform", "paper")
 
 
 def search(
@@ -52,11 +52,11 @@ def search_within(
     Args:
         limits: one or more; each at least the fixed part of its cost.
         align: neurons are kept in multiples of this (or all of a layer's).
-        allocation: `uniform`: the same number of heads and neurons in every layer, the best units inside;
-            `paper`: one ranking of all heads and one of all neurons over the whole model;
-            `curves`: the widths of least summed error by the error curves, the best units inside.
+        allocation: `curves`: the widths of least summed error by the error curves, the best units inside;
+            `uniform`: the same number of heads and neurons in every layer, the best units inside;
+            `paper`: one ranking of all heads and one of all neurons over the whole model.
         curves: of this model and these scores; needed by `curves` alone.
-    The first two try every number of kept heads, fill the rest of the budgets with neurons, and keep the pair of the
+    The last two try every number of kept heads, fill the rest of the budgets with neurons, and keep the pair of the
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput.
     """

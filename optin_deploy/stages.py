@@ -180,7 +180,7 @@ class ScoreRequest:
 
 
 def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
-    """Write curves.json, which `--allocation curves` plans by; True if a finished one was reused."""
+    """Write curves.json, by which `--allocation curves` plans; True if a finished one was reused."""
     scored = workspace.read_scores()
     key = sha256_json([prepared.key, scored.key])
     try:

@@ -70,7 +70,7 @@ class Trials:
     workspace: Workspace
     prepared: Prepared
     align: int = 16
-    allocation: str = "uniform"
+    allocation: str = "curves"
     compensation: bool = True
     stage: Stage = silent_stage
 
@@ -140,7 +140,7 @@ def planned(
     limits: Limits,
     *,
     align: int = 16,
-    allocation: str = "uniform",
+    allocation: str = "curves",
     compensation: bool = True,
     stage: Stage = silent_stage,
 ) -> tuple[PruningPlan, Point | None]:
@@ -189,7 +189,7 @@ def sweep(
     shares: Sequence[float] = SHARES,
     *,
     align: int = 16,
-    allocation: str = "uniform",
+    allocation: str = "curves",
     compensation: bool = True,
     stage: Stage = silent_stage,
 ) -> list[Point]:

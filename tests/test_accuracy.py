@@ -173,6 +173,7 @@ def test_the_page_tells_means_spreads_drops_and_paired_differences() -> None:
     # By row: 1 - 1, 1 - 0.5, 1 - 0, 0.5 - 0: mean 0.5, deviation 0.408, error 0.204. The best peer is OPTIN.
     assert "- a at 0.4: +50.00 ± 20.41 points over OPTIN" in told
     assert "- on average at 0.4: +50.00 ± 20.41 points over each task's best peer" in told
+    assert "- of the points that OPTIN loses at 0.4, 80% are not lost" in told  # 62.5 -> 12.5
     assert "scores 4" in told
 
 

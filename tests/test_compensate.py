@@ -17,6 +17,7 @@ from tiny_scoring import (
     HIDDEN,
     LAYERS,
     NEURONS,
+    SWIGLU,
     VIT,
     Batch,
     Family,
@@ -57,6 +58,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert: post-LN": lambda: (bert(), BERT, NEURONS, texts),
     "vit: pre-LN": lambda: (vit(), VIT, NEURONS, images),
     "dinov2: LayerScale": lambda: (dinov2(), DINOV2, HIDDEN, images),
+    "dinov2: gated FFN": lambda: (dinov2(gated=True), SWIGLU, 8, images),
 }
 
 
@@ -140,7 +142,7 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
     full = projection_inputs(model, path, batches)
     a, target = [x[:, columns] for x in full], [x @ weight.T + bias for x in full]
     start = weight[:, columns]
-    if family is DINOV2:
+    if family in (DINOV2, SWIGLU):
         # The error of the residual stream: each output counts by its LayerScale. Rows of W are independent, so
         # that this changes which ridge is best, and not the solution for a given one.
         scale = model.get_parameter("encoder.layer.0.layer_scale1.lambda1").detach().numpy()
@@ -157,7 +159,7 @@ def test_the_first_sub_layer_solves_the_ridge_regression_of_its_docstring(
     assert float(np.abs(wanted_bias - bias).max()) > 1e-2, "there was something to solve"
 
 
-FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2"}
+FFN_RESIDUAL = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2", SWIGLU: "norm2"}
 
 
 INPUTS = {
@@ -168,6 +170,7 @@ INPUTS = {
     VIT: {"heads": [f"attention.{name}_proj" for name in "qkv"], "neurons": ["mlp.fc1"]},
 }
 INPUTS[DINOV2] = INPUTS[VIT]
+INPUTS[SWIGLU] = {**INPUTS[VIT], "neurons": ["mlp.gate_proj", "mlp.up_proj"]}
 
 
 def input_paths(family: Family, layer: int, kind: str) -> list[str]:
@@ -185,7 +188,7 @@ def inputs_and_target(
     projection = model.get_submodule(path)
     weight, bias = projection.weight.detach().numpy(), projection.bias.detach().numpy()
     scale = np.ones(HIDDEN)
-    if family is DINOV2:
+    if family in (DINOV2, SWIGLU):
         number = 1 if kind == "heads" else 2
         scale = model.get_parameter(f"{block}.layer_scale{number}.lambda1").detach().numpy()
     target = [v @ weight.T + bias + (r - q) / scale for v, r, q in zip(a, x, x_student, strict=True)]
@@ -314,7 +317,8 @@ def test_it_brings_the_final_hidden_states_nearer_to_dense_on_unseen_data(case: 
     neurons: Kept = (tuple(range(0, width, 2)), tuple(range(1, width, 2)))
     weights = compensate(model, resolve(model), plan_of(model, heads, neurons), data(0))
     without = error_after(model, family, {}, neurons, heads)
-    assert error_after(model, family, weights, neurons, heads) < 0.75 * without
+    limit = 0.9 if family is SWIGLU else 0.75  # products of random gates hardly tell of each other
+    assert error_after(model, family, weights, neurons, heads) < limit * without
     assert without > 0.01, "the cut hurts"
 
 
@@ -352,10 +356,11 @@ def test_a_layer_scale_of_zero_leaves_the_projection_as_it_was() -> None:
 
 
 def test_with_nothing_cut_it_changes_nothing(case: Case) -> None:
-    model, _, width, data = case
+    model, family, width, data = case
     plan = plan_of(model, (tuple(range(HEADS)),) * LAYERS, (tuple(range(width)),) * LAYERS)
     found = compensate(model, resolve(model), plan, data(0))
-    assert len(found) == (2 + 2 + 2) * LAYERS + 6 * (LAYERS - 1), "outputs, FFN inputs; q, k and v of later layers"
+    outputs, ffn_inputs, qkv = 4 * LAYERS, 2 * len(INPUTS[family]["neurons"]) * LAYERS, 6 * (LAYERS - 1)
+    assert len(found) == outputs + ffn_inputs + qkv
     for name, entry in found.items():
         torch.testing.assert_close(entry, model.state_dict()[name], rtol=0, atol=1e-6)
 

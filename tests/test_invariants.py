@@ -265,7 +265,7 @@ def run_prune(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:
 
 def run_exact(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:
     exact = ScoreSettings("exact")
-    prune(model, [tiny_batch(model, batch=2)], flops=0.5, seq_len=SEQ_LEN, align=8, settings=exact)
+    prune(model, [tiny_batch(model, batch=4)], flops=0.5, seq_len=SEQ_LEN, align=8, settings=exact)
 
 
 def run_mac_cost(model: Any, layout: ModelLayout, plan: PruningPlan) -> None:

@@ -130,19 +130,19 @@ def test_stages_are_announced_in_order_and_timed(tmp_path: Path) -> None:
         yield lambda done, total: None
 
     report = run_job(tmp_path / "out", text_source(), stage=stage)
-    assert titles == ["load", "score", "plan", "rewrite", "export", "check"]
+    assert titles == ["load", "score", "curves", "plan", "rewrite", "export", "check"]
     assert list(report.seconds) == titles
     assert min(report.seconds.values()) >= 0
 
 
-def test_curves_are_a_stage_of_their_own_and_measured_once(tmp_path: Path) -> None:
+def test_curves_are_the_default_and_measured_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    uniform = run_job(tmp_path / "uniform", text_source())
-    first = run_job(out, text_source(), allocation="curves")
-    assert "curves" in first.seconds
+    uniform = run_job(tmp_path / "uniform", text_source(), allocation="uniform")
+    assert "curves" not in uniform.seconds
+    first = run_job(out, text_source())
     assert first.hashes["plan"] != uniform.hashes["plan"]
     written = (out / "curves.json").stat().st_mtime_ns
-    smaller = run_job(out, text_source(), allocation="curves", limits=Limits(flops=0.5))
+    smaller = run_job(out, text_source(), limits=Limits(flops=0.5))
     assert (out / "curves.json").stat().st_mtime_ns == written
     assert smaller.macs["kept"] <= 0.5 < first.macs["kept"]
 

@@ -157,7 +157,7 @@ def test_a_global_ranking_starves_a_weak_layer_and_uniform_does_not() -> None:
     assert counts(search(scores, layout, cost, budget, align=1, allocation="uniform")) == ([1, 1], [2, 2])
 
 
-def test_uniform_is_the_default_allocation_and_sixteen_the_default_alignment() -> None:
+def test_scores_alone_are_searched_uniformly_and_sixteen_is_the_default_alignment() -> None:
     scores, layout, cost = problem([[1.0]] * 2, [list(np.linspace(1, 2, 40)), list(np.linspace(3, 4, 40))])
     masks = search(scores, layout, cost, Budget(0.7))
     assert masks == search(scores, layout, cost, Budget(0.7), align=16, allocation="uniform")
@@ -377,7 +377,7 @@ def test_the_search_refuses_an_infeasible_budget() -> None:
 
 
 def test_an_unknown_allocation_is_refused_with_the_possible_ones() -> None:
-    with pytest.raises(BadInput, match="'global'; possible: uniform, paper"):
+    with pytest.raises(BadInput, match="'global'; possible: curves, uniform, paper"):
         search(*random_problem(0, (3, 3), (4, 4)), Budget(0.5), allocation="global")
 
 

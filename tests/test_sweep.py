@@ -209,7 +209,7 @@ def test_new_scores_remove_a_sweep(shell: Shell, folder: Path) -> None:
 
 
 def test_curves_are_measured_for_a_sweep_that_needs_them(shell: Shell, folder: Path) -> None:
-    ran = shell("optin", "sweep", folder, "--align", 8, "--flops", "0.5", "--allocation", "curves")
+    ran = shell("optin", "sweep", folder, "--align", 8, "--flops", "0.5")
     assert ran.code == 0, ran.err
     assert (folder / "curves.json").exists()
 
@@ -351,7 +351,7 @@ def test_dry_runs_write_nothing(shell: Shell, folder: Path, tmp_path: Path) -> N
     ran = shell("optin", "plan", folder, "--max-drop", 2, "--dry-run")
     assert ran.code == 0
     assert "--max-drop 2" in ran.out
-    ran = shell("optin", "plan", folder, "--allocation", "curves", "--flops", 0.5, "--dry-run")
+    ran = shell("optin", "plan", folder, "--flops", 0.5, "--dry-run")
     assert ran.code == 0, ran.err
     for impossible in (("plan", "--max-drop", 2), ("sweep",)):
         ran = shell("optin", impossible[0], folder, *impossible[1:], "--eval", "missing.jsonl", "--dry-run")

@@ -47,6 +47,7 @@ BERT = Family("bert.encoder.layer", "attention.output.dense", "output.dense")
 BARE_BERT = Family("encoder.layer", "attention.output.dense", "output.dense")
 VIT = Family("vit.layers", "attention.o_proj", "mlp.fc2")
 DINOV2 = Family("encoder.layer", "attention.o_proj", "mlp.fc2")
+SWIGLU = Family("encoder.layer", "attention.o_proj", "mlp.down_proj")
 
 
 def bert(*, labels: int = 3, seed: int = 0, layers: int = LAYERS, **config: Any) -> BertForSequenceClassification:
@@ -70,9 +71,16 @@ def vit(*, labels: int = 3, seed: int = 0) -> ViTForImageClassification:
     return shaken(ViTForImageClassification(config), seed)
 
 
-def dinov2(*, seed: int = 0, size: int = 8, widening: int = 1, scales: tuple[float, float] = (0.2, 2.2)) -> Dinov2Model:
-    """A pre-LN image encoder with LayerScale in that range, in float64: 12 neurons, 5 tokens unless told."""
-    config = Dinov2Config(**SIZES, mlp_ratio=widening, image_size=size, patch_size=4)
+def dinov2(
+    *,
+    seed: int = 0,
+    size: int = 8,
+    widening: int = 1,
+    scales: tuple[float, float] = (0.2, 2.2),
+    gated: bool = False,
+) -> Dinov2Model:
+    """A pre-LN image encoder with LayerScale in that range, in float64: 12 neurons (gated: 8), 5 tokens unless told."""
+    config = Dinov2Config(**SIZES, mlp_ratio=widening, image_size=size, patch_size=4, use_swiglu_ffn=gated)
     model = shaken(Dinov2Model(config), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.accuracy.methods import METHODS, Case, Method
+from benchmarks.accuracy.methods import ABLATIONS, METHODS, Case, Method
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--glue", choices=list(GLUE), help="a task of GLUE instead, for the classifier of --model")
     parser.add_argument("--model", help="with --glue: folder or hub id")
     parser.add_argument("--data", type=Path, help="with --glue: folder with its files. Default: from the hub")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    usual = [method for method in METHODS if method not in ABLATIONS]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
     parser.add_argument("--rows", type=int, default=1024, help="calibration rows of a seed, at most half of a task's")

@@ -213,3 +213,5 @@ METHODS: dict[str, Method] = {
 }
 PEERS = ("OPTIN", "Kwon et al.", "Taylor (Torch-Pruning)", "magnitude", "random")
 """As published; the others are ours or hold parts of ours."""
+ABLATIONS = ("Fisher + ours", "random + ours")
+"""What the score alone is worth; only on demand."""

@@ -85,7 +85,7 @@ def export(
     max_drop: MaxDrop = None,
     evaluation: Eval = None,
     align: EngineAlign = None,
-    allocation: Allocation = "uniform",
+    allocation: Allocation = "curves",
     scorer: ScorerName = "sketch",
     paper: Paper = False,
     weighting: WeightingName = DEFAULT_WEIGHTING,

@@ -39,7 +39,10 @@ EngineAlign = Annotated[
 ]
 Allocation = Annotated[
     str,
-    typer.Option(help="uniform (equal widths a layer), paper (global ranking) or curves (error after compensation)."),
+    typer.Option(
+        help="Where to cut: curves (least error after compensation), uniform (equal widths a layer) or paper (global "
+        "ranking)."
+    ),
 ]
 MaxDrop = Annotated[
     float | None,

@@ -31,7 +31,7 @@ Examples:
 
     optin plan work --max-drop 1.0 --eval labelled.jsonl
 
-    optin plan work --allocation curves
+    optin plan work --allocation uniform   # equal widths in all layers
 """
 
 
@@ -43,7 +43,7 @@ def plan(
     max_drop: MaxDrop = None,
     evaluation: Eval = None,
     align: Align = 16,
-    allocation: Allocation = "uniform",
+    allocation: Allocation = "curves",
     compensation: Compensation = True,
     dry_run: DryRun = False,
 ) -> None:
@@ -82,7 +82,7 @@ Examples:
 
     optin sweep work
 
-    optin sweep work --eval labelled.jsonl --flops 0.8,0.6,0.4 --allocation curves
+    optin sweep work --eval labelled.jsonl --flops 0.8,0.6,0.4
 """
 
 
@@ -93,7 +93,7 @@ def sweep(
     ] = None,
     evaluation: Eval = None,
     align: Align = 16,
-    allocation: Allocation = "uniform",
+    allocation: Allocation = "curves",
     compensation: Compensation = True,
     dry_run: DryRun = False,
 ) -> None:
