@@ -266,7 +266,7 @@ def test_before_a_plan_show_tells_what_was_scored_and_the_next_step(shell: Shell
 
 
 def test_with_a_plan_show_prints_the_plan(shell: Shell, work: Path) -> None:
-    assert shell("optin", "plan", work, "--flops", "0.7", "--align", "1").code == 0
+    assert shell("optin", "plan", work, "--flops", "0.7", "--align", "1", "--allocation", "uniform").code == 0
     ran = shell("optin", "show", work)
     assert ran.code == 0, ran.err
     assert ran.out.count("keeps ") == 1

@@ -47,7 +47,10 @@ def plan(
     compensation: Compensation = True,
     dry_run: DryRun = False,
 ) -> None:
-    """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR."""
+    """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR.
+
+    With --allocation uniform or paper neither the model nor its calibration data is needed.
+    """
     from exporters.job import describe
     from optin_deploy.search import check_search
     from optin_deploy.stages import plan_stage, prepare
