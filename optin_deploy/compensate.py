@@ -30,7 +30,7 @@ from optin_deploy.masking import Batch, Recording, inference, recorded, run_bloc
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Moments
-from optin_deploy.rewrite.slices import linear_at, unit_columns
+from optin_deploy.rewrite.slices import projection_at, rows_in_parts, unit_columns
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.token_weights import TokenWeights
@@ -98,14 +98,14 @@ class _Streams:
         """Inputs of the block in hand, (batch, tokens, hidden)."""
         self.pruned: list[Tensor | None] = [None] * len(batches)
 
-    def fit_inputs(self, index: int, branch: Branch, rows: Tensor) -> Weights:
+    def fit_inputs(self, index: int, branch: Branch, units: Tensor) -> Weights:
         """The input projections of a branch; all of them read the same tensor.
 
-        Args: rows: indices of the kept units' rows.
+        Args: units: indices of the kept units' outputs.
         """
         read = branch.inputs[0]
-        projections = {path: linear_at(self.model, path) for path in branch.inputs}
-        width = projections[read].in_features
+        projections = {path: projection_at(self.model, path) for path in branch.inputs}
+        width = projections[read].inputs
         ridge = _Ridge(width, width, centred=all(each.bias is not None for each in projections.values()))
         # The output hears what attention reads as it hears the output of the block before.
         source = index - 1 if branch is self.layout.layers[index].attention else index
@@ -114,16 +114,17 @@ class _Streams:
             ridge.add(found, wanted - found, *self._counts(i, source, found))
         change, offset = ridge.solve()
         entries: Weights = {}
+        narrow: Weights = {}
         for path, full in projections.items():
-            weight = full.weight.detach().clone()
+            rows = rows_in_parts(units, branch.width, full.outputs)
+            weight, bias = full.weight.detach().clone(), None if full.bias is None else full.bias.detach().clone()
             kept = full.weight[rows].double().cpu()
             weight[rows] = (kept + kept @ change.T).to(weight)
-            entries[f"{path}.weight"] = weight
-            if full.bias is not None:
-                bias = full.bias.detach().clone()
-                bias[rows] = (full.bias[rows].double().cpu() + kept @ offset).to(bias)
-                entries[f"{path}.bias"] = bias
-        self.student.load_state_dict({name: value[rows] for name, value in entries.items()}, strict=False)
+            if bias is not None:
+                bias[rows] = (bias[rows].double().cpu() + kept @ offset).to(bias)
+            entries |= full.entries(path, weight, bias)
+            narrow |= full.entries(path, weight[rows], None if bias is None else bias[rows])
+        self.student.load_state_dict(narrow, strict=False)
         return entries
 
     def fit_output(self, index: int, branch: Branch, columns: Tensor) -> Weights:
@@ -133,9 +134,9 @@ class _Streams:
         dividing by the scale afterwards gives the same projection as dividing the targets.
         Args: columns: indices of the kept units' columns.
         """
-        start = linear_at(self.model, branch.output)
+        start = projection_at(self.model, branch.output)
         scale = None if branch.scale is None else self.model.get_parameter(branch.scale)
-        ridge = _Ridge(len(columns), start.out_features, centred=start.bias is not None)
+        ridge = _Ridge(len(columns), start.outputs, centred=start.bias is not None)
         # The dense model's last look at a block also gives the input of its next one.
         layer = self.layout.layers[index]
         last = layer.path if branch is layer.ffn else branch.output
@@ -157,12 +158,9 @@ class _Streams:
             change, offset = change * inverse, offset * inverse
         weight = start.weight.detach().clone()
         weight[:, columns] += change.T.to(weight)
-        entries = {f"{branch.output}.weight": weight}
-        if start.bias is not None:
-            entries[f"{branch.output}.bias"] = start.bias.detach() + offset.to(weight)
-        narrow = {name: value[:, columns] if value.dim() > 1 else value for name, value in entries.items()}
-        self.student.load_state_dict(narrow, strict=False)
-        return entries
+        bias = None if start.bias is None else start.bias.detach() + offset.to(weight)
+        self.student.load_state_dict(start.entries(branch.output, weight[:, columns], bias), strict=False)
+        return start.entries(branch.output, weight, bias)
 
     def advance(self, index: int) -> None:
         """The pruned stream to the next block, by the solutions of this one; the dense stream is there already."""

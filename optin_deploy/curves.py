@@ -22,7 +22,7 @@ from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, inference, recorded, rows_of, run_blocks
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Moments
-from optin_deploy.rewrite.slices import linear_at, unit_columns
+from optin_deploy.rewrite.slices import projection_at, unit_columns
 from optin_deploy.scoring.dense import DensePass, dense_pass
 from optin_deploy.scoring.features import ALL_TOKENS, valid_tokens
 from optin_deploy.scoring.losses import output_distance
@@ -128,7 +128,7 @@ def error_curves(
         fit_inputs: list[Tensor | None] = [None] * len(batches)  # of the block in hand
         inputs: list[Tensor | None] = [None] * len(judged)
         for index, layer in enumerate(layout.layers):
-            moments = {branch: Moments(branch.units * branch.unit_width, 0) for branch in layer.branches}
+            moments = {branch: Moments(branch.width, 0) for branch in layer.branches}
             for i, batch in enumerate(batches):
                 with recorded(model, inputs=[branch.output for branch in layer.branches]) as seen:
                     after = run_blocks(model, layout, batch, start=index, hidden=fit_inputs[i], stop=layer.path)
@@ -184,20 +184,21 @@ def _curve(
 @contextmanager
 def _narrowed(model: nn.Module, branch: Branch, columns: Tensor, moments: Moments) -> Iterator[None]:
     """Let a branch do with some columns of its output projection, compensated from dense inputs."""
-    linear = linear_at(model, branch.output)
-    weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+    projection = projection_at(model, branch.output)
+    module, weight = projection.module, projection.weight.data
+    stored, bias = module.weight.data, None if module.bias is None else module.bias.data
     change, offset = moments.narrowed(columns, weight).solve(RIDGE, centred=bias is not None)
     narrow = torch.zeros_like(weight)
     narrow[:, columns] = weight[:, columns] + change.T.to(weight)
-    linear.weight.data = narrow
+    module.weight.data = projection.stored(narrow)
     if bias is not None:
-        linear.bias.data = bias + offset.to(bias)
+        module.bias.data = bias + offset.to(bias)
     try:
         yield
     finally:
-        linear.weight.data = weight
+        module.weight.data = stored
         if bias is not None:
-            linear.bias.data = bias
+            module.bias.data = bias
 
 
 def _judged(batches: Sequence[Batch]) -> list[Tensor]:

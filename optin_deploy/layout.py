@@ -10,7 +10,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.storage import sha256_json
 from optin_deploy.validation import STORED, validated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Branch:
     __pydantic_config__ = STORED
 
     inputs: tuple[str, ...]
-    """Module paths of the projections that make the units: q, k, v, or FFN up (and gate). All read one tensor, once."""
+    """Module paths of the projections that make the units: q, k, v (or one that is all three), or FFN up (and gate).
+    All read one tensor, once."""
     output: str
     """Module path of the projection whose *input* the units are; masks and cuts happen there."""
     residual: str
@@ -31,6 +32,13 @@ class Branch:
     """Number of prunable units: heads or neurons."""
     unit_width: int
     """Columns of the output projection that belong to one unit: head_dim, or 1 for neurons."""
+    split: str | None = None
+    """Attribute of the attention that says how wide each part of a fused input projection is."""
+
+    @property
+    def width(self) -> int:
+        """Columns of all units."""
+        return self.units * self.unit_width
 
     def __post_init__(self) -> None:
         if self.units < 1 or self.unit_width < 1 or not self.inputs or not self.output:

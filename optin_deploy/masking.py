@@ -41,15 +41,21 @@ class _Stop(Exception):
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and parameters without gradients; both restored."""
+    """Evaluation mode, parameters without gradients, no cache of keys and values; all restored."""
+    config: Any = getattr(model, "config", None)
+    caching = getattr(config, "use_cache", False)
     training = {module: module.training for module in model.modules()}
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in trained:
         parameter.requires_grad_(False)
+    if caching:
+        config.use_cache = False
     try:
         yield
     finally:
+        if caching:
+            config.use_cache = True
         for module, mode in training.items():
             module.training = mode
         for parameter in trained:

@@ -45,6 +45,11 @@ DISTILBERT = {
     **{"dim": 48, "n_layers": 3, "n_heads": 6, "hidden_dim": 80, "initializer_range": 0.15, "num_labels": 4},
     **{"vocab_size": 100, "max_position_embeddings": 64},
 }
+GPT2 = {
+    **{"n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 80, "initializer_range": 0.15, "num_labels": 4},
+    **{"vocab_size": 100, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+    "use_cache": False,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", TEXT),
@@ -60,6 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2-swiglu": ("Dinov2", {**DINOV2, "use_swiglu_ffn": True}),
     "dinov2-registers": ("Dinov2WithRegisters", DINOV2),
     "dinov2-registers-swiglu": ("Dinov2WithRegisters", {**DINOV2, "use_swiglu_ffn": True}),
+    "gpt2": ("GPT2", GPT2),
 }
 """Family -> prefix of its transformers classes, and the settings of a tiny config."""
 
@@ -162,7 +168,8 @@ def zeroed(model: nn.Module, layout: ModelLayout, plan: PruningPlan) -> Any:
     with torch.no_grad():
         for i, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[i]), (layer.ffn, plan.neurons[i])):
-                weight = reference.get_submodule(branch.output).weight
+                projection: Any = reference.get_submodule(branch.output)
+                weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T  # Conv1D
                 for unit in set(range(branch.units)) - set(kept):
                     weight[:, unit * branch.unit_width : (unit + 1) * branch.unit_width] = 0
     return reference

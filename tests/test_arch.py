@@ -15,7 +15,7 @@ from torch import nn
 import optin_deploy
 from optin_deploy.arch.resolve import resolve, supported_model_types
 from optin_deploy.arch.spec import ArchSpec
-from optin_deploy.arch.table import BERT, DINOV2, DINOV2_SWIGLU, DISTILBERT, TABLE, VIT
+from optin_deploy.arch.table import BERT, DINOV2, DINOV2_SWIGLU, DISTILBERT, GPT2, TABLE, VIT
 from optin_deploy.errors import BadInput, UnknownArchitecture
 from optin_deploy.layout import ModelLayout
 from optin_deploy.rewrite.torch import rewrite_torch
@@ -27,6 +27,7 @@ EXPECTED = {
     "vit": ("vit", "layers.1.attention.o_proj", "layers.1.mlp.fc2", 80),
     "dinov2": ("dinov2", "encoder.layer.1.attention.o_proj", "encoder.layer.1.mlp.fc2", 96),
     "dinov2-swiglu": ("dinov2-swiglu", "encoder.layer.1.attention.o_proj", "encoder.layer.1.mlp.down_proj", 64),
+    "gpt2": ("gpt2", "h.1.attn.c_proj", "h.1.mlp.c_proj", 80),
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,12 +116,12 @@ def test_swiglu_picks_the_gated_row(family: str) -> None:
 
 
 def test_unknown_architecture_tells_how_to_give_an_own_row() -> None:
-    config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=6, vocab_size=100, n_positions=32)
+    config = transformers.GPTNeoConfig(hidden_size=48, num_layers=2, num_heads=6, attention_types=[[["global"], 2]])
     with pytest.raises(UnknownArchitecture) as raised:
-        resolve(transformers.GPT2Model(config))
+        resolve(transformers.GPTNeoModel(config))
     text = str(raised.value)
-    assert "'gpt2'" in text
-    assert "GPT2Model" in text
+    assert "'gpt_neo'" in text
+    assert "GPTNeoModel" in text
     assert "ArchSpec" in text
     assert "resolve(model, spec=my_row)" in text
     assert all(model_type in text for model_type in supported_model_types())
@@ -223,7 +224,7 @@ CUTS: dict[str, tuple[Keep, Keep]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("row", [BERT, DISTILBERT, VIT, DINOV2, DINOV2_SWIGLU], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [BERT, DISTILBERT, VIT, DINOV2, DINOV2_SWIGLU, GPT2], ids=lambda row: row.name)
 def test_already_pruned_model_is_refused(row: ArchSpec, cut: str) -> None:
     model = tiny_model(EXPECTED[row.name][0])
     layout = resolve(model)

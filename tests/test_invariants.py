@@ -132,7 +132,7 @@ def test_layer_that_loses_everything_keeps_its_bias(name: str, lost: str) -> Non
         assert error(expected[key], outputs(without_bias, batch)[key]) > CLEAR  # a lost bias would show
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [name for name in BASES if name != "gpt2"])  # a Conv1D always has one
 def test_emptied_branch_without_a_bias_becomes_zero(name: str) -> None:
     model = tiny_model(name)
     layout = resolve(model)

@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 CASES = (
     *("bert", "roberta+head", "electra+head", "distilbert", "vit", "deit+head"),
-    *("dinov2", "dinov2-swiglu+head", "dinov2-registers"),
+    *("dinov2", "dinov2-swiglu+head", "dinov2-registers", "gpt2", "gpt2+head"),
 )
 """An export takes seconds: every row and every way of making positions, one class each."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, inference, masked, rows_of
+from optin_deploy.rewrite.slices import projection_at
 
 Importance = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """Per layer: heads, each (heads,), and neurons, each (neurons,); float64 on the CPU, higher = keep."""
@@ -34,7 +35,8 @@ def magnitude(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], l
     def norms(branch: Branch) -> Tensor:
         squares = _weight(model, branch.output).square().sum(0)  # (units * width,)
         for path in branch.inputs:
-            squares = squares + _weight(model, path).square().sum(1)
+            rows = _weight(model, path).square().sum(1)
+            squares = squares + rows.view(-1, branch.width).sum(0)  # a fused projection has the unit in each part
         return squares.view(branch.units, -1).sum(1).sqrt()
 
     return _by_layer(layout, norms)
@@ -108,7 +110,7 @@ def torch_pruning_taylor(model: nn.Module, layout: ModelLayout, batches: Sequenc
 
     def scores(branch: Branch) -> Tensor:
         root = work.get_submodule(branch.output)
-        channels = list(range(branch.units * branch.unit_width))
+        channels = list(range(branch.width))
         group = graph.get_pruning_group(root, torch_pruning.prune_linear_in_channels, channels)
         _check_group(work, branch, [dependency.target.module for dependency, _ in group])
         importance: Tensor = taylor(group)  # (units * width,)
@@ -133,7 +135,8 @@ def _by_layer(layout: ModelLayout, scores: Callable[[Branch], Tensor]) -> Import
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:
-    return model.get_parameter(f"{path}.weight").detach().double().cpu()
+    """(outputs, inputs)."""
+    return projection_at(model, path).weight.detach().double().cpu()
 
 
 RIVALS: dict[str, Rival] = {

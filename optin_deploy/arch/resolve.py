@@ -10,7 +10,11 @@ from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arch.table import TABLE
 from optin_deploy.errors import BadInput, UnknownArchitecture
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
+from optin_deploy.rewrite.slices import KINDS, Projection, projection_at
 from optin_deploy.rewrite.torch import REWRITTEN
+
+QKV = 3
+"""Queries, keys and values."""
 
 
 def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
@@ -72,22 +76,27 @@ def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
     def at(relative: str) -> str:
         return f"{path}.{relative}" if relative else path
 
-    attn_out, ffn_out = (_linear(model, at(p)) for p in (spec.attn_out, spec.ffn_out))
+    attn_out, ffn_out = (_projection(model, at(p)) for p in (spec.attn_out, spec.ffn_out))
     config: Any = model.config
     heads = int(config.num_attention_heads)
-    head_dim, rest = divmod(attn_out.in_features, heads)
+    head_dim, rest = divmod(attn_out.inputs, heads)
     if rest:
-        raise BadInput(f"{at(spec.attn_out)}: width {attn_out.in_features} is not a multiple of {heads} heads.")
+        raise BadInput(f"{at(spec.attn_out)}: width {attn_out.inputs} is not a multiple of {heads} heads.")
     scales = tuple(map(at, spec.layer_scale)) if spec.layer_scale else (None, None)
-    attention = Branch(tuple(map(at, spec.qkv)), at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim)
-    ffn = Branch(tuple(map(at, spec.ffn_in)), at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.in_features, 1)
-    for branch in (attention, ffn):
-        _check_branch(model, branch)
+    qkv, ffn_in = (tuple(map(at, paths)) for paths in (spec.qkv, spec.ffn_in))
+    attention = Branch(qkv, at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim, spec.split)
+    ffn = Branch(ffn_in, at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.inputs, 1)
+    _check_inputs(model, attention, QKV // len(qkv))
+    _check_inputs(model, ffn, 1)
+    if spec.split and getattr(_module(model, at(spec.core)), spec.split, None) != attention.width:
+        raise BadInput(
+            f"{at(spec.core)} has no {spec.split!r} of {attention.width}; the architecture row does not fit."
+        )
     for module in (spec.core, *spec.residual):
         _module(model, at(module))
     for scale in filter(None, scales):
         _parameter(model, scale)
-    return LayerSpec(path, attn_out.out_features, at(spec.core), attention, ffn)
+    return LayerSpec(path, attn_out.outputs, at(spec.core), attention, ffn)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -104,21 +113,23 @@ def _parameter(model: nn.Module, path: str) -> nn.Parameter:
         raise BadInput(f"{type(model).__name__} has no parameter {path!r}; the architecture row does not fit.") from err
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
+def _projection(model: nn.Module, path: str) -> Projection:
     module = _module(model, path)
-    if not isinstance(module, nn.Linear):
-        raise BadInput(f"{path} is a {type(module).__name__}; only torch.nn.Linear can be cut.")
-    return module
+    if not isinstance(module, KINDS):
+        possible = " and ".join(f"{kind.__module__}.{kind.__name__}" for kind in KINDS)
+        raise BadInput(f"{path} is a {type(module).__name__}; only {possible} can be cut.")
+    return projection_at(model, path)
 
 
-def _check_branch(model: nn.Module, branch: Branch) -> None:
-    width = branch.units * branch.unit_width
+def _check_inputs(model: nn.Module, branch: Branch, parts: int) -> None:
+    """Args: parts: queries, keys, values in one projection: 3, else 1."""
+    width = branch.width * parts
     for path in branch.inputs:
-        found = _linear(model, path).out_features
+        found = _projection(model, path).outputs
         if found != width:
             raise BadInput(
-                f"{path} has {found} outputs where {branch.output} takes {width}. The model is already pruned or "
-                "shares key/value heads; start from the dense model."
+                f"{path} has {found} outputs, not the {width} that go with {branch.output}. The model is already "
+                "pruned or shares key/value heads; start from the dense model."
             )
 
 
@@ -127,7 +138,7 @@ def _refuse_shared_weights(model: nn.Module, layers: tuple[LayerSpec, ...]) -> N
     for layer in layers:
         for branch in layer.branches:
             for path in (*branch.inputs, branch.output):
-                weight = _linear(model, path).weight
+                weight = _projection(model, path).module.weight
                 first = owner.setdefault(id(weight), path)
                 if first != path:
                     raise BadInput(f"{path} shares its weight with {first}; cutting one would cut both.")

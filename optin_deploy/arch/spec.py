@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class ArchSpec:
     """Paths inside one block, relative to it; `blocks` is relative to the base model.
 
-    `qkv`, `attn_out`, `ffn_in` and `ffn_out` name Linears. All of `qkv` read one tensor, once a forward, and so do all
-    of `ffn_in`: compensation folds one map into them. `residual` may be "" for the block itself.
+    `qkv`, `attn_out`, `ffn_in` and `ffn_out` name Linears or Conv1Ds. All of `qkv` read one tensor, once a forward, and
+    so do all of `ffn_in`: compensation folds one map into them. `residual` may be "" for the block itself.
     """
 
     name: str
@@ -20,7 +20,8 @@ class ArchSpec:
     """Version of transformers whose module paths these are."""
     blocks: str
     """The ModuleList of blocks."""
-    qkv: tuple[str, str, str]
+    qkv: tuple[str, ...]
+    """Three paths, or one that is fused: all queries, then all keys, then all values."""
     attn_out: str
     core: str
     """The attention module that returns a tuple; replaced when a layer loses all its heads."""
@@ -31,3 +32,5 @@ class ArchSpec:
     """For attention and FFN: the module whose first argument is the tensor the branch is added to."""
     layer_scale: tuple[str, str] | None = None
     """Parameters that scale the two branches before they are added."""
+    split: str | None = None
+    """Attribute of `core` with the width of each part of a fused `qkv`, where the forward reads it there."""

@@ -61,5 +61,19 @@ DINOV2_SWIGLU = replace(
     ffn_out="mlp.down_proj",
 )
 
-TABLE: tuple[ArchSpec, ...] = (BERT, DISTILBERT, VIT, DINOV2, DINOV2_SWIGLU)
+GPT2 = ArchSpec(
+    name="gpt2",
+    model_types=frozenset({"gpt2"}),
+    tested_with="transformers 5.23",
+    blocks="h",
+    qkv=("attn.c_attn",),
+    attn_out="attn.c_proj",
+    core="attn",
+    ffn_in=("mlp.c_fc",),
+    ffn_out="mlp.c_proj",
+    residual=("", "ln_2"),
+    split="split_size",
+)
+
+TABLE: tuple[ArchSpec, ...] = (BERT, DISTILBERT, VIT, DINOV2, DINOV2_SWIGLU, GPT2)
 """Searched in order; a row fits if it names the model type and all its paths exist."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from optin_deploy.cost.units import UnitCost, prunable
 from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.rewrite.slices import linear_at
+from optin_deploy.rewrite.slices import projection_at
 
 BYTES = 4
 """Of one parameter in float32, as models are stored."""
@@ -27,5 +27,5 @@ def param_cost(model: nn.Module, layout: ModelLayout) -> UnitCost:
 
 def _of_unit(model: nn.Module, branch: Branch) -> int:
     """Rows and biases of the input projections, columns of the output projection."""
-    inputs = sum(p.numel() for path in branch.inputs for p in linear_at(model, path).parameters())
-    return (inputs + linear_at(model, branch.output).weight.numel()) // branch.units
+    inputs = sum(p.numel() for path in branch.inputs for p in projection_at(model, path).module.parameters())
+    return (inputs + projection_at(model, branch.output).weight.numel()) // branch.units

@@ -1,11 +1,13 @@
-"""Shared arithmetic of cuts: which rows and columns of a weight belong to the kept units."""
+"""Shared arithmetic of cuts: which rows and columns of a weight belong to the kept units, however it is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 def unit_columns(kept: Sequence[int], unit_width: int) -> Tensor:
@@ -14,8 +16,70 @@ def unit_columns(kept: Sequence[int], unit_width: int) -> Tensor:
     return (first + torch.arange(unit_width)).flatten()  # (len(kept) * unit_width,)
 
 
-def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The Linear at a path that `resolve` has checked."""
+def rows_in_parts(columns: Tensor, width: int, outputs: int) -> Tensor:
+    """The same units' rows of an input projection; a fused one (queries, keys, values) has them in every part.
+
+    Args: width: of one part, all units. outputs: of the projection, a multiple of it.
+    """
+    return (torch.arange(0, outputs, width).view(-1, 1) + columns).flatten()
+
+
+KINDS = (nn.Linear, Conv1D)
+"""Modules that can be cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A Linear, or a Conv1D, which is a Linear with its weight transposed: read and made the same way."""
+
+    module: nn.Linear | Conv1D
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs), the parameter itself or a view of it."""
+        return self.stored(self.module.weight)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """(outputs,)."""
+        return self.module.bias
+
+    @property
+    def inputs(self) -> int:
+        """Width of what it reads."""
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Width of what it gives."""
+        return self.weight.shape[0]
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """(outputs, inputs) -> as the module keeps it, and back."""
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    def entries(self, path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """State-dict entries of the module at a path. Args: weight: (outputs, inputs)."""
+        found = {f"{path}.weight": self.stored(weight)}
+        return found if bias is None else found | {f"{path}.bias": bias}
+
+    def of_size(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A new module of the same kind with copies of these. Args: weight: (outputs, inputs)."""
+        outputs, inputs = weight.shape
+        module: nn.Module
+        with torch.device("meta"):  # nothing is initialised in vain; the parameters are set below
+            if isinstance(self.module, Conv1D):
+                module = Conv1D(outputs, inputs)  # type: ignore[no-untyped-call]
+            else:
+                module = nn.Linear(inputs, outputs, bias=bias is not None)
+        module.weight = nn.Parameter(self.stored(weight).detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone())
+        return module.train(self.module.training)
+
+
+def projection_at(model: nn.Module, path: str) -> Projection:
+    """The projection at a path that `resolve` has checked."""
     module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} was a Linear when the layout was made"
-    return module
+    assert isinstance(module, KINDS), f"{path} was a projection when the layout was made"
+    return Projection(module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
 from optin_deploy.plan import PruningPlan
-from optin_deploy.rewrite.slices import linear_at, unit_columns
+from optin_deploy.rewrite.slices import projection_at, rows_in_parts, unit_columns
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,6 +57,8 @@ def rewrite_torch(model: Model, layout: ModelLayout, plan: PruningPlan) -> Model
     for layer, heads, neurons in zip(layout.layers, plan.heads, plan.neurons, strict=True):
         if heads:
             _cut(smaller, layer.attention, heads)
+            if layer.attention.split:
+                setattr(smaller.get_submodule(layer.core), layer.attention.split, len(heads) * layer.head_dim)
         else:
             _empty_attention(smaller, layer)
         if neurons:
@@ -70,11 +72,12 @@ def rewrite_torch(model: Model, layout: ModelLayout, plan: PruningPlan) -> Model
 def _cut(model: nn.Module, branch: Branch, kept: Sequence[int]) -> None:
     columns = unit_columns(kept, branch.unit_width)
     for path in branch.inputs:
-        full = linear_at(model, path)
-        bias = None if full.bias is None else full.bias[columns]
-        model.set_submodule(path, _sized_linear(full.weight[columns], bias, full.training))
-    full = linear_at(model, branch.output)
-    model.set_submodule(branch.output, _sized_linear(full.weight[:, columns], full.bias, full.training))
+        full = projection_at(model, path)
+        rows = rows_in_parts(columns, branch.width, full.outputs)
+        bias = None if full.bias is None else full.bias[rows]
+        model.set_submodule(path, full.of_size(full.weight[rows], bias))
+    full = projection_at(model, branch.output)
+    model.set_submodule(branch.output, full.of_size(full.weight[:, columns], full.bias))
 
 
 def _empty_attention(model: nn.Module, layer: LayerSpec) -> None:
@@ -95,17 +98,8 @@ def _empty_ffn(model: nn.Module, layer: LayerSpec) -> None:
 
 
 def _bias(model: nn.Module, path: str) -> Bias:
-    full = linear_at(model, path)
-    if full.bias is None:  # nothing learned: no parameter
-        return Bias(nn.Buffer(torch.zeros_like(full.weight[:, 0]))).train(full.training)
-    return Bias(nn.Parameter(full.bias.detach().clone())).train(full.training)
-
-
-def _sized_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    outputs, inputs = weight.shape
-    # On the meta device nothing is initialised in vain; the parameters are set below.
-    linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight.detach().clone().contiguous())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear.train(training)
+    full = projection_at(model, path)
+    # Nothing learned: no parameter.
+    zeros = nn.Buffer(torch.zeros_like(full.weight[:, 0]))
+    bias = zeros if full.bias is None else nn.Parameter(full.bias.detach().clone())
+    return Bias(bias).train(full.module.training)
