@@ -21,13 +21,16 @@ import transformers
 from safetensors.torch import load_file
 from tiny_checkpoint import (
     CLASSES,
+    FFN,
     HIDDEN,
+    LAYERS,
     SEQ_LEN,
     Shell,
     bert,
     classifier,
     copy_of,
     finished_job,
+    gpt2,
     labelled,
     lines,
     photos,
@@ -250,6 +253,21 @@ def test_tokenizer_and_config_lie_beside_the_onnx_file_too() -> None:
     original = transformers.AutoTokenizer.from_pretrained(classifier())
     assert tokenizer(texts()[0])["input_ids"] == original(texts()[0])["input_ids"]
     assert transformers.AutoConfig.from_pretrained(finished_job()).model_type == "bert"
+
+
+def test_a_gpt2_classifier_is_cut_and_exported_without_its_cache(shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = shell("optin-export", gpt2(), *text_options(lines(), out), "--no-dense")
+    assert ran.code == 0, ran.err
+    model = optin_deploy.load(out)
+    assert type(model) is transformers.GPT2ForSequenceClassification
+    assert model.config.use_cache
+    widths = json.loads((out / "report.json").read_text())["neurons"]
+    assert [block.mlp.c_fc.nf for block in model.transformer.h] == widths
+    assert sum(widths) < LAYERS * FFN
+    graph = onnx.load(out / "model.onnx").graph
+    assert [each.name for each in graph.input] == ["input_ids", "attention_mask"]
+    assert [each.name for each in graph.output] == ["logits"]
 
 
 def test_an_image_folder_calibrates_a_vit_and_no_dense_leaves_the_dense_artifact_out(

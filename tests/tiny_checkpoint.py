@@ -72,6 +72,13 @@ def classifier() -> Path:
 
 
 @cache
+def gpt2() -> Path:
+    """A GPT2ForSequenceClassification over CLASSES, as people save them: with a cache for keys and values."""
+    kind = transformers.GPT2ForSequenceClassification
+    return _save_text(kind, "gpt2", seed=4, pad_token_id=0, n_inner=FFN, **_classes())
+
+
+@cache
 def vit() -> Path:
     """A ViTForImageClassification of 32 x 32 images over CLASSES."""
     config = transformers.ViTConfig(image_size=32, patch_size=8, **_classes(), **_sizes())
@@ -214,7 +221,8 @@ def _sizes() -> dict[str, Any]:
 
 
 def _save_text(kind: Any, name: str, *, seed: int, **options: Any) -> Path:
-    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, **_sizes(), **options)
+    sizes = _sizes() | {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
+    config = kind.config_class(**(sizes | options))
     folder = root() / name
     _spread(kind, config, seed=seed).save_pretrained(folder)
     tokenizer = transformers.BertTokenizer(vocab=_vocabulary(texts()), model_max_length=POSITIONS)
