@@ -142,7 +142,7 @@ def bench_folder(
         stage=stage,
     )
     rows = [m.to_json() for m in measured]
-    write_json(folder / "measurements.json", {"schema_version": 1, "latency": rows, "environment": environment()})
+    write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
     return measured
 
 

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from optin_deploy.bench.report import Report
+    from optin_deploy.bench.report import Measurement, Report
     from optin_deploy.plan import PruningPlan
     from optin_deploy.progress import Progress
 
@@ -82,14 +82,23 @@ def print_plan(plan: PruningPlan) -> None:
 
 def print_report(report: Report, folder: Path) -> None:
     """What a job found: quality first, then size and latency."""
-    from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, latency_rows, quality_lines, summary_rows
+    from optin_deploy.bench.report import SUMMARY_HEADER, quality_lines, summary_rows
 
     for line in (*quality_lines(report), *report.notes):
         typer.echo(line)
     print_table(SUMMARY_HEADER, summary_rows(report))
     if report.latency:
-        print_table(LATENCY_HEADER, latency_rows(report.latency))
+        print_latency(report.latency)
     typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
+
+
+def print_latency(latency: Sequence[Measurement]) -> None:
+    """Dense against pruned, and a warning where dense differs from itself."""
+    from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, unstable_lines
+
+    print_table(LATENCY_HEADER, latency_rows(latency))
+    for line in unstable_lines(latency):
+        warn(line)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:

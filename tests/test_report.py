@@ -20,7 +20,13 @@ from optin_deploy.calibration import Batches
 from optin_deploy.errors import BadInput
 from optin_deploy.quality import Judge, Quality, check_labels
 
-TIMING = PairTiming(dense_ms=((6.0, 6.0, 8.0), (6.0,)), pruned_ms=((4.0, 4.0, 4.0), (4.0,)), seed=0)
+TIMING = PairTiming(
+    dense_ms=((6.0, 6.0, 8.0), (6.0,)),
+    pruned_ms=((4.0, 4.0, 4.0), (4.0,)),
+    again_ms=((6.0, 6.0, 6.0), (6.0,)),
+    seed=0,
+    load_ms={"dense": 30.0, "pruned": 20.0},
+)
 """Medians 6 and 4 ms in both blocks: exactly 1.5x."""
 MEASURED = Measurement(engine="onnx", batch=3, seq_len=16, threads=2, ideal=2.0, timing=TIMING)
 ENVIRONMENT = {
@@ -70,11 +76,15 @@ def test_the_fields_are_those_of_the_contract() -> None:
 def test_a_latency_row_has_the_fields_of_the_contract() -> None:
     (row,) = stored()["latency"]
     contract = {"engine", "precision", "batch", "seq_len", "threads", "dense", "pruned", "speedup", "ci95"}
-    contract |= {"ideal", "realised"}
+    contract |= {"ideal", "realised", "same_ci95", "unstable"}
     assert set(row) == contract | {"samples_ms"}  # raw samples are kept
-    assert set(row["dense"]) == set(row["pruned"]) == {"p50_ms", "p95_ms", "throughput"}
+    assert (
+        set(row["dense"]) == set(row["pruned"]) == {*("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput", "load_ms")}
+    )
     assert (row["engine"], row["precision"], row["batch"], row["seq_len"], row["threads"]) == ("onnx", "fp32", 1, 16, 1)
-    assert len(row["samples_ms"]["dense"]) == len(row["samples_ms"]["pruned"]) == 2  # blocks
+    assert [len(row["samples_ms"][name]) for name in ("dense", "pruned", "again")] == [2, 2, 2]  # blocks
+    assert 0 < row["pruned"]["p50_ms"] <= row["pruned"]["p90_ms"] <= row["pruned"]["p99_ms"]
+    assert row["pruned"]["load_ms"] > 0
     low, high = row["ci95"]
     assert low <= row["speedup"] <= high
 
@@ -118,14 +128,21 @@ def test_a_report_names_its_machine_and_its_artifacts_but_no_owner() -> None:
 
 def test_json_of_a_report_by_hand() -> None:
     data = json.loads(json.dumps(REPORT.to_json(), allow_nan=False))
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["quality"] == {"metric": "cosine_to_dense", "dense": 1.0, "pruned": 0.97, "samples": 12}
     (row,) = data["latency"]
     assert row["speedup"] == pytest.approx(1.5)
     assert row["dense"]["p50_ms"] == 6.0
     assert row["dense"]["throughput"] == pytest.approx(3 / 0.006)
     assert row["pruned"]["throughput"] == pytest.approx(3 / 0.004)
-    assert row["samples_ms"] == {"dense": [[6.0, 6.0, 8.0], [6.0]], "pruned": [[4.0, 4.0, 4.0], [4.0]], "seed": 0}
+    assert row["samples_ms"] == {
+        "dense": [[6.0, 6.0, 8.0], [6.0]],
+        "pruned": [[4.0, 4.0, 4.0], [4.0]],
+        "again": [[6.0, 6.0, 6.0], [6.0]],
+        "seed": 0,
+    }
+    assert (row["same_ci95"], row["unstable"]) == ([1.0, 1.0], False)
+    assert (row["dense"]["load_ms"], row["pruned"]["load_ms"]) == (30.0, 20.0)
 
 
 # ideal and realised
@@ -145,8 +162,16 @@ def test_json_of_a_report_by_hand() -> None:
 def test_realised_is_the_share_of_the_time_that_could_be_saved(
     dense: float, pruned: float, ideal: float, realised: float
 ) -> None:
-    timing = PairTiming(dense_ms=((dense,), (dense,)), pruned_ms=((pruned,), (pruned,)), seed=0)
+    timing = replace(TIMING, dense_ms=((dense,),) * 2, pruned_ms=((pruned,),) * 2, again_ms=((dense,),) * 2)
     assert replace(MEASURED, timing=timing, ideal=ideal).realised == pytest.approx(realised)
+
+
+def test_a_machine_that_differs_from_itself_is_told() -> None:
+    shaky = replace(MEASURED, timing=replace(TIMING, again_ms=((4.8, 4.8, 4.8), (5.0,))))
+    assert shaky.timing.unstable
+    page = to_markdown(replace(REPORT, latency=[MEASURED, shaky]))
+    assert page.count("Unstable") == 1
+    assert "Unstable at 3 x 16: two sessions of the dense model differ by a factor of [1.20, 1.25]" in page
 
 
 # report.md

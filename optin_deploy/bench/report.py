@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.quality import Quality
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+PERCENTILES = (50, 90, 95, 99)
 EXPECT_LOSS_BELOW = 0.95
 """Agreement on held-out data under which the report says that accuracy loss is to be expected."""
 
@@ -41,13 +42,20 @@ class Measurement:
         settings = {k: getattr(self, k) for k in ("engine", "precision", "batch", "seq_len", "threads", "ideal")}
         return {
             **settings,
-            "dense": {"p50_ms": t.dense_p50_ms, "p95_ms": t.dense_p95_ms, "throughput": throughput[0]},
-            "pruned": {"p50_ms": t.pruned_p50_ms, "p95_ms": t.pruned_p95_ms, "throughput": throughput[1]},
+            "dense": _told(t.dense, throughput[0], t.load_ms["dense"]),
+            "pruned": _told(t.pruned, throughput[1], t.load_ms["pruned"]),
             "speedup": t.speedup,
             "ci95": list(t.ci95),
+            "same_ci95": list(t.same_ci95),
+            "unstable": t.unstable,
             "realised": self.realised,
-            "samples_ms": {"dense": t.dense_ms, "pruned": t.pruned_ms, "seed": t.seed},
+            "samples_ms": {"dense": t.dense_ms, "pruned": t.pruned_ms, "again": t.again_ms, "seed": t.seed},
         }
+
+
+def _told(latency: Callable[[float], float], throughput: float, load_ms: float) -> dict[str, float]:
+    """Args: latency: the q-th percentile in milliseconds."""
+    return {**{f"p{q}_ms": latency(q) for q in PERCENTILES}, "throughput": throughput, "load_ms": load_ms}
 
 
 @dataclass(frozen=True)
@@ -120,14 +128,24 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 f"{m.batch} x {m.seq_len}",
-                f"{t.dense_p50_ms:.2f} / {t.dense_p95_ms:.2f}",
-                f"{t.pruned_p50_ms:.2f} / {t.pruned_p95_ms:.2f}",
+                f"{t.dense(50):.2f} / {t.dense(95):.2f}",
+                f"{t.pruned(50):.2f} / {t.pruned(95):.2f}",
                 f"{before:.0f} -> {after:.0f}",
                 f"{t.speedup:.2f}x [{low:.2f}, {high:.2f}]",
                 f"{m.realised:.0%} of {m.ideal:.2f}x",
             )
         )
     return rows
+
+
+def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
+    """A warning for each point at which the dense model differed from itself."""
+    return [
+        f"Unstable at {m.batch} x {m.seq_len}: two sessions of the dense model differ by a factor of "
+        f"[{m.timing.same_ci95[0]:.2f}, {m.timing.same_ci95[1]:.2f}]. Measure again on a quieter machine."
+        for m in latency
+        if m.timing.unstable
+    ]
 
 
 LATENCY_HEADER = (
@@ -155,6 +173,7 @@ def to_markdown(report: Report) -> str:
         parts += [
             f"Latency on {first.engine} {first.precision}, {threads} threads:",
             to_table(LATENCY_HEADER, latency_rows(report.latency)),
+            *unstable_lines(report.latency),
         ]
     kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
     parts += [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from optin_deploy.errors import BadInput
 
@@ -12,13 +14,15 @@ from optin_deploy.errors import BadInput
 def bootstrap_ci(
     log_ratios: Sequence[float] | np.ndarray, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile-bootstrap confidence interval of the geometric mean ratio, exp(mean(log_ratios)).
+    """Bootstrap confidence interval of the geometric mean ratio, exp(mean(log_ratios)); percentiles, expanded.
 
+    The bootstrap's spread is too small by sqrt((n - 1) / n) and its tails are normal, so that plain percentiles of 12
+    replicates cover 91% instead of 95%: they are taken so far out that normal replicates give Student's t interval.
     Args: log_ratios: (replicates,), natural logs of unitless ratios; one per independent replicate (a block).
         resamples: how often the replicates are drawn again. level: coverage asked for, in (0, 1).
     Returns: (low, high), ratios.
     Raises: BadInput: fewer than 2 replicates, a non-finite one, or a level outside (0, 1).
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    Source: Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 5.3.
     """
     logs = np.asarray(log_ratios, dtype=np.float64)
     if logs.ndim != 1 or logs.size < 2:
@@ -29,7 +33,8 @@ def bootstrap_ci(
         raise BadInput(f"level is {level}; use a number between 0 and 1, e.g. 0.95.")
     drawn = np.random.default_rng(seed).integers(logs.size, size=(resamples, logs.size))
     means = logs[drawn].mean(axis=1)  # (resamples,)
-    tail = (1 - level) / 2
+    spread = math.sqrt(logs.size / (logs.size - 1))
+    tail = ndtr(spread * stdtrit(logs.size - 1, (1 - level) / 2))
     low, high = np.exp(np.quantile(means, (tail, 1 - tail)))
     return float(low), float(high)
 

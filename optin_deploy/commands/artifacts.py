@@ -21,7 +21,7 @@ from optin_deploy.commands.options import (
     Workspace_,
 )
 from optin_deploy.commands.parsing import engine_options
-from optin_deploy.terminal import print_table, stage_bar
+from optin_deploy.terminal import print_latency, stage_bar
 
 BUILD_EXAMPLES = """
 Examples:
@@ -84,7 +84,6 @@ def bench(
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
     from exporters.measuring import Point, bench_folder, parse_point
-    from optin_deploy.bench.report import LATENCY_HEADER, latency_rows
 
     points = [parse_point(text) for text in at] if at else [Point()]
     measured = bench_folder(
@@ -93,4 +92,4 @@ def bench(
     if dry_run:
         typer.echo(f"would measure {len(points)} points on engine {engine}")
         return
-    print_table(LATENCY_HEADER, latency_rows(measured))
+    print_latency(measured)
