@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from exporters import check_precision, exporter
-from exporters.base import Exporter, ExportSpec, output_names
+from exporters.base import ExportSpec, output_names
 from exporters.building import Built, build, int8_samples
-from exporters.measuring import Point, check_threads, length_of, measure
-from exporters.profiles import Profile
+from exporters.measuring import Point, measure
 from exporters.proving import EngineModel, check_engine
+from exporters.ready import ready
 from exporters.tensorrt_plan import EngineOptions
+from exporters.time_budget import Round, check_met, plan_in_time
+from exporters.yardstick import yardstick
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits
@@ -30,7 +32,6 @@ from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.quality import Judge, Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
-from optin_deploy.search import check_search
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
 from optin_deploy.sweep import planned
@@ -54,6 +55,7 @@ def export_model(
     compensation: bool = True,
     points: Sequence[Point] = (Point(),),
     threads: int = 0,
+    table: Path | None = None,
     pool: str | None = None,
     options: EngineOptions | None = None,
     dense: bool = True,
@@ -69,11 +71,14 @@ def export_model(
         memory_budget: bytes that scoring may take beyond the model; default: most of what is free.
         points: where dense and pruned are measured against each other; none if `dense` is False.
         threads: intra-op threads of the engine; 0 = its default.
+        table: latency table for `limits.time`; default: latency.json in `out`, measured if need be.
         options: how TensorRT builds its plan.
         stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
     clock, limits = _Clock(stage), limits or Limits()
+    if limits.time is not None and not (dense and points):
+        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
     with clock("load"):
         target, spec, prepared = ready(
             source,
@@ -93,7 +98,12 @@ def export_model(
         score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
     align = target.align if align is None else align
     how: dict[str, Any] = {"align": align, "allocation": allocation, "compensation": compensation}
-    planned(workspace, prepared, limits, **how, stage=clock)
+    rounds: list[Round] = []
+    if limits.time is None:
+        planned(workspace, prepared, limits, **how, stage=clock)
+    else:
+        with yardstick(prepared, target, spec, points[0], threads=threads, home=workspace.root) as yard:
+            rounds = plan_in_time(workspace, limits, yard, table, align=align, allocation=allocation, stage=clock)
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     with clock("export"):
@@ -121,12 +131,15 @@ def export_model(
         "precision": spec.precision,
         "scoring": asdict(scoring),
         **how,
+        "rounds": [asdict(each) for each in rounds],
     }
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
     if built.problem is not None:
         raise built.problem
+    if limits.time is not None:
+        check_met(limits.time, latency[0])
     if limits.max_drop is not None and quality.drop > limits.max_drop:  # the engine's own precision costs more
         raise QualityLimit(
             f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "
@@ -220,67 +233,6 @@ def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) 
         with inference(model), torch.inference_mode():
             tensors[f"{name}.output"] = main_output(model(**batch))
     write_tensors(workspace.root / "samples.safetensors", tensors)
-
-
-def ready(
-    source: Source,
-    *,
-    limits: Limits | None = None,
-    engine: str = "onnx",
-    precision: str | None = None,
-    align: int | None = None,
-    allocation: str = "curves",
-    points: Sequence[Point] = (),
-    threads: int = 0,
-    pool: str | None = None,
-    options: EngineOptions | None = None,
-) -> tuple[Exporter, ExportSpec, Prepared]:
-    """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
-
-    Raises: BadInput and its kinds.
-    """
-    target = exporter(engine)
-    precision = check_precision(target, precision)
-    options = options or EngineOptions()
-    target.check(options)
-    check_search(target.align if align is None else align, allocation)
-    check_threads(threads)
-    prepared = prepare(source)
-    (limits or Limits()).within(prepared.cost, prepared.params)
-    output_names(prepared.loaded.model, pool)
-    for point in points:
-        tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
-        if target.has_profiles:
-            _check_profiles(options.profiles, point.batch, tokens if prepared.loaded.is_text else None)
-    samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
-    return target, ExportSpec(precision, pool, options, samples), prepared
-
-
-def _check_profiles(profiles: Sequence[Profile], batch: int, tokens: int | None) -> None:
-    if not any(profile.holds(batch, tokens) for profile in profiles):
-        at = f"batch={batch}" + ("" if tokens is None else f",seq={tokens}")
-        raise BadInput(
-            f"the point to measure, {at}, lies outside of --profile {' and '.join(map(str, profiles))}. "
-            "Give --at with a point inside, or wider profiles."
-        )
-
-
-def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:
-    """What a job would do, line by line."""
-    layers = prepared.layout.layers
-    budgets = [
-        f"{budget}: {limit:,} of {cost.dense:,}"
-        for budget, (cost, limit) in zip(limits.budgets(), limits.within(prepared.cost, prepared.params), strict=True)
-    ] or [f"--max-drop {limits.max_drop:g}: the smallest model that loses no more points"]
-    model = f"{prepared.layout.model_class}, {prepared.loaded.task}, {len(layers)} layers"
-    return [
-        f"model        {prepared.source.model}: {model}",
-        f"units        {sum(x.heads for x in layers)} heads, {sum(x.neurons for x in layers)} neurons",
-        f"calibration  {len(prepared.calibration)} samples, {len(prepared.held_out)} held out",
-        *(f"budget       {budget}" for budget in budgets),
-        f"writes       {artifact}",
-        "dry run: nothing was written",
-    ]
 
 
 def _notes(source: Source, built: Built, settings: Mapping[str, object], quality: Quality) -> list[str]:

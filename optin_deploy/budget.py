@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 from optin_deploy.cost.params import BYTES
-from optin_deploy.cost.units import UnitCost
+from optin_deploy.cost.units import Cost, UnitCost
 from optin_deploy.errors import BadInput, InfeasibleBudget
 
 DEFAULT_FLOPS = 0.6
@@ -31,7 +32,7 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.option} {self.limit:g}" if self.relative else f"{self.option} {self.limit / 2**20:.2f}MiB"
 
-    def within(self, cost: UnitCost) -> int:
+    def within(self, cost: Cost) -> int:
         """The limit in units of a cost.
 
         Raises: InfeasibleBudget: below what the unprunable layers cost.
@@ -48,8 +49,50 @@ class Budget:
         return limit
 
 
-Limit = tuple[UnitCost, int]
+Limit = tuple[Cost, int]
 """A cost, and the most that it may be."""
+
+
+@dataclass(frozen=True)
+class TimeTarget:
+    """How long one batch may take on the engine; measured, not calculated."""
+
+    option: str
+    """--latency, --speedup or --throughput."""
+    value: float
+    """Milliseconds for a batch at most; or times faster than dense, or samples a second, at least."""
+
+    def __post_init__(self) -> None:
+        least = 1 if self.option == "--speedup" else 0
+        if not math.isfinite(self.value) or self.value <= least:
+            raise BadInput(f"{self}: give more than {least}, for example {TIME_EXAMPLES[self.option]}.")
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.value:g}" + ("ms" if self.option == "--latency" else "")
+
+    def limit_ms(self, dense_ms: float, batch: int) -> float:
+        """Milliseconds that a batch may take where the dense model takes `dense_ms`."""
+        allowed = {
+            "--latency": self.value,
+            "--speedup": dense_ms / self.value,
+            "--throughput": 1000 * batch / self.value,
+        }
+        return allowed[self.option]
+
+
+TIME_EXAMPLES = {"--latency": "4.0ms", "--speedup": "2.0", "--throughput": "500"}
+
+
+def parse_latency(text: str) -> float:
+    """Milliseconds of `4.0ms`, `900us` or `0.5s`.
+
+    Raises: BadInput.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*(us|ms|s)", text.strip())
+    try:
+        return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[match[2]]  # type: ignore[index]
+    except (TypeError, ValueError) as err:
+        raise BadInput(f"--latency {text!r}: give a time such as 4.0ms, 900us or 0.5s.") from err
 
 
 @dataclass(frozen=True)
@@ -64,14 +107,16 @@ class Limits:
     """Bytes of all weights in float32."""
     max_drop: float | None = None
     """Points of the metric that may be lost, instead of a budget: the smallest such model is looked for."""
+    time: TimeTarget | None = None
+    """What is measured on the engine, at the first point."""
 
     def __post_init__(self) -> None:
-        given = any(limit is not None for limit in (self.flops, self.params, self.size))
+        given = any(limit is not None for limit in (self.flops, self.params, self.size, self.time))
         if self.max_drop is None:
             if not given:
                 object.__setattr__(self, "flops", DEFAULT_FLOPS)
         elif given:
-            raise BadInput("--max-drop finds the budget itself: leave out --flops, --params and --size.")
+            raise BadInput("--max-drop finds the budget itself: leave out every other budget.")
         elif not 0 <= self.max_drop < 100:
             raise BadInput(f"--max-drop {self.max_drop}: give points to lose, 0 or more and under 100, such as 1.0.")
         self.budgets()  # what is impossible is refused at once
@@ -100,5 +145,6 @@ class Limits:
             "" if self.params is None else f"params{self.params:g}",
             "" if self.size is None else f"{self.size}B",
             "" if self.max_drop is None else f"drop{self.max_drop:g}",
+            "" if self.time is None else str(self.time).removeprefix("--").replace(" ", ""),
         )
         return "-".join(filter(None, told))

@@ -45,6 +45,12 @@ class QualityLimit(OptinError):
     exit_code = 1
 
 
+class MissedTime(OptinError):
+    """The model that was made takes longer than the time it was planned for."""
+
+    exit_code = 1
+
+
 class RefusedRewrite(OptinError):
     """A layer cannot be cut without changing what it computes; names the layer and the reason."""
 

@@ -18,6 +18,8 @@ from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 
 ALLOCATIONS = ("curves", "uniform", "paper")
+LEAST_SHARE = 1e-12
+"""Of a budget: what costs less counts as this much. Time does not always grow with the width."""
 
 
 def search(
@@ -63,10 +65,12 @@ def search_within(
     check_search(align, allocation)
     scores.check(layout)
     room = np.array([limit - cost.fixed for cost, limit in limits])
+    costs = [cost for cost, _ in limits]
     heads, neurons = [], []
     for index, (of_heads, of_neurons) in enumerate(zip(scores.heads, scores.neurons, strict=True)):
-        heads.append(_Ranked(of_heads.numpy(), 1, [cost.head[index] for cost, _ in limits]))
-        neurons.append(_Ranked(of_neurons.numpy(), align, [cost.neuron[index] for cost, _ in limits]))
+        widths = len(of_heads), len(of_neurons)
+        heads.append(_Ranked(of_heads.numpy(), 1, [cost.of_heads(index, widths[0]) for cost in costs]))
+        neurons.append(_Ranked(of_neurons.numpy(), align, [cost.of_neurons(index, widths[1]) for cost in costs]))
     if allocation == "curves":
         if curves is None:
             raise BadInput("--allocation curves needs error curves: measure them with `error_curves`.")
@@ -95,13 +99,13 @@ def check_search(align: int, allocation: str) -> None:
 class _Ranked:
     """A layer's units, best first, in groups of `align` that are kept together; the last group may be smaller."""
 
-    def __init__(self, scores: np.ndarray, align: int, unit_costs: Sequence[int]) -> None:
+    def __init__(self, scores: np.ndarray, align: int, costs: Sequence[np.ndarray]) -> None:
+        """Args: costs: of 0, 1, ... all kept units, in every budget."""
         self.order = np.argsort(-scores, kind="stable")
         bounds = [*range(0, len(scores), align), len(scores)]
-        self.sizes = np.diff(bounds)
         self.ends = bounds[1:]
         self.values = np.add.reduceat(scores[self.order], bounds[:-1])
-        self.costs = self.sizes * np.array(unit_costs, dtype=np.int64)[:, None]  # (budgets, groups)
+        self.costs = np.diff(np.array(costs, dtype=np.int64)[:, bounds])  # (budgets, groups)
 
     def keep(self, groups: int) -> tuple[bool, ...]:
         kept = np.zeros(len(self.order), dtype=bool)
@@ -133,7 +137,8 @@ def _by_score(layers: Sequence[_Ranked], room: np.ndarray) -> list[Step]:
     groups = []
     for index, layer in enumerate(layers):
         # Best first inside a layer holds for sums too, but for rounding: a later group must not come before.
-        worth = np.minimum.accumulate(layer.values / (layer.costs / np.maximum(room, 1)[:, None]).sum(0))
+        shares = (layer.costs / np.maximum(room, 1)[:, None]).sum(0).clip(min=LEAST_SHARE)
+        worth = np.minimum.accumulate(layer.values / shares)
         for position, rank in enumerate(worth):
             groups.append((-rank, index, position, layer.values[position], layer.costs[:, position]))
     return [([index], float(value), costs) for _, index, _, value, costs in sorted(groups, key=lambda g: g[:3])]

@@ -5,13 +5,14 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from optin_deploy.arch.resolve import resolve
-from optin_deploy.budget import Limits
+from optin_deploy.budget import Limit, Limits
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.cost.params import param_cost
@@ -206,22 +207,24 @@ def plan_stage(
     *,
     align: int = 16,
     allocation: str = "uniform",
-    max_drop: float | None = None,
+    latency: Limit | None = None,
+    noted: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> PruningPlan:
     """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be.
 
-    Args: max_drop: the loss of quality by which the limits were found; only noted.
+    Args: latency: a table and the nanoseconds that it allows. noted: more settings for masks.json, such as the loss of
+        quality by which the limits were found.
     """
     limits = limits or Limits()
     scores, layout, macs, params, key = workspace.read_scores()
     curves = workspace.read_curves()[0] if allocation == "curves" else None
-    within = limits.within(macs, params)
+    within = [*limits.within(macs, params), *([] if latency is None else [latency])]
     masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves)
     plan = make_plan(masks, layout, macs)
     if write:
         how = {"align": align, "allocation": allocation, "scores_key": key}
-        settings = {**asdict(limits), "max_drop": max_drop, **how}
+        settings = {**asdict(limits), **how, **(noted or {})}
         workspace.write_plan(plan, masks, settings)
     return plan
 

@@ -149,14 +149,15 @@ def planned(
     Returns: the plan, and what its model is worth if that was looked for.
     Raises: BadInput, InfeasibleBudget, QualityLimit.
     """
-    _measure_curves(workspace, prepared, allocation, stage)
+    measure_curves(workspace, prepared, allocation, stage)
     best, drop, cost = None, limits.max_drop, prepared.cost
     if drop is not None:
         trials = Trials(workspace, prepared, align, allocation, compensation, stage)
         best = smallest_within(drop, cost.fixed / cost.dense, trials.at)
         limits = Limits(flops=best.flops)
     with stage("plan"):
-        return plan_stage(workspace, limits, align=align, allocation=allocation, max_drop=drop), best
+        noted = {"max_drop": drop}
+        return plan_stage(workspace, limits, align=align, allocation=allocation, noted=noted), best
 
 
 def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> Point:
@@ -198,7 +199,7 @@ def sweep(
     Raises: BadInput, InfeasibleBudget.
     """
     check_shares(prepared, shares)
-    _measure_curves(workspace, prepared, allocation, stage)
+    measure_curves(workspace, prepared, allocation, stage)
     trials = Trials(workspace, prepared, align, allocation, compensation, stage)
     points = [trials.at(share) for share in shares]
     text = io.StringIO()
@@ -208,7 +209,8 @@ def sweep(
     return points
 
 
-def _measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, stage: Stage) -> None:
+def measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, stage: Stage) -> None:
+    """`curve_stage`, if this allocation needs it."""
     if allocation == "curves":
         with stage("curves") as progress:
             curve_stage(workspace, prepared, progress=progress)

@@ -215,7 +215,7 @@ def test_a_layout_without_a_field_is_refused(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"layers": []}, {"layers": 3}, {"layers": [3]}, {"schema_version": 2}, {"x": 1}], ids=str
+    "change", [{"layers": []}, {"layers": 3}, {"layers": [3]}, {"schema_version": 1}, {"x": 1}], ids=str
 )
 def test_a_layout_that_is_not_ours_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="layout"):

@@ -23,6 +23,8 @@ from optin_deploy.commands.options import (
     Force,
     KlWeight,
     LabelColumn,
+    Latency,
+    LatencyTableFile,
     MaxDrop,
     MemoryBudget,
     Model,
@@ -38,9 +40,11 @@ from optin_deploy.commands.options import (
     Seed,
     SeqLen,
     Size,
+    Speedup,
     Task,
     TextColumn,
     Threads,
+    Throughput,
     TimingCache,
     WeightingName,
     Weights,
@@ -66,6 +70,8 @@ Examples:
 
     optin-export ./my-bert --flops 0.4 --at batch=1,seq=128 --at batch=32,seq=128 --threads 2
 
+    optin-export ./my-bert --calibration texts.jsonl --latency 4.0ms --at batch=1,seq=128
+
     optin-export ./my-vit --calibration photos/ --engine trt --prepare-only
 """
 
@@ -83,6 +89,10 @@ def export(
     params: Params = None,
     size: Size = None,
     max_drop: MaxDrop = None,
+    latency: Latency = None,
+    speedup: Speedup = None,
+    throughput: Throughput = None,
+    latency_table: LatencyTableFile = None,
     evaluation: Eval = None,
     align: EngineAlign = None,
     allocation: Allocation = "curves",
@@ -109,13 +119,14 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    from exporters.job import describe, export_model, ready
+    from exporters.job import export_model
     from exporters.measuring import Point, parse_point
+    from exporters.ready import describe, ready
     from optin_deploy.workspace import Workspace
 
     source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
     source = judged_by(source, evaluation)
-    limits = limits_of(flops, params, size, max_drop)
+    limits = limits_of(flops, params, size, max_drop, latency=latency, speedup=speedup, throughput=throughput)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")
     options: dict[str, Any] = {
         "limits": limits,
@@ -147,6 +158,7 @@ def export(
             scoring=scoring,
             memory_budget=scoring_bytes,
             compensation=compensation,
+            table=latency_table,
             dense=dense,
             force=force,
             stage=stage_bar,

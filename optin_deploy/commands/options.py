@@ -125,6 +125,25 @@ Compatible = Annotated[
 Weights = Annotated[
     str, typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT)
 ]
+TIME = "Budget in time"
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Longest time of a batch at the first --at, measured: 4.0ms.", rich_help_panel=TIME),
+]
+Speedup = Annotated[
+    float | None, typer.Option(help="How much faster than the dense model at the first --at.", rich_help_panel=TIME)
+]
+Throughput = Annotated[
+    float | None, typer.Option(help="Least samples a second at the first --at.", rich_help_panel=TIME)
+]
+LatencyTableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency-table",
+        help="Written by optin profile for this model and engine. [default: measured, kept in the output folder]",
+        rich_help_panel=TIME,
+    ),
+]
 At = Annotated[
     list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
 ]

@@ -51,11 +51,25 @@ def scoring_settings(
     return ScoreSettings(scorer, weighting, kl_weight, chosen, probes)  # type: ignore[arg-type]
 
 
-def limits_of(flops: float | None, params: float | None, size: str | None, max_drop: float | None) -> Any:
+def limits_of(
+    flops: float | None,
+    params: float | None,
+    size: str | None,
+    max_drop: float | None,
+    *,
+    latency: str | None = None,
+    speedup: float | None = None,
+    throughput: float | None = None,
+) -> Any:
     """What may stay, checked."""
-    from optin_deploy.budget import Limits
+    from optin_deploy.budget import Limits, TimeTarget, parse_latency
 
-    return Limits(flops, params, size_of(size, "--size"), max_drop)
+    latency_ms = None if latency is None else parse_latency(latency)
+    asked = {"--latency": latency_ms, "--speedup": speedup, "--throughput": throughput}
+    targets = [TimeTarget(option, value) for option, value in asked.items() if value is not None]
+    if len(targets) > 1:
+        raise BadInput(f"{' and '.join(map(str, targets))}: give one of them.")
+    return Limits(flops, params, size_of(size, "--size"), max_drop, targets[0] if targets else None)
 
 
 def judged_by(source: Any, evaluation: Path | None) -> Any:

@@ -51,7 +51,7 @@ def plan(
 
     With --allocation uniform or paper neither the model nor its calibration data is needed.
     """
-    from exporters.job import describe
+    from exporters.ready import describe
     from optin_deploy.search import check_search
     from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned

@@ -90,7 +90,7 @@ def score(
     skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
     takes over what a killed one left.
     """
-    from exporters.job import describe
+    from exporters.ready import describe
     from optin_deploy.budget import Limits
     from optin_deploy.scoring.parts import PartsLeft, worker_of
     from optin_deploy.stages import ScoreRequest, prepare

@@ -1,10 +1,12 @@
-"""What a plan costs, if every kept unit costs the same wherever it stands in its layer."""
+"""What a plan costs: the sum over branches of what their widths cost, and a fixed rest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
@@ -16,9 +18,27 @@ def prunable(layout: ModelLayout, head: Sequence[int], neuron: Sequence[int]) ->
     return sum(h * x.heads + n * x.neurons for h, n, x in zip(head, neuron, layout.layers, strict=True))
 
 
+class Cost(Protocol):
+    """What a search needs to know of one resource, in whole numbers."""
+
+    @property
+    def fixed(self) -> int:
+        """What no plan can cut."""
+
+    @property
+    def dense(self) -> int:
+        """Of the dense model."""
+
+    def of_heads(self, layer: int, units: int) -> np.ndarray:
+        """What 0, 1, ... `units` kept heads of a layer cost, (units + 1,), never falling, from 0 on."""
+
+    def of_neurons(self, layer: int, units: int) -> np.ndarray:
+        """The same of its FFN neurons."""
+
+
 @dataclass(frozen=True)
 class UnitCost:
-    """Fixed + heads + neurons, in whole numbers of one resource."""
+    """Every kept unit costs the same wherever it stands in its layer."""
 
     __pydantic_config__ = STORED
 
@@ -44,6 +64,14 @@ class UnitCost:
         """With these counts of kept heads and neurons a layer."""
         pairs = (*zip(self.head, heads, strict=True), *zip(self.neuron, neurons, strict=True))
         return self.fixed + sum(cost * count for cost, count in pairs)
+
+    def of_heads(self, layer: int, units: int) -> np.ndarray:
+        """See `Cost.of_heads`."""
+        return np.arange(units + 1) * self.head[layer]
+
+    def of_neurons(self, layer: int, units: int) -> np.ndarray:
+        """See `Cost.of_neurons`."""
+        return np.arange(units + 1) * self.neuron[layer]
 
     def times(self, factor: int) -> UnitCost:
         """The same in a smaller unit, for example bytes instead of parameters."""

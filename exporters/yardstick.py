@@ -1,0 +1,133 @@
+"""Time models of given widths on an engine, as they would be shipped, interleaved with the dense model.
+
+Widths alone decide the time, so that candidates are cut without compensation: seconds each, not minutes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from exporters.base import Exporter, ExportSpec
+from exporters.measuring import Point, length_of
+from optin_deploy.bench.environment import environment, installed_versions
+from optin_deploy.bench.timing import PairTiming, Samples, measure_pair, measure_together
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import example_inputs
+from optin_deploy.plan import Masks, PruningPlan
+from optin_deploy.progress import Progress, silent
+from optin_deploy.pruned import PrunedModel
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.runtimes.base import Feeds, Runtime
+from optin_deploy.runtimes.device import current_gpu, describe_device
+from optin_deploy.search import make_plan
+from optin_deploy.stages import Prepared
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """One engine on this device, at one size of input; `yardstick` makes it."""
+
+    prepared: Prepared
+    target: Exporter
+    spec: ExportSpec
+    point: Point
+    threads: int
+    feeds: Feeds
+    dense: Path
+    """Artifact of the dense model."""
+    scratch: Path
+    """Candidates lie here while they are measured."""
+
+    @property
+    def precision(self) -> str:
+        """Of the artifacts."""
+        return self.spec.precision or self.target.precisions[0]
+
+    @property
+    def setting(self) -> dict[str, str | int]:
+        """All that a time depends on besides the model."""
+        gpu = current_gpu()
+        versions = (f"{name} {found}" for name, found in installed_versions().items())
+        return {
+            "engine": self.target.engine,
+            "precision": self.precision,
+            "batch": self.point.batch,
+            "seq_len": length_of(self.point, self.prepared.loaded.model, self.prepared.cost.tokens),
+            "threads": self.threads,
+            "cpu": str(environment()["cpu_model"]),
+            "gpu": "none" if gpu is None else describe_device(gpu)[0],
+            "versions": ", ".join(versions),
+        }
+
+    def plan(self, heads: Sequence[int], neurons: Sequence[int]) -> PruningPlan:
+        """The first so many units of each layer: which ones makes no difference to the time."""
+        layers = self.prepared.layout.layers
+        masks = Masks(
+            tuple(tuple(i < count for i in range(x.heads)) for x, count in zip(layers, heads, strict=True)),
+            tuple(tuple(i < count for i in range(x.neurons)) for x, count in zip(layers, neurons, strict=True)),
+            self.prepared.layout.hash,
+        )
+        return make_plan(masks, self.prepared.layout, self.prepared.cost)
+
+    def against_dense(self, plan: PruningPlan, progress: Progress = silent) -> PairTiming:
+        """The whole protocol for one candidate."""
+        with self._artifacts([plan]) as (artifact,):
+            return measure_pair(self._open_dense, partial(self._open, artifact), self.feeds, on_block=progress)
+
+    def together(self, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
+        """Some candidates beside the dense model: `dense`, `0`, `1`, ..."""
+        with self._artifacts(plans) as artifacts:
+            candidates = {str(i): partial(self._open, artifact) for i, artifact in enumerate(artifacts)}
+            return measure_together({DENSE: self._open_dense, **candidates}, self.feeds, blocks=blocks)
+
+    def _open_dense(self) -> Runtime:
+        task = self.prepared.source.task
+        return self.target.open(self.dense, precision=self.precision, threads=self.threads, task=task)
+
+    def _open(self, artifact: Path) -> Runtime:
+        return self.target.open(artifact, precision=self.precision, threads=self.threads)
+
+    @contextmanager
+    def _artifacts(self, plans: Sequence[PruningPlan]) -> Iterator[list[Path]]:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            yield [self._export(plan, Path(folder) / str(i)) for i, plan in enumerate(plans)]
+
+    def _export(self, plan: PruningPlan, folder: Path) -> Path:
+        name, dense_name = self.target.file_names(self.precision)
+        smaller = rewrite_torch(self.prepared.loaded.model, self.prepared.layout, plan)
+        if dense_name is None:  # the engine runs the transformers model itself
+            PrunedModel(smaller, plan, self.prepared.layout).save(folder / name)
+        return self.target.export(smaller, self.spec, folder / name).path
+
+
+@contextmanager
+def yardstick(
+    prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int = 0, home: Path | None = None
+) -> Iterator[Yardstick]:
+    """Export the dense model and get ready to time others beside it.
+
+    Args: home: folder where the dense artifact stays, or lies already; default: gone afterwards.
+    Raises: BadInput: the engine does not run here. CannotBuildHere.
+    """
+    obstacle = target.obstacle(spec.precision)
+    if obstacle is not None:
+        raise BadInput(f"{target.engine} cannot be timed on this machine: {obstacle}.")
+    model: nn.Module = prepared.loaded.model
+    seq_len = length_of(point, model, prepared.cost.tokens)
+    feeds = {k: v.numpy() for k, v in example_inputs(model, batch=point.batch, seq_len=seq_len).items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        _, name = target.file_names(spec.precision or target.precisions[0])
+        dense = Path(prepared.source.model)
+        if name is not None:
+            dense = target.export(model, spec, (home or scratch) / name).path
+        yield Yardstick(prepared, target, spec, point, threads, feeds, dense, scratch)

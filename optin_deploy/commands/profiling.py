@@ -1,0 +1,74 @@
+"""`optin profile`: what heads and FFN widths take on an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optin_deploy.commands.options import (
+    Calibration,
+    DryRun,
+    Engine,
+    EngineAlign,
+    Model,
+    Precision,
+    Seed,
+    SeqLen,
+    Task,
+    Threads,
+)
+from optin_deploy.commands.parsing import source_of
+from optin_deploy.terminal import print_table, stage_bar
+
+PROFILE_EXAMPLES = """
+Examples:
+
+    optin profile ./my-bert --at batch=1,seq=128 --threads 2 --out latency.json
+
+    optin profile ./my-bert --engine openvino --check 20
+"""
+
+
+def profile(
+    model: Model,
+    task: Task = None,
+    calibration: Calibration = None,
+    seq_len: SeqLen = 128,
+    seed: Seed = 0,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1",
+    threads: Threads = 0,
+    align: EngineAlign = None,
+    check: Annotated[int, typer.Option(min=0, help="Random plans to measure, to see how wrong the table is.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
+    from exporters.measuring import parse_point
+    from exporters.profiling import profile_model
+    from optin_deploy.cost.latency import TABLE_HEADER, held_out_line, table_rows
+
+    source = source_of(model, task, calibration, "text", "label", seq_len, 512, seed)
+    path = out or Path(f"{Path(source.model).name}-{engine}-latency.json")
+    table = profile_model(
+        source,
+        path,
+        engine=engine,
+        precision=precision,
+        point=parse_point(at),
+        threads=threads,
+        align=align,
+        check=check,
+        dry_run=dry_run,
+        stage=stage_bar,
+    )
+    if table is None:
+        typer.echo(f"would measure {model} on engine {engine} and write {path}")
+        return
+    print_table(TABLE_HEADER, table_rows(table), f"{table.dense_ms:.3g} ms dense; milliseconds that a layer takes")
+    if table.held_out:
+        typer.echo(held_out_line(table))
+    typer.echo(f"Wrote {path}")

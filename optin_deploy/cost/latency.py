@@ -1,0 +1,164 @@
+"""The latency table: what heads and FFN widths take on one engine and device, measured inside the whole model.
+
+A layer's share of the time cannot be timed by itself: engines fuse, overlap and keep things in caches. So whole models
+are timed in which all layers of one shape have the same width, and the difference to the dense model is divided among
+them. The time of a plan is the dense time less what its layers save; between the measured widths it is interpolated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from optin_deploy.errors import BadInput
+from optin_deploy.layout import ModelLayout
+from optin_deploy.validation import STORED, validated
+
+SCHEMA_VERSION = 1
+HINT = "Measure it again with `optin profile`."
+NS = 1_000_000
+"""Nanoseconds in a millisecond: searches add whole numbers."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What one branch takes at a few widths."""
+
+    __pydantic_config__ = STORED
+
+    counts: tuple[int, ...]
+    """Kept units, from 0 to all, rising."""
+    ms: tuple[float, ...]
+    """Milliseconds more than with none; noise can make them fall or negative."""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.counts, self.counts[1:], strict=False))
+        whole = len(self.counts) == len(self.ms) > 1 and self.counts[0] == 0 == self.ms[0] and rising
+        if not whole or not np.isfinite(self.ms).all():
+            raise BadInput(f"latency table: give a time for 0 to all units: {self.counts}, {self.ms}. {HINT}")
+
+    def at(self, units: int) -> np.ndarray:
+        """Milliseconds of 0, 1, ... units, (units + 1,); what takes longer than a wider one counts as the wider one.
+
+        Raises: BadInput: the table is of another width.
+        """
+        if units != self.counts[-1]:
+            raise BadInput(f"latency table: it has {self.counts[-1]} units where the model has {units}. {HINT}")
+        ms = np.interp(np.arange(units + 1), self.counts, np.maximum(self.ms, 0))
+        found: np.ndarray = np.minimum.accumulate(ms[::-1])[::-1]
+        return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A plan that the table was not made from."""
+
+    __pydantic_config__ = STORED
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    predicted_ms: float
+    measured_ms: float
+
+    @property
+    def error(self) -> float:
+        """Relative to the measured time; above 0: predicted too long."""
+        return self.predicted_ms / self.measured_ms - 1
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """A `cost.units.Cost` in nanoseconds; good for one engine, device and size of input."""
+
+    __pydantic_config__ = STORED
+
+    dense_ms: float
+    """Median of a batch through the dense model."""
+    heads: tuple[Steps, ...]
+    """One a layer."""
+    neurons: tuple[Steps, ...]
+    layout_hash: str
+    setting: Mapping[str, str | int]
+    """Engine, precision, batch, seq_len, threads, and the device and versions it was measured with."""
+    held_out: tuple[HeldOut, ...] = ()
+    """Plans that were measured to see how wrong the table is."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION or not 0 < self.dense_ms < np.inf:
+            raise BadInput(f"latency table: schema_version {self.schema_version}, dense {self.dense_ms} ms. {HINT}")
+
+    @property
+    def dense(self) -> int:
+        """See `Cost.dense`."""
+        return round(self.dense_ms * NS)
+
+    @property
+    def fixed(self) -> int:
+        """See `Cost.fixed`: with no head and no neuron left."""
+        most = sum(float(steps.at(steps.counts[-1])[-1]) for steps in (*self.heads, *self.neurons))
+        return max(0, round((self.dense_ms - most) * NS))
+
+    def of_heads(self, layer: int, units: int) -> np.ndarray:
+        """See `Cost.of_heads`."""
+        return np.round(self.heads[layer].at(units) * NS).astype(np.int64)
+
+    def of_neurons(self, layer: int, units: int) -> np.ndarray:
+        """See `Cost.of_neurons`."""
+        return np.round(self.neurons[layer].at(units) * NS).astype(np.int64)
+
+    def predict_ms(self, heads: Sequence[int], neurons: Sequence[int]) -> float:
+        """Milliseconds of a batch with these counts of kept heads and neurons a layer."""
+        steps = zip((*self.heads, *self.neurons), (*heads, *neurons), strict=True)
+        return self.dense_ms - sum(float(s.at(s.counts[-1])[-1] - s.at(s.counts[-1])[count]) for s, count in steps)
+
+    def check(self, layout: ModelLayout, setting: Mapping[str, str | int]) -> None:
+        """Make sure that it was measured with this model in this setting.
+
+        Raises: BadInput: names what differs.
+        """
+        if self.layout_hash != layout.hash:
+            raise BadInput(
+                f"latency table: of layout {self.layout_hash[:12]}, the model has {layout.hash[:12]}. {HINT}"
+            )
+        other = [f"{k} is {self.setting.get(k)!r}, not {v!r}" for k, v in setting.items() if self.setting.get(k) != v]
+        if other:
+            raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(other)}. {HINT}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises: BadInput: a field is missing, unknown or of the wrong type.
+        """
+        return validated(cls, data, "latency table: not one of optin-deploy", HINT)
+
+
+TABLE_HEADER = ("layers", "units", "kept", "ms a layer")
+
+
+def table_rows(table: LatencyTable) -> list[tuple[str, ...]]:
+    """A row a measured width; layers that share their times share a row."""
+    rows: list[tuple[str, ...]] = []
+    for kind, every in (("heads", table.heads), ("neurons", table.neurons)):
+        for steps in dict.fromkeys(every):
+            layers = [str(i) for i, mine in enumerate(every) if mine == steps]
+            where = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+            rows += [(where, kind, str(n), f"{ms:.3f}") for n, ms in zip(steps.counts, steps.ms, strict=True)]
+    return rows
+
+
+def held_out_line(table: LatencyTable) -> str:
+    """How wrong the table is, in a sentence."""
+    errors = np.abs([each.error for each in table.held_out])
+    return (
+        f"{len(errors)} random plans: predicted times are off by {np.median(errors):.1%} in the median, "
+        f"{errors.max():.1%} at worst."
+    )
