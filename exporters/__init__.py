@@ -9,6 +9,7 @@ from optin_deploy.errors import BadInput
 
 ENGINES = {
     "onnx": "exporters.to_onnx:OnnxExporter",
+    "openvino": "exporters.to_openvino:OpenVinoExporter",
     "ort-cuda": "exporters.to_ort_gpu:OrtCudaExporter",
     "ort-trt": "exporters.to_ort_gpu:OrtTensorRTExporter",
     "torch": "exporters.to_torch:TorchExporter",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
-from exporters.base import Artifact, ExportSpec, graph_precision
-from exporters.to_onnx import OnnxExporter
-from optin_deploy.errors import CannotBuildHere, MissingDependency
+from exporters.onnx_engine import OnnxEngineExporter
+from optin_deploy.errors import MissingDependency
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu
 from optin_deploy.runtimes.ort import OrtRuntime, import_onnxruntime
@@ -18,30 +14,14 @@ CACHE = "ort-trt-cache"
 """Folder beside the ONNX file where the TensorRT provider keeps its plans; without it every session builds anew."""
 
 
-class OrtCudaExporter(OnnxExporter):
+class OrtCudaExporter(OnnxEngineExporter):
     """ONNX Runtime's CUDA provider."""
 
     engine = "ort-cuda"
     precisions: tuple[str, ...] = ("fp32", "tf32", "fp16")
     align = 64
+    extra = "gpu"
     provider = "CUDAExecutionProvider"
-
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Write the ONNX file; the engine itself is made from it when a session opens.
-
-        Raises: CannotBuildHere: such a session cannot open on this machine.
-        """
-        precision = spec.precision or self.precisions[0]
-        graph = super().export(model, replace(spec, precision=graph_precision(precision)), out)
-        artifact = replace(graph, engine=self.engine, precision=precision)
-        obstacle = self.obstacle()
-        if obstacle is not None:
-            raise CannotBuildHere(
-                f"{out} is written, but {self.engine} does not run here: {obstacle}. Copy {out.parent} to the target "
-                f"and run there\n  pip install 'optin-deploy[gpu]'\n"
-                f"  optin bench {out.parent.name} --engine {self.engine} --precision {artifact.precision}"
-            )
-        return artifact
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`; whether the provider really loads shows only when a session opens."""

@@ -247,7 +247,7 @@ def test_a_budget_below_the_unprunable_layers_names_the_least(shell: Shell, out:
 @pytest.mark.parametrize(
     ("flag", "value", "says"),
     [
-        ("--engine", "bogus", "onnx, ort-cuda, ort-trt, torch, torch-compile, aoti, trt, trt-rtx"),
+        ("--engine", "bogus", "onnx, openvino, ort-cuda, ort-trt, torch, torch-compile, aoti, trt, trt-rtx"),
         ("--precision", "int3", "fp32"),
         ("--allocation", "bogus", "curves, uniform, paper"),
         ("--scorer", "bogus", "sketch, exact"),
@@ -282,7 +282,7 @@ def test_an_unknown_engine_of_a_stage(shell: Shell, finished: Path, command: str
     refuse(
         shell("optin", command, finished, "--engine", "bogus"),
         "bogus",
-        "onnx, ort-cuda, ort-trt, torch, torch-compile, aoti, trt, trt-rtx",
+        "onnx, openvino, ort-cuda, ort-trt, torch, torch-compile, aoti, trt, trt-rtx",
     )
     assert snapshot(finished) == before
 

@@ -96,7 +96,9 @@ KlWeight = Annotated[
 Compensation = Annotated[bool, typer.Option(help="Re-solve the kept projections in closed form.")]
 Engine = Annotated[
     str,
-    typer.Option(help="onnx (ONNX Runtime on CPU), ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."),
+    typer.Option(
+        help="onnx (ONNX Runtime) and openvino on CPU, ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."
+    ),
 ]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optin_deploy.errors import BadInput
-from optin_deploy.runtimes.base import Feeds, OwnThreads, check_names
+from optin_deploy.runtimes.base import Feeds, OwnThreads, check_names, closed
 from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32
 from optin_deploy.runtimes.record import read_record
 
@@ -43,7 +42,7 @@ class AotiRuntime(OwnThreads):
         Raises: BadInput: an input is missing.
         """
         if self._package is None:
-            raise BadInput("This AotiRuntime is closed. Open a new one for more runs.")
+            raise closed(self)
         check_names(self._inputs, feeds)
         with torch.inference_mode(), exact_float32():
             arrays = (np.require(feeds[name], requirements=("C", "W")) for name in self._inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -56,8 +57,7 @@ class OwnThreads:
 
     def __init__(self, threads: int) -> None:
         """Args: threads: 0 = leave as is. Raises: BadInput: negative."""
-        if threads < 0:
-            raise BadInput(f"threads is {threads}; use 0 (leave PyTorch's number) or a positive number.")
+        check_threads(threads, "leave PyTorch's number")
         self._threads = threads
         self._threads_before = 0
 
@@ -85,3 +85,27 @@ def check_names(needed: Sequence[str], given: Mapping[str, object]) -> None:
             f"The model needs {', '.join(missing)}, but the feeds are {', '.join(given) or 'empty'}. "
             f"Give all of: {', '.join(needed)}."
         )
+
+
+def check_threads(threads: int, default: str) -> None:
+    """Refuse a negative number of threads.
+
+    Args: default: what 0 means.
+    Raises: BadInput.
+    """
+    if threads < 0:
+        raise BadInput(f"threads is {threads}; use 0 ({default}) or a positive number.")
+
+
+def check_onnx_file(path: str | Path) -> None:
+    """Refuse a path where no file is.
+
+    Raises: BadInput.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"There is no ONNX file at {path}. Give the path of a .onnx file.")
+
+
+def closed(runtime: object) -> BadInput:
+    """The error of a run after `close`."""
+    return BadInput(f"This {type(runtime).__name__} is closed. Open a new one for more runs.")

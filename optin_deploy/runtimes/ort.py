@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.runtimes.base import Closing, Feeds, check_names
+from optin_deploy.errors import MissingDependency
+from optin_deploy.runtimes.base import Closing, Feeds, check_names, check_onnx_file, check_threads, closed
 
 PROVIDER = "CPUExecutionProvider"
 FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
@@ -58,10 +58,8 @@ class OrtRuntime(Closing):
             session runs on another provider than the asked one.
         """
         self.engine = ENGINES.get(provider, provider)
-        if threads < 0:
-            raise BadInput(f"threads is {threads}; use 0 (ONNX Runtime's default) or a positive number.")
-        if not Path(path).is_file():
-            raise BadInput(f"There is no ONNX file at {path}. Give the path of a .onnx file.")
+        check_threads(threads, "ONNX Runtime's default")
+        check_onnx_file(path)
         ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -95,7 +93,7 @@ class OrtRuntime(Closing):
         Raises: BadInput: an input of the graph is not in `feeds`, or the runtime is closed.
         """
         if self._session is None:
-            raise BadInput("This OrtRuntime is closed. Open a new one for more runs.")
+            raise closed(self)
         check_names(self._inputs, feeds)
         values = self._session.run(None, {name: feeds[name] for name in self._inputs})
         return dict(zip(self._outputs, values, strict=True))

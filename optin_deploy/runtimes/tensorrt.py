@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.runtimes.base import Closing, Feeds, check_names
+from optin_deploy.runtimes.base import Closing, Feeds, check_names, closed
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, read_record
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
@@ -145,7 +145,7 @@ class TensorRTRuntime(Closing):
 
     def _bound_to(self, inputs: Mapping[str, np.ndarray] | Mapping[str, Tensor]) -> _Bound:
         if self._plan is None:
-            raise BadInput("This TensorRTRuntime is closed. Open a new one for more runs.")
+            raise closed(self)
         check_names(self.inputs, inputs)
         shapes = tuple(tuple(inputs[name].shape) for name in self.inputs)
         bound = self._bound.get(shapes) or self._bind(shapes)

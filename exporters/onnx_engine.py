@@ -1,0 +1,35 @@
+"""Engines whose artifact is the ONNX file itself: written here, made into an engine when it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from exporters.base import Artifact, ExportSpec, graph_precision
+from exporters.to_onnx import OnnxExporter
+from optin_deploy.errors import CannotBuildHere
+
+
+class OnnxEngineExporter(OnnxExporter):
+    """What such engines share."""
+
+    extra: str
+    """Of the packages that run it: pip install 'optin-deploy[extra]'."""
+
+    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+        """Write the ONNX file, or find it finished.
+
+        Raises: CannotBuildHere: the engine cannot open it on this machine.
+        """
+        precision = spec.precision or self.precisions[0]
+        graph = super().export(model, replace(spec, precision=graph_precision(precision)), out)
+        obstacle = self.obstacle(precision)
+        if obstacle is not None:
+            raise CannotBuildHere(
+                f"{out} is written, but {self.engine} does not run here: {obstacle}. Copy {out.parent} to the target "
+                f"and run there\n  pip install 'optin-deploy[{self.extra}]'\n"
+                f"  optin bench {out.parent.name} --engine {self.engine} --precision {precision}"
+            )
+        return replace(graph, engine=self.engine, precision=precision)

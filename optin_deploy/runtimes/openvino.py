@@ -1,0 +1,100 @@
+"""Run an ONNX file with OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from optin_deploy.errors import MissingDependency
+from optin_deploy.runtimes.base import Closing, Feeds, check_names, check_onnx_file, check_threads, closed
+
+DEVICE = "CPU"
+TELEMETRY = "openvino_telemetry"
+"""Installed with openvino: `import openvino` reports to Google Analytics through it, and leaves an id in ~/intel."""
+
+COMPUTED_IN = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+"""OpenVINO's type for what a graph leaves in floating point. Without one it takes bfloat16 wherever the CPU multiplies
+it, also for a float32 graph; int8 loses enough in what is quantised."""
+NEEDS = {"f16": "FP16", "bf16": "BF16"}
+"""What the CPU must be able to do, else f32: asked for f16, a CPU that has only bfloat16 silently takes that."""
+
+
+def import_openvino() -> ModuleType:
+    """Import openvino without its telemetry.
+
+    Raises: MissingDependency: it is not installed.
+    """
+    try:
+        with _hidden(TELEMETRY):  # openvino has a silent stub for where that package is missing
+            import openvino
+    except ModuleNotFoundError as err:
+        raise MissingDependency("openvino is not installed. Run: pip install 'optin-deploy[cpu]'") from err
+    module: ModuleType = openvino
+    return module
+
+
+class OpenVinoRuntime(Closing):
+    """One compiled model with one request, tuned for the time of a single run."""
+
+    engine = "openvino"
+
+    def __init__(self, path: str | Path, *, threads: int = 0, precision: str = "fp32") -> None:
+        """Load the file and compile it; kernels of a new input size are made in its first run.
+
+        Args: path: an ONNX file. threads: 0 = OpenVINO's default; more than there are cores is the cores.
+            precision: of the file, one of `COMPUTED_IN`.
+        Raises: BadInput: no such file, or negative threads. MissingDependency: see `import_openvino`.
+        """
+        check_threads(threads, "OpenVINO's default")
+        check_onnx_file(path)
+        core: Any = import_openvino().Core()
+        computed_in = COMPUTED_IN[precision]
+        if computed_in in NEEDS and NEEDS[computed_in] not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
+            computed_in = "f32"
+        settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": computed_in}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        model = core.read_model(str(path))
+        # Names are read before compiling: that may add those of tensors that it finds equal to an output.
+        self._inputs = tuple(each.get_any_name() for each in model.inputs)
+        self._outputs = tuple(each.get_any_name() for each in model.outputs)
+        self._compiled: Any = core.compile_model(model, DEVICE, settings)
+        self._request: Any = self._compiled.create_infer_request()
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Run once; feeds that the graph does not take are left out.
+
+        Returns: every output of the graph by name, as copies.
+        Raises: BadInput: an input of the graph is not in `feeds`, or the runtime is closed.
+        """
+        if self._request is None:
+            raise closed(self)
+        check_names(self._inputs, feeds)
+        found = self._request.infer({name: feeds[name] for name in self._inputs})
+        return {name: found[name] for name in self._outputs}
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: `run` returns when the work is done."""
+
+    def close(self) -> None:
+        """Free the compiled model (its weights, buffers and threads); a second call does nothing."""
+        self._request = self._compiled = None
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """An import of that module fails inside, as if it were not installed."""
+    modules: dict[str, Any] = sys.modules
+    before = {name: modules[name]} if name in modules else {}
+    modules[name] = None  # Python's sign for "cannot be imported"
+    try:
+        yield
+    finally:
+        del modules[name]
+        modules.update(before)
