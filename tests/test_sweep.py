@@ -316,7 +316,7 @@ def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path
     [
         (("--max-drop", "-1"), "--max-drop -1.0: give points"),
         (("--max-drop", "nan"), "--max-drop nan: give points"),
-        (("--max-drop", "1", "--flops", "0.5"), "leave out --flops"),
+        (("--max-drop", "1", "--flops", "0.5"), "leave out every other budget"),
         (("--max-drop", "1", "--eval", "missing.jsonl"), "missing.jsonl"),
         (("--flops", "0.5", "--eval", "missing.jsonl"), "--eval judges models for --max-drop"),
     ],

@@ -1,0 +1,452 @@
+"""Latency tables and budgets in time, on an engine whose clock is a formula: what is found is compared with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEQ_LEN, tiny_model
+from tiny_checkpoint import HEADS, LAYERS, Shell, bert, classifier, lines, text_options
+
+from exporters import exporter
+from exporters.base import ExportSpec
+from exporters.measuring import Point
+from exporters.profiling import grid, measure_table, table_at, with_held_out
+from exporters.ready import ready
+from exporters.time_budget import AIM, LEAST, Round, check_met, plan_within_time
+from exporters.yardstick import Yardstick, yardstick
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.bench.report import Measurement
+from optin_deploy.bench.timing import PairTiming, Samples
+from optin_deploy.budget import Limits, TimeTarget, parse_latency
+from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, held_out_line, table_rows
+from optin_deploy.cost.macs import mac_cost
+from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime
+from optin_deploy.plan import PruningPlan
+from optin_deploy.scoring.scores import Scores
+from optin_deploy.search import search_within
+from optin_deploy.stages import prepare, score_stage
+from optin_deploy.workspace import Source, Workspace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALIGN = 8
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Milliseconds of a plan: fixed + a head's + a neuron's, steps of a width, and what the table cannot know."""
+
+    fixed: float = 2.0
+    head: float = 0.3
+    neuron: float = 0.02
+    step: int = 1
+    """Neurons are rounded up to multiples of this, as hardware does."""
+    coupling: float = 0.0
+    """Share of the time that is added where heads and neurons are both cut: breaks the table's sum."""
+
+    def __call__(self, plan: PruningPlan) -> float:
+        heads = sum(map(len, plan.heads))
+        neurons = sum(-(-len(kept) // self.step) * self.step for kept in plan.neurons)
+        cut = (1 - heads / (HEADS * LAYERS)) * (1 - neurons / (96 * LAYERS))
+        return (self.fixed + self.head * heads + self.neuron * neurons) * (1 + self.coupling * cut)
+
+
+@dataclass(frozen=True, eq=False)
+class FormulaYard(Yardstick):
+    """Asks the formula instead of the engine."""
+
+    ms: Callable[[PruningPlan], float] = Formula()
+
+    def together(self, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
+        dense = self.ms(self.dense_plan)
+        times = {"dense": dense, **{str(i): self.ms(plan) for i, plan in enumerate(plans)}}
+        return Samples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
+
+    def against_dense(self, plan: PruningPlan, progress: Any = None) -> PairTiming:
+        dense, pruned = (((self.ms(each),),) * 2 for each in (self.dense_plan, plan))
+        return PairTiming(dense, pruned, dense, seed=0, load_ms={"dense": 1.0, "pruned": 1.0})
+
+    @property
+    def dense_plan(self) -> PruningPlan:
+        layers = self.prepared.layout.layers
+        return self.plan([x.heads for x in layers], [x.neurons for x in layers])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A workspace with scores of the tiny classifier, and what it was prepared from."""
+    source = Source(str(classifier()), calibration=str(lines()), seq_len=16)
+    prepared = prepare(source)
+    workspace = Workspace.claim(tmp_path_factory.mktemp("scored") / "work", source)
+    score_stage(workspace, prepared)
+    return workspace, prepared
+
+
+def yard_of(scored: Any, ms: Callable[[PruningPlan], float], *, batch: int = 1) -> FormulaYard:
+    _, prepared = scored
+    point = Point(batch)
+    nowhere = Path("never-opened")
+    return FormulaYard(prepared, exporter("onnx"), ExportSpec(), point, 1, {}, nowhere, nowhere, ms)
+
+
+# --- the table
+
+
+def test_a_table_of_an_additive_engine_predicts_every_plan(scored: Any) -> None:
+    yard = yard_of(scored, Formula())
+    table = measure_table(yard, align=ALIGN)
+    dense = Formula()(yard.dense_plan)
+    assert table.dense_ms == pytest.approx(dense)
+    assert table.fixed == pytest.approx(2.0e6, rel=1e-6)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        heads, neurons = rng.integers(0, HEADS + 1, LAYERS), rng.integers(0, 97, LAYERS)
+        expected = Formula()(yard.plan(heads.tolist(), neurons.tolist()))
+        assert table.predict_ms(heads.tolist(), neurons.tolist()) == pytest.approx(expected)
+
+
+def test_the_cost_of_a_table_is_the_sum_of_its_parts(scored: Any) -> None:
+    table = measure_table(yard_of(scored, Formula(step=32)), align=ALIGN)
+    heads, neurons = (4, 1), (64, 8)
+    total = table.fixed + sum(int(table.of_heads(i, HEADS)[n]) for i, n in enumerate(heads))
+    total += sum(int(table.of_neurons(i, 96)[n]) for i, n in enumerate(neurons))
+    assert total == pytest.approx(1e6 * table.predict_ms(heads, neurons), abs=10)
+
+
+def test_the_grid_measures_all_layers_of_a_shape_at_once_and_aligned_widths() -> None:
+    layers = resolve(tiny_model("bert")).layers
+    cells = list(grid(layers, 16))
+    assert {cell.layers for cell in cells} == {(0, 1, 2)}
+    assert [c.count for c in cells if c.kind == "heads"] == [0, 1, 2, 3, 4]
+    assert [c.count for c in cells if c.kind == "neurons"] == [0, 16, 32, 48]  # of 80; 10 rounds down to 0
+
+
+def test_layers_of_other_shapes_have_cells_of_their_own() -> None:
+    first, *others = resolve(tiny_model("bert")).layers
+    wider = replace(first, ffn=replace(first.ffn, units=160))
+    found = {cell.layers for cell in grid((wider, *others), 16)}
+    assert found == {(0,), (1, 2)}
+
+
+def test_a_width_that_takes_longer_than_a_wider_one_counts_as_the_wider_one() -> None:
+    steps = Steps((0, 2, 3, 4), (0.0, 3.0, 5.0, 4.0))
+    np.testing.assert_allclose(steps.at(4), [0.0, 1.5, 3.0, 4.0, 4.0])
+
+
+def test_interpolation_is_straight_between_measured_widths() -> None:
+    np.testing.assert_allclose(Steps((0, 4), (0.0, 2.0)).at(4), [0.0, 0.5, 1.0, 1.5, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("counts", "ms"), [((1, 4), (0.0, 1.0)), ((0, 4), (0.0,)), ((0, 4, 2), (0.0, 1.0, 2.0)), ((0, 4), (0.0, np.nan))]
+)
+def test_impossible_steps_are_refused(counts: tuple[int, ...], ms: tuple[float, ...]) -> None:
+    with pytest.raises(BadInput, match="optin profile"):
+        Steps(counts, ms)
+
+
+def test_held_out_plans_tell_how_wrong_a_table_is(scored: Any) -> None:
+    for formula, worst in ((Formula(), 1e-6), (Formula(coupling=0.2), 0.2)):
+        yard = yard_of(scored, formula)
+        table = with_held_out(measure_table(yard, align=ALIGN), yard, 10, align=ALIGN)
+        assert len(table.held_out) == 10
+        assert len({each.heads for each in table.held_out}) > 3
+        errors = [each.predicted_ms / formula(yard.plan(each.heads, each.neurons)) - 1 for each in table.held_out]
+        np.testing.assert_allclose([each.error for each in table.held_out], errors, atol=1e-9)
+        assert np.abs(errors).max() < worst
+    assert np.abs(errors).max() > 1e-3  # the coupling shows
+
+
+def test_a_table_tells_its_widths_and_its_errors(scored: Any) -> None:
+    table = measure_table(yard_of(scored, Formula()), align=ALIGN)
+    rows = table_rows(table)
+    assert ("0-1", "heads", "6", "1.800") in rows
+    assert len(rows) == len(table.heads[0].counts) + len(table.neurons[0].counts)
+    off = replace(table, held_out=(HeldOut((1, 1), (8, 8), 3.0, 4.0), HeldOut((1, 1), (8, 8), 4.4, 4.0)))
+    assert held_out_line(off) == "2 random plans: predicted times are off by 17.5% in the median, 25.0% at worst."
+
+
+def test_a_stored_table_is_used_where_it_fits_and_measured_again_where_not(scored: Any, tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    first = table_at(path, yard_of(scored, Formula()), align=ALIGN)
+    assert LatencyTable.from_json(json.loads(path.read_text())) == first
+    assert table_at(path, yard_of(scored, Formula(fixed=50.0)), align=ALIGN) == first  # nothing was measured
+    other = table_at(path, yard_of(scored, Formula(fixed=50.0), batch=2), align=ALIGN)
+    assert other.dense_ms == pytest.approx(first.dense_ms + 48)
+    with pytest.raises(BadInput, match="batch is 2, not 1"):
+        other.check(scored[1].layout, yard_of(scored, Formula()).setting)
+
+
+@pytest.mark.parametrize("change", [{"dense_ms": 0.0}, {"schema_version": 9}, {"heads": [3]}, {"extra": 1}], ids=str)
+def test_a_damaged_table_is_refused(scored: Any, change: dict[str, Any]) -> None:
+    table = measure_table(yard_of(scored, Formula()), align=ALIGN)
+    with pytest.raises(BadInput, match="latency table"):
+        LatencyTable.from_json({**table.to_json(), **change})
+
+
+# --- the search
+
+
+def test_a_search_within_a_table_is_the_best_of_all_choices() -> None:
+    model = tiny_model("bert")
+    layout = resolve(model)
+    rng = np.random.default_rng(3)
+    heads = tuple(Steps(tuple(range(7)), (0.0, *np.cumsum(rng.uniform(0.1, 1, 6)))) for _ in layout.layers)
+    neurons = tuple(Steps((0, 40, 80), (0.0, *np.cumsum(rng.uniform(1, 3, 2)))) for _ in layout.layers)
+    table = LatencyTable(30.0, heads, neurons, layout.hash, {})
+    of_heads, of_neurons = (
+        tuple(torch.tensor(np.sort(rng.uniform(0, 1, units))[::-1].copy()) for _ in layout.layers) for units in (6, 80)
+    )
+    scores = Scores(of_heads, of_neurons, layout.hash, {})
+    limit = int(0.8 * table.dense)
+    masks = search_within(scores, layout, [(table, limit)], align=40, allocation="uniform")
+    counts = [sum(keep) for keep in masks.heads], [sum(keep) for keep in masks.neurons]
+    spent = table.fixed + sum(int(table.of_heads(i, 6)[n]) for i, n in enumerate(counts[0]))
+    spent += sum(int(table.of_neurons(i, 80)[n]) for i, n in enumerate(counts[1]))
+    assert spent <= limit
+    best = -1.0
+    for h in range(7):  # uniform: the same number in all layers
+        for n in (0, 40, 80):
+            cost = table.fixed + sum(int(table.of_heads(i, 6)[h] + table.of_neurons(i, 80)[n]) for i in range(3))
+            worth = sum(float(x[:h].sum()) for x in scores.heads) + sum(float(x[:n].sum()) for x in scores.neurons)
+            best = max(best, worth if cost <= limit else -1)
+    found = sum(float(x[:c].sum()) for x, c in zip(scores.heads, counts[0], strict=True))
+    found += sum(float(x[:c].sum()) for x, c in zip(scores.neurons, counts[1], strict=True))
+    assert found == pytest.approx(best)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "paper"])
+def test_time_and_macs_hold_together(scored: Any, allocation: str) -> None:
+    workspace, prepared = scored
+    table = measure_table(yard_of(scored, Formula(step=32)), align=ALIGN)
+    scores = workspace.read_scores().scores
+    limits = [(prepared.cost, int(0.7 * prepared.cost.dense)), (table, int(0.6 * table.dense))]
+    masks = search_within(scores, prepared.layout, limits, align=ALIGN, allocation=allocation)
+    counts = [sum(keep) for keep in masks.heads], [sum(keep) for keep in masks.neurons]
+    assert prepared.cost.of(*counts) <= limits[0][1]
+    assert table.predict_ms(*counts) <= 0.6 * table.dense_ms + 1e-5
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+@pytest.mark.parametrize("coupling", [0.0, 0.3, -0.2])
+@pytest.mark.parametrize("option", ["--latency", "--speedup", "--throughput"])
+def test_the_measured_time_is_within_the_budget_and_near_it(
+    scored: Any, option: str, coupling: float, share: float
+) -> None:
+    workspace, _ = scored
+    formula = Formula(coupling=coupling)
+    yard = yard_of(scored, formula, batch=4)
+    table = measure_table(yard, align=ALIGN)
+    goal = share * table.dense_ms
+    value = {"--latency": goal, "--speedup": 1 / share, "--throughput": 4000 / goal}[option]
+    limits = Limits(time=TimeTarget(option, value))
+    plan, rounds = plan_within_time(workspace, limits, table, yard, align=ALIGN, allocation="uniform")
+    assert formula(plan) <= goal
+    assert formula(plan) >= 0.85 * goal  # two layers that are cut alike: steps of 7%
+    assert plan == workspace.read_plan()
+    assert min(abs(each.measured_ms - formula(plan)) for each in rounds) < 1e-9
+    settings = json.loads((workspace.root / "masks.json").read_text())["settings"]
+    assert settings["time"]["measured_ms"] == pytest.approx(formula(plan))
+
+
+def test_a_table_that_is_far_off_is_corrected_by_measuring(scored: Any) -> None:
+    workspace, _ = scored
+    table = measure_table(yard_of(scored, Formula()), align=ALIGN)
+    slower = Formula(fixed=3.0, head=0.36, neuron=0.022)  # the machine got slower since
+    goal = 0.7 * table.dense_ms
+    limits = Limits(time=TimeTarget("--latency", goal))
+    yard = yard_of(scored, slower)
+    plan, rounds = plan_within_time(workspace, limits, table, yard, align=ALIGN, allocation="uniform")
+    assert rounds[0].asked_ms == pytest.approx(AIM * goal)
+    assert rounds[0].measured_ms > goal
+    assert slower(plan) <= goal
+    assert rounds[-1].measured_ms >= 0.85 * goal
+
+
+def test_other_budgets_hold_beside_the_time(scored: Any) -> None:
+    workspace, _ = scored
+    yard = yard_of(scored, Formula())
+    table = measure_table(yard, align=ALIGN)
+    limits = Limits(flops=0.4, time=TimeTarget("--speedup", 1.05))
+    plan, rounds = plan_within_time(workspace, limits, table, yard, align=ALIGN, allocation="uniform")
+    assert plan.kept <= 0.4
+    assert len(rounds) == 1 or rounds[-1].measured_ms < LEAST * table.dense_ms  # the MACs bind: no better plan exists
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            TimeTarget("--latency", 1.0),
+            r"--latency 1ms is 1 ms a batch, but what cannot be cut takes 2 ms .* Use --latency 2.11ms or more",
+        ),
+        (TimeTarget("--speedup", 50.0), r"--speedup 50 .* Use --speedup \d.\d\d or less"),
+        (TimeTarget("--throughput", 10_000.0), r"Use --throughput \d+ or less"),
+        (TimeTarget("--latency", 1000.0), r"the dense model takes 9.44 ms already"),
+    ],
+)
+def test_a_time_that_cannot_be_met_says_what_can(scored: Any, target: TimeTarget, said: str) -> None:
+    yard = yard_of(scored, Formula())
+    table = measure_table(yard, align=ALIGN)
+    with pytest.raises(InfeasibleBudget, match=said):
+        plan_within_time(scored[0], Limits(time=target), table, yard, align=ALIGN, allocation="uniform")
+
+
+def test_a_machine_that_never_gets_there_says_the_fastest(scored: Any) -> None:
+    table = measure_table(yard_of(scored, Formula()), align=ALIGN)
+    stuck = yard_of(scored, lambda plan: 9.0)  # launch bound: nothing helps
+    with pytest.raises(InfeasibleBudget, match=r"the fastest of \d plans took 9 ms on onnx. Use --latency 9ms or more"):
+        plan_within_time(
+            scored[0], Limits(time=TimeTarget("--latency", 5.0)), table, stuck, align=ALIGN, allocation="uniform"
+        )
+
+
+# --- the last word
+
+
+def measurement(dense: float, pruned: float) -> Measurement:
+    blocks = (((dense,),) * 2, ((pruned,),) * 2)
+    timing = PairTiming(blocks[0], blocks[1], blocks[0], seed=0, load_ms={})
+    return Measurement("onnx", 2, 16, 1, 2.0, timing)
+
+
+@pytest.mark.parametrize(
+    "target", [TimeTarget("--latency", 5.0), TimeTarget("--speedup", 2.0), TimeTarget("--throughput", 400)]
+)
+def test_the_shipped_model_has_the_last_word(target: TimeTarget) -> None:
+    check_met(target, measurement(10.0, 4.99))
+    with pytest.raises(MissedTime, match=r"5.02 ms") as raised:
+        check_met(target, measurement(10.0, 5.02))
+    assert raised.value.exit_code == 1
+
+
+# --- what a user types
+
+
+@pytest.mark.parametrize(("text", "ms"), [("4.0ms", 4.0), ("4 ms", 4.0), ("900us", 0.9), ("0.5s", 500.0)])
+def test_latencies_are_read_with_their_unit(text: str, ms: float) -> None:
+    assert parse_latency(text) == pytest.approx(ms)
+
+
+@pytest.mark.parametrize("text", ["4", "fast", "4m", "4..0ms", "-4ms", ""])
+def test_a_latency_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match=r"--latency .*4\.0ms"):
+        parse_latency(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--speedup", 1.0), ("--speedup", 0.5), ("--latency", 0.0), ("--throughput", -1)]
+)
+def test_a_time_that_asks_for_nothing_is_refused(option: str, value: float) -> None:
+    with pytest.raises(BadInput, match=option):
+        TimeTarget(option, value)
+
+
+def test_the_name_of_the_folder_says_the_time() -> None:
+    assert str(Limits(time=TimeTarget("--latency", 4.0))) == "latency4ms"
+    assert str(Limits(flops=0.5, time=TimeTarget("--speedup", 2.0))) == "0.5-speedup2"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--speedup", "2", "--latency", "3ms"], "--latency 3ms and --speedup 2: give one"),
+        (["--speedup", "2", "--no-dense"], "--no-dense"),
+        (["--speedup", "2", "--max-drop", "1"], "--max-drop finds the budget itself"),
+        (["--latency", "3"], "give a time such as 4.0ms"),
+    ],
+)
+def test_impossible_wishes_are_refused(shell: Shell, tmp_path: Path, options: list[str], said: str) -> None:
+    ran = shell("optin-export", bert(), *text_options(lines(), tmp_path / "out"), *options)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_a_dry_run_says_how_the_time_is_met(shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = shell("optin-export", bert(), *text_options(lines(), out), "--latency", "2ms", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "--latency 2ms: planned by a latency table, then measured and corrected" in ran.out
+    assert not out.exists()
+
+
+# --- with an engine
+
+
+def test_a_yardstick_times_what_is_shipped(tmp_path: Path) -> None:
+    source = Source(str(bert()), calibration=str(lines()), seq_len=16)
+    target, spec, prepared = ready(source)
+    with yardstick(prepared, target, spec, Point(2), threads=1, home=tmp_path) as yard:
+        assert (tmp_path / "dense.onnx").is_file()
+        found = yard.together([yard.plan([2, 0], [8, 96]), yard.plan([6, 6], [96, 96])], blocks=2)
+        assert set(found.ms) == {"dense", "0", "1"}
+        assert yard.against_dense(yard.plan([1, 1], [8, 0])).speedup > 0
+        assert not list(yard.scratch.iterdir())  # candidates are gone
+        assert (yard.setting["engine"], yard.setting["batch"], yard.setting["seq_len"]) == ("onnx", 2, 16)
+    assert not yard.scratch.exists()
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_a_job_within_a_time_leaves_table_plan_and_rounds(
+    shell: Shell, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tiny models take as long as their overhead: the formula is the clock, also of the last measurement.
+    formula = Formula()
+
+    def together(yard: Yardstick, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
+        return FormulaYard(*vars(yard).values()).together(plans, blocks=blocks)
+
+    def against_dense(yard: Yardstick, plan: PruningPlan, progress: Any = None) -> PairTiming:
+        return FormulaYard(*vars(yard).values()).against_dense(plan)
+
+    monkeypatch.setattr(Yardstick, "together", together)
+    monkeypatch.setattr(Yardstick, "against_dense", against_dense)
+    checked: list[TimeTarget] = []
+    monkeypatch.setattr("exporters.job.check_met", lambda target, measured: checked.append(target))
+    out = tmp_path / "out"
+    ran = shell(
+        *("optin-export", classifier(), *text_options(lines(), out)),
+        *("--speedup", "1.5", "--engine", engine, "--allocation", "uniform", "--at", "batch=2"),
+    )
+    assert ran.code == 0, ran.err
+    assert checked == [TimeTarget("--speedup", 1.5)]
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["time"] == {"option": "--speedup", "value": 1.5}
+    dense = formula.fixed + LAYERS * (HEADS * formula.head + 96 * formula.neuron)
+    took = formula.fixed + sum(report["heads"]) * formula.head + sum(report["neurons"]) * formula.neuron
+    assert 0.85 * dense / 1.5 <= took <= dense / 1.5
+    assert Round(**report["settings"]["rounds"][-1]).measured_ms <= dense / 1.5
+    assert json.loads((out / "latency.json").read_text())["setting"]["engine"] == engine
+
+
+def test_profile_writes_a_table_and_its_errors(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Yardstick,
+        "together",
+        lambda yard, plans, blocks: FormulaYard(*vars(yard).values()).together(plans, blocks=blocks),
+    )
+    out = tmp_path / "latency.json"
+    ran = shell("optin", "profile", bert(), "--seq-len", 16, "--align", 8, "--check", 4, "--out", out)
+    assert ran.code == 0, ran.err
+    assert "4 random plans: predicted times are off by 0.0% in the median" in ran.out
+    table = LatencyTable.from_json(json.loads(out.read_text()))
+    assert len(table.held_out) == 4
+    assert table.setting["seq_len"] == 16
+
+
+def test_macs_of_a_tiny_model_are_a_cost_too() -> None:
+    model = tiny_model("bert")
+    layout = resolve(model)
+    cost = mac_cost(model, layout, seq_len=SEQ_LEN)
+    assert cost.of_heads(0, 6).tolist() == [cost.head[0] * n for n in range(7)]
+    assert cost.of_neurons(1, 80)[-1] == 80 * cost.neuron[1]
