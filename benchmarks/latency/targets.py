@@ -1,0 +1,152 @@
+"""Budgets in time on real engines: for targets from 0.3 to 0.9 of the dense time, what is measured at the end.
+
+A plan is looked for as `optin-export --speedup` does, and what it found is measured once more, on its own. Scores and
+curves are made once a model; a finished target is a file and is not measured again. Run:
+python -m benchmarks.latency.targets --minutes 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.latency.models import MODELS
+from benchmarks.record import RESULTS, write_result
+from exporters.measuring import parse_point
+from exporters.profiling import table_at
+from exporters.ready import ready
+from exporters.time_budget import LEAST, Round, plan_within_time
+from exporters.yardstick import Yardstick, yardstick
+from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Limits, TimeTarget
+from optin_deploy.errors import InfeasibleBudget
+from optin_deploy.stages import score_stage
+from optin_deploy.storage import read_json, write_json
+from optin_deploy.sweep import measure_curves
+from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.workspace import Workspace
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+"""Of the dense model's time."""
+HINT = "It will be measured again."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One target, and what came of it."""
+
+    model: str
+    engine: str
+    share: float
+    rounds: list[Round]
+    refused: str | None = None
+    """What the tool says that cannot be met."""
+    kept: float = 0.0
+    """Share of the MACs."""
+    measured: float = 0.0
+    """Share of the dense time, measured on its own after the search."""
+    ci95: tuple[float, float] = (0.0, 0.0)
+    unstable: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """At most the target and within 5% of it, or refused."""
+        return self.refused is not None or LEAST * self.share <= self.measured <= self.share
+
+
+def main() -> None:
+    """Measure until the time is up, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm", "vit-small"])
+    parser.add_argument("--engines", nargs="+", default=["onnx", "openvino"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=30, help="No target is begun after this.")
+    parser.add_argument("--out", type=Path, default=Path("out/latency"))
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    end = time.monotonic() + 60 * options.minutes
+    cells: list[Cell] = []
+    for model in options.models:
+        for engine in options.engines:
+            cells += _of_engine(model, engine, options.out, threads=options.threads, end=end)
+    text = page(cells, options.threads)
+    print(text)
+    folder = RESULTS if options.record else options.out
+    command = shlex.join(["python", "-m", "benchmarks.latency.targets", *sys.argv[1:]])
+    rows = [{**asdict(cell), "holds": cell.holds} for cell in cells]
+    write_result(folder, "latency_targets", {"cells": rows}, text, command)
+
+
+def _of_engine(model: str, engine: str, out: Path, *, threads: int, end: float) -> list[Cell]:
+    paths = {share: out / "targets" / f"{model}-{engine}-{share}.json" for share in SHARES}
+    left = [share for share, path in paths.items() if not path.exists()]
+    if left and time.monotonic() < end:
+        source = MODELS[model](out / "models")
+        target, spec, prepared = ready(source, engine=engine)
+        workspace = Workspace.claim(out / f"work-{model}", source)
+        with stage_bar(f"score {model}") as progress:
+            score_stage(workspace, prepared, progress=progress)
+        measure_curves(workspace, prepared, "curves", stage_bar)
+        with yardstick(prepared, target, spec, parse_point("batch=1"), threads=threads, home=workspace.root) as yard:
+            for share in left:
+                if time.monotonic() < end:
+                    write_json(paths[share], asdict(_cell(workspace, yard, model, share, target.align)))
+    found = [read_json(path, HINT) for path in paths.values() if path.exists()]
+    return [Cell(**{**cell, "rounds": [Round(**each) for each in cell["rounds"]]}) for cell in found]
+
+
+def _cell(workspace: Workspace, yard: Yardstick, model: str, share: float, align: int) -> Cell:
+    engine = yard.target.engine
+    with stage_bar(f"profile {engine}") as progress:
+        table = table_at(workspace.root / f"latency-{engine}.json", yard, align=align, progress=progress)
+    limits = Limits(time=TimeTarget("--speedup", 1 / share))
+    how = {"align": align, "allocation": "curves"}
+    try:
+        plan, rounds = plan_within_time(workspace, limits, table, yard, **how, stage=stage_bar)  # type: ignore[arg-type]
+    except InfeasibleBudget as refused:
+        return Cell(model, engine, share, [], refused=str(refused))
+    with stage_bar(f"{model} {engine} {share:g}") as progress:
+        timing = yard.against_dense(plan, progress)
+    low, high = timing.ci95
+    return Cell(
+        model,
+        engine,
+        share,
+        rounds,
+        kept=plan.kept,
+        measured=1 / timing.speedup,
+        ci95=(1 / high, 1 / low),
+        unstable=timing.unstable,
+    )
+
+
+def page(cells: list[Cell], threads: int) -> str:
+    """The result for people."""
+    rows = [
+        (
+            cell.model,
+            cell.engine,
+            f"{cell.share:g}",
+            "refused" if cell.refused else f"{cell.measured:.3f} [{cell.ci95[0]:.3f}, {cell.ci95[1]:.3f}]",
+            "" if cell.refused else f"{cell.kept:.1%}",
+            str(len(cell.rounds)),
+            ("holds" if cell.holds else "**does not hold**") + (", unstable" if cell.unstable else ""),
+        )
+        for cell in cells
+    ]
+    header = ("model", "engine", "target", "measured, of the dense time [95% CI]", "MACs kept", "rounds", "")
+    held = sum(cell.holds for cell in cells)
+    return (
+        f"# Budgets in time\n\n{held} of {len(cells)} targets hold: what was found, measured once more beside the "
+        f"dense model, takes at most the target and at least {LEAST:.0%} of it. Batch 1, {threads} threads; MiniLM "
+        f"at 128 tokens, ViT-S at 197.\n\n{to_table(header, rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
