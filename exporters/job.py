@@ -23,7 +23,7 @@ from exporters.time_budget import Round, check_met, plan_in_time
 from exporters.yardstick import yardstick
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
-from optin_deploy.budget import Limits
+from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.errors import BadInput, PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
@@ -202,7 +202,7 @@ def _report(
     parity: Mapping[str, float],
     latency: Sequence[Measurement],
     seconds: Mapping[str, float],
-    settings: Mapping[str, object],
+    settings: Mapping[str, Any],
 ) -> Report:
     plan, source = pruned.plan, prepared.source
     weights = {"plan": plan.hash, "layout": plan.layout_hash, "dense_weights": prepared.weights_sha256}
@@ -235,13 +235,17 @@ def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) 
     write_tensors(workspace.root / "samples.safetensors", tensors)
 
 
-def _notes(source: Source, built: Built, settings: Mapping[str, object], quality: Quality) -> list[str]:
+def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Quality) -> list[str]:
     notes = []
     if settings["max_drop"] is not None:
         notes.append(
             f"The budget was chosen by `--max-drop {settings['max_drop']:g}` on the rows that quality is told of; one "
             f"of the {quality.samples} rows is {100 / quality.samples:.2f} points."
         )
+    if settings["rounds"]:
+        told = ", ".join(f"{each['measured_ms']:.3g}" for each in settings["rounds"])
+        target = TimeTarget(**settings["time"])
+        notes.append(f"Planned for `{target}` by a latency table; plans that were measured took {told} ms.")
     if source.calibration is None:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
     if built.problem is not None:

@@ -427,6 +427,7 @@ def test_a_job_within_a_time_leaves_table_plan_and_rounds(
     assert 0.85 * dense / 1.5 <= took <= dense / 1.5
     assert Round(**report["settings"]["rounds"][-1]).measured_ms <= dense / 1.5
     assert json.loads((out / "latency.json").read_text())["setting"]["engine"] == engine
+    assert "Planned for `--speedup 1.5` by a latency table" in (out / "report.md").read_text()
 
 
 def test_profile_writes_a_table_and_its_errors(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
