@@ -1,4 +1,4 @@
-"""Operator times of an ONNX file, by ONNX Runtime's own profiler, and which block of the model each belongs to."""
+"""Operator times of ONNX files, by ONNX Runtime's own profiler, and which block of the model each belongs to."""
 
 from __future__ import annotations
 
@@ -6,29 +6,67 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from optin_deploy.bench.diagnosis import Operators
+from exporters import check_precision, exporter
+from exporters.measuring import Point, length_of
+from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
+from optin_deploy.bench.environment import environment
+from optin_deploy.cost.macs import ideal_speedup
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
+from optin_deploy.pruned import load_pruned
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
+from optin_deploy.storage import write_json
 
-RUNS, WARMUP = 20, 3
+RUNS, WARMUP = 30, 5
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules that it was traced in, outermost first."""
+FILE = "operators.json"
+
+
+def explain_folder(
+    folder: Path, *, precision: str | None = None, point: Point, threads: int = 0
+) -> tuple[Operators, Operators, Cut]:
+    """Profile the dense and the pruned ONNX file of an output folder; the times go to operators.json.
+
+    Returns: dense, pruned, and what was cut.
+    Raises: BadInput: a file is missing.
+    """
+    target = exporter("onnx")
+    pruned = load_pruned(folder)
+    precision = check_precision(target, precision)
+    seq_len = length_of(point, pruned.model, pruned.plan.tokens)
+    feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
+    paths = [folder / str(name) for name in reversed(target.file_names(precision))]
+    for path in paths:
+        if not path.is_file():
+            raise BadInput(f"{path} does not exist. Make it with `optin build {folder} --precision {precision}`.")
+    dense, smaller = (operator_times(path, feeds, pruned.layout, threads=threads) for path in paths)
+    cut = Cut(
+        kept=1 / ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
+        heads=[*map(len, pruned.plan.heads)],
+        neurons=[*map(len, pruned.plan.neurons)],
+        align=target.align,
+        rows=point.batch * seq_len,
+    )
+    found = {"dense": asdict(dense), "pruned": asdict(smaller), "cut": asdict(cut)}
+    setting = {"precision": precision, "batch": point.batch, "seq_len": seq_len, "threads": threads}
+    write_json(folder / FILE, {"schema_version": 1, **setting, **found, "environment": environment()})
+    return dense, smaller, cut
 
 
 def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: int = 0) -> Operators:
-    """Profile an ONNX file that the ONNX exporter wrote, on the CPU; profiling itself costs a few percent.
-
-    Nodes that fusion made have no module: they count for the block of the node before them.
-    """
+    """Profile an ONNX file of the ONNX exporter on the CPU; profiling itself takes a few percent."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
-    settings.log_severity_level = 3
     with tempfile.TemporaryDirectory() as temporary:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(temporary) / "profile")
@@ -37,43 +75,49 @@ def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: in
         for _ in range(WARMUP + RUNS):
             session.run(None, {name: values for name, values in feeds.items() if name in wanted})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return _summed(events, _blocks(path, layout))
+    return summed(events, _blocks(path, layout))
 
 
-def _summed(events: Sequence[dict[str, Any]], blocks: dict[str, str]) -> Operators:
-    """Means over the runs after warming up."""
-    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))[WARMUP:]
-    start = float(runs[0]["ts"])
-    nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time") and e["ts"] >= start]
-    by_operator, by_layer = Counter[str](), Counter[str]()
-    last = max((int(block) for block in blocks.values()), default=0)
-    block = "before"
-    for event in sorted(nodes, key=lambda e: float(e["ts"])):
-        name = event["name"].removesuffix("_kernel_time")
-        if name in blocks:
-            block = blocks[name]
-        elif block == str(last) and event["args"].get("node_index") is None:
-            block = "after"
-        by_operator[event["args"]["op_name"]] += event["dur"]
-        by_layer[block] += event["dur"]
-    mean = 1 / 1000 / len(runs)
-    return Operators(
-        sum(float(e["dur"]) for e in runs) * mean,
-        {name: micros * mean for name, micros in by_operator.most_common()},
-        {name: micros * mean for name, micros in by_layer.items()},
-    )
+def summed(events: Sequence[Mapping[str, Any]], blocks: Mapping[str, str]) -> Operators:
+    """Medians over the runs after warming up.
+
+    Args: events: of ONNX Runtime's profile; times in microseconds. blocks: of the nodes that were exported; nodes that
+        fusion made are not among them and count for the block of the node before.
+    """
+    runs = sorted((e for e in events if e["name"] == "model_run"), key=_start)[WARMUP:]
+    nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    by_operator: list[Counter[str]] = []
+    by_layer: list[Counter[str]] = []
+    for run in runs:
+        operators, layers, block = Counter[str](), Counter[str](), OUTSIDE
+        for node in sorted((n for n in nodes if 0 <= _start(n) - _start(run) <= run["dur"]), key=_start):
+            block = blocks.get(node["name"].removesuffix("_kernel_time"), block)
+            operators[node["args"]["op_name"]] += node["dur"]
+            layers[block] += node["dur"]
+        by_operator.append(operators)
+        by_layer.append(layers)
+    return Operators(median(run["dur"] for run in runs) / 1000, _medians(by_operator), _medians(by_layer))
+
+
+def _start(event: Mapping[str, Any]) -> float:
+    return float(event["ts"])
+
+
+def _medians(runs: Sequence[Counter[str]]) -> dict[str, float]:
+    """Milliseconds, largest first."""
+    names: Iterable[str] = set().union(*runs)
+    found = {name: median(run[name] for run in runs) / 1000 for name in names}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _blocks(path: Path, layout: ModelLayout) -> dict[str, str]:
-    """Name of a node -> number of the block that it was traced in."""
+    """Name of a node -> number of the block that it was traced in, or OUTSIDE."""
     import onnx
 
     numbers = {layer.path: str(i) for i, layer in enumerate(layout.layers)}
     found = {}
     for node in onnx.load(path, load_external_data=False).graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
-        for scope in re.findall(r"[\w.]+", scopes):
-            number = numbers.get(scope.removeprefix("model."))
-            if number is not None:
-                found[node.name] = number
+        inside = (numbers.get(scope.removeprefix("model.")) for scope in re.findall(r"[\w.]+", scopes))
+        found[node.name] = next(filter(None, inside), OUTSIDE)
     return found

@@ -17,18 +17,20 @@ FEW_ROWS = 64
 """Batch times tokens below which a product reads its weights for too few rows to be bound by arithmetic."""
 ATTENTION = ("Softmax", "Transpose", "FusedMatMul", "Where")
 """What attention is made of where it is not one operator; the products with weights are `MatMul` or `Gemm`."""
+OUTSIDE = "outside"
+"""Embeddings, pooler, head: what belongs to no block."""
 PRODUCTS = ("MatMul", "Gemm", "FusedGemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm")
 
 
 @dataclass(frozen=True)
 class Operators:
-    """Mean milliseconds of one run."""
+    """Median milliseconds of one run."""
 
     wall_ms: float
     """From feeds to outputs, as the profiler saw it."""
     by_operator: Mapping[str, float]
     by_layer: Mapping[str, float]
-    """By number of the block; what belongs to none: `before` and `after`."""
+    """By number of the block, or OUTSIDE."""
 
     @property
     def busy_ms(self) -> float:

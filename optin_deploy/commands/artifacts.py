@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import typer
 
 from optin_deploy.commands.options import (
@@ -11,6 +15,7 @@ from optin_deploy.commands.options import (
     DryRun,
     Engine,
     Folder,
+    Operators,
     Pool,
     Precision,
     PrepareOnly,
@@ -21,7 +26,8 @@ from optin_deploy.commands.options import (
     Workspace_,
 )
 from optin_deploy.commands.parsing import engine_options
-from optin_deploy.terminal import print_latency, stage_bar
+from optin_deploy.errors import BadInput
+from optin_deploy.terminal import print_latency, print_table, stage_bar
 
 BUILD_EXAMPLES = """
 Examples:
@@ -71,6 +77,8 @@ BENCH_EXAMPLES = """
 Example:
 
     optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2
+
+    optin bench work --operators
 """
 
 
@@ -80,12 +88,15 @@ def bench(
     precision: Precision = None,
     at: At = None,
     threads: Threads = 0,
+    operators: Operators = False,
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
     from exporters.measuring import Point, bench_folder, parse_point
 
     points = [parse_point(text) for text in at] if at else [Point()]
+    if operators and engine != "onnx":
+        raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {engine}.")
     measured = bench_folder(
         folder, engine=engine, precision=precision, points=points, threads=threads, dry_run=dry_run, stage=stage_bar
     )
@@ -93,3 +104,18 @@ def bench(
         typer.echo(f"would measure {len(points)} points on engine {engine}")
         return
     print_latency(measured)
+    if operators:
+        _explain(folder, precision, points, threads)
+
+
+def _explain(folder: Path, precision: str | None, points: Sequence[Any], threads: int) -> None:
+    from exporters.operator_times import FILE, explain_folder
+    from optin_deploy.bench.diagnosis import LAYER_HEADER, OPERATOR_HEADER, explained, layer_rows, operator_rows
+
+    for point in points:
+        dense, pruned, cut = explain_folder(folder, precision=precision, point=point, threads=threads)
+        title = f"Batch {point.batch}, by ONNX Runtime's profiler (in {folder / FILE})"
+        print_table(LAYER_HEADER, layer_rows(dense, pruned, cut), title)
+        print_table(OPERATOR_HEADER, operator_rows(dense, pruned))
+        for line in explained(dense, pruned, cut):
+            typer.echo(line)

@@ -149,6 +149,10 @@ LatencyTableFile = Annotated[
 At = Annotated[
     list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
 ]
+Operators = Annotated[
+    bool,
+    typer.Option("--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."),
+]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
 Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
