@@ -34,6 +34,7 @@ COMMANDS = (
     (artifacts.build, artifacts.BUILD_EXAMPLES),
     (artifacts.bench, artifacts.BENCH_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
+    (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),
 )
 """In the order of `--help`, with what stands under each one's own."""
