@@ -35,6 +35,7 @@ COMMANDS = (
     (artifacts.bench, artifacts.BENCH_EXAMPLES),
     (profiling.profile, profiling.PROFILE_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
+    (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),
 )
 """In the order of `--help`, with what stands under each one's own."""

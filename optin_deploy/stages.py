@@ -34,7 +34,10 @@ from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 from optin_deploy.workspace import Source, Workspace
 
-MADE_FROM_MODEL = ("model.*", "samples.safetensors", "measurements.json", "operators.json", "report.json", "report.md")
+MADE_FROM_MODEL = (
+    *("model.*", "samples.safetensors", "measurements.json", "operators.json"),
+    *("report.json", "report.md", "report.html"),
+)
 """Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
 REMAKE_HINT = "It will be made again."
 

@@ -186,6 +186,8 @@ def test_provenance_is_told_in_words() -> None:
         "peak_memory_bytes": 3 * 2**29,
         "forward_equivalents": 4.0,
         "rank_stability": {"heads": 0.98, "neurons": None},
+        "paper": False,
+        "load_average": [0.5, 2],
     }
     assert list(told(provenance)) == [
         ("scorer", "sketch"),
@@ -195,6 +197,8 @@ def test_provenance_is_told_in_words() -> None:
         ("peak memory", "1.50 GiB"),
         ("forward equivalents", "4"),
         ("rank stability heads", "0.98"),
+        ("paper", "no"),
+        ("load average", "0.5, 2"),
     ]
     assert list(told(provenance, ("weighting", "seed", "scorer"))) == [("seed", "0"), ("scorer", "sketch")]
 

@@ -1,4 +1,4 @@
-"""`optin show` and `doctor`: what is there, and what will not work."""
+"""`optin show`, `report` and `doctor`: what is there, and what will not work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun
+from optin_deploy.commands.options import DryRun, Folder
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table
 
@@ -50,6 +50,27 @@ def show(
     report = root / "report.md"
     if report.is_file():
         typer.echo(report.read_text(encoding="utf-8"))
+
+
+REPORT_EXAMPLES = """
+Examples:
+
+    optin report work
+
+    optin report work --out minilm.html
+"""
+
+
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the report in DIR as one HTML page with charts; it loads nothing, so it can be sent or printed."""
+    from optin_deploy.page import write_page
+
+    path = write_page(folder, out, dry_run=dry_run)
+    typer.echo(f"would write {path}" if dry_run else f"Wrote {path}; open it in a browser.")
 
 
 DOCTOR_EXAMPLES = """

@@ -1,0 +1,250 @@
+"""Read back what a job found, checked: report.json, measurements.json, sweep.csv, and the plan that was cut."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from optin_deploy.bench.report import quality_lines
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.layout import ModelLayout
+from optin_deploy.plan import Masks, PruningPlan
+from optin_deploy.pruned import REWRITE_HINT
+from optin_deploy.quality import Quality
+from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.validation import validated
+
+if TYPE_CHECKING:
+    from optin_deploy.bench.report import Report
+
+READABLE = (1, 2)
+"""Schema versions of report.json and measurements.json; 2 has more fields, which are not read here."""
+LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
+"""`__pydantic_config__` of what other versions may have added fields to."""
+OF_TEXT = {**LENIENT, "strict": False}
+"""The same for a table, where every value is text."""
+
+T = TypeVar("T")
+
+Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
+Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Metric = Annotated[float, Field(ge=-1, le=1)]
+"""Accuracy, agreement, cosine or correlation."""
+Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=2)]
+"""(blocks, runs) raw samples."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure of both models."""
+
+    __pydantic_config__ = LENIENT
+
+    dense: PositiveFloat
+    pruned: PositiveFloat
+
+
+@dataclass(frozen=True)
+class Macs(Pair):
+    """MACs of one sample."""
+
+    __pydantic_config__ = LENIENT
+
+    kept: Share
+    prunable_kept: Share
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the artifacts."""
+
+    __pydantic_config__ = LENIENT
+
+    pruned: PositiveFloat
+    dense: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Latency of one model at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+    throughput: float
+    """Samples a second."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw samples of one comparison."""
+
+    __pydantic_config__ = LENIENT
+
+    dense: Blocks
+    pruned: Blocks
+
+    def __post_init__(self) -> None:
+        if len(self.dense) != len(self.pruned):
+            raise BadInput(f"{len(self.dense)} blocks of the dense model, {len(self.pruned)} of the pruned one")
+
+    @property
+    def block_ratios(self) -> tuple[float, ...]:
+        """Median dense / median pruned latency of each block."""
+        return tuple(median(a) / median(b) for a, b in zip(self.dense, self.pruned, strict=True))
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Dense against pruned at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    engine: str
+    precision: str
+    batch: PositiveInt
+    seq_len: PositiveInt
+    threads: int
+    dense: Side
+    pruned: Side
+    speedup: Ratio
+    ci95: tuple[Ratio, Ratio]
+    ideal: Ratio
+    realised: float
+    samples_ms: Samples
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """What is read of report.json; the fields are those of bench.report.Report."""
+
+    __pydantic_config__ = LENIENT
+
+    quality: Quality
+    params: Pair
+    macs: Macs
+    size_bytes: Sizes
+    parity: Mapping[str, float]
+    latency: tuple[LatencyRow, ...]
+    environment: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    seconds: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            _ = self.quality_lines
+        except KeyError as err:
+            raise BadInput(f"quality has metric {err}, which is not known") from err
+
+    @property
+    def quality_lines(self) -> list[str]:
+        """The sentence that a report opens with, and a warning if agreement is low."""
+        return quality_lines(cast("Report", self))  # of a report it reads `quality`, which is the same here
+
+    @property
+    def model(self) -> str:
+        """Folder or hub id of the dense model."""
+        return str(self.settings.get("model", "a model"))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is read of measurements.json."""
+
+    __pydantic_config__ = LENIENT
+
+    latency: tuple[LatencyRow, ...]
+    environment: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One line of sweep.csv."""
+
+    __pydantic_config__ = OF_TEXT
+
+    flops: Share
+    """Of the dense MACs, that was allowed."""
+    kept: Share
+    """That the model takes."""
+    parameters: PositiveInt
+    metric: str
+    dense: Metric
+    pruned: Metric
+    drop: float
+    """Points lost."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known about a finished output folder."""
+
+    report: StoredReport
+    report_sha256: str
+    kept: Masks
+    """Which units of the dense model are in the pruned one."""
+    bench: Bench | None
+    """Measured again by `optin bench`."""
+    sweep: tuple[SweepRow, ...]
+    """Empty if there was no sweep."""
+
+
+def read_findings(folder: Path) -> Findings:
+    """Everything in an output folder that people want to look at.
+
+    Raises: BadInput: the job is not finished, or a file is damaged. PlanMismatch: the model is not the report's.
+    """
+    path, hint = folder / "report.json", f"Make it with `optin-export MODEL --out {folder}`."
+    report = _read(StoredReport, path, hint)
+    bench, sweep = folder / "measurements.json", folder / "sweep.csv"
+    return Findings(
+        report,
+        sha256_file(path),
+        _kept(folder, report),
+        _read(Bench, bench, f"Measure again with `optin bench {folder}`.") if bench.exists() else None,
+        _read_sweep(sweep, f"Make it again with `optin sweep {folder}`.") if sweep.exists() else (),
+    )
+
+
+def _read(kind: type[T], path: Path, hint: str) -> T:
+    data = read_json(path, hint)
+    if data.get("schema_version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise BadInput(f"{path}: schema_version {data.get('schema_version')}; this version reads {known}. {hint}")
+    return validated(kind, data, f"{path}: not of this version", hint)
+
+
+def _kept(folder: Path, report: StoredReport) -> Masks:
+    """Of the plan inside model/: that one was cut; DIR/plan.json may be newer than the model and its report."""
+    model = folder / "model"
+    layout = ModelLayout.from_json(read_json(model / "layout.json", REWRITE_HINT))
+    plan = PruningPlan.from_json(read_json(model / "plan.json", REWRITE_HINT))
+    if report.hashes.get("plan") != plan.hash:
+        raise PlanMismatch(
+            f"{folder}/report.json is about plan {report.hashes.get('plan', '-')[:12]}, but {model} was cut by "
+            f"{plan.hash[:12]}. Run `optin-export MODEL --out {folder}` again."
+        )
+    return plan.masks(layout)
+
+
+def _read_sweep(path: Path, hint: str) -> tuple[SweepRow, ...]:
+    what = f"{path}: not of this version"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{str(name): text for name, text in row.items()} for row in csv.DictReader(file)]
+    except (csv.Error, UnicodeDecodeError) as err:
+        raise BadInput(f"{path} is not a table ({err}). {hint}") from err
+    if not rows:
+        raise BadInput(f"{path} holds no row. {hint}")
+    return tuple(validated(SweepRow, row, what, hint) for row in rows)

@@ -1,0 +1,81 @@
+"""`report.html`: what a job found, as one page that loads nothing; data/report.html is its template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from optin_deploy import charts
+from optin_deploy.charts import latency_chart, ratio_chart, sweep_chart, units_chart
+from optin_deploy.errors import BadInput
+from optin_deploy.findings import Findings, LatencyRow, StoredReport, read_findings
+from optin_deploy.numbers import figures, milliseconds, si, size
+from optin_deploy.score_table import told
+from optin_deploy.storage import write_text
+
+
+def write_page(folder: Path, out: Path | None = None, *, dry_run: bool = False) -> Path:
+    """Write the page about a finished output folder.
+
+    Args: out: the file; default: report.html in the folder. dry_run: only check that it could be done.
+    Returns: the file.
+    Raises: BadInput, PlanMismatch: the folder is not finished or damaged, or `out` is no .html file.
+    """
+    path = out or folder / "report.html"
+    if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"--out {path}: give a file that ends in .html; any other would be replaced by a page.")
+    html = render(read_findings(folder))
+    if not dry_run:
+        write_text(path, html)
+    return path
+
+
+def render(found: Findings) -> str:
+    """The page; every text from a file is escaped."""
+    environment = Environment(
+        loader=PackageLoader("optin_deploy", "data"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"ms": milliseconds, "si": si, "size": size, "figures": figures, "told": told}
+    report, bench = found.report, found.bench
+    measured = [("", report.latency, report.environment)]
+    if bench is not None:
+        measured.append(("Measured again with optin bench", bench.latency, bench.environment))
+    return environment.get_template("report.html").render(
+        c=charts,
+        report=report,
+        title=Path(report.model).name or report.model,
+        sizes=size_rows(report),
+        units=[
+            units_chart("heads", found.kept.heads, cells=True),
+            units_chart("neurons", found.kept.neurons, cells=False),
+        ],
+        measured=[(title, _points(rows), facts) for title, rows, facts in measured if rows],
+        sweep=found.sweep,
+        sweep_chart=sweep_chart(found.sweep, report.macs.kept) if found.sweep else None,
+        report_sha256=found.report_sha256,
+        version=version("optin-deploy"),
+    )
+
+
+def _points(rows: Sequence[LatencyRow]) -> list[dict[str, Any]]:
+    return [{"row": row, "latency": latency_chart(row), "ratios": ratio_chart(row)} for row in rows]
+
+
+def size_rows(report: StoredReport) -> list[tuple[str, str, str, str]]:
+    """Rows (what, dense, pruned, kept) of the table of sizes."""
+    params, macs, files = report.params, report.macs, report.size_bytes
+    rows = [
+        ("parameters", si(params.dense), si(params.pruned), f"{params.pruned / params.dense:.1%}"),
+        ("MACs a sample", si(macs.dense), si(macs.pruned), f"{macs.kept:.1%}"),
+    ]
+    if files.dense is None:
+        return [*rows, ("file", "", size(files.pruned), "")]
+    return [*rows, ("file", size(files.dense), size(files.pruned), f"{files.pruned / files.dense:.1%}")]
