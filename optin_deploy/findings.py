@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optin_deploy.bench.report import Report
 
 READABLE = (1, 2)
-"""Schema versions of report.json and measurements.json; 2 has more fields, which are not read here."""
+"""Schema versions of report.json and measurements.json; 2 has more fields."""
 LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 """`__pydantic_config__` of what other versions may have added fields to."""
 OF_TEXT = {**LENIENT, "strict": False}
@@ -121,6 +121,9 @@ class LatencyRow:
     ideal: Ratio
     realised: float
     samples_ms: Samples
+    same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
+    """Of the dense model's two sessions; since schema 2."""
+    unstable: bool = False
 
 
 @dataclass(frozen=True)
