@@ -1,0 +1,1 @@
+"""Is the measuring protocol right about what it measures?"""
