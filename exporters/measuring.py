@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter
 from optin_deploy.bench.environment import environment
-from optin_deploy.bench.report import Measurement
-from optin_deploy.bench.timing import measure_pair
+from optin_deploy.bench.report import Measurement, point_name
+from optin_deploy.bench.timing import PairTiming, measure_pair
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.storage import write_json
+from optin_deploy.validation import STORED
 from optin_deploy.workspace import Workspace
 
 
@@ -26,9 +28,15 @@ from optin_deploy.workspace import Workspace
 class Point:
     """Where latency is measured."""
 
+    __pydantic_config__ = STORED
+
     batch: int = 1
     seq: int | None = None
     """Tokens; None = the calibration length. Images have their own size."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or (self.seq is not None and self.seq < 1):
+            raise BadInput(f"batch={self.batch},seq={self.seq}: give positive numbers.")
 
 
 def measure(
@@ -51,13 +59,10 @@ def measure(
     for point in points:
         seq_len = length_of(point, pruned.model, pruned.plan.tokens)
         feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
-        with stage(f"measure {point.batch} x {point.seq or pruned.plan.tokens}") as progress:
-            timing = measure_pair(
-                lambda: target.open(dense, precision=precision, threads=threads, task=task),
-                lambda: target.open(smaller, precision=precision, threads=threads),
-                feeds,
-                on_block=progress,
-            )
+        at = (point.batch, point.seq or pruned.plan.tokens)
+        timing = time_pair(
+            target, dense, smaller, feeds, at=at, precision=precision, threads=threads, task=task, stage=stage
+        )
         measured.append(
             Measurement(
                 engine=target.engine,
@@ -70,6 +75,32 @@ def measure(
             )
         )
     return measured
+
+
+def time_pair(
+    target: Exporter,
+    first: Path,
+    second: Path,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    at: tuple[int, int | None],
+    precision: str | None,
+    threads: int,
+    task: str | None = None,
+    stage: Stage = silent_stage,
+) -> PairTiming:
+    """Interleaved A/B timing of two artifacts of an engine on the same feeds, as one stage.
+
+    Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
+        precision: None: the artifact's own. task: of `first`, where the engine runs a dense transformers folder.
+    """
+    with stage(f"measure {point_name(*at)}") as progress:
+        return measure_pair(
+            lambda: target.open(first, precision=precision, threads=threads, task=task),
+            lambda: target.open(second, precision=precision, threads=threads),
+            feeds,
+            on_block=progress,
+        )
 
 
 def length_of(point: Point, model: nn.Module, tokens: int) -> int:
@@ -90,11 +121,11 @@ def parse_point(text: str) -> Point:
     """
     try:
         values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
-        if not values or set(values) - {"batch", "seq"} or min(values.values()) < 1:
+        if not values or set(values) - {"batch", "seq"}:
             raise ValueError(text)
+        return Point(**values)
     except ValueError as err:
         raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
-    return Point(**values)
 
 
 def bench_folder(
@@ -118,13 +149,9 @@ def bench_folder(
     precision = check_precision(target, precision)
     name, dense_name = target.file_names(precision)
     dense = folder / dense_name if dense_name else Path(source.model)
-    obstacle = target.obstacle(precision)
-    if obstacle is not None:
-        raise BadInput(f"{engine} in {precision} does not run on this machine: {obstacle}.")
+    check_runs(target, precision)
     for path in (dense, folder / name) if dense_name else (folder / name,):
-        if not path.exists():
-            remedy = f"optin build {folder} --engine {engine} --precision {precision}"
-            raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
+        check_built(path, engine, precision)
     for point in points:
         length_of(point, pruned.model, pruned.plan.tokens)
     check_threads(threads)
@@ -144,6 +171,27 @@ def bench_folder(
     rows = [m.to_json() for m in measured]
     write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
     return measured
+
+
+def check_runs(target: Exporter, precision: str | None) -> None:
+    """Refuse an engine that this machine cannot run.
+
+    Raises: BadInput: says why.
+    """
+    obstacle = target.obstacle(precision)
+    if obstacle is not None:
+        named = f"{target.engine} in {precision}" if precision else target.engine
+        raise BadInput(f"{named} does not run on this machine: {obstacle}.")
+
+
+def check_built(path: Path, engine: str, precision: str) -> None:
+    """Refuse an output folder that lacks an artifact.
+
+    Raises: BadInput: says how it is made.
+    """
+    if not path.exists():
+        remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
+        raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
 
 
 def check_threads(threads: int) -> None:

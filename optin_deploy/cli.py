@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from optin_deploy.commands import artifacts, job, looking, planning, profiling, scoring
+from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring
 from optin_deploy.errors import EXIT_CODES, BadInput, OptinError
 from optin_deploy.terminal import quiet_libraries
 
@@ -34,6 +34,7 @@ COMMANDS = (
     (artifacts.build, artifacts.BUILD_EXAMPLES),
     (artifacts.bench, artifacts.BENCH_EXAMPLES),
     (profiling.profile, profiling.PROFILE_EXAMPLES),
+    (gating.gate, gating.GATE_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
     (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),

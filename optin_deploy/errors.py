@@ -51,6 +51,18 @@ class MissedTime(OptinError):
     exit_code = 1
 
 
+class GateFailed(OptinError):
+    """An artifact is slower than its limit allows, and not by chance."""
+
+    exit_code = 1
+
+
+class TooUnstable(OptinError):
+    """A measurement contradicts itself: nothing can be decided by it."""
+
+    exit_code = 4
+
+
 class RefusedRewrite(OptinError):
     """A layer cannot be cut without changing what it computes; names the layer and the reason."""
 

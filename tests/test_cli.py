@@ -175,7 +175,7 @@ def test_the_output_folder_holds_the_files_of_the_contract() -> None:
 @pytest.mark.parametrize("name", ["plan.json", "masks.json", "scores.json", "model/plan.json", "report.json"])
 def test_a_json_file_carries_its_schema_version_and_a_hash(name: str) -> None:
     data = json.loads((finished_job() / name).read_text())
-    assert data["schema_version"] == (2 if name == "scores.json" else 1)
+    assert data["schema_version"] == (2 if name in ("scores.json", "report.json") else 1)
     hashes = data.get("hashes", data)
     found = hashes.get("layout_hash", hashes.get("layout"))
     assert re.fullmatch("[0-9a-f]{64}", found)

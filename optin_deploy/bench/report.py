@@ -42,8 +42,8 @@ class Measurement:
         settings = {k: getattr(self, k) for k in ("engine", "precision", "batch", "seq_len", "threads", "ideal")}
         return {
             **settings,
-            "dense": _told(t.dense, throughput[0], t.load_ms["dense"]),
-            "pruned": _told(t.pruned, throughput[1], t.load_ms["pruned"]),
+            "dense": latency_figures(t.dense, throughput[0], t.load_ms["dense"]),
+            "pruned": latency_figures(t.pruned, throughput[1], t.load_ms["pruned"]),
             "speedup": t.speedup,
             "ci95": list(t.ci95),
             "same_ci95": list(t.same_ci95),
@@ -53,8 +53,11 @@ class Measurement:
         }
 
 
-def _told(latency: Callable[[float], float], throughput: float, load_ms: float) -> dict[str, float]:
-    """Args: latency: the q-th percentile in milliseconds."""
+def latency_figures(latency: Callable[[float], float], throughput: float, load_ms: float) -> dict[str, float]:
+    """What is written of one model at one point.
+
+    Args: latency: the q-th percentile in milliseconds. throughput: samples a second. load_ms: from file to session.
+    """
     return {**{f"p{q}_ms": latency(q) for q in PERCENTILES}, "throughput": throughput, "load_ms": load_ms}
 
 
@@ -118,6 +121,11 @@ def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def point_name(batch: int, seq_len: int | None) -> str:
+    """`8 x 128`; the batch alone where there is no length."""
+    return f"{batch}" if seq_len is None else f"{batch} x {seq_len}"
+
+
 def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
     """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal)."""
     rows: list[tuple[str, ...]] = []
@@ -127,7 +135,7 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
         before, after = t.throughput(m.batch)
         rows.append(
             (
-                f"{m.batch} x {m.seq_len}",
+                point_name(m.batch, m.seq_len),
                 f"{t.dense(50):.2f} / {t.dense(95):.2f}",
                 f"{t.pruned(50):.2f} / {t.pruned(95):.2f}",
                 f"{before:.0f} -> {after:.0f}",
@@ -141,7 +149,7 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
     """A warning for each point at which the dense model differed from itself."""
     return [
-        f"Unstable at {m.batch} x {m.seq_len}: two sessions of the dense model differ by a factor of "
+        f"Unstable at {point_name(m.batch, m.seq_len)}: two sessions of the dense model differ by a factor of "
         f"[{m.timing.same_ci95[0]:.2f}, {m.timing.same_ci95[1]:.2f}]. Measure again on a quieter machine."
         for m in latency
         if m.timing.unstable

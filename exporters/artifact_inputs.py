@@ -1,0 +1,192 @@
+"""What an artifact takes, read from its graph or from the model beside it, and random inputs of that kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from exporters.checks.findings import listed, named
+from exporters.checks.onnx_files import read_onnx
+from exporters.measuring import Point
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import example_inputs
+from optin_deploy.pruned import MANIFEST, load_pruned
+
+FIRST_ID, END_ID = 5, 100
+"""Integers are drawn from here: the first few ids are special in most vocabularies, and nearly all have these."""
+LARGEST_BYTES = 2**32
+"""Of one input; more is a slip of the keyboard or a foreign file's."""
+OPEN_AXES = {"pixel_values": 1}
+"""Axes of a transformers model's input that may have any size; 2 (batch, length) for all others."""
+SAME_VALUES = ("Cast", "Identity")
+STORED_TABLE = ("DequantizeLinear", *SAME_VALUES)
+"""Nodes that may lie between a stored table and the Gather that reads it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of an artifact."""
+
+    name: str
+    dtype: str
+    """numpy's name of its element type."""
+    shape: tuple[int | None, ...]
+    """None: any size. An open first axis is the batch, every other open one the length."""
+    end_id: int = END_ID
+    """Integers must stay below: the rows of the smallest table that they look up."""
+
+    @property
+    def has_batch(self) -> bool:
+        """May the first axis have any size?"""
+        return self.shape[:1] == (None,)
+
+    @property
+    def has_length(self) -> bool:
+        """May another axis?"""
+        return None in self.shape[1:]
+
+    def sample(self, batch: int, seq: int, rng: np.random.Generator) -> np.ndarray:
+        """Random values without padding: masks of ones, token types of zeros, small ids, normal floats.
+
+        Raises: BadInput: larger than LARGEST_BYTES.
+        """
+        sizes = (batch, *(seq,) * len(self.shape))
+        shape = tuple(size if fixed is None else fixed for fixed, size in zip(self.shape, sizes, strict=False))
+        kind = np.dtype(self.dtype)
+        if math.prod(shape) * kind.itemsize > LARGEST_BYTES:
+            raise BadInput(f"input {named(self.name)} of shape {shape} takes more than 4 GiB. Give a smaller point.")
+        if self.name.endswith("mask"):
+            return np.ones(shape, kind)
+        if self.name == "token_type_ids" or kind.kind == "b":
+            return np.zeros(shape, kind)
+        if kind.kind == "f":
+            return rng.standard_normal(shape).astype(kind)
+        end = min(END_ID, self.end_id)
+        return rng.integers(min(FIRST_ID, end - 1), end, shape).astype(kind)
+
+
+def inputs_of(path: Path) -> tuple[Input, ...]:
+    """What an artifact takes: an ONNX file says it, for all others the model in its output folder does.
+
+    Raises: BadInput: not to be read, or an input that no random values can be made for.
+    """
+    return graph_inputs(path) if path.suffix == ".onnx" else model_inputs(path)
+
+
+def graph_inputs(path: Path) -> tuple[Input, ...]:
+    """The inputs of an ONNX file, without its stored weights.
+
+    Raises: BadInput.
+    """
+    graph = read_onnx(path).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    found = tuple(_graph_input(path, graph, entry) for entry in graph.input if entry.name not in stored)
+    if not found:
+        raise BadInput(f"{path} takes no inputs: there is nothing to compare. Give a model with inputs.")
+    return found
+
+
+def _graph_input(path: Path, graph: onnx.GraphProto, entry: onnx.ValueInfoProto) -> Input:
+    tensor = entry.type.tensor_type
+    if not tensor.HasField("shape"):
+        raise BadInput(f"{path}: input {named(entry.name)} is no tensor with a shape. Export it with shapes.")
+    try:
+        kind = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError as err:
+        raise BadInput(f"{path}: input {named(entry.name)} has unknown type {tensor.elem_type}.") from err
+    if kind.kind not in "biuf":
+        raise BadInput(
+            f"{path}: input {named(entry.name)} is of type {kind}; possible are integers, booleans and floats of 16 to "
+            "64 bits."
+        )
+    # Some exporters write -1 or 0 for any size.
+    shape = tuple(axis.dim_value if axis.dim_value > 0 else None for axis in tensor.shape.dim)
+    return Input(entry.name, kind.name, shape, _smallest_table(graph, entry.name))
+
+
+def _smallest_table(graph: onnx.GraphProto, name: str) -> int:
+    """Rows of the smallest stored table that a Gather reads by this input; END_ID if that is not seen to be fewer."""
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    same, smallest = {name}, END_ID
+    for node in graph.node:
+        if node.op_type in STORED_TABLE and node.input[0] in rows:
+            rows[node.output[0]] = rows[node.input[0]]
+        elif node.op_type in SAME_VALUES and node.input[0] in same:
+            same.add(node.output[0])
+        elif node.op_type == "Gather" and node.input[1] in same and _axis(node) == 0:
+            smallest = min(smallest, rows.get(node.input[0], END_ID))
+    return max(1, smallest)
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+
+
+def model_inputs(path: Path) -> tuple[Input, ...]:
+    """The inputs of the transformers model in `model/` beside an artifact.
+
+    Raises: BadInput: there is none.
+    """
+    folder = path.parent / "model"
+    if not (folder / MANIFEST).is_file():
+        raise BadInput(
+            f"{path} does not say what it takes, and there is no {folder} that would. Leave it in its output folder, "
+            "or compare .onnx files."
+        )
+    model = load_pruned(folder).model
+    end_id = getattr(model.config, "vocab_size", END_ID)
+    found = []
+    for name, value in example_inputs(model, batch=1, seq_len=1).items():
+        opened = OPEN_AXES.get(name, 2)
+        shape = (*(None,) * opened, *value.shape[opened:])
+        found.append(Input(name, value.numpy().dtype.name, shape, end_id))
+    return tuple(found)
+
+
+def common_inputs(baseline: tuple[Path, Sequence[Input]], candidate: tuple[Path, Sequence[Input]]) -> tuple[Input, ...]:
+    """The inputs that both take: the baseline's, with ids that both look up.
+
+    Raises: BadInput: they differ in names or types.
+    """
+    kinds = [{each.name: each.dtype for each in inputs} for _, inputs in (baseline, candidate)]
+    if kinds[0] != kinds[1]:
+        told = [
+            f"{path} takes {listed(_named_types(kind))}"
+            for (path, _), kind in zip((baseline, candidate), kinds, strict=True)
+        ]
+        raise BadInput(f"{told[0]}, but {told[1]}. Give two artifacts with the same inputs.")
+    ends = {each.name: each.end_id for each in candidate[1]}
+    return tuple(replace(each, end_id=min(each.end_id, ends[each.name])) for each in baseline[1])
+
+
+def _named_types(kinds: Mapping[str, str]) -> list[str]:
+    return [f"{named(name)} ({kind})" for name, kind in kinds.items()]
+
+
+def settled(path: Path, inputs: Sequence[Input], point: Point, default_seq: int) -> Point:
+    """The point with its length; None where no input has one.
+
+    Raises: BadInput: a batch or length that fixed shapes do not have.
+    """
+    first = inputs[0].shape[:1]
+    if not any(each.has_batch for each in inputs) and first != (point.batch,):
+        fixed = "no batch" if not first else f"a fixed batch of {first[0]}"
+        raise BadInput(f"batch={point.batch}: {path} has {fixed}. Give that one, or export it with an open batch.")
+    if any(each.has_length for each in inputs):
+        return replace(point, seq=point.seq or default_seq)
+    sizes = sorted({size for each in inputs for size in each.shape[1:] if size is not None})
+    if point.seq is not None and point.seq not in sizes:
+        raise BadInput(f"seq={point.seq}: the inputs of {path} have fixed sizes {sizes}. Leave seq out.")
+    return replace(point, seq=None)
+
+
+def make_feeds(inputs: Sequence[Input], point: Point, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs for a point that `settled` gave."""
+    rng = np.random.default_rng(seed)
+    return {each.name: each.sample(point.batch, point.seq or 1, rng) for each in inputs}

@@ -1,0 +1,111 @@
+"""pytest plugin: the fixture `latency_regression` fails a test whose artifact is slower than its baseline allows.
+
+def test_the_new_model_is_as_fast(latency_regression):
+    latency_regression("new/model.onnx", baseline="baseline.json", max_ratio=1.05)
+
+It holds no asserts for pytest to rewrite: PYTEST_DONT_REWRITE, so that importing it first is no warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from optin_deploy.errors import BadInput, GateFailed, OptinError, TooUnstable
+
+if TYPE_CHECKING:
+    from optin_deploy.bench.gate import Gate
+
+MARKER = "latency_regression"
+STRICT = "--latency-strict"
+BASELINE, MAX_RATIO = "baseline.json", 1.05
+"""What is compared with, and the limit, where neither the call nor the marker says so."""
+SETTINGS = ("baseline", "max_ratio", "min_speedup", "at", "engine", "precision", "threads")
+"""What the marker may set."""
+
+
+class LatencyWarning(UserWarning):
+    """The limit lies within the measured interval: neither held nor missed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --latency-strict."""
+    told = "Latency regressions: fail also where the limit lies in the interval, or the machine is too unstable."
+    parser.getgroup("optin-deploy").addoption(STRICT, action="store_true", help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    told = (
+        f"{MARKER}(baseline='{BASELINE}', max_ratio={MAX_RATIO}): defaults of the fixture {MARKER}; "
+        f"possible: {', '.join(SETTINGS)}."
+    )
+    config.addinivalue_line("markers", told)
+
+
+@pytest.fixture
+def latency_regression(request: pytest.FixtureRequest) -> Callable[..., Gate]:
+    """Measure a candidate beside its baseline, here and now; paths are relative to the test's own folder.
+
+    Called as `latency_regression(candidate, baseline="baseline.json", max_ratio=1.05)`, or with `min_speedup=1.5`;
+    also `at="batch=1,seq=128"` or several of these, `engine`, `precision` and `threads`. What the call leaves out comes
+    from the marker of the same name, then from the pin. A missed limit fails the test, an undecided one warns, and a
+    machine that is too unstable skips it; with --latency-strict these two fail as well.
+    """
+    marker = request.node.get_closest_marker(MARKER)
+    strict: bool = request.config.getoption(STRICT)
+
+    def check(candidate: str | Path, baseline: str | Path | None = None, **settings: Any) -> Gate:
+        __tracebackhide__ = True
+        given = settings if baseline is None else {**settings, "baseline": baseline}
+        try:
+            found = _measure(request.path.parent, candidate, _merged(marker, given))
+            found.check(strict=strict)
+        except TooUnstable as err:
+            if not strict:
+                pytest.skip(str(err))
+            pytest.fail(str(err), pytrace=False)
+        except OptinError as err:
+            pytest.fail(str(err) if isinstance(err, GateFailed) else f"{MARKER}: {err}", pytrace=False)
+        if found.outcome == "straddles":
+            warnings.warn(LatencyWarning(found.sentence), stacklevel=2)
+        return found
+
+    return check
+
+
+def _merged(marker: pytest.Mark | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's settings over the marker's; a limit in either form replaces the other.
+
+    Raises: BadInput: an unknown name.
+    """
+    marked = {} if marker is None else dict(marker.kwargs)
+    unknown = sorted({*marked, *given} - {*SETTINGS})
+    if unknown or (marker is not None and marker.args):
+        wrong = ", ".join(unknown) or "a setting without a name"
+        raise BadInput(f"unknown: {wrong}; possible: {', '.join(f'{name}=' for name in SETTINGS)}.")
+    if "max_ratio" in given or "min_speedup" in given:
+        marked = {name: value for name, value in marked.items() if name not in ("max_ratio", "min_speedup")}
+    merged = {**marked, **given}
+    return merged if "max_ratio" in merged or "min_speedup" in merged else {**merged, "max_ratio": MAX_RATIO}
+
+
+def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
+    from exporters.comparing import settle
+    from exporters.measuring import parse_point
+    from optin_deploy.bench.gate import limit_of
+
+    at: str | Sequence[str] = settings.get("at", ())
+    contest = settle(
+        folder / settings.get("baseline", BASELINE),
+        folder / candidate,
+        engine=settings.get("engine"),
+        precision=settings.get("precision"),
+        threads=settings.get("threads"),
+        points=[parse_point(text) for text in ([at] if isinstance(at, str) else at)],
+    )
+    return contest.run(limit_of(settings.get("max_ratio"), settings.get("min_speedup")))
