@@ -42,7 +42,7 @@ def gate(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="onnx, ort-cuda, ort-trt, aoti, trt or trt-rtx. [default: onnx, or the pin's]"),
+        typer.Option(help="onnx, openvino, ort-cuda, ort-trt, aoti, trt or trt-rtx. [default: onnx, or the pin's]"),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="As in `optin build`. [default: the artifact's own, or the pin's]")
