@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import RESULTS, write_result
-from exporters.measuring import Point, bench_folder
+from exporters.measuring import Bench, Point, bench_folder
 from exporters.operator_times import RUNS, explain_folder
 from optin_deploy.bench.diagnosis import OPERATOR_HEADER, explained, operator_rows
 from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, to_table
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/speed"))
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    points = [Point(batch=batch, seq=options.seq_len) for batch in options.batch]
-    measured = bench_folder(options.folder, engine="onnx", points=points, threads=options.threads, stage=stage_bar)
+    points = tuple(Point(batch=batch, seq=options.seq_len) for batch in options.batch)
+    measured = bench_folder(options.folder, Bench("onnx", None, points, options.threads), stage=stage_bar)
     parts = [
         f"# Speed on ONNX Runtime, {options.threads} threads",
         to_table(LATENCY_HEADER, latency_rows(measured)),

@@ -128,49 +128,85 @@ def parse_point(text: str) -> Point:
         raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
 
 
+@dataclass(frozen=True)
+class Bench:
+    """How an output folder is measured."""
+
+    engine: str
+    precision: str | None
+    points: tuple[Point, ...]
+    threads: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The same, with everything found and checked."""
+
+    target: Exporter
+    precision: str
+    points: tuple[Point, ...]
+    threads: int
+    dense: Path
+    smaller: Path
+    pruned: PrunedModel
+    task: str | None
+
+
 def bench_folder(
-    folder: Path,
-    *,
-    engine: str,
-    precision: str | None = None,
-    points: Sequence[Point],
-    threads: int = 0,
-    dry_run: bool = False,
-    stage: Stage = silent_stage,
+    folder: Path, bench: Bench, *, dry_run: bool = False, stage: Stage = silent_stage
 ) -> list[Measurement]:
     """Measure the artifacts in an output folder; raw samples go to measurements.json.
 
     Args: dry_run: only check that it could be done.
     Raises: BadInput: an artifact is missing.
     """
-    target = exporter(engine)
+    case = checked(folder, bench)
+    if dry_run:
+        return []
+    measured = bench_rows(case, stage=stage)
+    keep(folder, measured)
+    return measured
+
+
+def checked(folder: Path, bench: Bench) -> Case:
+    """Find what is measured.
+
+    Raises: BadInput: an artifact is missing, the engine does not run here, or a point is impossible.
+    """
+    target = exporter(bench.engine)
     source = Workspace(folder).source()
     pruned = load_pruned(folder)
-    precision = check_precision(target, precision)
+    precision = check_precision(target, bench.precision)
     name, dense_name = target.file_names(precision)
     dense = folder / dense_name if dense_name else Path(source.model)
     check_runs(target, precision)
     for path in (dense, folder / name) if dense_name else (folder / name,):
-        check_built(path, engine, precision)
-    for point in points:
+        check_built(path, bench.engine, precision)
+    for point in bench.points:
         length_of(point, pruned.model, pruned.plan.tokens)
-    check_threads(threads)
-    if dry_run:
-        return []
-    measured = measure(
-        target,
-        dense,
-        folder / name,
-        pruned,
-        points,
-        precision=precision,
-        threads=threads,
-        task=source.task,
+    check_threads(bench.threads)
+    return Case(target, precision, bench.points, bench.threads, dense, folder / name, pruned, source.task)
+
+
+def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
+    """Measure a case at all its points."""
+    return measure(
+        case.target,
+        case.dense,
+        case.smaller,
+        case.pruned,
+        case.points,
+        precision=case.precision,
+        threads=case.threads,
+        task=case.task,
         stage=stage,
     )
+
+
+def keep(folder: Path, measured: Sequence[Measurement]) -> None:
+    """Write measurements.json, raw samples and environment included."""
     rows = [m.to_json() for m in measured]
     write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
-    return measured
 
 
 def check_runs(target: Exporter, precision: str | None) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from torch import nn
 
 from exporters.base import Exporter, ExportSpec
-from exporters.measuring import Point, length_of
+from exporters.measuring import Point, check_runs, length_of
 from optin_deploy.bench.environment import environment, installed_versions
 from optin_deploy.bench.timing import PairTiming, Samples, measure_pair, measure_together
-from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.progress import Progress, silent
@@ -118,9 +117,7 @@ def yardstick(
     Args: home: folder where the dense artifact stays, or lies already; default: gone afterwards.
     Raises: BadInput: the engine does not run here. CannotBuildHere.
     """
-    obstacle = target.obstacle(spec.precision)
-    if obstacle is not None:
-        raise BadInput(f"{target.engine} cannot be timed on this machine: {obstacle}.")
+    check_runs(target, spec.precision)
     model: nn.Module = prepared.loaded.model
     seq_len = length_of(point, model, prepared.cost.tokens)
     feeds = {k: v.numpy() for k, v in example_inputs(model, batch=point.batch, seq_len=seq_len).items()}

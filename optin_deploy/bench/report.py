@@ -127,15 +127,19 @@ def point_name(batch: int, seq_len: int | None) -> str:
 
 
 def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
-    """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal)."""
+    """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal).
+
+    Where engine, precision or threads differ, the points say them too.
+    """
     rows: list[tuple[str, ...]] = []
+    alike = len({(m.engine, m.precision, m.threads) for m in latency}) < 2
     for m in latency:
         t = m.timing
         low, high = t.ci95
         before, after = t.throughput(m.batch)
         rows.append(
             (
-                point_name(m.batch, m.seq_len),
+                point_name(m.batch, m.seq_len) + ("" if alike else f", {m.engine} {m.precision} {m.threads}t"),
                 f"{t.dense(50):.2f} / {t.dense(95):.2f}",
                 f"{t.pruned(50):.2f} / {t.pruned(95):.2f}",
                 f"{before:.0f} -> {after:.0f}",

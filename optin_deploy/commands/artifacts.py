@@ -20,6 +20,7 @@ from optin_deploy.commands.options import (
     Precision,
     PrepareOnly,
     ProfileOption,
+    SuiteFile,
     Threads,
     TimingCache,
     Weights,
@@ -78,6 +79,8 @@ Example:
 
     optin bench work --at batch=1,seq=128 --at batch=8,seq=128 --threads 2
 
+    optin bench work --suite matrix.toml
+
     optin bench work --operators
 """
 
@@ -88,20 +91,24 @@ def bench(
     precision: Precision = None,
     at: At = None,
     threads: Threads = 0,
+    suite: SuiteFile = None,
     operators: Operators = False,
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.measuring import Point, bench_folder, parse_point
+    from exporters.measuring import Bench, Point, bench_folder, parse_point
+    from exporters.suites import bench_suite, read_suite
 
-    points = [parse_point(text) for text in at] if at else [Point()]
-    if operators and engine != "onnx":
-        raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {engine}.")
-    measured = bench_folder(
-        folder, engine=engine, precision=precision, points=points, threads=threads, dry_run=dry_run, stage=stage_bar
-    )
+    points = tuple(map(parse_point, at)) if at else (Point(),)
+    if operators and (engine != "onnx" or suite is not None):
+        raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {suite or engine}.")
+    if suite is not None:
+        measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
+    else:
+        bench = Bench(engine, precision, points, threads)
+        measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)
     if dry_run:
-        typer.echo(f"would measure {len(points)} points on engine {engine}")
+        typer.echo(f"would measure {suite}" if suite else f"would measure {len(points)} points on engine {engine}")
         return
     print_latency(measured)
     if operators:

@@ -153,6 +153,13 @@ Operators = Annotated[
     bool,
     typer.Option("--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."),
 ]
+SuiteFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--suite",
+        help="TOML file of lists: engines, precisions, threads, batch, seq. Every combination is measured.",
+    ),
+]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
 Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]

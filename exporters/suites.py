@@ -1,0 +1,78 @@
+"""A matrix of measurements as a TOML file: every engine, precision, number of threads, batch and length of it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from exporters.measuring import Bench, Point, bench_rows, checked, keep
+from optin_deploy.bench.report import Measurement
+from optin_deploy.errors import BadInput
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.validation import STORED, validated
+
+HINT = 'Give lists such as engines = ["onnx"], batch = [1, 8], seq = [128], threads = [2].'
+MOST_BYTES = 2**20
+MOST_CASES = 500
+"""Each takes half a minute or more."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The lists of a file."""
+
+    __pydantic_config__ = STORED
+
+    batch: tuple[int, ...] = (1,)
+    seq: tuple[int, ...] = ()
+    """Tokens; none = the calibration length."""
+    engines: tuple[str, ...] = ("onnx",)
+    precisions: tuple[str, ...] = ()
+    """None = each engine's default."""
+    threads: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if not (self.batch and self.engines and self.threads) or len(list(self.benches())) > MOST_CASES:
+            raise BadInput(f"a suite needs 1 to {MOST_CASES} cases")
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every batch at every length."""
+        return tuple(Point(batch, seq) for batch, seq in product(self.batch, self.seq or (None,)))
+
+    def benches(self) -> Iterator[Bench]:
+        """Every other combination, each with all points."""
+        for engine, precision, threads in product(self.engines, self.precisions or (None,), self.threads):
+            yield Bench(engine, precision, self.points, threads)
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a TOML file.
+
+    Raises: BadInput: absent, no TOML, too large, an unknown name or a wrong type.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"--suite {path} is larger than 1 MiB: that is no suite. {HINT}")
+        with path.open("rb") as file:
+            data = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise BadInput(f"--suite {path} cannot be read: {err}. {HINT}") from err
+    return validated(Suite, data, f"--suite {path}", HINT)
+
+
+def bench_suite(folder: Path, suite: Suite, *, dry_run: bool = False, stage: Stage = silent_stage) -> list[Measurement]:
+    """Measure an output folder's artifacts in every case; measurements.json grows with each.
+
+    Args: dry_run: only check that it could be done.
+    Raises: BadInput: an artifact is missing, or a case is impossible; before anything is measured.
+    """
+    cases = [checked(folder, bench) for bench in suite.benches()]
+    measured: list[Measurement] = []
+    for case in cases if not dry_run else ():
+        measured += bench_rows(case, stage=stage)
+        keep(folder, measured)
+    return measured
