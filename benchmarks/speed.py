@@ -38,14 +38,12 @@ def main() -> None:
         to_table(LATENCY_HEADER, latency_rows(measured)),
     ]
     profiles = {}
-    for batch in options.batch[1:]:
-        point = Point(batch=batch, seq=options.seq_len)
-        dense, pruned, cut = explain_folder(options.folder, point=point, threads=options.threads)
-        profiles[str(batch)] = {"dense": asdict(dense), "pruned": asdict(pruned)}
+    for found in explain_folder(options.folder, points[1:], threads=options.threads):
+        profiles[str(found.batch)] = {"dense": asdict(found.dense), "pruned": asdict(found.pruned)}
         parts += [
-            f"By operator at batch {batch} (profiler on, median of {RUNS} runs):",
-            to_table(OPERATOR_HEADER, operator_rows(dense, pruned)),
-            *explained(dense, pruned, cut),
+            f"By operator at batch {found.batch} (profiler on, median of {RUNS} runs):",
+            to_table(OPERATOR_HEADER, operator_rows(found.dense, found.pruned)),
+            *explained(found.dense, found.pruned, found.cut),
         ]
     page = "\n\n".join(parts)
     print(page)

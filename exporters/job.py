@@ -19,7 +19,7 @@ from exporters.measuring import Point, measure
 from exporters.proving import EngineModel, check_engine
 from exporters.ready import ready
 from exporters.tensorrt_plan import EngineOptions
-from exporters.time_budget import Round, check_met, plan_in_time
+from exporters.time_budget import Round, judged, plan_in_time
 from exporters.yardstick import yardstick
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
@@ -89,6 +89,7 @@ def export_model(
             allocation=allocation,
             points=points,
             threads=threads,
+            table=table,
             pool=pool,
             options=options,
         )
@@ -102,8 +103,8 @@ def export_model(
     if limits.time is None:
         planned(workspace, prepared, limits, **how, stage=clock)
     else:
-        with yardstick(prepared, target, spec, points[0], threads=threads, home=workspace.root) as yard:
-            rounds = plan_in_time(workspace, limits, yard, table, align=align, allocation=allocation, stage=clock)
+        with yardstick(prepared, target, spec, points[0], threads=threads, align=align, home=workspace.root) as yard:
+            rounds = plan_in_time(workspace, limits, yard, table, allocation=allocation, stage=clock)
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     with clock("export"):
@@ -133,13 +134,16 @@ def export_model(
         **how,
         "rounds": [asdict(each) for each in rounds],
     }
+    verdict = None if limits.time is None else judged(limits.time, latency[0])
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
+    if verdict is not None:
+        report = replace(report, notes=(*report.notes, verdict.sentence))
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
     if built.problem is not None:
         raise built.problem
-    if limits.time is not None:
-        check_met(limits.time, latency[0])
+    if verdict is not None:
+        verdict.check()
     if limits.max_drop is not None and quality.drop > limits.max_drop:  # the engine's own precision costs more
         raise QualityLimit(
             f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "

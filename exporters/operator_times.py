@@ -7,20 +7,17 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from exporters import check_precision, exporter
-from exporters.measuring import Point, length_of
+from exporters.measuring import Bench, Point, checked, length_of
 from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
 from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup
-from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
-from optin_deploy.pruned import load_pruned
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
 from optin_deploy.storage import write_json
@@ -31,35 +28,44 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 FILE = "operators.json"
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """One point."""
+
+    batch: int
+    seq_len: int
+    dense: Operators
+    pruned: Operators
+    cut: Cut
+
+
 def explain_folder(
-    folder: Path, *, precision: str | None = None, point: Point, threads: int = 0
-) -> tuple[Operators, Operators, Cut]:
+    folder: Path, points: Sequence[Point], *, precision: str | None = None, threads: int = 0
+) -> list[Explanation]:
     """Profile the dense and the pruned ONNX file of an output folder; the times go to operators.json.
 
-    Returns: dense, pruned, and what was cut.
     Raises: BadInput: a file is missing.
     """
-    target = exporter("onnx")
-    pruned = load_pruned(folder)
-    precision = check_precision(target, precision)
-    seq_len = length_of(point, pruned.model, pruned.plan.tokens)
-    feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
-    paths = [folder / str(name) for name in reversed(target.file_names(precision))]
-    for path in paths:
-        if not path.is_file():
-            raise BadInput(f"{path} does not exist. Make it with `optin build {folder} --precision {precision}`.")
-    dense, smaller = (operator_times(path, feeds, pruned.layout, threads=threads) for path in paths)
-    cut = Cut(
-        kept=1 / ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
-        heads=[*map(len, pruned.plan.heads)],
-        neurons=[*map(len, pruned.plan.neurons)],
-        align=target.align,
-        rows=point.batch * seq_len,
-    )
-    found = {"dense": asdict(dense), "pruned": asdict(smaller), "cut": asdict(cut)}
-    setting = {"precision": precision, "batch": point.batch, "seq_len": seq_len, "threads": threads}
-    write_json(folder / FILE, {"schema_version": 1, **setting, **found, "environment": environment()})
-    return dense, smaller, cut
+    case = checked(folder, Bench("onnx", precision, tuple(points), threads))
+    model, plan = case.pruned.model, case.pruned.plan
+    found = []
+    for point in points:
+        seq_len = length_of(point, model, plan.tokens)
+        feeds = {k: v.numpy() for k, v in example_inputs(model, batch=point.batch, seq_len=seq_len).items()}
+        dense, pruned = (
+            operator_times(path, feeds, case.pruned.layout, threads=threads) for path in (case.dense, case.smaller)
+        )
+        cut = Cut(
+            kept=1 / ideal_speedup(model, case.pruned.layout, plan, seq_len=seq_len),
+            heads=[*map(len, plan.heads)],
+            neurons=[*map(len, plan.neurons)],
+            align=case.target.align,
+            rows=point.batch * seq_len,
+        )
+        found.append(Explanation(point.batch, seq_len, dense, pruned, cut))
+    about = {"schema_version": 1, "precision": case.precision, "threads": threads, "environment": environment()}
+    write_json(folder / FILE, {**about, "points": [asdict(each) for each in found]})
+    return found
 
 
 def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: int = 0) -> Operators:

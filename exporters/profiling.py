@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from exporters.measuring import Point
-from exporters.ready import ready
+from exporters.ready import check_timeable, ready
+from exporters.tensorrt_plan import EngineOptions
 from exporters.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.bench.stats import percentile
 from optin_deploy.bench.timing import Samples, log_ratios
-from optin_deploy.cost.latency import HINT, HeldOut, LatencyTable, Steps
+from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import LayerSpec
 from optin_deploy.progress import Progress, Stage, silent, silent_stage
-from optin_deploy.storage import read_json, write_json
+from optin_deploy.storage import write_json
 from optin_deploy.workspace import Source
 
 BLOCKS = 6
@@ -48,6 +49,7 @@ def profile_model(
     point: Point | None = None,
     threads: int = 0,
     align: int | None = None,
+    options: EngineOptions | None = None,
     check: int = 0,
     dry_run: bool = False,
     stage: Stage = silent_stage,
@@ -55,32 +57,30 @@ def profile_model(
     """Measure a latency table and write it to a file.
 
     Args: check: random plans to measure beside it. dry_run: only check that it could be done; returns None.
+    Raises: BadInput: the engine does not run here, and all that `ready` refuses.
     """
     point = point or Point()
     target, spec, prepared = ready(
-        source, engine=engine, precision=precision, align=align, points=[point], threads=threads
+        source, engine=engine, precision=precision, align=align, points=[point], threads=threads, options=options
     )
-    align = target.align if align is None else align
+    check_timeable(target, spec)
     if dry_run:
         return None
-    with yardstick(prepared, target, spec, point, threads=threads) as yard:
+    with yardstick(prepared, target, spec, point, threads=threads, align=align) as yard:
         with stage("profile") as progress:
-            table = measure_table(yard, align=align, progress=progress)
+            table = measure_table(yard, progress=progress)
         write_json(out, table.to_json())
         if check:
             with stage("check") as progress:
-                table = with_held_out(table, yard, check, align=align, seed=source.seed, progress=progress)
+                table = with_held_out(table, yard, check, seed=source.seed, progress=progress)
             write_json(out, table.to_json())
     return table
 
 
-def measure_table(yard: Yardstick, *, align: int, progress: Progress = silent) -> LatencyTable:
-    """Time every width of the grid in the whole model, beside the dense one.
-
-    Args: align: neurons are measured in multiples of this.
-    """
+def measure_table(yard: Yardstick, *, progress: Progress = silent) -> LatencyTable:
+    """Time every width of the grid in the whole model, beside the dense one."""
     layers = yard.prepared.layout.layers
-    cells = list(grid(layers, align))
+    cells = list(grid(layers, yard.align))
     dense: list[float] = []
     ratios: dict[Cell, float] = {}
     for start in range(0, len(cells), AT_ONCE):
@@ -111,13 +111,13 @@ def grid(layers: Sequence[LayerSpec], align: int) -> Iterator[Cell]:
 
 
 def with_held_out(
-    table: LatencyTable, yard: Yardstick, count: int, *, align: int, seed: int = 0, progress: Progress = silent
+    table: LatencyTable, yard: Yardstick, count: int, *, seed: int = 0, progress: Progress = silent
 ) -> LatencyTable:
     """The table, and how wrong it is for `count` random plans with other widths in every layer."""
     rng = np.random.default_rng(seed)
     layers = yard.prepared.layout.layers
     found: list[HeldOut] = []
-    plans = [_drawn(rng, layers, align) for _ in range(count)]
+    plans = [_drawn(rng, layers, yard.align) for _ in range(count)]
     for start in range(0, count, AT_ONCE):
         some = plans[start : start + AT_ONCE]
         samples = yard.together([yard.plan(*widths) for widths in some], blocks=BLOCKS)
@@ -140,22 +140,12 @@ def _drawn(
     return heads, tuple(min(n, x.neurons) for n, x in zip(neurons, layers, strict=True))
 
 
-def stored_table(path: Path, yard: Yardstick) -> LatencyTable:
-    """Read a table.
-
-    Raises: BadInput: missing, damaged, or of another model, engine, device or size.
-    """
-    table = LatencyTable.from_json(read_json(path, HINT))
-    table.check(yard.prepared.layout, yard.setting)
-    return table
-
-
-def table_at(path: Path, yard: Yardstick, *, align: int, progress: Progress = silent) -> LatencyTable:
-    """The table in a file, measured and written if there is none for this setting."""
+def table_at(path: Path, yard: Yardstick, *, progress: Progress = silent) -> LatencyTable:
+    """The table in a file, measured and written if there is none for this model and setting."""
     try:
-        return stored_table(path, yard)
+        return read_table(path, yard.prepared.layout, yard.setting)
     except BadInput:
-        table = measure_table(yard, align=align, progress=progress)
+        table = measure_table(yard, progress=progress)
         write_json(path, table.to_json())
         return table
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
 from exporters.building import int8_samples
-from exporters.measuring import Point, check_threads, length_of
+from exporters.measuring import Point, check_runs, check_threads, length_of
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
+from exporters.yardstick import setting_of
 from optin_deploy.budget import Limits
+from optin_deploy.cost.latency import read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.search import check_search
 from optin_deploy.stages import Prepared, prepare
@@ -28,6 +30,7 @@ def ready(
     allocation: str = "curves",
     points: Sequence[Point] = (),
     threads: int = 0,
+    table: Path | None = None,
     pool: str | None = None,
     options: EngineOptions | None = None,
 ) -> tuple[Exporter, ExportSpec, Prepared]:
@@ -49,7 +52,29 @@ def ready(
         if target.has_profiles:
             _check_profiles(options.profiles, point.batch, tokens if prepared.loaded.is_text else None)
     samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
-    return target, ExportSpec(precision, pool, options, samples), prepared
+    spec = ExportSpec(precision, pool, options, samples)
+    timed = limits is not None and limits.time is not None
+    if timed:
+        check_timeable(target, spec)
+    if table is not None:
+        if not timed:
+            raise BadInput(f"--latency-table {table} is for --latency, --speedup or --throughput: give one of them.")
+        align = target.align if align is None else align
+        read_table(table, prepared.layout, setting_of(prepared, target, spec, points[0], threads=threads, align=align))
+    return target, spec, prepared
+
+
+def check_timeable(target: Exporter, spec: ExportSpec) -> None:
+    """Refuse an engine whose times cannot be planned by on this machine.
+
+    Raises: BadInput.
+    """
+    check_runs(target, spec.precision)
+    if spec.precision == "int8":
+        raise BadInput(
+            "--precision int8 chooses for each model what stays in float, so that its time cannot be foretold from "
+            "widths. Give --flops, and measure what comes out."
+        )
 
 
 def _check_profiles(profiles: Sequence[Profile], batch: int, tokens: int | None) -> None:

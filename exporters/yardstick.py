@@ -1,6 +1,7 @@
 """Time models of given widths on an engine, as they would be shipped, interleaved with the dense model.
 
-Widths alone decide the time, so that candidates are cut without compensation: seconds each, not minutes.
+Widths alone decide the time (but for int8, which chooses by its noise what stays in float), so that candidates are cut
+without compensation: seconds each, not minutes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Yardstick:
     spec: ExportSpec
     point: Point
     threads: int
+    align: int
+    """Multiple of neurons in which widths are chosen."""
     feeds: Feeds
     dense: Path
     """Artifact of the dense model."""
@@ -53,19 +56,8 @@ class Yardstick:
 
     @property
     def setting(self) -> dict[str, str | int]:
-        """All that a time depends on besides the model."""
-        gpu = current_gpu()
-        versions = (f"{name} {found}" for name, found in installed_versions().items())
-        return {
-            "engine": self.target.engine,
-            "precision": self.precision,
-            "batch": self.point.batch,
-            "seq_len": length_of(self.point, self.prepared.loaded.model, self.prepared.cost.tokens),
-            "threads": self.threads,
-            "cpu": str(environment()["cpu_model"]),
-            "gpu": "none" if gpu is None else describe_device(gpu)[0],
-            "versions": ", ".join(versions),
-        }
+        """See `setting_of`."""
+        return setting_of(self.prepared, self.target, self.spec, self.point, threads=self.threads, align=self.align)
 
     def plan(self, heads: Sequence[int], neurons: Sequence[int]) -> PruningPlan:
         """The first so many units of each layer: which ones makes no difference to the time."""
@@ -108,13 +100,42 @@ class Yardstick:
         return self.target.export(smaller, self.spec, folder / name).path
 
 
+def setting_of(
+    prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int, align: int
+) -> dict[str, str | int]:
+    """All that a latency table depends on besides the model."""
+    gpu, env = current_gpu(), environment()
+    return {
+        "engine": target.engine,
+        "precision": spec.precision or target.precisions[0],
+        "pool": spec.pool or "none",
+        "options": str(spec.options.settings()) if target.has_profiles else "none",
+        "batch": point.batch,
+        "seq_len": length_of(point, prepared.loaded.model, prepared.cost.tokens),
+        "threads": threads,
+        "align": align,
+        "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores",
+        "gpu": "none" if gpu is None else describe_device(gpu)[0],
+        "versions": ", ".join(f"{name} {found}" for name, found in installed_versions().items()),
+    }
+
+
 @contextmanager
 def yardstick(
-    prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int = 0, home: Path | None = None
+    prepared: Prepared,
+    target: Exporter,
+    spec: ExportSpec,
+    point: Point,
+    *,
+    threads: int = 0,
+    align: int | None = None,
+    home: Path | None = None,
 ) -> Iterator[Yardstick]:
     """Export the dense model and get ready to time others beside it.
 
-    Args: home: folder where the dense artifact stays, or lies already; default: gone afterwards.
+    Args:
+        align: default: what the engine likes.
+        home: folder where the dense artifact stays, or lies already; default: gone afterwards.
     Raises: BadInput: the engine does not run here. CannotBuildHere.
     """
     check_runs(target, spec.precision)
@@ -127,4 +148,5 @@ def yardstick(
         dense = Path(prepared.source.model)
         if name is not None:
             dense = target.export(model, spec, (home or scratch) / name).path
-        yield Yardstick(prepared, target, spec, point, threads, feeds, dense, scratch)
+        align = target.align if align is None else align
+        yield Yardstick(prepared, target, spec, point, threads, align, feeds, dense, scratch)

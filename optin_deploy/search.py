@@ -12,7 +12,7 @@ from optin_deploy.budget import Budget, Limit
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import Curve, Curves
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
@@ -60,11 +60,14 @@ def search_within(
         curves: of this model and these scores; needed by `curves` alone.
     The last two try every number of kept heads, fill the rest of the budgets with neurons, and keep the pair of the
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
-    Raises: BadInput.
+    Raises: BadInput. InfeasibleBudget: a limit below what no plan can cut.
     """
     check_search(align, allocation)
     scores.check(layout)
     room = np.array([limit - cost.fixed for cost, limit in limits])
+    if (room < 0).any():
+        asked = ", ".join(f"{limit} of at least {cost.fixed}" for cost, limit in limits)
+        raise InfeasibleBudget(f"a limit is below what no plan can cut: {asked}. Allow more.")
     costs = [cost for cost, _ in limits]
     heads, neurons = [], []
     for index, (of_heads, of_neurons) in enumerate(zip(scores.heads, scores.neurons, strict=True)):

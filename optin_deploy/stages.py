@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.budget import Limit, Limits
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
@@ -22,6 +24,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
+from optin_deploy.masking import inference
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
@@ -96,8 +99,25 @@ def prepare(source: Source) -> Prepared:
         cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
     except ValueError as err:
         raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
+    _try_two(loaded, calibration)
     params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
     return Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+
+
+def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
+    """Some classifiers take one sample at a time unless their config names a padding token.
+
+    Raises: BadInput.
+    """
+    two = {name: values[:2] for name, values in calibration.batches[0].items()}
+    try:
+        with inference(loaded.model), torch.no_grad():
+            loaded.model(**two)
+    except ValueError as err:
+        raise BadInput(
+            f"{type(loaded.model).__name__} does not take two samples at once: {err} Name the padding token in its "
+            "config.json (pad_token_id), as the tokenizer has it."
+        ) from err
 
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
@@ -220,6 +240,8 @@ def plan_stage(
         quality by which the limits were found.
     """
     limits = limits or Limits()
+    if limits.time is not None and latency is None:
+        raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
     scores, layout, macs, params, key = workspace.read_scores()
     curves = workspace.read_curves()[0] if allocation == "curves" else None
     within = [*limits.within(macs, params), *([] if latency is None else [latency])]

@@ -192,6 +192,11 @@ def test_path_that_does_not_exist_is_named(family: str, change: dict[str, Any], 
         resolve(tiny_model(family), spec=replace(row, **change))
 
 
+def test_two_paths_for_queries_keys_and_values_are_refused() -> None:
+    with pytest.raises(BadInput, match="qkv has 2 paths; give three, or one that is fused"):
+        resolve(tiny_model("bert"), spec=replace(BERT, qkv=BERT.qkv[:2]))
+
+
 def test_path_of_something_else_than_a_linear_is_refused() -> None:
     with pytest.raises(BadInput, match=r"attention\.output\.LayerNorm is a LayerNorm.*Linear"):
         resolve(tiny_model("bert"), spec=replace(BERT, attn_out="attention.output.LayerNorm"))

@@ -270,6 +270,16 @@ def test_a_gpt2_classifier_is_cut_and_exported_without_its_cache(shell: Shell, t
     assert [each.name for each in graph.output] == ["logits"]
 
 
+def test_a_gpt2_classifier_without_a_padding_token_says_what_to_do(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(gpt2(), tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    ran = shell("optin-export", folder, *text_options(lines(), tmp_path / "out"))
+    assert ran.code == 2
+    assert "does not take two samples at once" in ran.err
+    assert "pad_token_id" in ran.err
+
+
 def test_an_image_folder_calibrates_a_vit_and_no_dense_leaves_the_dense_artifact_out(
     shell: Shell, tmp_path: Path
 ) -> None:

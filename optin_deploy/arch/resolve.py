@@ -83,6 +83,8 @@ def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
     if rest:
         raise BadInput(f"{at(spec.attn_out)}: width {attn_out.inputs} is not a multiple of {heads} heads.")
     scales = tuple(map(at, spec.layer_scale)) if spec.layer_scale else (None, None)
+    if len(spec.qkv) not in (1, QKV):
+        raise BadInput(f"row {spec.name!r}: qkv has {len(spec.qkv)} paths; give three, or one that is fused.")
     qkv, ffn_in = (tuple(map(at, paths)) for paths in (spec.qkv, spec.ffn_in))
     attention = Branch(qkv, at(spec.attn_out), at(spec.residual[0]), scales[0], heads, head_dim, spec.split)
     ffn = Branch(ffn_in, at(spec.ffn_out), at(spec.residual[1]), scales[1], ffn_out.inputs, 1)

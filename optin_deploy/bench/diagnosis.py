@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ BEHIND = 1.15
 FEW_ROWS = 64
 """Batch times tokens below which a product reads its weights for too few rows to be bound by arithmetic."""
 ATTENTION = ("Softmax", "Transpose", "FusedMatMul", "Where")
-"""What attention is made of where it is not one operator; the products with weights are `MatMul` or `Gemm`."""
+"""What attention is made of, beside a `MatMul`, where it is not one operator."""
 OUTSIDE = "outside"
 """Embeddings, pooler, head: what belongs to no block."""
-PRODUCTS = ("MatMul", "Gemm", "FusedGemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "QGemm")
+PRODUCTS = (
+    *("MatMul", "Gemm", "FusedGemm", "MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+    *("QLinearMatMul", "QGemm"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Cut:
 
 
 def explained(dense: Operators, pruned: Operators, cut: Cut) -> list[str]:
-    """A sentence, with its remedy, for each reason why the time fell less than the MACs; empty if it did not."""
-    if pruned.wall_ms / dense.wall_ms <= cut.kept * (2 - UNCHANGED):
-        return []
+    """A sentence, with its remedy, for each reason why the time fell less than the MACs."""
+    took = pruned.wall_ms / dense.wall_ms
+    if took <= cut.kept * (2 - UNCHANGED):
+        return [f"The time fell to {took:.0%}, with the MACs ({cut.kept:.0%}): nothing to explain."]
     checks = (_launches(pruned), _products(dense, pruned, cut), _attention(pruned), *_unchanged(dense, pruned))
-    return [said for said in checks if said is not None]
+    found = [said for said in checks if said is not None]
+    return found or [f"The time fell to {took:.0%}, the MACs to {cut.kept:.0%}; no operator stands out as the reason."]
 
 
 def _launches(pruned: Operators) -> str | None:
@@ -79,8 +85,8 @@ def _products(dense: Operators, pruned: Operators, cut: Cut) -> str | None:
     before, after = (sum(each.by_operator.get(name, 0.0) for name in PRODUCTS) for each in (dense, pruned))
     if not before or after / before <= cut.kept * BEHIND:
         return None
-    fell = f"MACs fell to {cut.kept:.0%}, the time of the products with weights to {after / before:.0%}"
-    odd = [i for i, width in enumerate(cut.neurons) if width % cut.align]
+    fell = f"MACs fell to {cut.kept:.0%}, the time of matrix products to {after / before:.0%}"
+    odd = [i for i, width in enumerate(cut.neurons) if width % cut.align and width < max(cut.neurons)]
     if odd:
         return (
             f"Misaligned widths: {fell}; {len(odd)} of {len(cut.neurons)} layers keep neurons that are no multiple of "
@@ -100,7 +106,7 @@ def _attention(pruned: Operators) -> str | None:
         return None
     return (
         f"Unfused attention: {share:.0%} of the pruned model's time is in {', '.join(ATTENTION)}, which one fused "
-        "operator would do. Try --engine openvino, trt or torch; cut more heads and fewer neurons."
+        "operator would do. Try --engine openvino, trt or torch; a budget in time takes such costs into account."
     )
 
 
@@ -112,7 +118,7 @@ def _unchanged(dense: Operators, pruned: Operators) -> list[str]:
         for name, ms in sorted(pruned.by_operator.items(), key=lambda item: -item[1])
         if name not in (*PRODUCTS, *ATTENTION)
         and pruned.share(name) >= NOTABLE
-        and ms >= UNCHANGED * dense.by_operator.get(name, ms)
+        and ms >= UNCHANGED * dense.by_operator.get(name, math.inf)
     ]
 
 

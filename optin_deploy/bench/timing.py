@@ -34,8 +34,9 @@ MIN_WARMUP, MAX_WARMUP = 3, 20
 """Untimed rounds; the first run also allocates memory."""
 STILL_FALLING = 0.95
 """Warming up goes on while a round takes less than this share of the fastest before it."""
-DRIFT = 0.01
-"""Identical models may differ by this much, beyond their interval, before a measurement counts as unstable."""
+DRIFT, NOISE = 0.01, 0.1
+"""A measurement is unstable if identical models differ by more than 1% beyond their interval, or if that interval is so
+wide that they could differ by more than 10%."""
 
 Clock = Callable[[], float]
 """Seconds from any fixed start."""
@@ -105,9 +106,15 @@ class PairTiming:
 
     @property
     def unstable(self) -> bool:
-        """Do identical models differ beyond noise, by more than 1%?"""
+        """Do identical models differ by more than 1% beyond noise, or is the noise above 10%?"""
         low, high = self.same_ci95
-        return low > 1 + DRIFT or high < 1 / (1 + DRIFT)
+        differ = low > 1 + DRIFT or high < 1 / (1 + DRIFT)
+        return differ or math.sqrt(high / low) > 1 + NOISE
+
+    @property
+    def pruned_ci95_ms(self) -> tuple[float, float]:
+        """Bootstrap 95% interval of the pruned model's typical time, the geometric mean of its blocks' medians."""
+        return bootstrap_ci([float(np.log(np.median(block))) for block in self.pruned_ms], level=0.95, seed=self.seed)
 
     def dense(self, q: float) -> float:
         """The q-th percentile over all dense samples, in milliseconds."""

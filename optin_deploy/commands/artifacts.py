@@ -119,10 +119,9 @@ def _explain(folder: Path, precision: str | None, points: Sequence[Any], threads
     from exporters.operator_times import FILE, explain_folder
     from optin_deploy.bench.diagnosis import LAYER_HEADER, OPERATOR_HEADER, explained, layer_rows, operator_rows
 
-    for point in points:
-        dense, pruned, cut = explain_folder(folder, precision=precision, point=point, threads=threads)
-        title = f"Batch {point.batch}, by ONNX Runtime's profiler (in {folder / FILE})"
-        print_table(LAYER_HEADER, layer_rows(dense, pruned, cut), title)
-        print_table(OPERATOR_HEADER, operator_rows(dense, pruned))
-        for line in explained(dense, pruned, cut):
+    for found in explain_folder(folder, points, precision=precision, threads=threads):
+        title = f"{found.batch} x {found.seq_len}, by ONNX Runtime's profiler (in {folder / FILE})"
+        print_table(LAYER_HEADER, layer_rows(found.dense, found.pruned, found.cut), title)
+        print_table(OPERATOR_HEADER, operator_rows(found.dense, found.pruned))
+        for line in explained(found.dense, found.pruned, found.cut):
             typer.echo(line)

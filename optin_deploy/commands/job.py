@@ -136,6 +136,7 @@ def export(
         "allocation": allocation,
         "points": [parse_point(text) for text in at] if at else [Point()],
         "threads": threads,
+        "table": latency_table,
         "pool": pool,
         "options": engine_options(profile, workspace, timing_cache, compatible, weights),
     }
@@ -158,7 +159,6 @@ def export(
             scoring=scoring,
             memory_budget=scoring_bytes,
             compensation=compensation,
-            table=latency_table,
             dense=dense,
             force=force,
             stage=stage_bar,

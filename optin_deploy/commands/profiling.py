@@ -14,12 +14,13 @@ from optin_deploy.commands.options import (
     EngineAlign,
     Model,
     Precision,
+    ProfileOption,
     Seed,
     SeqLen,
     Task,
     Threads,
 )
-from optin_deploy.commands.parsing import source_of
+from optin_deploy.commands.parsing import engine_options, source_of
 from optin_deploy.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
@@ -42,6 +43,7 @@ def profile(
     at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1",
     threads: Threads = 0,
     align: EngineAlign = None,
+    profile_sizes: ProfileOption = None,
     check: Annotated[int, typer.Option(min=0, help="Random plans to measure, to see how wrong the table is.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
     dry_run: DryRun = False,
@@ -61,6 +63,7 @@ def profile(
         point=parse_point(at),
         threads=threads,
         align=align,
+        options=engine_options(profile_sizes, None, None, None, "fixed"),
         check=check,
         dry_run=dry_run,
         stage=stage_bar,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
+from optin_deploy.storage import read_json
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 1
@@ -115,19 +117,6 @@ class LatencyTable:
         steps = zip((*self.heads, *self.neurons), (*heads, *neurons), strict=True)
         return self.dense_ms - sum(float(s.at(s.counts[-1])[-1] - s.at(s.counts[-1])[count]) for s, count in steps)
 
-    def check(self, layout: ModelLayout, setting: Mapping[str, str | int]) -> None:
-        """Make sure that it was measured with this model in this setting.
-
-        Raises: BadInput: names what differs.
-        """
-        if self.layout_hash != layout.hash:
-            raise BadInput(
-                f"latency table: of layout {self.layout_hash[:12]}, the model has {layout.hash[:12]}. {HINT}"
-            )
-        other = [f"{k} is {self.setting.get(k)!r}, not {v!r}" for k, v in setting.items() if self.setting.get(k) != v]
-        if other:
-            raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(other)}. {HINT}")
-
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return asdict(self)
@@ -141,6 +130,23 @@ class LatencyTable:
         return validated(cls, data, "latency table: not one of optin-deploy", HINT)
 
 
+def read_table(path: Path, layout: ModelLayout, setting: Mapping[str, str | int]) -> LatencyTable:
+    """The table in a file, if it was measured with this model in this setting.
+
+    Raises: BadInput: missing or damaged, or names what differs.
+    """
+    table = LatencyTable.from_json(read_json(path, HINT))
+    if table.layout_hash != layout.hash:
+        raise BadInput(f"{path}: of layout {table.layout_hash[:12]}, the model has {layout.hash[:12]}. {HINT}")
+    found = table.setting
+    other = [
+        f"{name} is {found.get(name)!r}, not {value!r}" for name, value in setting.items() if found.get(name) != value
+    ]
+    if other:
+        raise BadInput(f"{path}: measured elsewhere or otherwise: {', '.join(other)}. {HINT}")
+    return table
+
+
 TABLE_HEADER = ("layers", "units", "kept", "ms a layer")
 
 
@@ -150,7 +156,7 @@ def table_rows(table: LatencyTable) -> list[tuple[str, ...]]:
     for kind, every in (("heads", table.heads), ("neurons", table.neurons)):
         for steps in dict.fromkeys(every):
             layers = [str(i) for i, mine in enumerate(every) if mine == steps]
-            where = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+            where = " ".join(layers) if len(layers) < len(every) else f"all {len(layers)}"
             rows += [(where, kind, str(n), f"{ms:.3f}") for n, ms in zip(steps.counts, steps.ms, strict=True)]
     return rows
 
