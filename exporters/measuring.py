@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +136,8 @@ class Bench:
     precision: str | None
     points: tuple[Point, ...]
     threads: int = 0
+    memory: bool = False
+    """Measure peak memory too, in processes of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +152,7 @@ class Case:
     smaller: Path
     pruned: PrunedModel
     task: str | None
+    memory: bool = False
 
 
 def bench_folder(
@@ -185,12 +188,13 @@ def checked(folder: Path, bench: Bench) -> Case:
     for point in bench.points:
         length_of(point, pruned.model, pruned.plan.tokens)
     check_threads(bench.threads)
-    return Case(target, precision, bench.points, bench.threads, dense, folder / name, pruned, source.task)
+    task = source.task
+    return Case(target, precision, bench.points, bench.threads, dense, folder / name, pruned, task, bench.memory)
 
 
 def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
     """Measure a case at all its points."""
-    return measure(
+    measured = measure(
         case.target,
         case.dense,
         case.smaller,
@@ -201,6 +205,18 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
         task=case.task,
         stage=stage,
     )
+    return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.memory else measured
+
+
+def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
+    from exporters.peak_memory import peak_of
+
+    feeds = {k: v.numpy() for k, v in example_inputs(case.pruned.model, batch=at.batch, seq_len=at.seq_len).items()}
+    found = {}
+    for name, path, task in (("dense", case.dense, case.task), ("pruned", case.smaller, None)):
+        with stage(f"memory {name}"):
+            found[name] = peak_of(path, feeds, engine=at.engine, precision=at.precision, threads=at.threads, task=task)
+    return found
 
 
 def keep(folder: Path, measured: Sequence[Measurement]) -> None:

@@ -33,6 +33,8 @@ class Suite:
     precisions: tuple[str, ...] = ()
     """None = each engine's default."""
     threads: tuple[int, ...] = (0,)
+    memory: bool = False
+    """Measure peak memory too."""
 
     def __post_init__(self) -> None:
         if not (self.batch and self.engines and self.threads) or len(list(self.benches())) > MOST_CASES:
@@ -46,7 +48,7 @@ class Suite:
     def benches(self) -> Iterator[Bench]:
         """Every other combination, each with all points."""
         for engine, precision, threads in product(self.engines, self.precisions or (None,), self.threads):
-            yield Bench(engine, precision, self.points, threads)
+            yield Bench(engine, precision, self.points, threads, self.memory)
 
 
 def read_suite(path: Path) -> Suite:

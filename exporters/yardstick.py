@@ -74,6 +74,11 @@ class Yardstick:
         with self._artifacts([plan]) as (artifact,):
             return measure_pair(self._open_dense, partial(self._open, artifact), self.feeds, on_block=progress)
 
+    def behind_dense(self, plan: PruningPlan, progress: Progress = silent) -> PairTiming:
+        """The same with the roles exchanged: the candidate stands as `dense`, the dense model as `pruned`."""
+        with self._artifacts([plan]) as (artifact,):
+            return measure_pair(partial(self._open, artifact), self._open_dense, self.feeds, on_block=progress)
+
     def together(self, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
         """Some candidates beside the dense model: `dense`, `0`, `1`, ..."""
         with self._artifacts(plans) as artifacts:

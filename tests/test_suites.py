@@ -69,6 +69,7 @@ def test_bench_measures_a_suite_and_keeps_all_rows(shell: Shell, finished: Path,
     text = 'engines = ["onnx", "openvino"]\nbatch = [1, 2]\nseq = [8]\nthreads = [1]\n'
     ran = shell("optin", "bench", finished, "--suite", written(tmp_path / "suite.toml", text))
     assert ran.code == 0, ran.err
+    assert "Memory at" not in ran.out
     rows = json.loads((finished / "measurements.json").read_text())["latency"]
     assert [(row["engine"], row["batch"], row["seq_len"]) for row in rows] == [
         ("onnx", 1, 8),

@@ -29,6 +29,8 @@ class Measurement:
     """Dense MACs / pruned MACs at this length: the speed-up if time were MACs."""
     timing: PairTiming
     precision: str = "fp32"
+    peak_bytes: Mapping[str, int] | None = None
+    """Host memory that `dense` and `pruned` take beyond the libraries; None: not measured."""
 
     @property
     def realised(self) -> float:
@@ -42,6 +44,7 @@ class Measurement:
         settings = {k: getattr(self, k) for k in ("engine", "precision", "batch", "seq_len", "threads", "ideal")}
         return {
             **settings,
+            **({} if self.peak_bytes is None else {"peak_bytes": dict(self.peak_bytes)}),
             "dense": latency_figures(t.dense, throughput[0], t.load_ms["dense"]),
             "pruned": latency_figures(t.pruned, throughput[1], t.load_ms["pruned"]),
             "speedup": t.speedup,
@@ -148,6 +151,16 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def memory_lines(latency: Sequence[Measurement]) -> list[str]:
+    """Peak memory at each point where it was measured."""
+    return [
+        f"Memory at {point_name(m.batch, m.seq_len)}: {m.peak_bytes['dense'] / 2**20:.0f} MiB dense, "
+        f"{m.peak_bytes['pruned'] / 2**20:.0f} MiB pruned, beyond the libraries."
+        for m in latency
+        if m.peak_bytes is not None
+    ]
 
 
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:

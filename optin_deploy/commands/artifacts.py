@@ -15,6 +15,7 @@ from optin_deploy.commands.options import (
     DryRun,
     Engine,
     Folder,
+    Memory,
     Operators,
     Pool,
     Precision,
@@ -92,6 +93,7 @@ def bench(
     at: At = None,
     threads: Threads = 0,
     suite: SuiteFile = None,
+    memory: Memory = False,
     operators: Operators = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -105,7 +107,7 @@ def bench(
     if suite is not None:
         measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
     else:
-        bench = Bench(engine, precision, points, threads)
+        bench = Bench(engine, precision, points, threads, memory)
         measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)
     if dry_run:
         typer.echo(f"would measure {suite}" if suite else f"would measure {len(points)} points on engine {engine}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from optin_deploy.masking import Batch, rows_of
 SHARE = 0.8
 """Of the free memory; the rest is for kernels' scratch and other processes."""
 CGROUP = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory that this process has held: of the device, or resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # Where there is one: what getrusage says begins with the memory of the process that started this one.
+    high_water = re.search(r"^VmHWM:\s*(\d+) kB", _text(STATUS), re.MULTILINE)
+    if high_water:
+        return int(high_water[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -94,6 +100,13 @@ def peak_bytes(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _number(path: Path) -> int | None:
