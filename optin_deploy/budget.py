@@ -80,6 +80,7 @@ class TimeTarget:
         return allowed[self.option]
 
 
+MS_OF = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 TIME_EXAMPLES = {"--latency": "4.0ms", "--speedup": "2.0", "--throughput": "500"}
 
 
@@ -88,11 +89,10 @@ def parse_latency(text: str) -> float:
 
     Raises: BadInput.
     """
-    match = re.fullmatch(r"([0-9.]+)\s*(us|ms|s)", text.strip())
-    try:
-        return float(match[1]) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[match[2]]  # type: ignore[index]
-    except (TypeError, ValueError) as err:
-        raise BadInput(f"--latency {text!r}: give a time such as 4.0ms, 900us or 0.5s.") from err
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip())
+    if match is None:
+        raise BadInput(f"--latency {text!r}: give a time such as 4.0ms, 900us or 0.5s.")
+    return float(match[1]) * MS_OF[match[2]]
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Projection:
         module: nn.Module
         with torch.device("meta"):  # nothing is initialised in vain; the parameters are set below
             if isinstance(self.module, Conv1D):
-                module = Conv1D(outputs, inputs)  # type: ignore[no-untyped-call]
+                module = Conv1D(outputs, inputs)  # type: ignore[no-untyped-call]  # transformers does not type it
             else:
                 module = nn.Linear(inputs, outputs, bias=bias is not None)
         module.weight = nn.Parameter(self.stored(weight).detach().clone(memory_format=torch.contiguous_format))
