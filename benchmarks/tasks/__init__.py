@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.tasks.images import cifar10
 from benchmarks.tasks.task import Task
-from benchmarks.tasks.text import r8, sentiment, topics
+from benchmarks.tasks.text import newsgroups, r8, sentiment, topics
 
 __all__ = ["TASKS", "Task"]
 
@@ -16,5 +16,6 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "r8": r8,
     "cifar10": cifar10,
     "topics": topics,
+    "newsgroups": newsgroups,
 }
 """Each takes the folder that keeps downloads and trained models."""

