@@ -19,6 +19,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
+from optin_deploy.runtimes.base import Feeds
 from optin_deploy.storage import write_json
 from optin_deploy.validation import STORED
 from optin_deploy.workspace import Workspace
@@ -58,7 +59,7 @@ def measure(
     measured = []
     for point in points:
         seq_len = length_of(point, pruned.model, pruned.plan.tokens)
-        feeds = {k: v.numpy() for k, v in example_inputs(pruned.model, batch=point.batch, seq_len=seq_len).items()}
+        feeds = example_feeds(pruned.model, point.batch, seq_len)
         at = (point.batch, point.seq or pruned.plan.tokens)
         timing = time_pair(
             target, dense, smaller, feeds, at=at, precision=precision, threads=threads, task=task, stage=stage
@@ -103,6 +104,11 @@ def time_pair(
         )
 
 
+def example_feeds(model: nn.Module, batch: int, seq_len: int) -> Feeds:
+    """Random inputs without padding, as engines take them."""
+    return {name: values.numpy() for name, values in example_inputs(model, batch=batch, seq_len=seq_len).items()}
+
+
 def length_of(point: Point, model: nn.Module, tokens: int) -> int:
     """Tokens a sample at a point; images have the model's own number.
 
@@ -144,15 +150,14 @@ class Bench:
 class Case:
     """The same, with everything found and checked."""
 
+    bench: Bench
     target: Exporter
     precision: str
-    points: tuple[Point, ...]
-    threads: int
+    """The asked one, or the engine's default."""
     dense: Path
     smaller: Path
     pruned: PrunedModel
     task: str | None
-    memory: bool = False
 
 
 def bench_folder(
@@ -188,8 +193,7 @@ def checked(folder: Path, bench: Bench) -> Case:
     for point in bench.points:
         length_of(point, pruned.model, pruned.plan.tokens)
     check_threads(bench.threads)
-    task = source.task
-    return Case(target, precision, bench.points, bench.threads, dense, folder / name, pruned, task, bench.memory)
+    return Case(bench, target, precision, dense, folder / name, pruned, source.task)
 
 
 def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
@@ -199,19 +203,19 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
         case.dense,
         case.smaller,
         case.pruned,
-        case.points,
+        case.bench.points,
         precision=case.precision,
-        threads=case.threads,
+        threads=case.bench.threads,
         task=case.task,
         stage=stage,
     )
-    return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.memory else measured
+    return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.bench.memory else measured
 
 
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
     from exporters.peak_memory import peak_of
 
-    feeds = {k: v.numpy() for k, v in example_inputs(case.pruned.model, batch=at.batch, seq_len=at.seq_len).items()}
+    feeds = example_feeds(case.pruned.model, at.batch, at.seq_len)
     found = {}
     for name, path, task in (("dense", case.dense, case.task), ("pruned", case.smaller, None)):
         with stage(f"memory {name}"):

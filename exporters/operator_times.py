@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from exporters.measuring import Bench, Point, checked, length_of
+from exporters.measuring import Bench, Point, checked, example_feeds, length_of
 from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
 from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup
-from optin_deploy.inputs import example_inputs
 from optin_deploy.layout import ModelLayout
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
@@ -51,7 +50,7 @@ def explain_folder(
     found = []
     for point in points:
         seq_len = length_of(point, model, plan.tokens)
-        feeds = {k: v.numpy() for k, v in example_inputs(model, batch=point.batch, seq_len=seq_len).items()}
+        feeds = example_feeds(model, point.batch, seq_len)
         dense, pruned = (
             operator_times(path, feeds, case.pruned.layout, threads=threads) for path in (case.dense, case.smaller)
         )

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from torch import nn
 
+from exporters import check_precision
 from exporters.base import Exporter, ExportSpec
-from exporters.measuring import Point, check_runs, length_of
+from exporters.measuring import Point, check_runs, example_feeds, length_of
 from optin_deploy.bench.environment import environment, installed_versions
 from optin_deploy.bench.timing import PairTiming, Samples, measure_pair, measure_together
-from optin_deploy.inputs import example_inputs
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import PrunedModel
@@ -52,7 +52,7 @@ class Yardstick:
     @property
     def precision(self) -> str:
         """Of the artifacts."""
-        return self.spec.precision or self.target.precisions[0]
+        return check_precision(self.target, self.spec.precision)
 
     @property
     def setting(self) -> dict[str, str | int]:
@@ -112,7 +112,7 @@ def setting_of(
     gpu, env = current_gpu(), environment()
     return {
         "engine": target.engine,
-        "precision": spec.precision or target.precisions[0],
+        "precision": check_precision(target, spec.precision),
         "pool": spec.pool or "none",
         "options": str(spec.options.settings()) if target.has_profiles else "none",
         "batch": point.batch,
@@ -146,10 +146,10 @@ def yardstick(
     check_runs(target, spec.precision)
     model: nn.Module = prepared.loaded.model
     seq_len = length_of(point, model, prepared.cost.tokens)
-    feeds = {k: v.numpy() for k, v in example_inputs(model, batch=point.batch, seq_len=seq_len).items()}
+    feeds = example_feeds(model, point.batch, seq_len)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        _, name = target.file_names(spec.precision or target.precisions[0])
+        _, name = target.file_names(check_precision(target, spec.precision))
         dense = Path(prepared.source.model)
         if name is not None:
             dense = target.export(model, spec, (home or scratch) / name).path

@@ -53,6 +53,11 @@ class Steps:
         found: np.ndarray = np.minimum.accumulate(ms[::-1])[::-1]
         return found
 
+    def saved(self, count: int) -> float:
+        """Milliseconds that the branch takes less with `count` units than with all."""
+        ms = self.at(self.counts[-1])
+        return float(ms[-1] - ms[count])
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -101,8 +106,8 @@ class LatencyTable:
     @property
     def fixed(self) -> int:
         """See `Cost.fixed`: with no head and no neuron left."""
-        most = sum(float(steps.at(steps.counts[-1])[-1]) for steps in (*self.heads, *self.neurons))
-        return max(0, round((self.dense_ms - most) * NS))
+        none = [0] * len(self.heads)
+        return max(0, round(self.predict_ms(none, none) * NS))
 
     def of_heads(self, layer: int, units: int) -> np.ndarray:
         """See `Cost.of_heads`."""
@@ -115,7 +120,7 @@ class LatencyTable:
     def predict_ms(self, heads: Sequence[int], neurons: Sequence[int]) -> float:
         """Milliseconds of a batch with these counts of kept heads and neurons a layer."""
         steps = zip((*self.heads, *self.neurons), (*heads, *neurons), strict=True)
-        return self.dense_ms - sum(float(s.at(s.counts[-1])[-1] - s.at(s.counts[-1])[count]) for s, count in steps)
+        return self.dense_ms - sum(branch.saved(count) for branch, count in steps)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
