@@ -26,8 +26,8 @@ from optin_deploy.workspace import Workspace
 LATENCY = "latency.json"
 """The latency table of an output folder."""
 ROUNDS = 6
-AIM, LEAST = 0.98, 0.95
-"""Of the budget: what is aimed at, so that noise does not lead over it, and what need not be made better."""
+AIM, LEAST = 0.975, 0.95
+"""Of the budget: what is aimed at, so that noise leads neither over it nor below what need not be made better."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Round:
     predicted_ms: float
     """What it takes by the table."""
     measured_ms: float
+    """Measured twice if once was within the budget: the geometric mean."""
 
 
 def plan_in_time(
@@ -93,8 +94,13 @@ def plan_within_time(
         if plan.hash in seen:
             break
         seen.add(plan.hash)
-        with stage(f"try plan {len(rounds) + 1}, {allowed / NS:.3g} ms") as progress:
+        number = len(rounds) + 1
+        with stage(f"try plan {number}, {allowed / NS:.3g} ms") as progress:
             measured = measured_ms(target, yard.against_dense(plan, progress), table.dense_ms)
+        if LEAST * goal <= measured <= goal:  # by luck, perhaps: measured once more, and what both say counts
+            with stage(f"confirm plan {number}") as progress:
+                again = measured_ms(target, yard.against_dense(plan, progress), table.dense_ms)
+            measured = math.sqrt(measured * again)
         predicted = table.predict_ms([*map(len, plan.heads)], [*map(len, plan.neurons)])
         rounds.append(Round(allowed, predicted, measured))
         if LEAST * goal <= measured <= goal:

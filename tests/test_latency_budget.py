@@ -287,6 +287,26 @@ def test_a_table_that_is_off_is_corrected_by_measuring(
     assert NEAR[allocation] * goal <= slower(plan) <= goal
 
 
+def test_a_lucky_measurement_is_not_believed(scored: Any) -> None:
+    workspace, _ = scored
+    calls: dict[str, int] = {}
+
+    def moody(plan: PruningPlan) -> float:
+        """3% too fast when first seen, 3% too slow when seen again."""
+        if plan.kept == 1:
+            return Formula()(plan)
+        calls[plan.hash] = calls.get(plan.hash, 0) + 1
+        return Formula()(plan) * (0.97 if calls[plan.hash] % 2 else 1.03)
+
+    table = measure_table(yard_of(scored, Formula()))
+    goal = 0.6 * table.dense_ms
+    limits = Limits(time=TimeTarget("--latency", goal))
+    plan, rounds = plan_within_time(workspace, limits, table, yard_of(scored, moody), allocation="curves")
+    assert 0.93 * goal <= Formula()(plan) <= goal
+    assert max(calls.values()) == 2
+    assert rounds[-1].measured_ms == pytest.approx(Formula()(plan), rel=1e-3)
+
+
 def test_other_budgets_hold_beside_the_time(scored: Any) -> None:
     workspace, _ = scored
     yard = yard_of(scored, Formula())

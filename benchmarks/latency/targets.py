@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm", "vit-small"])
     parser.add_argument("--engines", nargs="+", default=["onnx", "openvino"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=30, help="No target is begun after this.")
     parser.add_argument("--out", type=Path, default=Path("out/latency"))
     parser.add_argument("--record", action="store_true")
@@ -143,7 +143,7 @@ def page(cells: list[Cell], threads: int) -> str:
     return (
         f"# Budgets in time\n\n{held} of {len(cells)} targets hold, {refused} are refused: what was found, measured "
         f"once more beside the dense model, takes at most the target and at least {LEAST:.0%} of it. Batch 1, "
-        f"{threads} threads; MiniLM at 128 tokens, ViT-S at 197.\n\n{to_table(header, rows)}"
+        f"{threads} thread{"s" * (threads != 1)}; MiniLM at 128 tokens, ViT-S at 197.\n\n{to_table(header, rows)}"
     )
 
 
