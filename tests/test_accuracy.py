@@ -26,14 +26,14 @@ from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, v
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import __main__ as module
-from benchmarks.accuracy.__main__ import cells, judged
+from benchmarks.accuracy.__main__ import cells
 from benchmarks.accuracy.methods import METHODS, Case
 from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
-from benchmarks.tasks.task import Task
+from benchmarks.tasks.task import Task, judged
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
 from optin_deploy.samples import read_samples

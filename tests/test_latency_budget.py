@@ -14,6 +14,7 @@ import torch
 from conftest import SEQ_LEN, tiny_model
 from tiny_checkpoint import HEADS, LAYERS, Shell, bert, classifier, lines, text_options
 
+from benchmarks.latency import equal_time
 from exporters import exporter
 from exporters.base import ExportSpec
 from exporters.measuring import Point
@@ -345,6 +346,47 @@ def test_a_machine_that_never_gets_there_says_the_fastest(scored: Any) -> None:
         InfeasibleBudget, match=r"the fastest of \d plans took 9 ms on onnx. Use --latency 9.000ms or more"
     ):
         plan_within_time(scored[0], Limits(time=TimeTarget("--latency", 5.0)), table, stuck, allocation="uniform")
+
+
+# --- budgets in MACs at the same time, for the benchmark
+
+
+@pytest.mark.parametrize("drift", [0.9, 1.0, 1.1])
+def test_the_plan_by_macs_that_is_compared_takes_as_long(scored: Any, drift: float) -> None:
+    workspace, prepared = scored
+    formula = Formula(head=0.1, neuron=0.02)  # heads are cheap, neurons dear: MACs say otherwise
+    table = measure_table(yard_of(scored, formula))
+    uneven = Formula(head=0.1 * drift, neuron=0.02)  # what the table does not know
+    setting = equal_time.Setting(None, workspace, prepared, yard_of(scored, uneven), table)  # type: ignore[arg-type]
+    allowed = 0.6 * table.dense_ms
+    found = setting.by_macs(allowed)
+    assert setting.predicted(found) <= allowed
+    more = (found.macs_pruned / found.macs_dense) + 2 * equal_time.STEP
+    while (next_larger := setting.plan(Limits(flops=more))).hash == found.hash:
+        more += equal_time.STEP
+    assert setting.predicted(next_larger) > allowed
+    by_time, _ = plan_within_time(
+        workspace, Limits(time=TimeTarget("--speedup", 1.6)), table, setting.yard, allocation="curves"
+    )
+    rival, beside = equal_time.as_slow(setting, by_time)
+    assert beside["ratio"] == pytest.approx(uneven(rival) / uneven(by_time))
+    assert 0.9 <= beside["ratio"] <= 1.1  # tiny: few plans lie between
+    assert beside["speedup"]["time"] == pytest.approx(uneven(setting.yard.dense_plan) / uneven(by_time))
+    assert sum(map(len, rival.heads)) < sum(map(len, by_time.heads))
+
+
+def test_a_page_of_equal_times_tells_the_mean_gain() -> None:
+    def cell(task: str, right: int) -> dict[str, Any]:
+        rows = {"time": [1] * right + [0] * (10 - right), "MACs": [1] * 5 + [0] * 5}
+        plans = {name: {"kept": 0.5, "value": sum(x) / 10, "rows": x} for name, x in rows.items()}
+        speedup = {"time": 2.0, "MACs": 1.99}
+        beside = {"speedup": speedup, "ratio": 1.005, "ratio_ci95": (0.99, 1.02)}
+        return {"task": task, "seed": 0, "asked": 2.0, **beside, "plans": plans}
+
+    text = equal_time.page([cell("a", 6), cell("b", 5)], "onnx", 1)
+    assert "+5.00 points (a +10.00, b +0.00); at least 0 is asked: holds" in text
+    assert "1.005 [0.990, 1.020]" in text
+    assert "does not hold" in equal_time.page([cell("a", 4)], "onnx", 1)
 
 
 # --- the last word

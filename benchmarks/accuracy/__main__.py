@@ -18,10 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import torch
-from scipy.stats import spearmanr
 from torch import nn
 
 from benchmarks.accuracy.methods import ABLATIONS, METHODS, Case, Method
@@ -29,6 +26,7 @@ from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
+from benchmarks.tasks.task import judged
 from optin_deploy.quality import outputs_of
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.terminal import quiet_libraries
@@ -137,21 +135,6 @@ def timed(method: Method, case: Case, flops: float) -> tuple[nn.Module, dict[str
 def _case(task: Task, seed: int, rows: int) -> Case:
     drawn = random.Random(seed).sample(task.calibration, rows)
     return Case(task.model, task.seq_len, task.batches(drawn), seed)
-
-
-def judged(outputs: torch.Tensor, labels: Sequence[Any]) -> dict[str, Any]:
-    """The task's metric, and a figure for each row, by which methods are paired.
-
-    Classes: accuracy, and 1 for a right row. Numbers: Spearman's correlation, and the negative squared error.
-    """
-    wanted = torch.tensor(labels)
-    if outputs.shape[1] > 1:
-        right = (outputs.argmax(1) == wanted).int()
-        return {"value": float(right.float().mean()), "rows": right.tolist()}
-    found = outputs[:, 0]
-    constant = bool((found == found[0]).all() or (wanted == wanted[0]).all())
-    value = 0.0 if constant else float(spearmanr(found, wanted).statistic)
-    return {"value": value, "rows": (-((found - wanted) ** 2)).tolist()}
 
 
 if __name__ == "__main__":

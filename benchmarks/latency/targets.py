@@ -143,7 +143,7 @@ def page(cells: list[Cell], threads: int) -> str:
     return (
         f"# Budgets in time\n\n{held} of {len(cells)} targets hold, {refused} are refused: what was found, measured "
         f"once more beside the dense model, takes at most the target and at least {LEAST:.0%} of it. Batch 1, "
-        f"{threads} thread{"s" * (threads != 1)}; MiniLM at 128 tokens, ViT-S at 197.\n\n{to_table(header, rows)}"
+        f"threads: {threads}; MiniLM at 128 tokens, ViT-S at 197.\n\n{to_table(header, rows)}"
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 from optin_deploy.calibration import Batches, Sample, image_batches, text_batches
@@ -40,3 +42,18 @@ def text_batches_of(
 ) -> Batches:
     """Texts as this model takes them."""
     return text_batches(samples, tokenizer, seq_len=seq_len, batch_size=batch_size, inputs=input_names(model))
+
+
+def judged(outputs: torch.Tensor, labels: Sequence[Any]) -> dict[str, Any]:
+    """The task's metric, and a figure for each row, by which methods are paired.
+
+    Classes: accuracy, and 1 for a right row. Numbers: Spearman's correlation, and the negative squared error.
+    """
+    wanted = torch.tensor(labels)
+    if outputs.shape[1] > 1:
+        right = (outputs.argmax(1) == wanted).int()
+        return {"value": float(right.float().mean()), "rows": right.tolist()}
+    found = outputs[:, 0]
+    constant = bool((found == found[0]).all() or (wanted == wanted[0]).all())
+    value = 0.0 if constant else float(spearmanr(found, wanted).statistic)
+    return {"value": value, "rows": (-((found - wanted) ** 2)).tolist()}

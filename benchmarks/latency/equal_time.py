@@ -1,0 +1,269 @@
+"""Accuracy at equal measured time: plans by milliseconds against plans by MACs, on the tasks of benchmarks/accuracy.
+
+A plan is looked for as `optin-export --speedup` does. Then the budget in MACs is sought whose plan takes as long,
+measured beside it, or up to 2% longer: what luck there is, the MACs get. Both are compensated on the same rows and
+judged on the same test rows. A finished cell is a file and is not made again. Run, as often as needed:
+python -m benchmarks.latency.equal_time --minutes 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import RESULTS, write_result
+from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks.task import judged
+from exporters import exporter
+from exporters.base import ExportSpec
+from exporters.measuring import Point
+from exporters.profiling import table_at
+from exporters.time_budget import plan_within_time
+from exporters.yardstick import DENSE, Yardstick, yardstick
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.bench.report import to_table
+from optin_deploy.bench.stats import bootstrap_ci
+from optin_deploy.bench.timing import BLOCKS, Blocks, log_ratios
+from optin_deploy.budget import Limits, TimeTarget
+from optin_deploy.cost.latency import LatencyTable
+from optin_deploy.cost.macs import mac_cost
+from optin_deploy.cost.params import param_cost
+from optin_deploy.loading import LoadedModel
+from optin_deploy.plan import PruningPlan
+from optin_deploy.pruning import cut
+from optin_deploy.quality import outputs_of
+from optin_deploy.stages import Prepared, plan_stage, score_stage
+from optin_deploy.storage import read_json, sha256_tensors, write_json
+from optin_deploy.sweep import measure_curves
+from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.workspace import Source, Workspace
+
+SLACK = 0.02
+"""The plan by MACs may take so much longer."""
+TRIES = 5
+STEP = 0.0025
+"""Of the share of the MACs that is sought."""
+BY_TIME, BY_MACS = "time", "MACs"
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One task on one engine, with the calibration rows of one seed."""
+
+    task: Task
+    workspace: Workspace
+    prepared: Prepared
+    yard: Yardstick
+    table: LatencyTable
+
+    def plan(self, limits: Limits) -> PruningPlan:
+        """By MACs, as `optin-export` makes it."""
+        return plan_stage(self.workspace, limits, align=self.yard.align, allocation="curves", write=False)
+
+    def predicted(self, plan: PruningPlan) -> float:
+        """Milliseconds by the table."""
+        return self.table.predict_ms([*map(len, plan.heads)], [*map(len, plan.neurons)])
+
+    def by_macs(self, allowed_ms: float) -> PruningPlan:
+        """The largest plan by MACs that the table gives this time, to a step."""
+        cost = self.prepared.cost
+        low, high = int(cost.fixed / cost.dense / STEP) + 1, int(1 / STEP)
+        while low < high:  # the time grows with the MACs, near enough
+            middle = (low + high + 1) // 2
+            fits = self.predicted(self.plan(Limits(flops=middle * STEP))) <= allowed_ms
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.plan(Limits(flops=low * STEP))
+
+    def judged(self, plan: PruningPlan, test_rows: int) -> dict[str, Any]:
+        """The task's metric after compensation."""
+        test = self.task.batches(self.task.test[:test_rows])
+        prepared = self.prepared
+        smaller = cut(
+            self.task.model,
+            prepared.layout,
+            plan,
+            prepared.calibration.batches,
+            token_weights=prepared.token_weights(),
+        )
+        return judged(outputs_of(smaller.model, test.batches), test.labels)
+
+
+def main() -> None:
+    """Do open cells for some time, print the table, and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=["sentiment", "r8", "cifar10"], choices=list(TASKS))
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws its own calibration rows")
+    parser.add_argument("--rows", type=int, default=1024, help="calibration rows, at most half of a task's")
+    parser.add_argument("--test-rows", type=int, default=1500)
+    parser.add_argument("--engine", default="onnx")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=30, help="starts no cell after that")
+    parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
+    parser.add_argument("--out", type=Path, default=Path("out/latency"))
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    end = time.monotonic() + 60 * options.minutes
+    cells = [cell for task in options.tasks for cell in _of_task(task, options, end)]
+    missing = len(options.tasks) * len(options.speedups) * len(options.seeds) - len(cells)
+    text = page(cells, options.engine, options.threads) if cells else "nothing is measured yet"
+    print(text)
+    if missing:
+        sys.exit(f"{missing} cells are open: nothing is recorded. Run it again.")
+    command = shlex.join(["python", "-m", "benchmarks.latency.equal_time", *sys.argv[1:]])
+    write_result(RESULTS if options.record else options.out, "latency_equal_time", {"cells": cells}, text, command)
+
+
+def _of_task(name: str, options: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
+    task = TASKS[name](options.cache)
+    key = sha256_tensors(task.model.state_dict())[:12]
+    folder = options.out / "equal-time" / f"{name}-{key}-{options.engine}"
+    for seed in options.seeds:
+        paths = {x: folder / f"{options.rows}-{options.test_rows}-{x:g}-seed{seed}.json" for x in options.speedups}
+        left = [x for x, path in paths.items() if not path.exists()]
+        if left and time.monotonic() < end:
+            with _setting(task, folder, seed, options) as setting:
+                for speedup in left:
+                    if time.monotonic() < end:
+                        write_json(paths[speedup], _cell(setting, speedup, seed, options.test_rows))
+        yield from (read_json(path, "Delete it.") for path in paths.values() if path.exists())
+
+
+@contextmanager
+def _setting(task: Task, folder: Path, seed: int, options: argparse.Namespace) -> Iterator[Setting]:
+    rows = min(options.rows, len(task.calibration) // 2)  # as in benchmarks/accuracy
+    calibration = task.batches(random.Random(seed).sample(task.calibration, rows))
+    layout = resolve(task.model)
+    source = Source(task.name, seq_len=task.seq_len, samples=rows, seed=seed)
+    prepared = Prepared(
+        source,
+        LoadedModel(task.model, "text-classification", task.preprocessor),
+        layout,
+        mac_cost(task.model, layout, seq_len=task.seq_len),
+        param_cost(task.model, layout),
+        calibration,
+        calibration,
+        sha256_tensors(task.model.state_dict()),
+    )
+    workspace = Workspace.claim(folder / f"work-seed{seed}", source)
+    with stage_bar(f"score {task.name}") as progress:
+        score_stage(workspace, prepared, progress=progress)
+    measure_curves(workspace, prepared, "curves", stage_bar)
+    point = Point(1, task.seq_len if prepared.loaded.is_text else None)
+    target = exporter(options.engine)
+    with yardstick(prepared, target, ExportSpec(), point, threads=options.threads, home=folder) as yard:
+        with stage_bar(f"profile {task.name}") as progress:
+            table = table_at(folder / "latency.json", yard, progress=progress)
+        yield Setting(task, workspace, prepared, yard, table)
+
+
+def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[str, Any]:
+    limits = Limits(time=TimeTarget("--speedup", speedup))
+    by_time, rounds = plan_within_time(
+        setting.workspace, limits, setting.table, setting.yard, allocation="curves", stage=stage_bar
+    )
+    by_macs, timing = as_slow(setting, by_time)
+    with stage_bar("judge"):
+        plans = {BY_TIME: by_time, BY_MACS: by_macs}
+        found = {name: setting.judged(plan, test_rows) for name, plan in plans.items()}
+    return {
+        "task": setting.task.name,
+        "seed": seed,
+        "asked": speedup,
+        "rounds": len(rounds),
+        **timing,
+        "plans": {
+            name: {
+                "kept": plan.kept,
+                "heads": [*map(len, plan.heads)],
+                "neurons": [*map(len, plan.neurons)],
+                **found[name],
+            }
+            for name, plan in plans.items()
+        },
+    }
+
+
+def as_slow(setting: Setting, plan: PruningPlan) -> tuple[PruningPlan, dict[str, Any]]:
+    """The plan by MACs that takes as long as `plan`; how long both take, times dense and beside each other."""
+    tried: list[tuple[PruningPlan, dict[str, Any]]] = []
+    allowed_ms = setting.predicted(plan)
+    for number in range(TRIES):
+        rival = setting.by_macs(allowed_ms)
+        if any(rival.hash == other.hash for other, _ in tried):
+            break
+        with stage_bar(f"MACs {number + 1}, {rival.kept:.1%}"):
+            ms = setting.yard.together([plan, rival], blocks=BLOCKS).ms
+        logs = log_ratios(ms["1"], ms["0"])
+        ratio = float(np.exp(np.mean(logs)))
+        beside = {
+            "speedup": {name: _speedup(ms, i) for name, i in ((BY_TIME, "0"), (BY_MACS, "1"))},
+            "ratio": ratio,
+            "ratio_ci95": bootstrap_ci(logs),
+        }
+        tried.append((rival, beside))
+        if 1 <= ratio <= 1 + SLACK:
+            break
+        allowed_ms = setting.predicted(rival) * (1 + SLACK / 2) / ratio
+    return min(tried, key=lambda each: abs(each[1]["ratio"] - 1 - SLACK / 2))
+
+
+def _speedup(ms: Mapping[str, Blocks], name: str) -> float:
+    return float(np.exp(np.mean(log_ratios(ms[DENSE], ms[name]))))
+
+
+def page(cells: Sequence[Mapping[str, Any]], engine: str, threads: int) -> str:
+    """The result for people."""
+    lines, gains = [], []
+    for cell in cells:
+        time_, macs = (cell["plans"][name] for name in (BY_TIME, BY_MACS))
+        gain = np.subtract(time_["rows"], macs["rows"]) * 100.0
+        gains.append(gain)
+        low, high = cell["ratio_ci95"]
+        lines.append(
+            (
+                cell["task"],
+                str(cell["seed"]),
+                f"{cell['asked']:g}x",
+                f"{cell['speedup'][BY_TIME]:.2f}x",
+                f"{cell['speedup'][BY_MACS]:.2f}x",
+                f"{cell['ratio']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{time_['kept']:.1%}",
+                f"{macs['kept']:.1%}",
+                f"{100 * time_['value']:.1f}",
+                f"{100 * macs['value']:.1f}",
+                f"{gain.mean():+.2f} ± {gain.std(ddof=1) / len(gain) ** 0.5:.2f}",
+            )
+        )
+    header = (
+        *("task", "seed", "asked", "by time", "by MACs", "time by MACs / by time [95% CI]"),
+        *("MACs kept by time", "by MACs", "accuracy by time", "by MACs", "points gained"),
+    )
+    mean = statistics.mean(float(gain.mean()) for gain in gains)
+    verdict = "holds" if mean >= 0 else "**does not hold**"
+    tasks: dict[str, list[float]] = {}
+    for cell, gain in zip(cells, gains, strict=True):
+        tasks.setdefault(cell["task"], []).append(float(gain.mean()))
+    told = ", ".join(f"{task} {statistics.mean(some):+.2f}" for task, some in tasks.items())
+    return (
+        f"# Budgets in time against budgets in MACs, at equal measured time\n\nMean gain in accuracy over all rows of "
+        f"the table: {mean:+.2f} points ({told}); at least 0 is asked: {verdict}. {engine}, batch 1 at each task's "
+        f"length, threads: {threads}. The gain of a row is paired over its test rows, with its standard error.\n\n"
+        f"{to_table(header, lines)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
