@@ -16,7 +16,7 @@ CODE := optin_deploy exporters benchmarks
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv browser demo test lint format clean
 
 help: ## list the targets
 	@echo "optin-deploy: smaller transformers, measured"
@@ -26,6 +26,10 @@ help: ## list the targets
 
 venv: $(STAMP) ## install the project and all that tests and demo need into .venv
 	@echo "$(VENV) is ready"
+
+browser: ## install Debian's Chromium, in which a test looks at the report page (as root; without it that test is skipped)
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 
 demo: $(STAMP) ## prune a real model, measure it against the dense one, print the report
 	@$(PY) -m benchmarks.demo

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from optin_deploy.bench import state
 from optin_deploy.bench.environment import environment, installed_versions
+from optin_deploy.bench.state import machine_state, told_of
 
 KEYS = {
     "date", "platform", "cpu_model", "cores_physical", "cores_logical", "memory_bytes",
@@ -100,3 +103,28 @@ def test_versions_are_read_without_importing_the_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_the_state_of_a_machine_is_read_from_its_system_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = "\n\n".join(f"processor\t: {cpu}\ncpu MHz\t\t: {mhz}" for cpu, mhz in enumerate((800, 2400.2, 2600.4)))
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(clocks + "\n\n")
+    for zone, heat in enumerate(("41500", "67250")):
+        folder = tmp_path / f"sys/class/thermal/thermal_zone{zone}"
+        folder.mkdir(parents=True)
+        (folder / "temp").write_text(f"{heat}\n")
+    use_cpus(monkeypatch, 1, 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.234, 9.0, 9.0))
+    monkeypatch.setattr(state, "current_gpu", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(state, "gpu_state", lambda device: {"sm_mhz": 1980.0, "driver": "580.1.2"})
+    found = machine_state(tmp_path)
+    of_cpu = {"load_average": 1.23, "cpu_mhz": 2500, "cpu_temperature_c": 67.25}
+    assert found == {**of_cpu, "gpu_sm_mhz": 1980.0, "gpu_driver": "580.1.2"}
+    monkeypatch.setattr(state, "current_gpu", lambda: None)
+    assert machine_state(tmp_path / "nothing") == {"load_average": 1.23}
+
+
+def test_people_are_told_the_range_of_each_number() -> None:
+    seen = [{"load_average": 0.5, "gpu_power_w": "[N/A]"}, {"load_average": 2, "cpu_mhz": 2400.0}]
+    assert told_of(seen) == "load_average 0.5 to 2, cpu_mhz 2400 to 2400"
+    assert told_of([]) == ""

@@ -23,7 +23,6 @@ from benchmarks.gpu.engines import ENGINES, Skipped, open_engine
 from benchmarks.gpu.kinds import measure_cell
 from benchmarks.gpu.kinds.pair import check_parity, reference
 from benchmarks.gpu.kinds.profile import group_of
-from benchmarks.gpu.machine import gpu_state
 from benchmarks.gpu.models import MODELS, build, equal_plan, model_inputs, pruning_plan
 from benchmarks.gpu.precision import LIMITS, matmul_mode, parity_error
 from benchmarks.gpu.process import WorkerDied, WorkerProcess
@@ -33,6 +32,7 @@ from benchmarks.gpu.runner import run_cells
 from benchmarks.gpu.timing import CpuTimer, compare, measure
 from benchmarks.gpu.workbench import Workbench
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.bench.state import gpu_state
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.ort import import_onnxruntime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import html
 import io
 import json
 import math
@@ -765,21 +766,48 @@ def test_the_wheel_carries_every_data_file() -> None:
     assert [name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
 
 
+PHONE = """<!doctype html><body style="margin: 0">
+<iframe style="width: 400px; height: 2000px; border: 0" srcdoc="{page}"></iframe><pre></pre><script>onload = () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const box = node => {{ const b = node.getBoundingClientRect(); return [b.left, b.right, b.height]; }};
+  document.querySelector("pre").textContent = JSON.stringify({{
+    width: page.documentElement.scrollWidth,
+    charts: [...page.querySelectorAll("svg[role=img]")].map(box),
+    letters: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
+  }});
+}}</script>"""
+"""A frame of a phone's width, as no browser's window is so narrow, and below it what the browser laid out."""
+
+
 def test_a_browser_shows_the_page_at_the_width_of_a_phone(finished: Path, tmp_path: Path) -> None:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    browser = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium is installed")
+    browser = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium: run `make browser`")
     add_sweep(finished)
-    folder = copy_of(finished, tmp_path / "shown")
-    (folder / "report.html").write_text(render(read_findings(folder)), encoding="utf-8")
-    picture = tmp_path / "page.png"
+    text = render(read_findings(copy_of(finished, tmp_path / "shown")))
+    page, picture = tmp_path / "phone.html", tmp_path / "page.png"
+    page.write_text(PHONE.format(page=html.escape(text)), encoding="utf-8")
     flags = ["--headless", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to start as root otherwise
-    flags += ["--enable-logging=stderr", "--hide-scrollbars", "--window-size=400,2000", f"--screenshot={picture}"]
-    page = (folder / "report.html").as_uri()
-    done = subprocess.run([browser, *flags, page], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    flags += ["--enable-logging=stderr", "--hide-scrollbars", "--window-size=400,2000"]
+
+    def browse(what: str) -> str:
+        command = [browser, *flags, what, page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+        return done.stdout
+
+    browse(f"--screenshot={picture}")
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("L"))
     assert pixels.shape[1] == 400
     assert np.ptp(pixels) > 100, "something is drawn"
+    found = re.search(r"<pre>(.*)</pre>", browse("--dump-dom"))
+    assert found is not None
+    laid_out = json.loads(found[1])
+    assert laid_out["width"] <= 400, "nothing is wider than the phone"
+    assert len(laid_out["charts"]) == text.count('role="img"') > 4
+    for left, right, height in laid_out["charts"]:
+        assert 0 <= left < right <= 400
+        assert height > 20
+    assert min(laid_out["letters"]) >= 9, "they can be read"

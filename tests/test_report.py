@@ -77,7 +77,10 @@ def test_a_latency_row_has_the_fields_of_the_contract() -> None:
     (row,) = stored()["latency"]
     contract = {"engine", "precision", "batch", "seq_len", "threads", "dense", "pruned", "speedup", "ci95"}
     contract |= {"ideal", "realised", "same_ci95", "unstable"}
-    assert set(row) == contract | {"samples_ms"}  # raw samples are kept
+    assert set(row) == contract | {"samples_ms", "machine"}  # raw samples are kept
+    assert len(row["machine"]) == 1 + 2
+    assert all(state["load_average"] >= 0 for state in row["machine"])
+    assert "While measuring: load_average " in (finished_job() / "report.md").read_text()
     assert (
         set(row["dense"]) == set(row["pruned"]) == {*("p50_ms", "p90_ms", "p95_ms", "p99_ms", "throughput", "load_ms")}
     )

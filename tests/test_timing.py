@@ -91,6 +91,17 @@ def test_half_the_time_is_a_speedup_of_two() -> None:
     assert timing.throughput(batch=8) == (32.0, 64.0)
 
 
+def test_the_machine_is_watched_before_the_first_block_and_after_each() -> None:
+    bench = Bench()
+
+    def watch() -> dict[str, float]:
+        return {"opened": len(bench.of("open"))}
+
+    models = [lambda name=name: FakeRuntime(bench, name, lambda: 1.0) for name in ("dense", "pruned")]
+    timing = measure_pair(*models, FEEDS, blocks=2, clock=bench.clock, watch=watch)
+    assert timing.states == ({"opened": 0}, {"opened": 3}, {"opened": 6})
+
+
 def test_identical_noisy_runtimes_straddle_one_in_nearly_all_trials() -> None:
     rng, trials, straddled = np.random.default_rng(0), 40, 0
 

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import torch
 
-SMI_FIELDS = {
-    "driver_version": "driver",
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "clocks.max.sm": "sm_max_mhz",
-    "temperature.gpu": "temperature_c",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "memory.used": "memory_used_mib",
-}
-"""Field of nvidia-smi -> our name."""
+from optin_deploy.bench.state import gpu_state
 
 
 def device_name(device: torch.device) -> str:
@@ -42,25 +31,3 @@ def describe(device: torch.device) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }
     return {**found, "state": gpu_state(device)}
-
-
-def gpu_state(device: torch.device) -> dict[str, str | float] | None:
-    """Driver, clocks, temperature and power now, by nvidia-smi; None on a CPU or where nvidia-smi gives nothing."""
-    if device.type != "cuda":
-        return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
-    return {name: _number(value) for name, value in zip(SMI_FIELDS.values(), values, strict=False)}
-
-
-def _number(text: str) -> str | float:
-    if text.count(".") > 1:  # a driver version
-        return text
-    try:
-        return float(text)
-    except ValueError:  # [N/A]
-        return text

@@ -9,8 +9,10 @@ from benchmarks.gpu.cells import Cell, Requirement, Suite
 from benchmarks.gpu.models import PRUNED
 from benchmarks.gpu.rows import Row
 from optin_deploy.bench.report import to_table
+from optin_deploy.bench.state import told_of
 
 Found = Sequence[tuple[Cell, Row]]
+GPU_TOLD = ("sm_mhz", "temperature_c", "power_w")
 
 
 def page(suite: Suite, rows: Mapping[str, Row]) -> str:
@@ -29,7 +31,7 @@ def page(suite: Suite, rows: Mapping[str, Row]) -> str:
         parts += ["## One synchronised call", call_table(pairs), "## Parity with eager fp32", parity_table(pairs)]
     states = [row["gpu"] for _, row in good if row.get("gpu")]
     if states:
-        parts.append(f"Right after the cells: {_ranges(states)}.")
+        parts.append(f"Right after the cells: {told_of(states, GPU_TOLD) or 'nvidia-smi gave no numbers'}.")
     parts += score_parts([(c, r) for c, r in good if c.kind == "score"])
     for cell, row in good:
         parts += width_table(cell, row) if cell.kind == "table" else []
@@ -173,15 +175,6 @@ def _each(row: Row, form: Any) -> str:
 
 def _interval(ci: Sequence[float]) -> str:
     return f"[{ci[0]:.2f}, {ci[1]:.2f}]"
-
-
-def _ranges(states: Sequence[Mapping[str, Any]]) -> str:
-    """Smallest and largest clock, temperature and power that nvidia-smi gave."""
-    parts = []
-    for name in ("sm_mhz", "temperature_c", "power_w"):
-        values = [state[name] for state in states if isinstance(state.get(name), float)]
-        parts += [f"{name} {min(values):g} to {max(values):g}"] if values else []
-    return ", ".join(parts) or "nvidia-smi gave no numbers"
 
 
 def _escaped(values: Sequence[str]) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ import torch
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.engines import Skipped
 from benchmarks.gpu.kinds import measure_cell
-from benchmarks.gpu.machine import describe, gpu_state
+from benchmarks.gpu.machine import describe
 from benchmarks.gpu.workbench import Workbench
+from optin_deploy.bench.state import gpu_state
 
 
 def main() -> None:

@@ -162,7 +162,12 @@ def one_run(luck: float, slowdown: float, *, seed: int) -> Verdict:
     """The gate's verdict on a candidate that really takes `slowdown` times as long."""
     machine = Machine(luck, np.random.default_rng([seed, round(luck * 1e6), round(slowdown * 1e6)]))
     timing = measure_pair(
-        lambda: Session(machine, 1.0), lambda: Session(machine, slowdown), {}, seed=seed, clock=machine.clock
+        lambda: Session(machine, 1.0),
+        lambda: Session(machine, slowdown),
+        {},
+        seed=seed,
+        clock=machine.clock,
+        watch=dict,
     )
     return judge(timing, LIMIT)
 

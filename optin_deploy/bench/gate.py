@@ -141,6 +141,7 @@ class GatedPoint:
             "same_ci95": list(t.same_ci95),
             "verdict": self.verdict.outcome,
             "samples_ms": {"baseline": t.dense_ms, "candidate": t.pruned_ms, "again": t.again_ms, "seed": t.seed},
+            "machine": [*t.states],
         }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optin_deploy.bench.state import told_of
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.quality import Quality
 
@@ -53,6 +54,7 @@ class Measurement:
             "unstable": t.unstable,
             "realised": self.realised,
             "samples_ms": {"dense": t.dense_ms, "pruned": t.pruned_ms, "again": t.again_ms, "seed": t.seed},
+            "machine": [*t.states],
         }
 
 
@@ -163,6 +165,12 @@ def memory_lines(latency: Sequence[Measurement]) -> list[str]:
     ]
 
 
+def machine_lines(latency: Sequence[Measurement]) -> list[str]:
+    """What the machine did meanwhile, if it tells."""
+    told = told_of([state for m in latency for state in m.timing.states])
+    return [f"While measuring: {told}."] if told else []
+
+
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
     """A warning for each point at which the dense model differed from itself."""
     return [
@@ -199,6 +207,7 @@ def to_markdown(report: Report) -> str:
             f"Latency on {first.engine} {first.precision}, {threads} threads:",
             to_table(LATENCY_HEADER, latency_rows(report.latency)),
             *unstable_lines(report.latency),
+            *machine_lines(report.latency),
         ]
     kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
     parts += [

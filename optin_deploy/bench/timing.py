@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from optin_deploy.bench.state import State, machine_state
 from optin_deploy.bench.stats import bootstrap_ci, percentile, throughput
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds, Runtime
@@ -54,6 +55,8 @@ class Samples:
     """By model; entry [b][r] of all models is of the same round."""
     load_ms: Mapping[str, tuple[float, ...]]
     """By model: milliseconds from file to a session that is ready, one a block."""
+    states: tuple[State, ...] = ()
+    """Of the machine: before the first block, and after each."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class PairTiming:
     """Drew the order within rounds and draws the bootstrap."""
     load_ms: Mapping[str, float]
     """Median milliseconds from file to session, of `dense` and `pruned`."""
+    states: tuple[State, ...] = ()
+    """See `Samples`."""
 
     def __post_init__(self) -> None:
         shapes = {tuple(map(len, blocks)) for blocks in (self.dense_ms, self.pruned_ms, self.again_ms)}
@@ -157,17 +162,19 @@ def measure_pair(
     blocks: int = BLOCKS,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    watch: Callable[[], State] = machine_state,
     on_block: Callable[[int, int], object] | None = None,
 ) -> PairTiming:
     """Time both models on the same feeds, and the dense one against itself; see `measure_together`."""
     openers = {"dense": open_dense, "pruned": open_pruned, "again": open_dense}
-    found = measure_together(openers, feeds, blocks=blocks, seed=seed, clock=clock, on_block=on_block)
+    found = measure_together(openers, feeds, blocks=blocks, seed=seed, clock=clock, watch=watch, on_block=on_block)
     return PairTiming(
         dense_ms=found.ms["dense"],
         pruned_ms=found.ms["pruned"],
         again_ms=found.ms["again"],
         seed=seed,
         load_ms={name: percentile(found.load_ms[name], 50) for name in ("dense", "pruned")},
+        states=found.states,
     )
 
 
@@ -178,12 +185,14 @@ def measure_together(
     blocks: int = BLOCKS,
     seed: int = 0,
     clock: Clock = time.perf_counter,
+    watch: Callable[[], State] = machine_state,
     on_block: Callable[[int, int], object] | None = None,
 ) -> Samples:
     """Time models on the same feeds, each beside all others.
 
     Args: openers: of each model, by name. blocks: replicates, 2 or more. seed: of the order within rounds.
-        clock: gives seconds. on_block: called after each block with (blocks done, blocks in all).
+        clock: gives seconds. watch: tells what the machine does.
+        on_block: called after each block with (blocks done, blocks in all).
     Raises: BadInput: too few blocks. What a runtime raises goes through, all being closed first.
     """
     if blocks < 2:
@@ -192,6 +201,7 @@ def measure_together(
     names = tuple(openers)
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     load_ms: dict[str, list[float]] = {name: [] for name in names}
+    states = [watch()]
     for block in range(blocks):
         with ExitStack() as stack:
             runtimes = {}
@@ -206,11 +216,13 @@ def measure_together(
                     block_ms[names[i]].append(run_ms(runtimes[names[i]], feeds, clock))
         for name, values in block_ms.items():
             samples[name].append(tuple(values))
+        states.append(watch())
         if on_block is not None:
             on_block(block + 1, blocks)
     return Samples(
         {name: tuple(values) for name, values in samples.items()},
         {name: tuple(values) for name, values in load_ms.items()},
+        tuple(states),
     )
 
 
