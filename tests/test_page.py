@@ -772,6 +772,7 @@ PHONE = """<!doctype html><body style="margin: 0">
   const box = node => {{ const b = node.getBoundingClientRect(); return [b.left, b.right, b.height]; }};
   document.querySelector("pre").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth,
+    hidden: [...page.querySelectorAll("#size ~ .scroll")].map(table => table.scrollWidth - table.clientWidth),
     charts: [...page.querySelectorAll("svg[role=img]")].map(box),
     letters: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
   }});
@@ -806,6 +807,7 @@ def test_a_browser_shows_the_page_at_the_width_of_a_phone(finished: Path, tmp_pa
     assert found is not None
     laid_out = json.loads(found[1])
     assert laid_out["width"] <= 400, "nothing is wider than the phone"
+    assert laid_out["hidden"] == [0], "the table of sizes needs no scrolling"
     assert len(laid_out["charts"]) == text.count('role="img"') > 4
     for left, right, height in laid_out["charts"]:
         assert 0 <= left < right <= 400
