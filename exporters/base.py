@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
 from optin_deploy.masking import Batch
-from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ class Exporter(Protocol):
 
         Args: precision: where the artifact itself does not fix it. threads: 0 leaves the engine's default.
             task: of a dense transformers folder, where that is the artifact.
+        """
+
+
+@runtime_checkable
+class DeviceExporter(Protocol):
+    """What an exporter has besides if its engine launches without transfers: `--device-time` measures it."""
+
+    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> DeviceRuntime:
+        """Load an artifact.
+
+        Args: cuda_graph: replay a graph of the launch, where one can be recorded.
         """
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from exporters import check_precision, exporter
-from exporters.base import Exporter
+from exporters import ENGINES, check_precision, exporter
+from exporters.base import DeviceExporter, Exporter
+from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
 from optin_deploy.bench.timing import PairTiming, measure_pair
@@ -144,6 +145,8 @@ class Bench:
     threads: int = 0
     memory: bool = False
     """Measure peak memory too, in processes of their own."""
+    device_time: bool = False
+    """Measure the time on the device too, without transfers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +182,11 @@ def bench_folder(
 def checked(folder: Path, bench: Bench) -> Case:
     """Find what is measured.
 
-    Raises: BadInput: an artifact is missing, the engine does not run here, or a point is impossible.
+    Raises: BadInput: an artifact is missing, the engine does not run here, or it cannot be measured so or there.
     """
     target = exporter(bench.engine)
+    if bench.device_time:
+        device_exporter(target)
     source = Workspace(folder).source()
     pruned = load_pruned(folder)
     precision = check_precision(target, bench.precision)
@@ -209,7 +214,19 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
         task=case.task,
         stage=stage,
     )
+    if case.bench.device_time:
+        measured = [replace(each, device_time=_device_time(case, each, stage)) for each in measured]
     return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.bench.memory else measured
+
+
+def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
+    target = device_exporter(case.target)
+    return measure_device_time(
+        lambda cuda_graph: target.open_device(case.dense, precision=at.precision, cuda_graph=cuda_graph),
+        lambda cuda_graph: target.open_device(case.smaller, precision=at.precision, cuda_graph=cuda_graph),
+        example_feeds(case.pruned.model, at.batch, at.seq_len),
+        stage=stage,
+    )
 
 
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
@@ -227,6 +244,17 @@ def keep(folder: Path, measured: Sequence[Measurement]) -> None:
     """Write measurements.json, raw samples and environment included."""
     rows = [m.to_json() for m in measured]
     write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
+
+
+def device_exporter(target: Exporter) -> DeviceExporter:
+    """The same exporter, as one that opens artifacts for the time on the device.
+
+    Raises: BadInput: its engine cannot launch without transfers; names those that can.
+    """
+    if not isinstance(target, DeviceExporter):
+        able = ", ".join(name for name in ENGINES if isinstance(exporter(name), DeviceExporter))
+        raise BadInput(f"engine {target.engine} cannot be timed on the device alone; --device-time is for {able}.")
+    return target
 
 
 def check_runs(target: Exporter, precision: str | None) -> None:

@@ -35,6 +35,8 @@ class Suite:
     threads: tuple[int, ...] = (0,)
     memory: bool = False
     """Measure peak memory too."""
+    device_time: bool = False
+    """Measure the time on the device too; every engine must be able to."""
 
     def __post_init__(self) -> None:
         if not (self.batch and self.engines and self.threads) or len(list(self.benches())) > MOST_CASES:
@@ -48,7 +50,7 @@ class Suite:
     def benches(self) -> Iterator[Bench]:
         """Every other combination, each with all points."""
         for engine, precision, threads in product(self.engines, self.precisions or (None,), self.threads):
-            yield Bench(engine, precision, self.points, threads, self.memory)
+            yield Bench(engine, precision, self.points, threads, self.memory, self.device_time)
 
 
 def read_suite(path: Path) -> Suite:

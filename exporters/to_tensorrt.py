@@ -138,7 +138,11 @@ class TensorRTExporter:
         return self.cannot_build()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
-        """The plan on the current CUDA device, with CUDA graphs.
+        """The plan on the current CUDA device, with CUDA graphs; errors as in `open_device`."""
+        return self.open_device(path, precision=precision)
+
+    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> TensorRTRuntime:
+        """See `DeviceExporter.open_device`.
 
         Raises: BadInput: the plan was built in another precision, or for another device or version.
         """
@@ -148,7 +152,7 @@ class TensorRTExporter:
                 f"{path} is a plan in {found}, not {precision}. Run: "
                 f"optin build {path.parent} --engine {self.engine} --precision {precision}, or give --precision {found}"
             )
-        return TensorRTRuntime(path, engine=self.engine)
+        return TensorRTRuntime(path, engine=self.engine, cuda_graph=cuda_graph)
 
 
 class RtxExporter(TensorRTExporter):

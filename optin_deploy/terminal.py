@@ -94,9 +94,22 @@ def print_report(report: Report, folder: Path) -> None:
 
 def print_latency(latency: Sequence[Measurement]) -> None:
     """Dense against pruned, and a warning where dense differs from itself."""
-    from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, machine_lines, memory_lines, unstable_lines
+    from optin_deploy.bench.report import (
+        DEVICE_HEADER,
+        DEVICE_NOTE,
+        LATENCY_HEADER,
+        device_rows,
+        latency_rows,
+        machine_lines,
+        memory_lines,
+        unstable_lines,
+    )
 
     print_table(LATENCY_HEADER, latency_rows(latency))
+    on_device = device_rows(latency)
+    if on_device:
+        print_table(DEVICE_HEADER, on_device)
+        typer.echo(DEVICE_NOTE)
     for line in (*memory_lines(latency), *machine_lines(latency)):
         typer.echo(line)
     for line in unstable_lines(latency):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from exporters.base import TOLERANCES, Artifact, ExportSpec
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.bench.device_time import measure_device_time
+from optin_deploy.bench.timing import measure_pair
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.errors import MissingDependency
 from optin_deploy.plan import Masks
@@ -327,6 +329,22 @@ def test_a_launch_without_transfers_gives_what_a_run_gives(engine: str, cuda_gra
             torch.cuda.synchronize()
             values = {name: found[name].cpu().numpy() for name in artifact.outputs}
             assert error_of(model, feeds, values) < TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("engine", PLANS)
+def test_the_time_on_the_device_is_positive_and_within_that_of_a_run(engine: str, build: Build) -> None:
+    need(engine, "fp16")
+    path, feeds = build(engine, "wide", "fp16").path, feeds_of(model_of("wide"), 16, 60)
+
+    def opener(cuda_graph: bool) -> TensorRTRuntime:
+        return TensorRTRuntime(path, engine=engine, cuda_graph=cuda_graph)
+
+    found = measure_device_time(opener, opener, feeds, blocks=2)
+    assert found.cuda_graph is not None, "no graph was recorded"
+    for device, cuda_graph in ((found.cuda_graph, True), (found.no_cuda_graph, False)):
+        host = measure_pair(partial(opener, cuda_graph), partial(opener, cuda_graph), feeds, blocks=2)
+        assert 0 < device.dense(50) <= host.dense(50), cuda_graph
+        assert 0 < device.pruned(50) <= host.pruned(50), cuda_graph
 
 
 @pytest.mark.parametrize("engine", PLANS)

@@ -29,9 +29,10 @@ from benchmarks.gpu.process import WorkerDied, WorkerProcess
 from benchmarks.gpu.report import page, requirement_lines
 from benchmarks.gpu.rows import append_row, read_rows
 from benchmarks.gpu.runner import run_cells
-from benchmarks.gpu.timing import CpuTimer, compare, measure
+from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import Workbench
 from optin_deploy.arch.resolve import resolve
+from optin_deploy.bench.device_clock import CpuTimer
 from optin_deploy.bench.state import gpu_state
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.errors import BadInput

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,52 @@ def test_bench_runs_the_plans_that_build_left(trt: Any, tmp_path: Path, shell: S
     assert outside.code == 2
     assert "(4, 32)" in outside.err
     assert "--profile" in outside.err
+
+
+def test_bench_times_both_plans_on_the_device_with_and_without_graphs(
+    trt: Any, monkeypatch: pytest.MonkeyPatch, shell: Shell, finished: Path
+) -> None:
+    opened: list[tuple[str, bool]] = []
+
+    class Noting(TensorRTRuntime):
+        def __init__(self, path: Path, *, engine: str, cuda_graph: bool) -> None:
+            super().__init__(path, engine=engine, cuda_graph=cuda_graph)
+            opened.append((path.name, cuda_graph))
+
+        @property
+        def replays(self) -> bool:  # the stand-in records no graphs
+            return opened[-1][1]
+
+    monkeypatch.setattr("exporters.to_tensorrt.TensorRTRuntime", Noting)
+    monkeypatch.setattr("optin_deploy.bench.timing.MAX_ROUNDS", 3)
+    monkeypatch.setattr("optin_deploy.bench.device_clock.STRETCH_MS", 0.0)
+    assert shell("optin", "build", finished, "--engine", "trt", "--profile", "batch=1,2,4 seq=4,16,32").code == 0
+    opened.clear()
+    ran = shell("optin", "bench", finished, "--engine", "trt", "--at", "batch=2,seq=16", "--device-time")
+    assert ran.code == 0, ran.err
+    assert "Transfers in and out are in the ordinary figures and not in these" in ran.out
+    (row,) = json.loads((finished / "measurements.json").read_text())["latency"]
+    found = row["device_time"]
+    assert set(found) == {"cuda_graph", "no_cuda_graph", "transfers_ms"}
+    assert all(found[way][name]["p50_ms"] > 0 for way in list(found)[:2] for name in ("dense", "pruned"))
+    # Each of 2 blocks opens dense twice; the ordinary figures are with graphs too.
+    assert Counter(opened) == {
+        ("dense.engine", True): 8,
+        ("model.engine", True): 4,
+        ("dense.engine", False): 4,
+        ("model.engine", False): 2,
+    }
+
+
+def test_a_runtime_of_the_stand_in_replays_nothing(trt: Any, tmp_path: Path) -> None:
+    model = pruned()
+    path = export(model, tmp_path / "model.engine").path
+    with exporter("trt").open_device(path, cuda_graph=True) as runtime:
+        assert not runtime.replays
+        runtime.launcher(tiny_batch(model, batch=1, seq_len=4))
+        assert not runtime.replays
+        next(iter(runtime._bound.values())).graph = object()
+        assert runtime.replays
 
 
 def test_a_point_outside_of_every_profile_is_refused_before_the_work(trt: Any, tmp_path: Path, shell: Shell) -> None:

@@ -3,83 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.gpu.engines import Run
+from optin_deploy.bench.device_clock import Timer, stretch_runs
 from optin_deploy.bench.stats import bootstrap_ci, percentile, throughput
 
 WARMUP_SHARE = 0.2
 """Of the timed seconds, all variants in turn before anything counts: clocks rise, caches and allocators settle."""
 FIRST_RUNS = 4
 """Untimed runs of each variant; torch.compile's CUDA graphs are recorded in the first three."""
-STRETCH_MS = 4.0
-"""Back-to-back runs are repeated until a stretch lasts about so long: launches and event ticks then hardly count."""
-MAX_RUNS = 50
 MIN_ROUNDS, MAX_ROUNDS = 3, 60
 """Rounds of a block: fewest whose median ignores a disturbed one; more would only sharpen a block's own median."""
-
-
-class Timer(Protocol):
-    """How time is taken on one kind of device."""
-
-    def stretch_ms(self, run: Run, runs: int) -> float:
-        """Milliseconds of each of `runs` launches one after the other, as the device sees it."""
-
-    def call_ms(self, run: Run) -> float:
-        """Milliseconds from one launch on an idle device until its work is done, as a caller sees it."""
-
-
-class CpuTimer:
-    """Wall clock; a CPU run is done when it returns."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-
-    def stretch_ms(self, run: Run, runs: int) -> float:
-        """See `Timer`."""
-        start = self._clock()
-        for _ in range(runs):
-            run()
-        return (self._clock() - start) * 1000 / runs
-
-    def call_ms(self, run: Run) -> float:
-        """See `Timer`."""
-        return self.stretch_ms(run, 1)
-
-
-class CudaTimer:
-    """CUDA events around a stretch, synchronised wall clock around a call; on the current stream."""
-
-    def stretch_ms(self, run: Run, runs: int) -> float:
-        """See `Timer`."""
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / runs
-
-    def call_ms(self, run: Run) -> float:
-        """See `Timer`."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1000
-
-
-def timer_for(device: torch.device) -> Timer:
-    """The timer of a device."""
-    return CudaTimer() if device.type == "cuda" else CpuTimer()
 
 
 @dataclass(frozen=True)
@@ -115,7 +54,7 @@ def measure(runs: Mapping[str, Run], timer: Timer, *, timed_s: float, blocks: in
     Args: timed_s: seconds that are timed, over all blocks and variants (about; MIN_ROUNDS always run).
     """
     estimate = warm_up(runs, timer, warmup_ms=WARMUP_SHARE * timed_s * 1000)
-    stretch = min(MAX_RUNS, math.ceil(STRETCH_MS / min(estimate.values())))
+    stretch = stretch_runs(min(estimate.values()))
     round_ms = sum(estimate.values()) * (stretch + 1)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(timed_s * 1000 / blocks / round_ms)))
     rng = np.random.default_rng(seed)

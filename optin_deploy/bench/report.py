@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optin_deploy.bench.device_time import DeviceTime
 from optin_deploy.bench.state import told_of
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.quality import Quality
@@ -32,6 +33,8 @@ class Measurement:
     precision: str = "fp32"
     peak_bytes: Mapping[str, int] | None = None
     """Host memory that `dense` and `pruned` take beyond the libraries; None: not measured."""
+    device_time: DeviceTime | None = None
+    """Without transfers, which `timing` holds; None: not measured."""
 
     @property
     def realised(self) -> float:
@@ -46,14 +49,11 @@ class Measurement:
         return {
             **settings,
             **({} if self.peak_bytes is None else {"peak_bytes": dict(self.peak_bytes)}),
+            **({} if self.device_time is None else {"device_time": self.device_time.to_json(t)}),
             "dense": latency_figures(t.dense, throughput[0], t.load_ms["dense"]),
             "pruned": latency_figures(t.pruned, throughput[1], t.load_ms["pruned"]),
-            "speedup": t.speedup,
-            "ci95": list(t.ci95),
-            "same_ci95": list(t.same_ci95),
-            "unstable": t.unstable,
+            **t.to_json(),
             "realised": self.realised,
-            "samples_ms": {"dense": t.dense_ms, "pruned": t.pruned_ms, "again": t.again_ms, "seed": t.seed},
             "machine": [*t.states],
         }
 
@@ -131,27 +131,52 @@ def point_name(batch: int, seq_len: int | None) -> str:
     return f"{batch}" if seq_len is None else f"{batch} x {seq_len}"
 
 
-def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
-    """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal).
-
-    Where engine, precision or threads differ, the points say them too.
-    """
-    rows: list[tuple[str, ...]] = []
+def _named(latency: Sequence[Measurement]) -> list[tuple[str, Measurement]]:
+    """Measurements with their points; where engine, precision or threads differ, the names say them too."""
     alike = len({(m.engine, m.precision, m.threads) for m in latency}) < 2
-    for m in latency:
+    return [
+        (point_name(m.batch, m.seq_len) + ("" if alike else f", {m.engine} {m.precision} {m.threads}t"), m)
+        for m in latency
+    ]
+
+
+def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
+    """Rows (point, dense p50/p95, pruned p50/p95, samples/s, speed-up with interval, share of the ideal)."""
+    rows: list[tuple[str, ...]] = []
+    for name, m in _named(latency):
         t = m.timing
-        low, high = t.ci95
         before, after = t.throughput(m.batch)
         rows.append(
             (
-                point_name(m.batch, m.seq_len) + ("" if alike else f", {m.engine} {m.precision} {m.threads}t"),
+                name,
                 f"{t.dense(50):.2f} / {t.dense(95):.2f}",
                 f"{t.pruned(50):.2f} / {t.pruned(95):.2f}",
                 f"{before:.0f} -> {after:.0f}",
-                f"{t.speedup:.2f}x [{low:.2f}, {high:.2f}]",
+                _speedup(t),
                 f"{m.realised:.0%} of {m.ideal:.2f}x",
             )
         )
+    return rows
+
+
+def _speedup(timing: PairTiming) -> str:
+    low, high = timing.ci95
+    return f"{timing.speedup:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def device_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
+    """Rows (point, what, dense p50, pruned p50, speed-up with interval) where the time on the device was measured."""
+    rows: list[tuple[str, ...]] = []
+    for name, m in _named(latency):
+        if m.device_time is None:
+            continue
+        for what, t in m.device_time.ways.items():
+            found = (
+                ("none recorded", "", "") if t is None else (f"{t.dense(50):.3f}", f"{t.pruned(50):.3f}", _speedup(t))
+            )
+            rows.append((name, what, *found))
+        cost = m.device_time.transfers_ms(m.timing)
+        rows.append((name, "transfers", f"{cost['dense']:.3f}", f"{cost['pruned']:.3f}", ""))
     return rows
 
 
@@ -172,13 +197,24 @@ def machine_lines(latency: Sequence[Measurement]) -> list[str]:
 
 
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
-    """A warning for each point at which the dense model differed from itself."""
-    return [
-        f"Unstable at {point_name(m.batch, m.seq_len)}: two sessions of the dense model differ by a factor of "
-        f"[{m.timing.same_ci95[0]:.2f}, {m.timing.same_ci95[1]:.2f}]. Measure again on a quieter machine."
+    """A warning for each timing in which the dense model differed from itself."""
+    timings = [
+        (f"{point_name(m.batch, m.seq_len)}{where}", timing)
         for m in latency
-        if m.timing.unstable
+        for where, timing in (("", m.timing), *_on_device(m))
+        if timing is not None
     ]
+    return [
+        f"Unstable at {point}: two sessions of the dense model differ by a factor of "
+        f"[{timing.same_ci95[0]:.2f}, {timing.same_ci95[1]:.2f}]. Measure again on a quieter machine."
+        for point, timing in timings
+        if timing.unstable
+    ]
+
+
+def _on_device(m: Measurement) -> list[tuple[str, PairTiming | None]]:
+    ways = {} if m.device_time is None else m.device_time.ways
+    return [(f" on the device, {way}", timing) for way, timing in ways.items()]
 
 
 LATENCY_HEADER = (
@@ -188,6 +224,11 @@ LATENCY_HEADER = (
     "samples/s",
     "speed-up [95% CI]",
     "time saved of ideal",
+)
+DEVICE_HEADER = ("batch x length", "on the device", "dense p50 ms", "pruned p50 ms", "speed-up [95% CI]")
+DEVICE_NOTE = (
+    "Times on the device are by CUDA events; inputs and outputs stay there. Transfers in and out are in the ordinary "
+    "figures and not in these: `transfers` is ordinary p50 - device p50, starting and waiting included."
 )
 SUMMARY_HEADER = ("", "dense", "pruned", "kept")
 

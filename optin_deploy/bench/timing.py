@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -128,6 +129,21 @@ class PairTiming:
     def pruned(self, q: float) -> float:
         """The q-th percentile over all pruned samples, in milliseconds."""
         return percentile(np.concatenate(self.pruned_ms), q)
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison and its raw samples, as every report has them."""
+        return {
+            "speedup": self.speedup,
+            "ci95": list(self.ci95),
+            "same_ci95": list(self.same_ci95),
+            "unstable": self.unstable,
+            "samples_ms": {
+                "dense": self.dense_ms,
+                "pruned": self.pruned_ms,
+                "again": self.again_ms,
+                "seed": self.seed,
+            },
+        }
 
     def throughput(self, batch: int) -> tuple[float, float]:
         """(dense, pruned) samples per second at the median latency, `batch` samples a run."""

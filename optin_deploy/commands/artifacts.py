@@ -12,6 +12,7 @@ from optin_deploy.commands.options import (
     At,
     Compatible,
     Dense,
+    DeviceTime,
     DryRun,
     Engine,
     Folder,
@@ -83,6 +84,8 @@ Example:
     optin bench work --suite matrix.toml
 
     optin bench work --operators
+
+    optin bench work --engine trt --device-time
 """
 
 
@@ -94,6 +97,7 @@ def bench(
     threads: Threads = 0,
     suite: SuiteFile = None,
     memory: Memory = False,
+    device_time: DeviceTime = False,
     operators: Operators = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -104,10 +108,12 @@ def bench(
     points = tuple(map(parse_point, at)) if at else (Point(),)
     if operators and (engine != "onnx" or suite is not None):
         raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {suite or engine}.")
+    if device_time and suite is not None:
+        raise BadInput(f"--device-time beside --suite: write `device_time = true` into {suite}.")
     if suite is not None:
         measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
     else:
-        bench = Bench(engine, precision, points, threads, memory)
+        bench = Bench(engine, precision, points, threads, memory, device_time)
         measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)
     if dry_run:
         typer.echo(f"would measure {suite}" if suite else f"would measure {len(points)} points on engine {engine}")

@@ -150,6 +150,13 @@ At = Annotated[
     list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
 ]
 Memory = Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in fresh processes.")]
+DeviceTime = Annotated[
+    bool,
+    typer.Option(
+        "--device-time",
+        help="trt and trt-rtx: measure the time on the GPU too, without transfers, with and without a CUDA graph.",
+    ),
+]
 Operators = Annotated[
     bool,
     typer.Option("--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from optin_deploy.errors import BadInput
 
@@ -34,6 +35,25 @@ class Runtime(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class DeviceRuntime(Runtime, Protocol):
+    """A runtime that also launches on inputs that lie on its device."""
+
+    device: torch.device
+
+    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+        """Put inputs on the device once.
+
+        Returns: a function that launches on torch's current stream and leaves the outputs on the device.
+        """
+
+    @property
+    def replays(self) -> bool:
+        """Do launches replay a CUDA graph? Known once there is a launcher."""
+
+    def close(self) -> None:
+        """Free what was loaded."""
 
 
 class Closing(ABC):

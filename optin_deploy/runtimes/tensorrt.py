@@ -65,7 +65,7 @@ class TensorRTRuntime(Closing):
         gpu = current_gpu()
         if gpu is None:
             raise BadInput(f"{path} cannot run: {NO_GPU}. See `optin doctor`.")
-        self._device = gpu
+        self.device = gpu
         record.check(path, version=trt.__version__, capability=describe_device(gpu)[1])
         self._trt = trt
         self._log = EngineLog(MODULES[engine][1])
@@ -78,16 +78,16 @@ class TensorRTRuntime(Closing):
             raise BadInput(f"{path} cannot be loaded: {' '.join(self._log.problems) or 'no reason given'}")
         if record.stripped:
             self._put_weights_in(path, record)
-        self._on_gpu = self._device.type == "cuda"
+        self._on_gpu = self.device.type == "cuda"
         self._graphs = cuda_graph and self._on_gpu
-        self._stream: Any = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.Stream(self.device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         self._types = _torch_types(trt)
         names = [self._plan.get_tensor_name(i) for i in range(self._plan.num_io_tensors)]
         self.inputs = tuple(n for n in names if self._plan.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(n for n in names if n not in self.inputs)
         # Contexts run one after another on one stream, so they can share their scratch memory.
         self._scratch: Any = torch.empty(
-            max(1, self._plan.device_memory_size_v2), dtype=torch.uint8, device=self._device
+            max(1, self._plan.device_memory_size_v2), dtype=torch.uint8, device=self.device
         )
         self._bound: OrderedDict[tuple[tuple[int, ...], ...], _Bound] = OrderedDict()
 
@@ -119,7 +119,7 @@ class TensorRTRuntime(Closing):
         for name in self.inputs:
             bound.device[name].copy_(inputs[name])
         if self._on_gpu:
-            torch.cuda.synchronize(self._device)  # the caller's stream and ours do not wait for each other
+            torch.cuda.synchronize(self.device)  # the caller's stream and ours do not wait for each other
         outputs = {name: bound.device[name] for name in self.outputs}
 
         def launch() -> dict[str, Tensor]:
@@ -127,6 +127,11 @@ class TensorRTRuntime(Closing):
             return outputs
 
         return launch
+
+    @property
+    def replays(self) -> bool:
+        """Do launches replay a CUDA graph? Known after the first shapes: False also if none could be recorded."""
+        return bool(self._bound) and all(bound.graph is not None for bound in self._bound.values())
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -182,7 +187,7 @@ class TensorRTRuntime(Closing):
         for name in (*self.inputs, *self.outputs):
             shape = tuple(context.get_tensor_shape(name))
             dtype = self._types[self._plan.get_tensor_dtype(name)]
-            bound.device[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            bound.device[name] = torch.zeros(shape, dtype=dtype, device=self.device)
             bound.host[name] = torch.zeros(shape, dtype=dtype, pin_memory=self._on_gpu)
             bound.arrays[name] = bound.host[name].numpy()
             context.set_tensor_address(name, bound.device[name].data_ptr())
@@ -194,7 +199,7 @@ class TensorRTRuntime(Closing):
             for _ in range(WARMUP_RUNS):
                 self._launch(bound.context)
             self.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._launch(bound.context)
@@ -244,7 +249,7 @@ class TensorRTRuntime(Closing):
 
     def _handle(self) -> int:
         # While a graph is recorded, torch's current stream is the one that records.
-        return int(torch.cuda.current_stream(self._device).cuda_stream) if self._on_gpu else 0
+        return int(torch.cuda.current_stream(self.device).cuda_stream) if self._on_gpu else 0
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

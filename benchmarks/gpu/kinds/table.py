@@ -10,8 +10,9 @@ from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.engines import Run, open_engine
 from benchmarks.gpu.models import equal_plan
 from benchmarks.gpu.precision import matmul_mode
-from benchmarks.gpu.timing import compare, measure, timer_for
+from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import SEED, Workbench
+from optin_deploy.bench.device_clock import timer_for
 from optin_deploy.rewrite.torch import rewrite_torch
 
 
