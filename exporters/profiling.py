@@ -13,7 +13,7 @@ from exporters.ready import check_timeable, ready
 from exporters.tensorrt_plan import EngineOptions
 from exporters.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.bench.stats import percentile
-from optin_deploy.bench.timing import Samples, log_ratios
+from optin_deploy.bench.timing import Samples, mean_ratio
 from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import LayerSpec
@@ -159,7 +159,7 @@ def _widths(layers: Sequence[LayerSpec], cell: Cell) -> tuple[list[int], list[in
 
 def _ratio(samples: Samples, name: str) -> float:
     """Time of a candidate / time of the dense model."""
-    return float(np.exp(np.mean(log_ratios(samples.ms[name], samples.ms[DENSE]))))
+    return mean_ratio(samples.ms[name], samples.ms[DENSE])
 
 
 def _steps(layer: int, kind: str, units: int, saved: dict[Cell, float]) -> Steps:

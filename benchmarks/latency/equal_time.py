@@ -34,7 +34,7 @@ from exporters.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
 from optin_deploy.bench.stats import bootstrap_ci
-from optin_deploy.bench.timing import BLOCKS, Blocks, log_ratios
+from optin_deploy.bench.timing import BLOCKS, log_ratios, mean_ratio
 from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.cost.latency import LatencyTable
 from optin_deploy.cost.macs import mac_cost
@@ -206,22 +206,17 @@ def as_slow(setting: Setting, plan: PruningPlan) -> tuple[PruningPlan, dict[str,
             break
         with stage_bar(f"MACs {number + 1}, {rival.kept:.1%}"):
             ms = setting.yard.together([plan, rival], blocks=BLOCKS).ms
-        logs = log_ratios(ms["1"], ms["0"])
-        ratio = float(np.exp(np.mean(logs)))
+        ratio = mean_ratio(ms["1"], ms["0"])
         beside = {
-            "speedup": {name: _speedup(ms, i) for name, i in ((BY_TIME, "0"), (BY_MACS, "1"))},
+            "speedup": {name: mean_ratio(ms[DENSE], ms[i]) for name, i in ((BY_TIME, "0"), (BY_MACS, "1"))},
             "ratio": ratio,
-            "ratio_ci95": bootstrap_ci(logs),
+            "ratio_ci95": bootstrap_ci(log_ratios(ms["1"], ms["0"])),
         }
         tried.append((rival, beside))
         if 1 <= ratio <= 1 + SLACK:
             break
         allowed_ms = setting.predicted(rival) * (1 + SLACK / 2) / ratio
     return min(tried, key=lambda each: abs(each[1]["ratio"] - 1 - SLACK / 2))
-
-
-def _speedup(ms: Mapping[str, Blocks], name: str) -> float:
-    return float(np.exp(np.mean(log_ratios(ms[DENSE], ms[name]))))
 
 
 def page(cells: Sequence[Mapping[str, Any]], engine: str, threads: int) -> str:

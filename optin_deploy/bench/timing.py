@@ -98,7 +98,7 @@ class PairTiming:
     @property
     def speedup(self) -> float:
         """Geometric mean over blocks of dense / pruned latency; 2.0 = the pruned model takes half the time."""
-        return float(np.exp(np.mean(self.log_ratios)))
+        return mean_ratio(self.dense_ms, self.pruned_ms)
 
     @property
     def ci95(self) -> tuple[float, float]:
@@ -153,6 +153,11 @@ class PairTiming:
 def log_ratios(over: Blocks, under: Blocks) -> tuple[float, ...]:
     """Natural log of the ratio of median latencies, one per block."""
     return tuple(float(np.log(np.median(a) / np.median(b))) for a, b in zip(over, under, strict=True))
+
+
+def mean_ratio(over: Blocks, under: Blocks) -> float:
+    """Geometric mean over blocks of the ratio of median latencies."""
+    return float(np.exp(np.mean(log_ratios(over, under))))
 
 
 def round_count(pair_seconds: float) -> int:
