@@ -5,6 +5,7 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -39,7 +40,7 @@ from optin_deploy.workspace import Source, Workspace
 
 MADE_FROM_MODEL = (
     *("model.*", "samples.safetensors", "measurements.json", "operators.json"),
-    *("report.json", "report.md", "report.html"),
+    *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
 REMAKE_HINT = "It will be made again."
@@ -280,6 +281,6 @@ def rewrite_stage(
     )
     for pattern in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
         for stale in workspace.root.glob(pattern):
-            stale.unlink()
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     pruned.save(folder, key=key)
     return pruned, False

@@ -230,7 +230,7 @@ def measure_together(
                 started = clock()
                 runtimes[name] = stack.enter_context(openers[name]())
                 load_ms[name].append((clock() - started) * 1000.0)
-            round_seconds = _warm_up(runtimes, feeds, clock)
+            round_seconds = warm_up(runtimes, feeds, clock)
             block_ms: dict[str, list[float]] = {name: [] for name in names}
             for _ in range(round_count(round_seconds * 2 / len(names))):
                 for i in rng.permutation(len(names)):
@@ -254,7 +254,7 @@ def _opening_order(names: Sequence[str], block: int) -> list[str]:
     return turned if block % 2 == 0 else turned[::-1]
 
 
-def _warm_up(runtimes: Mapping[str, Runtime], feeds: Feeds, clock: Clock) -> float:
+def warm_up(runtimes: Mapping[str, Runtime], feeds: Feeds, clock: Clock) -> float:
     """Run all models in turn until a round is no longer clearly faster than all before; seconds of the fastest."""
     fastest = math.inf
     for done in range(MAX_WARMUP):

@@ -22,13 +22,18 @@ from optin_deploy.commands.options import (
     Precision,
     PrepareOnly,
     ProfileOption,
+    Protocol,
+    Qps,
+    Scenario,
+    Seconds,
     SuiteFile,
+    TargetLatency,
     Threads,
     TimingCache,
     Weights,
     Workspace_,
 )
-from optin_deploy.commands.parsing import engine_options
+from optin_deploy.commands.parsing import echo, engine_options, load_of
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_latency, print_table, stage_bar
 
@@ -85,6 +90,8 @@ Example:
 
     optin bench work --operators
 
+    optin bench work --protocol mlperf --scenario server --qps 50 --target-latency 20
+
     optin bench work --engine trt --device-time
 """
 
@@ -99,6 +106,11 @@ def bench(
     memory: Memory = False,
     device_time: DeviceTime = False,
     operators: Operators = False,
+    protocol: Protocol = "interleaved",
+    scenario: Scenario = None,
+    seconds: Seconds = None,
+    qps: Qps = None,
+    target_latency: TargetLatency = None,
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
@@ -106,6 +118,14 @@ def bench(
     from exporters.suites import bench_suite, read_suite
 
     points = tuple(map(parse_point, at)) if at else (Point(),)
+    load = load_of(protocol, scenario, seconds, qps, target_latency)
+    if load is not None:
+        if suite is not None or memory or operators or device_time:
+            raise BadInput(
+                "--protocol mlperf stands alone: leave out --suite, --memory, --operators and --device-time."
+            )
+        _loadgen(folder, Bench(engine, precision, points, threads), load, dry_run=dry_run)
+        return
     if operators and (engine != "onnx" or suite is not None):
         raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {suite or engine}.")
     if device_time and suite is not None:
@@ -121,6 +141,18 @@ def bench(
     print_latency(measured)
     if operators:
         _explain(folder, precision, points, threads)
+
+
+def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
+    from exporters.loadgen import FILE, LOGS, bench_loadgen
+    from optin_deploy.bench.loadgen import HEADER, compared_lines, run_rows
+
+    found = bench_loadgen(folder, bench, load, dry_run=dry_run, stage=stage_bar)
+    if found is None:
+        typer.echo(f"would run LoadGen's {load.scenario} scenario four times on engine {bench.engine}")
+        return
+    print_table(HEADER, run_rows(found.runs), f"{load.scenario}, by LoadGen")
+    echo([*compared_lines(found), f"Figures are in {folder / FILE}, LoadGen's logs in {folder / LOGS}."])
 
 
 def _explain(folder: Path, precision: str | None, points: Sequence[Any], threads: int) -> None:

@@ -161,6 +161,30 @@ Operators = Annotated[
     bool,
     typer.Option("--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."),
 ]
+LOADGEN = "MLCommons LoadGen"
+Protocol = Annotated[
+    str,
+    typer.Option(
+        help="interleaved (our own, with confidence intervals) or mlperf (LoadGen's scenarios).",
+        rich_help_panel=LOADGEN,
+    ),
+]
+Scenario = Annotated[
+    str | None,
+    typer.Option(help="single-stream, offline or server. [default: single-stream]", rich_help_panel=LOADGEN),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        help="Least duration of each of the four runs; MLPerf's own rules ask for 600. [default: 10]",
+        rich_help_panel=LOADGEN,
+    ),
+]
+Qps = Annotated[float | None, typer.Option(help="Server: queries a second, Poisson arrivals.", rich_help_panel=LOADGEN)]
+TargetLatency = Annotated[
+    float | None,
+    typer.Option(help="Server: milliseconds that 99% of the queries must keep.", rich_help_panel=LOADGEN),
+]
 SuiteFile = Annotated[
     Path | None,
     typer.Option(

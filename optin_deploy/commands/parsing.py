@@ -72,6 +72,23 @@ def limits_of(
     return Limits(flops, params, size_of(size, "--size"), max_drop, targets[0] if targets else None)
 
 
+def load_of(
+    protocol: str, scenario: str | None, seconds: float | None, qps: float | None, target_latency: float | None
+) -> Any:
+    """What LoadGen sends, checked; None: our own protocol."""
+    from optin_deploy.bench.loadgen import Load
+
+    asked = {"scenario": scenario, "seconds": seconds, "qps": qps, "target_latency_ms": target_latency}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if protocol not in ("interleaved", "mlperf"):
+        raise BadInput(f"--protocol {protocol!r}: possible are interleaved, mlperf.")
+    if protocol == "mlperf":
+        return Load(**given)  # type: ignore[arg-type]  # a dict forgets which value is of which type
+    if given:
+        raise BadInput("--scenario, --seconds, --qps and --target-latency are LoadGen's: add --protocol mlperf.")
+    return None
+
+
 def judged_by(source: Any, evaluation: Path | None) -> Any:
     """The same source, judged by the rows of `--eval`."""
     return source if evaluation is None else replace(source, evaluation=str(evaluation.absolute()))
