@@ -104,7 +104,9 @@ def export_model(
         planned(workspace, prepared, limits, **how, stage=clock)
     else:
         with yardstick(prepared, target, spec, points[0], threads=threads, align=align, home=workspace.root) as yard:
-            rounds = plan_in_time(workspace, limits, yard, table, allocation=allocation, stage=clock)
+            rounds = plan_in_time(
+                workspace, limits, yard, table, allocation=allocation, compensation=compensation, stage=clock
+            )
     with clock("rewrite") as progress:
         pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     with clock("export"):

@@ -1,12 +1,16 @@
 """A budget in time: plan by the latency table, measure the plan, correct, until the measured time is within the budget.
 
-The table says which widths are worth their time; only the measurement says whether the budget is met.
+The table says which widths are worth their time; only the measurement says whether the budget is met. A whole branch
+less saves more time than its units do, and error curves, each of one branch alone, know least of that: a plan that
+empties branches must keep the outputs nearer than the best plan that empties none.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +23,9 @@ from optin_deploy.cost.latency import NS, LatencyTable, read_table
 from optin_deploy.errors import InfeasibleBudget, MissedTime, TooUnstable
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.stages import plan_stage
+from optin_deploy.stages import Prepared, plan_stage
 from optin_deploy.sweep import measure_curves
+from optin_deploy.trial import unseen_error
 from optin_deploy.workspace import Workspace
 
 LATENCY = "latency.json"
@@ -40,6 +45,8 @@ class Round:
     """What it takes by the table."""
     measured_ms: float
     """Measured twice if once was within the budget: the geometric mean."""
+    emptying: bool = True
+    """Whether branches might be left without any unit."""
 
 
 def plan_in_time(
@@ -49,11 +56,14 @@ def plan_in_time(
     table: Path | None = None,
     *,
     allocation: str,
+    compensation: bool = True,
     stage: Stage = silent_stage,
 ) -> list[Round]:
     """Plan for `limits.time`, after the curves and the latency table that this needs.
 
-    Args: table: file of the latency table; default: the workspace's own, measured if need be.
+    Args:
+        table: file of the latency table; default: the workspace's own, measured if need be.
+        compensation: whether the model of the plan will be compensated.
     Raises: BadInput: no table of this model and setting. InfeasibleBudget.
     """
     measure_curves(workspace, yard.prepared, allocation, stage)
@@ -62,7 +72,8 @@ def plan_in_time(
     else:
         with stage("profile") as progress:
             known = table_at(workspace.root / LATENCY, yard, progress=progress)
-    return plan_within_time(workspace, limits, known, yard, allocation=allocation, stage=stage)[1]
+    how: dict[str, Any] = {"allocation": allocation, "compensation": compensation, "stage": stage}
+    return plan_within_time(workspace, limits, known, yard, **how)[1]
 
 
 def plan_within_time(
@@ -72,6 +83,7 @@ def plan_within_time(
     yard: Yardstick,
     *,
     allocation: str,
+    compensation: bool = True,
     stage: Stage = silent_stage,
 ) -> tuple[PruningPlan, list[Round]]:
     """Write the plan of a model whose measured time is within `limits.time`, near it, and within all other budgets.
@@ -84,13 +96,14 @@ def plan_within_time(
     goal = target.limit_ms(table.dense_ms, batch)
     how: dict[str, Any] = {"align": yard.align, "allocation": allocation}
     _check(target, goal, table, batch, alone=not limits.budgets())
+    choice = _Choice(yard.prepared, stage, compensation=compensation)
     rounds: list[Round] = []
     seen: set[str] = set()
     asked_ms, too_much_ns = AIM * goal, table.dense + 1
     while len(rounds) < ROUNDS:
         # Whole nanoseconds: rounding must not lead below what cannot be cut.
         allowed = max(table.fixed, min(int(asked_ms * NS), too_much_ns - 1))
-        plan = plan_stage(workspace, limits, **how, latency=(table, allowed), write=False)
+        plan, emptying = choice.of(partial(plan_stage, workspace, limits, **how, latency=(table, allowed), write=False))
         if plan.hash in seen:
             break
         seen.add(plan.hash)
@@ -102,7 +115,7 @@ def plan_within_time(
                 again = measured_ms(target, yard.against_dense(plan, progress), table.dense_ms)
             measured = math.sqrt(measured * again)
         predicted = table.predict_ms([*map(len, plan.heads)], [*map(len, plan.neurons)])
-        rounds.append(Round(allowed, predicted, measured))
+        rounds.append(Round(allowed, predicted, measured, emptying))
         if LEAST * goal <= measured <= goal:
             break
         if measured > goal:  # this plan must not come again, however coarse the steps are
@@ -118,8 +131,42 @@ def plan_within_time(
         )
     best = min(within, key=lambda each: abs(each.measured_ms - AIM * goal))
     noted = {"measured": asdict(best), "table": dict(table.setting)}
-    plan = plan_stage(workspace, limits, **how, latency=(table, best.allowed_ns), noted=noted)
-    return plan, rounds
+    within_time = (table, best.allowed_ns)
+    return plan_stage(workspace, limits, **how, latency=within_time, emptying=best.emptying, noted=noted), rounds
+
+
+class _Choice:
+    """Whether branches may be emptied: found out at the first plan that would, for trials take long."""
+
+    def __init__(self, prepared: Prepared, stage: Stage, *, compensation: bool) -> None:
+        self.prepared, self.stage, self.compensation = prepared, stage, compensation
+        self._emptying: bool | None = None
+
+    def of(self, plan_with: Callable[..., PruningPlan]) -> tuple[PruningPlan, bool]:
+        """Args: plan_with: takes `emptying`. Returns: the plan, and the `emptying` that gives it."""
+        plan = plan_with(emptying=True)
+        if self._emptying or all((*plan.heads, *plan.neurons)):
+            return plan, True
+        try:
+            whole = plan_with(emptying=False)
+        except InfeasibleBudget:
+            return plan, True
+        if self._emptying is None:
+            self._emptying = self._error(plan, "try emptied branches") < self._error(whole, "try none emptied")
+        return (plan, True) if self._emptying else (whole, False)
+
+    def _error(self, plan: PruningPlan, told: str) -> float:
+        prepared = self.prepared
+        with self.stage(told) as progress:
+            return unseen_error(
+                prepared.loaded.model,
+                prepared.layout,
+                plan,
+                prepared.calibration.batches,
+                compensation=self.compensation,
+                token_weights=prepared.token_weights() if self.compensation else None,
+                progress=progress,
+            )
 
 
 def _check(target: TimeTarget, goal: float, table: LatencyTable, batch: int, *, alone: bool) -> None:

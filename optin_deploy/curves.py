@@ -18,6 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
+from optin_deploy.judging import joined, judged_samples
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, inference, recorded, rows_of, run_blocks
 from optin_deploy.progress import Progress, silent
@@ -36,12 +37,6 @@ SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a branch's units; with all of them the error is 0."""
 RIDGE = 1e-2
 """Relative to the mean variance of the kept inputs: the middle of what compensation chooses from."""
-JUDGED_EVERY = 4
-"""Every fourth sample measures the error, of a large calibration set fewer; the others fit the compensation."""
-MOST_JUDGED = 128
-"""Samples that measure the error."""
-JUDGED_BATCH = 32
-"""Small batches are joined until they have so many judged samples."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +115,8 @@ def error_curves(
         token_weights: what each token of these batches counts in the fit; None = all the same.
     """
     scores.check(layout)
-    marks = _judged(batches)
-    judged = _joined(batches, marks)
+    marks = judged_samples(batches)
+    judged = joined(batches, marks)
     curves: dict[Branch, Curve] = {}
     with inference(model), torch.no_grad():
         dense = [dense_pass(model, layout, batch, ALL_TOKENS, 0) for batch in judged]
@@ -199,50 +194,3 @@ def _narrowed(model: nn.Module, branch: Branch, columns: Tensor, moments: Moment
         module.weight.data = stored
         if bias is not None:
             module.bias.data = bias
-
-
-def _judged(batches: Sequence[Batch]) -> list[Tensor]:
-    """Which samples judge, (rows,) a batch; they are spread over all lengths.
-
-    Raises: BadInput: too few samples to fit and to judge.
-    """
-    total = sum(map(rows_of, batches))
-    if total < JUDGED_EVERY:
-        raise BadInput(
-            f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY}, "
-            "or choose --allocation uniform."
-        )
-    every = max(JUDGED_EVERY, -(-total // MOST_JUDGED))
-    return list(torch.split(torch.arange(total) % every == every - 1, [rows_of(batch) for batch in batches]))
-
-
-def _joined(batches: Sequence[Batch], marks: Sequence[Tensor]) -> list[Batch]:
-    """The marked samples in batches of a useful size."""
-    groups: list[list[Batch]] = []
-    for batch, mark in zip(batches, marks, strict=True):
-        if not mark.any():
-            continue
-        some = {name: value[mark.to(value.device)] for name, value in batch.items()}
-        if not groups or sum(map(rows_of, groups[-1])) >= JUDGED_BATCH or not _alike(groups[-1][0], some):
-            groups.append([])
-        groups[-1].append(some)
-    return [{name: _stacked([batch[name] for batch in group]) for name in group[0]} for group in groups]
-
-
-def _alike(one: Batch, other: Batch) -> bool:
-    """Whether both can be one batch; only an attention mask tells padding from tokens."""
-    if one.keys() != other.keys():
-        return False
-    texts = "attention_mask" in one
-    return all(
-        value.shape[1:] == other[name].shape[1:] or (texts and value.dim() == other[name].dim() == 2)
-        for name, value in one.items()
-    )
-
-
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """(rows, tokens) each, or all of one size -> (all rows, most tokens); texts are padded with zeros."""
-    if values[0].dim() != 2:
-        return torch.cat(list(values))
-    longest = max(value.shape[1] for value in values)
-    return torch.cat([nn.functional.pad(value, (0, longest - value.shape[1])) for value in values])

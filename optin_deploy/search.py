@@ -48,6 +48,7 @@ def search_within(
     align: int = 16,
     allocation: str = "uniform",
     curves: Curves | None = None,
+    emptying: bool = True,
 ) -> Masks:
     """Choose the heads and neurons to keep, within several limits at once.
 
@@ -58,6 +59,7 @@ def search_within(
             `uniform`: the same number of heads and neurons in every layer, the best units inside;
             `paper`: one ranking of all heads and one of all neurons over the whole model.
         curves: of this model and these scores; needed by `curves` alone.
+        emptying: whether `curves` may leave a branch without any unit.
     The last two try every number of kept heads, fill the rest of the budgets with neurons, and keep the pair of the
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput. InfeasibleBudget: a limit below what no plan can cut.
@@ -78,7 +80,7 @@ def search_within(
         if curves is None:
             raise BadInput("--allocation curves needs error curves: measure them with `error_curves`.")
         curves.check(layout)
-        groups = _least_error((*heads, *neurons), (*curves.heads, *curves.neurons), room)
+        groups = _least_error((*heads, *neurons), (*curves.heads, *curves.neurons), room, emptying=emptying)
     else:
         order = _by_depth if allocation == "uniform" else partial(_by_score, room=room)
         some_heads, some_neurons = _best_pair(order(heads), order(neurons), room)
@@ -116,15 +118,19 @@ class _Ranked:
         return tuple(kept.tolist())
 
 
-def _least_error(branches: Sequence[_Ranked], curves: Sequence[Curve], room: np.ndarray) -> list[int]:
+def _least_error(
+    branches: Sequence[_Ranked], curves: Sequence[Curve], room: np.ndarray, *, emptying: bool
+) -> list[int]:
     """Kept groups of each branch."""
-    options = []
+    options, least = [], 0 if emptying else 1
     for ranked, curve in zip(branches, curves, strict=True):
         counts = np.array([0, *ranked.ends])
         costs = np.pad(np.cumsum(ranked.costs, axis=1), ((0, 0), (1, 0)))
-        options.append(Options(np.arange(len(counts)), curve.at(counts), costs))
+        groups = np.arange(least, len(counts))
+        options.append(Options(groups, curve.at(counts[groups]), costs[:, groups]))
     found = least_error(options, room.tolist())
-    assert found is not None  # keeping nothing is always within the room
+    if found is None:  # keeping nothing is always within the room
+        raise InfeasibleBudget("the limits leave no room for a unit in every branch. Allow more.")
     return found
 
 

@@ -232,13 +232,16 @@ def plan_stage(
     align: int = 16,
     allocation: str = "uniform",
     latency: Limit | None = None,
+    emptying: bool = True,
     noted: Mapping[str, Any] | None = None,
     write: bool = True,
 ) -> PruningPlan:
     """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be.
 
-    Args: latency: a table and the nanoseconds that it allows. noted: more settings for masks.json, such as the loss of
-        quality by which the limits were found.
+    Args:
+        latency: a table and the nanoseconds that it allows.
+        emptying: see `search_within`.
+        noted: more settings for masks.json, such as the loss of quality by which the limits were found.
     """
     limits = limits or Limits()
     if limits.time is not None and latency is None:
@@ -246,7 +249,7 @@ def plan_stage(
     scores, layout, macs, params, key = workspace.read_scores()
     curves = workspace.read_curves()[0] if allocation == "curves" else None
     within = [*limits.within(macs, params), *([] if latency is None else [latency])]
-    masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves)
+    masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves, emptying=emptying)
     plan = make_plan(masks, layout, macs)
     if write:
         how = {"align": align, "allocation": allocation, "scores_key": key}

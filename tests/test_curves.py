@@ -88,8 +88,8 @@ def distance(model: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
 def test_every_point_equals_an_own_regression_and_a_forward_of_the_changed_model(
     case: Case, kind: str, most: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optin_deploy.curves.MOST_JUDGED", most)
-    monkeypatch.setattr("optin_deploy.curves.JUDGED_BATCH", at_once)
+    monkeypatch.setattr("optin_deploy.judging.MOST_JUDGED", most)
+    monkeypatch.setattr("optin_deploy.judging.JUDGED_BATCH", at_once)
     model, family, neurons, data = case
     batches, units = data(0), HEADS if kind == "heads" else neurons
     every = max(4, math.ceil(sum(len(next(iter(batch.values()))) for batch in batches) / most))
@@ -139,7 +139,7 @@ def test_texts_without_a_mask_and_images_of_other_sizes_are_never_joined(monkeyp
     for model, batches in ((bert(), [short, long]), (dinov2(), [image_batch(8), image_batch(8, size=12)])):
         found = measured(model, batches)
         with monkeypatch.context() as patched:
-            patched.setattr("optin_deploy.curves.JUDGED_BATCH", 1)
+            patched.setattr("optin_deploy.judging.JUDGED_BATCH", 1)
             apart = measured(model, batches)
         for one, other in zip(found.neurons, apart.neurons, strict=True):
             np.testing.assert_allclose(one.errors, other.errors, rtol=1e-8, atol=1e-14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks
 from optin_deploy.scoring import Scores
-from optin_deploy.search import make_plan, search
+from optin_deploy.search import make_plan, search, search_within
 
 Values = list[list[float]]
 Problem = tuple[Scores, ModelLayout, MacCost]
@@ -250,6 +251,30 @@ def test_curves_give_the_widths_of_least_summed_error(align: int) -> None:
             }
             heads, neurons = counts(masks)
             assert errors[(*heads, *neurons)] == pytest.approx(min(errors.values()), abs=1e-5)
+
+
+def test_where_no_branch_may_be_emptied_the_widths_are_the_best_of_all_others() -> None:
+    emptied = 0
+    for seed in range(4):
+        scores, layout, cost = random_problem(seed, (3, 2), (5, 4))
+        curves = random_curves(layout, seed)
+        every = (*curves.heads, *curves.neurons)
+        widths = [range(1, 4), range(1, 3), (2, 4, 5), (2, 4)]
+        for limit in range(cost.fixed, cost.dense + 1, 3):
+            find = partial(search_within, scores, layout, [(cost, limit)], align=2, allocation="curves", curves=curves)
+            emptied += 0 in {n for some in counts(find()) for n in some}
+            errors = {
+                chosen: sum(float(curve.at([n])[0]) for curve, n in zip(every, chosen, strict=True))
+                for chosen in itertools.product(*widths)
+                if cost.of(chosen[:2], chosen[2:]) <= limit
+            }
+            if not errors:
+                with pytest.raises(InfeasibleBudget, match="no room for a unit in every branch"):
+                    find(emptying=False)
+                continue
+            heads, neurons = counts(find(emptying=False))
+            assert errors[(*heads, *neurons)] == pytest.approx(min(errors.values()), abs=1e-5)
+    assert emptied > 10, "it makes a difference"
 
 
 def test_curves_must_be_given_and_of_this_layout() -> None:
