@@ -151,6 +151,8 @@ class _Choice:
             whole = plan_with(emptying=False)
         except InfeasibleBudget:
             return plan, True
+        if whole.hash == plan.hash:  # of an allocation that does not ask
+            return plan, True
         if self._emptying is None:
             self._emptying = self._error(plan, "try emptied branches") < self._error(whole, "try none emptied")
         return (plan, True) if self._emptying else (whole, False)

@@ -346,12 +346,15 @@ def test_branches_are_emptied_only_where_that_keeps_the_outputs_nearer(
     assert settings["measured"]["emptying"] is emptied_is_nearer
 
 
-def test_branches_are_emptied_where_nothing_else_is_in_time(scored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allocation", ["curves", "uniform"])
+def test_branches_are_emptied_where_nothing_else_is_in_time(
+    scored: Any, allocation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("exporters.time_budget.unseen_error", lambda *_, **__: pytest.fail("there is no choice"))
     yard = yard_of(scored, Branches())
     table = measure_table(yard)
     limits = Limits(time=TimeTarget("--latency", 7.0))
-    plan, _ = plan_within_time(scored[0], limits, table, yard, allocation="curves")
+    plan, _ = plan_within_time(scored[0], limits, table, yard, allocation=allocation)
     assert not all((*plan.heads, *plan.neurons))
 
 

@@ -36,6 +36,7 @@ from optin_deploy.bench.report import to_table
 from optin_deploy.bench.stats import bootstrap_ci
 from optin_deploy.bench.timing import BLOCKS, log_ratios, mean_ratio
 from optin_deploy.budget import Limits, TimeTarget
+from optin_deploy.calibration import Batches
 from optin_deploy.cost.latency import LatencyTable
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import param_cost
@@ -85,9 +86,8 @@ class Setting:
             low, high = (middle, high) if fits else (low, middle - 1)
         return self.plan(Limits(flops=low * STEP))
 
-    def judged(self, plan: PruningPlan, test_rows: int) -> dict[str, Any]:
+    def judged(self, plan: PruningPlan, test: Batches) -> dict[str, Any]:
         """The task's metric after compensation."""
-        test = self.task.batches(self.task.test[:test_rows])
         prepared = self.prepared
         smaller = cut(
             self.task.model,
@@ -177,7 +177,9 @@ def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[s
     by_macs, timing = as_slow(setting, by_time)
     with stage_bar("judge"):
         plans = {BY_TIME: by_time, BY_MACS: by_macs}
-        found = {name: setting.judged(plan, test_rows) for name, plan in plans.items()}
+        test = setting.task.batches(setting.task.test[:test_rows])
+        distinct = {plan.hash: plan for plan in plans.values()}
+        found = {key: setting.judged(plan, test) for key, plan in distinct.items()}
     return {
         "task": setting.task.name,
         "seed": seed,
@@ -189,7 +191,7 @@ def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[s
                 "kept": plan.kept,
                 "heads": [*map(len, plan.heads)],
                 "neurons": [*map(len, plan.neurons)],
-                **found[name],
+                **found[plan.hash],
             }
             for name, plan in plans.items()
         },
