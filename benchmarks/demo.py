@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
+from exporters.bench.measuring import Point
 from exporters.job import export_model
-from exporters.measuring import Point
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
 from optin_deploy.budget import Budget, Limits
 from optin_deploy.calibration import Batches, Sample, text_batches

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import RESULTS, write_result
-from exporters.measuring import Bench, Point, bench_folder
-from exporters.operator_times import RUNS, explain_folder
+from exporters.bench.measuring import Bench, Point, bench_folder
+from exporters.bench.operator_times import RUNS, explain_folder
 from optin_deploy.bench.diagnosis import OPERATOR_HEADER, explained, operator_rows
 from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, to_table
 from optin_deploy.pruned import load_pruned

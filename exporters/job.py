@@ -14,13 +14,13 @@ from torch import nn
 
 from exporters import check_precision, exporter
 from exporters.base import ExportSpec, output_names
+from exporters.bench.measuring import Point, measure
+from exporters.bench.time_budget import Round, judged, plan_in_time
+from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
-from exporters.measuring import Point, measure
 from exporters.proving import EngineModel, check_engine
 from exporters.ready import ready
 from exporters.tensorrt_plan import EngineOptions
-from exporters.time_budget import Round, judged, plan_in_time
-from exporters.yardstick import yardstick
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits, TimeTarget

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
+from exporters.bench.measuring import Point, check_runs, check_threads, length_of
+from exporters.bench.yardstick import setting_of
 from exporters.building import int8_samples
-from exporters.measuring import Point, check_runs, check_threads, length_of
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
-from exporters.yardstick import setting_of
 from optin_deploy.budget import Limits
 from optin_deploy.cost.latency import read_table
 from optin_deploy.errors import BadInput

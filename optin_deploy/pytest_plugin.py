@@ -95,8 +95,8 @@ def _merged(marker: pytest.Mark | None, given: Mapping[str, Any]) -> dict[str, A
 
 
 def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
-    from exporters.comparing import settle
-    from exporters.measuring import parse_point
+    from exporters.bench.comparing import settle
+    from exporters.bench.measuring import parse_point
     from optin_deploy.bench.gate import limit_of
 
     at: str | Sequence[str] = settings.get("at", ())

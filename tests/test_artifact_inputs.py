@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_checkpoint import VOCABULARY, finished_job
 
-from exporters.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
-from exporters.comparing import settle
-from exporters.measuring import Point
+from exporters.bench.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
+from exporters.bench.comparing import settle
+from exporters.bench.measuring import Point
 from optin_deploy.errors import BadInput
 
 Shape = Sequence[int | str | None]
@@ -249,7 +249,7 @@ def test_other_inputs_are_refused_with_both_names(
 def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from made_timings import HOLDS, FakeMeasuring
 
-    from exporters import measuring
+    from exporters.bench import measuring
     from optin_deploy.bench.gate import Limit
 
     fake = FakeMeasuring([HOLDS])

@@ -12,7 +12,7 @@ from conftest import tiny_batch, tiny_model
 from tiny_checkpoint import LAYERS, Shell
 
 from exporters.base import ExportSpec
-from exporters.operator_times import RUNS, WARMUP, operator_times, summed
+from exporters.bench.operator_times import RUNS, WARMUP, operator_times, summed
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators, explained, layer_rows, operator_rows

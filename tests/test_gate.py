@@ -14,8 +14,8 @@ import pytest
 from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
-from exporters.comparing import settle
-from exporters.measuring import Point
+from exporters.bench.comparing import settle
+from exporters.bench.measuring import Point
 from optin_deploy.bench import timing as timing_module
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge, limit_of
 from optin_deploy.bench.timing import PairTiming

@@ -30,11 +30,12 @@ from tiny_checkpoint import (
 )
 
 import optin_deploy
-from exporters import ENGINES, check_precision, exporter, measuring
+from exporters import ENGINES, check_precision, exporter
 from exporters.base import TOLERANCES, Artifact
+from exporters.bench import measuring
+from exporters.bench.measuring import Point
 from exporters.building import Built, Pair
 from exporters.job import export_model, record_samples
-from exporters.measuring import Point
 from exporters.proving import check_engine
 from optin_deploy.budget import Limits
 from optin_deploy.calibration import Batches, read_samples, split

@@ -17,11 +17,11 @@ from tiny_checkpoint import HEADS, LAYERS, Shell, bert, classifier, lines, text_
 from benchmarks.latency import equal_time
 from exporters import exporter
 from exporters.base import ExportSpec
-from exporters.measuring import Point
-from exporters.profiling import grid, measure_table, table_at, with_held_out
+from exporters.bench.measuring import Point
+from exporters.bench.profiling import grid, measure_table, table_at, with_held_out
+from exporters.bench.time_budget import AIM, LEAST, LastWord, Round, judged, plan_within_time
+from exporters.bench.yardstick import Yardstick, yardstick
 from exporters.ready import ready
-from exporters.time_budget import AIM, LEAST, LastWord, Round, judged, plan_within_time
-from exporters.yardstick import Yardstick, yardstick
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import Measurement
 from optin_deploy.bench.timing import PairTiming, Samples
@@ -330,7 +330,7 @@ def test_branches_are_emptied_only_where_that_keeps_the_outputs_nearer(
         assert how["token_weights"] == prepared.token_weights()
         return float(all((*plan.heads, *plan.neurons)) is emptied_is_nearer)
 
-    monkeypatch.setattr("exporters.time_budget.unseen_error", error)
+    monkeypatch.setattr("exporters.bench.time_budget.unseen_error", error)
     formula = Branches()
     table = measure_table(yard_of(scored, formula))
     slower = replace(formula, fixed=3.0)  # so that there are several rounds
@@ -350,7 +350,7 @@ def test_branches_are_emptied_only_where_that_keeps_the_outputs_nearer(
 def test_branches_are_emptied_where_nothing_else_is_in_time(
     scored: Any, allocation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporters.time_budget.unseen_error", lambda *_, **__: pytest.fail("there is no choice"))
+    monkeypatch.setattr("exporters.bench.time_budget.unseen_error", lambda *_, **__: pytest.fail("there is no choice"))
     yard = yard_of(scored, Branches())
     table = measure_table(yard)
     limits = Limits(time=TimeTarget("--latency", 7.0))

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from tiny_checkpoint import Shell, finished_job, snapshot, temporary_files
 
-from exporters import loadgen
-from exporters.loadgen import run_load
-from exporters.loadgen_system import SAMPLES
+from exporters.bench import loadgen
+from exporters.bench.loadgen import run_load
+from exporters.bench.loadgen_system import SAMPLES
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.bench.loadgen import Compared, Load, Run, compared_lines, run_rows
 from optin_deploy.bench.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log

@@ -13,8 +13,8 @@ from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from test_imports import HEAVY, ROOT
 from tiny_checkpoint import copy_of, finished_job
 
-from exporters import measuring
-from exporters.comparing import settle
+from exporters.bench import measuring
+from exporters.bench.comparing import settle
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.pytest_plugin import SETTINGS
 

@@ -152,7 +152,7 @@ class Shell:
 
 def run(program: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of `optin ...` or `optin-export ...`."""
-    from exporters import measuring
+    from exporters.bench import measuring
     from optin_deploy.bench.device_time import measure_device_time
     from optin_deploy.bench.timing import measure_pair
 

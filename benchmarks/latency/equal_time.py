@@ -27,10 +27,10 @@ from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.task import judged
 from exporters import exporter
 from exporters.base import ExportSpec
-from exporters.measuring import Point
-from exporters.profiling import table_at
-from exporters.time_budget import plan_within_time
-from exporters.yardstick import DENSE, Yardstick, yardstick
+from exporters.bench.measuring import Point
+from exporters.bench.profiling import table_at
+from exporters.bench.time_budget import plan_within_time
+from exporters.bench.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
 from optin_deploy.bench.stats import bootstrap_ci

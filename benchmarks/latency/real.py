@@ -15,9 +15,9 @@ from pathlib import Path
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.measuring import parse_point
+from exporters.bench.measuring import parse_point
+from exporters.bench.yardstick import Yardstick, yardstick
 from exporters.ready import ready
-from exporters.yardstick import Yardstick, yardstick
 from optin_deploy.bench.gate import Limit, judge
 from optin_deploy.bench.report import to_table
 from optin_deploy.bench.timing import PairTiming

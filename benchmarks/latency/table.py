@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.measuring import parse_point
-from exporters.profiling import profile_model
+from exporters.bench.measuring import parse_point
+from exporters.bench.profiling import profile_model
 from optin_deploy.bench.report import to_table
 from optin_deploy.cost.latency import TABLE_HEADER, LatencyTable, held_out_line, table_rows
 from optin_deploy.terminal import quiet_libraries, stage_bar

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.measuring import parse_point
-from exporters.profiling import table_at
+from exporters.bench.measuring import parse_point
+from exporters.bench.profiling import table_at
+from exporters.bench.time_budget import LEAST, Round, plan_within_time
+from exporters.bench.yardstick import Yardstick, yardstick
 from exporters.ready import ready
-from exporters.time_budget import LEAST, Round, plan_within_time
-from exporters.yardstick import Yardstick, yardstick
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.errors import InfeasibleBudget

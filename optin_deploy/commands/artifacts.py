@@ -114,8 +114,8 @@ def bench(
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.measuring import Bench, Point, bench_folder, parse_point
-    from exporters.suites import bench_suite, read_suite
+    from exporters.bench.measuring import Bench, Point, bench_folder, parse_point
+    from exporters.bench.suites import bench_suite, read_suite
 
     points = tuple(map(parse_point, at)) if at else (Point(),)
     load = load_of(protocol, scenario, seconds, qps, target_latency)
@@ -144,7 +144,7 @@ def bench(
 
 
 def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
-    from exporters.loadgen import FILE, LOGS, bench_loadgen
+    from exporters.bench.loadgen import FILE, LOGS, bench_loadgen
     from optin_deploy.bench.loadgen import HEADER, compared_lines, run_rows
 
     found = bench_loadgen(folder, bench, load, dry_run=dry_run, stage=stage_bar)
@@ -156,7 +156,7 @@ def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
 
 
 def _explain(folder: Path, precision: str | None, points: Sequence[Any], threads: int) -> None:
-    from exporters.operator_times import FILE, explain_folder
+    from exporters.bench.operator_times import FILE, explain_folder
     from optin_deploy.bench.diagnosis import LAYER_HEADER, OPERATOR_HEADER, explained, layer_rows, operator_rows
 
     for found in explain_folder(folder, points, precision=precision, threads=threads):

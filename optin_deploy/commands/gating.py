@@ -65,8 +65,8 @@ def gate(
     Exit code 1 if the whole 95% interval of the ratio misses the limit (the worst point decides), 4 if the baseline
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
-    from exporters.comparing import check_not_input, settle
-    from exporters.measuring import parse_point
+    from exporters.bench.comparing import check_not_input, settle
+    from exporters.bench.measuring import parse_point
     from optin_deploy.bench.gate import HEADER, limit_of
     from optin_deploy.storage import write_json
 

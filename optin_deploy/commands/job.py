@@ -119,8 +119,8 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    from exporters.bench.measuring import Point, parse_point
     from exporters.job import export_model
-    from exporters.measuring import Point, parse_point
     from exporters.ready import describe, ready
     from optin_deploy.workspace import Workspace
 

@@ -49,8 +49,8 @@ def profile(
     dry_run: DryRun = False,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
-    from exporters.measuring import parse_point
-    from exporters.profiling import profile_model
+    from exporters.bench.measuring import parse_point
+    from exporters.bench.profiling import profile_model
     from optin_deploy.cost.latency import TABLE_HEADER, held_out_line, table_rows
 
     source = source_of(model, task, calibration, "text", "label", seq_len, 512, seed)

@@ -17,7 +17,7 @@ from torch import nn
 
 from exporters import check_precision
 from exporters.base import Exporter, ExportSpec
-from exporters.measuring import Point, check_runs, example_feeds, length_of
+from exporters.bench.measuring import Point, check_runs, example_feeds, length_of
 from optin_deploy.bench.environment import environment, installed_versions
 from optin_deploy.bench.timing import PairTiming, Samples, measure_pair, measure_together
 from optin_deploy.plan import Masks, PruningPlan

@@ -40,7 +40,7 @@ def peak_of(
         stored = Path(temporary) / "feeds.safetensors"
         save_file({name: np.ascontiguousarray(values) for name, values in feeds.items()}, stored)
         asked = {"path": str(path), "engine": engine, "precision": precision, "threads": threads, "task": task}
-        command = [sys.executable, "-m", "exporters.peak_memory", json.dumps(asked), str(stored)]
+        command = [sys.executable, "-m", "exporters.bench.peak_memory", json.dumps(asked), str(stored)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.measuring import Point
+from exporters.bench.measuring import Point
+from exporters.bench.yardstick import DENSE, Yardstick, yardstick
 from exporters.ready import check_timeable, ready
 from exporters.tensorrt_plan import EngineOptions
-from exporters.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.bench.stats import percentile
 from optin_deploy.bench.timing import Samples, mean_ratio
 from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, read_table

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from exporters.bench.measuring import Point
 from exporters.checks.findings import listed, named
 from exporters.checks.onnx_files import read_onnx
-from exporters.measuring import Point
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
 from optin_deploy.pruned import MANIFEST, load_pruned

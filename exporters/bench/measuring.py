@@ -230,7 +230,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
 
 
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
-    from exporters.peak_memory import peak_of
+    from exporters.bench.peak_memory import peak_of
 
     feeds = example_feeds(case.pruned.model, at.batch, at.seq_len)
     found = {}

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from exporters.profiling import table_at
-from exporters.yardstick import Yardstick
+from exporters.bench.profiling import table_at
+from exporters.bench.yardstick import Yardstick
 from optin_deploy.bench.report import Measurement
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.budget import Limits, TimeTarget

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from exporters.measuring import Bench, Point, checked, example_feeds, length_of
+from exporters.bench.measuring import Bench, Point, checked, example_feeds, length_of
 from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
 from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup

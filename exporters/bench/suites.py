@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from exporters.measuring import Bench, Point, bench_rows, checked, keep
+from exporters.bench.measuring import Bench, Point, bench_rows, checked, keep
 from optin_deploy.bench.report import Measurement
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import Stage, silent_stage

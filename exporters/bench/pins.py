@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from exporters.measuring import Point
+from exporters.bench.measuring import Point
 from optin_deploy.errors import BadInput
 from optin_deploy.storage import read_json, sha256_file, write_json
 from optin_deploy.validation import STORED, validated

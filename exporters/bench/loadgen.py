@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporters.loadgen_system import SAMPLES, System
-from exporters.measuring import Bench, Case, checked, example_feeds, length_of
+from exporters.bench.loadgen_system import SAMPLES, System
+from exporters.bench.measuring import Bench, Case, checked, example_feeds, length_of
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.loadgen import SCENARIOS, Compared, Load, Run
 from optin_deploy.bench.loadgen_log import Figures, read_log

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from exporters import ENGINES, check_precision, exporter
-from exporters.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
 from exporters.base import Exporter
+from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
+from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
+from exporters.bench.pins import Pin, is_pin, pinned_path, read_pin, write_pin
 from exporters.checks.onnx_files import all_tensors, read_onnx
-from exporters.measuring import Point, check_built, check_runs, check_threads, time_pair
-from exporters.pins import Pin, is_pin, pinned_path, read_pin, write_pin
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
