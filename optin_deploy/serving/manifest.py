@@ -87,6 +87,10 @@ class ServingOptions:
     """Tokens of a text at most, where the server tokenizes."""
     too_long: str = "truncate"
     """`truncate` or `refuse` what is longer."""
+    storage_uri: str | None = None
+    """Where KServe finds the repository, e.g. `s3://bucket/repository` or `pvc://claim/repository`."""
+    canary: int | None = None
+    """Percent of KServe's traffic that goes to a new version; None: all."""
 
     def __post_init__(self) -> None:
         counts = {"--max-batch": self.max_batch, "--instances": self.instances, "--threads": self.threads or 1}
@@ -99,6 +103,8 @@ class ServingOptions:
             raise BadInput(f"preferred batches {list(self.preferred)}: possible are 1 to --max-batch {self.max_batch}")
         if self.too_long not in ("truncate", "refuse"):
             raise BadInput(f"--too-long {self.too_long!r}: possible are truncate, refuse")
+        if self.canary is not None and not 0 <= self.canary <= 100:
+            raise BadInput(f"--canary {self.canary}: possible are 0 to 100 percent")
 
 
 @dataclass(frozen=True)

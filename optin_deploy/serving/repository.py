@@ -7,6 +7,7 @@ versions follow, each by one rename, the one that switches last. So a polling se
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class State:
 
 Contents = Mapping[str, Path | bytes]
 """Relative path -> a file to copy, or bytes."""
+Version = tuple[Manifest, Contents]
+"""What is to be published."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Repository:
             write_version(aside, manifest, contents)
         return True
 
-    def create(self, manifests: Sequence[tuple[Manifest, Contents]], finish: Callable[[Path], None]) -> None:
+    def create(self, manifests: Sequence[Version], finish: Callable[[Path], None]) -> None:
         """Write the first versions of a model and what `finish` puts beside them, in one rename.
 
         Args: finish: is given the model's folder, still aside.
@@ -160,6 +163,14 @@ class Repository:
         return found == manifest
 
 
+def hashes(contents: Contents) -> dict[str, str]:
+    """sha256 (hex) of each file of a version."""
+    return {
+        name: hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_file(source)
+        for name, source in contents.items()
+    }
+
+
 def write_version(folder: Path, manifest: Manifest, contents: Contents) -> None:
     """Fill the folder of a version."""
     for name, source in contents.items():
@@ -170,7 +181,7 @@ def write_version(folder: Path, manifest: Manifest, contents: Contents) -> None:
         else:
             shutil.copyfile(source, target)
         if sha256_file(target) != manifest.sha256[name]:
-            raise BadInput(f"{source} changed while it was copied. Run the same command again.")
+            raise BadInput(f"{name} changed while it was copied. Run the same command again.")
     (folder / FOLDER).mkdir(exist_ok=True)
     write_json(folder / FILE, manifest.to_json())
 
