@@ -28,6 +28,8 @@ class KServe(Triton):
     def check(self, manifest: Manifest) -> None:
         """See `Server.check`."""
         super().check(manifest)
+        if manifest.options.storage_uri is None:
+            raise BadInput("KServe fetches the repository: say where it will be, with --storage-uri s3://bucket/repo.")
         if not SERVICE.fullmatch(manifest.name):
             raise BadInput(f"--name {manifest.name}: Kubernetes takes small letters, digits and inner hyphens.")
 

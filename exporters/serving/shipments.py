@@ -16,13 +16,15 @@ from exporters.serving.tensors import largest_batch, tensors_of
 from exporters.serving.texts import text_models
 from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.record import read_record
-from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name
+from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.repository import Version, hashes
 from optin_deploy.storage import read_json, read_tensors, sha256_file
 from optin_deploy.workspace import Workspace
 
 SAMPLES = f"{FOLDER}/samples.safetensors"
+TRAVEL = ("plan.json", "report.json")
+"""What goes with a pruned artifact, besides samples."""
 DENSE = ("models", "versions", "none")
 NEARLY_BEST = 0.95
 """Share of the best measured throughput from which on a batch size is preferred."""
@@ -49,6 +51,8 @@ class Order:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        if self.version is not None:
+            check_version(self.version)
         if self.dense not in DENSE:
             raise BadInput(f"unknown --dense {self.dense!r}; possible: {', '.join(DENSE)}.")
 
@@ -72,7 +76,7 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
         if dense is None:
             raise BadInput(f"engine {order.engine} has no dense artifact; use --dense none.")
         paths = {"dense": folder / dense, **paths}
-    made_from = {"plan": plan.hash, "layout": plan.layout_hash, "source": Path(source.model).name}
+    made_from = {"source": Path(source.model).name, "plan": plan.hash, "layout": plan.layout_hash}
     models = [_model(path, role, order, precision, target, made_from) for role, path in paths.items()]
     if order.text:
         models += text_models(folder / "model", models[-1][0], target, source.seq_len)
@@ -91,6 +95,7 @@ def _model(
         raise BadInput(f"There is no {path}. {REBUILD.format(folder=folder, engine=order.engine)}")
     report = read_json(folder / "report.json", "") if (folder / "report.json").is_file() else {}
     known = report.get("hashes", {})
+    weights = {"dense_weights": known["dense_weights"]} if "dense_weights" in known else {}
     if path.name in known and known[path.name] != sha256_file(path):
         raise BadInput(f"{path} is not the file that report.json describes. Run `optin export` again.")
     options, graph = order.options, path
@@ -102,11 +107,11 @@ def _model(
         options = _bounded(options, largest_batch(path, record, options.longest))
     inputs, outputs = tensors_of(graph)
     options = options if options.preferred else replace(options, preferred=preferred_batches(report, order, precision))
-    name = dense_of(order.name) if role == "dense" and order.dense == "models" else order.name
+    cut = role == "pruned"  # of the dense one neither plan nor report tell, and a new plan makes no new version of it
+    name = dense_of(order.name) if not cut and order.dense == "models" else order.name
     contents: dict[str, Path | bytes] = {
         target.artifacts[order.engine]: path,
-        **({f"{FOLDER}/plan.json": folder / "plan.json"} if role == "pruned" else {}),
-        **({f"{FOLDER}/report.json": folder / "report.json"} if report else {}),
+        **({f"{FOLDER}/{name}": folder / name for name in TRAVEL if (folder / name).is_file()} if cut else {}),
         SAMPLES: _samples(folder, role),
     }
     manifest = Manifest(
@@ -122,7 +127,7 @@ def _model(
         options=options,
         sha256=hashes(contents),
         size_bytes=path.stat().st_size,
-        made_from={**made_from, **({"dense_weights": known["dense_weights"]} if "dense_weights" in known else {})},
+        made_from={**(made_from if cut else {"source": made_from["source"]}), **weights},
     )
     return manifest, contents
 

@@ -27,11 +27,24 @@ def ship_folder(folder: Path, order: Order, *, dry_run: bool = False) -> tuple[t
     models = shipments(folder, order, target)
     if dry_run:
         return tuple(manifest for manifest, _ in models), False
+    new = False
     with repository.locked():
         numbered = _numbered(repository, order, models)
-        news = [_publish(repository, target, versions) for versions in _by_name(numbered)]
+        named = _by_name(numbered)
+        for name, versions in named.items():
+            _check_successor(repository, target, name, versions[-1][0])
+        known = repository.names()
+        for name in known:
+            for manifest, contents in named.get(name, ()):
+                new |= repository.publish(manifest, contents)
+        for name, versions in named.items():  # from here on servers see it
+            if name in known:
+                _switch(repository, target, repository.folder(name), [manifest for manifest, _ in versions])
+            else:
+                new = True
+                _create(repository, target, versions)
         _write_index(repository, target)
-    return tuple(manifest for manifest, _ in numbered), any(news)
+    return tuple(manifest for manifest, _ in numbered), new
 
 
 def roll_back(out: Path, name: str, version: int | None = None, *, dry_run: bool = False) -> tuple[Manifest, ...]:
@@ -64,7 +77,7 @@ def _numbered(repository: Repository, order: Order, models: Sequence[Version]) -
     """Give each version its number: the asked one or the next, or that of the same content which is served already."""
     known = {manifest.name: manifest for manifest, _ in models}
     highest = max((number for name in known for number in repository.versions(name)), default=0)
-    number = order.version or highest + 1
+    number = highest + 1 if order.version is None else order.version
     found: list[Version] = []
     for manifest, contents in models:
         served = _same_as_served(repository, manifest) if order.version is None or manifest.role != "pruned" else None
@@ -91,31 +104,34 @@ def _same_as_served(repository: Repository, manifest: Manifest) -> Manifest | No
     return None
 
 
-def _by_name(versions: Sequence[Version]) -> list[list[Version]]:
+def _by_name(versions: Sequence[Version]) -> dict[str, list[Version]]:
     names = dict.fromkeys(manifest.name for manifest, _ in versions)
-    return [[each for each in versions if each[0].name == name] for name in names]
+    return {name: [each for each in versions if each[0].name == name] for name in names}
 
 
-def _publish(repository: Repository, target: Server, versions: Sequence[Version]) -> bool:
-    """Write the versions of one model and serve them; True: one of them is new."""
-    manifests = tuple(manifest for manifest, _ in versions)
-    name = manifests[0].name
+def _check_successor(repository: Repository, target: Server, name: str, manifest: Manifest) -> None:
+    """May this version take the place of what is served?
+
+    Raises: BadInput: it is for another server, or clients would break.
+    """
     if name not in repository.names():
-        rows = _rows(versions[-1][1])
-        repository.create(versions, lambda folder: _write_model(target, folder, manifests, rows))
-        return True
-    state = repository.state(name)
-    if state.server != target.name:
-        raise BadInput(f"{name} in {repository.root} is for {state.server}, not {target.name}. Use another --out.")
+        return
+    made_for = repository.state(name).server
+    if made_for != target.name:
+        raise BadInput(f"{name} in {repository.root} is for {made_for}, not {target.name}. Use another --out.")
     before = repository.served(name)[-1]
-    if before.same_tensors != manifests[-1].same_tensors:
+    if before.same_tensors != manifest.same_tensors:
         raise BadInput(
             f"{name} version {before.version} has other inputs or outputs than this model; its clients would break. "
             "Publish it under another --name."
         )
-    news = [repository.publish(manifest, contents) for manifest, contents in versions]
-    _switch(repository, target, repository.folder(name), manifests)
-    return any(news)
+
+
+def _create(repository: Repository, target: Server, versions: Sequence[Version]) -> None:
+    """Publish and serve a model that is not there yet."""
+    manifests = [manifest for manifest, _ in versions]
+    rows = _rows(versions[-1][1])
+    repository.create(versions, lambda folder: _write_model(target, folder, manifests, rows))
 
 
 def _switch(repository: Repository, target: Server, folder: Path, served: Sequence[Manifest]) -> None:

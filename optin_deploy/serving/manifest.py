@@ -93,9 +93,10 @@ class ServingOptions:
     """Percent of KServe's traffic that goes to a new version; None: all."""
 
     def __post_init__(self) -> None:
-        counts = {"--max-batch": self.max_batch, "--instances": self.instances, "--threads": self.threads or 1}
-        for option, value in counts.items():
-            if not 1 <= value <= 65536:
+        counts = {"--max-batch": self.max_batch, "--instances": self.instances}
+        given = {"--threads": self.threads, "--longest": self.longest}
+        for option, value in {**counts, **given}.items():
+            if value is not None and not 1 <= value <= 65536:
                 raise BadInput(f"{option} {value}: possible are 1 to 65536")
         if not 0 <= self.queue_delay_us <= 10**7:
             raise BadInput(f"--queue-delay {self.queue_delay_us}: possible are 0 to 10000000 microseconds")
