@@ -1,4 +1,4 @@
-"""docker/triton: Triton on an emitted repository, scraped by Prometheus. No engine runs it here; see docker/README.md."""
+"""docker/triton: Triton on an emitted repository, scraped by Prometheus; docker/README.md says what was run."""
 
 from __future__ import annotations
 
