@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
-from mlserver.errors import InvalidInput
+from mlserver.errors import InferenceError
 from mlserver.types import InferenceResponse
 from mlserver.utils import get_model_uri
 
@@ -28,14 +28,14 @@ class OnnxModel(MLModel):
         feeds = {each.name: NumpyCodec.decode_input(each) for each in payload.inputs}
         expected = {each.name: each.datatype for each in self.settings.inputs}
         if {each.name: each.datatype for each in payload.inputs} != expected:
-            raise InvalidInput(f"the inputs of {self.name} are {expected}")
+            raise InferenceError(f"the inputs of {self.name} are {expected}")
         rows = {len(feed) for feed in feeds.values()}
         if len(rows) != 1 or max(rows) > self.settings.max_batch_size:
-            raise InvalidInput(f"a request to {self.name} has 1 to {self.settings.max_batch_size} samples, not {rows}")
+            raise InferenceError(f"a request to {self.name} has 1 to {self.settings.max_batch_size} samples, not {rows}")
         try:
             values = await asyncio.get_running_loop().run_in_executor(None, self._run, feeds)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as err:
-            raise InvalidInput(str(err)) from err
+            raise InferenceError(str(err)) from err
         outputs = [NumpyCodec.encode_output(name, value) for name, value in values.items()]
         return InferenceResponse(model_name=self.name, id=payload.id, outputs=outputs)
 
