@@ -12,16 +12,18 @@ TEST_ARGS ?=
 # The Python half of TensorRT: it does not run without NVIDIA's libraries, but it holds every name and signature.
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.4.0.106
 CODE := optin_deploy exporters benchmarks
+# Real inference servers; their packages clash with ours and with each other's.
+SERVER_STAMPS := .venv-triton/.installed .venv-mlserver/.installed
 
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv browser demo test lint format clean
+.PHONY: help venv browser servers demo test test-servers lint format clean
 
 help: ## list the targets
 	@echo "optin-deploy: smaller transformers, measured"
 	@while IFS= read -r line; do \
-	  if [[ $$line =~ ^([a-z]+):[^#]*'## '(.*)$$ ]]; then printf '  make %-8s %s\n' "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[2]}"; fi; \
+	  if [[ $$line =~ ^([a-z-]+):[^#]*'## '(.*)$$ ]]; then printf '  make %-12s %s\n' "$${BASH_REMATCH[1]}" "$${BASH_REMATCH[2]}"; fi; \
 	done < Makefile
 
 venv: $(STAMP) ## install the project and all that tests and demo need into .venv
@@ -31,11 +33,22 @@ browser: ## install Debian's Chromium, in which a test looks at the report page 
 	@command -v chromium >/dev/null || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 
+servers: $(SERVER_STAMPS) ## install Triton and MLServer, each into an environment of its own, for test-servers
+	@echo "$(SERVER_STAMPS:/.installed=) are ready"
+
+.venv-%/.installed: tests/servers/%_requirements.txt $(STAMP)
+	@echo "==> creating .venv-$*" && $(PY) -m venv --clear .venv-$*
+	@set -o pipefail; .venv-$*/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -r $< | $(show)
+	@touch $@
+
 demo: $(STAMP) ## prune a real model, measure it against the dense one, print the report
 	@$(PY) -m benchmarks.demo
 
 test: $(STAMP) ## run the tests
-	@$(PY) -m pytest $(TEST_ARGS)
+	@$(PY) -m pytest -m "not servers" $(TEST_ARGS)
+
+test-servers: $(STAMP) $(SERVER_STAMPS) ## run the tests that start real inference servers
+	@$(PY) -m pytest -m servers $(TEST_ARGS)
 
 lint: $(STAMP) ## check format, style and types
 	@echo "==> ruff format --check" && $(PY) -m ruff format --check .
@@ -47,7 +60,7 @@ format: $(STAMP) ## rewrite the files in the project's format
 	@$(PY) -m ruff check --fix .
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SERVER_STAMPS:/.installed=) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find $(CODE) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One short line for each package; pip's errors go to stderr untouched.
@@ -73,8 +86,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
 	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
-	@echo "==> installing optin-deploy[cpu,trt-rtx,demo,peers,mlperf,ray,dev] with the versions of constraints.txt"
-	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,trt-rtx,demo,peers,mlperf,ray,dev]' -c constraints.txt | $(show)
+	@echo "==> installing optin-deploy[cpu,trt-rtx,serve,demo,peers,mlperf,ray,dev] with the versions of constraints.txt"
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,trt-rtx,serve,demo,peers,mlperf,ray,dev]' -c constraints.txt | $(show)
 	@$(PY) -m pip check
 	@echo "==> fetching the bindings of TensorRT 10 and 11, whose names the tests compare (both cannot be installed at once)"
 	@set -o pipefail; for wheel in $(TENSORRT_BINDINGS); do \

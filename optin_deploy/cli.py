@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring
+from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring, serving
 from optin_deploy.errors import EXIT_CODES, BadInput, OptinError
 from optin_deploy.terminal import quiet_libraries
 
@@ -35,6 +35,7 @@ COMMANDS = (
     (artifacts.bench, artifacts.BENCH_EXAMPLES),
     (profiling.profile, profiling.PROFILE_EXAMPLES),
     (gating.gate, gating.GATE_EXAMPLES),
+    (serving.ship, serving.SHIP_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
     (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),

@@ -1,0 +1,1 @@
+"""Real inference servers on this machine, for tests and for measuring what a pruned model gains behind one."""

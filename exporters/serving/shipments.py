@@ -1,0 +1,166 @@
+"""What an output folder offers to an inference server: its artifacts with their manifests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from exporters import check_precision, exporter
+from exporters.serving.base import Server
+from exporters.serving.tensors import largest_batch, tensors_of
+from exporters.serving.texts import text_models
+from optin_deploy.errors import BadInput
+from optin_deploy.runtimes.record import read_record
+from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
+from optin_deploy.serving.names import dense_of
+from optin_deploy.serving.repository import Version, hashes
+from optin_deploy.storage import read_json, read_tensors, sha256_file
+from optin_deploy.workspace import Workspace
+
+SAMPLES = f"{FOLDER}/samples.safetensors"
+TRAVEL = ("plan.json", "report.json")
+"""What goes with a pruned artifact, besides samples."""
+DENSE = ("models", "versions", "none")
+NEARLY_BEST = 0.95
+"""Share of the best measured throughput from which on a batch size is preferred."""
+REBUILD = "Make it with `optin build {folder} --engine {engine}`."
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be published, and how."""
+
+    server: str
+    out: Path
+    """The repository."""
+    name: str
+    version: int | None = None
+    """None: the next one."""
+    engine: str = "onnx"
+    precision: str | None = None
+    dense: str = "models"
+    """Where the dense model is served too: as one of two `models`, as one of two `versions`, or not (`none`)."""
+    text: bool = False
+    """Also a model that takes texts."""
+    options: ServingOptions = ServingOptions()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.version is not None:
+            check_version(self.version)
+        if self.dense not in DENSE:
+            raise BadInput(f"unknown --dense {self.dense!r}; possible: {', '.join(DENSE)}.")
+
+
+def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
+    """The models that are asked for, all with version 1: the repository numbers them.
+
+    Raises: BadInput: something that is missing, damaged, or that the server would not serve.
+    """
+    chosen = exporter(order.engine)
+    precision = check_precision(chosen, order.precision)
+    if order.engine not in target.artifacts:
+        raise BadInput(f"{order.server} does not serve engine {order.engine}; possible: {', '.join(target.artifacts)}.")
+    if order.dense == "versions" and not target.side_by_side:
+        raise BadInput(f"{order.server} serves one version of a model at a time: use --dense models or none.")
+    workspace = Workspace(folder)
+    source, plan = workspace.source(), workspace.read_plan()
+    pruned, dense = chosen.file_names(precision)
+    paths = {"pruned": folder / pruned}
+    if order.dense != "none":
+        if dense is None:
+            raise BadInput(f"engine {order.engine} has no dense artifact; use --dense none.")
+        paths = {"dense": folder / dense, **paths}
+    made_from = {"source": Path(source.model).name, "plan": plan.hash, "layout": plan.layout_hash}
+    models = [_model(path, role, order, precision, target, made_from) for role, path in paths.items()]
+    if order.text:
+        models += text_models(folder / "model", models[-1][0], target, source.seq_len)
+    for manifest, _ in models:
+        target.check(manifest)
+    return models
+
+
+def _model(
+    path: Path, role: str, order: Order, precision: str, target: Server, made_from: Mapping[str, str]
+) -> Version:
+    folder = path.parent
+    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
+    if not path.is_file():
+        raise BadInput(f"There is no {path}. {REBUILD.format(folder=folder, engine=order.engine)}")
+    report = read_json(folder / "report.json", "") if (folder / "report.json").is_file() else {}
+    known = report.get("hashes", {})
+    weights = {"dense_weights": known["dense_weights"]} if "dense_weights" in known else {}
+    if path.name in known and known[path.name] != sha256_file(path):
+        raise BadInput(f"{path} is not the file that report.json describes. Run `optin export` again.")
+    options, graph = order.options, path
+    if target.artifacts[order.engine].endswith(".plan"):
+        record = read_record(path)
+        if record.stripped or record.onnx is None:
+            raise BadInput(f"{path} holds no weights; servers need them inside. Build it without --weights stripped.")
+        graph = folder / record.onnx
+        options = _bounded(options, largest_batch(path, record, options.longest))
+    inputs, outputs = tensors_of(graph)
+    options = options if options.preferred else replace(options, preferred=preferred_batches(report, order, precision))
+    cut = role == "pruned"  # of the dense one neither plan nor report tell, and a new plan makes no new version of it
+    name = dense_of(order.name) if not cut and order.dense == "models" else order.name
+    contents: dict[str, Path | bytes] = {
+        target.artifacts[order.engine]: path,
+        **({f"{FOLDER}/{name}": folder / name for name in TRAVEL if (folder / name).is_file()} if cut else {}),
+        SAMPLES: _samples(folder, role),
+    }
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=check_name(name),
+        version=1,
+        role=role,
+        engine=order.engine,
+        precision=precision,
+        file=target.artifacts[order.engine],
+        inputs=inputs,
+        outputs=outputs,
+        options=options,
+        sha256=hashes(contents),
+        size_bytes=path.stat().st_size,
+        made_from={**(made_from if cut else {"source": made_from["source"]}), **weights},
+    )
+    return manifest, contents
+
+
+def _bounded(options: ServingOptions, most: int) -> ServingOptions:
+    """Options of an engine that takes `most` samples.
+
+    Raises: BadInput: more are asked for than its profile holds.
+    """
+    if options.max_batch > most:
+        raise BadInput(f"--max-batch {options.max_batch}: the engine was built for at most {most}. Give that or less.")
+    return options
+
+
+def preferred_batches(report: Mapping[str, Any], order: Order, precision: str) -> tuple[int, ...]:
+    """Measured batch sizes with nearly the best throughput; none where only single samples were measured."""
+    throughput = {
+        int(row["batch"]): float(row["pruned"]["throughput"])
+        for row in report.get("latency", ())
+        if (row["engine"], row["precision"]) == (order.engine, precision)
+    }
+    best = max(throughput.values(), default=0.0)
+    good = (size for size, value in throughput.items() if value >= NEARLY_BEST * best)
+    return tuple(sorted(size for size in good if 1 < size <= order.options.max_batch))
+
+
+def _samples(folder: Path, role: str) -> bytes:
+    """Recorded inputs, and what the model of this role gave."""
+    tensors = read_tensors(folder / "samples.safetensors", "Write it with `optin-export`.")
+    kept = {name: values for name, values in tensors.items() if name.startswith("input.")}
+    return save({**kept, "output": tensors[f"{role}.output"]})
+
+
+def default_name(folder: Path) -> str:
+    """A model's name after its output folder."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-_")[:63] or "model"

@@ -1,0 +1,130 @@
+"""`optin ship`: artifacts into the repository of an inference server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optin_deploy.commands.options import DryRun, Engine, Precision
+from optin_deploy.errors import BadInput
+from optin_deploy.terminal import print_table
+
+SHIP_EXAMPLES = """
+Examples:
+
+    optin ship work --server triton --out repository --name minilm
+
+    optin ship work --server triton --out repository --name minilm --text --too-long refuse
+
+    optin ship work --server ovms --out repository --engine openvino --dense none
+
+    optin ship work --server kserve --out repository --storage-uri pvc://models/repository --canary 10
+
+    optin ship --rollback --out repository --name minilm
+"""
+
+
+def ship(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Output folder of `optin export` or `build`; none with --rollback."),
+    ] = None,
+    server: Annotated[str, typer.Option(help="triton, ovms, mlserver or kserve.")] = "triton",
+    out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")] = Path("repository"),
+    name: Annotated[str | None, typer.Option(help="Of the served model. [default: DIR's name]")] = None,
+    version: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of the new version, or what --rollback goes to. [default: the next, or the one before]"
+        ),
+    ] = None,
+    engine: Engine = "onnx",
+    precision: Precision = None,
+    dense: Annotated[
+        str, typer.Option(help="Serve the dense model beside it: as one of two `models` or `versions`, or `none`.")
+    ] = "models",
+    max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = 32,
+    preferred: Annotated[
+        str | None,
+        typer.Option(metavar="8,16", help="Batches that the server forms. [default: the best of report.json]"),
+    ] = None,
+    queue_delay: Annotated[
+        int, typer.Option(metavar="MICROSECONDS", help="How long a request may wait for others to join it.")
+    ] = 100,
+    instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Intra-op threads of a copy. [default: the server's]")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Also serve a model that takes texts (triton, kserve).")] = False,
+    longest: Annotated[
+        int | None, typer.Option(help="Tokens of a text at most, with --text. [default: the calibration length]")
+    ] = None,
+    too_long: Annotated[str, typer.Option(help="`truncate` or `refuse` a longer text.")] = "truncate",
+    storage_uri: Annotated[str | None, typer.Option(help="Where KServe will find REPO, e.g. s3://bucket/repo.")] = None,
+    canary: Annotated[int | None, typer.Option(help="Percent of KServe's traffic for this version.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Serve the version before again.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Publish the artifacts in DIR to an inference server: a new version, whole, and never over an old one."""
+    from exporters.serving.shipments import Order, default_name
+    from exporters.serving.shipping import roll_back, ship_folder
+    from optin_deploy.serving.manifest import ServingOptions
+
+    if rollback:
+        if folder is not None or name is None:
+            raise BadInput("--rollback goes back to a published version: leave out DIR, and give --name and --out.")
+        _say(roll_back(out, name, version, dry_run=dry_run), out, "would serve" if dry_run else "Serving again")
+        return
+    if folder is None:
+        raise BadInput("DIR is missing: give an output folder of `optin export`, or --rollback.")
+    options = ServingOptions(
+        max_batch=max_batch,
+        preferred=_sizes(preferred),
+        queue_delay_us=queue_delay,
+        instances=instances,
+        threads=threads,
+        longest=longest,
+        too_long=too_long,
+        storage_uri=storage_uri,
+        canary=canary,
+    )
+    order = Order(
+        server=server,
+        out=out,
+        name=name or default_name(folder),
+        version=version,
+        engine=engine,
+        precision=precision,
+        dense=dense,
+        text=text,
+        options=options,
+    )
+    served, new = ship_folder(folder, order, dry_run=dry_run)
+    if dry_run:
+        _say(served, out, "would publish")
+        return
+    _say(served, out, "Published" if new else "Nothing new: serving")
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    """Batch sizes of `8,16`, rising."""
+    try:
+        return tuple(sorted({int(size) for size in text.split(",")})) if text else ()
+    except ValueError as err:
+        raise BadInput(f"--preferred {text!r}: give batch sizes such as 8,16.") from err
+
+
+def _say(served: Any, out: Path, did: str) -> None:
+    header = ("model", "version", "role", "file", "size", "sha256")
+    rows = [
+        (
+            each.name,
+            str(each.version),
+            each.role,
+            each.file or "-",
+            f"{each.size_bytes / 2**20:.1f} MiB" if each.size_bytes else "-",
+            each.sha256.get(each.file, "-")[:12],
+        )
+        for each in served
+    ]
+    print_table(header, rows, f"{did} in {out}")
