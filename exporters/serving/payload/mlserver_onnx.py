@@ -31,7 +31,9 @@ class OnnxModel(MLModel):
             raise InferenceError(f"the inputs of {self.name} are {expected}")
         rows = {len(feed) for feed in feeds.values()}
         if len(rows) != 1 or max(rows) > self.settings.max_batch_size:
-            raise InferenceError(f"a request to {self.name} has 1 to {self.settings.max_batch_size} samples, not {rows}")
+            raise InferenceError(
+                f"a request to {self.name} has 1 to {self.settings.max_batch_size} samples, not {rows}"
+            )
         try:
             values = await asyncio.get_running_loop().run_in_executor(None, self._run, feeds)
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as err:
