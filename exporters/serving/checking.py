@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,12 +155,12 @@ def check_server(
                 checked.append(_checked(repository, manifest, client, rows[label(manifest)][0]))
     load = []
     for pair in _pairs(manifests) if concurrencies and not any(each.problems for each in checked) else ():
-        both = [each for each in (pair.dense, pair.pruned) if each is not None]
-        askers = {
-            label(each): partial(_asker, url, timeout, repository, each, _cut(rows[label(each)][0], batch))
-            for each in both
-        }
-        with stage(f"load {label(pair.pruned)}"):
+        both = {label(each): each for each in (pair.dense, pair.pruned) if each is not None}
+        with stage(f"load {label(pair.pruned)}"), ExitStack() as connections:
+            askers = {
+                name: partial(_asker, connections, url, timeout, repository, each, _cut(rows[name][0], batch))
+                for name, each in both.items()
+            }
             points = measure_load(askers, concurrencies, seconds=seconds, blocks=blocks, seed=seed)
         load.append((pair, points))
     settings = {"url": url, "batch": batch, "seconds": seconds, "blocks": blocks, "seed": seed, "timeout": timeout}
@@ -202,8 +203,11 @@ def _cut(feeds: Feeds, batch: int) -> Feeds:
     return {name: np.resize(values, (batch, *values.shape[1:])) for name, values in feeds.items()}
 
 
-def _asker(url: str, timeout: float, repository: Repository, manifest: Manifest, feeds: Feeds) -> Ask:
-    client = connect(url, timeout)
+def _asker(
+    connections: ExitStack, url: str, timeout: float, repository: Repository, manifest: Manifest, feeds: Feeds
+) -> Ask:
+    """A client with a connection of its own."""
+    client = connections.enter_context(connect(url, timeout))
     return partial(client.infer, manifest.name, feeds, _version(repository, manifest))
 
 

@@ -81,8 +81,12 @@ class HttpClient(Closing):
         self._library = _tritonclient("http")
         self._address = address
         self._connection = http.client.HTTPConnection(address, timeout=timeout)
-        self._exchange("GET", "/v2/health/ready", METADATA_BYTES)
-        offered = self._json("/v2").get("extensions")
+        try:
+            self._exchange("GET", "/v2/health/ready", METADATA_BYTES)
+            offered = self._json("/v2").get("extensions")
+        except ServerFault:
+            self.close()
+            raise
         self._binary = isinstance(offered, list) and "binary_tensor_data" in offered
 
     def metadata(self, name: str, version: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -157,9 +161,12 @@ class GrpcClient(Closing):
         small = [("grpc.max_receive_message_length", METADATA_BYTES)]
         self._client = self._library.InferenceServerClient(address, channel_args=limits)
         self._asking = self._library.InferenceServerClient(address, channel_args=small)
-        ready = _asked(lambda: self._asking.is_server_ready(client_timeout=timeout), address)
-        if not ready:
-            raise ServerFault(f"{address} is not ready. Wait until its models are loaded.")
+        try:
+            if not _asked(lambda: self._asking.is_server_ready(client_timeout=timeout), address):
+                raise ServerFault(f"{address} is not ready. Wait until its models are loaded.")
+        except ServerFault:
+            self.close()
+            raise
 
     def metadata(self, name: str, version: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """See `ServedClient.metadata`."""
