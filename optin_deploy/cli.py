@@ -36,6 +36,7 @@ COMMANDS = (
     (profiling.profile, profiling.PROFILE_EXAMPLES),
     (gating.gate, gating.GATE_EXAMPLES),
     (serving.ship, serving.SHIP_EXAMPLES),
+    (serving.serve_check, serving.CHECK_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
     (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),

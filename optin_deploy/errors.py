@@ -73,6 +73,12 @@ class ParityFailure(OptinError):
     exit_code = 1
 
 
+class ServerFault(OptinError):
+    """An inference server did not answer, or not as the protocol says."""
+
+    exit_code = 1
+
+
 class MissingDependency(OptinError):
     """A package for the chosen engine is not installed."""
 

@@ -20,6 +20,7 @@ import tritonclient.http
 import tritonclient.utils
 
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
+from exporters.serving.checking import check_server
 from exporters.serving.shipments import Order
 from exporters.serving.shipping import roll_back, ship_folder
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -263,6 +264,20 @@ def test_new_versions_and_rollbacks_under_load_lose_no_request(job: Path, rows: 
         assert load.answered > 20
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_serve_check_finds_triton_right_and_loads_dense_beside_pruned(triton: TritonServer, protocol: str) -> None:
+    url, root = f"{protocol}://{getattr(triton, protocol)}", triton.repository
+    found = check_server(root, url, concurrencies=(1, 3), seconds=0.1, blocks=2)
+    assert not found.problems
+    assert {(each.manifest.role, each.compared_with) for each in found.checked} == {
+        ("dense", "artifact"),
+        ("pruned", "artifact"),
+    }
+    ((pair, points),) = found.load
+    assert pair.dense is not None
+    assert all(point.per_second("tiny:1") > 0 for point in points)
+
+
 def test_a_corrupt_version_leaves_the_old_one_serving(job: Path, rows: Rows, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     ship_folder(job, order(repository, dense="none"))
@@ -303,6 +318,9 @@ def test_mlserver_gives_the_same_outputs_and_follows_a_new_version(job: Path, ro
     with MLServerProcess(repository, tmp_path / "scratch", home=home("mlserver")) as server:
         for name, artifact in (("tiny", "model.onnx"), ("tiny-dense", "dense.onnx")):
             check_equal(ask(server, "grpc", name, rows), locally(job / artifact, rows))
+        for protocol in PROTOCOLS:
+            url = f"{protocol}://{getattr(server, protocol)}"
+            assert not check_server(repository, url, concurrencies=()).problems
         later = changed(job, tmp_path / "later", scale=1.0)
         ship_folder(later, order(repository, server="mlserver"))
         client = tritonclient.grpc.InferenceServerClient(server.grpc)

@@ -138,7 +138,7 @@ class TritonServer(ServerProcess):
     def __init__(self, repository: Path, scratch: Path, *, home: Path, poll_seconds: int | None = 1) -> None:
         """Args: home: its environment. poll_seconds: look at the repository so often; None: once, at the start."""
         super().__init__(scratch)
-        self._repository, self._poll_seconds = repository, poll_seconds
+        self.repository, self._poll_seconds = repository, poll_seconds
         self._home = home
         self._site = next((home / "lib").glob("python3*/site-packages"))
         self._backends = _put_backends(self._site / "pytriton/tritonserver", scratch / "backends")
@@ -150,7 +150,7 @@ class TritonServer(ServerProcess):
             modes = ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
         return [
             str(self._site / "pytriton/tritonserver/bin/tritonserver"),
-            f"--model-repository={self._repository}",
+            f"--model-repository={self.repository}",
             f"--backend-directory={self._backends}",
             *modes,
             "--exit-on-error=false",
@@ -178,11 +178,11 @@ class MLServerProcess(ServerProcess):
     def __init__(self, repository: Path, scratch: Path, *, home: Path) -> None:
         """Args: home: its environment."""
         super().__init__(scratch)
-        self._repository, self._home = repository, home
+        self.repository, self._home = repository, home
 
     def command(self) -> Sequence[str]:
         """See `ServerProcess.command`."""
-        return [str(self._home / "bin/mlserver"), "start", str(self._repository)]
+        return [str(self._home / "bin/mlserver"), "start", str(self.repository)]
 
     def variables(self) -> Mapping[str, str]:
         """See `ServerProcess.variables`."""

@@ -1,4 +1,4 @@
-"""`optin ship`: artifacts into the repository of an inference server."""
+"""`optin ship` and `serve-check`: artifacts into an inference server's repository, and what the server answers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import DryRun, Engine, Precision
-from optin_deploy.errors import BadInput
-from optin_deploy.terminal import print_table
+from optin_deploy.errors import BadInput, ParityFailure
+from optin_deploy.terminal import print_table, stage_bar
 
 SHIP_EXAMPLES = """
 Examples:
@@ -79,7 +79,7 @@ def ship(
         raise BadInput("DIR is missing: give an output folder of `optin export`, or --rollback.")
     options = ServingOptions(
         max_batch=max_batch,
-        preferred=_sizes(preferred),
+        preferred=_numbers(preferred, "--preferred", "8,16"),
         queue_delay_us=queue_delay,
         instances=instances,
         threads=threads,
@@ -106,12 +106,80 @@ def ship(
     _say(served, out, "Published" if new else "Nothing new: serving")
 
 
-def _sizes(text: str | None) -> tuple[int, ...]:
-    """Batch sizes of `8,16`, rising."""
+CHECK_EXAMPLES = """
+Examples:
+
+    optin serve-check repository --url http://127.0.0.1:8000
+
+    optin serve-check repository --url grpc://127.0.0.1:8001 --concurrency 1,4,16 --batch 8 --out served.json
+
+    optin serve-check repository --url grpc://127.0.0.1:8001 --model minilm --no-latency
+"""
+
+
+def serve_check(
+    repository: Annotated[
+        Path, typer.Argument(metavar="REPO", help="Repository of `optin ship`, as the server has it.")
+    ],
+    url: Annotated[str, typer.Option(help="http://host:port or grpc://host:port.")] = "http://127.0.0.1:8000",
+    model: Annotated[list[str] | None, typer.Option(help="Only this model; repeatable. [default: all]")] = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure it from the client's side.")] = True,
+    concurrency: Annotated[
+        str, typer.Option(metavar="1,4,16", help="Clients that ask at the same time, one number after the other.")
+    ] = "1,4,16",
+    batch: Annotated[int, typer.Option(help="Samples a request, where latency is measured.")] = 1,
+    seconds: Annotated[
+        float, typer.Option(help="Of load on each model in each of 12 blocks, at each concurrency.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Draws the order within the blocks.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that any answer may take.")] = 30.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything, raw latencies too (JSON).")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Compare a server's answers with the published artifacts, and dense with pruned under load, interleaved.
+
+    Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
+    """
+    from exporters.serving.checking import LOAD_HEADER, check_server, label
+    from optin_deploy.storage import write_json
+
+    clients = _numbers(concurrency, "--concurrency", "1,4,16") if latency else ()
+    if dry_run:
+        typer.echo(f"would check {', '.join(model or ('all models',))} of {repository} on {url}, clients: {clients}")
+        return
+    found = check_server(
+        repository,
+        url,
+        names=model or (),
+        timeout=timeout,
+        concurrencies=clients,
+        batch=batch,
+        seconds=seconds,
+        seed=seed,
+        stage=stage_bar,
+    )
+    header = ("model", "role", "requests", "largest error", "compared with")
+    rows = [
+        (label(each.manifest), each.manifest.role, str(each.requests), f"{each.largest_error:.2g}", each.compared_with)
+        for each in found.checked
+    ]
+    print_table(header, rows, url)
+    if found.load:
+        print_table(LOAD_HEADER, found.load_rows(), f"closed loop, batch {batch}")
+    if out is not None:
+        write_json(out, found.to_json())
+    if found.problems:
+        raise ParityFailure(" ".join(f"{problem}." for problem in found.problems))
+
+
+def _numbers(text: str | None, option: str, example: str) -> tuple[int, ...]:
+    """Numbers of `8,16`, rising."""
     try:
-        return tuple(sorted({int(size) for size in text.split(",")})) if text else ()
+        return tuple(sorted({int(number) for number in text.split(",")})) if text else ()
     except ValueError as err:
-        raise BadInput(f"--preferred {text!r}: give batch sizes such as 8,16.") from err
+        raise BadInput(f"{option} {text!r}: give numbers such as {example}.") from err
 
 
 def _say(served: Any, out: Path, did: str) -> None:

@@ -1,0 +1,306 @@
+"""`optin serve-check`: does a server give what the published artifacts give, and what does it gain?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporters import exporter
+from exporters.base import TOLERANCES
+from exporters.serving.shipments import SAMPLES
+from optin_deploy.bench.environment import environment
+from optin_deploy.bench.timing import BLOCKS
+from optin_deploy.errors import BadInput
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.rewrite.verify import relative_error
+from optin_deploy.runtimes.base import Feeds
+from optin_deploy.serving.client import ServedClient, connect
+from optin_deploy.serving.load import Ask, LoadPoint, measure_load
+from optin_deploy.serving.manifest import Manifest, TensorSpec, check_files
+from optin_deploy.serving.repository import Repository
+from optin_deploy.storage import read_tensors
+
+SCHEMA_VERSION = 1
+PERCENTILES = (50, 95, 99)
+LOAD_HEADER = ("clients", "model", "role", *(f"p{q} ms" for q in PERCENTILES), "requests/s", "pruned / dense [95% CI]")
+ANY = -1
+"""A size that is open."""
+SAME_FILE = 2e-2
+"""Most that two machines may differ in running one file; of int8, whose own loss is no matter here, too."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one version answered."""
+
+    manifest: Manifest
+    largest_error: float
+    """Over all outputs and requests, relative to max(1, largest reference value)."""
+    requests: int
+    compared_with: str
+    """`artifact`: run here on the same inputs; `recorded`: the torch model's outputs, where that cannot be."""
+    problems: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of the result."""
+        return {
+            "name": self.manifest.name,
+            "version": self.manifest.version,
+            "role": self.manifest.role,
+            "sha256": self.manifest.sha256.get(self.manifest.file),
+            "largest_error": self.largest_error,
+            "requests": self.requests,
+            "compared_with": self.compared_with,
+            "problems": list(self.problems),
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pruned version, and the dense one that it is compared with."""
+
+    pruned: Manifest
+    dense: Manifest | None
+
+
+@dataclass(frozen=True)
+class ServeCheck:
+    """Everything that was found."""
+
+    checked: tuple[Checked, ...]
+    load: tuple[tuple[Pair, tuple[LoadPoint, ...]], ...]
+    settings: Mapping[str, Any]
+
+    def load_rows(self) -> list[tuple[str, ...]]:
+        """Of a table with LOAD_HEADER."""
+        rows = []
+        for pair, points in self.load:
+            for point in points:
+                for each in filter(None, (pair.dense, pair.pruned)):
+                    name = label(each)
+                    figures = [f"{point.latency_ms(name, q):.2f}" for q in PERCENTILES]
+                    told = "-"
+                    if pair.dense is not None and each is pair.pruned:
+                        gain, (low, high) = point.gain(label(pair.dense), name)
+                        told = f"{gain:.2f}x [{low:.2f}, {high:.2f}]"
+                    rows.append(
+                        (str(point.concurrency), name, each.role, *figures, f"{point.per_second(name):.1f}", told)
+                    )
+        return rows
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not fit, in sentences."""
+        return tuple(problem for each in self.checked for problem in each.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """What --out holds."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "settings": dict(self.settings),
+            "environment": environment(),
+            "models": [each.to_json() for each in self.checked],
+            "load": [
+                {
+                    "pruned": label(pair.pruned),
+                    "dense": pair.dense and label(pair.dense),
+                    "points": [point.to_json() for point in points],
+                }
+                for pair, points in self.load
+            ],
+        }
+
+
+def label(manifest: Manifest) -> str:
+    """How a version is called in tables."""
+    return f"{manifest.name}:{manifest.version}"
+
+
+def check_server(
+    root: Path,
+    url: str,
+    *,
+    names: Sequence[str] = (),
+    timeout: float = 30.0,
+    concurrencies: Sequence[int] = (1, 4, 16),
+    batch: int = 1,
+    seconds: float = 1.0,
+    blocks: int = BLOCKS,
+    seed: int = 0,
+    stage: Stage = silent_stage,
+) -> ServeCheck:
+    """Compare a server with the repository that it is to serve.
+
+    Args:
+        names: models; default: all dense and pruned ones. timeout: seconds for any answer.
+        concurrencies: clients that ask at the same time; none: latency is not measured. batch: samples a request.
+        seconds: of load on each model, at each concurrency, in each of the `blocks`.
+    Raises: BadInput. ServerFault: no server, or one that does not answer as the protocol says.
+    """
+    repository = Repository(root)
+    manifests = _chosen(repository, names)
+    if batch < 1 or seconds <= 0 or any(each < 1 for each in concurrencies):
+        raise BadInput(f"--batch {batch}, --seconds {seconds:g}, --concurrency {list(concurrencies)}: all above zero.")
+    rows = {label(each): _recorded(repository, each) for each in manifests}
+    with connect(url, timeout) as client:
+        checked = []
+        for manifest in manifests:
+            with stage(f"check {label(manifest)}"):
+                checked.append(_checked(repository, manifest, client, rows[label(manifest)][0]))
+    load = []
+    for pair in _pairs(manifests) if concurrencies and not any(each.problems for each in checked) else ():
+        both = {label(each): each for each in (pair.dense, pair.pruned) if each is not None}
+        with stage(f"load {label(pair.pruned)}"), ExitStack() as connections:
+            askers = {
+                name: partial(_asker, connections, url, timeout, repository, each, _cut(rows[name][0], batch))
+                for name, each in both.items()
+            }
+            points = measure_load(askers, concurrencies, seconds=seconds, blocks=blocks, seed=seed)
+        load.append((pair, points))
+    settings = {"url": url, "batch": batch, "seconds": seconds, "blocks": blocks, "seed": seed, "timeout": timeout}
+    return ServeCheck(tuple(checked), tuple(load), settings)
+
+
+def _chosen(repository: Repository, names: Sequence[str]) -> list[Manifest]:
+    """Served versions of the asked models, their files verified."""
+    known = repository.names()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise BadInput(f"--model {unknown[0]}: not in {repository.root}; there are: {', '.join(known) or 'none'}.")
+    found = [each for name in names or known for each in repository.served(name) if each.role in ("dense", "pruned")]
+    if not found:
+        raise BadInput(f"{repository.root} serves no dense or pruned model. Publish one with `optin ship`.")
+    for manifest in found:
+        check_files(repository.folder(manifest.name, manifest.version), manifest)
+    return found
+
+
+def _recorded(repository: Repository, manifest: Manifest) -> tuple[Feeds, np.ndarray]:
+    """Recorded inputs, and what the torch model gave."""
+    path = repository.folder(manifest.name, manifest.version) / SAMPLES
+    tensors = read_tensors(path, "Publish the version anew.")
+    inputs = {tensor.name: tensors.get(f"input.{tensor.name}") for tensor in manifest.inputs}
+    absent = [name for name, values in inputs.items() if values is None]
+    if absent or "output" not in tensors:
+        raise BadInput(f"{path} holds no rows of {', '.join(absent) or 'the output'}. Publish the version anew.")
+    feeds = {name: values.numpy() for name, values in inputs.items() if values is not None}
+    return feeds, tensors["output"].numpy()
+
+
+def _version(repository: Repository, manifest: Manifest) -> str:
+    """The version to ask for; MLServer serves one, without a number."""
+    return "" if repository.state(manifest.name).server == "mlserver" else str(manifest.version)
+
+
+def _cut(feeds: Feeds, batch: int) -> Feeds:
+    """A request of so many samples, the recorded ones over and over."""
+    return {name: np.resize(values, (batch, *values.shape[1:])) for name, values in feeds.items()}
+
+
+def _asker(
+    connections: ExitStack, url: str, timeout: float, repository: Repository, manifest: Manifest, feeds: Feeds
+) -> Ask:
+    """A client with a connection of its own."""
+    client = connections.enter_context(connect(url, timeout))
+    return partial(client.infer, manifest.name, feeds, _version(repository, manifest))
+
+
+def _checked(repository: Repository, manifest: Manifest, client: ServedClient, feeds: Feeds) -> Checked:
+    """Metadata, then every recorded row alone and all together."""
+    version = _version(repository, manifest)
+    inputs, outputs = client.metadata(manifest.name, version)
+    problems = [*differences("input", manifest.inputs, inputs), *differences("output", manifest.outputs, outputs)]
+    problems = [f"{label(manifest)}: {problem}" for problem in problems]
+    if problems:
+        return Checked(manifest, float("nan"), 0, "nothing", tuple(problems))
+    count = len(next(iter(feeds.values())))
+    requests = [{name: values[i : i + 1] for name, values in feeds.items()} for i in range(count)]
+    together = min(count, manifest.options.max_batch)
+    requests.append({name: values[:together] for name, values in feeds.items()})
+    answers = [client.infer(manifest.name, request, version) for request in requests]
+    expected, by = _expected(repository, manifest, requests)
+    worst = 0.0
+    for answer, reference in zip(answers, expected, strict=True):
+        for name, values in reference.items():
+            problem, error = compare(answer, name, values)
+            worst = max(worst, error)
+            problems += [f"{label(manifest)}: {problem}"] if problem else []
+    allowed = TOLERANCES[manifest.precision]
+    limit = min(allowed, SAME_FILE) if by == "artifact" else allowed
+    if not problems and not worst <= limit:
+        problems.append(
+            f"{label(manifest)}: the outputs differ by {worst:.2g} from the {by}'s, and {limit:g} is allowed in "
+            f"{manifest.precision}. Is another version or file served?"
+        )
+    return Checked(manifest, worst, len(requests), by, tuple(dict.fromkeys(problems)))
+
+
+def _expected(
+    repository: Repository, manifest: Manifest, requests: Sequence[Feeds]
+) -> tuple[list[Mapping[str, np.ndarray]], str]:
+    """What the artifact gives where it can run, else what was recorded of the first output."""
+    engine = exporter(manifest.engine)
+    folder = repository.folder(manifest.name, manifest.version)
+    if engine.obstacle(manifest.precision) is None and manifest.file.endswith(".onnx"):
+        with engine.open(folder / manifest.file, precision=manifest.precision) as runtime:
+            return [runtime.run(request) for request in requests], "artifact"
+    _, output = _recorded(repository, manifest)
+    name, rows = manifest.outputs[0].name, [*range(len(output))]
+    together = len(next(iter(requests[-1].values())))
+    return [*({name: output[i : i + 1]} for i in rows), {name: output[:together]}], "recorded"
+
+
+def compare(answer: Mapping[str, np.ndarray], name: str, reference: np.ndarray) -> tuple[str | None, float]:
+    """What is wrong with an output as such, or None; and its largest error, relative to max(1, largest reference)."""
+    if name not in answer:
+        return f"the server gives no output {name}, but {', '.join(sorted(answer))[:200]}", 0.0
+    values = answer[name]
+    if values.shape != reference.shape or values.dtype != reference.dtype:
+        found = f"{values.dtype} {list(values.shape)}"
+        return f"output {name} is {found}, not {reference.dtype} {list(reference.shape)}", 0.0
+    return None, relative_error(reference, values)
+
+
+def differences(kind: str, expected: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> list[str]:
+    """How a server's metadata differ from the manifest, in sentences."""
+    theirs = {tensor.name: tensor for tensor in found}
+    problems = [
+        f"the server has no {kind} {tensor.name}, but {', '.join(theirs)[:200] or 'none'}"
+        for tensor in expected
+        if tensor.name not in theirs
+    ]
+    for tensor in expected:
+        other = theirs.get(tensor.name)
+        if other is None:
+            continue
+        if other.datatype != tensor.datatype:
+            problems.append(
+                f"{kind} {tensor.name} is {other.datatype} on the server, {tensor.datatype} in the manifest"
+            )
+        fits = len(other.shape) == len(tensor.shape) and all(
+            ANY in (a, b) or a == b for a, b in zip(other.shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            shapes = f"{list(other.shape)} on the server, {list(tensor.shape)} in the manifest"
+            problems.append(f"{kind} {tensor.name} has shape {shapes}")
+    return problems
+
+
+def _pairs(manifests: Sequence[Manifest]) -> list[Pair]:
+    """Each pruned version with the dense one of the same weights; a dense one alone if nothing is pruned."""
+    dense = [each for each in manifests if each.role == "dense"]
+    pruned = [each for each in manifests if each.role == "pruned"]
+    if not pruned:
+        return [Pair(each, None) for each in dense]
+    return [Pair(each, next((other for other in dense if _same_origin(each, other)), None)) for each in pruned]
+
+
+def _same_origin(pruned: Manifest, dense: Manifest) -> bool:
+    keys = ("dense_weights", "source")
+    return all(pruned.made_from.get(key) == dense.made_from.get(key) for key in keys)
