@@ -18,6 +18,7 @@ import pytest
 import safetensors
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file
 from tiny_checkpoint import (
     CLASSES,
@@ -45,7 +46,7 @@ import optin_deploy
 from optin_deploy.cli import app
 from optin_deploy.errors import EXIT_CODES
 
-COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+COMMANDS = tuple(typer.main.get_group(app).commands)
 READ_ONLY = ("doctor",)
 """Commands that write nothing; every other one has --dry-run."""
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "exporters")
