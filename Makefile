@@ -12,8 +12,8 @@ TEST_ARGS ?=
 # The Python half of TensorRT: it does not run without NVIDIA's libraries, but it holds every name and signature.
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.4.0.106
 CODE := optin_deploy exporters benchmarks
-# Real inference servers; their packages clash with ours and with each other's.
-SERVER_STAMPS := .venv-triton/.installed .venv-mlserver/.installed
+# Real inference servers, and KServe's schema; their packages clash with ours and with each other's.
+SERVER_STAMPS := $(patsubst %,.venv-%/.installed,triton mlserver kserve)
 
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -33,7 +33,7 @@ browser: ## install Debian's Chromium, in which a test looks at the report page 
 	@command -v chromium >/dev/null || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 
-servers: $(SERVER_STAMPS) ## install Triton and MLServer, each into an environment of its own, for test-servers
+servers: $(SERVER_STAMPS) ## install Triton, MLServer and KServe's schema, each into an environment of its own
 	@echo "$(SERVER_STAMPS:/.installed=) are ready"
 
 .venv-%/.installed: tests/servers/%_requirements.txt $(STAMP)

@@ -143,6 +143,22 @@ def test_answers_that_are_one_percent_off_are_told(served: Served) -> None:
     assert not check(served, names=["tiny"]).problems
 
 
+def test_a_single_nan_in_a_late_answer_is_told(served: Served) -> None:
+    count = 0
+
+    def bend(path: str, answer: Any) -> Any:
+        nonlocal count
+        count += path.endswith("/infer")
+        if count == 3:
+            answer["outputs"][0]["data"][0] = math.nan
+        return answer
+
+    served.bend = bend
+    found = check(served, names=["tiny"])
+    assert found.problems
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_the_dense_model_in_the_pruned_ones_place_is_told(served: Served) -> None:
     manifests = {name: served.repository.manifest(name, 1) for name in ("tiny", "tiny-dense")}
     original = served.answer
@@ -174,8 +190,9 @@ def test_metadata_that_differ_are_told(served: Served, change: Callable[[Json], 
     import re
 
     served.bend = metadata_with(change)
-    (problem, *_) = check(served, names=["tiny"]).problems
-    assert re.search(says, problem)
+    found = check(served, names=["tiny"])
+    assert re.search(says, found.problems[0])
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import tiny_checkpoint as tiny
 import tritonclient.grpc
 import tritonclient.http
 import tritonclient.utils
+import yaml
 
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from exporters.serving.checking import check_server
@@ -334,3 +336,70 @@ def test_mlserver_gives_the_same_outputs_and_follows_a_new_version(job: Path, ro
             client.infer("tiny", inputs_of(tritonclient.grpc, many))
         client.close()
     assert Repository(repository).state("tiny").served == (1,)
+
+
+@pytest.fixture
+def kserve_repository(job: Path, tmp_path: Path) -> Path:
+    options = ServingOptions(storage_uri="s3://bucket/repository", canary=20, threads=1, instances=2)
+    ship_folder(job, order(tmp_path / "repository", server="kserve", options=options))
+    return tmp_path / "repository"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-dense"])
+def test_kserve_understands_the_service_and_the_metadata_by_its_own_schema(kserve_repository: Path, name: str) -> None:
+    service, metadata = kserve_repository / f"{name}.yaml", kserve_repository / name / "metadata.json"
+    understood = kserve_reads(service, metadata)
+    assert understood["service"]["spec"]["predictor"]["model"].pop("name") == ""  # KServe's own default
+    assert understood["service"] == yaml.safe_load(service.read_text())
+    assert understood["metadata"] == json.loads(metadata.read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("spec", "predictor", "model", "storageURI"), "s3://bucket", "V1beta1ModelSpec has no field storageURI"),
+        (("spec", "predictor", "canaryTrafficPercent"), "20", "'20' is no int"),
+        (("spec", "predictor", "model", "args"), [8], "8 is no str"),
+    ],
+)
+def test_kserves_schema_refuses_what_it_does_not_know(
+    kserve_repository: Path, path: tuple[str, ...], value: object, says: str
+) -> None:
+    file = kserve_repository / "tiny.yaml"
+    service = yaml.safe_load(file.read_text())
+    entry = service
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    file.write_text(yaml.safe_dump(service))
+    with pytest.raises(ValueError, match=says):
+        kserve_reads(file, kserve_repository / "tiny/metadata.json")
+
+
+def kserve_reads(service: Path, metadata: Path) -> Any:
+    """Both files as KServe's Python models understand them.
+
+    Raises: ValueError: they do not.
+    """
+    command = [home("kserve") / "bin/python", Path(__file__).parent / "servers/read_kserve.py", service, metadata]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise ValueError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def test_triton_serves_kserves_repository_as_the_service_says(
+    kserve_repository: Path, job: Path, rows: Rows, tmp_path: Path
+) -> None:
+    service = yaml.safe_load((kserve_repository / "tiny.yaml").read_text())
+    control = service["spec"]["predictor"]["model"]["args"]
+    with TritonServer(kserve_repository, tmp_path / "scratch", home=home("triton"), control=control) as server:
+        check_equal(ask(server, "grpc", "tiny", rows), locally(job / "model.onnx", rows))
+        client = tritonclient.http.InferenceServerClient(server.http)
+        assert not client.is_model_ready("tiny-dense")
+        emitted = json.loads((kserve_repository / "tiny/metadata.json").read_text())
+        answered = client.get_model_metadata("tiny")
+        client.close()
+    assert {key: answered[key] for key in ("name", "versions", "inputs", "outputs")} == {
+        key: emitted[key] for key in ("name", "versions", "inputs", "outputs")
+    }

@@ -18,13 +18,15 @@ from typing import Self
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKEND = Path(__file__).with_name("onnxruntime_backend.py")
+POLLING = ("--model-control-mode=poll", "--repository-poll-secs=1")
+"""Triton looks for new versions by itself."""
 READY_SECONDS = 90
 """Real servers are up in 2 to 7 seconds; a busy machine may take longer."""
 LOG_LINES = 25
 
 
 def environment(name: str) -> Path | None:
-    """Folder of a server's environment (`triton`, `mlserver`), made by `make servers`; None: it is not there."""
+    """Folder of an environment that `make servers` made: `triton`, `mlserver`, `kserve`; None: it is not there."""
     folder = Path(os.environ.get(f"OPTIN_{name.upper()}_VENV", ROOT / f".venv-{name}"))
     return folder if (folder / "bin/python").exists() else None
 
@@ -135,24 +137,21 @@ class ServerProcess:
 class TritonServer(ServerProcess):
     """tritonserver, out of the package nvidia-pytriton, with a python-based backend for ONNX files."""
 
-    def __init__(self, repository: Path, scratch: Path, *, home: Path, poll_seconds: int | None = 1) -> None:
-        """Args: home: its environment. poll_seconds: look at the repository so often; None: once, at the start."""
+    def __init__(self, repository: Path, scratch: Path, *, home: Path, control: Sequence[str] = POLLING) -> None:
+        """Args: home: its environment. control: arguments that say when which models are loaded."""
         super().__init__(scratch)
-        self.repository, self._poll_seconds = repository, poll_seconds
+        self.repository, self._control = repository, control
         self._home = home
         self._site = next((home / "lib").glob("python3*/site-packages"))
         self._backends = _put_backends(self._site / "pytriton/tritonserver", scratch / "backends")
 
     def command(self) -> Sequence[str]:
         """See `ServerProcess.command`."""
-        modes = ["--model-control-mode=none"]
-        if self._poll_seconds is not None:
-            modes = ["--model-control-mode=poll", f"--repository-poll-secs={self._poll_seconds}"]
         return [
             str(self._site / "pytriton/tritonserver/bin/tritonserver"),
             f"--model-repository={self.repository}",
             f"--backend-directory={self._backends}",
-            *modes,
+            *self._control,
             "--exit-on-error=false",
             *(f"--{each}-address=127.0.0.1" for each in ("http", "grpc", "metrics")),
             f"--http-port={self.http_port}",

@@ -92,7 +92,8 @@ def _served(options: argparse.Namespace, home: Path, scratch: Path, local: Seque
     serving = ServingOptions(max_batch=32, threads=options.threads)
     ship_folder(options.folder, Order("triton", scratch / "repository", NAME, options=serving))
     data = _input_data(options.folder / "samples.safetensors", scratch / "inputs.json")
-    with TritonServer(scratch / "repository", scratch / "server", home=home, poll_seconds=None) as server:
+    control = ["--model-control-mode=none"]
+    with TritonServer(scratch / "repository", scratch / "server", home=home, control=control) as server:
         client = PerfAnalyzer(server, home, scratch, data)
         for measured in local:
             for concurrency in CONCURRENCIES:

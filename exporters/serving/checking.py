@@ -4,122 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from exporters import exporter
 from exporters.base import TOLERANCES
+from exporters.serving.check_result import Checked, Pair, ServeCheck, label
 from exporters.serving.shipments import SAMPLES
-from optin_deploy.bench.environment import environment
 from optin_deploy.bench.timing import BLOCKS
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.serving.client import ServedClient, connect
-from optin_deploy.serving.load import Ask, LoadPoint, measure_load
+from optin_deploy.serving.load import Ask, measure_load
 from optin_deploy.serving.manifest import Manifest, TensorSpec, check_files
 from optin_deploy.serving.repository import Repository
 from optin_deploy.storage import read_tensors
 
-SCHEMA_VERSION = 1
-PERCENTILES = (50, 95, 99)
-LOAD_HEADER = ("clients", "model", "role", *(f"p{q} ms" for q in PERCENTILES), "requests/s", "pruned / dense [95% CI]")
 ANY = -1
 """A size that is open."""
 SAME_FILE = 2e-2
 """Most that two machines may differ in running one file; of int8, whose own loss is no matter here, too."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What one version answered."""
-
-    manifest: Manifest
-    largest_error: float
-    """Over all outputs and requests, relative to max(1, largest reference value)."""
-    requests: int
-    compared_with: str
-    """`artifact`: run here on the same inputs; `recorded`: the torch model's outputs, where that cannot be."""
-    problems: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """An entry of the result."""
-        return {
-            "name": self.manifest.name,
-            "version": self.manifest.version,
-            "role": self.manifest.role,
-            "sha256": self.manifest.sha256.get(self.manifest.file),
-            "largest_error": self.largest_error,
-            "requests": self.requests,
-            "compared_with": self.compared_with,
-            "problems": list(self.problems),
-        }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A pruned version, and the dense one that it is compared with."""
-
-    pruned: Manifest
-    dense: Manifest | None
-
-
-@dataclass(frozen=True)
-class ServeCheck:
-    """Everything that was found."""
-
-    checked: tuple[Checked, ...]
-    load: tuple[tuple[Pair, tuple[LoadPoint, ...]], ...]
-    settings: Mapping[str, Any]
-
-    def load_rows(self) -> list[tuple[str, ...]]:
-        """Of a table with LOAD_HEADER."""
-        rows = []
-        for pair, points in self.load:
-            for point in points:
-                for each in filter(None, (pair.dense, pair.pruned)):
-                    name = label(each)
-                    figures = [f"{point.latency_ms(name, q):.2f}" for q in PERCENTILES]
-                    told = "-"
-                    if pair.dense is not None and each is pair.pruned:
-                        gain, (low, high) = point.gain(label(pair.dense), name)
-                        told = f"{gain:.2f}x [{low:.2f}, {high:.2f}]"
-                    rows.append(
-                        (str(point.concurrency), name, each.role, *figures, f"{point.per_second(name):.1f}", told)
-                    )
-        return rows
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """What does not fit, in sentences."""
-        return tuple(problem for each in self.checked for problem in each.problems)
-
-    def to_json(self) -> dict[str, Any]:
-        """What --out holds."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "settings": dict(self.settings),
-            "environment": environment(),
-            "models": [each.to_json() for each in self.checked],
-            "load": [
-                {
-                    "pruned": label(pair.pruned),
-                    "dense": pair.dense and label(pair.dense),
-                    "points": [point.to_json() for point in points],
-                }
-                for pair, points in self.load
-            ],
-        }
-
-
-def label(manifest: Manifest) -> str:
-    """How a version is called in tables."""
-    return f"{manifest.name}:{manifest.version}"
 
 
 def check_server(
@@ -225,12 +133,13 @@ def _checked(repository: Repository, manifest: Manifest, client: ServedClient, f
     requests.append({name: values[:together] for name, values in feeds.items()})
     answers = [client.infer(manifest.name, request, version) for request in requests]
     expected, by = _expected(repository, manifest, requests)
-    worst = 0.0
+    errors = []
     for answer, reference in zip(answers, expected, strict=True):
         for name, values in reference.items():
             problem, error = compare(answer, name, values)
-            worst = max(worst, error)
+            errors.append(error)
             problems += [f"{label(manifest)}: {problem}"] if problem else []
+    worst = float(np.max(errors))  # NaN where one is, which max() would not see
     allowed = TOLERANCES[manifest.precision]
     limit = min(allowed, SAME_FILE) if by == "artifact" else allowed
     if not problems and not worst <= limit:

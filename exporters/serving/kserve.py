@@ -74,7 +74,7 @@ def service_of(manifest: Manifest) -> dict[str, Any]:
             "runtime": "kserve-tritonserver",
             "storageUri": options.storage_uri,
             "args": ["--model-control-mode=explicit", f"--load-model={manifest.name}"],
-            "resources": {"requests": resources, "limits": resources},
+            "resources": {"requests": resources, "limits": {**resources}},  # one object would become a YAML anchor
         }
     }
     if options.canary is not None:

@@ -142,7 +142,8 @@ def serve_check(
 
     Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
     """
-    from exporters.serving.checking import LOAD_HEADER, check_server, label
+    from exporters.serving.check_result import LOAD_HEADER, label
+    from exporters.serving.checking import check_server
     from optin_deploy.storage import write_json
 
     clients = _numbers(concurrency, "--concurrency", "1,4,16") if latency else ()
