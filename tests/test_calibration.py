@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy import samples as samples_module
+from optin_deploy import data_files
 from optin_deploy.calibration import (
     Batches,
     Sample,
@@ -398,7 +398,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_image_file_above_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_image(tmp_path / "a.png")
-    monkeypatch.setattr(samples_module, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10)
     with pytest.raises(BadInput, match=r"a\.png: .*at most 2 GiB"):
         image_batches(read_samples(tmp_path), processor())
 
