@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import re
+import socket
+import struct
+from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy import data_files
+from optin_deploy import data_files, tables
+from optin_deploy import samples as samples_module
 from optin_deploy.calibration import (
     Batches,
     Sample,
@@ -29,6 +36,8 @@ from optin_deploy.calibration import (
     text_batches,
 )
 from optin_deploy.errors import BadInput
+from optin_deploy.images import eight_bit, open_image
+from optin_deploy.repeats import distinct
 
 BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -48,6 +57,10 @@ def texts(*lengths: int) -> list[Sample]:
         Sample(text=" ".join(f"w{j}" for j in range(length)), label=i, source=f"t:{i}")
         for i, length in enumerate(lengths)
     ]
+
+
+def many(rows: int) -> list[Sample]:
+    return [Sample(text=f"w{i}", label=i, source=f"t:{i}") for i in range(rows)]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -82,9 +95,9 @@ def test_json_lines_and_csv_with_the_same_rows_give_the_same_samples(tmp_path: P
     ]
     jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = 'text,text_pair,label\n"a, b",c,1\n"say ""x""",,spam\nd,,\ne,f,3.5\ng,h,2\n'
-    csv = write(tmp_path / "a.CSV", table)
+    path = write(tmp_path / "a.CSV", table)
     from_json = [replace(sample, source="") for sample in read_samples(jsonl)]
-    assert from_json == [replace(sample, source="") for sample in read_samples(str(csv))]
+    assert from_json == [replace(sample, source="") for sample in read_samples(str(path))]
     assert [sample.label for sample in from_json] == [1, "spam", None, "3.5", 2]
     assert [sample.text_pair for sample in from_json] == ["c", None, None, "f", "h"]
 
@@ -121,6 +134,156 @@ def test_an_image_folder_is_read_sorted_with_subfolders_as_labels(tmp_path: Path
     ]
 
 
+# Tables of any country, and text in any Unicode
+
+TABLE = [("Schön, oder; nicht?", "3.5"), ("zwei\nZeilen", "1"), ("drei", "2")]
+
+
+def table(delimiter: str, end: str = "\n") -> str:
+    text = StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows(
+        [("label", "text"), *((b, a) for a, b in TABLE)]
+    )
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_csv_of_any_country_gives_the_same_rows(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    found = read_samples(write(tmp_path / "a.csv", table(delimiter).encode(encoding)))
+    assert [(sample.text, str(sample.label)) for sample in found] == TABLE
+    assert [sample.source.rpartition(":")[2] for sample in found] == ["2", "3", "5"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_wide_unicode_with_a_mark_is_read(tmp_path: Path, name: str, encoding: str) -> None:
+    content = "\ufeff" + ("zwölf\n€ 😀\n" if name == "a.txt" else '{"text": "zwölf"}\n{"text": "€ 😀"}\n')
+    found = read_samples(write(tmp_path / name, content.encode(encoding)))
+    assert [(sample.text, sample.source[-2:]) for sample in found] == [("zwölf", ":1"), ("€ 😀", ":2")]
+
+
+def test_the_delimiter_is_the_one_that_names_the_text_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text;a, b\nx, y;1\n")
+    assert [sample.text for sample in read_samples(path)] == ["x, y"]
+    assert [sample.text for sample in read_samples(write(path, "text\nx; y\n"))] == ["x; y"]  # one column
+    assert [sample.text for sample in read_samples(write(path, 'sep=;\n"text";"label"\nx;1\n'))] == ["x"]
+    with pytest.raises(BadInput, match=r"a\.csv:3: no column 'text'.*'body, id'"):
+        read_samples(write(path, "sep=;\nbody;id\nx;1\n"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_lines_may_end_as_on_old_macs(tmp_path: Path, name: str) -> None:
+    rows = {"a.txt": ["one", "two"], "a.csv": ["text", "one", "two"], "a.jsonl": ['{"text": "one"}', '{"text": "two"}']}
+    found = read_samples(write(tmp_path / name, "\r".join(rows[name])))
+    assert [sample.text for sample in found] == ["one", "two"]
+    lone = read_samples(write(tmp_path / "b.txt", "a\rb\nc\n"))  # among other line ends it is a character
+    assert [sample.text for sample in lone] == ["a\rb", "c"]
+
+
+def test_long_fields_are_read(tmp_path: Path) -> None:
+    long = "so, long " * 50_000
+    path = write(tmp_path / "a.csv", f'text,label\n"{long}",1\n"{long[:-1]}\n{long}",2\n')
+    assert [sample.text for sample in read_samples(path)] == [long, f"{long[:-1]}\n{long}"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_endless_lines_and_fields_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(data_files, "_CHUNK_BYTES", 64)
+    first = '{"text": "x"}' if name == "a.jsonl" else "text"
+    with pytest.raises(BadInput, match=rf"{name}:2: a line of more than"):
+        read_samples(write(tmp_path / name, f"{first}\n{'x' * 300}\nz"))
+
+
+def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = csv.field_size_limit()
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 0)
+    try:
+        csv.field_size_limit(1000)
+        with pytest.raises(BadInput, match=r"a\.csv:3: not CSV: field larger.*never closed"):
+            read_samples(write(tmp_path / "a.csv", 'text\none\n"two\n' + "three\n" * 1000))
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_more_rows_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "MAX_ROWS", 9)
+    path = write(tmp_path / "a.txt", "x\n" * 9)
+    assert len(read_samples(path)) == 9
+    with pytest.raises(BadInput, match=r"a\.txt: more than 9 rows.*smaller file"):
+        read_samples(write(path, "x\n" * 10))
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [("1", 1), ('"1"', 1), ("1.0", 1), ('" 1"', 1), ('"01"', "01"), ("true", 1), ('"true"', "true"), ("NaN", None),
+     ("null", None), ('""', None), (f"1{'0' * 24}", f"1{'0' * 24}"), ("-0", 0), ("1e3", 1000)],
+)  # fmt: skip
+def test_labels_as_people_write_them(tmp_path: Path, written: str, label: str | int | None) -> None:
+    (sample,) = read_samples(write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {written}}}\n'))
+    assert sample.label == label
+
+
+# Files that are none
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket"])
+def test_what_would_wait_for_ever_is_not_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    def make(path: Path) -> Path:
+        if kind == "fifo":
+            os.mkfifo(path)
+        else:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(os.path.relpath(path))  # an absolute name may be too long
+        return path
+
+    with pytest.raises(BadInput, match=r"texts\.txt: cannot read a (pipe|socket)\..*\.jsonl"):
+        read_samples(make(tmp_path / "texts.txt"))
+    folder = tmp_path / "photos"
+    image = save_image(folder / "a.png")
+    make(folder / "photo.png")
+    assert [sample.image for sample in read_samples(folder)] == [image]
+    assert re.search(r"1 files are not used \(1 x a (pipe|socket)\)", caplog.text)
+
+
+def test_images_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [
+        "a.png",
+        "B.JPG",
+        "c.jpeg",
+        "d.JPEG",
+        "e.Tif",
+        "f.tiff",
+        "g.gif",
+        "h.webp",
+        "i.BMP",
+        "j.ppm",
+        "k.pgm",
+        "l.jfif",
+    ]
+    for name in names:
+        save_image(tmp_path / "cat" / name, mode="L")
+    for name in ("1.heic", "2.HEIC", "3.eps", "README", ".DS_Store"):
+        write(tmp_path / "cat" / name, "x")
+    found = read_samples(tmp_path)
+    assert sorted(Path(sample.source).name for sample in found) == sorted(names)
+    assert "4 files are not used (2 x .heic, 1 x .eps, 1 x no extension)" in caplog.text
+    assert len(image_batches(found, processor())) == len(names)
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/photos\xff"))
+    try:
+        save_image(folder / "a.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for path in (folder, tmp_path, folder / "none.txt"):
+        with pytest.raises(BadInput, match=r"photos\\udcff.*not valid UTF-8.*Rename") as caught:
+            read_samples(path)
+        str(caught.value).encode()
+
+
 # Refusals: (file name, content, what the message must hold beside the file)
 
 REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
@@ -137,8 +300,16 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "too_many_fields": ("a.csv", "text,label\na,b,1\n", [":2:", "3 fields", "text, label", "double quotes"]),
     "open_quote": ("a.csv", 'text\nx\n"never closed\n', [":3:", "not CSV", "double each quote"]),
     "latin_1": ("a.txt", "gut\nschön\n".encode("latin-1"), [":2:", "not UTF-8", "0xf6", "position 4", "iconv"]),
-    "utf_16": ("a.txt", "text".encode("utf-16"), [":1:", "not UTF-8", "iconv"]),
-    "utf_16_without_mark": ("a.txt", "text".encode("utf-16-le"), [":1:", "not UTF-8", "iconv"]),
+    "utf_16_without_mark": ("a.txt", "text".encode("utf-16-le"), [":1:", "not UTF-8", "UTF-16", "iconv -f UTF-16LE"]),
+    "utf_16_cut_off": ("a.txt", "text".encode("utf-16")[:-1], ["UTF-16", "truncated", "again"]),
+    "zero_byte": ("a.csv", b"text\nx\0y\n", [":2:", "zero byte at position 2"]),
+    "header_twice": ("a.csv", "text,label,label\nx,1,2\n", [":1:", "'label' stands twice", "Rename"]),
+    "header_twice_after_blank_lines": ("a.csv", "\n\ntext;text\nx;y\n", [":3:", "'text' stands twice"]),
+    "key_twice": ("a.jsonl", '{"text": "x", "text": "y"}\n', [":1:", "the key 'text' stands twice"]),
+    "header_only": ("a.csv", "text,label\n", ["holds no row", "at least 8"]),
+    "label_is_infinite": ("a.jsonl", '{"text": "x", "label": Infinity}\n', [":1:", "label inf", "one class a row"]),
+    "number_without_end": ("a.jsonl", '{"text": "x", "label": ' + "9" * 5000 + "}\n", [":1:", "not a JSON object"]),
+    "semicolon_in_a_text": ("a.csv", "text;label\na;b;1\n", [":2:", "3 fields", "contains semicolons"]),
     "unknown_extension": ("a.parquet", "x", [".parquet", ".txt, .jsonl or .csv", "Convert"]),
     "no_extension": ("data", "x", ["without extension", ".txt, .jsonl or .csv"]),
     "json": ("a.json", "[]", [".json", "one JSON object a line"]),
@@ -243,32 +414,59 @@ def test_an_unknown_kind_of_bundled_samples_is_refused() -> None:
     ],
 )
 def test_split_is_disjoint_and_sized_as_promised(rows: int, limit: int, calibration: int, held_out: int) -> None:
-    samples = texts(*[1] * rows)
+    samples = many(rows)
     first, second = split(samples, samples_limit=limit, seed=0)
     assert (len(first), len(second)) == (calibration, held_out)
     assert len({sample.source for sample in first + second}) == calibration + held_out
 
 
 def test_split_depends_on_the_seed_alone() -> None:
-    samples = texts(*[1] * 40)
+    samples = many(40)
     assert split(samples, samples_limit=10, seed=3) == split(samples, samples_limit=10, seed=3)
     assert split(samples, samples_limit=10, seed=3) != split(samples, samples_limit=10, seed=4)
 
 
+def test_what_is_equal_is_never_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*many(20), *(replace(sample, text=f" {sample.text}  ", source="again") for sample in many(20))]
+    rows += [Sample(text="w0", text_pair="w1"), Sample(text="w0", text_pair="w2"), Sample(text="w0", text_pair="w1")]
+    first, second = split(rows, samples_limit=512, seed=0)
+    assert sorted((s.text, s.text_pair or "") for s in first + second) == sorted(
+        [*((s.text, "") for s in many(20)), ("w0", "w1"), ("w0", "w2")]
+    )
+    assert (len(first), len(second)) == (18, 4)
+    assert "21 of 43 calibration samples repeat others" in caplog.text
+
+
+def test_equal_rows_are_too_few() -> None:
+    with pytest.raises(BadInput, match=r"1 different ones among 60 calibration samples \(from t:0\), but 8"):
+        split([Sample(text="the same", source=f"t:{i}") for i in range(60)], samples_limit=512, seed=0)
+
+
+def test_a_copy_of_an_image_counts_once(tmp_path: Path) -> None:
+    for index in range(10):
+        pixels = np.full((4, 4, 3), index, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.bmp")  # all of one size
+    write(tmp_path / "copy.bmp", (tmp_path / "3.bmp").read_bytes())
+    first, second = split(read_samples(tmp_path), samples_limit=512, seed=0)
+    assert sorted(Path(sample.source).name for sample in first + second) == [f"{index}.bmp" for index in range(10)]
+    again = [Sample(image=Image.open(sample.source)) for sample in first + second]
+    assert len(distinct([*again, *again[:3]])) == 10
+
+
 def test_no_rows_are_held_out_when_the_share_is_zero() -> None:
-    assert [len(part) for part in split(texts(*[1] * 40), samples_limit=10, held_out=0, seed=0)] == [10, 0]
-    assert [len(part) for part in split(texts(*[1] * 40), samples_limit=50, held_out=0, seed=0)] == [40, 0]
+    assert [len(part) for part in split(many(40), samples_limit=10, held_out=0, seed=0)] == [10, 0]
+    assert [len(part) for part in split(many(40), samples_limit=50, held_out=0, seed=0)] == [40, 0]
 
 
 def test_fewer_than_eight_samples_are_refused_with_the_reason() -> None:
     with pytest.raises(BadInput, match=r"7 calibration samples in all \(from t:0\), but 8 are the least: some.*Add"):
-        split(texts(*[1] * 7), samples_limit=512, seed=0)
+        split(many(7), samples_limit=512, seed=0)
 
 
 @pytest.mark.parametrize("options", [{"samples_limit": 0}, {"samples_limit": 9, "held_out": 0.9}])
 def test_a_split_out_of_range_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(BadInput, match=r"between 0 and 0\.5"):
-        split(texts(*[1] * 9), seed=0, **options)  # type: ignore[arg-type]
+        split(many(9), seed=0, **options)  # type: ignore[arg-type]
 
 
 # Text batches
@@ -352,6 +550,99 @@ def test_images_of_every_mode_and_size_become_pixel_values(tmp_path: Path, mode:
     assert (got.labels, got.batches[0]["pixel_values"].dtype) == (("cat", "dog", "dog"), torch.float32)
 
 
+GREY = np.array([[0, 200, 256], [5000, 32768, 65535]], np.uint16)
+"""16-bit; 8 bits of it: value / 257."""
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.pgm":
+        write(path, b"P5 3 2 65535\n" + GREY.astype(">u2").tobytes())
+    else:
+        Image.fromarray(GREY).save(path)
+    found = np.asarray(open_image(path)[0])
+    assert np.array_equal(found, np.rint(GREY / 257).astype(np.uint8)[..., None].repeat(3, 2))
+    in_memory = Image.fromarray(GREY)
+    assert np.array_equal(np.asarray(eight_bit(in_memory, "x")), found)
+
+
+@pytest.mark.parametrize(
+    ("order", "bits", "pixels"),
+    [("<", 16, b"\x80\0\xff\xff"), (">", 16, b"\0\x80\xff\xff"), ("<", 12, b"\x08\x0f\xff")],
+)
+def test_a_tiff_says_what_is_white(tmp_path: Path, order: str, bits: int, pixels: bytes) -> None:
+    """128 and the greatest value. Written by hand: PIL writes 16 bits in the order of this machine only."""
+    short = {256: 2, 257: 1, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}  # size, depth, 0 is black
+    entries = [(tag, 3, struct.pack(f"{order}Hxx", value)) for tag, value in short.items()]
+    entries += [(tag, 4, struct.pack(f"{order}I", value)) for tag, value in ((273, 8), (279, len(pixels)))]
+    tags = b"".join(struct.pack(f"{order}HHI", tag, kind, 1) + value for tag, kind, value in sorted(entries))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 16) + pixels.ljust(8, b"\0")
+    path = write(tmp_path / "a.tif", head + struct.pack(f"{order}H", len(entries)) + tags + bytes(4))
+    found = np.asarray(open_image(path)[0])[0, :, 0]
+    assert found.tolist() == [round(128 * 255 / (2**bits - 1)), 255]
+    turned = path.read_bytes().replace(
+        tags, tags.replace(*(struct.pack(f"{order}HHIHxx", 262, 3, 1, v) for v in (1, 0)))
+    )
+    if bits == 16 and order == "<":
+        with pytest.raises(BadInput, match=r"a\.tif: .*0 is white"):
+            open_image(write(path, turned))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_no_known_range_are_refused(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.tif"
+    Image.new(mode, (4, 4), 3).save(path)
+    says = rf"mode {mode}, whose values have no known range.*16-bit grey"
+    with pytest.raises(BadInput, match=says):
+        open_image(path)
+    with pytest.raises(BadInput, match=says):
+        eight_bit(Image.new(mode, (4, 4), 3), "in memory")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_other_modes_look_as_they_are(tmp_path: Path, mode: str) -> None:
+    """Half red (or grey) and half white, whatever the mode; transparency shows what lies under it."""
+    image = Image.new("RGB", (8, 8), (254, 0, 0) if mode not in ("1", "L", "LA") else (0, 0, 0))
+    image.paste((255, 255, 255), (4, 0, 8, 8))
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    image.convert(mode).save(path, **({"transparency": 0} if mode in ("P", "L", "RGB") and mode == "P" else {}))
+    found = np.asarray(open_image(path)[0]).astype(int)
+    assert abs(found - np.asarray(image)).max() <= 3
+
+
+def test_animations_give_their_first_picture_and_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black", "black")]
+    for name in ("a.gif", "b.png", "c.webp", "d.tif"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
+    assert batch["pixel_values"].min() == 1  # white
+    assert "4 images hold several pictures" in caplog.text
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (40, 3), (3, 3)])
+def test_tiny_images_are_prepared_as_others(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
+    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
+    assert batch["pixel_values"].shape == (1, 3, 16, 16)
+    assert [float(value) for value in batch["pixel_values"].mean((0, 2, 3))] == pytest.approx([1, -1, -1])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp", "a.ppm"])
+def test_damaged_images_are_bad_input(tmp_path: Path, name: str) -> None:
+    """Bytes changed or cut at random: an image, or one sentence; never another error."""
+    rng = np.random.default_rng(0)
+    Image.effect_noise((24, 24), 50).convert("RGB").save(tmp_path / name)
+    intact = (tmp_path / name).read_bytes()
+    for _ in range(60):
+        damaged = bytearray(intact)
+        for place in rng.integers(0, min(len(intact), 400), 4):
+            damaged[place] = rng.integers(256)
+        path = write(tmp_path / name, bytes(damaged[: rng.integers(len(intact) // 2, len(intact) + 1)]))
+        with suppress(BadInput):
+            assert open_image(path)[0].mode == "RGB"
+
+
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8] = 255
@@ -368,9 +659,13 @@ def test_bundled_images_pass_through_the_processor() -> None:
 
 def broken_images() -> dict[str, bytes]:
     png = b"\x89PNG\r\n\x1a\n"
-    gif = BytesIO()  # opens well, but is not on the list (nor is .eps, which would start Ghostscript)
-    Image.new("L", (9, 9)).save(gif, "GIF")
-    return {"empty": b"", "text": b"hello", "cut_off_png": png + b"\0\0\0\rIHDR", "renamed_gif": gif.getvalue()}
+    ico = BytesIO()  # opens well, but is not on the list (nor is .eps, which would start Ghostscript)
+    Image.new("L", (9, 9)).save(ico, "ICO")
+    eps = BytesIO()
+    Image.new("L", (9, 9)).save(eps, "EPS")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    renamed = {"renamed_ico": ico.getvalue(), "renamed_eps": eps.getvalue(), "renamed_heic": heic}
+    return {"empty": b"", "text": b"hello", "cut_off_png": png + b"\0\0\0\rIHDR", **renamed}
 
 
 @pytest.mark.parametrize("case", broken_images())
