@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MIN_SAMPLES = 8
 MIN_HELD_OUT = 16
+PIXELS_AT_ONCE = 2**26
+"""Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,19 +156,20 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
     """
     batches: list[dict[str, torch.Tensor]] = []
     for chunk in _chunks(samples, batch_size):
-        images = list(_open_images(chunk))
-        try:
-            pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-            shapes = {tuple(pixels.shape[1:]), *(tuple(batch["pixel_values"].shape[1:]) for batch in batches[:1])}
-            if len(shapes) > 1:
-                raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
-        except ValueError as err:
-            raise BadInput(
-                f"{chunk[0].source} to {chunk[-1].source}: the image processor does not fit:"
-                f" {str(err).splitlines()[0]} Use the one saved"
-                " with this model, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
-            ) from err
-        batches.append({"pixel_values": pixels})
+        parts = []
+        for images in _groups(_open_images(chunk)):
+            try:
+                parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
+                shapes = {tuple(part.shape[1:]) for part in (*parts, *(b["pixel_values"] for b in batches[:1]))}
+                if len(shapes) > 1:
+                    raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
+            except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as err:
+                why = next(iter(str(err).splitlines()), type(err).__name__)
+                raise BadInput(
+                    f"{chunk[0].source} to {chunk[-1].source}: the image processor does not fit: {why} Use the one"
+                    " saved with this model, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
+                ) from err
+        batches.append({"pixel_values": torch.cat(parts)})
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
 
 
@@ -226,6 +229,18 @@ def _chunks(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     if size < 1:
         raise BadInput(f"batch_size={size}: it must be 1 or more, for example 32.")
     return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _groups(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
+    """A few images at a time, so that those of a camera do not fill the memory."""
+    group: list[Image.Image] = []
+    for image in images:
+        group.append(image)
+        if sum(each.width * each.height for each in group) >= PIXELS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _open_images(samples: Sequence[Sample]) -> Iterator[Image.Image]:

@@ -41,7 +41,7 @@ def known_labels(rows: Sequence[Sample], model: nn.Module) -> tuple[Sample, ...]
     if not problems:
         return tuple(rows)
     unknown = [row for row in rows if row.label in problems]
-    all_of_them = not is_regression(model) and any(isinstance(label, int) for label in problems)
+    all_of_them = classifies(model) and any(isinstance(label, int) for label in problems)
     log.warning(
         "%s: %s %d of %d rows have a label that is not the model's: %s.",
         *(unknown[0].source, problems[unknown[0].label], len(unknown), len(rows)),
@@ -56,7 +56,7 @@ def labelled_rows(rows: Sequence[Sample], model: nn.Module) -> tuple[Sample, ...
     A warning tells which.
     """
     labelled = tuple(row for row in rows if row.label is not None)
-    if len(labelled) in (0, len(rows)) or not gives_logits(model) or is_regression(model):
+    if len(labelled) in (0, len(rows)) or not classifies(model):
         return tuple(rows)
     used = 2 * len(labelled) >= len(rows)
     told = "quality is that of the others" if used else "too few have one to measure accuracy, agreement is measured"
@@ -75,6 +75,11 @@ def is_regression(model: nn.Module) -> bool:
     """One output number, or several if the config says so."""
     config: Any = model.config
     return gives_logits(model) and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1)
+
+
+def classifies(model: nn.Module) -> bool:
+    """Does the model put out a class a row?"""
+    return gives_logits(model) and not is_regression(model)
 
 
 def class_index(label: str | int | None, config: Any) -> int:

@@ -22,16 +22,6 @@ def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:
     return tuple(first.values())
 
 
-def unseen(samples: Sequence[Sample], seen: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples that equal none of `seen`, in their order.
-
-    Raises: BadInput: an image that cannot be read.
-    """
-    found = contents((*seen, *samples))
-    known = set(found[: len(seen)])
-    return tuple(sample for sample, content in zip(samples, found[len(seen) :], strict=True) if content not in known)
-
-
 def contents(samples: Sequence[Sample]) -> list[Hashable]:
     """A value for each sample; two are equal where a model would be given the same.
 

@@ -99,7 +99,7 @@ def _rows_to_samples(
         return
     blank = 0
     is_csv = path.suffix.lower() == ".csv"
-    for source, row in csv_rows(path, lines, text_column) if is_csv else jsonl_rows(path, lines):
+    for source, row in csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines):
         text = _text(row, text_column, source)
         if not text.strip():
             blank += 1

@@ -5,10 +5,9 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
-import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +23,9 @@ from optin_deploy.cost.params import param_cost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import error_curves
 from optin_deploy.errors import BadInput
+from optin_deploy.held_out import not_in, unseen
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
-from optin_deploy.labels import check_labels, known_labels, labelled_rows
+from optin_deploy.labels import check_labels, classifies, known_labels, labelled_rows
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
@@ -34,7 +34,6 @@ from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Judge
-from optin_deploy.repeats import unseen
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import make_plan, search_within
@@ -42,13 +41,13 @@ from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 from optin_deploy.workspace import Source, Workspace
 
-log = logging.getLogger(__name__)
-
 MADE_FROM_MODEL = (
     *("model.*", "samples.safetensors", "measurements.json", "operators.json"),
     *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
+FOLDERS_FROM_MODEL = ("mlperf",)
+"""Those of them that are folders, which have records of their own."""
 REMAKE_HINT = "It will be made again."
 
 
@@ -108,9 +107,10 @@ def prepare(source: Source) -> Prepared:
         held = labelled_rows(held, loaded.model)
     else:
         chosen, _ = split(samples, samples_limit=source.samples, seed=source.seed)
-        held = _unseen(_samples(source, source.evaluation), chosen, source.evaluation)
+        held = unseen(_samples(source, source.evaluation), chosen, source.evaluation)
         check_labels(held, loaded.model)
     calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
+    held_out = not_in(held_out, calibration)
     if not loaded.is_text:
         set_image_size(loaded.model.config, *calibration.batches[0]["pixel_values"].shape[-2:])
     try:
@@ -120,7 +120,7 @@ def prepare(source: Source) -> Prepared:
     _try_two(loaded, calibration)
     params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
     prepared = Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
-    if any(label is not None for label in held_out.labels):
+    if classifies(loaded.model) and None not in held_out.labels:
         _ = prepared.judge  # refuses labels in another order before the long work
     return prepared
 
@@ -143,24 +143,6 @@ def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
     return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
-
-
-def _unseen(rows: Sequence[Sample], calibration: Sequence[Sample], path: str) -> tuple[Sample, ...]:
-    """The rows that calibration does not learn from; labels for all or for none."""
-    found = unseen(rows, calibration)
-    unlabelled = [row.source for row in found if row.label is None]
-    if not found:
-        raise BadInput(
-            f"--eval {path}: all {len(rows)} rows are calibration rows. Give rows that nothing learned from."
-        )
-    if 0 < len(unlabelled) < len(found):
-        raise BadInput(
-            f"--eval {path}: {len(unlabelled)} of {len(found)} rows have no label, the first at {unlabelled[0]}. Label"
-            " all rows, or none."
-        )
-    if len(found) < len(rows):
-        log.warning("--eval %s: %d rows are calibration rows, and do not count", path, len(rows) - len(found))
-    return found
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
@@ -221,11 +203,12 @@ class ScoreRequest:
 
     def run(self, worker: Worker | None = None, progress: Progress = silent) -> bool:
         """Load model and data, then `score_stage`."""
-        prepared = prepare(self.source)
-        workspace = Workspace.claim(self.out, self.source, force=self.force)
-        return score_stage(
-            workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
-        )
+        with Workspace.at_work(self.out, self.source, force=self.force, shared=True) as workspace:
+            prepared = prepare(self.source)
+            workspace.take(self.source, force=self.force)
+            return score_stage(
+                workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
+            )
 
 
 def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
@@ -306,8 +289,8 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
-    for pattern in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
-        for stale in workspace.root.glob(pattern):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for name in (*workspace.record.names(), *FOLDERS_FROM_MODEL):
+        if any(fnmatch(name, pattern) for pattern in MADE_FROM_MODEL):  # of an earlier plan
+            workspace.record.remove(name)  # nothing may be measured or shipped beside the wrong model
     pruned.save(folder, key=key)
     return pruned, False

@@ -47,10 +47,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str) -> Iterator[Row]:
+def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str, number_column: str) -> Iterator[Row]:
     """Rows of a CSV file by the names in its first line.
 
-    Args: column: a name that the first line should hold: what stands between the names is told by it.
+    Args:
+        column: a name that the first line should hold: what stands between the names is told by it.
+        number_column: where a number may have a decimal comma, if commas are not what stands between fields.
     Raises: BadInput: names the line where the record begins.
     """
     # One limit for the process: it is only raised, so that other users of the csv module are not refused anything.
@@ -78,7 +80,10 @@ def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str) -> Itera
                         f"{source}: {len(fields)} fields, but the first line names {len(header)} columns"
                         f" ({', '.join(header)}). Put double quotes around a text that contains {_NAMES[delimiter]}."
                     )
-                yield source, dict(zip(header, fields, strict=True))
+                row = dict(zip(header, fields, strict=True))
+                if delimiter != "," and _DECIMAL.fullmatch(row.get(number_column, "")):
+                    row[number_column] = row[number_column].replace(",", ".")
+                yield source, row
     except csv.Error as err:
         raise BadInput(
             f"{path}:{start}: not CSV: {err}. Put double quotes around a text that contains {_NAMES[delimiter]}, quotes"
@@ -87,6 +92,7 @@ def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str) -> Itera
 
 
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_DECIMAL = re.compile(r"\s*[+-]?\d+,\d+\s*")
 
 
 def _delimiter(line: str, column: str) -> str:

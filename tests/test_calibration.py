@@ -163,6 +163,13 @@ def test_wide_unicode_with_a_mark_is_read(tmp_path: Path, name: str, encoding: s
     assert [(sample.text, sample.source[-2:]) for sample in found] == [("zwölf", ":1"), ("€ 😀", ":2")]
 
 
+def test_numbers_with_a_decimal_comma_are_numbers(tmp_path: Path) -> None:
+    found = read_samples(write(tmp_path / "a.csv", "text;label\n1,5;3,5\nx;2,0\ny;a,b\nz;\n"))
+    assert [(sample.text, sample.label) for sample in found] == [("1,5", "3.5"), ("x", 2), ("y", "a,b"), ("z", None)]
+    (sample,) = read_samples(write(tmp_path / "b.csv", 'text,label\nx,"3,5"\n'))
+    assert sample.label == "3,5"  # commas stand between the fields: it is a name
+
+
 def test_the_delimiter_is_the_one_that_names_the_text_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text;a, b\nx, y;1\n")
     assert [sample.text for sample in read_samples(path)] == ["x, y"]

@@ -17,7 +17,7 @@ from scipy.stats import binom, binomtest
 from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 from torch import nn
 
-from optin_deploy.calibration import Sample
+from optin_deploy.calibration import Batches, Sample
 from optin_deploy.errors import BadInput, QualityLimit
 from optin_deploy.label_order import at_least, check_order, compared, upper_bound
 from optin_deploy.labels import check_labels, class_index, known_labels, labelled_rows
@@ -298,6 +298,29 @@ def test_identical_rows_are_refused(tmp_path: Path) -> None:
         prepare(source(calibration=str(path)))
 
 
+def test_texts_that_differ_only_after_the_last_token_do_not_judge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def data(different: int) -> Source:
+        start = "the " * SEQ_LEN
+        same = [f"{start} and then {i} {text}" for i, text in enumerate(texts())]
+        path = tmp_path / "rows.txt"
+        path.write_text("\n".join([*same[different:], *(f"{text} {start}" for text in texts()[:different])]))
+        return source(calibration=str(path))
+
+    found = prepare(data(30))
+
+    def ids(part: Batches) -> set[tuple[int, ...]]:
+        return {tuple(row) for batch in part.batches for row in batch["input_ids"].tolist()}
+
+    calibration, held = ids(found.calibration), ids(found.held_out)  # all are cut at SEQ_LEN
+    assert not calibration & held
+    assert len(held) == len(found.held_out) == len(found.held_out.labels)
+    assert f"{12 - len(held)} held-out rows give the model the inputs of a calibration row" in caplog.text
+    with pytest.raises(BadInput, match=r"All 12 held-out rows give the model the same inputs.*--seq-len"):
+        prepare(data(0))
+
+
 def test_eval_images_that_calibration_has_under_another_name_do_not_judge(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,7 +334,7 @@ def test_eval_images_that_calibration_has_under_another_name_do_not_judge(
             Image.fromarray(pixels).save(tmp_path / folder / f"{folder}{index}.png")
     found = prepare(Source(str(vit()), calibration=str(tmp_path / "a"), evaluation=str(tmp_path / "b")))
     assert len(found.held_out) == 16 - len(found.calibration)
-    assert f"{len(found.calibration)} rows are calibration rows, and do not count" in caplog.text
+    assert f"{len(found.calibration)} rows are calibration rows and do not count" in caplog.text
 
 
 def test_at_random_the_classifier_of_the_tests_is_not_one_sided() -> None:
