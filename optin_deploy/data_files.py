@@ -19,6 +19,14 @@ _WIDE_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
                (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
 """Byte order marks; those of UTF-32 first, as one of them begins like UTF-16's."""
 
+_NO_TEXT = (
+    (b"version https://git-lfs.github.com/", "a pointer of Git LFS, not the file itself: run `git lfs pull`"),
+    (b"PK\x03\x04", "a zip archive, as .xlsx and .zip files are: unpack it, or save the sheet as CSV"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (b"PAR1", "a Parquet file: convert it to .jsonl"),
+)
+"""How files begin that are often given in place of text, and what to do."""
+
 
 def short(value: object, limit: int = 60) -> str:
     """The repr of a value, cut to `limit` characters for an error message."""
@@ -65,6 +73,9 @@ def text_lines(stream: BinaryIO, name: str | Path) -> Iterator[tuple[int, str]]:
     Raises: BadInput: other bytes, or a line above 16 MiB; names the line. OSError.
     """
     start = stream.read(_CHUNK_BYTES)
+    for beginning, what in _NO_TEXT:
+        if start.startswith(beginning):
+            raise BadInput(f"{name}: this is {what}.")
     wide = next((encoding for mark, encoding in _WIDE_MARKS if start.startswith(mark)), None)
     chunks = _chained(start, iter(partial(stream.read, _CHUNK_BYTES), b""))
     if wide is not None:

@@ -41,7 +41,8 @@ def contents(samples: Sequence[Sample]) -> list[Hashable]:
 def _content(sample: Sample, size: int | None, shared: bool) -> Hashable:
     image = sample.image
     if image is None:
-        return tuple(None if text is None else " ".join(text.split()) for text in (sample.text, sample.text_pair))
+        words = [None if text is None else text.split() for text in (sample.text, sample.text_pair)]
+        return hashlib.sha256(repr(words).encode()).digest()  # as long texts would take their place a second time
     if not isinstance(image, Path):
         return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
     if not shared:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import socket
-import struct
-from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy import data_files, tables
-from optin_deploy import samples as samples_module
+from optin_deploy import data_files
 from optin_deploy.calibration import (
     Batches,
     Sample,
@@ -36,7 +32,6 @@ from optin_deploy.calibration import (
     text_batches,
 )
 from optin_deploy.errors import BadInput
-from optin_deploy.images import eight_bit, open_image
 from optin_deploy.repeats import distinct
 
 BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -134,104 +129,6 @@ def test_an_image_folder_is_read_sorted_with_subfolders_as_labels(tmp_path: Path
     ]
 
 
-# Tables of any country, and text in any Unicode
-
-TABLE = [("Schön, oder; nicht?", "3.5"), ("zwei\nZeilen", "1"), ("drei", "2")]
-
-
-def table(delimiter: str, end: str = "\n") -> str:
-    text = StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator=end).writerows(
-        [("label", "text"), *((b, a) for a, b in TABLE)]
-    )
-    return text.getvalue()
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_csv_of_any_country_gives_the_same_rows(tmp_path: Path, delimiter: str, encoding: str) -> None:
-    found = read_samples(write(tmp_path / "a.csv", table(delimiter).encode(encoding)))
-    assert [(sample.text, str(sample.label)) for sample in found] == TABLE
-    assert [sample.source.rpartition(":")[2] for sample in found] == ["2", "3", "5"]
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_wide_unicode_with_a_mark_is_read(tmp_path: Path, name: str, encoding: str) -> None:
-    content = "\ufeff" + ("zwölf\n€ 😀\n" if name == "a.txt" else '{"text": "zwölf"}\n{"text": "€ 😀"}\n')
-    found = read_samples(write(tmp_path / name, content.encode(encoding)))
-    assert [(sample.text, sample.source[-2:]) for sample in found] == [("zwölf", ":1"), ("€ 😀", ":2")]
-
-
-def test_numbers_with_a_decimal_comma_are_numbers(tmp_path: Path) -> None:
-    found = read_samples(write(tmp_path / "a.csv", "text;label\n1,5;3,5\nx;2,0\ny;a,b\nz;\n"))
-    assert [(sample.text, sample.label) for sample in found] == [("1,5", "3.5"), ("x", 2), ("y", "a,b"), ("z", None)]
-    (sample,) = read_samples(write(tmp_path / "b.csv", 'text,label\nx,"3,5"\n'))
-    assert sample.label == "3,5"  # commas stand between the fields: it is a name
-
-
-def test_the_delimiter_is_the_one_that_names_the_text_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "text;a, b\nx, y;1\n")
-    assert [sample.text for sample in read_samples(path)] == ["x, y"]
-    assert [sample.text for sample in read_samples(write(path, "text\nx; y\n"))] == ["x; y"]  # one column
-    assert [sample.text for sample in read_samples(write(path, 'sep=;\n"text";"label"\nx;1\n'))] == ["x"]
-    with pytest.raises(BadInput, match=r"a\.csv:3: no column 'text'.*'body, id'"):
-        read_samples(write(path, "sep=;\nbody;id\nx;1\n"))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
-def test_lines_may_end_as_on_old_macs(tmp_path: Path, name: str) -> None:
-    rows = {"a.txt": ["one", "two"], "a.csv": ["text", "one", "two"], "a.jsonl": ['{"text": "one"}', '{"text": "two"}']}
-    found = read_samples(write(tmp_path / name, "\r".join(rows[name])))
-    assert [sample.text for sample in found] == ["one", "two"]
-    lone = read_samples(write(tmp_path / "b.txt", "a\rb\nc\n"))  # among other line ends it is a character
-    assert [sample.text for sample in lone] == ["a\rb", "c"]
-
-
-def test_long_fields_are_read(tmp_path: Path) -> None:
-    long = "so, long " * 50_000
-    path = write(tmp_path / "a.csv", f'text,label\n"{long}",1\n"{long[:-1]}\n{long}",2\n')
-    assert [sample.text for sample in read_samples(path)] == [long, f"{long[:-1]}\n{long}"]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
-def test_endless_lines_and_fields_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(data_files, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(data_files, "_CHUNK_BYTES", 64)
-    first = '{"text": "x"}' if name == "a.jsonl" else "text"
-    with pytest.raises(BadInput, match=rf"{name}:2: a line of more than"):
-        read_samples(write(tmp_path / name, f"{first}\n{'x' * 300}\nz"))
-
-
-def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = csv.field_size_limit()
-    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 0)
-    try:
-        csv.field_size_limit(1000)
-        with pytest.raises(BadInput, match=r"a\.csv:3: not CSV: field larger.*never closed"):
-            read_samples(write(tmp_path / "a.csv", 'text\none\n"two\n' + "three\n" * 1000))
-    finally:
-        csv.field_size_limit(before)
-
-
-def test_more_rows_than_memory_holds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_module, "MAX_ROWS", 9)
-    path = write(tmp_path / "a.txt", "x\n" * 9)
-    assert len(read_samples(path)) == 9
-    with pytest.raises(BadInput, match=r"a\.txt: more than 9 rows.*smaller file"):
-        read_samples(write(path, "x\n" * 10))
-
-
-@pytest.mark.parametrize(
-    ("written", "label"),
-    [("1", 1), ('"1"', 1), ("1.0", 1), ('" 1"', 1), ('"01"', "01"), ("true", 1), ('"true"', "true"), ("NaN", None),
-     ("null", None), ('""', None), (f"1{'0' * 24}", f"1{'0' * 24}"), ("-0", 0), ("1e3", 1000)],
-)  # fmt: skip
-def test_labels_as_people_write_them(tmp_path: Path, written: str, label: str | int | None) -> None:
-    (sample,) = read_samples(write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {written}}}\n'))
-    assert sample.label == label
-
-
 # Files that are none
 
 
@@ -252,31 +149,6 @@ def test_what_would_wait_for_ever_is_not_opened(tmp_path: Path, caplog: pytest.L
     make(folder / "photo.png")
     assert [sample.image for sample in read_samples(folder)] == [image]
     assert re.search(r"1 files are not used \(1 x a (pipe|socket)\)", caplog.text)
-
-
-def test_images_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = [
-        "a.png",
-        "B.JPG",
-        "c.jpeg",
-        "d.JPEG",
-        "e.Tif",
-        "f.tiff",
-        "g.gif",
-        "h.webp",
-        "i.BMP",
-        "j.ppm",
-        "k.pgm",
-        "l.jfif",
-    ]
-    for name in names:
-        save_image(tmp_path / "cat" / name, mode="L")
-    for name in ("1.heic", "2.HEIC", "3.eps", "README", ".DS_Store"):
-        write(tmp_path / "cat" / name, "x")
-    found = read_samples(tmp_path)
-    assert sorted(Path(sample.source).name for sample in found) == sorted(names)
-    assert "4 files are not used (2 x .heic, 1 x .eps, 1 x no extension)" in caplog.text
-    assert len(image_batches(found, processor())) == len(names)
 
 
 def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
@@ -309,6 +181,9 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "latin_1": ("a.txt", "gut\nschön\n".encode("latin-1"), [":2:", "not UTF-8", "0xf6", "position 4", "iconv"]),
     "utf_16_without_mark": ("a.txt", "text".encode("utf-16-le"), [":1:", "not UTF-8", "UTF-16", "iconv -f UTF-16LE"]),
     "utf_16_cut_off": ("a.txt", "text".encode("utf-16")[:-1], ["UTF-16", "truncated", "again"]),
+    "zip": ("a.csv", b"PK\x03\x04\x14\0", ["zip archive", "save the sheet as CSV"]),
+    "gzip": ("a.jsonl", b"\x1f\x8b\x08\0", ["gzip", "unpack"]),
+    "git_lfs": ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ["`git lfs pull`"]),
     "zero_byte": ("a.csv", b"text\nx\0y\n", [":2:", "zero byte at position 2"]),
     "header_twice": ("a.csv", "text,label,label\nx,1,2\n", [":1:", "'label' stands twice", "Rename"]),
     "header_twice_after_blank_lines": ("a.csv", "\n\ntext;text\nx;y\n", [":3:", "'text' stands twice"]),
@@ -555,99 +430,6 @@ def test_images_of_every_mode_and_size_become_pixel_values(tmp_path: Path, mode:
     got = image_batches(read_samples(tmp_path), processor(), batch_size=2)
     assert [tuple(batch["pixel_values"].shape) for batch in got.batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
     assert (got.labels, got.batches[0]["pixel_values"].dtype) == (("cat", "dog", "dog"), torch.float32)
-
-
-GREY = np.array([[0, 200, 256], [5000, 32768, 65535]], np.uint16)
-"""16-bit; 8 bits of it: value / 257."""
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_16_bit_grey_is_scaled(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name == "a.pgm":
-        write(path, b"P5 3 2 65535\n" + GREY.astype(">u2").tobytes())
-    else:
-        Image.fromarray(GREY).save(path)
-    found = np.asarray(open_image(path)[0])
-    assert np.array_equal(found, np.rint(GREY / 257).astype(np.uint8)[..., None].repeat(3, 2))
-    in_memory = Image.fromarray(GREY)
-    assert np.array_equal(np.asarray(eight_bit(in_memory, "x")), found)
-
-
-@pytest.mark.parametrize(
-    ("order", "bits", "pixels"),
-    [("<", 16, b"\x80\0\xff\xff"), (">", 16, b"\0\x80\xff\xff"), ("<", 12, b"\x08\x0f\xff")],
-)
-def test_a_tiff_says_what_is_white(tmp_path: Path, order: str, bits: int, pixels: bytes) -> None:
-    """128 and the greatest value. Written by hand: PIL writes 16 bits in the order of this machine only."""
-    short = {256: 2, 257: 1, 258: bits, 259: 1, 262: 1, 277: 1, 278: 1}  # size, depth, 0 is black
-    entries = [(tag, 3, struct.pack(f"{order}Hxx", value)) for tag, value in short.items()]
-    entries += [(tag, 4, struct.pack(f"{order}I", value)) for tag, value in ((273, 8), (279, len(pixels)))]
-    tags = b"".join(struct.pack(f"{order}HHI", tag, kind, 1) + value for tag, kind, value in sorted(entries))
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 16) + pixels.ljust(8, b"\0")
-    path = write(tmp_path / "a.tif", head + struct.pack(f"{order}H", len(entries)) + tags + bytes(4))
-    found = np.asarray(open_image(path)[0])[0, :, 0]
-    assert found.tolist() == [round(128 * 255 / (2**bits - 1)), 255]
-    turned = path.read_bytes().replace(
-        tags, tags.replace(*(struct.pack(f"{order}HHIHxx", 262, 3, 1, v) for v in (1, 0)))
-    )
-    if bits == 16 and order == "<":
-        with pytest.raises(BadInput, match=r"a\.tif: .*0 is white"):
-            open_image(write(path, turned))
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_no_known_range_are_refused(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / "a.tif"
-    Image.new(mode, (4, 4), 3).save(path)
-    says = rf"mode {mode}, whose values have no known range.*16-bit grey"
-    with pytest.raises(BadInput, match=says):
-        open_image(path)
-    with pytest.raises(BadInput, match=says):
-        eight_bit(Image.new(mode, (4, 4), 3), "in memory")
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_other_modes_look_as_they_are(tmp_path: Path, mode: str) -> None:
-    """Half red (or grey) and half white, whatever the mode; transparency shows what lies under it."""
-    image = Image.new("RGB", (8, 8), (254, 0, 0) if mode not in ("1", "L", "LA") else (0, 0, 0))
-    image.paste((255, 255, 255), (4, 0, 8, 8))
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    image.convert(mode).save(path, **({"transparency": 0} if mode in ("P", "L", "RGB") and mode == "P" else {}))
-    found = np.asarray(open_image(path)[0]).astype(int)
-    assert abs(found - np.asarray(image)).max() <= 3
-
-
-def test_animations_give_their_first_picture_and_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black", "black")]
-    for name in ("a.gif", "b.png", "c.webp", "d.tif"):
-        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
-    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
-    assert batch["pixel_values"].min() == 1  # white
-    assert "4 images hold several pictures" in caplog.text
-
-
-@pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (40, 3), (3, 3)])
-def test_tiny_images_are_prepared_as_others(tmp_path: Path, size: tuple[int, int]) -> None:
-    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
-    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
-    assert batch["pixel_values"].shape == (1, 3, 16, 16)
-    assert [float(value) for value in batch["pixel_values"].mean((0, 2, 3))] == pytest.approx([1, -1, -1])
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp", "a.ppm"])
-def test_damaged_images_are_bad_input(tmp_path: Path, name: str) -> None:
-    """Bytes changed or cut at random: an image, or one sentence; never another error."""
-    rng = np.random.default_rng(0)
-    Image.effect_noise((24, 24), 50).convert("RGB").save(tmp_path / name)
-    intact = (tmp_path / name).read_bytes()
-    for _ in range(60):
-        damaged = bytearray(intact)
-        for place in rng.integers(0, min(len(intact), 400), 4):
-            damaged[place] = rng.integers(256)
-        path = write(tmp_path / name, bytes(damaged[: rng.integers(len(intact) // 2, len(intact) + 1)]))
-        with suppress(BadInput):
-            assert open_image(path)[0].mode == "RGB"
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
