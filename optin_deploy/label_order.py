@@ -102,8 +102,9 @@ def compared(labels: Indices, predicted: Indices, classes: int) -> Order:
     guessed = float(shares[wanted].sum()) if len(np.unique(wanted)) > 1 else rows / classes
     fits = np.zeros(rows, bool)  # each half in the order that the other half shows
     by_chance = 0.0
+    halves = np.random.default_rng(0).permutation(rows) % 2  # rows may alternate between classes
     for part in (0, 1):
-        here = np.arange(rows) % 2 == part
+        here = halves == part
         order = _best_order(wanted[~here], given[~here], len(present))
         fits[here] = order[wanted[here]] == given[here]
         by_chance += float(shares[order[wanted[here]]].sum())

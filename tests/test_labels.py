@@ -154,6 +154,11 @@ def test_another_order_is_found(order: tuple[int, ...]) -> None:
     assert found.verdict == ("unclear" if fixed == 2 else "refused")
 
 
+def test_another_order_is_found_where_classes_take_turns() -> None:
+    labels = np.arange(60) % 2
+    assert compared(labels, 1 - labels, 2).other == {0: 1, 1: 0}
+
+
 def test_the_order_is_told_by_names(caplog: pytest.LogCaptureFixture) -> None:
     true, predicted = sampled(60, 3, 0.93)
     with pytest.raises(BadInput, match=r"eval\.jsonl: the dense model is right on \d of 60 labelled rows") as refused:
