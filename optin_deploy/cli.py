@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import typer
 
 from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring, serving
 from optin_deploy.errors import EXIT_CODES, BadInput, OptinError
+from optin_deploy.processors import limit_libraries
 from optin_deploy.terminal import quiet_libraries
 
 app = typer.Typer(
     name="optin",
     help="Make a trained transformer physically smaller and measurably faster, with no retraining.",
-    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
+    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ". "
+    "`optin --version` prints the version.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -61,6 +64,10 @@ def export_main() -> None:
 def _run(program: Callable[..., object]) -> int:
     """Run a typer app; errors of ours become one line and their exit code."""
     quiet_libraries()
+    limit_libraries()
+    if sys.argv[1:] == ["--version"]:
+        typer.echo(f"optin-deploy {version('optin-deploy')}")
+        return 0
     try:
         code = program(_joined(sys.argv[1:]), standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves
