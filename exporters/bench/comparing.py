@@ -74,7 +74,8 @@ class Contest:
                 stage=stage,
             )
             points.append(GatedPoint(point.batch, point.seq, timing, judge(timing, limit)))
-        return Gate(limit, tuple(points), self.settings, artifacts, environment())
+        settings = {**self.settings, "threads": self.target.threads(self.threads)}
+        return Gate(limit, tuple(points), settings, artifacts, environment())
 
     def pin(self, file: Path) -> Pin:
         """Run the baseline once at every point, then write its pin.
@@ -147,6 +148,7 @@ def settle(
         threads = pin.threads if threads is None else threads
     target, threads = exporter(engine or "onnx"), threads or 0
     check_threads(threads)
+    target.threads(threads)
     if precision is not None:
         check_precision(target, precision)
     check_runs(target, precision)

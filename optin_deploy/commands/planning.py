@@ -18,7 +18,7 @@ from optin_deploy.commands.options import (
     Params,
     Size,
 )
-from optin_deploy.commands.parsing import echo, judged_by, limits_of
+from optin_deploy.commands.parsing import echo, judged_by, limits_of, refuse_idle
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table, stage_bar
 
@@ -36,6 +36,7 @@ Examples:
 
 
 def plan(
+    ctx: typer.Context,
     folder: Folder,
     flops: Flops = None,
     params: Params = None,
@@ -52,7 +53,7 @@ def plan(
     With --allocation uniform or paper neither the model nor its calibration data is needed.
     """
     from exporters.ready import describe
-    from optin_deploy.search import check_search
+    from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned
     from optin_deploy.workspace import Workspace
@@ -61,7 +62,9 @@ def plan(
     check_search(align, allocation)
     if evaluation is not None and max_drop is None:
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
-    workspace.read_scores()
+    if max_drop is None:
+        refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
+    check_align(align, workspace.read_scores().layout)
     best = None
     if allocation != "curves" and max_drop is None:  # no model is needed
         found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
@@ -104,7 +107,7 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
-    from optin_deploy.search import check_search
+    from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import prepare
     from optin_deploy.sweep import HEADER, check_shares, parse_shares
     from optin_deploy.sweep import sweep as sweep_folder
@@ -112,7 +115,7 @@ def sweep(
 
     workspace, shares = Workspace(folder), parse_shares(flops)
     check_search(align, allocation)
-    workspace.read_scores()
+    check_align(align, workspace.read_scores().layout)
     prepared = prepare(judged_by(workspace.source(), evaluation))
     check_shares(prepared, shares)
     if dry_run:
