@@ -8,7 +8,7 @@ from pathlib import Path
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
 from exporters.bench.measuring import Point, check_different, check_runs, check_threads, length_of
-from exporters.bench.room import check_room
+from exporters.bench.room import check_room, least_bytes
 from exporters.bench.yardstick import DENSE, setting_of, yardstick
 from exporters.building import int8_samples
 from exporters.profiles import Profile
@@ -18,6 +18,7 @@ from optin_deploy.budget import Limits
 from optin_deploy.cost.latency import LatencyTable, read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import longest_text
+from optin_deploy.judging import judged_samples
 from optin_deploy.search import check_align, check_search
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.workspace import Source
@@ -61,6 +62,8 @@ def ready(
         raise BadInput(f"--seq-len {source.seq_len}: images have a size of their own, and no length in tokens.")
     limits.within(prepared.cost, prepared.params)
     check_align(align, prepared.layout)
+    if allocation == "curves":
+        judged_samples(prepared.calibration.batches)  # enough of them
     output_names(prepared.loaded.model, pool)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
@@ -93,8 +96,8 @@ def check_measured(limits: Limits, points: Sequence[Point], *, dense: bool) -> N
 
 
 def _check_room(prepared: Prepared, batch: int, tokens: int, precision: str, option: str) -> None:
-    model, layout = prepared.loaded.model, prepared.layout
-    check_room(model, layout, batch=batch, tokens=tokens, precision=precision, option=option)
+    each = least_bytes(prepared.loaded.model, prepared.layout, tokens=tokens, precision=precision)
+    check_room(each, option, batch)
 
 
 def _check_needed(

@@ -18,7 +18,6 @@ from optin_deploy.numbers import figures, milliseconds, si, size
 from optin_deploy.score_table import told
 from optin_deploy.storage import write_text
 
-
 FOLDERS = re.compile(r"(?<![\w.:/~@=-])(?:[A-Za-z]:[\\/]|/)(?:[^\\/\s`'\",;:()<>|]+[\\/])+")
 """The folders of an absolute path within a text."""
 

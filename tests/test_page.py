@@ -788,12 +788,14 @@ def test_the_wheel_carries_every_data_file() -> None:
 
 
 PHONE = """<!doctype html><body style="margin: 0">
-<iframe style="width: {width}px; height: 2000px; border: 0" srcdoc="{page}"></iframe><pre></pre><script>onload = () => {{
+<iframe style="width: {width}px; height: 2000px; border: 0" srcdoc="{page}"></iframe><pre></pre>
+<script>onload = () => {{
   const page = document.querySelector("iframe").contentDocument;
   const box = node => {{ const b = node.getBoundingClientRect(); return [b.left, b.right, b.height]; }};
   document.querySelector("pre").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth,
-    hidden: [...page.querySelectorAll("#size ~ .scroll, #latency ~ .scroll")].map(table => table.scrollWidth - table.clientWidth),
+    hidden: [...page.querySelectorAll("#size ~ .scroll, #latency ~ .scroll")].map(
+      table => table.scrollWidth - table.clientWidth),
     charts: [...page.querySelectorAll("svg[role=img]")].map(box),
     letters: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
   }});

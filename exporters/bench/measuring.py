@@ -11,7 +11,7 @@ from torch import nn
 
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
-from exporters.bench.room import check_room
+from exporters.bench.room import check_room, least_bytes
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
@@ -235,9 +235,8 @@ def checked(folder: Path, bench: Bench) -> Case:
         check_built(path, bench.engine, precision)
     for point in bench.points:
         tokens = length_of(point, pruned.model, pruned.plan.tokens)
-        check_room(
-            pruned.model, pruned.layout, batch=point.batch, tokens=tokens, precision=precision, option=str(point)
-        )
+        each = least_bytes(pruned.model, pruned.layout, tokens=tokens, precision=precision)
+        check_room(each, str(point), point.batch)
     check_different(bench.points)
     check_threads(bench.threads)
     bench = replace(bench, threads=target.threads(bench.threads))

@@ -18,32 +18,38 @@ VALUE_BYTES = {"fp16": 2, "bf16": 2, "int8": 1}
 ID_BYTES, PIXEL_BYTES = 8, 4
 
 
-def check_room(model: nn.Module, layout: ModelLayout, *, batch: int, tokens: int, precision: str, option: str) -> None:
-    """Refuse a batch whose inputs and activations take more than all memory that is free, here or on the GPU.
+def check_room(each: int, point: str, batch: int) -> None:
+    """Refuse a batch that takes more than all memory that is free, here or on the GPU.
 
-    Args: tokens: a sample, or patches of an image. option: what the user calls the size of input.
+    Args: each: bytes that a sample takes at the least. point: what the user calls the size of input.
     Raises: BadInput: says how many samples may fit.
     """
     gpu = current_gpu()
     free = max(free_bytes(device) for device in (torch.device("cpu"), *(() if gpu is None else (gpu,))))
-    each = least_bytes(model, layout, tokens=tokens, precision=precision)
     if batch * each > free:
         raise BadInput(
-            f"{option}: {batch} samples of {tokens} tokens take {batch * each / 2**30:,.1f} GiB or more, and "
-            f"{free / 2**30:,.1f} GiB are free. Give a batch of {max(1, free // each)} or less, or a shorter length."
+            f"{point}: a batch of {batch} takes {batch * each / 2**30:,.1f} GiB or more, and {free / 2**30:,.1f} GiB "
+            f"are free. Give a batch of {max(1, free // max(1, each))} or less, or a shorter length."
         )
 
 
-def least_bytes(model: nn.Module, layout: ModelLayout, *, tokens: int, precision: str = "fp32") -> int:
-    """Bytes that one sample takes at the least: its inputs, and what any engine holds inside of one FFN.
+def least_bytes(model: nn.Module, layout: ModelLayout, *, tokens: int, precision: str) -> int:
+    """Bytes that one sample takes at the least: its inputs and its activations.
 
-    That is the layer's input, its residual, and the wider of hidden state and neurons. Attention scores, weights and
-    workspaces come on top.
+    Args: tokens: a sample, or patches of an image.
     """
-    names, config = input_names(model), getattr(model, "config", None)
-    inputs = tokens * ID_BYTES * len(names) if names != ("pixel_values",) else PIXEL_BYTES * _pixels(config)
+    names = input_names(model)
+    inputs = PIXEL_BYTES * _pixels(model.config) if names == ("pixel_values",) else tokens * ID_BYTES * len(names)
+    return inputs + activation_bytes(layout, tokens=tokens, precision=precision)
+
+
+def activation_bytes(layout: ModelLayout, *, tokens: int, precision: str | None) -> int:
+    """Bytes that any engine holds of one sample inside of one FFN: its input, the residual, and what it computes.
+
+    Attention scores, weights and workspaces come on top.
+    """
     widest = max(2 * layer.hidden + max(layer.hidden, layer.neurons) for layer in layout.layers)
-    return inputs + tokens * widest * VALUE_BYTES.get(precision, 4)
+    return tokens * widest * VALUE_BYTES.get(precision or "", 4)
 
 
 def _pixels(config: Any) -> int:

@@ -53,6 +53,7 @@ def plan(
     With --allocation uniform or paper neither the model nor its calibration data is needed.
     """
     from exporters.ready import describe
+    from optin_deploy.judging import judged_samples
     from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned
@@ -71,6 +72,8 @@ def plan(
     else:
         prepared = prepare(judged_by(workspace.source(), evaluation))
         limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
+        if allocation == "curves":
+            judged_samples(prepared.calibration.batches)
         if dry_run:
             echo(describe(prepared, limits=limits, artifact=folder / "plan.json"))
             return
@@ -107,6 +110,7 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
+    from optin_deploy.judging import judged_samples
     from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import prepare
     from optin_deploy.sweep import HEADER, check_shares, parse_shares
@@ -118,6 +122,8 @@ def sweep(
     check_align(align, workspace.read_scores().layout)
     prepared = prepare(judged_by(workspace.source(), evaluation))
     check_shares(prepared, shares)
+    if allocation == "curves":
+        judged_samples(prepared.calibration.batches)
     if dry_run:
         typer.echo(f"would make and judge {len(shares)} models on {len(prepared.held_out)} rows")
         return
