@@ -47,7 +47,8 @@ def whole_number(value: int, option: str, low: int, high: int = INT32, hint: str
     Raises: BadInput.
     """
     if not low <= value <= high:
-        raise BadInput(f"{option} {value}: possible are {low} to {high}. {hint}".rstrip())
+        given = f"{option}{value}" if option.endswith("=") else f"{option} {value}"
+        raise BadInput(f"{given}: possible are {low} to {high}. {hint}".rstrip())
     return value
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ BASES: dict[str, list[tuple[object, ...]]] = {
     "build": [(finished_job,)],
     "bench": [(finished_job,)],
     "gate": [(lambda: finished_job() / "model.onnx", finished_job)],
-    "ship": [(finished_job, "--out", "repository"), ("--rollback",)],
+    "ship": [(finished_job, "--out", "repository"), ("--rollback",), ("--rollback", "--name", "x")],
     "serve-check": [(finished_job,)],
     "show": [(finished_job,), ("scores", finished_job)],
     "report": [(finished_job,)],
@@ -108,18 +109,17 @@ def check(arguments: list[object]) -> None:
         str(each).replace("{lines}", str(lines())).replace("{labelled}", str(labelled())) for each in arguments
     ]
     said, here = io.StringIO(), Path.cwd()
-    empty = root() / "nothing"
-    empty.mkdir(exist_ok=True)
-    os.chdir(empty)
-    try:
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            patch.setattr("exporters.ready._check_needed", lambda *_: None)  # it measures: seconds
-            code = run("optin", *arguments, monkeypatch=patch)
-    finally:
-        os.chdir(here)
-    assert code in (0, 2), (arguments, code, said.getvalue())
-    assert "Traceback" not in said.getvalue(), (arguments, said.getvalue())
-    assert not list(empty.iterdir()), (arguments, "a dry run wrote")
+    with tempfile.TemporaryDirectory(dir=root()) as empty:
+        os.chdir(empty)
+        try:
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+                patch.setattr("exporters.ready._check_needed", lambda *_: None)  # it measures: seconds
+                code = run("optin", *arguments, monkeypatch=patch)
+        finally:
+            os.chdir(here)
+        assert code in (0, 2), (arguments, code, said.getvalue())
+        assert "Traceback" not in said.getvalue(), (arguments, said.getvalue())
+        assert not os.listdir(empty), (arguments, "a dry run wrote")
 
 
 def test_every_command_with_a_dry_run_is_tried() -> None:

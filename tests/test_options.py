@@ -56,7 +56,7 @@ def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:
     [
         ("--threads", "999", "--threads 999: possible are 0 to"),
         ("--threads", "-1", "--threads -1: possible are 0 to"),
-        ("--at", "batch=99999999999", "--at batch 99999999999: possible are 1 to 2147483647"),
+        ("--at", "batch=99999999999", "--at batch=99999999999: possible are 1 to 2147483647"),
         ("--at", "batch=2000000000", "a batch of 2000000000 takes"),
         ("--at", f"seq={POSITIONS + 1}", f"--at batch=1,seq={POSITIONS + 1}: possible are 1 to {POSITIONS} tokens"),
         ("--at", "batch=1,batch=2", "batch is given twice"),
@@ -220,7 +220,7 @@ def test_images_have_no_length(shell: Shell, tmp_path: Path) -> None:
     [
         ("batch = [1, 1]", "batch names one value twice"),
         ('engines = ["onnx", "onnx"]', "engines names one value twice"),
-        ("batch = [99999999999]", "--at batch 99999999999"),
+        ("batch = [99999999999]", "--at batch=99999999999"),
         (f"batch = [{'9' * 5000}]", "cannot be read"),
         (f"batch = [0x{'f' * 5000}]", "--suite"),
         (f"batch = {list(range(1, 40))}\nseq = {list(range(1, 40))}", "500 points"),
@@ -375,3 +375,7 @@ def test_too_few_samples_are_found_before_the_curves(shell: Shell, finished: Pat
 def test_the_version_is_told(shell: Shell, program: str) -> None:
     ran = shell(program, "--version")
     assert (ran.code, ran.out) == (0, f"optin-deploy {__version__}\n")
+
+
+def test_a_rollback_of_nothing_makes_no_folder(shell: Shell, tmp_path: Path) -> None:
+    refused(shell, tmp_path / "out", ["ship", "--rollback", "--out", tmp_path / "out", "--name", "x"], "x")

@@ -43,7 +43,7 @@ class Point:
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("seq", self.seq)):
             if value is not None:
-                whole_number(value, f"--at {name}", 1, hint=AT_HINT)
+                whole_number(value, f"--at {name}=", 1, hint=AT_HINT)
 
     def __str__(self) -> str:
         """As it is typed."""
