@@ -100,4 +100,5 @@ def _limit(folder: Path) -> float | None:
 def _physical() -> int | None:
     import psutil
 
-    return psutil.cpu_count(logical=False)
+    found: int | None = psutil.cpu_count(logical=False)
+    return found
