@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
@@ -78,7 +79,7 @@ def ready(
     spec = ExportSpec(precision, pool, options, samples)
     if limits.time is not None:
         check_timeable(target, spec)
-        how = {"threads": threads, "align": align}
+        how: dict[str, Any] = {"threads": threads, "align": align}
         known = None
         if table is not None:
             known = read_table(table, prepared.layout, setting_of(prepared, target, spec, points[0], **how))
@@ -106,7 +107,7 @@ def _check_needed(
     target: Exporter,
     spec: ExportSpec,
     point: Point,
-    how: Mapping[str, int],
+    how: Mapping[str, Any],
     table: LatencyTable | None,
 ) -> None:
     """Refuse a time that the dense model keeps clearly: by its table, or measured here for a few seconds.
