@@ -27,6 +27,11 @@ def available_cpus(root: Path = Path("/")) -> int:
     return count if quota is None else max(1, min(count, int(quota)))
 
 
+def is_limited() -> bool:
+    """May this process use less than the whole machine?"""
+    return available_cpus() < (os.cpu_count() or 1)
+
+
 def default_threads(root: Path = Path("/")) -> int:
     """Threads of an engine that is asked for none: one for each physical core, within `available_cpus`."""
     usable = usable_cpus()

@@ -66,7 +66,7 @@ def measure(
 
     Args: task: of the dense model, where the engine runs its own folder. stage: draws progress, one stage a point.
     """
-    measured, threads = [], target.threads(threads)
+    measured = []
     for point in points:
         seq_len = length_of(point, pruned.model, pruned.plan.tokens)
         feeds = example_feeds(pruned.model, point.batch, seq_len)
@@ -79,7 +79,7 @@ def measure(
                 engine=target.engine,
                 batch=point.batch,
                 seq_len=seq_len,
-                threads=threads,
+                threads=target.threads(threads),
                 ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
                 timing=timing,
                 precision=precision,
@@ -200,6 +200,11 @@ class Case:
     pruned: PrunedModel
     task: str | None
 
+    @property
+    def threads(self) -> int:
+        """What the asked threads come to."""
+        return self.target.threads(self.bench.threads)
+
 
 def bench_folder(
     folder: Path, bench: Bench, *, dry_run: bool = False, stage: Stage = silent_stage
@@ -239,7 +244,7 @@ def checked(folder: Path, bench: Bench) -> Case:
         check_room(each, str(point), point.batch)
     check_different(bench.points)
     check_threads(bench.threads)
-    bench = replace(bench, threads=target.threads(bench.threads))
+    target.threads(bench.threads)
     return Case(bench, target, precision, dense, folder / name, pruned, source.task)
 
 

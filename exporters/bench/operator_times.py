@@ -17,7 +17,7 @@ from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
 from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.layout import ModelLayout
-from optin_deploy.processors import default_threads
+from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
 from optin_deploy.storage import write_json
@@ -67,7 +67,7 @@ def explain_folder(
     about = {
         "schema_version": 1,
         "precision": case.precision,
-        "threads": case.bench.threads,
+        "threads": case.threads,
         "environment": environment(),
     }
     write_json(folder / FILE, {**about, "points": [asdict(each) for each in found]})
@@ -78,7 +78,7 @@ def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: in
     """Profile an ONNX file of the ONNX exporter on the CPU; profiling itself takes a few percent."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads or default_threads()
+    settings.intra_op_num_threads = threads or (default_threads() if is_limited() else 0)
     with tempfile.TemporaryDirectory() as temporary:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(temporary) / "profile")
