@@ -191,7 +191,6 @@ class Case:
     """The same, with everything found and checked."""
 
     bench: Bench
-    """With the threads that it comes to."""
     target: Exporter
     precision: str
     """The asked one, or the engine's default."""
