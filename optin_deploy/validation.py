@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import read_json
 
 T = TypeVar("T")
 
 STORED = {"extra": "forbid", "strict": True}
 """`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
+OPEN = {"extra": "ignore", "strict": True}
+"""The same, of what other versions may have added fields to."""
+ANY_FIELD = {"extra": "allow", "strict": True}
+"""The same, of what is open to any field."""
+
+
+def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this version") -> T:
+    """Read a JSON file that optin-deploy wrote: the one way in which such files become values.
+
+    Args:
+        kind: the dataclass that describes the whole file.
+        hint: the command that makes the file again.
+        what: it would be, e.g. "a plan.json of optin-deploy".
+    Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
+    """
+    return validated(kind, read_json(path, hint, ours=True), f"{path}: not {what}", hint)
 
 
 def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T:
@@ -28,8 +46,11 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         return TypeAdapter(kind).validate_json(json.dumps(data))
     except ValidationError as err:
         first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "whole"
-        raise BadInput(f"{what}: {where}: {first['msg']}. {hint}") from err
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        said = first["msg"].removeprefix("Value error, ").removesuffix(".")
+        value = first["input"]
+        shown = "" if value is None or isinstance(value, dict | list | tuple) else f" (it is {ascii(value)[:60]})"
+        raise BadInput(f"{what}: {where}{said}{shown}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
         raise BadInput(f"{what}: {err}. {hint}") from err
 

@@ -21,7 +21,7 @@ from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.storage import sha256_file
 
 DEFAULT_SEQ = 128
 """Length where neither the user nor a plan beside the baseline gives one."""
@@ -182,7 +182,7 @@ def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
 def planned_length(folder: Path) -> int | None:
     """Tokens of the plan in an output folder; None: there is no plan of ours, only perhaps a foreign plan.json."""
     try:
-        return PruningPlan.from_json(read_json(folder / "plan.json", "")).tokens
+        return PruningPlan.read(folder / "plan.json", "").tokens
     except BadInput:
         return None
 
