@@ -55,6 +55,14 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         raise BadInput(f"{what}: {err}. {hint}") from err
 
 
+def holds(path: Path, *fields: str) -> bool:
+    """Is this a JSON object with these fields, such as an earlier result of the same command?"""
+    try:
+        return set(fields) <= set(read_json(path, ""))
+    except (BadInput, OSError):
+        return False
+
+
 def parse_size(text: str, option: str) -> int:
     """Read a size such as `4GiB`, `512MiB` or a number of bytes.
 
