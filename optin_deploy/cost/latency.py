@@ -163,7 +163,7 @@ def read_table(path: Path, layout: ModelLayout, setting: Mapping[str, str | int]
 def is_table(path: Path) -> bool:
     """Is this a latency table, of whatever model and setting?"""
     try:
-        LatencyTable.from_json(read_json(path, HINT))
+        read_stored(LatencyTable, path, HINT)
     except BadInput:
         return False
     return True
