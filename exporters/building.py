@@ -62,8 +62,9 @@ class Built:
         return {name: artifact.size_bytes for name, artifact in self.pairs[-1].artifacts().items()}
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of each artifact, by its file name."""
-        return {a.path.name: a.sha256 for pair in self.pairs for a in pair.artifacts().values()}
+        """sha256 of each artifact and of its data files, by file name."""
+        every = (artifact for pair in self.pairs for artifact in pair.artifacts().values())
+        return {name: sha256 for a in every for name, sha256 in {a.path.name: a.sha256, **a.data}.items()}
 
 
 def build(

@@ -66,6 +66,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, to make a file of several parts in; it is removed in the end."""
+    temporary = _beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _beside(path: Path) -> Path:
     """A new hidden name; known before the file exists, so that an interrupt at any point leaves nothing behind."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
