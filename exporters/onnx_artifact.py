@@ -7,6 +7,7 @@ are one, so that every reader takes the file as it is. The hash of the weights' 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from optin_deploy.ownership import Record
 from optin_deploy.storage import atomic_file, sha256_file
 
 KEY = "optin.key"
@@ -84,13 +86,13 @@ def install(draft: Path, out: Path) -> None:
     before, data = finished(out), data_path(out)
     if data_path(draft).exists():
         if data.exists():
-            out.unlink(missing_ok=True)
+            _remove(out)
         _move(data_path(draft), data)
         _move(draft, out)
         return
     _move(draft, out)
     if before is not None and before.data:
-        data.unlink()
+        _remove(data)
 
 
 def finished(path: Path) -> Finished | None:
@@ -141,6 +143,15 @@ def _hashed(path: Path) -> tuple[bool, str]:
 
 def _entry(sha256: str) -> bytes:
     return onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=SEAL, value=sha256)]).SerializeToString()
+
+
+def _remove(path: Path) -> None:
+    """In a folder that keeps a record, only what is ours."""
+    record = Record.above(path)
+    if record is None:
+        path.unlink(missing_ok=True)
+    else:
+        record.remove(os.path.relpath(path, record.root))
 
 
 def _move(draft: Path, out: Path) -> None:
