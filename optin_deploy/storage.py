@@ -91,6 +91,22 @@ def atomic_folder(path: Path, *, recorded: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, to make a file of several parts in; it is removed in the end.
+
+    Raises: BadInput: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path)
+    try:
+        with _room_on_disk(path):
+            temporary.mkdir()
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def _room_on_disk(path: Path) -> Iterator[None]:
     """Libraries have errors of their own for a full disk; here it is one.
 

@@ -14,11 +14,11 @@ from exporters.base import Exporter
 from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
 from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
 from exporters.bench.pins import Pin, pinned_path, read_pin, write_pin
-from exporters.checks.onnx_files import all_tensors, read_onnx
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.onnx_data import all_tensors, read_onnx
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.storage import sha256_file

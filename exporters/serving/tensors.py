@@ -9,9 +9,9 @@ import onnx
 from onnx import helper
 
 from exporters.checks.findings import named
-from exporters.checks.onnx_files import all_tensors, read_onnx
 from exporters.profiles import parse_profile
 from optin_deploy.errors import BadInput
+from optin_deploy.onnx_data import all_tensors, read_onnx
 from optin_deploy.runtimes.record import EngineRecord
 from optin_deploy.serving.manifest import DATATYPES, TensorSpec
 
