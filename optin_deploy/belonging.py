@@ -42,7 +42,12 @@ def _about_report(folder: Path) -> list[str]:
     if report is None:
         return []
     path, remedy = folder / REPORT, f"Run `optin export` with --out {folder} again."
-    found = about_another_model(path, report, *read_saved(folder / MODEL)[::2]) if has_model else []
+    found: list[str] = []
+    if has_model:
+        saved, _, plan = read_saved(folder / MODEL)
+        found += about_another_model(path, report, saved, plan)
+    elif (folder / PLAN).is_file() and PruningPlan.read(folder / PLAN, remedy).hash != report.hashes.get("plan"):
+        found.append(f"{path} is not about {folder / PLAN}. {remedy}")
     for name, sha256 in report.hashes.items():
         artifact = folder / name
         if Path(name).name == name and artifact.is_file() and sha256_file(artifact) != sha256:

@@ -192,7 +192,7 @@ class Workspace:
             raise BadInput(f"--out {root} is a file. Give a folder.")
         # Hidden files do not count: another worker may be writing its source.json at this moment.
         taken = root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
-        if taken and not force and not cls(root)._is_ours():
+        if taken and not force and not is_job(root):
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
         for what, name in source.inputs().items():
             if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
@@ -242,13 +242,6 @@ class Workspace:
     def _begin(self, *, force: bool) -> None:
         self.record.reserve(NAMES, force=force)
         self.record.begin()
-
-    def _is_ours(self) -> bool:
-        try:
-            self.source()
-        except BadInput:
-            return False
-        return True
 
     @property
     def source_path(self) -> Path:
@@ -380,6 +373,15 @@ class Workspace:
             if told != (pruned, cost.dense, cost.fixed, cost.tokens):
                 raise PlanMismatch(f"{path}: its MACs are not those of the units that it keeps. {PLAN_HINT}")
         return plan
+
+
+def is_job(folder: Path) -> bool:
+    """Is this the output folder of a job?"""
+    try:
+        Workspace(folder).source()
+    except BadInput:
+        return False
+    return True
 
 
 def _joined(lock: Lock) -> bool:
