@@ -34,7 +34,7 @@ from optin_deploy.commands.options import (
     Weights,
     Workspace_,
 )
-from optin_deploy.commands.parsing import echo, engine_options, load_of, writing
+from optin_deploy.commands.parsing import echo, engine_options, load_of, warn_of_disagreements, writing
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_latency, print_table, stage_bar
 
@@ -67,6 +67,7 @@ def build(
     from exporters.job import build_folder
 
     options = engine_options(profile, workspace, timing_cache, compatible, weights)
+    warn_of_disagreements(folder)
     with stage_bar("export"):
         built = build_folder(
             folder, engine=engine, precision=precision, pool=pool, options=options, dense=dense, dry_run=dry_run
@@ -122,6 +123,7 @@ def bench(
     from exporters.bench.measuring import Bench, Point, bench_folder, parse_point
     from exporters.bench.suites import bench_suite, read_suite
 
+    warn_of_disagreements(folder)
     points = tuple(map(parse_point, at)) if at else (Point(),)
     load = load_of(protocol, scenario, seconds, qps, target_latency)
     if load is not None:
