@@ -55,6 +55,7 @@ def publication(repository: Repository, target: Server, order: Order, models: Se
 def write(repository: Repository, wanted: Publication) -> None:
     """Write all of it, or nothing; the repository's lock is held."""
     if not (wanted.new or wanted.files):
+        Record(repository.root).clear_temporaries()
         return
     known = repository.names()
     with staged(repository.root) as staging:
