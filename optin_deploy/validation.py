@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +41,11 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         hint: ends it: the next step.
     Raises: BadInput: a field is missing, unknown, of the wrong type, or refused by the dataclass itself.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data))
+        found: T = _adapter(kind).validate_json(json.dumps(data))
+        return found
     except ValidationError as err:
         first = err.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
@@ -53,6 +55,14 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         raise BadInput(f"{what}: {where}{said}{shown}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
         raise BadInput(f"{what}: {err}. {hint}") from err
+
+
+@cache
+def _adapter(kind: type[Any]) -> Any:
+    """Made once for each dataclass: that takes longer than to read a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def holds(path: Path, *fields: str) -> bool:
