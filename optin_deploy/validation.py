@@ -43,8 +43,9 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
     """
     from pydantic import ValidationError
 
+    known: Any = kind
     try:
-        found: T = _adapter(kind).validate_json(json.dumps(data))
+        found: T = _adapter(known).validate_json(json.dumps(data))
         return found
     except ValidationError as err:
         first = err.errors()[0]

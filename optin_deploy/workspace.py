@@ -365,7 +365,7 @@ class Workspace:
         """
         path = self.root / "plan.json"
         stored = self._stored_scores() if (self.root / "scores.json").is_file() else None
-        plan = PruningPlan.read(path, PLAN_HINT, stored and stored.layout)
+        plan = PruningPlan.read(path, PLAN_HINT, None if stored is None else stored.layout)
         if stored is not None:
             cost = stored.cost
             pruned = cost.of([len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons])
