@@ -41,12 +41,15 @@ class Artifact:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     sha256: str
-    """Of the file, or of the weights inside the folder."""
+    """Of the file (which holds those of `data`), or of the weights inside the folder."""
     size_bytes: int
+    """With `data`."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages that made it."""
     shapes: tuple[tuple[int, int], ...] = ()
     """(batch, tokens) at which it must be proven, if it does not take every shape."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the files beside `path` that hold its weights, by their names."""
 
 
 class Exporter(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from exporters import exporter
 from exporters.base import Artifact, Exporter, ExportSpec, graph_precision
+from exporters.onnx_artifact import data_path
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.ownership import RECORD
@@ -63,8 +65,9 @@ class Built:
         return {name: artifact.size_bytes for name, artifact in self.pairs[-1].artifacts().items()}
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of each artifact, by its file name."""
-        return {a.path.name: a.sha256 for pair in self.pairs for a in pair.artifacts().values()}
+        """sha256 of each artifact and of its data files, by file name."""
+        every = (artifact for pair in self.pairs for artifact in pair.artifacts().values())
+        return {name: sha256 for a in every for name, sha256 in {a.path.name: a.sha256, **a.data}.items()}
 
 
 def build(
@@ -106,7 +109,8 @@ def _pair(
     if dense_name is not None and dense is not None:
         original = engine.export(dense, spec, workspace.root / dense_name)
     elif dense_name is not None:
-        workspace.record.remove(dense_name)  # of an earlier run: perhaps of another model
+        for each in (dense_name, data_path(Path(dense_name)).name):  # of an earlier run: perhaps of another model
+            workspace.record.remove(each)
     return Pair(engine, precision, smaller, original)
 
 

@@ -17,11 +17,11 @@ from exporters.checks.findings import HEADER, Finding, finding_rows, has_problem
 from exporters.checks.graph import check_graph, unsupported_by_list
 from exporters.checks.half_range import check_constants
 from exporters.checks.machine import check_machine
-from exporters.checks.onnx_files import all_tensors, external_fault, read_onnx
 from exporters.checks.preflight import build_ahead
 from exporters.checks.support import Parser, check_support, find_parser
 from optin_deploy.bench.machine import Machine, examine
 from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.onnx_data import all_tensors, external_fault, read_onnx
 from optin_deploy.storage import read_tensors
 
 SCHEMA_VERSION = 1

@@ -61,9 +61,14 @@ class Traced(nn.Module):
 
 
 def typed_copy(model: nn.Module, precision: str) -> nn.Module:
-    """The model in the type of a precision; itself if it has that type already."""
+    """The model in the type of a precision; itself if it has that type already. No weight is there three times."""
     dtype = DTYPES[precision]
-    return model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
+    if next(model.parameters()).dtype == dtype:
+        return model
+    typed: dict[int, Any] = {}  # what deepcopy takes instead of a copy
+    for parameter in filter(torch.is_floating_point, model.parameters()):
+        typed[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    return copy.deepcopy(model, typed).to(dtype)
 
 
 def graph_key(model: nn.Module, *settings: object) -> str:

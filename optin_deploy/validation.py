@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,22 @@ T = TypeVar("T")
 
 STORED = {"extra": "forbid", "strict": True}
 """`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
+OPEN = {"extra": "ignore", "strict": True}
+"""The same, of what other versions may have added fields to."""
+ANY_FIELD = {"extra": "allow", "strict": True}
+"""The same, of what is open to any field."""
+
+
+def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this version") -> T:
+    """Read a JSON file that optin-deploy wrote: the one way in which such files become values.
+
+    Args:
+        kind: the dataclass that describes the whole file.
+        hint: the command that makes the file again.
+        what: it would be, e.g. "a plan.json of optin-deploy".
+    Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
+    """
+    return validated(kind, read_json(path, hint, ours=True), f"{path}: not {what}", hint)
 
 
 def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T:
@@ -25,16 +42,29 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         hint: ends it: the next step.
     Raises: BadInput: a field is missing, unknown, of the wrong type, or refused by the dataclass itself.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
+    known: Any = kind
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data))
+        found: T = _adapter(known).validate_json(json.dumps(data))
+        return found
     except ValidationError as err:
         first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "whole"
-        raise BadInput(f"{what}: {where}: {first['msg']}. {hint}") from err
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        said = first["msg"].removeprefix("Value error, ").removesuffix(".")
+        value = first["input"]
+        shown = "" if value is None or isinstance(value, dict | list | tuple) else f" (it is {ascii(value)[:60]})"
+        raise BadInput(f"{what}: {where}{said}{shown}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
         raise BadInput(f"{what}: {err}. {hint}") from err
+
+
+@cache
+def _adapter(kind: type[Any]) -> Any:
+    """Made once for each dataclass: that takes longer than to read a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def holds(path: Path, *fields: str) -> bool:

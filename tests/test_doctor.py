@@ -28,12 +28,12 @@ from exporters.checks import half_range, support
 from exporters.checks.findings import Finding, named, plain, summary
 from exporters.checks.graph import UNSUPPORTED
 from exporters.checks.machine import check_machine
-from exporters.checks.onnx_files import read_onnx
 from exporters.checks.preflight import build_ahead
 from exporters.doctor import EngineRow, check_file, diagnose
 from optin_deploy.bench import machine as machine_module
 from optin_deploy.bench.machine import Gpu, Machine, cuda_of_driver, examine, nvidia_smi, reason, working_providers
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
+from optin_deploy.onnx_data import read_onnx
 
 HEALTHY = Machine(versions={"torch": "2.13.0+cpu", "transformers": "5.23.0", "onnxruntime": "1.32.0"})
 H100 = Gpu("NVIDIA H100", "9.0", 81559)

@@ -13,9 +13,9 @@ from onnx import helper
 
 from exporters.bench.measuring import Point
 from exporters.checks.findings import listed, named
-from exporters.checks.onnx_files import read_onnx
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
+from optin_deploy.onnx_data import read_onnx
 from optin_deploy.pruned import MANIFEST, load_pruned
 
 FIRST_ID, END_ID = 5, 100

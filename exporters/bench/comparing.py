@@ -15,15 +15,15 @@ from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, mak
 from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
 from exporters.bench.pins import Pin, pinned_path, read_pin, write_pin
 from exporters.bench.room import activation_bytes, check_room
-from exporters.checks.onnx_files import all_tensors, read_onnx
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.layout import ModelLayout
+from optin_deploy.onnx_data import all_tensors, read_onnx
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.storage import sha256_file
 
 DEFAULT_SEQ = 128
 """Length where neither the user nor a plan beside the baseline gives one."""
@@ -188,7 +188,7 @@ def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
 def planned_length(folder: Path) -> int | None:
     """Tokens of the plan in an output folder; None: there is no plan of ours, only perhaps a foreign plan.json."""
     try:
-        return PruningPlan.from_json(read_json(folder / "plan.json", "")).tokens
+        return PruningPlan.read(folder / "plan.json", "").tokens
     except BadInput:
         return None
 

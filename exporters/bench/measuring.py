@@ -12,6 +12,7 @@ from torch import nn
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
 from exporters.bench.room import check_room, least_bytes
+from exporters.origin import check_origin
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
@@ -235,8 +236,10 @@ def checked(folder: Path, bench: Bench) -> Case:
     name, dense_name = target.file_names(precision)
     dense = folder / dense_name if dense_name else Path(source.model)
     check_runs(target, precision)
-    for path in (dense, folder / name) if dense_name else (folder / name,):
+    for path, role in ((dense, "dense"), (folder / name, "pruned")) if dense_name else ((folder / name, "pruned"),):
         check_built(path, bench.engine, precision)
+        if path.is_file():
+            check_origin(path, role)
     for point in bench.points:
         tokens = length_of(point, pruned.model, pruned.plan.tokens)
         each = least_bytes(pruned.model, pruned.layout, tokens=tokens, precision=precision)

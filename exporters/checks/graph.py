@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto
 
 from exporters.checks.findings import Finding, listed, named
-from exporters.checks.onnx_files import all_nodes, all_tensors
+from optin_deploy.onnx_data import all_nodes, all_tensors
 
 ATTENTION_OPSET = 23
 """From here on ai.onnx has an Attention node."""

@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto
 
 from exporters.checks.findings import Finding, listed, named
-from exporters.checks.onnx_files import all_nodes, values
+from exporters.checks.onnx_files import values
+from optin_deploy.onnx_data import all_nodes
 
 LARGEST = 65504.0
 """Largest finite float16."""

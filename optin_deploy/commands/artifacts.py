@@ -34,7 +34,15 @@ from optin_deploy.commands.options import (
     Weights,
     Workspace_,
 )
-from optin_deploy.commands.parsing import check_plan_options, echo, engine_options, load_of, refuse_idle, writing
+from optin_deploy.commands.parsing import (
+    check_plan_options,
+    echo,
+    engine_options,
+    load_of,
+    refuse_idle,
+    warn_of_disagreements,
+    writing,
+)
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_latency, print_table, stage_bar
 
@@ -69,6 +77,7 @@ def build(
 
     check_plan_options(ctx, engine)
     options = engine_options(profile, workspace, timing_cache, compatible, weights)
+    warn_of_disagreements(folder)
     with stage_bar("export"):
         built = build_folder(
             folder, engine=engine, precision=precision, pool=pool, options=options, dense=dense, dry_run=dry_run
@@ -125,6 +134,7 @@ def bench(
     from exporters.bench.measuring import Bench, Point, bench_folder, parse_points
     from exporters.bench.suites import bench_suite, read_suite
 
+    warn_of_disagreements(folder)
     points = parse_points(at) or (Point(),)
     load = load_of(protocol, scenario, seconds, qps, target_latency)
     if load is not None:

@@ -78,6 +78,14 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
     return alone
 
 
+def warn_of_disagreements(folder: Path) -> None:
+    """Say what in an output folder does not belong together."""
+    from optin_deploy.belonging import disagreements
+
+    for problem in disagreements(folder):
+        warn(problem)
+
+
 def engine_options(
     profiles: Sequence[str] | None,
     workspace: str | None,

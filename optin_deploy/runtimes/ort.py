@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from optin_deploy.errors import MissingDependency
+from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.onnx_data import remedy
 from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import Closing, Feeds, check_names, check_onnx_file, check_threads, closed
 
@@ -55,8 +56,8 @@ class OrtRuntime(Closing):
         Args: path: an ONNX file; external data is looked for beside it.
             threads: intra-op threads; 0 = one per physical core, which ORT then also pins, or what a quota allows.
             provider: execution provider that the session must really get. options: its options.
-        Raises: BadInput: no such file, or negative threads. MissingDependency: see `import_onnxruntime`; or the
-            session runs on another provider than the asked one.
+        Raises: BadInput: no such file, a damaged one, or negative threads. MissingDependency: see `import_onnxruntime`;
+            or the session runs on another provider than the asked one.
         """
         self.engine = ENGINES.get(provider, provider)
         check_threads(threads, "ONNX Runtime's default")
@@ -77,7 +78,12 @@ class OrtRuntime(Closing):
                 f"This onnxruntime has no {provider}; it has {', '.join(known)}. See `optin doctor`."
             )
         # No fallback: `run` would go on with another provider after an error of this one.
-        session = ort.InferenceSession(str(path), sess_options=settings, providers=providers, enable_fallback=0)
+        said: Any = ort.capi.onnxruntime_pybind11_state
+        try:
+            session = ort.InferenceSession(str(path), sess_options=settings, providers=providers, enable_fallback=0)
+        except (said.InvalidProtobuf, said.InvalidGraph, said.InvalidArgument, said.Fail) as err:
+            why = " ".join(str(err).split())[:300]
+            raise BadInput(f"ONNX Runtime does not load {path}: {why}. {remedy(Path(path))}") from err
         # ORT drops a provider that does not load without raising; the CPU's numbers must not pass as its own.
         wanted = [name for name, _ in providers]
         if session.get_providers()[: len(wanted)] != wanted:

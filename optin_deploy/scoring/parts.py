@@ -160,7 +160,7 @@ class FolderStore:
         path, known = self._path(name), {branch.output: branch for branch in self.branches}
         try:
             sums = {known[output]: sums for output, sums in read_tensors(path, REMAKE_HINT).items()}
-            about = read_metadata(path)
+            about = read_metadata(path, REMAKE_HINT)
             figures = json.loads(about["figures"])
             whole = sums and all(_fits(some, branch) for branch, some in sums.items()) and _are_figures(figures)
         except (BadInput, SafetensorError, OSError, KeyError, ValueError):
