@@ -23,7 +23,7 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.onnx_data import all_tensors, read_onnx
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.storage import sha256_file
+from optin_deploy.storage import read_json, sha256_file
 
 DEFAULT_SEQ = 128
 """Length where neither the user nor a plan beside the baseline gives one."""
