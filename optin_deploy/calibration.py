@@ -26,7 +26,6 @@ __all__ = [
     "Batches",
     "Sample",
     "bundled_samples",
-    "check_tokenizer",
     "image_batches",
     "read_samples",
     "split",
@@ -163,29 +162,6 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
             ) from err
         batches.append({"pixel_values": pixels})
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
-
-
-def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Refuse a tokenizer that cannot belong to the model.
-
-    transformers builds one of a few special tokens, silently, when the vocabulary files are missing.
-    Raises: BadInput: hardly any ordinary token, or ids beyond `config.vocab_size`.
-    """
-    vocab = tokenizer.get_vocab()
-    size = getattr(config, "vocab_size", None)
-    ordinary = len(set(vocab) - set(tokenizer.all_special_tokens))
-    # 4 letters are a vocabulary (DNA models), but not beside an embedding many times as large.
-    if ordinary < 4 or (size is not None and ordinary < 100 and 4 * len(vocab) < size):
-        raise BadInput(
-            f"The tokenizer knows {len(vocab)} tokens, {ordinary} of them ordinary ones, and the model {size}: its"
-            " vocabulary files are missing. Put tokenizer.json (or vocab.txt, merges.txt, *.model) beside config.json."
-        )
-    needed = max(vocab.values()) + 1
-    if size is not None and needed > size:
-        raise BadInput(
-            f"The tokenizer needs {needed} embeddings, but config.vocab_size is {size}. Use the tokenizer saved"
-            " with this model, or resize the model's embeddings before pruning."
-        )
 
 
 def _check_text_options(samples: Sequence[Sample], tokenizer: Any, seq_len: int, pad_to: int | None) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from optin_deploy.errors import BadInput
+from optin_deploy.preprocessor import first_line, load_preprocessor
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -67,7 +68,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         if isinstance(err, BadInput):
             raise
-        raise BadInput(f"model {name} cannot be loaded: {_first_line(err)}") from err
+        raise BadInput(f"model {name} cannot be loaded: {first_line(err)}") from err
     drop_pooler(model, task)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -76,25 +77,6 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
             f"Choose another --task ({', '.join(AUTO_CLASSES)}) or give the fine-tuned checkpoint."
         )
     return LoadedModel(model.eval(), task, load_preprocessor(name, model))
-
-
-def load_preprocessor(name: str, model: nn.Module) -> Any:
-    """The tokenizer or image processor saved with a model.
-
-    Raises: BadInput: its files are missing, or they belong to another vocabulary.
-    """
-    from optin_deploy.calibration import check_tokenizer
-
-    text = model.main_input_name != "pixel_values"
-    auto: Any = transformers.AutoTokenizer if text else transformers.AutoImageProcessor
-    kind = "tokenizer (tokenizer.json or vocab.txt)" if text else "preprocessor_config.json"
-    try:
-        preprocessor = auto.from_pretrained(name, config=model.config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as err:
-        raise BadInput(f"{name} has no usable {kind}: {_first_line(err)}. Save it beside the weights.") from err
-    if text:
-        check_tokenizer(preprocessor, model.config)
-    return preprocessor
 
 
 def check_task(task: str) -> str:
@@ -128,7 +110,3 @@ def drop_pooler(model: nn.Module, task: str) -> None:
     """Remove a pooler that feature extraction does not use; it would cost time in every engine."""
     if task == "feature-extraction" and isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # type: ignore[assignment]  # transformers' own way to have none
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
