@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.preprocessor import first_line, load_preprocessor
+from optin_deploy.preprocessor import load_beside
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -30,6 +31,8 @@ class LoadedModel:
     task: str
     preprocessor: Any
     """Tokenizer for text, image processor for images."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What travels along unchanged with a pruned model, by path in the folder."""
 
     @property
     def is_text(self) -> bool:
@@ -68,7 +71,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         if isinstance(err, BadInput):
             raise
-        raise BadInput(f"model {name} cannot be loaded: {first_line(err)}") from err
+        raise BadInput(f"model {name} cannot be loaded: {_first_line(err)}") from err
     drop_pooler(model, task)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -76,7 +79,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
             f"{name} has no weights for {', '.join(missing[:3])}, which task {task!r} needs. "
             f"Choose another --task ({', '.join(AUTO_CLASSES)}) or give the fine-tuned checkpoint."
         )
-    return LoadedModel(model.eval(), task, load_preprocessor(name, model))
+    return LoadedModel(model.eval(), task, *load_beside(name, model))
 
 
 def check_task(task: str) -> str:
@@ -110,3 +113,7 @@ def drop_pooler(model: nn.Module, task: str) -> None:
     """Remove a pooler that feature extraction does not use; it would cost time in every engine."""
     if task == "feature-extraction" and isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # type: ignore[assignment]  # transformers' own way to have none
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -27,10 +27,12 @@ from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
 from optin_deploy.plan import PruningPlan
+from optin_deploy.preprocessor import walled
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import check_labels
+from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import make_plan, search_within
@@ -91,7 +93,10 @@ def prepare(source: Source) -> Prepared:
     chosen, held = split(samples, samples_limit=source.samples, seed=source.seed)
     if source.evaluation is not None:
         held = _unseen(_samples(source, source.evaluation), chosen, source.evaluation)
+    loaded = _as_in_file(loaded, source.model, (*chosen, *held))
     calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
+    if loaded.is_text:
+        warn_of_unknown(loaded.preprocessor, calibration)
     for batches in (calibration, held_out):
         check_labels(batches, loaded.model)
     if not loaded.is_text:
@@ -119,6 +124,16 @@ def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
             f"{type(loaded.model).__name__} does not take two samples at once: {err} Name the padding token in its "
             "config.json (pad_token_id), as the tokenizer has it."
         ) from err
+
+
+def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> LoadedModel:
+    """The model with a tokenizer that gives the ids of tokenizer.json, where there is one, on these rows."""
+    content = loaded.files.get("tokenizer.json")
+    if content is None:
+        return loaded
+    where, config = f"{name}: tokenizer.json", loaded.model.config
+    with walled(f"{where} cannot be used on the calibration texts"):
+        return replace(loaded, preprocessor=as_in_file(loaded.preprocessor, content, rows, config, where))
 
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
@@ -282,6 +297,7 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
+    pruned = replace(pruned, files=loaded.files)
     for pattern in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
         for stale in workspace.root.glob(pattern):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()

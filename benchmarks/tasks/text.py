@@ -146,7 +146,7 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # the new classifier's weights, and dropout
         model = _untrained(recipe.classes)
-        tokenizer = load_preprocessor(str(minilm_folder()), model)
+        tokenizer = load_preprocessor(minilm_folder(), model)
         frozen = ("bert.embeddings", "bert.encoder") if recipe.probe else ("bert.embeddings",)
         for path in frozen:
             model.get_submodule(path).requires_grad_(False)

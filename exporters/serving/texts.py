@@ -66,7 +66,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        graph = tokenizer.backend_tokenizer
+        graph = tokenizer.backend_tokenizer.to_str().encode()
     except (OSError, ValueError, AttributeError) as err:
         raise BadInput(f"--text: {folder} has no fast tokenizer (tokenizer.json): {err}") from err
     if tokenizer.pad_token is None:
@@ -77,8 +77,9 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
         "pad_type_id": tokenizer.pad_token_type_id,
         "direction": tokenizer.padding_side,
     }
+    saved = folder / "tokenizer.json"
     return {
         "model.py": payload("triton_tokenizer.py"),
-        "tokenizer.json": graph.to_str().encode(),
+        "tokenizer.json": saved.read_bytes() if saved.is_file() else graph,
         "padding.json": json.dumps(padding).encode(),
     }
