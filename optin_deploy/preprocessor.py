@@ -17,9 +17,11 @@ from torch import nn
 
 from optin_deploy.calibration import text_batches
 from optin_deploy.errors import BadInput, OptinError
-from optin_deploy.inputs import input_names
+from optin_deploy.inputs import gives_logits, input_names
+from optin_deploy.pooling import set_pooling
 from optin_deploy.raw_tokenizer import PROBES, as_in_file
 from optin_deploy.samples import Sample, short
+from optin_deploy.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
 from optin_deploy.support_files import (
     IMAGE_SETTINGS,
     TEXT_SETTINGS,
@@ -29,6 +31,7 @@ from optin_deploy.support_files import (
     support_folder,
 )
 
+CAPITALS = "The Quick BROWN Fox"
 TRIED_LENGTH = 32
 """Tokens of the texts that a tokenizer is tried with."""
 LARGEST_NUMBER = 4096
@@ -49,14 +52,29 @@ class Beside(NamedTuple):
 
 
 def load_beside(name: str, model: nn.Module) -> Beside:
-    """Read what lies beside the weights: of a folder, or of a hub id.
+    """Read what lies beside the weights, of a folder or of a hub id, and note in the config how states are pooled.
 
-    Raises: BadInput: as `load_preprocessor`.
+    Raises: BadInput: as `load_preprocessor`, or modules of sentence-transformers that are not understood.
     """
-    folder = support_folder(name)
-    preprocessor = load_preprocessor(folder, model)
-    path = support_file(folder, "tokenizer.json") if takes_text(model) else None
-    return Beside(preprocessor, {} if path is None else {"tokenizer.json": path.read_bytes()})
+    folder = root = support_folder(name)
+    embeds = takes_text(model) and not gives_logits(model)
+    if embeds:
+        root = sentence_root(folder)
+        folder = transformer_folder(root)
+    preprocessor, files = load_preprocessor(folder, model), {}
+    if takes_text(model) and (path := support_file(folder, "tokenizer.json")) is not None:
+        files["tokenizer.json"] = path.read_bytes()
+    config: Any = model.config
+    modules = read_sentence_modules(root, config.hidden_size) if embeds else None
+    if modules is not None:
+        set_pooling(config, modules.pooling)
+        files |= modules.files
+        if modules.lower_case and preprocessor(CAPITALS)["input_ids"] != preprocessor(CAPITALS.lower())["input_ids"]:
+            raise BadInput(
+                f"{root}: sentence_bert_config.json says do_lower_case, but the tokenizer tells capitals from small "
+                "letters. Put a Lowercase normalizer into tokenizer.json, as sentence-transformers does when it loads."
+            )
+    return Beside(preprocessor, files)
 
 
 def load_preprocessor(folder: Path, model: nn.Module) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_checkpoint as tiny
 import transformers
+from tiny_folders import model_with, uncut
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
@@ -21,14 +21,9 @@ from exporters.serving.texts import tokenizer_files
 from optin_deploy.calibration import Sample, text_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel, load_dense
-from optin_deploy.plan import Masks
 from optin_deploy.preprocessor import load_preprocessor, walled
-from optin_deploy.pruned import PrunedModel
-from optin_deploy.pruning import cut
 from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
-from optin_deploy.search import make_plan
-from optin_deploy.stages import Prepared, prepare
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.workspace import Workspace
 
 MIXED = ("The river, the bridge and 27 CARS!", *tiny.texts()[:6], "Straße café 東京")
 
@@ -54,25 +49,6 @@ def other_tokenizer(kind: str) -> str:
         single="<s> $A </s>", pair="<s> $A </s> </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return str(tokenizer.to_str(pretty=True))
-
-
-def model_with(folder: Path, tokenizer: str | None = None, **settings: Any) -> Path:
-    """A tiny BERT with another tokenizer.json, or other settings beside its own."""
-    shutil.copytree(tiny.bert(), folder)
-    names = {
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "cls_token": "<s>",
-        "sep_token": "</s>",
-        "model_max_length": 40,
-    }
-    if tokenizer is not None:
-        (folder / "tokenizer.json").write_text(tokenizer)
-        settings = names | {"model_max_length": 40} | settings
-    else:
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) | settings
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def raw_ids(folder: Path, *texts: str) -> list[int]:
@@ -129,32 +105,13 @@ def test_the_saved_and_the_shipped_tokenizer_is_the_file_itself(case: str | None
     kind, settings = CASES[case] if case else (None, {})
     folder = model_with(tmp_path / "model", kind and other_tokenizer(kind), **settings)
     work = Workspace(tmp_path / "work")
-    pruned_of(folder).save(work.model_folder)
+    uncut(folder).save(work.model_folder)
     _copy_support_files(work)
     content = (folder / "tokenizer.json").read_bytes()
     for saved in (work.model_folder, work.root):
         assert (saved / "tokenizer.json").read_bytes() == content
         assert same_ids(transformers.AutoTokenizer.from_pretrained(saved), folder)
     assert tokenizer_files(work.model_folder)["tokenizer.json"] == content
-
-
-def prepared_of(folder: Path) -> Prepared:
-    return prepare(Source(str(folder), calibration=str(tiny.lines()), seq_len=16, samples=24))
-
-
-def pruned_of(folder: Path) -> PrunedModel:
-    """The model as it is, saved as a cut one would be."""
-    prepared = prepared_of(folder)
-    layers = prepared.layout.layers
-    masks = Masks(
-        tuple((True,) * layer.heads for layer in layers),
-        tuple((True,) * layer.neurons for layer in layers),
-        prepared.layout.hash,
-    )
-    plan, loaded = make_plan(masks, prepared.layout, prepared.cost), prepared.loaded
-    batches = prepared.calibration.batches
-    pruned = cut(loaded.model, prepared.layout, plan, batches, compensation=False, preprocessor=loaded.preprocessor)
-    return replace(pruned, files=loaded.files)
 
 
 def test_texts_of_the_user_are_compared_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,9 +14,10 @@ import tiny_checkpoint as tiny
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_folders import sentence_model
 
 from optin_deploy.errors import BadInput
-from optin_deploy.preprocessor import load_preprocessor
+from optin_deploy.preprocessor import load_beside
 
 FIELDS = {
     "tokenizer_config.json": (
@@ -35,6 +36,13 @@ FIELDS = {
         *("additional_special_tokens", "extra_special_tokens", "vocab", "tokenizer_class"),
     ),
     "added_tokens.json": ("[UNK]", "[MASK]", "new", ""),
+    "modules.json": ("path", "type", "idx", "name"),
+    "1_Pooling/config.json": (
+        *("pooling_mode", "pooling_mode_cls_token", "pooling_mode_max_tokens", "word_embedding_dimension"),
+        *("embedding_dimension", "include_prompt"),
+    ),
+    "sentence_bert_config.json": ("max_seq_length", "do_lower_case", "transformer_task", "module_output_name"),
+    "config_sentence_transformers.json": ("prompts", "default_prompt_name", "__version__", "similarity_fn_name"),
     "preprocessor_config.json": (
         *("image_processor_type", "do_resize", "size", "do_normalize", "image_mean", "image_std", "do_rescale"),
         *("rescale_factor", "resample", "crop_size", "do_center_crop", "do_convert_rgb", "feature_extractor_type"),
@@ -94,15 +102,20 @@ def models() -> dict[str, Any]:
     return {"text": transformers.BertModel(config), "image": transformers.ViTForImageClassification(image)}
 
 
+@cache
+def sentence_folder() -> Path:
+    return sentence_model(tiny.root() / "fuzz-sentence")
+
+
 def loaded_or_refused(file: str, change: Any, folder: Path) -> str:
     """Change a file of a good folder and load it: empty, or what was said against it."""
     kind = "image" if file == "preprocessor_config.json" else "text"
     shutil.rmtree(folder, ignore_errors=True)
-    source = tiny.vit() if kind == "image" else tiny.bert()
+    source = tiny.vit() if kind == "image" else sentence_folder()
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     change(folder / file)
     try:
-        load_preprocessor(folder, models()[kind])
+        load_beside(str(folder), models()[kind])
     except BadInput as refused:
         return str(refused)
     return ""
@@ -110,7 +123,8 @@ def loaded_or_refused(file: str, change: Any, folder: Path) -> str:
 
 def set_field(path: Path, field: str, value: Any) -> None:
     fields = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**fields, field: value}))
+    new = [fields[0], {**fields[1], field: value}] if isinstance(fields, list) else {**fields, field: value}
+    path.write_text(json.dumps(new))
 
 
 def check_field(change: tuple[str, str], value: Any, folder: Path) -> None:

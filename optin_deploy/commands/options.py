@@ -193,7 +193,10 @@ SuiteFile = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
-Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
+Pool = Annotated[
+    str | None,
+    typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
+]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
