@@ -14,6 +14,7 @@ from exporters import exporter
 from exporters.base import Artifact, Exporter, ExportSpec, graph_precision
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.masking import Batch, rows_of
+from optin_deploy.ownership import RECORD
 from optin_deploy.storage import atomic_file, read_json, write_json
 from optin_deploy.workspace import Workspace
 
@@ -105,17 +106,17 @@ def _pair(
     if dense_name is not None and dense is not None:
         original = engine.export(dense, spec, workspace.root / dense_name)
     elif dense_name is not None:
-        (workspace.root / dense_name).unlink(missing_ok=True)  # of an earlier run: perhaps of another model
+        workspace.record.remove(dense_name)  # of an earlier run: perhaps of another model
     return Pair(engine, precision, smaller, original)
 
 
 def _copy_support_files(workspace: Workspace) -> None:
     """Config, tokenizer and modules beside the ONNX file, where Optimum and others look for them."""
     for file in (path for path in workspace.model_folder.rglob("*") if path.is_file()):
-        name = file.relative_to(workspace.model_folder)
-        if str(name) == "tokenizer_config.json":
+        name = str(file.relative_to(workspace.model_folder))
+        if name == "tokenizer_config.json":
             write_json(workspace.root / name, _for_transformers_4(read_json(file, "Run the export again.")))
-        elif str(name) not in OWN_FILES:
+        elif name not in (*OWN_FILES, RECORD):
             with atomic_file(workspace.root / name) as temporary:
                 shutil.copyfile(file, temporary)
 

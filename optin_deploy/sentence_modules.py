@@ -126,7 +126,7 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
         for each in modules:
             if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("path", "type")):
                 raise ValueError(f"a module is {short(each)}, without path and type")
-            if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,99})?", each["path"]):
+            if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,99})?", each["path"]):
                 raise ValueError(f"the path {short(each['path'])} is not the name of a folder inside")
     except (ValueError, RecursionError) as err:
         raise BadInput(f"{file} cannot be used: {err}. {SAVE}") from err
