@@ -26,6 +26,7 @@ from optin_deploy.inputs import check_seq_len, config_settings, input_names, set
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
+from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.plan import PruningPlan
 from optin_deploy.preprocessor import walled
 from optin_deploy.progress import Progress, silent
@@ -63,6 +64,8 @@ class Prepared:
     held_out: Batches
     """Rows that no stage learns from."""
     weights_sha256: str
+    text_pairs: bool = False
+    """Are there pairs of texts among the rows?"""
     _measured: list[TokenWeights | None] = field(default_factory=list, init=False, repr=False)
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
@@ -108,8 +111,9 @@ def prepare(source: Source) -> Prepared:
     except ValueError as err:
         raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
     _try_two(loaded, calibration)
+    pairs = any(row.text_pair is not None for row in (*chosen, *held))
     params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
-    return Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+    return Prepared(source, loaded, layout, cost, params, calibration, held_out, weights, pairs)
 
 
 def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
@@ -139,7 +143,8 @@ def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> Loade
 
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
-    return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
+    columns = {name: getattr(source, name) for name in ("text_column", "label_column", "pair_column")}
+    return read_samples(Path(path), **columns)
 
 
 def _unseen(rows: Sequence[Sample], calibration: Sequence[Sample], path: str) -> tuple[Sample, ...]:
@@ -300,7 +305,7 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
-    pruned = replace(pruned, files=loaded.files)
+    pruned = replace(pruned, files=loaded.files, report={**pruned.report, TEXT_PAIRS: prepared.text_pairs})
     for name in (*workspace.record.names(), *FOLDERS_FROM_MODEL):
         if any(fnmatch(name, pattern) for pattern in MADE_FROM_MODEL):  # of an earlier plan
             workspace.record.remove(name)  # nothing may be measured or shipped beside the wrong model

@@ -20,6 +20,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
 from optin_deploy.locking import ATTEMPTS, Lock, opened
 from optin_deploy.ownership import Record
+from optin_deploy.pairs import PAIR_COLUMN
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.storage import read_json, read_metadata, read_tensors, write_json, write_tensors
@@ -81,6 +82,8 @@ class Source:
     seed: int = 0
     evaluation: str | None = None
     """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
+    pair_column: str = PAIR_COLUMN
+    """Column of the second text of pairs."""
 
     def inputs(self) -> dict[str, str]:
         """What a job reads, by what it is."""

@@ -91,7 +91,7 @@ VALUES = st.recursive(
 )
 CHANGES = st.sampled_from([(file, field) for file, fields in FIELDS.items() for field in fields])
 MANY = os.environ.get("OPTIN_FUZZ") == "1"
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
+HEALTH = list(HealthCheck)
 
 
 @cache
@@ -134,18 +134,66 @@ def check_field(change: tuple[str, str], value: Any, folder: Path) -> None:
     assert len(said) < 2000
 
 
-@settings(max_examples=150, **QUIET)
-@given(CHANGES, VALUES)
-def test_any_value_in_any_field_is_loaded_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, change: tuple[str, str], value: Any
-) -> None:
-    check_field(change, value, tmp_path_factory.getbasetemp() / "fuzzed")
+PLACES = st.lists(st.integers(0, 30), min_size=1, max_size=4)
+DAMAGES = st.tuples(st.sampled_from(["cut", "insert", "overwrite"]), st.integers(0, 20_000), st.binary(max_size=4))
+
+
+def check_value(places: list[int], value: Any, folder: Path) -> None:
+    """Put a value at some place of tokenizer.json, as deep as `places` leads."""
+
+    def change(path: Path) -> None:
+        node = data = json.loads(path.read_text())
+        for place in places[:-1]:
+            inner = list(node.values()) if isinstance(node, dict) else node
+            deeper = inner[place % len(inner)] if inner else None
+            if not isinstance(deeper, dict | list) or not deeper:
+                break
+            node = deeper
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        node[keys[places[-1] % len(keys)]] = value
+        path.write_text(json.dumps(data))
+
+    loaded_or_refused("tokenizer.json", change, folder)
+
+
+def check_damage(damage: tuple[str, int, bytes], folder: Path) -> None:
+    kind, place, new = damage
+
+    def change(path: Path) -> None:
+        content = path.read_bytes()
+        place_inside = place % len(content)
+        rest = {"cut": place_inside + 40, "insert": place_inside, "overwrite": place_inside + len(new)}[kind]
+        path.write_bytes(content[:place_inside] + new + content[rest:])
+
+    loaded_or_refused("tokenizer.json", change, folder)
+
+
+FUZZED = {
+    "fields": (check_field, CHANGES, VALUES),
+    "values of tokenizer.json": (check_value, PLACES, VALUES),
+    "damage of tokenizer.json": (check_damage, DAMAGES),
+}
+USUAL = {"fields": 120, "values of tokenizer.json": 30, "damage of tokenizer.json": 30}
+
+
+def run(kind: str, examples: int, folder: Path) -> None:
+    """Call a check with so many examples, always the same ones."""
+    check, *strategies = FUZZED[kind]
+
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=HEALTH)
+    @given(st.tuples(*strategies))
+    def checked(case: tuple[Any, ...]) -> None:
+        check(*case, folder)
+
+    checked()
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_whatever_the_files_hold_is_loaded_or_refused(kind: str, tmp_path: Path) -> None:
+    run(kind, USUAL[kind], tmp_path / "fuzzed")
 
 
 @pytest.mark.skipif(not MANY, reason="takes minutes; asked for by OPTIN_FUZZ=1")
-@settings(max_examples=3000, **QUIET)
-@given(CHANGES, VALUES)
-def test_any_value_in_any_field_at_length(
-    tmp_path_factory: pytest.TempPathFactory, change: tuple[str, str], value: Any
-) -> None:
-    check_field(change, value, tmp_path_factory.getbasetemp() / "fuzzed")
+@pytest.mark.parametrize("kind", FUZZED)
+def test_whatever_the_files_hold_at_length(kind: str, tmp_path: Path) -> None:
+    run(kind, 20 * USUAL[kind], tmp_path / "fuzzed")

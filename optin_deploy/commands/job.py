@@ -29,6 +29,7 @@ from optin_deploy.commands.options import (
     MemoryBudget,
     Model,
     Out,
+    PairColumn,
     Paper,
     Params,
     Pool,
@@ -81,6 +82,7 @@ def export(
     task: Task = None,
     calibration: Calibration = None,
     text_column: TextColumn = "text",
+    pair_column: PairColumn = "text_pair",
     label_column: LabelColumn = "label",
     seq_len: SeqLen = 128,
     samples: Samples = 512,
@@ -124,7 +126,7 @@ def export(
     from exporters.ready import describe, ready
     from optin_deploy.workspace import Workspace
 
-    source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
+    source = source_of(model, task, calibration, (text_column, pair_column, label_column), seq_len, samples, seed)
     source = judged_by(source, evaluation)
     limits = limits_of(flops, params, size, max_drop, latency=latency, speedup=speedup, throughput=throughput)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")

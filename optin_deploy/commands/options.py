@@ -14,6 +14,9 @@ Calibration = Annotated[
     Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
+PairColumn = Annotated[
+    str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
+]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
 SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
