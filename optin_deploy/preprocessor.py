@@ -136,9 +136,8 @@ def _tokenizer(folder: Path, model: nn.Module) -> Any:
 def _image_processor(folder: Path, model: nn.Module) -> Any:
     from PIL import Image
 
-    processor: Any = transformers.AutoImageProcessor.from_pretrained(
-        folder, config=model.config, trust_remote_code=False
-    )
+    kind: Any = transformers.AutoImageProcessor
+    processor = kind.from_pretrained(folder, config=model.config, trust_remote_code=False)
     grey = getattr(model.config, "num_channels", 3) == 1
     image = Image.new("L" if grey else "RGB", (60, 40), 100 if grey else (200, 100, 50))
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"]

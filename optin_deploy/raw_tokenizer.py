@@ -107,7 +107,8 @@ def _of_file(content: bytes, raw: Tokenizer, tokenizer: Any) -> Any:
         None,
     )
     known = {name: str(token) for name, token in named.items() if token and raw.token_to_id(str(token)) is not None}
-    return transformers.PreTrainedTokenizerFast(
+    kind: Any = transformers.PreTrainedTokenizerFast
+    return kind(
         tokenizer_object=Tokenizer.from_str(content.decode("utf-8")),
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,

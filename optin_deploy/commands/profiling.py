@@ -55,7 +55,7 @@ def profile(
     from exporters.bench.profiling import profile_model
     from optin_deploy.cost.latency import TABLE_HEADER, held_out_line, table_rows
 
-    source = source_of(model, task, calibration, "text", "label", seq_len, 512, seed)
+    source = source_of(model, task, calibration, ("text", "text_pair", "label"), seq_len, 512, seed)
     path = out or Path(f"{Path(source.model).name}-{engine}-latency.json")
     table = profile_model(
         source,
