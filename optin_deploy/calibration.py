@@ -124,7 +124,7 @@ def text_batches(
     options: dict[str, Any] = {"truncation": True, "max_length": seq_len}
     options |= {f"return_{name}": name in inputs for name in ("attention_mask", "token_type_ids")}
     # One by one: a list cannot mix single texts and pairs.
-    rows = [(tokenizer(s.text, s.text_pair, **options), s.label) for s in samples]
+    rows = [(_encoded(tokenizer, sample, options), sample.label) for sample in samples]
     rows.sort(key=lambda row: len(row[0]["input_ids"]))
     missing = [name for name in inputs if rows and name not in rows[0][0]]
     if missing:
@@ -162,6 +162,16 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
             ) from err
         batches.append({"pixel_values": pixels})
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
+
+
+def _encoded(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
+    try:
+        return tokenizer(sample.text, sample.text_pair, **options)
+    except Exception as err:  # what tokenizers raises is no narrower
+        raise BadInput(
+            f"{sample.source}: the tokenizer cannot take this text: {err}. Delete that row, or save the tokenizer again"
+            " with its unknown token."
+        ) from err
 
 
 def _check_text_options(samples: Sequence[Sample], tokenizer: Any, seq_len: int, pad_to: int | None) -> None:

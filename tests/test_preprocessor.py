@@ -146,6 +146,14 @@ def test_many_unknown_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
         assert ("unknown to the tokenizer ([UNK])" in caplog.text) == told
 
 
+def test_a_text_that_the_tokenizer_cannot_take_is_named() -> None:
+    words = Tokenizer(kinds.WordLevel({"river": 0, "<pad>": 1}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    rows = [Sample(text="river", source="a.txt:1"), Sample(text="bridge", source="a.txt:2")]
+    with pytest.raises(BadInput, match=r"a\.txt:2: the tokenizer cannot take this text"):
+        text_batches(rows, tokenizer, seq_len=4)
+
+
 # files that are not what they should be
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 466247\n"
