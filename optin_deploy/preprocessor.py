@@ -16,11 +16,12 @@ import transformers
 from torch import nn
 
 from optin_deploy.calibration import text_batches
+from optin_deploy.data_files import short
 from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.inputs import gives_logits, input_names
 from optin_deploy.pooling import set_pooling
 from optin_deploy.raw_tokenizer import PROBES, as_in_file
-from optin_deploy.samples import Sample, short
+from optin_deploy.samples import Sample
 from optin_deploy.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
 from optin_deploy.support_files import (
     IMAGE_SETTINGS,

@@ -16,8 +16,9 @@ import transformers
 from tokenizers import Tokenizer
 
 from optin_deploy.calibration import Batches
+from optin_deploy.data_files import short
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import Sample, short
+from optin_deploy.samples import Sample
 
 log = logging.getLogger(__name__)
 

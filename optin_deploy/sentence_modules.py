@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optin_deploy.data_files import short
 from optin_deploy.errors import BadInput
 from optin_deploy.pooling import POOLINGS
-from optin_deploy.samples import short
 from optin_deploy.storage import read_json
 from optin_deploy.support_files import support_file
 
