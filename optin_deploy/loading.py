@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from optin_deploy.errors import BadInput
+from optin_deploy.preprocessor import load_beside
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -29,6 +31,8 @@ class LoadedModel:
     task: str
     preprocessor: Any
     """Tokenizer for text, image processor for images."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What travels along unchanged with a pruned model, by path in the folder."""
 
     @property
     def is_text(self) -> bool:
@@ -75,26 +79,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
             f"{name} has no weights for {', '.join(missing[:3])}, which task {task!r} needs. "
             f"Choose another --task ({', '.join(AUTO_CLASSES)}) or give the fine-tuned checkpoint."
         )
-    return LoadedModel(model.eval(), task, load_preprocessor(name, model))
-
-
-def load_preprocessor(name: str, model: nn.Module) -> Any:
-    """The tokenizer or image processor saved with a model.
-
-    Raises: BadInput: its files are missing, or they belong to another vocabulary.
-    """
-    from optin_deploy.calibration import check_tokenizer
-
-    text = model.main_input_name != "pixel_values"
-    auto: Any = transformers.AutoTokenizer if text else transformers.AutoImageProcessor
-    kind = "tokenizer (tokenizer.json or vocab.txt)" if text else "preprocessor_config.json"
-    try:
-        preprocessor = auto.from_pretrained(name, config=model.config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as err:
-        raise BadInput(f"{name} has no usable {kind}: {_first_line(err)}. Save it beside the weights.") from err
-    if text:
-        check_tokenizer(preprocessor, model.config)
-    return preprocessor
+    return LoadedModel(model.eval(), task, *load_beside(name, model))
 
 
 def check_task(task: str) -> str:

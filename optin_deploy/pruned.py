@@ -76,6 +76,8 @@ class PrunedModel:
     """What is known about the cut: MACs, parameters, parity, seconds."""
     preprocessor: Any = None
     """Tokenizer or image processor, saved beside the weights if given."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the dense model that are saved unchanged, by path in the folder: what transformers would write anew."""
 
     def save(self, folder: str | Path, *, key: str = "") -> Path:
         """Write the model to a folder, whole or not at all.
@@ -91,6 +93,9 @@ class PrunedModel:
             config.save_pretrained(temporary)
             if self.preprocessor is not None:
                 self.preprocessor.save_pretrained(temporary)
+            for name, content in self.files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_bytes(content)
             # Hugging Face loaders ask for the format in the metadata.
             write_tensors(temporary / "model.safetensors", self.model.state_dict(), {"format": "pt"})
             write_json(temporary / "plan.json", self.plan.to_json())
