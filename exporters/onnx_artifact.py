@@ -150,7 +150,9 @@ def _hashed(path: Path) -> tuple[bool, str]:
 
 
 def _entry(sha256: str) -> bytes:
-    return onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=SEAL, value=sha256)]).SerializeToString()
+    entry = onnx.StringStringEntryProto(key=SEAL, value=sha256)
+    data: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    return data
 
 
 def _remove(path: Path) -> None:
