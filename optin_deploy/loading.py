@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
+from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
+from optin_deploy.checkpoint.files import Stored, model_folder, read_weights, stored_tensors
+from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
+from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
+from optin_deploy.inputs import example_inputs, longest_text
+from optin_deploy.masking import inference
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -19,6 +25,19 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 """Task -> transformers auto class. A new task is a line here and an output kind in scoring/losses.py."""
+
+
+ENDINGS = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "Model": "feature-extraction",
+}
+"""Ending of an architecture -> task."""
+OTHER_HEADS = ("HeadModel", "HeadsModel", "DecoderModel")
+"""Endings of architectures that end in Model but are more than it."""
+TRIED_TOKENS = 8
+"""Length of the text that a loaded model is tried with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,43 +58,78 @@ class LoadedModel:
 def load_dense(name: str, task: str | None = None) -> LoadedModel:
     """Load model and preprocessor from a folder or the hub, in float32 and evaluation mode.
 
+    Nothing is built before config.json and the headers of the weights agree on the sizes, and whatever goes wrong with
+    the files is bad input.
     Args: task: one of AUTO_CLASSES; inferred from `config.architectures` if None.
-    Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the task.
+    Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the config or the task.
     """
-    folder = Path(name)
-    local = folder.exists()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise BadInput(f"model folder {name} does not exist. Give a folder with config.json, or a hub id.")
-    if local and not (folder / "config.json").is_file():
-        raise BadInput(f"{name} has no config.json. Give the folder that save_pretrained wrote.")
-    if local and not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        found = f" ({others[0]} is a pickle, which is not read)" if others else ""
-        raise BadInput(f"{name} has no *.safetensors weights{found}. Save with save_pretrained.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        task = check_task(task) if task else infer_task(config)
-        auto: Any = getattr(transformers, AUTO_CLASSES[task])
-        model, info = auto.from_pretrained(
-            name,
-            config=config,
+    folder = model_folder(name)
+    source = folder / "config.json"
+    data = read_config(source)
+    config = make_config(source, data)
+    task = check_task(task) if task else infer_task(config)
+    _check_config(source, config, task)
+    stored = stored_tensors(name, folder)
+    model, left_out = _load(source, data, task, stored)
+    tell_left_out(source, model, left_out)
+    drop_pooler(model, task)
+    _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
+    model.config.name_or_path = name
+    return LoadedModel(model, task, load_preprocessor(name, model))
+
+
+def _load(
+    source: Path, data: Mapping[str, Any], task: str, stored: Mapping[str, Stored]
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with its weights, and what is left out; a config and weights that do not agree are refused."""
+    auto: Any = getattr(transformers, AUTO_CLASSES[task])
+    sketched = sketch(source, data, stored.values(), auto.from_config, ratio=2)
+    with wall(f"model {source.parent} cannot be loaded", CONFIG_HINT):
+        model, info = type(sketched).from_pretrained(
+            None,
+            config=sketched.config,
+            state_dict=read_weights(stored),
             dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        if isinstance(err, BadInput):
-            raise
-        raise BadInput(f"model {name} cannot be loaded: {_first_line(err)}") from err
-    drop_pooler(model, task)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise BadInput(
-            f"{name} has no weights for {', '.join(missing[:3])}, which task {task!r} needs. "
-            f"Choose another --task ({', '.join(AUTO_CLASSES)}) or give the fine-tuned checkpoint."
-        )
-    return LoadedModel(model.eval(), task, load_preprocessor(name, model))
+    check_missing(source, model, info["missing_keys"], task, AUTO_CLASSES)
+    check_mismatched(source, model.config, info["mismatched_keys"])
+    return model.eval(), check_unexpected(source, model, info["unexpected_keys"])
+
+
+def _check_config(source: Path, config: Any, task: str) -> None:
+    """Refuse what no task gives the model, and classes without a name.
+
+    Raises: BadInput.
+    """
+    for name in ("add_cross_attention", "is_encoder_decoder"):
+        if getattr(config, name, False):
+            raise BadInput(
+                f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
+                "Give an encoder, or a decoder alone."
+            )
+    labels = config.id2label or {}
+    if task != "feature-extraction" and set(labels) != set(range(len(labels))):
+        raise BadInput(f"{source}: id2label has the keys {shown(sorted(labels))}; 0 to {len(labels) - 1} are needed.")
+
+
+def _try_one(source: Path, data: Mapping[str, Any], model: Any, load: Callable[[dict[str, Any]], Any]) -> None:
+    """Run the model once: some entries of a config are read in the forward only.
+
+    Args: load: loads the same weights with other entries, to find the one that is wrong.
+    Raises: BadInput: what was loaded does not run.
+    """
+    if getattr(model, "main_input_name", None) not in ("input_ids", "pixel_values"):
+        return
+
+    def run(entries: dict[str, Any]) -> None:
+        tried = model if entries == data else load(entries)
+        with inference(tried), torch.no_grad():
+            longest = longest_text(tried.config) if tried.main_input_name == "input_ids" else None
+            tried(**example_inputs(tried, batch=1, seq_len=min(TRIED_TOKENS, longest or TRIED_TOKENS)))
+
+    blamed(source, data, run, CONFIG_HINT)
 
 
 def load_preprocessor(name: str, model: nn.Module) -> Any:
@@ -113,15 +167,13 @@ def infer_task(config: Any) -> str:
     Raises: BadInput: a head that no task covers.
     """
     name = (getattr(config, "architectures", None) or [""])[0]
-    endings = {
-        "ForSequenceClassification": "text-classification",
-        "ForImageClassification": "image-classification",
-        "Model": "feature-extraction",
-    }
-    for ending, task in endings.items():
-        if name.endswith(ending):
+    for ending, task in ENDINGS.items():
+        if name.endswith(ending) and not name.endswith(OTHER_HEADS):
             return task
-    raise BadInput(f"cannot infer the task from architecture {name!r}; give --task {' | '.join(AUTO_CLASSES)}.")
+    head = "" if not name else " Feature extraction takes such a model without its head."
+    raise BadInput(
+        f"cannot infer the task from architecture {shown(name)}; give --task {' | '.join(AUTO_CLASSES)}.{head}"
+    )
 
 
 def drop_pooler(model: nn.Module, task: str) -> None:
