@@ -36,6 +36,8 @@ ENDINGS = {
 """Ending of an architecture -> task."""
 OTHER_HEADS = ("HeadModel", "HeadsModel", "DecoderModel")
 """Endings of architectures that end in Model but are more than it."""
+PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
+"""What transformers calls the kinds of classifiers."""
 TRIED_TOKENS = 8
 """Length of the text that a loaded model is tried with."""
 
@@ -83,7 +85,16 @@ def _load(
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and what is left out; a config and weights that do not agree are refused."""
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
-    sketched = sketch(source, data, stored.values(), auto.from_config, ratio=2)
+
+    def build(config: Any) -> Any:
+        try:
+            return auto.from_config(config)
+        except ValueError as err:
+            if "Unrecognized configuration class" not in str(err):
+                raise
+            raise BadInput(f"{source}: transformers has no {config.model_type} model for task {task!r}.") from err
+
+    sketched = sketch(source, data, stored.values(), build, ratio=2)
     with wall(f"model {source.parent} cannot be loaded", CONFIG_HINT):
         model, info = type(sketched).from_pretrained(
             None,
@@ -99,7 +110,7 @@ def _load(
 
 
 def _check_config(source: Path, config: Any, task: str) -> None:
-    """Refuse what no task gives the model, and classes without a name.
+    """Refuse what no task gives the model, and a classifier whose classes are not said.
 
     Raises: BadInput.
     """
@@ -109,9 +120,17 @@ def _check_config(source: Path, config: Any, task: str) -> None:
                 f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
                 "Give an encoder, or a decoder alone."
             )
+    if task == "feature-extraction":
+        return
     labels = config.id2label or {}
-    if task != "feature-extraction" and set(labels) != set(range(len(labels))):
-        raise BadInput(f"{source}: id2label has the keys {shown(sorted(labels))}; 0 to {len(labels) - 1} are needed.")
+    if not labels or set(labels) != set(range(len(labels))):
+        raise BadInput(
+            f"{source}: id2label has the keys {shown(sorted(labels))}; a classifier needs 0 to {len(labels) - 1}, "
+            f"a name for each class. {CONFIG_HINT}"
+        )
+    if config.problem_type not in PROBLEMS:
+        possible = ", ".join(map(repr, PROBLEMS))
+        raise BadInput(f"{source}: problem_type = {shown(config.problem_type)}; possible are {possible}. {CONFIG_HINT}")
 
 
 def _try_one(source: Path, data: Mapping[str, Any], model: Any, load: Callable[[dict[str, Any]], Any]) -> None:

@@ -21,8 +21,6 @@ SWITCHES: dict[str, Any] = {
     **{"fusion_config": None, "distributed_config": None, "transformers_weights": None},
 }
 """How a model runs, not what it is -> what we run it with. transformers takes them from any config.json."""
-ALIASES = frozenset({"num_labels", "torch_dtype", "name_or_path"})
-"""Entries that transformers understands without declaring them as fields."""
 LARGEST = 2**31 - 1
 """Of an integer in a config; no size, id or count is larger."""
 MOST_LABELS = 2**20
@@ -96,7 +94,8 @@ def make_config(path: Path, data: Mapping[str, Any], step: str = CONFIG_HINT) ->
     Raises: BadInput: names the entry that transformers does not take.
     """
     kind = _config_class(path, data)
-    known = {*kind.__dataclass_fields__, *kind.attribute_map, *ALIASES, *SWITCHES}
+    fields = {*kind.__dataclass_fields__, *kind.attribute_map, *SWITCHES}
+    known = {key for key in data if key in fields or isinstance(getattr(kind, key, None), property)}
     _check_numbers(path, {key: value for key, value in data.items() if key in known})
     # An entry that is no field would take the place of a method or a table of the class.
     taken = {key: value for key, value in data.items() if key in known or not hasattr(kind, key)}

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from optin_deploy.checkpoint.config import CONFIG_HINT, make_config
+from optin_deploy.checkpoint.config import CONFIG_HINT, SWITCHES, make_config
 from optin_deploy.checkpoint.files import Stored
 from optin_deploy.checkpoint.wall import blamed, shown
 from optin_deploy.errors import BadInput
@@ -28,8 +29,8 @@ FREE_VALUES = 2**22
 """Values (16 MiB) that a class may hold above twice what is stored: a pooler, a head, a mask."""
 UNUSED = re.compile(r"(^|\.)mask_token$")
 """Weights inside of an encoder that only pretraining uses."""
-BLOCK = re.compile(r"(^|\.)\d+\.")
-"""A part of a numbered block."""
+BLOCK = re.compile(r"(^|\.)(\d+)\.")
+"""The number of a block in the name of a weight."""
 
 
 def sketch(
@@ -56,9 +57,10 @@ def sketch(
     if sum(map(torch.numel, (*model.parameters(), *model.buffers()))) > held:
         name, largest = max([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[1].numel())
         shape = tuple(largest.shape)
+        by = _entries(config, (max(shape),))
         raise BadInput(
             f"{path} describes another model than the weights, which are far smaller: they have no weights for {name} "
-            f"of {shape}{_entries(config, shape)}. {CONFIG_HINT}"
+            f"of {shape}{by}. {CONFIG_HINT}"
         )
     return model
 
@@ -100,7 +102,9 @@ def check_mismatched(path: Path, config: Any, mismatched: Collection[tuple[str, 
 
 def _entries(config: Any, sizes: Collection[int]) -> str:
     """The entries of a config that hold one of these sizes."""
-    found = [f"{key} = {value}" for key, value in config.to_dict().items() if type(value) is int and value in sizes]
+    counts = ("_id", "layers", "heads", *SWITCHES)  # never the size of a weight
+    entries = config.to_dict().items()
+    found = [f"{k} = {v}" for k, v in entries if type(v) is int and v in sizes and not k.endswith(counts)]
     if getattr(config, "num_labels", None) in sizes:
         found.append(f"{config.num_labels} labels in id2label")
     return f" (by {' or '.join(found)})" if found else ""
@@ -141,13 +145,23 @@ def check_unexpected(path: Path, model: nn.Module, unexpected: Collection[str]) 
     names = {key.removeprefix(prefix) for key in unexpected} - buffers
     lost = sorted(name for name in names if name.partition(".")[0] in parts and not UNUSED.search(name))
     if lost:
-        config: Any = model.config
         raise BadInput(
             f"{path}: the weights hold {shown(lost[0])}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, which "
-            f"{type(model).__name__} of this config does not have (num_hidden_layers = "
-            f"{getattr(config, 'num_hidden_layers', None)}): the result would be another model. {CONFIG_HINT}"
+            f"{type(model).__name__} of this config does not have{_why(model, lost[0])}; without them it would be "
+            f"another model. {CONFIG_HINT}"
         )
-    return tuple(sorted(names))
+    return tuple(sorted(name for name in names if not UNUSED.search(name)))
+
+
+def _why(model: nn.Module, name: str) -> str:
+    """The entries of the config by which a class may lack a weight."""
+    config: Any = model.config
+    layers = getattr(config, "num_hidden_layers", None)
+    found = BLOCK.search(name)
+    if found and isinstance(layers, int) and int(found[2]) >= layers:
+        return f" (num_hidden_layers = {layers})"
+    without = [key for key, value in config.to_dict().items() if key.endswith("bias") and value is False]
+    return f" ({', '.join(f'{key} = false' for key in without)})" if without and name.endswith(".bias") else ""
 
 
 def tell_left_out(path: Path, model: nn.Module, names: Collection[str]) -> None:
@@ -157,10 +171,12 @@ def tell_left_out(path: Path, model: nn.Module, names: Collection[str]) -> None:
     heads = sorted({name.partition(".")[0] for name in names})
     other = [name for name in architectures if name != type(model).__name__]
     if heads or other:
-        logging.getLogger(__name__).warning(
-            "%s: loaded as %s%s; left out: %s.",
-            path,
-            type(model).__name__,
-            f", not as {', '.join(map(shown, other[:3]))}" if other else "",
-            ", ".join(map(shown, heads[:5])) or "its head",
-        )
+        instead = f", not as {', '.join(map(shown, other[:3]))}" if other else ""
+        left = ", ".join(map(shown, heads[:5])) or "its head"
+        _tell(f"{path}: loaded as {type(model).__name__}{instead}; left out: {left}.")
+
+
+@cache
+def _tell(text: str) -> None:
+    """Once a process: a job loads its model more than once."""
+    logging.getLogger(__name__).warning(text)
