@@ -60,10 +60,19 @@ class LoadedModel:
 def load_dense(name: str, task: str | None = None) -> LoadedModel:
     """Load model and preprocessor from a folder or the hub, in float32 and evaluation mode.
 
-    Nothing is built before config.json and the headers of the weights agree on the sizes, and whatever goes wrong with
-    the files is bad input.
     Args: task: one of AUTO_CLASSES; inferred from `config.architectures` if None.
     Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the config or the task.
+    """
+    model, task = load_model(name, task)
+    return LoadedModel(model, task, load_preprocessor(name, model))
+
+
+def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
+    """The model alone, and its task.
+
+    Nothing is built before config.json and the headers of the weights agree on the sizes, and whatever goes wrong with
+    the files is bad input.
+    Raises: BadInput: as `load_dense`.
     """
     folder = model_folder(name)
     source = folder / "config.json"
@@ -77,7 +86,7 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
     drop_pooler(model, task)
     _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
     model.config.name_or_path = name
-    return LoadedModel(model, task, load_preprocessor(name, model))
+    return model, task
 
 
 def _load(
