@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def make_config(path: Path, data: Mapping[str, Any], step: str = CONFIG_HINT) ->
     Raises: BadInput: names the entry that transformers does not take.
     """
     kind = _config_class(path, data)
-    fields = {*kind.__dataclass_fields__, *kind.attribute_map, *SWITCHES}
-    known = {key for key in data if key in fields or isinstance(getattr(kind, key, None), property)}
+    declared = {*(field.name for field in fields(kind)), *kind.attribute_map, *SWITCHES}
+    known = {key for key in data if key in declared or isinstance(getattr(kind, key, None), property)}
     _check_numbers(path, {key: value for key, value in data.items() if key in known})
     # An entry that is no field would take the place of a method or a table of the class.
     taken = {key: value for key, value in data.items() if key in known or not hasattr(kind, key)}
