@@ -229,17 +229,23 @@ def test_sizes_that_the_weights_do_not_have_are_refused_unbuilt(
     tmp_path: Path, model: Model, change: dict[str, Any]
 ) -> None:
     name, value = next(iter(change.items()))
-    if name.startswith("n_"):
-        name = {"n_layer": "num_hidden_layers", "n_positions": "n_positions"}[name]
     refused(changed(model, tmp_path, change), "config.json", name, value)
 
 
+def test_lists_of_depths_are_counted_too(tmp_path: Path) -> None:
+    entries = {"model_type": "swin", "depths": [1, ENDLESS], "num_heads": [3, 3], "embed_dim": 12}
+    stored = [fit.Stored(tmp_path / "model.safetensors", (12, 12), "F32")] * 30
+    with pytest.raises(BadInput, match=rf"depths = \[1, {ENDLESS}\].* 30 tensors"):
+        fit.sketch(tmp_path / "config.json", entries, stored, transformers.AutoModel.from_config, ratio=2)
+
+
 def test_a_class_that_builds_without_end_is_stopped(tmp_path: Path) -> None:
-    # Not the number of layers, so nothing but the number of parts that are built can tell.
-    entries = {"model_type": "swin", "depths": [ENDLESS], "num_heads": [3], "embed_dim": 12}
+    def endless(config: Any) -> nn.Module:
+        return nn.ModuleList(nn.Identity() for _ in iter(int, 1))
+
     stored = [fit.Stored(tmp_path / "model.safetensors", (12, 12), "F32")] * 30
     with pytest.raises(BadInput, match="parts"):
-        fit.sketch(tmp_path / "config.json", entries, stored, transformers.AutoModel.from_config, ratio=2)
+        fit.sketch(tmp_path / "config.json", {"model_type": "bert"}, stored, endless, ratio=2)
 
 
 def test_shapes_that_differ_name_the_tensor_and_both_shapes(tmp_path: Path) -> None:

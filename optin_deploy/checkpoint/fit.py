@@ -29,6 +29,8 @@ FREE_VALUES = 2**22
 """Values (16 MiB) that a class may hold above twice what is stored: a pooler, a head, a mask."""
 UNUSED = re.compile(r"(^|\.)mask_token$")
 """Weights inside of an encoder that only pretraining uses."""
+COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|stages)$")
+"""Entries of a config that say how many blocks there are."""
 BLOCK = re.compile(r"(^|\.)(\d+)\.")
 """The number of a block in the name of a weight."""
 
@@ -41,12 +43,7 @@ def sketch(
     Args: data: the entries of a config. make: builds the model of a config. ratio: values for each stored one.
     Raises: BadInput: a config that describes no model, or one that cannot be the stored one.
     """
-    config = make_config(path, data)
-    layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and not 0 < layers <= len(stored):
-        raise BadInput(
-            f"{path}: num_hidden_layers = {layers}, but the weights hold {len(stored)} tensors in all. {CONFIG_HINT}"
-        )
+    _check_counts(path, make_config(path, data), len(stored))
 
     def build(entries: dict[str, Any]) -> nn.Module:
         with _bounded(path, MODULES_PER_TENSOR * len(stored) + FREE_MODULES), torch.device("meta"):
@@ -57,12 +54,26 @@ def sketch(
     if sum(map(torch.numel, (*model.parameters(), *model.buffers()))) > held:
         name, largest = max([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[1].numel())
         shape = tuple(largest.shape)
-        by = _entries(config, (max(shape),))
+        by = _entries(model.config, (max(shape),))
         raise BadInput(
             f"{path} describes another model than the weights, which are far smaller: they have no weights for {name} "
             f"of {shape}{by}. {CONFIG_HINT}"
         )
     return model
+
+
+def _check_counts(path: Path, config: Any, tensors: int) -> None:
+    """Refuse more layers than tensors: classes make lists as long before they build anything.
+
+    Raises: BadInput.
+    """
+    for name, value in config.to_dict().items():
+        counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
+        if COUNT.search(name) and sum(counts) > tensors:
+            raise BadInput(f"{path}: {name} = {shown(value)}, but the weights hold {tensors} tensors. {CONFIG_HINT}")
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise BadInput(f"{path}: num_hidden_layers = {layers}: at least 1 is needed. {CONFIG_HINT}")
 
 
 @contextmanager

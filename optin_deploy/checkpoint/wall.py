@@ -38,7 +38,7 @@ def _silent() -> Iterator[None]:
 
     before = logging.get_verbosity()  # type: ignore[no-untyped-call]
     try:
-        logging.set_verbosity(logging.CRITICAL)  # type: ignore[attr-defined]
+        logging.set_verbosity(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
