@@ -40,6 +40,8 @@ PROBLEMS = (None, "regression", "single_label_classification", "multi_label_clas
 """What transformers calls the kinds of classifiers."""
 TRIED_TOKENS = 8
 """Length of the text that a loaded model is tried with."""
+TRIED_VALUES = 10**8
+"""Models of fewer parameters that do not run are loaded once more for each entry of the config: which one is wrong?"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +76,19 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
     the files is bad input.
     Raises: BadInput: as `load_dense`.
     """
-    folder = model_folder(name)
-    source = folder / "config.json"
-    data = read_config(source)
-    config = make_config(source, data)
-    task = check_task(task) if task else infer_task(config)
-    _check_config(source, config, task)
-    stored = stored_tensors(name, folder)
-    model, left_out = _load(source, data, task, stored)
-    tell_left_out(source, model, left_out)
-    drop_pooler(model, task)
-    _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
-    model.config.name_or_path = name
+    with wall(f"model {shown(name)} cannot be loaded", CONFIG_HINT):
+        folder = model_folder(name)
+        source = folder / "config.json"
+        data = read_config(source)
+        config = make_config(source, data)
+        task = check_task(task) if task else infer_task(config)
+        _check_config(source, config, task)
+        stored = stored_tensors(name, folder)
+        model, left_out = _load(source, data, task, stored)
+        tell_left_out(source, model, left_out)
+        drop_pooler(model, task)
+        _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
+        model.config.name_or_path = name
     return model, task
 
 
@@ -104,15 +107,14 @@ def _load(
             raise BadInput(f"{source}: transformers has no {config.model_type} model for task {task!r}.") from err
 
     sketched = sketch(source, data, stored.values(), build, ratio=2)
-    with wall(f"model {source.parent} cannot be loaded", CONFIG_HINT):
-        model, info = type(sketched).from_pretrained(
-            None,
-            config=sketched.config,
-            state_dict=read_weights(stored),
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+    model, info = type(sketched).from_pretrained(
+        None,
+        config=sketched.config,
+        state_dict=read_weights(stored),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
     check_missing(source, model, info["missing_keys"], task, AUTO_CLASSES)
     check_mismatched(source, model.config, info["mismatched_keys"])
     return model.eval(), check_unexpected(source, model, info["unexpected_keys"])
@@ -148,10 +150,14 @@ def _try_one(source: Path, data: Mapping[str, Any], model: Any, load: Callable[[
     Args: load: loads the same weights with other entries, to find the one that is wrong.
     Raises: BadInput: what was loaded does not run.
     """
-    if getattr(model, "main_input_name", None) not in ("input_ids", "pixel_values"):
-        return
+    needed = {"input_ids": "vocab_size", "pixel_values": "image_size"}.get(getattr(model, "main_input_name", ""))
+    if needed is None or not hasattr(model.config, needed):
+        return  # no family that takes our inputs
+    small = sum(map(torch.numel, model.parameters())) < TRIED_VALUES
 
     def run(entries: dict[str, Any]) -> None:
+        if entries != data and not small:
+            raise BadInput("to load a large model once for each entry takes too long")
         tried = model if entries == data else load(entries)
         with inference(tried), torch.no_grad():
             longest = longest_text(tried.config) if tried.main_input_name == "input_ids" else None

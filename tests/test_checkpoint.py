@@ -482,6 +482,12 @@ def test_whatever_transformers_raises_is_bad_input(monkeypatch: pytest.MonkeyPat
     refused(tiny.bert(), tiny.bert(), "of its own kind")
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "/dev/null", "\ud800/x/y"])
+def test_names_that_no_folder_has(name: str) -> None:
+    with pytest.raises(BadInput):
+        load_model(name)
+
+
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, SystemExit])
 def test_what_is_not_about_the_files_passes_the_wall(kind: type[BaseException]) -> None:
     before = transformers.utils.logging.get_verbosity()

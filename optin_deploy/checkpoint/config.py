@@ -67,8 +67,8 @@ def _check_numbers(path: Path, data: Mapping[str, Any]) -> None:
         elif isinstance(value, int) and abs(value) > LARGEST:
             raise BadInput(f"{path}: {key} = {shown(value)}: at most {LARGEST} is possible. {CONFIG_HINT}")
     labels = data.get("num_labels")
-    if labels is not None and (type(labels) is not int or not 1 <= labels <= MOST_LABELS):
-        raise BadInput(f"{path}: num_labels = {shown(labels)}: 1 to {MOST_LABELS} are possible. {CONFIG_HINT}")
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= MOST_LABELS):
+        raise BadInput(f"{path}: num_labels = {shown(labels)}: 0 to {MOST_LABELS} are possible. {CONFIG_HINT}")
 
 
 def _neutral(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from optin_deploy.errors import BadInput
 
 MODULES_PER_TENSOR, FREE_MODULES = 8, 2000
 """Modules and parameters that a class may build for each stored tensor, and besides: a bound, not a measure."""
-FREE_VALUES = 2**22
-"""Values (16 MiB) that a class may hold above twice what is stored: a pooler, a head, a mask."""
+FREE_VALUES = 2**24
+"""Values (64 MiB) that a class may hold above twice what is stored: a pooler, a head, a mask."""
 UNUSED = re.compile(r"(^|\.)mask_token$")
 """Weights inside of an encoder that only pretraining uses."""
 COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|stages)$")
