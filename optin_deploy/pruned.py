@@ -50,8 +50,6 @@ class PrunedModel:
         Raises: BadInput: the folder holds something else than a pruned model.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
-            raise BadInput(f"{folder} exists and is not a pruned model; it would be replaced. Give a new folder.")
         with atomic_folder(folder) as temporary:
             config: Any = self.model.config
             config.architectures = [self.layout.model_class]

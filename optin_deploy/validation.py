@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import read_json
 
 T = TypeVar("T")
 
@@ -32,6 +34,14 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         raise BadInput(f"{what}: {where}: {first['msg']}. {hint}") from err
     except (TypeError, ValueError, RecursionError) as err:
         raise BadInput(f"{what}: {err}. {hint}") from err
+
+
+def holds(path: Path, *fields: str) -> bool:
+    """Is this a JSON object with these fields, such as an earlier result of the same command?"""
+    try:
+        return set(fields) <= set(read_json(path, ""))
+    except (BadInput, OSError):
+        return False
 
 
 def parse_size(text: str, option: str) -> int:

@@ -168,7 +168,7 @@ def test_nan_in_the_weights_names_the_layer(
     change_weights(folder, lambda weights: weights[weight].view(-1)[:1].fill_(torch.nan))
     flags = [*text_options(lines(), out), "--scorer", scorer, "--engine", "torch"]
     refuse(shell("optin-export", folder, *flags), layer, "NaN")
-    assert not out.exists() or [path.name for path in out.iterdir()] == ["source.json"]
+    assert not out.exists() or list(snapshot(out)) == ["source.json"]
     assert temporary_files(out) == []
 
 
@@ -446,7 +446,7 @@ def test_ctrl_c_in_the_middle_of_a_file_leaves_no_file(shell: Shell, out: Path) 
         patch.setattr("optin_deploy.storage.save_file", write_half_and_interrupt)
         ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "torch")
     assert ran.code == 130
-    assert [path.name for path in out.iterdir()] == ["source.json"]
+    assert list(snapshot(out)) == ["source.json"]
     assert temporary_files(out) == []
 
 
