@@ -25,8 +25,6 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 """Task -> transformers auto class. A new task is a line here and an output kind in scoring/losses.py."""
-
-
 ENDINGS = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from optin_deploy.checkpoint.config import make_config, read_config
+from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import Stored, read_header
 from optin_deploy.checkpoint.fit import sketch
 from optin_deploy.checkpoint.wall import wall
@@ -132,9 +132,9 @@ def _empty(folder: Path, layout: ModelLayout, stored: Collection[Stored]) -> Any
         )
     path = folder / "config.json"
     try:
-        data = read_config(path)
-        sketch(path, data, stored, found, ratio=DENSE_RATIO)
-        with wall(f"{path} cannot be used", REWRITE_HINT):
+        with wall(f"{path} cannot be used", CONFIG_HINT):
+            data = read_config(path)
+            sketch(path, data, stored, found, ratio=DENSE_RATIO)
             return found(make_config(path, data))
     except BadInput as err:
         raise BadInput(f"{err} {REWRITE_HINT}") from err

@@ -239,6 +239,13 @@ def test_lists_of_depths_are_counted_too(tmp_path: Path) -> None:
         fit.sketch(tmp_path / "config.json", entries, stored, transformers.AutoModel.from_config, ratio=2)
 
 
+def test_counts_of_nested_configs_are_counted_too(tmp_path: Path) -> None:
+    entries = {"model_type": "clip", "vision_config": {"num_hidden_layers": ENDLESS}}
+    stored = [fit.Stored(tmp_path / "model.safetensors", (12, 12), "F32")] * 30
+    with pytest.raises(BadInput, match=rf"num_hidden_layers = {ENDLESS}.* 30 tensors"):
+        fit.sketch(tmp_path / "config.json", entries, stored, transformers.AutoModel.from_config, ratio=2)
+
+
 def test_a_class_that_builds_without_end_is_stopped(tmp_path: Path) -> None:
     def endless(config: Any) -> nn.Module:
         return nn.ModuleList(nn.Identity() for _ in iter(int, 1))

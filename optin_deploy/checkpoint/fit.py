@@ -67,9 +67,11 @@ def _check_counts(path: Path, config: Any, tensors: int) -> None:
 
     Raises: BadInput.
     """
-    for name, value in config.to_dict().items():
+    entries = config.to_dict()
+    nested = [pair for each in entries.values() if isinstance(each, dict) for pair in each.items()]
+    for name, value in (*entries.items(), *nested):
         counts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]
-        if COUNT.search(name) and sum(counts) > tensors:
+        if COUNT.search(str(name)) and sum(counts) > tensors:
             raise BadInput(f"{path}: {name} = {shown(value)}, but the weights hold {tensors} tensors. {CONFIG_HINT}")
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers < 1:
