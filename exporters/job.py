@@ -19,17 +19,17 @@ from exporters.bench.time_budget import Round, judged, plan_in_time
 from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
 from exporters.proving import EngineModel, check_engine
-from exporters.ready import ready
+from exporters.ready import check_measured, ready
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.errors import BadInput, PlanMismatch, QualityLimit
+from optin_deploy.errors import PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
-from optin_deploy.quality import Judge, Quality
+from optin_deploy.quality import Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
@@ -77,8 +77,7 @@ def export_model(
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
     clock, limits = _Clock(stage), limits or Limits()
-    if limits.time is not None and not (dense and points):
-        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
+    check_measured(limits, points, dense=dense)
     with clock("load"):
         target, spec, prepared = ready(
             source,
@@ -146,7 +145,7 @@ def export_model(
         raise built.problem
     if verdict is not None:
         verdict.check()
-    if limits.max_drop is not None and quality.drop > limits.max_drop:  # the engine's own precision costs more
+    if limits.max_drop is not None and not quality.holds(limits.max_drop):  # the engine's own precision costs more
         raise QualityLimit(
             f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "
             f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
@@ -171,7 +170,7 @@ def build_folder(
     target = exporter(engine)
     precision = check_precision(target, precision)
     options = options or EngineOptions()
-    target.check(options)
+    target.check(options, pool)
     workspace = Workspace(folder)
     source = workspace.source()
     pruned = load_pruned(folder)
@@ -192,7 +191,7 @@ def build_folder(
 
 def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
     """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
-    pair, judge = built.pairs[-1], Judge(prepared.loaded.model, prepared.held_out)
+    pair, judge = built.pairs[-1], prepared.judge
     if built.obstacle is not None or pair.pruned.shapes:
         return judge.of(pruned)
     with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:

@@ -1,8 +1,9 @@
-"""What comes from outside, checked on the way in: stored JSON, and sizes as people write them."""
+"""What comes from outside, checked on the way in: stored JSON, numbers within bounds, sizes as people write them."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,14 +45,40 @@ def holds(path: Path, *fields: str) -> bool:
         return False
 
 
+INT32, UINT64 = 2**31 - 1, 2**64 - 1
+LARGEST_SIZE = 2**60
+UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def whole_number(value: int, option: str, low: int, high: int = INT32, hint: str = "") -> int:
+    """The number, if it lies in [low, high].
+
+    Args: option: what the user calls it. hint: a sentence that ends the error.
+    Raises: BadInput.
+    """
+    if not low <= value <= high:
+        given = f"{option}{value}" if option.endswith("=") else f"{option} {value}"
+        raise BadInput(f"{given}: possible are {low} to {high}. {hint}".rstrip())
+    return value
+
+
+def positive_number(value: float, option: str, high: float, hint: str = "") -> float:
+    """The number, if it lies in (0, high]; nan does not.
+
+    Raises: BadInput.
+    """
+    if not 0 < value <= high:
+        raise BadInput(f"{option} {value:g}: give a positive number, at most {high:,g}. {hint}".rstrip())
+    return value
+
+
 def parse_size(text: str, option: str) -> int:
     """Read a size such as `4GiB`, `512MiB` or a number of bytes.
 
     Raises: BadInput: names the option.
     """
-    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    unit = text[-3:]
-    number = text.removesuffix(unit) if unit in units else text
-    if not number.strip().isdigit() or int(number) == 0:
-        raise BadInput(f"{option} {text!r}: give a size such as 512MiB or 4GiB.")
-    return int(number) * units.get(unit, 1)
+    match = re.fullmatch(r"\s*(\d{1,40})\s*(KiB|MiB|GiB)?\s*", text)
+    found = int(match[1]) * UNITS[match[2]] if match else 0
+    if not 0 < found <= LARGEST_SIZE:
+        raise BadInput(f"{option} {text!r}: give a size such as 512MiB or 4GiB, from 1 byte to 1073741824GiB.")
+    return found

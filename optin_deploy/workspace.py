@@ -23,9 +23,11 @@ from optin_deploy.ownership import Record
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.storage import read_json, read_metadata, read_tensors, write_json, write_tensors
-from optin_deploy.validation import STORED, validated
+from optin_deploy.validation import INT32, STORED, UINT64, validated, whole_number
 
 SCHEMA_VERSION = 1
+MOST_TOKENS = 2**20
+"""Longer than any position table."""
 SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
 MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
 LOCK = ".optin.lock"
@@ -81,6 +83,11 @@ class Source:
     seed: int = 0
     evaluation: str | None = None
     """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
+
+    def __post_init__(self) -> None:
+        whole_number(max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128.")  # the model says more
+        whole_number(self.samples, "--samples", 1, INT32, "The default is 512.")
+        whole_number(self.seed, "--seed", -(2**63), UINT64, "The default is 0.")
 
     def inputs(self) -> dict[str, str]:
         """What a job reads, by what it is."""

@@ -221,7 +221,8 @@ def test_a_label_that_the_model_does_not_know(shell: Shell, out: Path, tmp_path:
     path = tmp_path / "rows.jsonl"
     rows = [json.loads(line) for line in labelled().read_text().splitlines()]
     path.write_text("".join(json.dumps(row | {"label": label}) + "\n" for row in rows))
-    refuse_job(shell, classifier(), out, "--calibration", path, says=(repr(label), "arts, business, sport"))
+    flags = ["--calibration", lines(), "--max-drop", 1, "--eval", path]
+    refuse_job(shell, classifier(), out, *flags, says=(f"{path}:", repr(label), "arts, business, sport"))
 
 
 # the flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def roll_back(out: Path, name: str, version: int | None = None, *, dry_run: bool
     Raises: BadInput: there is none, or its files are not those that were published.
     """
     repository = Repository(out)
-    with repository.locked():
+    repository.served(name)  # where nothing is served, not even the lock's folder is made
+    with nullcontext() if dry_run else repository.locked():
         target, now = server(repository.state(name).server), repository.served(name)[-1]
         older = [
             number
