@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import CRITICAL
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput, OptinError
@@ -36,9 +37,9 @@ def _silent() -> Iterator[None]:
     """What transformers would say about a load, the loader says itself, in words that fit."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    before = logging.get_verbosity()
     try:
-        logging.set_verbosity(logging.CRITICAL)
+        logging.set_verbosity(CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
