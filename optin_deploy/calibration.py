@@ -35,6 +35,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+COLOURS = {1: "L", 3: "RGB"}
+"""Channels of a model -> Pillow's mode of the images that it takes."""
 MIN_SAMPLES = 8
 MIN_HELD_OUT = 16
 PIXELS_AT_ONCE = 2**26
@@ -147,18 +149,24 @@ def text_batches(
     return Batches(tuple(batches), tuple(label for _, label in rows))
 
 
-def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int = 32) -> Batches:
+def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int = 32, channels: int = 3) -> Batches:
     """Open the images as RGB, a batch at a time, and prepare them with a transformers image processor.
 
+    Args: channels: of the model, `config.num_channels`; 1 makes them grey.
     Returns: batches of {"pixel_values": float32 (rows, channels, height, width)}, in the order of the samples.
     Raises: BadInput: a sample without image, an image that does not open, or images of unequal size after preparing.
     """
+    if channels not in COLOURS:
+        raise BadInput(f"config.json: num_channels = {channels}; images have 1 (grey) or 3 (RGB).")
     batches: list[dict[str, torch.Tensor]] = []
     for chunk in _chunks(samples, batch_size):
         parts = []
         for images in _groups(_open_images(chunk)):
             try:
-                parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
+                coloured = [image.convert(COLOURS[channels]) for image in images]
+                parts.append(processor(images=coloured, return_tensors="pt")["pixel_values"])
+                if parts[-1].shape[1] != channels:
+                    raise ValueError(f"it makes {parts[-1].shape[1]} channels, and the model takes {channels}.")
                 shapes = {tuple(part.shape[1:]) for part in (*parts, *(b["pixel_values"] for b in batches[:1]))}
                 if len(shapes) > 1:
                     raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ import transformers
 from torch import nn
 from typing_extensions import TypedDict  # of typing only from Python 3.12 on, says pydantic
 
+from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
+from optin_deploy.checkpoint.files import Stored, read_header
+from optin_deploy.checkpoint.fit import sketch
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import PruningPlan
@@ -21,6 +25,8 @@ from optin_deploy.validation import ANY_FIELD, OPEN, read_stored
 
 MANIFEST = "optin.json"
 SCHEMA_VERSION = 1
+DENSE_RATIO = 256
+"""Values that the dense model may have for each one that is left: a bound for configs that cannot be."""
 REWRITE_HINT = "Write the model again with `optin-export` or `optin rewrite`."
 
 
@@ -123,12 +129,12 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         folder = folder / "model"
     saved, layout, plan = read_saved(folder)
     tensors = read_tensors(folder / "model.safetensors", REWRITE_HINT)
-    model = _empty(folder, layout)
+    model = _empty(folder, layout, read_header(folder / "model.safetensors").values())
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in tensors):
         model.pooler = None
     try:
         smaller = rewrite_torch(model, layout, plan)
-    except (AttributeError, AssertionError, IndexError) as err:
+    except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError, ArithmeticError) as err:
         raise PlanMismatch(f"{folder}/config.json does not fit its layout: {_problem(err)}. {REWRITE_HINT}") from err
     try:
         # Assigned, so that half-precision weights stay half; copied, because the file's tensors are not aligned.
@@ -137,6 +143,8 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         raise PlanMismatch(
             f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}"
         ) from err
+    with wall(f"{folder}/config.json cannot be used", REWRITE_HINT):
+        smaller.tie_weights(missing_keys=set())  # equal ones become one again: they were stored each on its own
     if saved.weights_sha256 != sha256_file(folder / "model.safetensors"):
         raise PlanMismatch(f"{folder}/model.safetensors is not the file that was saved here. {REWRITE_HINT}")
     return PrunedModel(smaller.eval(), plan, layout, saved.report)
@@ -165,7 +173,7 @@ def load(folder: str | Path) -> Any:
     return load_pruned(folder).model
 
 
-def _empty(folder: Path, layout: ModelLayout) -> Any:
+def _empty(folder: Path, layout: ModelLayout, stored: Collection[Stored]) -> Any:
     """A dense model of the stored class with fresh weights; the class must be one of transformers' own."""
     name = layout.model_class
     found = getattr(transformers, name, None) if re.fullmatch(r"[A-Za-z0-9]+", name) else None
@@ -173,10 +181,14 @@ def _empty(folder: Path, layout: ModelLayout) -> Any:
         raise BadInput(
             f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks."
         )
+    path = folder / "config.json"
     try:
-        return found(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise BadInput(f"{folder}/config.json cannot be used ({err}). {REWRITE_HINT}") from err
+        with wall(f"{path} cannot be used", CONFIG_HINT):
+            data = read_config(path)
+            sketch(path, data, stored, found, ratio=DENSE_RATIO)
+            return found(make_config(path, data))
+    except BadInput as err:
+        raise BadInput(f"{err} {REWRITE_HINT}") from err
 
 
 def _problem(err: Exception) -> str:

@@ -144,10 +144,10 @@ def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
         with inference(loaded.model), torch.no_grad():
             loaded.model(**two)
     except ValueError as err:
-        raise BadInput(
-            f"{type(loaded.model).__name__} does not take two samples at once: {err} Name the padding token in its "
-            "config.json (pad_token_id), as the tokenizer has it."
-        ) from err
+        step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
+        if not loaded.is_text:
+            step = "Check preprocessor_config.json: it makes other images than this model takes."
+        raise BadInput(f"{type(loaded.model).__name__} does not take two samples at once: {err} {step}") from err
 
 
 def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> LoadedModel:
@@ -168,7 +168,7 @@ def _samples(source: Source, path: str) -> tuple[Sample, ...]:
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
     if loaded.is_text:
         return text_batches(samples, loaded.preprocessor, seq_len=seq_len, inputs=input_names(loaded.model))
-    return image_batches(samples, loaded.preprocessor)
+    return image_batches(samples, loaded.preprocessor, channels=getattr(loaded.model.config, "num_channels", 3))
 
 
 def score_stage(
