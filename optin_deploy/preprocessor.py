@@ -6,8 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ import transformers
 from torch import nn
 
 from optin_deploy.calibration import text_batches
+from optin_deploy.checkpoint.wall import NO_FAULT, wall
 from optin_deploy.data_files import short
-from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits, input_names
 from optin_deploy.pooling import set_pooling
 from optin_deploy.raw_tokenizer import PROBES, as_in_file
@@ -37,8 +37,6 @@ TRIED_LENGTH = 32
 """Tokens of the texts that a tokenizer is tried with."""
 LARGEST_NUMBER = 4096
 """In preprocessor_config.json: sizes in pixels, means and factors are all below."""
-MOST_SAID = 600
-"""Characters of a foreign error that are told."""
 BLAME_SECONDS = 10.0
 """How long the field that breaks a tokenizer is looked for."""
 
@@ -94,33 +92,16 @@ def load_preprocessor(folder: Path, model: nn.Module) -> Any:
             support_file(folder, name)
         kind, built = "tokenizer (tokenizer.json or vocab.txt)", _tokenizer
 
-    def reason() -> str:
-        return _sentencepiece(folder) or _blame(folder, model, settings, built)
+    def step() -> str:
+        return _sentencepiece(folder) or _blame(folder, model, settings, built) or "Save it beside the weights."
 
-    with walled(f"{folder} has no usable {kind}", reason):
+    with wall(f"{folder} has no usable {kind}", step):
         return built(folder, model)
 
 
 def takes_text(model: nn.Module) -> bool:
     """True: the model takes input_ids; False: pixel_values."""
     return bool(model.main_input_name != "pixel_values")
-
-
-@contextmanager
-def walled(what: str, reason: Callable[[], str] = str) -> Iterator[None]:
-    """Whatever other packages raise on files of a user is bad input.
-
-    Args: what: opens the message. reason: closes it; asked for only then.
-    Raises: BadInput; our own errors pass as they are.
-    """
-    try:
-        yield
-    except (OptinError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    # The wall: files from outside make transformers and tokenizers raise anything; a panic is no Exception.
-    except BaseException as err:
-        said = " ".join(str(err).split())[:MOST_SAID].rstrip(".") or type(err).__name__
-        raise BadInput(f"{what}: {said}. {reason() or 'Save it beside the weights.'}") from err
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> Any:
@@ -180,7 +161,7 @@ def _blame(
                 try:
                     built(Path(copy), model)
                 except BaseException as err:  # as in the wall: this field is not the only fault
-                    if isinstance(err, KeyboardInterrupt | SystemExit | GeneratorExit):
+                    if isinstance(err, NO_FAULT):
                         raise
                     continue
             return f"The cause is {field!r} in {name}, which is {short(fields[field])}: correct it, or delete it."

@@ -18,6 +18,7 @@ import torch
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.budget import Limit, Limits
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.cost.params import param_cost
 from optin_deploy.cost.units import UnitCost
@@ -31,7 +32,6 @@ from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
 from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.plan import PruningPlan
-from optin_deploy.preprocessor import walled
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
@@ -156,7 +156,9 @@ def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> Loade
     if content is None:
         return loaded
     where, config = f"{name}: tokenizer.json", loaded.model.config
-    with walled(f"{where} cannot be used on the calibration texts"):
+    with wall(
+        f"{where} cannot be used on the calibration texts", "Save the tokenizer of this model beside its weights."
+    ):
         return replace(loaded, preprocessor=as_in_file(loaded.preprocessor, content, rows, config, where))
 
 

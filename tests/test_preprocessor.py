@@ -19,9 +19,10 @@ from tokenizers import models as kinds
 from exporters.building import _copy_support_files
 from exporters.serving.texts import tokenizer_files
 from optin_deploy.calibration import Sample, text_batches
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel, load_dense
-from optin_deploy.preprocessor import load_preprocessor, walled
+from optin_deploy.preprocessor import load_preprocessor
 from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.workspace import Workspace
 
@@ -254,7 +255,7 @@ def test_a_panic_of_the_tokenizers_package_is_bad_input() -> None:
     class PanicException(BaseException):
         """As pyo3's own, which is no Exception."""
 
-    with pytest.raises(BadInput, match="it broke: index out of bounds"), walled("it broke"):
-        raise PanicException("index out\nof bounds.")
-    with pytest.raises(KeyboardInterrupt), walled("it broke"):
+    with pytest.raises(BadInput, match="it broke: index out of bounds"), wall("it broke", "Stop."):
+        raise PanicException("index out of bounds.")
+    with pytest.raises(KeyboardInterrupt), wall("it broke", "Stop."):
         raise KeyboardInterrupt

@@ -12,24 +12,26 @@ from typing import Any, TypeVar
 from optin_deploy.errors import BadInput, OptinError
 
 T = TypeVar("T")
+NO_FAULT = (KeyboardInterrupt, SystemExit, GeneratorExit)
 SHOWN = 200
 """Characters of a foreign value or message that are repeated."""
 
 
 @contextmanager
-def wall(what: str, step: str) -> Iterator[None]:
+def wall(what: str, step: str | Callable[[], str]) -> Iterator[None]:
     """Turn what a library raises into bad input, and keep its warnings to itself.
 
-    Args: what: the file and what cannot be done with it. step: what to do next.
+    Args: what: the file and what cannot be done with it. step: what to do next; a function is asked only then.
     Raises: BadInput: `what`, the reason, `step`.
     """
     try:
         with _silent():
             yield
-    except (OptinError, MemoryError):
+    except (OptinError, MemoryError, *NO_FAULT):
         raise
-    except Exception as err:  # the one wall: on foreign files libraries raise anything at all
-        raise BadInput(f"{what}: {reason(err)}. {step}") from err
+    # The one wall: on foreign files libraries raise anything at all; a panic of tokenizers is not even an Exception.
+    except BaseException as err:
+        raise BadInput(f"{what}: {reason(err)}. {step if isinstance(step, str) else step()}") from err
 
 
 @contextmanager
@@ -81,7 +83,7 @@ def _guilty(err: Exception, data: Mapping[str, Any], make: Callable[[dict[str, A
     return None
 
 
-def reason(err: Exception) -> str:
+def reason(err: BaseException) -> str:
     """The line of a foreign error that says most, without its full stop."""
     lines = [" ".join(line.split()) for line in str(err).strip().splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # "Validation error for field 'x':" above what is wrong
