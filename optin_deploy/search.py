@@ -16,6 +16,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
+from optin_deploy.validation import whole
 
 ALLOCATIONS = ("curves", "uniform", "paper")
 LEAST_SHARE = 1e-12
@@ -64,7 +65,7 @@ def search_within(
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput. InfeasibleBudget: a limit below what no plan can cut.
     """
-    check_search(align, allocation)
+    check_search(align, allocation, layout)
     scores.check(layout)
     room = np.array([limit - cost.fixed for cost, limit in limits])
     if (room < 0).any():
@@ -90,15 +91,55 @@ def search_within(
     return Masks(tuple(kept[: len(heads)]), tuple(kept[len(heads) :]), layout.hash)
 
 
-def check_search(align: int, allocation: str) -> None:
+def check_search(align: int, allocation: str, layout: ModelLayout | None = None) -> None:
     """Refuse impossible options.
 
+    Args: layout: of the model, if it is known: no FFN can keep a multiple of more neurons than it has.
     Raises: BadInput.
     """
     if allocation not in ALLOCATIONS:
         raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
-    if align < 1:
+    if whole(align, "--align") < 1:
         raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
+    if layout is not None and align > (widest := _widest(layout)):
+        raise BadInput(
+            f"--align {align}: the FFN has {widest} neurons, so that none could be kept. Possible are 1 to {widest}."
+        )
+
+
+def default_align(layout: ModelLayout, preferred: int = 16) -> int:
+    """Neurons in multiples of this if the user says nothing: what kernels like, or all where there are fewer."""
+    return min(preferred, _widest(layout))
+
+
+def _widest(layout: ModelLayout) -> int:
+    return max(layer.neurons for layer in layout.layers)
+
+
+def check_room(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, align: int, allocation: str) -> None:
+    """Refuse, before the long work, limits under which nothing that computes would be left of the model.
+
+    A model without fixed MACs (an encoder alone) needs room for at least one unit; any other has them.
+    Raises: InfeasibleBudget: says the least that is possible.
+    """
+    if macs.fixed:
+        return
+    for (cost, limit), option in zip(limits, _options(limits, macs), strict=True):
+        heads = [int(cost.of_heads(i, x.heads)[1]) for i, x in enumerate(layout.layers)]
+        neurons = [int(cost.of_neurons(i, x.neurons)[min(align, x.neurons)]) for i, x in enumerate(layout.layers)]
+        every_layer = allocation == "uniform"
+        least = cost.fixed + min((sum(heads), sum(neurons)) if every_layer else (*heads, *neurons))
+        if limit < least:
+            where = "every layer" if every_layer else "one layer"
+            raise InfeasibleBudget(
+                f"{option} {limit / cost.dense:.2g} leaves no room for a head, or {align} neurons, in {where}: nothing "
+                f"that computes would be left. Use {-(-(10**6) * least // cost.dense) / 10**6:g} of the dense model "
+                "or more."
+            )
+
+
+def _options(limits: Sequence[Limit], macs: MacCost) -> list[str]:
+    return ["--flops" if cost is macs else "--params or --size" for cost, _ in limits]
 
 
 class _Ranked:
@@ -195,12 +236,15 @@ def make_plan(masks: Masks, layout: ModelLayout, cost: MacCost) -> PruningPlan:
     heads, neurons = (
         tuple(tuple(int(u) for u in np.flatnonzero(keep)) for keep in kept) for kept in (masks.heads, masks.neurons)
     )
+    macs = cost.of([len(h) for h in heads], [len(n) for n in neurons])
+    if macs == 0:
+        raise InfeasibleBudget("the plan keeps no unit, and the rest of this model computes nothing. Allow more.")
     return PruningPlan(
         heads=heads,
         neurons=neurons,
         layout_hash=layout.hash,
         macs_dense=cost.dense,
-        macs_pruned=cost.of([len(h) for h in heads], [len(n) for n in neurons]),
+        macs_pruned=macs,
         macs_fixed=cost.fixed,
         tokens=cost.tokens,
     )

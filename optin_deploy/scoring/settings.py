@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
+from optin_deploy.validation import checked, number, whole
 
 SCORERS = ("sketch", "exact")
 
@@ -32,14 +33,16 @@ class ScoreSettings:
     """Of random projections and of drawn tokens."""
 
     def __post_init__(self) -> None:
+        checked(self.features, Features, "features")
+        whole(self.seed, "--seed")
         if self.scorer not in SCORERS:
             raise BadInput(f"unknown --scorer {self.scorer!r}; possible: {', '.join(SCORERS)}.")
         if self.weighting not in WEIGHTINGS:
             raise BadInput(f"unknown --weighting {self.weighting!r}; possible: {', '.join(WEIGHTINGS)}.")
         if self.features.across and self.scorer != "exact":
             raise BadInput("tokens across a batch (--paper) are compared only by --scorer exact.")
-        if self.kl_weight is not None and not 0 <= self.kl_weight < math.inf:
+        if self.kl_weight is not None and not 0 <= number(self.kl_weight, "--kl-weight") < math.inf:
             raise BadInput(f"--kl-weight {self.kl_weight}: give a number, 0 or more.")
         for name, value in (("--probes", self.probes), ("--head-samples", self.head_samples)):
-            if value is not None and value < 1:
+            if value is not None and whole(value, name) < 1:
                 raise BadInput(f"{name} {value}: give 1 or more.")
