@@ -14,6 +14,7 @@ from exporters import exporter
 from exporters.base import Artifact, Exporter, ExportSpec, graph_precision
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.masking import Batch, rows_of
+from optin_deploy.ownership import RECORD
 from optin_deploy.storage import atomic_file, read_json, write_json
 from optin_deploy.workspace import Workspace
 
@@ -105,7 +106,7 @@ def _pair(
     if dense_name is not None and dense is not None:
         original = engine.export(dense, spec, workspace.root / dense_name)
     elif dense_name is not None:
-        (workspace.root / dense_name).unlink(missing_ok=True)  # of an earlier run: perhaps of another model
+        workspace.record.remove(dense_name)  # of an earlier run: perhaps of another model
     return Pair(engine, precision, smaller, original)
 
 
@@ -114,7 +115,7 @@ def _copy_support_files(workspace: Workspace) -> None:
     for file in workspace.model_folder.iterdir():
         if file.name == "tokenizer_config.json":
             write_json(workspace.root / file.name, _for_transformers_4(read_json(file, "Run the export again.")))
-        elif file.name not in OWN_FILES:
+        elif file.is_file() and file.name not in (*OWN_FILES, RECORD):
             with atomic_file(workspace.root / file.name) as temporary:
                 shutil.copyfile(file, temporary)
 

@@ -247,7 +247,7 @@ def _try(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return reprlib.repr(value)
+    return " ".join(reprlib.repr(value).split())
 
 
 def _told(value: Any) -> str:

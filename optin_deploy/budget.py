@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
 
+from optin_deploy.arguments import checked, number
 from optin_deploy.cost.params import BYTES
 from optin_deploy.cost.units import Cost, UnitCost
 from optin_deploy.errors import BadInput, InfeasibleBudget
-from optin_deploy.validation import checked, number
 
 DEFAULT_FLOPS = 0.6
 

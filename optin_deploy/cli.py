@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import typer
 
 from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring, serving
-from optin_deploy.errors import EXIT_CODES, BadInput, OptinError
+from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
 from optin_deploy.terminal import quiet_libraries
 
+INTERRUPTED = 130
+TRACEBACK = "--traceback"
+"""Anywhere on the command line: show where an error came from."""
+NO_MEMORY = ("not enough memory", "out of memory", "bad allocation", "Failed to allocate memory")
+"""How torch and the engines say it."""
+LESS_MEMORY = "Use fewer or shorter samples (--samples, --seq-len), smaller --at, or a --memory-budget"
 app = typer.Typer(
     name="optin",
     help="Make a trained transformer physically smaller and measurably faster, with no retraining.",
-    epilog="Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
+    epilog="Exit codes: "
+    + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+    + f". {TRACEBACK} shows where an error came from.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
 )
 
-INTERRUPTED = 130
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 """Base of all errors of the command line itself; typer brings its own copy of click or uses the installed one."""
 
@@ -48,6 +62,7 @@ for command, examples in COMMANDS:
 
 def main() -> None:
     """Entry point `optin`."""
+    signal.signal(signal.SIGINT, _interrupt_once)
     sys.exit(_run(app))
 
 
@@ -55,30 +70,71 @@ def export_main() -> None:
     """Entry point `optin-export`, the same as `optin export`."""
     alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     alone.command(name="optin-export", epilog=job.EXPORT_EXAMPLES, no_args_is_help=True)(job.export)
+    signal.signal(signal.SIGINT, _interrupt_once)
     sys.exit(_run(alone))
 
 
 def _run(program: Callable[..., object]) -> int:
-    """Run a typer app; errors of ours become one line and their exit code."""
+    """Run a typer app; every error becomes one line and an exit code, an interrupt stops the work once."""
+    arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
+    shown = len(arguments) < len(sys.argv) - 1
     quiet_libraries()
     try:
-        code = program(_joined(sys.argv[1:]), standalone_mode=False)
+        code = program(_joined(arguments), standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except OptinError as err:
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(str(err), err=True)
-        return err.exit_code
-    except USAGE_ERROR as err:
-        err.show()
-        return int(err.exit_code)
-    except OSError as err:
-        typer.echo(f"error: {err}. Check the path, its permissions and the free space.", err=True)
-        return BadInput.exit_code
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; finished stages are kept, run the same command again to go on", err=True)
         return INTERRUPTED
+    except USAGE_ERROR as err:
+        err.show()
+        return int(err.exit_code)
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as err:  # noqa: BLE001  # the last wall: whatever comes is told in one line
+        if shown:
+            traceback.print_exc()
+        return _told(err)
+
+
+def _interrupt_once(number: int, frame: object) -> None:
+    """Ctrl-C stops the work; pressed again while things are put in order, it is not heard."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _told(err: Exception) -> int:
+    """Print an error in one line. Returns: its exit code."""
+    if isinstance(err, OptinError):
+        text, code = str(err), err.exit_code
+    elif isinstance(err, MemoryError) or any(words in str(err) for words in NO_MEMORY):
+        text, code = f"not enough memory: {_first_line(err)}. {LESS_MEMORY}", BadInput.exit_code
+    elif isinstance(err, OSError):
+        text, code = f"{err}. Check the path, its permissions and the free space.", BadInput.exit_code
+    else:
+        text, code = f"{type(err).__name__}: {_first_line(err)}. {_kept(err)}", OWN_FAULT
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)
+    return code
+
+
+def _kept(err: Exception) -> str:
+    """Write the traceback to a file, and say where it is and what to do with it."""
+    about = f"optin-deploy {version('optin-deploy')}, Python {platform.python_version()}, {platform.platform()}"
+    lines = [about, shlex.join(sys.argv), *traceback.format_exception(err)]
+    try:
+        with NamedTemporaryFile("w", prefix="optin-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write("\n".join(lines))
+        where = f"the traceback is in {file.name}"
+    except OSError as full:
+        where = f"the traceback could not be written ({full}); {TRACEBACK} shows it"
+    return f"This is a fault of optin-deploy, not of your input: {where}. Please report it with that file."
+
+
+def _first_line(err: Exception) -> str:
+    return next(iter(str(err).strip().splitlines()), "no message")[:300].rstrip(".")
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 EXIT_CODES = {
     0: "done",
-    1: "a gate, a quality limit or a check of doctor failed",
+    1: "a gate, a quality or a latency limit, or a check of doctor failed",
     2: "bad input",
     3: "artifact written, but the engine cannot be built here",
     4: "too unstable to judge",
+    5: "an error of optin-deploy itself",
     130: "interrupted",
 }
 """The one table of exit codes; `OptinError.exit_code` points into it."""
+
+
+OWN_FAULT = 5
+"""Exit code of an error that nobody meant to raise."""
 
 
 class OptinError(Exception):

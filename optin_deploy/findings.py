@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
@@ -143,6 +143,8 @@ class StoredReport:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Since October 2026."""
 
     def __post_init__(self) -> None:
         try:

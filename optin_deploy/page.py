@@ -14,24 +14,37 @@ from optin_deploy.charts import latency_chart, ratio_chart, sweep_chart, units_c
 from optin_deploy.errors import BadInput
 from optin_deploy.findings import Findings, LatencyRow, StoredReport, read_findings
 from optin_deploy.numbers import figures, milliseconds, si, size
+from optin_deploy.ownership import free_name
 from optin_deploy.score_table import told
 from optin_deploy.storage import write_text
 
+GENERATOR = '<meta name="generator" content="optin-deploy">'
+"""In the head of the template: by it a page of ours is known."""
+PAGE_HEAD_BYTES = 2**16
 
-def write_page(folder: Path, out: Path | None = None, *, dry_run: bool = False) -> Path:
+
+def write_page(folder: Path, out: Path | None = None, *, force: bool = False, dry_run: bool = False) -> Path:
     """Write the page about a finished output folder.
 
-    Args: out: the file; default: report.html in the folder. dry_run: only check that it could be done.
+    Args: out: the file; default: report.html in the folder. force: keep a file of others under another name.
+        dry_run: only check that it could be done.
     Returns: the file.
-    Raises: BadInput, PlanMismatch: the folder is not finished or damaged, or `out` is no .html file.
+    Raises: BadInput, PlanMismatch: the folder is not finished or damaged, or `out` is no .html file, or not ours.
     """
     path = out or folder / "report.html"
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         raise BadInput(f"--out {path}: give a file that ends in .html; any other would be replaced by a page.")
     html = render(read_findings(folder))
+    free_name(path, _is_page, force=force, dry_run=dry_run)
     if not dry_run:
         write_text(path, html)
     return path
+
+
+def _is_page(path: Path) -> bool:
+    """Is this a page of an earlier `optin report`?"""
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(PAGE_HEAD_BYTES)
 
 
 def render(found: Findings) -> str:

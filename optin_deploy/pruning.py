@@ -10,6 +10,7 @@ from torch import nn
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
+from optin_deploy.arguments import checked, whole
 from optin_deploy.batches import make_batches
 from optin_deploy.budget import Limits
 from optin_deploy.compensate import refit
@@ -30,7 +31,6 @@ from optin_deploy.scoring import ScoreSettings, score
 from optin_deploy.search import check_room, check_search, default_align, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
-from optin_deploy.validation import checked, whole
 
 
 def prune(
@@ -70,8 +70,8 @@ def prune(
         seed: of the random projections.
     Raises: BadInput and its kinds; see errors.py.
     """
-    allowed = Limits(flops, params, size)
-    settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=whole(seed, "seed"))
+    allowed, seed = Limits(flops, params, size), whole(seed, "seed")
+    settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     with working(model):
         layout = resolve(model, spec)
         align = default_align(layout) if align is None else align

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from optin_deploy.allocate import Options, least_error
+from optin_deploy.arguments import whole
 from optin_deploy.budget import Budget, Limit
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
@@ -16,7 +17,6 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
-from optin_deploy.validation import whole
 
 ALLOCATIONS = ("curves", "uniform", "paper")
 LEAST_SHARE = 1e-12

@@ -5,9 +5,9 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
+from optin_deploy.proof import prove
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import check_labels
@@ -43,6 +44,8 @@ MADE_FROM_MODEL = (
     *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
+FOLDERS_FROM_MODEL = ("mlperf",)
+"""Those of them that are folders, which have records of their own."""
 REMAKE_HINT = "It will be made again."
 
 
@@ -168,6 +171,7 @@ def score_stage(
     with store.shared(finished=lambda: workspace.has_scores(key)) as finished:
         if finished:
             return True
+        prove(prepared.loaded.model, prepared.layout, prepared.calibration.batches)
         scores = score(
             prepared.loaded.model,
             prepared.layout,
@@ -197,11 +201,12 @@ class ScoreRequest:
 
     def run(self, worker: Worker | None = None, progress: Progress = silent) -> bool:
         """Load model and data, then `score_stage`."""
-        prepared = prepare(self.source)
-        workspace = Workspace.claim(self.out, self.source, force=self.force)
-        return score_stage(
-            workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
-        )
+        with Workspace.at_work(self.out, self.source, force=self.force, shared=True) as workspace:
+            prepared = prepare(self.source)
+            workspace.take(self.source, force=self.force)
+            return score_stage(
+                workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
+            )
 
 
 def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
@@ -282,8 +287,8 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
-    for pattern in MADE_FROM_MODEL:  # of an earlier plan; nothing may be measured or shipped beside the wrong model
-        for stale in workspace.root.glob(pattern):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for name in (*workspace.record.names(), *FOLDERS_FROM_MODEL):
+        if any(fnmatch(name, pattern) for pattern in MADE_FROM_MODEL):  # of an earlier plan
+            workspace.record.remove(name)  # nothing may be measured or shipped beside the wrong model
     pruned.save(folder, key=key)
     return pruned, False

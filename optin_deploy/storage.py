@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
+from optin_deploy.ownership import Record, beside, in_the_way, record_all
 
 JSON_LIMIT_BYTES = 64 * 2**20
 """A plan of a very large model is a few MiB; anything above this is not ours."""
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a user's share of it, or the size of one file is used up."""
 
 NUMBER_LIST = re.compile(r"\[[\s\d.,eE+-]+\]")
 """A JSON list of numbers alone, over any number of lines."""
@@ -29,46 +33,93 @@ NUMBER_LIST = re.compile(r"\[[\s\d.,eE+-]+\]")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it becomes `path`, on an error it is removed."""
-    temporary = _beside(path)
+    """Give a temporary path beside `path`; on success it becomes `path`, on an error it is removed.
+
+    In a folder that has a record of ours, what is there and not ours is set aside.
+    Raises: BadInput: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with _room_on_disk(path):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
+            record = Record.above(path)
+            if record is not None:
+                record.make_room(path)
+                record.note(path, sha256_file(temporary))
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; on success it takes the place of `path`, whole."""
-    temporary = _beside(path)
-    old = temporary.with_suffix(".old")
+def atomic_folder(path: Path, *, recorded: bool = True) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it takes the place of `path`, whole.
+
+    Args: recorded: keep a record in it, by which it may be replaced later.
+    Raises: BadInput: somebody else's files are there, or the disk is full.
+    """
+    owner = Record(path.parent)
+    if owner.strangers(path):
+        raise BadInput(in_the_way(owner.strangers(path)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = beside(path), beside(path, "old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for written in (p for p in temporary.rglob("*") if p.is_file()):
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        try:
-            if path.exists():
-                path.replace(old)
-            temporary.replace(path)
-        finally:
-            if old.exists() and not path.exists():
-                old.replace(path)  # the exchange failed half-way: the old folder comes back
+        with _room_on_disk(path):
+            temporary.mkdir()
+            yield temporary
+            for written in (p for p in temporary.rglob("*") if p.is_file()):
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+            if recorded:
+                record_all(temporary)
+            owner.make_room(path)
+            try:
+                if path.exists():
+                    path.replace(old)
+                temporary.replace(path)
+            finally:
+                if old.exists() and not path.exists():
+                    old.replace(path)  # the exchange failed half-way: the old folder comes back
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    """A new hidden name; known before the file exists, so that an interrupt at any point leaves nothing behind."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+@contextmanager
+def _room_on_disk(path: Path) -> Iterator[None]:
+    """Libraries have errors of their own for a full disk; here it is one.
+
+    Raises: BadInput.
+    """
+    try:
+        yield
+    except Exception as err:
+        reason = next((os.strerror(code) for code in DISK_FULL if _tells(err, code)), None)
+        if reason is None:
+            raise
+        raise BadInput(
+            f"{path} cannot be written: {reason}. Make room, then run the same command again: finished stages are kept."
+        ) from err
+
+
+def _tells(err: BaseException | None, code: int) -> bool:
+    """Is this the reason of an error, or of one that it came from?"""
+    while err is not None:
+        if getattr(err, "errno", None) == code or os.strerror(code) in str(err):
+            return True
+        err = err.__cause__ or err.__context__
+    return False
+
+
+def _umask() -> int:
+    """The user's mask of permissions."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -82,7 +82,7 @@ class Trials:
         if flops not in self._points:
             if not self._points:  # a table and a picture of models that were made in another way
                 for name in ("sweep.csv", "sweep.png"):
-                    (self.workspace.root / name).unlink(missing_ok=True)
+                    self.workspace.record.remove(name)
             self._points[flops] = self._made(flops)
             points = sorted(self._points.values(), key=lambda point: -point.flops)
             write_json(self._path, asdict(_Stored(self._key, self._settings, tuple(points))))

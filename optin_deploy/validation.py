@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import read_json
 
 T = TypeVar("T")
 
@@ -35,40 +36,12 @@ def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T
         raise BadInput(f"{what}: {err}. {hint}") from err
 
 
-def checked(value: object, kind: type[T], name: str) -> T | None:
-    """The value if it is of this type or None.
-
-    Raises: BadInput: names the argument.
-    """
-    if value is not None and not isinstance(value, kind):
-        raise BadInput(f"{name} is a {type(value).__name__}; give a {kind.__name__}.")
-    return value
-
-
-def whole(value: object, name: str) -> int:
-    """An int of any kind of whole number.
-
-    Raises: BadInput: something else, also True and 3.0; names the argument.
-    """
+def holds(path: Path, *fields: str) -> bool:
+    """Is this a JSON object with these fields, such as an earlier result of the same command?"""
     try:
-        if isinstance(value, bool) or type(value).__name__ == "bool_":
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]  # that is what it finds out
-    except TypeError as err:
-        raise BadInput(f"{name} {value!r}: give a whole number.") from err
-
-
-def number(value: object, name: str) -> float:
-    """A float of any kind of real number.
-
-    Raises: BadInput: something else, also True and "0.6"; names the argument.
-    """
-    if isinstance(value, (str, bytes, bytearray, bool)) or type(value).__name__ in ("bool", "bool_"):
-        raise BadInput(f"{name} {value!r}: give a number.")
-    try:
-        return float(value)  # type: ignore[arg-type]  # that is what it finds out
-    except (TypeError, ValueError, OverflowError, RuntimeError) as err:
-        raise BadInput(f"{name} {value!r}: give a number.") from err
+        return set(fields) <= set(read_json(path, ""))
+    except (BadInput, OSError):
+        return False
 
 
 def parse_size(text: str, option: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,8 @@ from optin_deploy.curves import HINT as CURVES_HINT
 from optin_deploy.curves import Curves
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
+from optin_deploy.locking import ATTEMPTS, Lock, opened
+from optin_deploy.ownership import Record
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.storage import read_json, read_metadata, read_tensors, write_json, write_tensors
@@ -24,6 +28,36 @@ from optin_deploy.validation import STORED, validated
 SCHEMA_VERSION = 1
 SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
 MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
+LOCK = ".optin.lock"
+PAUSE_SECONDS = 0.05
+SUPPORT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(
+        "added_tokens.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ),
+)
+"""What lies beside an ONNX file for other loaders."""
+TYPES = ("", ".fp16", ".bf16", ".int8")
+ARTIFACTS = tuple(
+    f"{stem}{suffix}"
+    for stem in ("model", "dense")
+    for suffix in (
+        *(f"{kind}.onnx{data}" for kind in TYPES for data in ("", ".data")),
+        *(f"{kind}.pt2" for kind in TYPES),
+        *(f"{kind}.engine{log}" for kind in ("", ".rtx") for log in ("", ".log")),
+    )
+)
+NAMES = (
+    *("source.json", "scores.safetensors", "scores.json", *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
+    *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
+    *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
+)
+"""All that any command writes into an output folder: what others have put there is found before the work begins."""
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
 
@@ -48,6 +82,11 @@ class Source:
     evaluation: str | None = None
     """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
 
+    def inputs(self) -> dict[str, str]:
+        """What a job reads, by what it is."""
+        read = {"model": self.model, "calibration data": self.calibration, "data of --eval": self.evaluation}
+        return {what: path for what, path in read.items() if path is not None}
+
 
 class Scored(NamedTuple):
     """Scores, and all that planning needs beside them."""
@@ -70,19 +109,39 @@ class Workspace:
     def claim(cls, root: Path, source: Source, *, force: bool = False) -> Workspace:
         """Make the folder ours and note what it is made from.
 
-        Raises: BadInput: a file, or a non-empty folder that optin-deploy did not make (without `force`).
+        Raises: BadInput: a file, or a folder with files of others where ours are to be (without `force`).
         """
         cls.check(root, source, force=force)
         root.mkdir(parents=True, exist_ok=True)
         workspace = cls(root)
-        write_json(workspace.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
+        workspace.take(source, force=force)
         return workspace
+
+    @classmethod
+    @contextmanager
+    def at_work(cls, root: Path, source: Source, *, force: bool = False, shared: bool = False) -> Iterator[Workspace]:
+        """The folder while a job runs: checked and locked; `take` makes it ours. Gone again if nothing was written.
+
+        Raises: BadInput: as `claim`, or another job writes there.
+        """
+        cls.check(root, source, force=force)
+        made = not root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+        workspace = cls(root)
+        try:
+            with workspace.locked(shared=shared):
+                yield workspace
+        finally:
+            if made and not {path.name for path in root.iterdir()} - {LOCK}:
+                with suppress(OSError):  # another one came at this moment
+                    (root / LOCK).unlink(missing_ok=True)
+                    root.rmdir()
 
     @classmethod
     def check(cls, root: Path, source: Source, *, force: bool = False) -> None:
         """Would `claim` take this folder?
 
-        Raises: BadInput: as `claim`, or what the job reads lies inside (it would be overwritten).
+        Raises: BadInput: as `claim`, or what the job reads lies inside (it could be written over).
         """
         if root.is_file():
             raise BadInput(f"--out {root} is a file. Give a folder.")
@@ -90,10 +149,54 @@ class Workspace:
         taken = root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
         if taken and not force and not cls(root)._is_ours():
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
-        if Path(source.model).exists() and Path(source.model).resolve().is_relative_to(root.resolve()):
-            raise BadInput(
-                f"--out {root} holds the model {source.model} itself, which would be lost. Use another folder."
-            )
+        for what, name in source.inputs().items():
+            if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
+                raise BadInput(f"--out {root} holds the {what} {name} itself, which would be lost. Use another folder.")
+        cls(root).record.reserve(NAMES, force=force, dry_run=True)
+
+    @property
+    def record(self) -> Record:
+        """Which files in the folder are ours."""
+        return Record(self.root)
+
+    def take(self, source: Source, *, force: bool = False) -> None:
+        """Make a checked folder ours and note what it is made from; with `force`, files of others are set aside.
+
+        Raises: BadInput: files of others where ours are to be.
+        """
+        self._begin(force=force)
+        write_json(self.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
+
+    @contextmanager
+    def changing(self, *, force: bool = False) -> Iterator[None]:
+        """While a command writes into an output folder of an earlier one.
+
+        Raises: BadInput: not an output folder, another job writes there, or files of others are where ours are to be.
+        """
+        self.source()
+        with self.locked():
+            self._begin(force=force)
+            yield
+
+    @contextmanager
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """Keep other jobs out, or only those that do not share the scoring.
+
+        Raises: BadInput: another job writes there.
+        """
+        with opened(self.root / LOCK) as lock:
+            alone = lock.take()
+            if alone:
+                self.record.clear_temporaries()
+            if not (_joined(lock) if shared else alone):
+                raise BadInput(
+                    f"another job is writing to {self.root}. Wait until it has ended, or use another folder."
+                )
+            yield
+
+    def _begin(self, *, force: bool) -> None:
+        self.record.reserve(NAMES, force=force)
+        self.record.begin()
 
     def _is_ours(self) -> bool:
         try:
@@ -141,7 +244,7 @@ class Workspace:
         Args: fingerprint: of the calibration data.
         """
         for name in MADE_FROM_SCORES:
-            (self.root / name).unlink(missing_ok=True)
+            self.record.remove(name)
         tensors = {f"{kind}.{i}": t for kind in SCORE_TENSORS for i, t in enumerate(getattr(scores, kind))}
         about = {"schema_version": str(scores.schema_version), "layout_hash": scores.layout_hash, "key": key}
         write_tensors(self.root / "scores.safetensors", tensors, about)
@@ -224,3 +327,12 @@ class Workspace:
         Raises: BadInput: missing or damaged.
         """
         return PruningPlan.from_json(read_json(self.root / "plan.json", PLAN_HINT))
+
+
+def _joined(lock: Lock) -> bool:
+    """Share a lock; who has just come may hold it alone for a moment, to clear away."""
+    for _ in range(ATTEMPTS):
+        if lock.take(shared=True):
+            return True
+        time.sleep(PAUSE_SECONDS)
+    return False

@@ -29,11 +29,12 @@ from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import Branch
+from optin_deploy.ownership import RECORD
 from optin_deploy.scoring import PartsLeft, Scores, ScoreSettings, Terms, Worker, score
 from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, run_parts, worker_of
 from optin_deploy.scoring.terms import ROWS
 from optin_deploy.stages import score_stage
-from optin_deploy.workspace import Workspace
+from optin_deploy.workspace import LOCK, Workspace
 
 KINDS = ("heads", "neurons", "head_errors", "neuron_errors")
 FIRST, SECOND = Branch(("q",), "o", "block", None, 3, 2), Branch(("up",), "down", "norm", None, 4, 1)
@@ -534,7 +535,12 @@ def check(workspace: Workspace, scorer: str, *, killed: int = 0) -> None:
     for name in ("samples", "probes", "output_probes", "head_samples", "kl_weight", "rank_stability"):
         assert found.provenance[name] == expected.provenance[name]
     # A killed process cannot remove its hidden temporary file.
-    names = sorted(path.name for path in workspace.root.iterdir() if killed == 0 or not path.name.endswith(".tmp"))
+    ours = (RECORD, LOCK)
+    names = sorted(
+        path.name
+        for path in workspace.root.iterdir()
+        if path.name not in ours and (killed == 0 or not path.name.endswith(".tmp"))
+    )
     assert names == ["scores.json", "scores.safetensors", "source.json"]
 
 
@@ -594,8 +600,7 @@ def test_a_second_run_clears_away_what_a_killed_one_no_longer_could(tmp_path: Pa
     workspace = claim(tmp_path)
     shard(workspace, "exact", log)
     store = FolderStore(workspace.parts_folder / workspace.read_scores().key[:16], [])
-    store.folder.mkdir(parents=True)
-    (store.folder / "exact-0000-heads.safetensors").write_bytes(b"")
+    store.put("exact-0000-heads", some_terms(FIRST))
     assert shard(workspace, "exact", log) is True
     check(workspace, "exact")
 

@@ -394,11 +394,9 @@ def test_save_that_fails_while_the_folders_change_places_keeps_the_old_one(
 
 
 def test_save_replaces_an_older_model_whole(saved: Path) -> None:
-    (saved / "left_over.txt").write_text("of an older version")
     other = pruned_model("bert", seed=1)
     other.save(saved)
     assert load_pruned(saved).plan == other.plan
-    assert not (saved / "left_over.txt").exists()
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
@@ -422,6 +420,22 @@ def test_saved_folder_can_be_moved(saved: Path, tmp_path: Path) -> None:
 
 def test_save_never_replaces_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(BadInput, match="not a pruned model"):
+    with pytest.raises(BadInput, match="optin-deploy did not make this"):
         pruned_model("bert").save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_save_never_replaces_a_model_with_files_of_others_in_it(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(BadInput, match=r"notes\.txt: optin-deploy did not make this"):
+        pruned_model("bert", seed=1).save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_save_keeps_a_model_that_somebody_changed(saved: Path) -> None:
+    (saved / "config.json").write_text("{}")
+    other = pruned_model("bert", seed=1)
+    other.save(saved)
+    assert load_pruned(saved).plan == other.plan
+    assert (saved.with_name(f"{saved.name}.kept1") / "config.json").read_text() == "{}"

@@ -19,6 +19,7 @@ from optin_deploy import storage
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.ownership import RECORD
 from optin_deploy.plan import Masks
 from optin_deploy.scoring import Scores
 from optin_deploy.search import make_plan
@@ -34,13 +35,14 @@ from optin_deploy.storage import (
     write_tensors,
     write_text,
 )
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.workspace import LOCK, Source, Workspace
 
 HINT = "Write it with `optin plan`."
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Of all but our records and locks."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (RECORD, LOCK))
 
 
 # --- atomic writes --------------------------------------------------------------------------------------------
@@ -101,8 +103,8 @@ def test_an_error_while_writing_a_folder_keeps_the_old_one_and_leaves_nothing(
     target = tmp_path / "model"
     for old in (False, True):
         if old:
-            target.mkdir()
-            (target / "old").write_text("old")
+            with atomic_folder(target) as temporary:
+                (temporary / "old").write_text("old")
         with pytest.raises(error), atomic_folder(target) as temporary:
             (temporary / "new").write_text("half")
             raise error
@@ -114,8 +116,8 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "old").write_text("old")
+    with atomic_folder(target) as temporary:
+        (temporary / "old").write_text("old")
     replace = Path.replace
 
     def full_disk(self: Path, other: Path) -> Path:
@@ -446,7 +448,7 @@ def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
 
 def test_new_scores_clear_away_what_came_of_the_old_ones(scored: Workspace) -> None:
     for name in ("masks.json", "plan.json", "scores.png", "report.md"):
-        (scored.root / name).write_text("old")
+        write_text(scored.root / name, "old")
     scored.write_scores(some_scores(1), LAYOUT, COST, PARAMS, "another key", "fingerprint")
     assert names(scored.root) == ["report.md", "scores.json", "scores.safetensors", "source.json"]
     data = json.loads((scored.root / "scores.json").read_text())

@@ -24,6 +24,8 @@ import transformers
 from PIL import Image
 
 from optin_deploy import cli
+from optin_deploy.ownership import RECORD
+from optin_deploy.workspace import LOCK
 
 HIDDEN, LAYERS, HEADS, FFN = 48, 2, 6, 96
 SEQ_LEN = 16
@@ -203,7 +205,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 def temporary_files(folder: Path) -> list[str]:
     """What must never be left behind, in a folder or beside it."""
     found = (*folder.parent.glob(f".{folder.name}*"), *folder.rglob(".*"), *folder.rglob("*.tmp*"))
-    return sorted(str(path) for path in found)
+    return sorted(str(path) for path in found if path.name not in (RECORD, LOCK))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -13,7 +13,7 @@ from exporters import ENGINES, check_precision, exporter
 from exporters.base import Exporter
 from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
 from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
-from exporters.bench.pins import Pin, is_pin, pinned_path, read_pin, write_pin
+from exporters.bench.pins import Pin, pinned_path, read_pin, write_pin
 from exporters.checks.onnx_files import all_tensors, read_onnx
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
@@ -96,8 +96,6 @@ class Contest:
         if self.baseline.suffix == ".onnx" and any(t.external_data for t in all_tensors(read_onnx(self.baseline))):
             raise BadInput(f"{self.baseline} keeps weights in other files, which the pin's hash would not cover.")
         pinned_path(file, self.baseline)
-        if file.exists() and not is_pin(file):
-            raise BadInput(f"--pin {file} exists and is no pin; it would be replaced. Give another name, or delete it.")
 
     def try_out(self) -> None:
         """Run both artifacts once at each point.

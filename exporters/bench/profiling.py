@@ -14,9 +14,10 @@ from exporters.ready import check_timeable, ready
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.bench.stats import percentile
 from optin_deploy.bench.timing import Samples, mean_ratio
-from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, read_table
+from optin_deploy.cost.latency import HeldOut, LatencyTable, Steps, is_table, read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import LayerSpec
+from optin_deploy.ownership import free_name
 from optin_deploy.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.storage import write_json
 from optin_deploy.workspace import Source
@@ -51,14 +52,17 @@ def profile_model(
     align: int | None = None,
     options: EngineOptions | None = None,
     check: int = 0,
+    force: bool = False,
     dry_run: bool = False,
     stage: Stage = silent_stage,
 ) -> LatencyTable | None:
     """Measure a latency table and write it to a file.
 
-    Args: check: random plans to measure beside it. dry_run: only check that it could be done; returns None.
-    Raises: BadInput: the engine does not run here, and all that `ready` refuses.
+    Args: check: random plans to measure beside it. force: keep a file of others under another name.
+        dry_run: only check that it could be done; returns None.
+    Raises: BadInput: the engine does not run here, `out` is not ours, and all that `ready` refuses.
     """
+    free_name(out, is_table, force=force, dry_run=True)
     point = point or Point()
     target, spec, prepared = ready(
         source, engine=engine, precision=precision, align=align, points=[point], threads=threads, options=options
@@ -69,6 +73,7 @@ def profile_model(
     with yardstick(prepared, target, spec, point, threads=threads, align=align) as yard:
         with stage("profile") as progress:
             table = measure_table(yard, progress=progress)
+        free_name(out, is_table, force=force)
         write_json(out, table.to_json())
         if check:
             with stage("check") as progress:

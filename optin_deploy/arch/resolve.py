@@ -8,12 +8,12 @@ from torch import nn
 
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arch.table import TABLE
+from optin_deploy.arguments import checked
 from optin_deploy.errors import BadInput, UnknownArchitecture
 from optin_deploy.guard import check_model
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
 from optin_deploy.rewrite.slices import KINDS, Projection, projection_at
 from optin_deploy.rewrite.torch import REWRITTEN
-from optin_deploy.validation import checked
 
 QKV = 3
 """Queries, keys and values."""

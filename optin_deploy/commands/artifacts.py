@@ -16,6 +16,7 @@ from optin_deploy.commands.options import (
     DryRun,
     Engine,
     Folder,
+    Force,
     Memory,
     Operators,
     Pool,
@@ -33,7 +34,7 @@ from optin_deploy.commands.options import (
     Weights,
     Workspace_,
 )
-from optin_deploy.commands.parsing import echo, engine_options, load_of
+from optin_deploy.commands.parsing import echo, engine_options, load_of, writing
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_latency, print_table, stage_bar
 
@@ -46,6 +47,7 @@ Examples:
 """
 
 
+@writing
 def build(
     folder: Folder,
     engine: Engine = "onnx",
@@ -58,6 +60,7 @@ def build(
     compatible: Compatible = None,
     weights: Weights = "fixed",
     prepare_only: PrepareOnly = False,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
@@ -96,6 +99,7 @@ Example:
 """
 
 
+@writing
 def bench(
     folder: Folder,
     engine: Engine = "onnx",
@@ -111,6 +115,7 @@ def bench(
     seconds: Seconds = None,
     qps: Qps = None,
     target_latency: TargetLatency = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun
+from optin_deploy.commands.options import DryRun, Force
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_table, stage_bar, warn
 
@@ -58,6 +58,7 @@ def gate(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the verdict, raw samples, hashes and environment (JSON).")
     ] = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Fail if CANDIDATE is slower than BASELINE allows; both run here and now, interleaved, so no stored time counts.
@@ -68,6 +69,7 @@ def gate(
     from exporters.bench.comparing import check_not_input, settle
     from exporters.bench.measuring import parse_point
     from optin_deploy.bench.gate import HEADER, limit_of
+    from optin_deploy.ownership import free_name
     from optin_deploy.storage import write_json
 
     points = [parse_point(text) for text in at or ()]
@@ -77,7 +79,7 @@ def gate(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )
         alone = settle(baseline, engine=engine, precision=precision, threads=threads, points=points)
-        _pin(alone, pin, dry_run=dry_run)
+        _pin(alone, pin, force=force, dry_run=dry_run)
         return
     limit = limit_of(max_ratio, min_speedup)
     if candidate is None:
@@ -85,12 +87,14 @@ def gate(
     contest = settle(baseline, candidate, engine=engine, precision=precision, threads=threads, points=points)
     if out is not None:
         check_not_input(out, baseline, contest.baseline, contest.candidate, option="--out")
+        free_name(out, _is_verdict, force=force, dry_run=True)
     if dry_run:
         typer.echo(f"would measure {contest.candidate} against {contest.baseline}, {contest}")
         return
     found = contest.run(limit, stage=stage_bar)
     print_table(HEADER, found.rows())
     if out is not None:
+        free_name(out, _is_verdict, force=force)
         write_json(out, found.to_json())
     found.check(strict=strict)
     if found.outcome == "straddles":
@@ -99,10 +103,20 @@ def gate(
         typer.echo(found.sentence)
 
 
-def _pin(contest: Any, file: Path, *, dry_run: bool) -> None:
+def _is_verdict(file: Path) -> bool:
+    from optin_deploy.validation import holds
+
+    return holds(file, "schema_version", "verdict", "limit", "points", "environment")
+
+
+def _pin(contest: Any, file: Path, *, force: bool, dry_run: bool) -> None:
     """Write a pin of the baseline alone."""
+    from exporters.bench.pins import is_pin
+    from optin_deploy.ownership import free_name
+
+    contest.check_pin(file)
+    free_name(file, is_pin, force=force, dry_run=dry_run)
     if dry_run:
-        contest.check_pin(file)
         typer.echo(f"would pin {contest.baseline} in {file}, {contest}")
         return
     pinned = contest.pin(file)

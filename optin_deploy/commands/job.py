@@ -152,17 +152,18 @@ def export(
         return
     warn_if_bundled(calibration)
     try:
-        report = export_model(
-            source,
-            folder,
-            **options,
-            scoring=scoring,
-            memory_budget=scoring_bytes,
-            compensation=compensation,
-            dense=dense,
-            force=force,
-            stage=stage_bar,
-        )
+        with Workspace.at_work(folder, source, force=force):
+            report = export_model(
+                source,
+                folder,
+                **options,
+                scoring=scoring,
+                memory_budget=scoring_bytes,
+                compensation=compensation,
+                dense=dense,
+                force=force,
+                stage=stage_bar,
+            )
     except CannotBuildHere as err:
         if not prepare_only:
             raise

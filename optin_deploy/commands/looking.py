@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun, Folder
+from optin_deploy.commands.options import DryRun, Folder, Force
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table
 
@@ -28,6 +28,7 @@ def show(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Whose scores; left out: of the current folder.")
     ] = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Print the plan and the report in DIR; with `scores` the scores, which are also drawn into DIR/scores.png."""
@@ -38,7 +39,7 @@ def show(
     source = workspace.source()
     typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
     if scores_wanted:
-        _show_scores(workspace, write=not dry_run)
+        _show_scores(workspace, force=force, dry_run=dry_run)
         return
     if (root / "scores.json").is_file() and not (root / "plan.json").exists():
         from optin_deploy.score_table import print_provenance
@@ -64,12 +65,13 @@ Examples:
 def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]")] = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write the report in DIR as one HTML page with charts; it loads nothing, so it can be sent or printed."""
     from optin_deploy.page import write_page
 
-    path = write_page(folder, out, dry_run=dry_run)
+    path = write_page(folder, out, force=force, dry_run=dry_run)
     typer.echo(f"would write {path}" if dry_run else f"Wrote {path}; open it in a browser.")
 
 
@@ -114,13 +116,14 @@ def _scores_wanted(what: str, folder: Path | None) -> tuple[bool, Path]:
     raise BadInput(f"{wrong}; possible: optin show DIR, optin show scores DIR.")
 
 
-def _show_scores(workspace: Any, *, write: bool) -> None:
+def _show_scores(workspace: Any, *, force: bool, dry_run: bool) -> None:
     from optin_deploy.pictures import draw_scores
     from optin_deploy.score_table import print_scores
 
     scores = workspace.read_scores().scores
     print_scores(scores)
     picture = workspace.root / "scores.png"
-    if write:
+    workspace.record.reserve([picture.name], force=force, dry_run=dry_run)
+    if not dry_run:
         draw_scores(scores, picture)
-    typer.echo(f"{'Wrote' if write else 'would write'} {picture}")
+    typer.echo(f"{'would write' if dry_run else 'Wrote'} {picture}")

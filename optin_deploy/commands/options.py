@@ -196,7 +196,13 @@ Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its defau
 Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder that optin-deploy did not make.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Write also where optin-deploy did not make what is there; files in the way are kept as NAME.kept1.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,22 @@ import typer
 
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import warn
+
+
+def writing(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that writes into its `folder`: no other job does meanwhile, and files of others stay what they are."""
+
+    @wraps(command)
+    def alone(**options: Any) -> None:
+        from optin_deploy.workspace import Workspace
+
+        if options["dry_run"]:
+            command(**options)
+            return
+        with Workspace(options["folder"]).changing(force=options["force"]):
+            command(**options)
+
+    return alone
 
 
 def engine_options(

@@ -14,11 +14,12 @@ from optin_deploy.commands.options import (
     Eval,
     Flops,
     Folder,
+    Force,
     MaxDrop,
     Params,
     Size,
 )
-from optin_deploy.commands.parsing import echo, judged_by, limits_of
+from optin_deploy.commands.parsing import echo, judged_by, limits_of, writing
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table, stage_bar
 
@@ -35,6 +36,7 @@ Examples:
 """
 
 
+@writing
 def plan(
     folder: Folder,
     flops: Flops = None,
@@ -45,6 +47,7 @@ def plan(
     align: Align = 16,
     allocation: Allocation = "curves",
     compensation: Compensation = True,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR.
@@ -89,6 +92,7 @@ Examples:
 """
 
 
+@writing
 def sweep(
     folder: Folder,
     flops: Annotated[
@@ -98,6 +102,7 @@ def sweep(
     align: Align = 16,
     allocation: Allocation = "curves",
     compensation: Compensation = True,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model at each of many budgets and judge it; writes sweep.csv, sweep.png and sweep.json.
@@ -131,7 +136,8 @@ Example:
 """
 
 
-def rewrite(folder: Folder, compensation: Compensation = True, dry_run: DryRun = False) -> None:
+@writing
+def rewrite(folder: Folder, compensation: Compensation = True, force: Force = False, dry_run: DryRun = False) -> None:
     """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model."""
     from optin_deploy.stages import prepare, rewrite_stage
     from optin_deploy.workspace import Workspace

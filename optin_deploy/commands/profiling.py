@@ -12,6 +12,7 @@ from optin_deploy.commands.options import (
     DryRun,
     Engine,
     EngineAlign,
+    Force,
     Model,
     Precision,
     ProfileOption,
@@ -46,6 +47,7 @@ def profile(
     profile_sizes: ProfileOption = None,
     check: Annotated[int, typer.Option(min=0, help="Random plans to measure, to see how wrong the table is.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
@@ -65,6 +67,7 @@ def profile(
         align=align,
         options=engine_options(profile_sizes, None, None, None, "fixed"),
         check=check,
+        force=force,
         dry_run=dry_run,
         stage=stage_bar,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun, Engine, Precision
+from optin_deploy.commands.options import DryRun, Engine, Force, Precision
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.terminal import print_table, stage_bar
 
@@ -136,6 +136,7 @@ def serve_check(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything, raw latencies too (JSON).")
     ] = None,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Compare a server's answers with the published artifacts, and dense with pruned under load, interleaved.
@@ -144,9 +145,12 @@ def serve_check(
     """
     from exporters.serving.check_result import LOAD_HEADER, label
     from exporters.serving.checking import check_server
+    from optin_deploy.ownership import free_name
     from optin_deploy.storage import write_json
 
     clients = _numbers(concurrency, "--concurrency", "1,4,16") if latency else ()
+    if out is not None:
+        free_name(out, _is_check, force=force, dry_run=True)
     if dry_run:
         typer.echo(f"would check {', '.join(model or ('all models',))} of {repository} on {url}, clients: {clients}")
         return
@@ -170,9 +174,16 @@ def serve_check(
     if found.load:
         print_table(LOAD_HEADER, found.load_rows(), f"closed loop, batch {batch}")
     if out is not None:
+        free_name(out, _is_check, force=force)
         write_json(out, found.to_json())
     if found.problems:
         raise ParityFailure(" ".join(f"{problem}." for problem in found.problems))
+
+
+def _is_check(file: Path) -> bool:
+    from optin_deploy.validation import holds
+
+    return holds(file, "schema_version", "settings", "environment", "models", "load")
 
 
 def _numbers(text: str | None, option: str, example: str) -> tuple[int, ...]:

@@ -152,6 +152,15 @@ def read_table(path: Path, layout: ModelLayout, setting: Mapping[str, str | int]
     return table
 
 
+def is_table(path: Path) -> bool:
+    """Is this a latency table, of whatever model and setting?"""
+    try:
+        LatencyTable.from_json(read_json(path, HINT))
+    except BadInput:
+        return False
+    return True
+
+
 TABLE_HEADER = ("layers", "units", "kept", "ms a layer")
 
 

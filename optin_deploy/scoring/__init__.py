@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from optin_deploy.arguments import checked
 from optin_deploy.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.layout import ModelLayout
@@ -20,7 +21,6 @@ from optin_deploy.scoring.scores import Scores
 from optin_deploy.scoring.settings import SCORERS, ScoreSettings
 from optin_deploy.scoring.sketch import sketch_terms
 from optin_deploy.scoring.terms import Terms
-from optin_deploy.validation import checked
 
 
 def score(

@@ -7,34 +7,32 @@ lets go of; what is finished is skipped.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 
 from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.layout import Branch
+from optin_deploy.locking import Lock, opened
+from optin_deploy.ownership import Record
 from optin_deploy.progress import Progress
 from optin_deploy.scoring.terms import ROWS, Terms
-from optin_deploy.storage import read_metadata, read_tensors, write_tensors
-
-log = logging.getLogger(__name__)
+from optin_deploy.storage import read_metadata, read_tensors, sha256_file, write_tensors
 
 FIGURES = ("samples", "probes", "output_probes", "forward_seconds", "seconds", "peak_bytes")
 """Fields of `Terms` that a part's file holds beside the sums."""
 REMAKE_HINT = "It will be scored again."
-ATTEMPTS = 100
-"""To open a file in a folder that another worker is clearing away at this moment."""
+NOTHING = hashlib.sha256().hexdigest()
+"""Hash of an empty file, as locks are."""
 
 
 class PartsLeft(OptinError):
@@ -135,16 +133,17 @@ class FolderStore:
         Returns: what `finished` said when this worker came.
         """
         while True:
-            with _opened(self.folder / "workers.lock") as lock:
+            with self._locked("workers") as lock:
                 lock.take(shared=True, wait=True)
-                if not lock.stands(self.folder / "workers.lock"):
+                if not lock.stands():
                     continue  # it was cleared away meanwhile
                 try:
                     yield finished()
                 finally:
                     # First alone, then the question: else the one who finishes may still see us, and we not its scores.
                     if lock.take() and (finished() or not any(self.folder.glob("*.safetensors"))):
-                        shutil.rmtree(self.folder, ignore_errors=True)
+                        Record(self.folder).clear_temporaries()
+                        Record(self.folder.parent).remove(self.folder.name)
                         with suppress(OSError):  # parts of other settings are there
                             self.folder.parent.rmdir()
                 return
@@ -165,63 +164,33 @@ class FolderStore:
         """Write the part's file, whole or not at all."""
         figures = {figure: getattr(terms, figure) for figure in FIGURES}
         tensors = {branch.output: sums for branch, sums in terms.sums.items()}
-        write_tensors(self._path(name), tensors, {"part": name, "figures": json.dumps(figures)})
+        path, record = self._path(name), Record(self.folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.begin()
+        if path.is_file():  # damaged, or of another part: nobody edits these
+            record.note(path, sha256_file(path))
+        write_tensors(path, tensors, {"part": name, "figures": json.dumps(figures)})
 
     @contextmanager
     def claimed(self, name: str, *, wait: bool) -> Iterator[bool]:
         """Hold the lock of a part."""
-        with _opened(self.folder / f"{name}.lock") as lock:
+        with self._locked(name) as lock:
             yield lock.take(wait=wait)
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[Lock]:
+        """An open lock, whose empty file is in the record as all other files here."""
+        path = self.folder / f"{name}.lock"
+        with opened(path) as lock:
+            record = Record(self.folder)
+            with suppress(FileNotFoundError):  # it is cleared away at this moment
+                if record.strangers(path):
+                    record.begin()
+                    record.note(path, NOTHING)
+            yield lock
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-
-@dataclass(frozen=True, eq=False)
-class _Lock:
-    """An operating system's lock on an open file: it falls when the file is closed, or the process dies.
-
-    Where there are none (not POSIX, some network file systems) every `take` succeeds: work may then be done twice,
-    with the same result.
-    """
-
-    file: TextIO
-
-    def take(self, *, wait: bool = False, shared: bool = False) -> bool:
-        """Take it, alone or together with others; False if it is held and `wait` is off."""
-        try:
-            import fcntl
-        except ImportError:
-            return True
-        try:
-            fcntl.flock(self.file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
-        except OSError as err:
-            log.warning("no locks on this file system (%s): other workers may do the same parts", err)
-        return True
-
-    def stands(self, path: Path) -> bool:
-        """Is this still the file at its path?"""
-        try:
-            return os.path.samestat(os.fstat(self.file.fileno()), path.stat())
-        except FileNotFoundError:
-            return False
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_Lock]:
-    with _open(path) as file:
-        yield _Lock(file)
-
-
-def _open(path: Path) -> TextIO:
-    """For reading and writing: network file systems give a shared lock only for one, a lock alone for the other."""
-    for _ in range(ATTEMPTS):
-        with suppress(FileNotFoundError, FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("a+")
-    raise BadInput(f"{path} cannot be made. Look at its folder.")
 
 
 def run_parts(

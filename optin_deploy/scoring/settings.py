@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from optin_deploy.arguments import checked, number, whole
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
-from optin_deploy.validation import checked, number, whole
 
 SCORERS = ("sketch", "exact")
 
