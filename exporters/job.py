@@ -33,7 +33,7 @@ from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.quality import Judge, Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
-from optin_deploy.search import default_align
+from optin_deploy.search import check_units
 from optin_deploy.stage_memory import StageMemory, over_budget, resident_bytes
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
@@ -99,12 +99,14 @@ def export_model(
             pool=pool,
             options=options,
         )
+        within, units = limits.within(prepared.cost, prepared.params), target.align if align is None else align
+        check_units(within, prepared.layout, prepared.cost, align=units, allocation=allocation)
         workspace = Workspace.claim(out, source, force=force)
     loaded_bytes = resident_bytes()
     scoring = replace(scoring or ScoreSettings(), seed=source.seed)
     with clock("score") as progress:
         score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
-    align = default_align(prepared.layout, target.align) if align is None else align
+    align = target.align if align is None else align
     how: dict[str, Any] = {"align": align, "allocation": allocation, "compensation": compensation}
     rounds: list[Round] = []
     if limits.time is None:

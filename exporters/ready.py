@@ -15,7 +15,7 @@ from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.budget import Limits
 from optin_deploy.cost.latency import read_table
 from optin_deploy.errors import BadInput
-from optin_deploy.search import check_room, check_search, default_align
+from optin_deploy.search import check_search
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.workspace import Source
 
@@ -45,10 +45,7 @@ def ready(
     check_search(target.align if align is None else align, allocation)
     check_threads(threads)
     prepared = prepare(source)
-    align = default_align(prepared.layout, target.align) if align is None else align
-    check_search(align, allocation, prepared.layout)
-    within = (limits or Limits()).within(prepared.cost, prepared.params)
-    check_room(within, prepared.layout, prepared.cost, align=align, allocation=allocation)
+    (limits or Limits()).within(prepared.cost, prepared.params)
     output_names(prepared.loaded.model, pool)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
@@ -62,6 +59,7 @@ def ready(
     if table is not None:
         if not timed:
             raise BadInput(f"--latency-table {table} is for --latency, --speedup or --throughput: give one of them.")
+        align = target.align if align is None else align
         read_table(table, prepared.layout, setting_of(prepared, target, spec, points[0], threads=threads, align=align))
     return target, spec, prepared
 

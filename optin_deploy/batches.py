@@ -53,9 +53,10 @@ def make_batches(model: nn.Module, given: Any, *, least: int = 1) -> Batches:
     """
     if isinstance(given, Batches) and given.model() is model:
         return given
-    found = []
+    found: list[dict[str, Tensor]] = []
+    streamed = not isinstance(given, (list, tuple, Mapping, Tensor, np.ndarray))  # may fill one buffer again and again
     for number, one in enumerate(_each(given)):
-        batch = _Reader(model, f"batch {number}").read(one)
+        batch = _Reader(model, f"batch {number}", copying=streamed).read(one)
         if found and batch.keys() != found[0].keys():
             raise BadInput(
                 f"batch {number} has {', '.join(batch)}, batch 0 has {', '.join(found[0])}: give the same inputs in "
@@ -85,8 +86,8 @@ def _each(given: Any) -> Iterable[Any]:
 class _Reader:
     """One batch on its way in."""
 
-    def __init__(self, model: nn.Module, where: str) -> None:
-        self.model, self.where = model, where
+    def __init__(self, model: nn.Module, where: str, *, copying: bool) -> None:
+        self.model, self.where, self.copying = model, where, copying
         self.config: Any = getattr(model, "config", None)
         self.names = [name for name in inspect.signature(model.forward).parameters if name not in SETTINGS]
         self.main = next((name for name in MAIN if name in self.names), None)
@@ -130,7 +131,8 @@ class _Reader:
             if given.is_meta or given.layout is not torch.strided or given.is_quantized or given.is_nested:
                 raise self._bad(f"{name} is a tensor without plain values ({given.layout}, {given.device})")
             found = given.detach()
-            if found.is_shared() or found.is_inference():  # a worker's memory; or nothing that gradients pass through
+            # Of a worker's memory there is little; and through what inference_mode made no gradient passes.
+            if self.copying or found.is_shared() or found.is_inference():
                 found = found.clone()
         else:
             found = self._of_values(name, given)

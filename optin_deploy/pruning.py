@@ -28,7 +28,7 @@ from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
-from optin_deploy.search import check_room, check_search, default_align, make_plan, search_within
+from optin_deploy.search import check_align, check_search, check_units, default_align, make_plan, search_within
 from optin_deploy.storage import sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
@@ -72,13 +72,14 @@ def prune(
     """
     allowed, seed = Limits(flops, params, size), whole(seed, "seed")
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
+    check_search(16 if align is None else align, allocation)
     with working(model):
         layout = resolve(model, spec)
         align = default_align(layout) if align is None else align
-        check_search(align, allocation, layout)
+        check_align(align, layout)
         cost = mac_cost(model, layout, seq_len=whole(seq_len, "seq_len"))
         limits = allowed.within(cost, param_cost(model, layout))
-        check_room(limits, layout, cost, align=align, allocation=allocation)
+        check_units(limits, layout, cost, align=align, allocation=allocation)
         given = make_batches(model, batches)
         if allocation == "curves":
             judged_samples(given)  # enough of them

@@ -65,7 +65,8 @@ def search_within(
     largest total score (Khaki & Plataniotis, ICLR 2024, algorithm 1).
     Raises: BadInput. InfeasibleBudget: a limit below what no plan can cut.
     """
-    check_search(align, allocation, layout)
+    check_search(align, allocation)
+    check_align(align, layout)
     scores.check(layout)
     room = np.array([limit - cost.fixed for cost, limit in limits])
     if (room < 0).any():
@@ -91,32 +92,36 @@ def search_within(
     return Masks(tuple(kept[: len(heads)]), tuple(kept[len(heads) :]), layout.hash)
 
 
-def check_search(align: int, allocation: str, layout: ModelLayout | None = None) -> None:
+def check_search(align: int, allocation: str) -> None:
     """Refuse impossible options.
 
-    Args: layout: of the model, if it is known: no FFN can keep a multiple of more neurons than it has.
     Raises: BadInput.
     """
     if allocation not in ALLOCATIONS:
         raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
     if whole(align, "--align") < 1:
         raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
-    if layout is not None and align > (widest := _widest(layout)):
+
+
+def check_align(align: int, layout: ModelLayout) -> None:
+    """Refuse a multiple that no layer holds: each FFN would be kept whole or lost.
+
+    Raises: BadInput: names the largest possible.
+    """
+    widest = max((layer.neurons for layer in layout.layers), default=0)
+    if align > widest > 0:
         raise BadInput(
-            f"--align {align}: the FFN has {widest} neurons, so that none could be kept. Possible are 1 to {widest}."
+            f"--align {align}: the widest FFN of this model has {widest} neurons, so that every FFN would be kept "
+            f"whole or lost. Give --align {widest} or less; 16 suits CPUs, 64 GPUs."
         )
 
 
 def default_align(layout: ModelLayout, preferred: int = 16) -> int:
     """Neurons in multiples of this if the user says nothing: what kernels like, or all where there are fewer."""
-    return min(preferred, _widest(layout))
+    return min(preferred, max(layer.neurons for layer in layout.layers))
 
 
-def _widest(layout: ModelLayout) -> int:
-    return max(layer.neurons for layer in layout.layers)
-
-
-def check_room(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, align: int, allocation: str) -> None:
+def check_units(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, align: int, allocation: str) -> None:
     """Refuse, before the long work, limits under which nothing that computes would be left of the model.
 
     A model without fixed MACs (an encoder alone) needs room for at least one unit; any other has them.
@@ -124,7 +129,7 @@ def check_room(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, a
     """
     if macs.fixed:
         return
-    for (cost, limit), option in zip(limits, _options(limits, macs), strict=True):
+    for cost, limit in limits:
         heads = [int(cost.of_heads(i, x.heads)[1]) for i, x in enumerate(layout.layers)]
         neurons = [int(cost.of_neurons(i, x.neurons)[min(align, x.neurons)]) for i, x in enumerate(layout.layers)]
         every_layer = allocation == "uniform"
@@ -132,14 +137,10 @@ def check_room(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, a
         if limit < least:
             where = "every layer" if every_layer else "one layer"
             raise InfeasibleBudget(
-                f"{option} {limit / cost.dense:.2g} leaves no room for a head, or {align} neurons, in {where}: nothing "
-                f"that computes would be left. Use {-(-(10**6) * least // cost.dense) / 10**6:g} of the dense model "
+                f"{limit / cost.dense:.2g} of the dense model leaves no room for a head, or {align} neurons, in "
+                f"{where}: nothing that computes would be left. Allow {-(-(10**6) * least // cost.dense) / 10**6:g} "
                 "or more."
             )
-
-
-def _options(limits: Sequence[Limit], macs: MacCost) -> list[str]:
-    return ["--flops" if cost is macs else "--params or --size" for cost, _ in limits]
 
 
 class _Ranked:
