@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.layout import LayerSpec, ModelLayout
-from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
+from optin_deploy.masking import Batch, branch_masks, check_finite, inference, masked, recorded, run_blocks
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import main_output, masked_vs_rewritten, relative_error
@@ -27,7 +27,7 @@ def prove(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch]) -> No
     """Run the model a few times, and two random cuts of it, masked and rewritten.
 
     Args: batches: checked already; two samples of the longest are taken.
-    Raises: BadInput: names the architecture row, the layer, and what does not fit.
+    Raises: BadInput: names the architecture row, the layer, and what does not fit. NonFiniteActivation.
     """
     longest = max(batches, key=lambda batch: max(value[0].numel() for value in batch.values()))
     few = {name: value[:ROWS] for name, value in longest.items()}
@@ -63,6 +63,7 @@ def _check_runs(model: nn.Module, layout: ModelLayout, few: Batch) -> None:
                 f"row {layout.arch!r}: {path} runs {counts[path]} times in a forward; only what runs once can be "
                 f"scored and cut. {ROW_HINT}"
             )
+    check_finite(model, few, (whole, *seen.inputs.values()))
     for layer in layout.layers:
         for branch in layer.branches:
             first = seen.inputs[branch.inputs[0]]

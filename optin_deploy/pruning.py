@@ -72,18 +72,19 @@ def prune(
     """
     allowed, seed = Limits(flops, params, size), whole(seed, "seed")
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
+    seq_len = whole(seq_len, "seq_len")
     check_search(16 if align is None else align, allocation)
     with working(model):
         layout = resolve(model, spec)
         align = default_align(layout) if align is None else align
         check_align(align, layout)
-        cost = mac_cost(model, layout, seq_len=whole(seq_len, "seq_len"))
-        limits = allowed.within(cost, param_cost(model, layout))
-        check_units(limits, layout, cost, align=align, allocation=allocation)
         given = make_batches(model, batches)
         if allocation == "curves":
             judged_samples(given)  # enough of them
         prove(model, layout, given)
+        cost = mac_cost(model, layout, seq_len=seq_len)
+        limits = allowed.within(cost, param_cost(model, layout))
+        check_units(limits, layout, cost, align=align, allocation=allocation)
         scores = score(model, layout, given, settings)
         weights = None
         if compensation or allocation == "curves":

@@ -16,6 +16,7 @@ from tiny_scoring import bert, one_thread, state_of, text_batch
 from torch import nn
 
 import optin_deploy
+from optin_deploy import pruning
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.compensate import compensate
 from optin_deploy.errors import BadInput
@@ -143,7 +144,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 def test_arguments_that_cannot_be_are_named_before_any_work(
     argument: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optin_deploy.pruning, "score", None)
+    monkeypatch.setattr(pruning, "score", None)
     with pytest.raises(BadInput) as caught:
         optin_deploy.prune(bert(), DATA, **(HOW | argument))
     assert says in str(caught.value)
@@ -236,7 +237,7 @@ def test_every_stage_takes_any_form_of_batches_and_refuses_what_is_none() -> Non
     stages: list[Callable[[Any], Any]] = [
         lambda batches: compensate(model, layout, plan, batches),
         lambda batches: measure_token_weights(model, layout, batches),
-        lambda batches: optin_deploy.pruning.cut(model, layout, plan, batches),
+        lambda batches: pruning.cut(model, layout, plan, batches),
     ]
     for stage in stages:
         stage({name: value.tolist() for name, value in batch.items()} for batch in data)
