@@ -225,7 +225,9 @@ def _has_table(model: nn.Module) -> bool:
 
 
 def _try(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    """Run two samples of every kind of shape, so that what the model itself cannot take is known before the work.
+    """Run a sample of every kind of shape, so that what the model itself cannot take is known before the work.
+
+    Where the config names no padding token, two: some classifiers of text then take one alone.
 
     Raises: BadInput: with the model's own words.
     """
@@ -236,11 +238,13 @@ def _try(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         size = (rows_of(batch) > 1, shapes)
         if kind not in largest or size > largest[kind][0]:
             largest[kind] = (size, number)
+    config: Any = getattr(model, "config", None)
+    rows = 1 if "pixel_values" in batches[0] or getattr(config, "pad_token_id", None) is not None else 2
     for _, number in largest.values():
-        two = {name: value[:2] for name, value in batches[number].items()}
+        some = {name: value[:rows] for name, value in batches[number].items()}
         try:
             with inference(model), torch.no_grad():
-                model(**two)
+                model(**some)
         except REFUSED as err:
             said = " ".join(str(err).split())[:300]
             raise BadInput(

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from optin_deploy.errors import BadInput
 
-_LOCKS = WeakIdKeyDictionary()
+_LOCKS: Any = WeakIdKeyDictionary()
 _REGISTRY = threading.Lock()
 
 

@@ -28,7 +28,15 @@ from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
-from optin_deploy.search import check_align, check_search, check_units, default_align, make_plan, search_within
+from optin_deploy.search import (
+    check_align,
+    check_plan,
+    check_search,
+    check_units,
+    default_align,
+    make_plan,
+    search_within,
+)
 from optin_deploy.storage import sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
@@ -91,7 +99,7 @@ def prune(
             weights = measure_token_weights(model, layout, given, seed=seed)
         curves = error_curves(model, layout, scores, given, token_weights=weights) if allocation == "curves" else None
         masks = search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
-        plan = make_plan(masks, layout, cost)
+        plan = check_plan(make_plan(masks, layout, cost))
         return cut(model, layout, plan, given, compensation=compensation, token_weights=weights)
 
 

@@ -65,7 +65,7 @@ class Moments:
         covariance.diagonal().add_(ridge * spread)
         try:
             coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
-        except torch.linalg.LinAlgError as err:  # a ridge makes every finite covariance positive
+        except RuntimeError as err:  # not positive, which a ridge makes every finite covariance
             raise NonFiniteActivation(
                 "what a projection reads on the calibration data holds NaN or infinity, or numbers too large to be "
                 "fitted. Check the weights and the data."

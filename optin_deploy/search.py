@@ -66,7 +66,6 @@ def search_within(
     Raises: BadInput. InfeasibleBudget: a limit below what no plan can cut.
     """
     check_search(align, allocation)
-    check_align(align, layout)
     scores.check(layout)
     room = np.array([limit - cost.fixed for cost, limit in limits])
     if (room < 0).any():
@@ -237,15 +236,22 @@ def make_plan(masks: Masks, layout: ModelLayout, cost: MacCost) -> PruningPlan:
     heads, neurons = (
         tuple(tuple(int(u) for u in np.flatnonzero(keep)) for keep in kept) for kept in (masks.heads, masks.neurons)
     )
-    macs = cost.of([len(h) for h in heads], [len(n) for n in neurons])
-    if macs == 0:
-        raise InfeasibleBudget("the plan keeps no unit, and the rest of this model computes nothing. Allow more.")
     return PruningPlan(
         heads=heads,
         neurons=neurons,
         layout_hash=layout.hash,
         macs_dense=cost.dense,
-        macs_pruned=macs,
+        macs_pruned=cost.of([len(h) for h in heads], [len(n) for n in neurons]),
         macs_fixed=cost.fixed,
         tokens=cost.tokens,
     )
+
+
+def check_plan(plan: PruningPlan) -> PruningPlan:
+    """The plan, if anything that computes is left of the model.
+
+    Raises: InfeasibleBudget.
+    """
+    if plan.macs_pruned == 0:
+        raise InfeasibleBudget("the plan keeps no unit, and the rest of this model computes nothing. Allow more.")
+    return plan
