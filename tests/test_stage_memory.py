@@ -166,3 +166,15 @@ def test_stages_over_the_budget_are_those_beyond_what_was_held_before() -> None:
     assert over_budget(peaks, 100, 70) == {"rewrite": 71, "export": 130}
     assert over_budget(peaks, 100, 130) == {}
     assert over_budget(peaks, 100, None) == {}
+
+
+def test_a_job_says_once_which_stages_went_over_the_memory_budget(caplog: pytest.LogCaptureFixture) -> None:
+    from exporters.job import _over_budget
+
+    peaks = {"score": 150 * MIB, "rewrite": 171 * MIB, "export": 230 * MIB}
+    assert _over_budget(peaks, 100 * MIB, 130 * MIB) == _over_budget(peaks, 100 * MIB, None) == []
+    assert not caplog.messages
+    (sentence,) = _over_budget(peaks, 100 * MIB, 70 * MIB)
+    assert "--memory-budget 70MiB" in sentence
+    assert sentence.endswith("rewrite 71 MiB, export 130 MiB.")
+    assert caplog.messages == [sentence]
