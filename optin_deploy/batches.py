@@ -245,6 +245,8 @@ def _try(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         try:
             with inference(model), torch.no_grad():
                 model(**some)
+        except torch.OutOfMemoryError:
+            raise
         except REFUSED as err:
             said = " ".join(str(err).split())[:300]
             raise BadInput(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,9 +39,11 @@ def alone(model: nn.Module) -> Iterator[None]:
     A model is known by its first parameter, which it shares with its own base model, and by its config, which models
     may share too. A thread that has it may take it again.
     """
-    keys = (next(model.parameters(), None), getattr(model, "config", None))
+    locks: dict[int, Any] = {}
     with _REGISTRY:
-        locks = {id(key): _LOCKS.setdefault(key, threading.RLock()) for key in keys if key is not None}
+        for key in (next(model.parameters(), None), getattr(model, "config", None)):
+            with suppress(TypeError):  # None, and what stands in for a config, cannot be held weakly
+                locks[id(key)] = _LOCKS.setdefault(key, threading.RLock())
     with ExitStack() as stack:
         for lock in sorted(locks.values(), key=id):  # in one order, so that no two threads wait for each other
             stack.enter_context(lock)
