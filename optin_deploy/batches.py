@@ -31,8 +31,10 @@ OF_TOKENS = ("attention_mask", "token_type_ids", "position_ids")
 """Inputs of text with one value a token, (rows, tokens)."""
 LABELS = ("labels", "label", "label_ids")
 """Left out: nothing is learned from them."""
-SETTINGS = ("self", "args", "kwargs", "past_key_values", "inputs_embeds", "head_mask", "use_cache", "return_dict")
-SETTINGS += ("output_attentions", "output_hidden_states", "interpolate_pos_encoding", "cache_position")
+SETTINGS = (
+    *("self", "args", "kwargs", "past_key_values", "inputs_embeds", "head_mask", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "interpolate_pos_encoding", "cache_position"),
+)
 """Of a forward: what is no input of a sample, or takes the place of the main one."""
 REFUSED = (IndexError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
 """What a forward raises about inputs that it cannot take."""
@@ -78,7 +80,8 @@ def _each(given: Any) -> Iterable[Any]:
     if isinstance(given, (Mapping, Tensor, np.ndarray)):
         return [given]
     try:
-        return iter(None if isinstance(given, (str, bytes, type)) else given)
+        found: Iterable[Any] = iter(given if not isinstance(given, (str, bytes, type)) else 0)  # type: ignore[arg-type]
+        return found
     except TypeError as err:
         raise BadInput(f"the calibration batches are {_told(given)}. {WHAT}") from err
 
@@ -132,7 +135,7 @@ class _Reader:
                 raise self._bad(f"{name} is a tensor without plain values ({given.layout}, {given.device})")
             found = given.detach()
             # Of a worker's memory there is little; and through what inference_mode made no gradient passes.
-            if self.copying or found.is_shared() or found.is_inference():
+            if self.copying or found.is_inference() or found.is_shared():  # type: ignore[no-untyped-call]
                 found = found.clone()
         else:
             found = self._of_values(name, given)

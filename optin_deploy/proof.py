@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def _paths(layer: LayerSpec) -> list[str]:
     return [layer.path, layer.core, *(path for paths in branches for path in paths)]
 
 
-def _counter(counts: Counter[str], path: str) -> object:
+def _counter(counts: Counter[str], path: str) -> Any:
     def hook(module: nn.Module, args: object) -> None:
         counts[path] += 1
 

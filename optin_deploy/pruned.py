@@ -122,7 +122,7 @@ def _folder(given: str | Path) -> Path:
     """
     try:
         name = os.fspath(given)
-        folder = Path(name) if name and "\0" not in name else None  # type: ignore[operator]  # bytes are no path here
+        folder = Path(name) if name and "\0" not in name else None  # bytes are no path here
         nearest = None if folder is None else next(path for path in (folder, *folder.parents) if path.exists())
     except (OSError, TypeError) as err:
         raise BadInput(f"{given!r} cannot be a folder of a pruned model: {err}.") from err
