@@ -95,7 +95,9 @@ def _error(pair: Pair, artifact: Artifact, model: nn.Module, feeds: Sequence[Map
 
 def _rms_error(expected: np.ndarray, found: np.ndarray) -> float:
     """|expected - found| / |expected|, Euclidean: rounding to int8 hits single values hard that matter little."""
-    return float(np.linalg.norm(expected - found) / np.linalg.norm(expected))
+    size = float(np.linalg.norm(expected))
+    # Outputs that are all 0 have no size to compare with.
+    return float(np.linalg.norm(expected - found)) / (size or 1.0)
 
 
 class EngineModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ class PrunedModel:
         Returns: the folder.
         Raises: BadInput: the folder holds something else than a pruned model.
         """
-        folder = Path(folder)
+        folder = _folder(folder)
         with atomic_folder(folder) as temporary:
             config: Any = self.model.config
             config.architectures = [self.layout.model_class]
@@ -124,7 +125,7 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     Args: folder: the saved folder, or an output folder of `optin-export` (then its `model/`).
     Raises: BadInput, PlanMismatch: files are missing, truncated, or do not belong together.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     if (folder / "model" / MANIFEST).is_file():
         folder = folder / "model"
     saved, layout, plan = read_saved(folder)
@@ -171,6 +172,22 @@ def load(folder: str | Path) -> Any:
     Raises: BadInput, PlanMismatch: as `load_pruned`.
     """
     return load_pruned(folder).model
+
+
+def _folder(given: str | Path) -> Path:
+    """The path of a folder that exists or could be made.
+
+    Raises: BadInput: no path, or one that no folder can have.
+    """
+    try:
+        name = os.fspath(given)
+        folder = Path(name) if name and "\0" not in name else None  # bytes are no path here
+        nearest = None if folder is None else next(path for path in (folder, *folder.parents) if path.exists())
+    except (OSError, TypeError) as err:
+        raise BadInput(f"{given!r} cannot be a folder of a pruned model: {err}.") from err
+    if folder is None or nearest is None or not nearest.is_dir() or not folder.resolve().name:
+        raise BadInput(f"{given!r} cannot be a folder of a pruned model. Give the path of a folder of its own.")
+    return folder if folder.name else folder.resolve()
 
 
 def _empty(folder: Path, layout: ModelLayout, stored: Collection[Stored]) -> Any:

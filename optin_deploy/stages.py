@@ -33,13 +33,14 @@ from optin_deploy.masking import inference
 from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
+from optin_deploy.proof import prove
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Judge
 from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
-from optin_deploy.search import make_plan, search_within
+from optin_deploy.search import check_align, check_plan, make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 from optin_deploy.workspace import Source, Workspace
@@ -196,6 +197,7 @@ def score_stage(
     with store.shared(finished=lambda: workspace.has_scores(key)) as finished:
         if finished:
             return True
+        prove(prepared.loaded.model, prepared.layout, prepared.calibration.batches)
         scores = score(
             prepared.loaded.model,
             prepared.layout,
@@ -276,10 +278,11 @@ def plan_stage(
     if limits.time is not None and latency is None:
         raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
     scores, layout, macs, params, key = workspace.read_scores()
+    check_align(align, layout)
     curves = workspace.read_curves()[0] if allocation == "curves" else None
     within = [*limits.within(macs, params), *([] if latency is None else [latency])]
     masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves, emptying=emptying)
-    plan = make_plan(masks, layout, macs)
+    plan = check_plan(make_plan(masks, layout, macs))
     if write:
         how = {"align": align, "allocation": allocation, "scores_key": key}
         settings = {**asdict(limits), **how, **(noted or {})}
