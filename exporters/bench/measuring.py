@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
+from exporters.onnx_artifact import data_path
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
@@ -18,12 +20,15 @@ from optin_deploy.bench.timing import PairTiming, measure_pair
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
+from optin_deploy.ownership import Record
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.storage import write_json
 from optin_deploy.validation import STORED
 from optin_deploy.workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -269,13 +274,17 @@ def check_runs(target: Exporter, precision: str | None) -> None:
 
 
 def check_built(path: Path, engine: str, precision: str) -> None:
-    """Refuse an output folder that lacks an artifact.
+    """Refuse an output folder that lacks an artifact; warn if what is there is not what was written.
 
     Raises: BadInput: says how it is made.
     """
+    remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
     if not path.exists():
-        remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
         raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
+    record = Record.above(path)
+    for file in (path, data_path(path)):
+        if record is not None and file.is_file() and not record.strangers(file) and not record.owns(file):
+            log.warning("%s was changed after it was written; make it again with `%s`", file, remedy)
 
 
 def check_threads(threads: int) -> None:
