@@ -12,6 +12,7 @@ from exporters.bench.yardstick import setting_of
 from exporters.building import int8_samples
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
+from exporters.to_onnx import check_size
 from optin_deploy.budget import Limits
 from optin_deploy.cost.latency import read_table
 from optin_deploy.errors import BadInput
@@ -47,6 +48,8 @@ def ready(
     prepared = prepare(source)
     (limits or Limits()).within(prepared.cost, prepared.params)
     output_names(prepared.loaded.model, pool)
+    if target.reads_onnx:
+        check_size(prepared.loaded.model, precision)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
         if target.has_profiles:

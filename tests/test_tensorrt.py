@@ -93,7 +93,9 @@ def test_one_command_builds_proves_and_measures_plans(trt: Any, tmp_path: Path, 
     report = json.loads((out / "report.json").read_text())
     assert 0 < report["parity"]["torch_vs_engine"] < 2e-2
     assert report["parity"]["torch_vs_onnx_fp32"] < 1e-4
-    assert [(row["engine"], row["precision"]) for row in report["latency"]] == [("trt", "fp16")]
+    kinds = ("engine", "precision", "dense_engine", "dense_precision")
+    rows = [tuple(row[kind] for kind in kinds) for row in report["latency"]]
+    assert rows == [("trt", "fp16", "trt", "fp16"), ("trt", "fp16", "torch", "fp32")]
     names = {"model.engine", "dense.engine", "model.fp16.onnx", "dense.fp16.onnx", "model.onnx", "dense.onnx"}
     assert names <= set(report["hashes"])
     assert names | {"engine.json", "model.engine.log", "timing.cache"} <= {path.name for path in out.iterdir()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from optin_deploy.inputs import check_seq_len, example_inputs, input_names
 from optin_deploy.ownership import Record
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.storage import write_json
 from optin_deploy.validation import STORED
 from optin_deploy.workspace import Workspace
@@ -101,13 +101,21 @@ def time_pair(
     Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
         precision: None: the artifact's own. task: of `first`, where the engine runs a dense transformers folder.
     """
-    with stage(f"measure {point_name(*at)}") as progress:
-        return measure_pair(
-            lambda: target.open(first, precision=precision, threads=threads, task=task),
-            lambda: target.open(second, precision=precision, threads=threads),
-            feeds,
-            on_block=progress,
-        )
+    return timed(
+        lambda: target.open(first, precision=precision, threads=threads, task=task),
+        lambda: target.open(second, precision=precision, threads=threads),
+        feeds,
+        title=f"measure {point_name(*at)}",
+        stage=stage,
+    )
+
+
+def timed(
+    dense: Callable[[], Runtime], pruned: Callable[[], Runtime], feeds: Feeds, *, title: str, stage: Stage
+) -> PairTiming:
+    """Interleaved A/B timing of what two functions open, as one stage."""
+    with stage(title) as progress:
+        return measure_pair(dense, pruned, feeds, on_block=progress)
 
 
 def example_feeds(model: nn.Module, batch: int, seq_len: int) -> Feeds:
