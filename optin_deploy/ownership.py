@@ -74,8 +74,7 @@ class Record:
         if _is_folder(path):
             own = Record(path)
             return _is_file(path / RECORD) and all(own.owns(file) for file in _files(path))
-        inside = path.resolve().is_relative_to(self.root.resolve())
-        return _is_file(path) and inside and _digest(path) in self._known().get(self._name(path), set())
+        return self._is_inside(path) and _is_file(path) and _digest(path) in self._known().get(self._name(path), set())
 
     def strangers(self, path: Path) -> list[Path]:
         """What others put at a name, or into a folder of this name; what we made and somebody changed is none."""
@@ -107,6 +106,8 @@ class Record:
     def remove(self, name: str) -> None:
         """Remove a file or folder of ours; what was changed is set aside, what somebody put into a folder stays."""
         path = self.root / name
+        if not self._is_inside(path):
+            return
         if _is_folder(path):
             own = Record(path)
             for file in _files(path):
@@ -126,7 +127,7 @@ class Record:
         for line in self._lines():
             name = str(line.get("temporary", ""))
             path = self.root / name
-            if not (found := TEMPORARY.fullmatch(path.name)):
+            if not (found := TEMPORARY.fullmatch(path.name)) or not self._is_inside(path):
                 continue
             if found["kind"] == "old" and not _exists(path.with_name(found["name"])) and _is_folder(path):
                 path.rename(path.with_name(found["name"]))  # it was killed between the two renames of an exchange
@@ -134,6 +135,10 @@ class Record:
                 _clear(path)
             elif _is_file(path):
                 path.unlink()
+
+    def _is_inside(self, path: Path) -> bool:
+        """Does it lie in the folder, and not behind a link that leads out of it?"""
+        return path.parent.resolve().is_relative_to(self.root.resolve())
 
     def _keep(self, path: Path) -> None:
         log.warning("%s is not what was written there; it is kept as %s", path, set_aside(path).name)
@@ -157,7 +162,7 @@ class Record:
                 line = json.loads(text)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(line, dict) and _is_inside(line.get("file", line.get("temporary"))):
+            if isinstance(line, dict) and _is_relative(line.get("file", line.get("temporary"))):
                 yield line
 
     def _append(self, line: dict[str, str] | None = None) -> None:
@@ -270,6 +275,6 @@ def _is_empty(path: Path) -> bool:
     return _is_folder(path) and not any(path.iterdir())
 
 
-def _is_inside(name: object) -> bool:
+def _is_relative(name: object) -> bool:
     """A relative name that does not lead out of its folder."""
     return isinstance(name, str) and name != "" and not os.path.isabs(name) and ".." not in Path(name).parts

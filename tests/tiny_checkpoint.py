@@ -209,8 +209,8 @@ def temporary_files(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Modification time and content of every file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Modification time and content of every file besides our records and locks."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (RECORD, LOCK))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
