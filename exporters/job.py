@@ -19,6 +19,7 @@ from exporters.bench.measuring import Point, measure
 from exporters.bench.time_budget import Round, judged, plan_in_time
 from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
+from exporters.onnx_artifact import WITH_SHAPES
 from exporters.proving import EngineModel, check_engine
 from exporters.ready import ready
 from exporters.tensorrt_plan import EngineOptions
@@ -139,6 +140,7 @@ def export_model(
         "scoring": asdict(scoring),
         **how,
         "rounds": [asdict(each) for each in rounds],
+        "onnx_shapes": WITH_SHAPES,
     }
     verdict = None if limits.time is None else judged(limits.time, latency[0])
     report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
