@@ -142,7 +142,8 @@ def _hashed(path: Path) -> tuple[bool, str]:
 
 
 def _entry(sha256: str) -> bytes:
-    return onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=SEAL, value=sha256)]).SerializeToString()
+    entry = onnx.StringStringEntryProto(key=SEAL, value=sha256)
+    return bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
 def _remove(path: Path) -> None:
