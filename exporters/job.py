@@ -32,7 +32,7 @@ from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
-from optin_deploy.quality import Judge, Quality
+from optin_deploy.quality import Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
@@ -152,7 +152,7 @@ def export_model(
         raise built.problem
     if verdict is not None:
         verdict.check()
-    if limits.max_drop is not None and quality.drop > limits.max_drop:  # the engine's own precision costs more
+    if limits.max_drop is not None and not quality.holds(limits.max_drop):  # the engine's own precision costs more
         raise QualityLimit(
             f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "
             f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
@@ -200,7 +200,7 @@ def build_folder(
 
 def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
     """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
-    pair, judge = built.pairs[-1], Judge(prepared.loaded.model, prepared.held_out)
+    pair, judge = built.pairs[-1], prepared.judge
     if built.obstacle is not None or pair.pruned.shapes:
         return judge.of(pruned)
     with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
-import struct
-import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ import torch
 
 from optin_deploy.bundled import bundled_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import Sample, check_size, read_samples
+from optin_deploy.images import eight_bit, open_image
+from optin_deploy.repeats import distinct
+from optin_deploy.samples import Sample, read_samples
 from optin_deploy.storage import sha256_tensors
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ __all__ = [
     "text_batches",
 ]
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 MIN_SAMPLES = 8
 MIN_HELD_OUT = 16
-IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-"""What PIL may open: a closed list, so that a renamed .eps never starts an outside program."""
+PIXELS_AT_ONCE = 2**26
+"""Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,17 +70,23 @@ class Batches:
 def split(
     samples: Sequence[Sample], *, samples_limit: int, held_out: float = 0.2, seed: int
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Shuffle with the seed and cut into (calibration, held-out); no row is in both.
+    """Shuffle with the seed and cut into (calibration, held-out); no row is in both, nor one that equals it.
 
+    Of rows that are equal (text and second text, or the bytes of the image) the first is taken, with a warning.
     Where the limit leaves enough rows over, the held-out rows (a quarter of the limit, at least 16) come from
     those; otherwise the share `held_out` of all rows is cut off, and calibration gets the rest.
     Args: samples_limit: the most rows for calibration. held_out: a fraction in [0, 0.5]; 0 gives no held-out rows.
-    Raises: BadInput: fewer than 8 samples, or an option out of range.
+    Raises: BadInput: fewer than 8 different samples, or an option out of range.
     """
-    if len(samples) < MIN_SAMPLES:
+    rows = list(distinct(samples))
+    repeats = len(samples) - len(rows)
+    if repeats:
+        log.warning("%d of %d calibration samples repeat others and are left out", repeats, len(samples))
+    if len(rows) < MIN_SAMPLES:
         where = f" (from {samples[0].source})" if samples else ""
+        kind = f"different ones among {len(samples)} calibration samples" if repeats else "calibration samples in all"
         raise BadInput(
-            f"{len(samples)} calibration samples in all{where}, but {MIN_SAMPLES} are the least: some are held out to"
+            f"{len(rows)} {kind}{where}, but {MIN_SAMPLES} are the least: some are held out to"
             " measure agreement, and scores from fewer are mostly noise. Add samples; a few hundred are good."
         )
     if samples_limit < 1 or not 0 <= held_out <= 0.5:
@@ -86,7 +94,6 @@ def split(
             f"samples_limit={samples_limit}, held_out={held_out}: the limit must be 1 or more, and the held-out share"
             " lie between 0 and 0.5. The defaults are 512 (--samples) and 0.2."
         )
-    rows = list(samples)
     random.Random(seed).shuffle(rows)
     share = max(1, round(held_out * len(rows))) if held_out else 0
     spare = len(rows) - samples_limit
@@ -149,19 +156,20 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
     """
     batches: list[dict[str, torch.Tensor]] = []
     for chunk in _chunks(samples, batch_size):
-        images = [_open_image(sample) for sample in chunk]
-        try:
-            pixels = processor(images=images, return_tensors="pt")["pixel_values"]
-            shapes = {tuple(pixels.shape[1:]), *(tuple(batch["pixel_values"].shape[1:]) for batch in batches[:1])}
-            if len(shapes) > 1:
-                raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
-        except ValueError as err:
-            raise BadInput(
-                f"{chunk[0].source} to {chunk[-1].source}: the image processor does not fit:"
-                f" {str(err).splitlines()[0]} Use the one saved"
-                " with this model, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
-            ) from err
-        batches.append({"pixel_values": pixels})
+        parts = []
+        for images in _groups(_open_images(chunk)):
+            try:
+                parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
+                shapes = {tuple(part.shape[1:]) for part in (*parts, *(b["pixel_values"] for b in batches[:1]))}
+                if len(shapes) > 1:
+                    raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
+            except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as err:
+                why = next(iter(str(err).splitlines()), type(err).__name__)
+                raise BadInput(
+                    f"{chunk[0].source} to {chunk[-1].source}: the image processor does not fit: {why} Use the one"
+                    " saved with this model, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
+                ) from err
+        batches.append({"pixel_values": torch.cat(parts)})
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
 
 
@@ -223,29 +231,28 @@ def _chunks(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _open_image(sample: Sample) -> Image.Image:
-    from PIL import Image, ImageOps
+def _groups(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
+    """A few images at a time, so that those of a camera do not fill the memory."""
+    group: list[Image.Image] = []
+    for image in images:
+        group.append(image)
+        if sum(each.width * each.height for each in group) >= PIXELS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
 
-    if sample.image is None:
-        raise BadInput(f"{sample.source}: no image in this sample. An image model needs a folder of images.")
-    if not isinstance(sample.image, Path):
-        return sample.image.convert("RGB")
-    path = sample.image
-    try:
-        check_size(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                image.load()
-                # As transformers' own load_image: turned upright, three channels.
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as err:
-        raise BadInput(f"{path}: too many pixels ({err}). Shrink it to a few megapixels, or delete it.") from err
-    except BadInput:
-        raise
-    # What PIL's decoders raise on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error) as err:
-        raise BadInput(
-            f"{path}: this image does not open: {err}. Possible: intact png, jpg, jpeg, bmp or webp files."
-            " Save it again, or delete it."
-        ) from err
+
+def _open_images(samples: Sequence[Sample]) -> Iterator[Image.Image]:
+    several = []
+    for sample in samples:
+        if sample.image is None:
+            raise BadInput(f"{sample.source}: no image in this sample. An image model needs a folder of images.")
+        if not isinstance(sample.image, Path):
+            yield eight_bit(sample.image, sample.source)
+            continue
+        image, pictures = open_image(sample.image)
+        several += [sample.image] if pictures > 1 else []
+        yield image
+    if several:
+        log.warning("%d images hold several pictures, such as %s: the first of each is used", len(several), several[0])

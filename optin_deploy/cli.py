@@ -22,7 +22,7 @@ from optin_deploy.terminal import quiet_libraries
 INTERRUPTED = 130
 TRACEBACK = "--traceback"
 """Anywhere on the command line: show where an error came from."""
-NO_MEMORY = ("not enough memory", "out of memory", "bad allocation", "Failed to allocate memory")
+NO_MEMORY = ("not enough memory", "out of memory", "allocate memory", "bad allocation")
 """How torch and the engines say it."""
 LESS_MEMORY = "Use fewer or shorter samples (--samples, --seq-len), smaller --at, or a --memory-budget"
 app = typer.Typer(
@@ -90,7 +90,7 @@ def _run(program: Callable[..., object]) -> int:
     except USAGE_ERROR as err:
         err.show()
         return int(err.exit_code)
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except (BrokenPipeError, SystemExit):  # whoever reads our output has seen enough; typer exits then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:  # noqa: BLE001  # the last wall: whatever comes is told in one line

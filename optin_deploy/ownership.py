@@ -210,15 +210,17 @@ def free_name(path: Path, ours: Callable[[Path], bool], *, force: bool = False, 
     """See to it that one file of ours may be written where the user says. With `force`, what is there is set aside.
 
     Args: ours: is an existing file of the kind that is written? dry_run: only look.
-    Raises: BadInput: it is a folder, or somebody else's file.
+    Raises: BadInput: it is a folder, or a file of another kind.
     """
     if path.is_dir():
         raise BadInput(f"{path} is a folder. Give a file.")
-    record = Record.above(path)
-    if not _exists(path) or ours(path) or (record is not None and record.owns(path)):
+    if not _exists(path) or ours(path):
         return
     if not force:
-        raise BadInput(in_the_way([path]))
+        raise BadInput(
+            f"{path} exists and is no earlier result of this command; it would be written over. Give another name, or "
+            "--force, which keeps it under another one."
+        )
     if not dry_run:
         log.warning("%s was there before; it is kept as %s", path, set_aside(path).name)
 

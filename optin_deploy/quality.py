@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.calibration import Batches
-from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
+from optin_deploy.label_order import SURE, at_least, check_order
+from optin_deploy.labels import class_index, is_regression
 from optin_deploy.masking import inference
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.scoring.losses import pooled
@@ -33,6 +34,16 @@ class Quality:
     def drop(self) -> float:
         """Points (hundredths) that the pruned model lost; rounded, so that 0.95 - 0.9 are 5 points."""
         return round(100 * (self.dense - self.pruned), 6)
+
+    def holds(self, drop: float) -> bool:
+        """Is at most `drop` lost? A gain beyond noise is no answer to that: the rows do not measure what is lost.
+
+        The noise is that of as many rows, each right with the dense model's probability (one row more of each kind).
+        """
+        if self.drop > drop:
+            return False
+        share = (self.dense * self.samples + 1) / (self.samples + 2)
+        return self.metric != "accuracy" or at_least(round(self.pruned * self.samples), self.samples, share) >= SURE
 
     def __str__(self) -> str:
         values = f"{self.metric} {self.pruned:.4f}, dense {self.dense:.4f}"
@@ -56,13 +67,20 @@ def _readout(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
 class Judge:
     """Compares pruned models with one dense model on the same rows; the dense one runs once."""
 
-    def __init__(self, dense: nn.Module, rows: Batches) -> None:
-        """Raises: BadInput: labels that the model does not know."""
+    def __init__(self, dense: Any, rows: Batches, *, origin: str = "the labels") -> None:
+        """Args: origin: where the labels are from, for messages.
+
+        Raises: BadInput: labels that the model does not know, or by which it is no better than guessing.
+        """
         self.rows, self._dense = rows, outputs_of(dense, rows.batches)
         self._classifies = gives_logits(dense)
         self._is_regression = self._classifies and is_regression(dense)
         labelled = self._classifies and not self._is_regression and None not in rows.labels
-        self._labels = torch.tensor([_class_index(x, dense.config) for x in rows.labels]) if labelled else None
+        self._labels = torch.tensor([class_index(x, dense.config) for x in rows.labels]) if labelled else None
+        if self._labels is not None and self._dense.isfinite().all():  # else scoring names the layer
+            known = {int(index): str(name) for index, name in dense.config.id2label.items()}
+            names = [known.get(index, str(index)) for index in range(self._dense.shape[1])]
+            check_order(self._labels.numpy(), self._dense.argmax(1).numpy(), names, origin)
 
     def of(self, pruned: nn.Module) -> Quality:
         """Accuracy of both models if the rows are labelled and the model classifies; else their agreement."""
@@ -85,32 +103,3 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; 0 where it is undefined, as of constant outputs."""
     found = float(torch.corrcoef(torch.stack((a, b)))[0, 1])
     return 0.0 if math.isnan(found) else found
-
-
-def check_labels(batches: Batches, model: nn.Module) -> None:
-    """Refuse labels that a classifier does not know, before the long work.
-
-    Raises: BadInput; also for multi-label models, whose outputs are no distribution over classes.
-    """
-    config: Any = model.config
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        raise BadInput("the model is a multi-label classifier; possible are single-label, regression and embeddings.")
-    if gives_logits(model) and not is_regression(model):
-        for label in batches.labels:
-            if label is not None:
-                _class_index(label, model.config)
-
-
-def is_regression(model: nn.Module) -> bool:
-    """One output number, or several if the config says so."""
-    config: Any = model.config
-    return gives_logits(model) and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1)
-
-
-def _class_index(label: str | int | None, config: Any) -> int:
-    names = {str(name): int(index) for index, name in config.id2label.items()}
-    index = names.get(str(label), label)  # a name first: classes may be named by numbers
-    if not isinstance(index, int) or not 0 <= index < config.num_labels:
-        known = ", ".join(list(names)[:10])
-        raise BadInput(f"label {label!r} is not one of the model's ({known}; or 0 to {config.num_labels - 1}).")
-    return index

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optin_deploy.data_files import check_name, check_size, short, special_kind, text_lines
 from optin_deploy.errors import BadInput
+from optin_deploy.images import IMAGE_EXTENSIONS, image_files
+from optin_deploy.tables import csv_rows, jsonl_rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,9 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".csv")
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-MAX_FILE_BYTES = 2 * 1024**3
-_FORMATS = "a .txt, .jsonl or .csv file, or a folder of png, jpg, jpeg, bmp or webp images"
+MAX_ROWS = 10_000_000
+"""Of a file: what a few GiB of memory hold."""
+_FORMATS = "a .txt, .jsonl or .csv file, or a folder of png, jpg, jpeg, bmp, webp, gif, tif or ppm images"
 
 
 @dataclass(frozen=True)
@@ -49,60 +52,43 @@ def read_samples(path: str | Path, *, text_column: str = "text", label_column: s
     """
     path = Path(path)
     try:
+        check_name(path)
         if path.is_dir():
-            samples = tuple(_image_folder(path))
+            samples = tuple(
+                Sample(image=file, label=_label(name, str(file)), source=str(file)) for file, name in image_files(path)
+            )
         else:
             _check_file(path)
             with path.open("rb") as stream:
-                samples = tuple(_rows_to_samples(path, _decode(stream, path), text_column, label_column))
+                rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column)
+                samples = tuple(islice(rows, MAX_ROWS + 1))
     except OSError as err:
-        raise BadInput(f"{path}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
+        where = path if err.filename is None else Path(err.filename)
+        raise BadInput(f"{where}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
+    if len(samples) > MAX_ROWS:
+        raise BadInput(
+            f"{path}: more than {MAX_ROWS:,} rows. A few hundred samples are enough: cut a random part of them into a"
+            " smaller file."
+        )
     if not samples:
-        what = "folder holds no images" if path.is_dir() else "file is empty"
+        what = "folder holds no images" if path.is_dir() else "file is empty, or holds no row with a text"
         raise BadInput(f"{path}: the {what}. --calibration takes {_FORMATS}, with at least 8 samples in it.")
     return samples
-
-
-def short(value: object, limit: int = 60) -> str:
-    """The repr of a value, cut to `limit` characters for an error message."""
-    shown = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
-
-
-def check_size(path: Path) -> None:
-    """Raise BadInput for a file above 2 GiB. Raises: OSError: there is no such file."""
-    size_bytes = path.stat().st_size
-    if size_bytes > MAX_FILE_BYTES:
-        raise BadInput(
-            f"{path}: {size_bytes / 1024**3:.1f} GiB, but at most 2 GiB are read. A few hundred samples are enough:"
-            " cut a random part of it into a smaller file."
-        )
 
 
 def _check_file(path: Path) -> None:
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder. --calibration takes {_FORMATS}; check the path.")
-    if path.suffix.lower() not in TEXT_EXTENSIONS or not path.is_file():
+    special = special_kind(path)
+    if special is not None:
+        raise BadInput(f"{path}: cannot read {special}. Write its data into a file. Possible: {_FORMATS}.")
+    if path.suffix.lower() not in TEXT_EXTENSIONS:
         hint = "Give the folder that holds the images" if path.suffix.lower() in IMAGE_EXTENSIONS else "Convert it"
         raise BadInput(
             f"{path}: cannot read {path.suffix or 'a file without extension'}. Possible: {_FORMATS} (.jsonl: one JSON"
             f" object a line). {hint}."
         )
     check_size(path)
-
-
-def _decode(stream: Iterable[bytes], name: str | Path) -> Iterator[tuple[int, str]]:
-    for number, raw in enumerate(stream, start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            if "\0" in line:  # UTF-16 without a byte order mark decodes, to nonsense
-                raise UnicodeDecodeError("utf-8", raw, raw.index(0), raw.index(0) + 1, "zero byte")
-        except UnicodeDecodeError as err:
-            raise BadInput(
-                f"{name}:{number}: not UTF-8 text: byte 0x{err.object[err.start]:02x} at position {err.start + 1}."
-                f" Only UTF-8 is read; convert it, for example: iconv -f LATIN1 -t UTF-8 {name}"
-            ) from err
-        yield number, line
 
 
 def _rows_to_samples(
@@ -112,7 +98,8 @@ def _rows_to_samples(
         yield from (Sample(text=line.strip(), source=f"{path}:{n}") for n, line in lines if line.strip())
         return
     blank = 0
-    for source, row in (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(path, lines):
+    is_csv = path.suffix.lower() == ".csv"
+    for source, row in csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines):
         text = _text(row, text_column, source)
         if not text.strip():
             blank += 1
@@ -128,45 +115,6 @@ def _rows_to_samples(
         )
     if blank:
         log.warning("%s: %d rows with a blank text were skipped", path, blank)
-
-
-def _jsonl_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, Mapping[str, object]]]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as err:
-            raise BadInput(
-                f"{path}:{number}: not a JSON object: {short(line.strip())} ({err}). Each line must be one, such as"
-                ' {"text": "...", "label": 1}; correct or delete that line.'
-            ) from err
-        yield f"{path}:{number}", row
-
-
-def _csv_rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, Mapping[str, object]]]:
-    reader = csv.reader((line for _, line in lines), strict=True)
-    header: list[str] = []
-    start = 1  # of the record, which may span several lines
-    try:
-        for fields in reader:
-            source, start = f"{path}:{start}", reader.line_num + 1
-            if not header:
-                header = [name.strip() for name in fields]
-            elif fields:
-                if len(fields) != len(header):
-                    raise BadInput(
-                        f"{source}: {len(fields)} fields, but the first line names {len(header)} columns"
-                        f" ({', '.join(header)}). Put double quotes around a text that contains commas."
-                    )
-                yield source, dict(zip(header, fields, strict=True))
-    except csv.Error as err:
-        raise BadInput(
-            f"{path}:{start}: not CSV: {err}. Put double quotes around a text that contains commas, quotes or line"
-            " breaks, and double each quote inside it."
-        ) from err
 
 
 def _text(row: Mapping[str, object], column: str, source: str) -> str:
@@ -192,41 +140,10 @@ def _no_column(column: str, row: Mapping[str, object], source: str, flag: str) -
 def _label(value: object, source: str) -> str | int | None:
     if isinstance(value, bool):
         return int(value)
-    if value is not None and not isinstance(value, str | int | float):
+    if isinstance(value, float) and math.isnan(value):
+        return None  # as tables write an absent value into JSON
+    if (value is not None and not isinstance(value, str | int | float)) or value in (math.inf, -math.inf):
         raise BadInput(f"{source}: the label {short(value)} is neither text nor a number. Write one class a row.")
     text = "" if value is None else str(value).strip()
     whole = re.fullmatch(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?", text)
     return int(whole[1]) if whole else text or None
-
-
-def _image_folder(root: Path) -> Iterator[Sample]:
-    for entry in _entries(root, root):
-        if not entry.is_dir():
-            if entry.suffix.lower() in IMAGE_EXTENSIONS:
-                yield Sample(image=entry, source=str(entry))
-            continue
-        for leaf in _entries(entry, root):
-            if leaf.is_dir():
-                raise BadInput(
-                    f"{leaf}: a folder two levels below {root}. Images lie in the folder itself or in one subfolder a"
-                    f" class; give {entry} if its subfolders are the classes, or move {leaf.name} away."
-                )
-            if leaf.suffix.lower() in IMAGE_EXTENSIONS:
-                yield Sample(image=leaf, label=_label(entry.name, str(leaf)), source=str(leaf))
-
-
-def _entries(folder: Path, root: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink():
-            try:
-                inside = entry.resolve(strict=True).is_relative_to(root.resolve())
-            except (OSError, RuntimeError):  # broken, or a loop
-                inside = False
-            if not inside:
-                raise BadInput(
-                    f"{entry}: a link that leaves {root} or leads nowhere ({short(str(entry.readlink()))}). Only files"
-                    " inside the folder are read; copy the file there, or delete the link."
-                )
-        yield entry

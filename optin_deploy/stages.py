@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from optin_deploy.cost.params import param_cost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import error_curves
 from optin_deploy.errors import BadInput
+from optin_deploy.held_out import not_in, unseen
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
+from optin_deploy.labels import check_labels, classifies, known_labels, labelled_rows
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
@@ -30,7 +33,7 @@ from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
-from optin_deploy.quality import check_labels
+from optin_deploy.quality import Judge
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import make_plan, search_within
@@ -70,6 +73,15 @@ class Prepared:
             self._measured.append(measure_token_weights(model, self.layout, batches, seed=seed, progress=progress))
         return self._measured[0]
 
+    @cached_property
+    def judge(self) -> Judge:
+        """Compares pruned models with the dense one on the held-out rows.
+
+        Raises: BadInput: by its labels the dense model is no better than guessing.
+        """
+        origin = self.source.evaluation or self.source.calibration or "the labels"
+        return Judge(self.loaded.model, self.held_out, origin=origin)
+
     @property
     def key(self) -> str:
         """Hash of all that a stage's result depends on besides its own options: model, data, cost, versions."""
@@ -90,12 +102,15 @@ def prepare(source: Source) -> Prepared:
     samples = bundled_samples("text" if loaded.is_text else "image")
     if source.calibration is not None:
         samples = _samples(source, source.calibration)
-    chosen, held = split(samples, samples_limit=source.samples, seed=source.seed)
-    if source.evaluation is not None:
-        held = _unseen(_samples(source, source.evaluation), chosen, source.evaluation)
+    if source.evaluation is None:
+        chosen, held = split(known_labels(samples, loaded.model), samples_limit=source.samples, seed=source.seed)
+        held = labelled_rows(held, loaded.model)
+    else:
+        chosen, _ = split(samples, samples_limit=source.samples, seed=source.seed)
+        held = unseen(_samples(source, source.evaluation), chosen, source.evaluation)
+        check_labels(held, loaded.model)
     calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
-    for batches in (calibration, held_out):
-        check_labels(batches, loaded.model)
+    held_out = not_in(held_out, calibration)
     if not loaded.is_text:
         set_image_size(loaded.model.config, *calibration.batches[0]["pixel_values"].shape[-2:])
     try:
@@ -104,7 +119,10 @@ def prepare(source: Source) -> Prepared:
         raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
     _try_two(loaded, calibration)
     params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
-    return Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+    prepared = Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+    if classifies(loaded.model) and None not in held_out.labels:
+        _ = prepared.judge  # refuses labels in another order before the long work
+    return prepared
 
 
 def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
@@ -125,20 +143,6 @@ def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
     return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
-
-
-def _unseen(rows: Sequence[Sample], calibration: Sequence[Sample], path: str) -> tuple[Sample, ...]:
-    """The rows that calibration does not learn from; labels for all or for none."""
-    seen = {(row.text, row.text_pair, str(row.image)) for row in calibration}
-    found = tuple(row for row in rows if (row.text, row.text_pair, str(row.image)) not in seen)
-    unlabelled = sum(row.label is None for row in found)
-    if not found:
-        raise BadInput(
-            f"--eval {path}: all {len(rows)} rows are calibration rows. Give rows that nothing learned from."
-        )
-    if 0 < unlabelled < len(found):
-        raise BadInput(f"--eval {path}: {unlabelled} of {len(found)} rows have no label. Label all rows, or none.")
-    return found
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:

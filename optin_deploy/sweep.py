@@ -17,7 +17,7 @@ from optin_deploy.pictures import draw_sweep
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruning import cut
-from optin_deploy.quality import Judge, Quality
+from optin_deploy.quality import Quality
 from optin_deploy.stages import Prepared, curve_stage, plan_stage
 from optin_deploy.storage import read_json, sha256_json, write_json, write_text
 from optin_deploy.validation import STORED, validated
@@ -103,13 +103,9 @@ class Trials:
                 token_weights=token_weights,
                 progress=progress,
             )
-            quality = self._judge.of(pruned.model)
+            quality = self.prepared.judge.of(pruned.model)
         seconds = round(time.perf_counter() - started, 2)
         return Point(flops, plan.kept, pruned.report["params"]["pruned"], quality, seconds)
-
-    @cached_property
-    def _judge(self) -> Judge:
-        return Judge(self.prepared.loaded.model, self.prepared.held_out)
 
     @cached_property
     def _points(self) -> dict[float, Point]:
@@ -172,13 +168,19 @@ def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> 
     while high - low > 1:
         middle = (low + high) // 2
         point = at(middle / 100)
-        if point.quality.drop <= drop:
+        if point.quality.holds(drop):
             high, best = middle, point
         else:
             low = middle
     if best is None:
+        lost = at(0.99).quality.drop
+        if lost <= drop:
+            raise QualityLimit(
+                f"--max-drop {drop:g}: with 99% of the MACs accuracy gains {-lost:.2f} points, beyond noise: these"
+                " labelled rows do not measure what pruning loses. Give --eval rows on which the dense model is good."
+            )
         raise QualityLimit(
-            f"--max-drop {drop:g}: no smaller model loses so little; 99% of the MACs lose {at(0.99).quality.drop:.2f} "
+            f"--max-drop {drop:g}: no smaller model loses so little; 99% of the MACs lose {lost:.2f} "
             "points. Allow more, or calibrate on more data that is like that of --eval."
         )
     return best

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy import samples as samples_module
+from optin_deploy import data_files
 from optin_deploy.calibration import (
     Batches,
     Sample,
@@ -29,6 +32,7 @@ from optin_deploy.calibration import (
     text_batches,
 )
 from optin_deploy.errors import BadInput
+from optin_deploy.repeats import distinct
 
 BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -48,6 +52,10 @@ def texts(*lengths: int) -> list[Sample]:
         Sample(text=" ".join(f"w{j}" for j in range(length)), label=i, source=f"t:{i}")
         for i, length in enumerate(lengths)
     ]
+
+
+def many(rows: int) -> list[Sample]:
+    return [Sample(text=f"w{i}", label=i, source=f"t:{i}") for i in range(rows)]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -82,9 +90,9 @@ def test_json_lines_and_csv_with_the_same_rows_give_the_same_samples(tmp_path: P
     ]
     jsonl = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = 'text,text_pair,label\n"a, b",c,1\n"say ""x""",,spam\nd,,\ne,f,3.5\ng,h,2\n'
-    csv = write(tmp_path / "a.CSV", table)
+    path = write(tmp_path / "a.CSV", table)
     from_json = [replace(sample, source="") for sample in read_samples(jsonl)]
-    assert from_json == [replace(sample, source="") for sample in read_samples(str(csv))]
+    assert from_json == [replace(sample, source="") for sample in read_samples(str(path))]
     assert [sample.label for sample in from_json] == [1, "spam", None, "3.5", 2]
     assert [sample.text_pair for sample in from_json] == ["c", None, None, "f", "h"]
 
@@ -121,6 +129,40 @@ def test_an_image_folder_is_read_sorted_with_subfolders_as_labels(tmp_path: Path
     ]
 
 
+# Files that are none
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket"])
+def test_what_would_wait_for_ever_is_not_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    def make(path: Path) -> Path:
+        if kind == "fifo":
+            os.mkfifo(path)
+        else:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(os.path.relpath(path))  # an absolute name may be too long
+        return path
+
+    with pytest.raises(BadInput, match=r"texts\.txt: cannot read a (pipe|socket)\..*\.jsonl"):
+        read_samples(make(tmp_path / "texts.txt"))
+    folder = tmp_path / "photos"
+    image = save_image(folder / "a.png")
+    make(folder / "photo.png")
+    assert [sample.image for sample in read_samples(folder)] == [image]
+    assert re.search(r"1 files are not used \(1 x a (pipe|socket)\)", caplog.text)
+
+
+def test_a_name_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/photos\xff"))
+    try:
+        save_image(folder / "a.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for path in (folder, tmp_path, folder / "none.txt"):
+        with pytest.raises(BadInput, match=r"photos\\udcff.*not valid UTF-8.*Rename") as caught:
+            read_samples(path)
+        str(caught.value).encode()
+
+
 # Refusals: (file name, content, what the message must hold beside the file)
 
 REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
@@ -137,8 +179,19 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "too_many_fields": ("a.csv", "text,label\na,b,1\n", [":2:", "3 fields", "text, label", "double quotes"]),
     "open_quote": ("a.csv", 'text\nx\n"never closed\n', [":3:", "not CSV", "double each quote"]),
     "latin_1": ("a.txt", "gut\nschön\n".encode("latin-1"), [":2:", "not UTF-8", "0xf6", "position 4", "iconv"]),
-    "utf_16": ("a.txt", "text".encode("utf-16"), [":1:", "not UTF-8", "iconv"]),
-    "utf_16_without_mark": ("a.txt", "text".encode("utf-16-le"), [":1:", "not UTF-8", "iconv"]),
+    "utf_16_without_mark": ("a.txt", "text".encode("utf-16-le"), [":1:", "not UTF-8", "UTF-16", "iconv -f UTF-16LE"]),
+    "utf_16_cut_off": ("a.txt", "text".encode("utf-16")[:-1], ["UTF-16", "truncated", "again"]),
+    "zip": ("a.csv", b"PK\x03\x04\x14\0", ["zip archive", "save the sheet as CSV"]),
+    "gzip": ("a.jsonl", b"\x1f\x8b\x08\0", ["gzip", "unpack"]),
+    "git_lfs": ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ["`git lfs pull`"]),
+    "zero_byte": ("a.csv", b"text\nx\0y\n", [":2:", "zero byte at position 2"]),
+    "header_twice": ("a.csv", "text,label,label\nx,1,2\n", [":1:", "'label' stands twice", "Rename"]),
+    "header_twice_after_blank_lines": ("a.csv", "\n\ntext;text\nx;y\n", [":3:", "'text' stands twice"]),
+    "key_twice": ("a.jsonl", '{"text": "x", "text": "y"}\n', [":1:", "the key 'text' stands twice"]),
+    "header_only": ("a.csv", "text,label\n", ["holds no row", "at least 8"]),
+    "label_is_infinite": ("a.jsonl", '{"text": "x", "label": Infinity}\n', [":1:", "label inf", "one class a row"]),
+    "number_without_end": ("a.jsonl", '{"text": "x", "label": ' + "9" * 5000 + "}\n", [":1:", "not a JSON object"]),
+    "semicolon_in_a_text": ("a.csv", "text;label\na;b;1\n", [":2:", "3 fields", "contains semicolons"]),
     "unknown_extension": ("a.parquet", "x", [".parquet", ".txt, .jsonl or .csv", "Convert"]),
     "no_extension": ("data", "x", ["without extension", ".txt, .jsonl or .csv"]),
     "json": ("a.json", "[]", [".json", "one JSON object a line"]),
@@ -243,32 +296,59 @@ def test_an_unknown_kind_of_bundled_samples_is_refused() -> None:
     ],
 )
 def test_split_is_disjoint_and_sized_as_promised(rows: int, limit: int, calibration: int, held_out: int) -> None:
-    samples = texts(*[1] * rows)
+    samples = many(rows)
     first, second = split(samples, samples_limit=limit, seed=0)
     assert (len(first), len(second)) == (calibration, held_out)
     assert len({sample.source for sample in first + second}) == calibration + held_out
 
 
 def test_split_depends_on_the_seed_alone() -> None:
-    samples = texts(*[1] * 40)
+    samples = many(40)
     assert split(samples, samples_limit=10, seed=3) == split(samples, samples_limit=10, seed=3)
     assert split(samples, samples_limit=10, seed=3) != split(samples, samples_limit=10, seed=4)
 
 
+def test_what_is_equal_is_never_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*many(20), *(replace(sample, text=f" {sample.text}  ", source="again") for sample in many(20))]
+    rows += [Sample(text="w0", text_pair="w1"), Sample(text="w0", text_pair="w2"), Sample(text="w0", text_pair="w1")]
+    first, second = split(rows, samples_limit=512, seed=0)
+    assert sorted((s.text, s.text_pair or "") for s in first + second) == sorted(
+        [*((s.text, "") for s in many(20)), ("w0", "w1"), ("w0", "w2")]
+    )
+    assert (len(first), len(second)) == (18, 4)
+    assert "21 of 43 calibration samples repeat others" in caplog.text
+
+
+def test_equal_rows_are_too_few() -> None:
+    with pytest.raises(BadInput, match=r"1 different ones among 60 calibration samples \(from t:0\), but 8"):
+        split([Sample(text="the same", source=f"t:{i}") for i in range(60)], samples_limit=512, seed=0)
+
+
+def test_a_copy_of_an_image_counts_once(tmp_path: Path) -> None:
+    for index in range(10):
+        pixels = np.full((4, 4, 3), index, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.bmp")  # all of one size
+    write(tmp_path / "copy.bmp", (tmp_path / "3.bmp").read_bytes())
+    first, second = split(read_samples(tmp_path), samples_limit=512, seed=0)
+    assert sorted(Path(sample.source).name for sample in first + second) == [f"{index}.bmp" for index in range(10)]
+    again = [Sample(image=Image.open(sample.source)) for sample in first + second]
+    assert len(distinct([*again, *again[:3]])) == 10
+
+
 def test_no_rows_are_held_out_when_the_share_is_zero() -> None:
-    assert [len(part) for part in split(texts(*[1] * 40), samples_limit=10, held_out=0, seed=0)] == [10, 0]
-    assert [len(part) for part in split(texts(*[1] * 40), samples_limit=50, held_out=0, seed=0)] == [40, 0]
+    assert [len(part) for part in split(many(40), samples_limit=10, held_out=0, seed=0)] == [10, 0]
+    assert [len(part) for part in split(many(40), samples_limit=50, held_out=0, seed=0)] == [40, 0]
 
 
 def test_fewer_than_eight_samples_are_refused_with_the_reason() -> None:
     with pytest.raises(BadInput, match=r"7 calibration samples in all \(from t:0\), but 8 are the least: some.*Add"):
-        split(texts(*[1] * 7), samples_limit=512, seed=0)
+        split(many(7), samples_limit=512, seed=0)
 
 
 @pytest.mark.parametrize("options", [{"samples_limit": 0}, {"samples_limit": 9, "held_out": 0.9}])
 def test_a_split_out_of_range_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(BadInput, match=r"between 0 and 0\.5"):
-        split(texts(*[1] * 9), seed=0, **options)  # type: ignore[arg-type]
+        split(many(9), seed=0, **options)  # type: ignore[arg-type]
 
 
 # Text batches
@@ -368,9 +448,13 @@ def test_bundled_images_pass_through_the_processor() -> None:
 
 def broken_images() -> dict[str, bytes]:
     png = b"\x89PNG\r\n\x1a\n"
-    gif = BytesIO()  # opens well, but is not on the list (nor is .eps, which would start Ghostscript)
-    Image.new("L", (9, 9)).save(gif, "GIF")
-    return {"empty": b"", "text": b"hello", "cut_off_png": png + b"\0\0\0\rIHDR", "renamed_gif": gif.getvalue()}
+    ico = BytesIO()  # opens well, but is not on the list (nor is .eps, which would start Ghostscript)
+    Image.new("L", (9, 9)).save(ico, "ICO")
+    eps = BytesIO()
+    Image.new("L", (9, 9)).save(eps, "EPS")
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    renamed = {"renamed_ico": ico.getvalue(), "renamed_eps": eps.getvalue(), "renamed_heic": heic}
+    return {"empty": b"", "text": b"hello", "cut_off_png": png + b"\0\0\0\rIHDR", **renamed}
 
 
 @pytest.mark.parametrize("case", broken_images())
@@ -398,7 +482,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_image_file_above_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_image(tmp_path / "a.png")
-    monkeypatch.setattr(samples_module, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10)
     with pytest.raises(BadInput, match=r"a\.png: .*at most 2 GiB"):
         image_batches(read_samples(tmp_path), processor())
 

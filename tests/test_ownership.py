@@ -257,7 +257,7 @@ def test_a_file_that_the_user_names_is_not_written_over(
     for more in ([], ["--dry-run"]):
         ran = shell("optin", *named, *more)
         assert ran.code == 2
-        assert "optin-deploy did not make this" in ran.err
+        assert "no earlier result of this command" in ran.err
     assert file.read_bytes() == before
     file.unlink()
 

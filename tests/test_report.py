@@ -16,9 +16,10 @@ from torch import nn
 
 from optin_deploy.bench.report import Measurement, Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.bench.timing import PairTiming
-from optin_deploy.calibration import Batches
+from optin_deploy.calibration import Batches, Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.quality import Judge, Quality, check_labels
+from optin_deploy.labels import check_labels
+from optin_deploy.quality import Judge, Quality
 
 TIMING = PairTiming(
     dense_ms=((6.0, 6.0, 8.0), (6.0,)),
@@ -299,13 +300,13 @@ def test_one_output_number_is_compared_by_correlation() -> None:
     found = judged(dense, pruned, rows((1, 2, None, 4)))
     assert (found.metric, found.dense) == ("correlation_with_dense", 1.0)
     assert found.pruned == pytest.approx(-1.0)  # the pruned one gives the negative
-    check_labels(rows((3, "7.5", None, 4)), dense)
+    check_labels([Sample(label=label) for label in (3, "7.5", "7,5", None, 4)], dense)
 
 
 def test_a_multi_label_classifier_is_refused() -> None:
     dense, _ = dense_and_pruned(problem_type="multi_label_classification")
     with pytest.raises(BadInput, match="multi-label"):
-        check_labels(rows((0, 1, 2, 0)), dense)
+        check_labels([], dense)
 
 
 def test_names_that_are_numbers_are_names() -> None:

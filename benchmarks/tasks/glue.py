@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.tasks.task import Task
 from optin_deploy.calibration import Sample
 from optin_deploy.errors import BadInput
+from optin_deploy.labels import check_labels, is_regression
 from optin_deploy.loading import load_dense
-from optin_deploy.quality import check_labels, is_regression
 
 HUB = "nyu-mll/glue"
 
@@ -72,7 +72,7 @@ def glue(name: str, model: str, *, data: Path | None = None, rows: int = 2048, s
         raise BadInput(f"{model} puts out {kind}: that does not fit --glue {name}.")
     task = Task(name, loaded.model, loaded.preprocessor, tuple(train[:rows]), tuple(test), seq_len)
     for some in (task.calibration, task.test):
-        check_labels(task.batches(some), loaded.model)
+        check_labels(some, loaded.model)
     return task
 
 

@@ -125,7 +125,8 @@ def quality_lines(report: Report) -> list[str]:
         "same_prediction": "Same prediction as dense",
         "correlation_with_dense": "Correlation with the dense predictions",
     }
-    lines = [f"{what[q.metric]}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
+    labels = "labels are not used" if q.metric == "correlation_with_dense" else "no labels"
+    lines = [f"{what[q.metric]}: {q.pruned:.3f} ({q.samples} held-out rows, {labels})."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
     return lines

@@ -1,0 +1,51 @@
+"""Which samples equal others: the same text, or the same bytes of an image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from optin_deploy.errors import BadInput
+from optin_deploy.samples import Sample
+
+
+def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The first of each group of equal samples, in their order.
+
+    Raises: BadInput: an image that cannot be read.
+    """
+    first: dict[Hashable, Sample] = {}
+    for content, sample in zip(contents(samples), samples, strict=True):
+        first.setdefault(content, sample)
+    return tuple(first.values())
+
+
+def contents(samples: Sequence[Sample]) -> list[Hashable]:
+    """A value for each sample; two are equal where a model would be given the same.
+
+    Texts that differ only in white space count as equal. Image files are read only where two have the same size.
+    Raises: BadInput: an image that cannot be read.
+    """
+    try:
+        sizes = [sample.image.stat().st_size if isinstance(sample.image, Path) else None for sample in samples]
+        shared = {size for size, times in Counter(sizes).items() if times > 1}
+        return [_content(sample, size, size in shared) for sample, size in zip(samples, sizes, strict=True)]
+    except OSError as err:
+        raise BadInput(
+            f"{err.filename}: cannot be read: {err.strerror or err}. Check the file and its permissions."
+        ) from err
+
+
+def _content(sample: Sample, size: int | None, shared: bool) -> Hashable:
+    image = sample.image
+    if image is None:
+        words = [None if text is None else text.split() for text in (sample.text, sample.text_pair)]
+        return hashlib.sha256(repr(words).encode()).digest()  # as long texts would take their place a second time
+    if not isinstance(image, Path):
+        return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
+    if not shared:
+        return size
+    with image.open("rb") as file:
+        return size, hashlib.file_digest(file, "sha256").digest()

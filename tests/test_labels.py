@@ -1,0 +1,347 @@
+"""Labels against the model: unknown, half, in another order, of numbers; what is refused and what only told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise, permutations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, binomtest
+from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
+from torch import nn
+
+from optin_deploy.calibration import Batches, Sample
+from optin_deploy.errors import BadInput, QualityLimit
+from optin_deploy.label_order import at_least, check_order, compared, upper_bound
+from optin_deploy.labels import check_labels, class_index, known_labels, labelled_rows
+from optin_deploy.loading import load_dense
+from optin_deploy.quality import Quality
+from optin_deploy.stages import prepare
+from optin_deploy.sweep import Point, smallest_within
+from optin_deploy.workspace import Source
+
+
+class ToyForSequenceClassification(nn.Module):
+    """Only its config matters."""
+
+    def __init__(self, names: tuple[str, ...] = CLASSES, **config: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names)), **config)
+
+
+def rows(*labels: str | int | None) -> list[Sample]:
+    return [Sample(text=f"w{i}", label=label, source=f"rows.csv:{i + 2}") for i, label in enumerate(labels)]
+
+
+def labels_of(samples: tuple[Sample, ...]) -> list[str | int | None]:
+    return [sample.label for sample in samples]
+
+
+# What a label stands for
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "index"),
+    [
+        (CLASSES, "business", 1),
+        (CLASSES, 1, 1),
+        (("1", "2", "3"), 1, 0),  # ratings: a name first
+        (("1.0", "2.0", "3.0"), 1, 0),  # 1.0 in a table is read as 1
+        (("cat", "7", "dog"), 1, 1),  # not all names are numbers
+        (("01", "02"), "02", 1),
+        (("0", "1"), 0, 0),
+    ],
+)
+def test_a_label_is_a_name_or_else_an_index(names: tuple[str, ...], label: str | int, index: int) -> None:
+    assert class_index(label, ToyForSequenceClassification(names).config) == index
+
+
+@pytest.mark.parametrize("label", [0, 4, "0"])
+def test_where_all_names_are_numbers_other_numbers_are_no_indices(label: str | int) -> None:
+    """Of labels 0, 1, 2 beside the names 1, 2, 3, the 0 was taken as an index, and the others as names."""
+    with pytest.raises(BadInput, match=r"not one of the model's \(1, 2, 3\)\.") as refused:
+        class_index(label, ToyForSequenceClassification(("1", "2", "3")).config)
+    assert repr(label) in str(refused.value)
+
+
+def test_a_refused_label_names_its_row() -> None:
+    model = ToyForSequenceClassification()
+    with pytest.raises(BadInput, match=r"rows\.csv:4: label 'politics' is not .*\(arts, business, sport; or 0 to 2\)"):
+        check_labels(rows("arts", 1, "politics", 7), model)
+    check_labels(rows("arts", 1, None), model)
+
+
+def test_words_as_labels_of_a_regression_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = ToyForSequenceClassification(problem_type="regression")
+    with pytest.raises(BadInput, match=r"rows\.csv:3: the model puts out a number, and label 'good' is none"):
+        check_labels(rows("3,5", "good", 4), model)
+    assert labels_of(known_labels(rows("3,5", "good", 4, None), model)) == ["3,5", None, 4, None]
+    assert "rows.csv:3" in caplog.text
+    assert "1 of 4 rows" in caplog.text
+    assert labelled_rows(rows(1, None, None), model) == tuple(rows(1, None, None))  # labels are not used there
+
+
+def test_unknown_labels_are_dropped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    found = known_labels(rows("arts", "n01440764", "sport", "n01440764", None), ToyForSequenceClassification())
+    assert labels_of(found) == ["arts", None, "sport", None, None]
+    assert len(caplog.records) == 1
+    for part in ("rows.csv:3: label 'n01440764'", "arts, business, sport", "2 of 5 rows", "those labels are not used"):
+        assert part in caplog.text
+
+
+def test_a_number_beyond_the_classes_makes_all_labels_doubtful(caplog: pytest.LogCaptureFixture) -> None:
+    assert labels_of(known_labels(rows(1, 2, 3), ToyForSequenceClassification())) == [None] * 3  # numbered from 1
+    assert "rows.csv:4: label 3" in caplog.text
+    assert "no label of the file is used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "says"),
+    [
+        (("arts", None, "sport", 1), ["arts", "sport", 1], "1 of the 4 held-out rows have no label: quality is that"),
+        (("arts", None, None, 1), ["arts", 1], "2 of the 4"),
+        (("arts", None, None), [None] * 3, "2 of the 3 held-out rows have no label: too few"),
+        ((None, None), [None] * 2, ""),
+        (("arts", 1), ["arts", 1], ""),
+    ],
+)
+def test_rows_without_label_are_told(
+    caplog: pytest.LogCaptureFixture, given: tuple[str | int | None, ...], kept: list[str | int | None], says: str
+) -> None:
+    assert labels_of(labelled_rows(rows(*given), ToyForSequenceClassification())) == kept
+    assert says in caplog.text
+    assert bool(caplog.text) == bool(says)
+
+
+# Another order
+
+
+def sampled(
+    rows: int, classes: int, right: float, seed: int = 0, share: float | None = None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Classes of rows, and predictions of which a part is right; share: of class 0."""
+    rng = np.random.default_rng(seed)
+    shares = None if share is None else [share, *[(1 - share) / (classes - 1)] * (classes - 1)]
+    true = rng.choice(classes, rows, p=shares)
+    wrong = (true + rng.integers(1, classes, rows)) % classes
+    return true, np.where(rng.random(rows) < right, true, wrong)
+
+
+def test_the_bounds_are_those_of_the_binomial_distribution() -> None:
+    for right, count, share in ((0, 9, 0.3), (3, 9, 0.3), (9, 9, 0.3), (40, 60, 0.5), (1, 1, 0.9)):
+        assert at_least(right, count, share) == pytest.approx(binom.sf(right - 1, count, share))
+        wanted = binomtest(right, count).proportion_ci(0.98, method="exact").high
+        assert upper_bound(right, count) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4)))[1:])
+def test_another_order_is_found(order: tuple[int, ...]) -> None:
+    true, predicted = sampled(120, 4, 0.9)
+    labels = np.array(order)[true]
+    found = compared(labels, predicted, 4)
+    assert found.right == int((labels == predicted).sum())
+    assert found.other == {label: int(np.argsort(order)[label]) for label in range(4)}
+    fitting = max(int((np.array(each)[labels] == predicted).sum()) for each in permutations(range(4)))
+    assert found.fitting == fitting
+    fixed = sum(i == j for i, j in enumerate(order))
+    assert found.verdict == ("unclear" if fixed == 2 else "refused")
+
+
+def test_another_order_is_found_where_classes_take_turns() -> None:
+    labels = np.arange(60) % 2
+    assert compared(labels, 1 - labels, 2).other == {0: 1, 1: 0}
+
+
+def test_the_order_is_told_by_names(caplog: pytest.LogCaptureFixture) -> None:
+    true, predicted = sampled(60, 3, 0.93)
+    with pytest.raises(BadInput, match=r"eval\.jsonl: the dense model is right on \d of 60 labelled rows") as refused:
+        check_order((true + 1) % 3, predicted, CLASSES, "eval.jsonl")
+    for part in ("'arts' -> 'sport', 'business' -> 'arts', 'sport' -> 'business'", "another order", "id2label"):
+        assert part in str(refused.value)
+    swapped = np.array([1, 0, *range(2, 10)])
+    true, predicted = sampled(300, 10, 0.9)
+    check_order(swapped[true], predicted, [f"class {i}" for i in range(10)], "eval.jsonl")  # most are right
+    assert "'class 0' -> 'class 1', 'class 1' -> 'class 0' (label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "right", "share"),
+    [(12, 3, 0.6, None), (60, 3, 0.5, None), (40, 2, 0.6, None), (400, 2, 0.58, None), (12, 2, 0.9, 0.9),
+     (100, 1000, 0.1, None), (2000, 3, 0.95, 1.0), (6, 3, 0.4, None), (200, 5, 0.4, 0.6)],
+)  # fmt: skip
+def test_a_weak_but_honest_model_is_not_refused(count: int, classes: int, right: float, share: float | None) -> None:
+    for seed in range(20):
+        assert compared(*sampled(count, classes, right, seed, share), classes).verdict != "refused"
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "share", "verdict"),
+    [(900, 3, None, "refused"), (900, 2, None, "refused"), (1000, 2, 0.95, "unclear"), (9, 3, None, "unclear")],
+)
+def test_a_constant_prediction_is_guessing(count: int, classes: int, share: float | None, verdict: str) -> None:
+    """Where it is the most frequent class of unequal ones, that is only told."""
+    true, _ = sampled(count, classes, 1.0, 1, share)
+    assert compared(true, np.zeros_like(true), classes).verdict == verdict
+
+
+def test_labels_at_random_are_guessing() -> None:
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 10):
+        assert compared(*rng.integers(0, classes, (2, 2000)), classes).verdict == "refused"
+    labels, predicted = sampled(100, 1000, 0.9)
+    assert compared(np.random.default_rng(1).permutation(1000)[labels], predicted, 1000).verdict == "refused"
+
+
+# A gain is no loss
+
+
+@pytest.mark.parametrize(
+    ("found", "holds"),
+    [
+        (Quality("accuracy", 0.9, 0.9, 100), True),
+        (Quality("accuracy", 0.9, 0.89, 100), True),
+        (Quality("accuracy", 0.9, 0.88, 100), False),
+        (Quality("accuracy", 0.9, 0.94, 100), True),  # so much is noise
+        (Quality("accuracy", 4 / 60, 13 / 60, 60), False),
+        (Quality("accuracy", 0.0, 0.5, 60), False),
+        (Quality("accuracy", 1.0, 1.0, 60), True),
+        (Quality("accuracy", 0.0, 0.0, 60), True),
+        (Quality("same_prediction", 1.0, 1.0, 60), True),
+        (Quality("cosine_to_dense", 1.0, 1.0000001, 60), True),
+    ],
+)
+def test_a_gain_beyond_noise_does_not_hold(found: Quality, holds: bool) -> None:
+    assert found.holds(1.0) == holds
+
+
+def test_no_budget_is_chosen_by_a_gain() -> None:
+    def at(flops: float) -> Point:
+        return Point(flops, flops, 1, Quality("accuracy", 4 / 60, 13 / 60, 60), 0.0)
+
+    with pytest.raises(QualityLimit, match=r"accuracy gains 15\.00 points, beyond noise.*--eval rows"):
+        smallest_within(1.0, 0.1, at)
+
+
+# In a job
+
+
+@cache
+def judging() -> tuple[dict[str, str], ...]:
+    """Rows that calibration does not have, labelled by the classifier itself."""
+    dense = load_dense(str(classifier()))
+    found = []
+    for first, second in pairwise(texts()):
+        text = " ".join((*second.split()[::2], *first.split()[1::2]))
+        encoded = dense.preprocessor(text, truncation=True, max_length=SEQ_LEN, return_tensors="pt")
+        with torch.inference_mode():
+            found.append({"text": text, "label": CLASSES[int(dense.model(**encoded).logits.argmax())]})
+    return tuple(found)
+
+
+def written(path: Path, data: Any) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in data))
+    return str(path)
+
+
+def moved(data: Any) -> list[dict[str, str]]:
+    return [row | {"label": CLASSES[(CLASSES.index(row["label"]) + 1) % 3]} for row in data]
+
+
+def source(**options: Any) -> Source:
+    return replace(Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN), **options)
+
+
+def test_eval_labels_in_another_order_are_refused_before_any_work(tmp_path: Path) -> None:
+    path = written(tmp_path / "moved.jsonl", moved(judging()))
+    with pytest.raises(BadInput, match=r"moved\.jsonl: the dense model is right on 0 of 59 .*No loss of accuracy"):
+        prepare(source(evaluation=path))
+
+
+def test_calibration_labels_in_another_order_are_refused_too(tmp_path: Path) -> None:
+    path = written(tmp_path / "moved.jsonl", moved(map(json.loads, labelled().read_text().splitlines())))
+    with pytest.raises(BadInput, match=r"moved\.jsonl: the dense model is right on 0 of 12 "):
+        prepare(source(calibration=path))
+
+
+def test_labels_that_the_model_does_not_know_do_not_stop_calibration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = [json.loads(line) for line in labelled().read_text().splitlines()]
+    path = written(tmp_path / "own.jsonl", [row | {"label": f"n{i}"} for i, row in enumerate(data)])
+    found = prepare(source(calibration=path))
+    assert set(found.held_out.labels) == {None}
+    assert len(caplog.records) == 1
+    assert "own.jsonl:1: label 'n0' is not one of the model's (arts, business, sport" in caplog.text
+    assert "60 of 60 rows" in caplog.text
+    with pytest.raises(BadInput, match=r"own\.jsonl:\d+: label 'n\d+' is not one"):
+        prepare(source(evaluation=path))
+
+
+def test_half_labelled_rows_are_judged_by_those_that_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = [json.loads(line) for line in labelled().read_text().splitlines()]
+    some = [row if i % 3 else {"text": row["text"]} for i, row in enumerate(data)]
+    found = prepare(source(calibration=written(tmp_path / "some.jsonl", some)))
+    whole = prepare(source(calibration=str(labelled())))
+    assert found.key == whole.key  # calibrated on the same rows
+    assert None not in found.held_out.labels
+    assert 0 < len(found.held_out) < len(whole.held_out) == 12
+    assert f"{12 - len(found.held_out)} of the 12 held-out rows have no label" in caplog.text
+    assert found.judge.of(found.loaded.model) == Quality("accuracy", 1.0, 1.0, len(found.held_out))
+
+
+def test_identical_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "same.txt"
+    path.write_text("the same line\n" * 60)
+    with pytest.raises(BadInput, match=r"1 different ones among 60 calibration samples"):
+        prepare(source(calibration=str(path)))
+
+
+def test_texts_that_differ_only_after_the_last_token_do_not_judge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def data(different: int) -> Source:
+        start = "the " * SEQ_LEN
+        same = [f"{start} and then {i} {text}" for i, text in enumerate(texts())]
+        path = tmp_path / "rows.txt"
+        path.write_text("\n".join([*same[different:], *(f"{text} {start}" for text in texts()[:different])]))
+        return source(calibration=str(path))
+
+    found = prepare(data(30))
+
+    def ids(part: Batches) -> set[tuple[int, ...]]:
+        return {tuple(row) for batch in part.batches for row in batch["input_ids"].tolist()}
+
+    calibration, held = ids(found.calibration), ids(found.held_out)  # all are cut at SEQ_LEN
+    assert not calibration & held
+    assert len(held) == len(found.held_out) == len(found.held_out.labels)
+    assert f"{12 - len(held)} held-out rows give the model the inputs of a calibration row" in caplog.text
+    with pytest.raises(BadInput, match=r"All 12 held-out rows give the model the same inputs.*--seq-len"):
+        prepare(data(0))
+
+
+def test_eval_images_that_calibration_has_under_another_name_do_not_judge(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(16):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        for folder in ("a", "b") if index < 8 else ("b",):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{folder}{index}.png")
+    found = prepare(Source(str(vit()), calibration=str(tmp_path / "a"), evaluation=str(tmp_path / "b")))
+    assert len(found.held_out) == 16 - len(found.calibration)
+    assert f"{len(found.calibration)} rows are calibration rows and do not count" in caplog.text
+
+
+def test_at_random_the_classifier_of_the_tests_is_not_one_sided() -> None:
+    """Else the tests above would prove little."""
+    assert len({row["label"] for row in judging()}) > 1
