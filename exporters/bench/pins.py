@@ -139,5 +139,6 @@ def write_pin(
         points=tuple(points),
         data=data_hashes(artifact),
     )
-    write_json(file, asdict(pin))
+    # Without data files, a pin is what earlier versions wrote and read.
+    write_json(file, {name: value for name, value in asdict(pin).items() if name != "data" or value})
     return pin
