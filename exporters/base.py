@@ -13,6 +13,7 @@ from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
 from optin_deploy.masking import Batch
+from optin_deploy.processors import default_threads
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 
@@ -65,7 +66,7 @@ class Exporter(Protocol):
     has_profiles: bool
     """Does it take only the sizes of the profiles it was built for, and the other options of `EngineOptions`?"""
 
-    def check(self, options: EngineOptions) -> None:
+    def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """Refuse options that this engine does not have.
 
         Raises: BadInput.
@@ -85,6 +86,13 @@ class Exporter(Protocol):
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """Why this machine cannot run artifacts of this engine; None: it can."""
+
+    def threads(self, asked: int) -> int:
+        """Intra-op threads that it runs with; 0: it computes on no CPU.
+
+        Args: asked: 0 = its default.
+        Raises: BadInput: it has no threads to be set.
+        """
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """Load an artifact.
@@ -112,7 +120,7 @@ class WithoutPlan:
     align = 16
     has_profiles = False
 
-    def check(self, options: EngineOptions) -> None:
+    def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
         if options != EngineOptions():
             raise BadInput(
@@ -123,6 +131,10 @@ class WithoutPlan:
     def cannot_build(self) -> str | None:
         """See `Exporter.cannot_build`."""
         return None
+
+    def threads(self, asked: int) -> int:
+        """See `Exporter.threads`; the default is ONNX Runtime's."""
+        return asked or default_threads()
 
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`."""

@@ -21,13 +21,13 @@ from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
 from exporters.onnx_artifact import WITH_SHAPES
 from exporters.proving import EngineModel, check_engine
-from exporters.ready import ready
+from exporters.ready import check_measured, ready
 from exporters.tensorrt_plan import EngineOptions
 from exporters.to_onnx import check_size
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.errors import BadInput, PlanMismatch, QualityLimit
+from optin_deploy.errors import PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
@@ -80,8 +80,7 @@ def export_model(
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
     clock, limits = _Clock(stage), limits or Limits()
-    if limits.time is not None and not (dense and points):
-        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
+    check_measured(limits, points, dense=dense)
     with clock("load"):
         target, spec, prepared = ready(
             source,
@@ -177,7 +176,7 @@ def build_folder(
     target = exporter(engine)
     precision = check_precision(target, precision)
     options = options or EngineOptions()
-    target.check(options)
+    target.check(options, pool)
     workspace = Workspace(folder)
     source = workspace.source()
     pruned = load_pruned(folder)

@@ -23,6 +23,8 @@ KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
 DATA = "optin.data_sha256"
 """Metadata entry: sha256 of the file with the weights, if they lie in one."""
+WEIGHTS = "optin.weights"
+"""Metadata entry: sha256 of the tensors of the torch model that it was made from."""
 SEAL = "optin.sha256"
 """Metadata entry, the last one: sha256 of the file up to it."""
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
@@ -52,9 +54,10 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def complete(draft: Path, key: str) -> None:
+def complete(draft: Path, key: str, weights: str) -> None:
     """Finish a file that an exporter wrote, and its data file if there is one: clean, check, seal.
 
+    Args: weights: sha256 of the model's tensors.
     Raises: onnx.checker.ValidationError.
     """
     proto = onnx.load(draft, load_external_data=False)
@@ -65,7 +68,7 @@ def complete(draft: Path, key: str) -> None:
     if not WITH_SHAPES:
         without_shapes(proto)
     data = data_path(draft)
-    entries = {KEY: key} | ({DATA: sha256_file(data)} if data.exists() else {})
+    entries = {KEY: key, WEIGHTS: weights} | ({DATA: sha256_file(data)} if data.exists() else {})
     for name, value in entries.items():
         proto.metadata_props.add(key=name, value=value)
     onnx.save(proto, draft)
@@ -115,6 +118,11 @@ def finished(path: Path) -> Finished | None:
         sha256=sha256,
         data=data,
     )
+
+
+def weights_of(proto: onnx.ModelProto) -> str | None:
+    """sha256 of the tensors that a model was made from; None: it does not say."""
+    return next((entry.value for entry in proto.metadata_props if entry.key == WEIGHTS), None)
 
 
 def was_changed(path: Path, proto: onnx.ModelProto) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
+from optin_deploy.validation import INT32
 
 Range = tuple[int, int, int]
 """Smallest, usual and largest size of one axis."""
@@ -21,7 +22,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         for name, sizes in (("batch", self.batch), ("seq", self.seq)):
-            if sizes[0] < 1 or list(sizes) != sorted(sizes):
+            if sizes[0] < 1 or list(sizes) != sorted(sizes) or sizes[2] > INT32:
                 raise BadInput(f"--profile {name}={_text(sizes)}: give min, opt and max, rising, for example 1,8,32.")
 
     def up_to(self, longest: int | None) -> Profile:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from exporters import check_precision, exporter
 from exporters.base import Exporter, ExportSpec, output_names
-from exporters.bench.measuring import Point, check_runs, check_threads, length_of
-from exporters.bench.yardstick import setting_of
+from exporters.bench.measuring import Point, check_different, check_runs, check_threads, length_of
+from exporters.bench.room import check_room, least_bytes
+from exporters.bench.yardstick import DENSE, setting_of, yardstick
 from exporters.building import int8_samples
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
 from exporters.to_onnx import check_size
+from optin_deploy.bench.stats import percentile
 from optin_deploy.budget import Limits
-from optin_deploy.cost.latency import read_table
+from optin_deploy.cost.latency import LatencyTable, read_table
 from optin_deploy.errors import BadInput
-from optin_deploy.search import check_search
+from optin_deploy.inputs import longest_text
+from optin_deploy.judging import judged_samples
+from optin_deploy.search import check_align, check_search
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.workspace import Source
+
+CLEARLY = 1.2
+"""A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
 
 
 def ready(
@@ -39,32 +47,85 @@ def ready(
 
     Raises: BadInput and its kinds.
     """
-    target = exporter(engine)
+    target, limits = exporter(engine), limits or Limits()
     precision = check_precision(target, precision)
     options = options or EngineOptions()
-    target.check(options)
-    check_search(target.align if align is None else align, allocation)
+    target.check(options, pool)
+    align = target.align if align is None else align
+    check_search(align, allocation)
     check_threads(threads)
+    if threads:
+        target.threads(threads)
+    check_different(points)
+    if table is not None and limits.time is None:
+        raise BadInput(f"--latency-table {table} is for --latency, --speedup or --throughput: give one of them.")
     prepared = prepare(source)
-    (limits or Limits()).within(prepared.cost, prepared.params)
+    if not prepared.loaded.is_text and source.seq_len != Source.seq_len:
+        raise BadInput(f"--seq-len {source.seq_len}: images have a size of their own, and no length in tokens.")
+    limits.within(prepared.cost, prepared.params)
+    check_align(align, prepared.layout)
+    if allocation == "curves":
+        judged_samples(prepared.calibration.batches)  # enough of them
     output_names(prepared.loaded.model, pool)
     if target.reads_onnx:
         check_size(prepared.loaded.model, precision)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
+        _check_room(prepared, point.batch, tokens, precision, str(point))
         if target.has_profiles:
             _check_profiles(options.profiles, point.batch, tokens if prepared.loaded.is_text else None)
+    for profile in options.profiles if target.has_profiles else ():
+        longest = profile.up_to(longest_text(prepared.loaded.model.config)).seq[2]
+        tokens = longest if prepared.loaded.is_text else prepared.cost.tokens
+        _check_room(prepared, profile.batch[2], tokens, precision, f'--profile "{profile}"')
     samples = int8_samples(prepared.calibration.batches) if precision == "int8" else ()
     spec = ExportSpec(precision, pool, options, samples)
-    timed = limits is not None and limits.time is not None
-    if timed:
+    if limits.time is not None:
         check_timeable(target, spec)
-    if table is not None:
-        if not timed:
-            raise BadInput(f"--latency-table {table} is for --latency, --speedup or --throughput: give one of them.")
-        align = target.align if align is None else align
-        read_table(table, prepared.layout, setting_of(prepared, target, spec, points[0], threads=threads, align=align))
+        how: dict[str, Any] = {"threads": threads, "align": align}
+        known = None
+        if table is not None:
+            known = read_table(table, prepared.layout, setting_of(prepared, target, spec, points[0], **how))
+        _check_needed(limits, prepared, target, spec, points[0], how, known)
     return target, spec, prepared
+
+
+def check_measured(limits: Limits, points: Sequence[Point], *, dense: bool) -> None:
+    """Refuse a time to plan for where nothing would be measured.
+
+    Raises: BadInput.
+    """
+    if limits.time is not None and not (dense and points):
+        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
+
+
+def _check_room(prepared: Prepared, batch: int, tokens: int, precision: str, option: str) -> None:
+    each = least_bytes(prepared.loaded.model, prepared.layout, tokens=tokens, precision=precision)
+    check_room(each, option, batch)
+
+
+def _check_needed(
+    limits: Limits,
+    prepared: Prepared,
+    target: Exporter,
+    spec: ExportSpec,
+    point: Point,
+    how: Mapping[str, Any],
+    table: LatencyTable | None,
+) -> None:
+    """Refuse a time that the dense model keeps clearly: by its table, or measured here for a few seconds.
+
+    Raises: InfeasibleBudget.
+    """
+    if limits.time is None or limits.time.option == "--speedup" or limits.budgets():
+        return
+    if table is not None:
+        limits.time.check_needed(table.dense_ms, point.batch)
+        return
+    with yardstick(prepared, target, spec, point, **how) as yard:
+        samples = yard.together((), blocks=2).ms[DENSE]
+    dense_ms = percentile([ms for block in samples for ms in block], 50)
+    limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
 
 
 def check_timeable(target: Exporter, spec: ExportSpec) -> None:

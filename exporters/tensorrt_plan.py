@@ -41,6 +41,10 @@ class EngineOptions:
         unknown = set(self.compatible) - set(COMPATIBLE)
         if unknown:
             raise BadInput(f"unknown --compatible {', '.join(sorted(unknown))}; possible: {', '.join(COMPATIBLE)}.")
+        for option, given in (("--compatible", self.compatible), ("--profile", self.profiles)):
+            twice = [str(each) for each in given if given.count(each) > 1]
+            if twice:
+                raise BadInput(f"{option} {twice[0]} is given twice. Give each once.")
         if self.weights not in WEIGHTS:
             raise BadInput(f"unknown --weights {self.weights!r}; possible: {', '.join(WEIGHTS)}.")
 

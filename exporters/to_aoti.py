@@ -17,7 +17,7 @@ from optin_deploy.errors import CannotBuildHere
 from optin_deploy.inputs import input_names
 from optin_deploy.masking import inference
 from optin_deploy.runtimes.aoti import AotiRuntime
-from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 from optin_deploy.storage import atomic_file, sha256_file
@@ -59,6 +59,10 @@ class AotiExporter(WithoutPlan):
     def cannot_build(self) -> str | None:
         """See `Exporter.cannot_build`; only the build needs a compiler."""
         return missing_compiler()
+
+    def threads(self, asked: int) -> int:
+        """See `Exporter.threads`."""
+        return asked or torch_threads()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """The package on the device that it was compiled for."""

@@ -62,7 +62,7 @@ class OnnxExporter(WithoutPlan):
             check_size(model, precision)
             with scratch_folder(out) as folder:
                 _draft(model, spec, precision, folder / out.name)
-                onnx_artifact.complete(folder / out.name, key)
+                onnx_artifact.complete(folder / out.name, key, sha256_tensors(model.state_dict()))
                 onnx_artifact.install(folder / out.name, out)
             found = onnx_artifact.finished(out)
             assert found is not None, "the file was written just now"

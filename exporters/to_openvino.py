@@ -7,7 +7,7 @@ from pathlib import Path
 from exporters.onnx_engine import OnnxEngineExporter
 from optin_deploy.errors import MissingDependency
 from optin_deploy.runtimes.base import Runtime
-from optin_deploy.runtimes.openvino import OpenVinoRuntime, import_openvino
+from optin_deploy.runtimes.openvino import OpenVinoRuntime, import_openvino, openvino_threads
 
 
 class OpenVinoExporter(OnnxEngineExporter):
@@ -24,6 +24,10 @@ class OpenVinoExporter(OnnxEngineExporter):
         except MissingDependency as err:
             return str(err)
         return None
+
+    def threads(self, asked: int) -> int:
+        """See `Exporter.threads`."""
+        return asked or openvino_threads()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """Compiled for this CPU each time it is opened."""

@@ -117,7 +117,7 @@ class TensorRTExporter:
         write_record(out, record)
         return record
 
-    def check(self, options: EngineOptions) -> None:
+    def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
 
     def configure(self, trt: Any, config: Any) -> None:
@@ -137,6 +137,12 @@ class TensorRTExporter:
     def obstacle(self, precision: str | None = None) -> str | None:
         """See `Exporter.obstacle`."""
         return self.cannot_build()
+
+    def threads(self, asked: int) -> int:
+        """See `Exporter.threads`."""
+        if asked:
+            raise BadInput(f"--threads {asked}: engine {self.engine} runs on the GPU and has none. Leave it out.")
+        return 0
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """The plan on the current CUDA device, with CUDA graphs; errors as in `open_device`."""
@@ -178,13 +184,15 @@ class RtxExporter(TensorRTExporter):
         """See `Exporter.obstacle`; to run a plan takes a GPU."""
         return self.cannot_build() or (NO_GPU if current_gpu() is None else None)
 
-    def check(self, options: EngineOptions) -> None:
+    def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """Its plans fit one release and a list of architectures; without a GPU, it builds no plan to be refitted.
 
         Raises: BadInput.
         """
         if options.compatible:
             raise BadInput("TensorRT-RTX has no --compatible: its plans load in the release that built them.")
+        if options.timing_cache is not None:
+            raise BadInput("--timing-cache: TensorRT-RTX times no kernels while it builds. Leave it out.")
         if options.weights != "fixed" and current_gpu() is None:
             raise BadInput(f"--weights {options.weights} needs a GPU with TensorRT-RTX, and {NO_GPU}.")
 

@@ -11,11 +11,12 @@ from torch import nn
 
 from exporters.base import Artifact, ExportSpec, WithoutPlan, output_names
 from exporters.graph import DTYPES
+from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
 from optin_deploy.pruned import MANIFEST, load
-from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, missing_compiler
 from optin_deploy.runtimes.torch import TorchRuntime
 from optin_deploy.storage import sha256_file
@@ -35,12 +36,17 @@ class TorchExporter(WithoutPlan):
         """See `Exporter.file_names`."""
         return "model", None
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Describe the folder that the rewrite stage wrote; nothing more is needed."""
-        if spec.pool is not None:
+    def check(self, options: EngineOptions, pool: str | None = None) -> None:
+        """See `Exporter.check`."""
+        super().check(options)
+        if pool is not None:
             raise BadInput(
                 f"--pool needs a graph: use --engine onnx; the {self.engine} engine is the transformers model itself."
             )
+
+    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+        """Describe the folder that the rewrite stage wrote; nothing more is needed."""
+        self.check(spec.options, spec.pool)
         weights = out / "model.safetensors"
         return Artifact(
             path=out,
@@ -52,6 +58,10 @@ class TorchExporter(WithoutPlan):
             size_bytes=weights.stat().st_size,
             versions={name: version(name) for name in ("torch", "transformers")},
         )
+
+    def threads(self, asked: int) -> int:
+        """See `Exporter.threads`."""
+        return asked or torch_threads()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
         """A pruned or dense transformers model."""

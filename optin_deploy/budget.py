@@ -63,9 +63,10 @@ class TimeTarget:
     """Milliseconds for a batch at most; or times faster than dense, or samples a second, at least."""
 
     def __post_init__(self) -> None:
-        least = 1 if self.option == "--speedup" else 0
-        if not math.isfinite(self.value) or self.value <= least:
-            raise BadInput(f"{self}: give more than {least}, for example {TIME_EXAMPLES[self.option]}.")
+        least = 1 if self.option == "--speedup" else LEAST_TIME
+        if not least < self.value < MOST_TIME:
+            told = f"more than {least:g} and less than {MOST_TIME:g}"
+            raise BadInput(f"{self}: give {told}, for example {TIME_EXAMPLES[self.option]}.")
 
     def __str__(self) -> str:
         return f"{self.option} {self.value:g}" + ("ms" if self.option == "--latency" else "")
@@ -79,7 +80,22 @@ class TimeTarget:
         }
         return allowed[self.option]
 
+    def check_needed(self, dense_ms: float, batch: int, told_ms: float | None = None) -> None:
+        """Refuse a time that the dense model keeps.
 
+        Args: told_ms: what is said that it takes; default: `dense_ms`.
+        Raises: InfeasibleBudget.
+        """
+        goal = self.limit_ms(dense_ms, batch)
+        if goal >= dense_ms:
+            raise InfeasibleBudget(
+                f"{self} is {goal:.3g} ms a batch, and the dense model takes {told_ms or dense_ms:.3g} ms already: "
+                "nothing has to be cut for it. Ask for less time, or give another budget such as --flops."
+            )
+
+
+LEAST_TIME, MOST_TIME = 1e-6, 1e9
+"""Between a nanosecond and twelve days for a batch; of --throughput and --speedup, a number as far from 1."""
 MS_OF = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 TIME_EXAMPLES = {"--latency": "4.0ms", "--speedup": "2.0", "--throughput": "500"}
 

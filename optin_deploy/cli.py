@@ -17,6 +17,7 @@ import typer
 
 from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring, serving
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
+from optin_deploy.processors import limit_libraries
 from optin_deploy.terminal import quiet_libraries
 
 INTERRUPTED = 130
@@ -30,7 +31,7 @@ app = typer.Typer(
     help="Make a trained transformer physically smaller and measurably faster, with no retraining.",
     epilog="Exit codes: "
     + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
-    + f". {TRACEBACK} shows where an error came from.",
+    + f". {TRACEBACK} shows where an error came from; `optin --version` prints the version.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -79,6 +80,10 @@ def _run(program: Callable[..., object]) -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     shown = len(arguments) < len(sys.argv) - 1
     quiet_libraries()
+    limit_libraries()
+    if arguments == ["--version"]:
+        typer.echo(f"optin-deploy {version('optin-deploy')}")
+        return 0
     try:
         code = program(_joined(arguments), standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.scoring.parts import Worker
+from optin_deploy.errors import MissingDependency
+from optin_deploy.scoring.parts import MOST_WORKERS, Worker
 from optin_deploy.stages import ScoreRequest
+from optin_deploy.validation import whole_number
 
 RETRIES = 3
 """Of a worker whose machine or process is lost; what it had finished stays."""
@@ -21,8 +22,7 @@ def score_on_ray(request: ScoreRequest, workers: int) -> bool:
     Returns: True if finished scores were found.
     Raises: MissingDependency; BadInput: no worker; what a worker raises.
     """
-    if workers < 1:
-        raise BadInput(f"--ray {workers}: give 1 worker or more.")
+    whole_number(workers, "--ray", 1, MOST_WORKERS)
     try:
         import ray
     except ImportError as err:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from optin_deploy.bench.report import beside, quality_lines
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.layout import ModelLayout
-from optin_deploy.plan import Masks, PruningPlan
-from optin_deploy.pruned import REWRITE_HINT
+from optin_deploy.plan import Masks
+from optin_deploy.pruned import read_saved
 from optin_deploy.quality import Quality
-from optin_deploy.storage import read_json, sha256_file
-from optin_deploy.validation import validated
+from optin_deploy.storage import sha256_file
+from optin_deploy.validation import read_stored, validated
 
 if TYPE_CHECKING:
     from optin_deploy.bench.report import Report
@@ -29,8 +29,6 @@ LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 """`__pydantic_config__` of what other versions may have added fields to."""
 OF_TEXT = {**LENIENT, "strict": False}
 """The same for a table, where every value is text."""
-
-T = TypeVar("T")
 
 Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
 """A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
@@ -150,9 +148,11 @@ class StoredReport:
     hashes: Mapping[str, str]
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
+    schema_version: int
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_readable(self.schema_version)
         try:
             _ = self.quality_lines
         except KeyError as err:
@@ -177,6 +177,10 @@ class Bench:
 
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
+    schema_version: int
+
+    def __post_init__(self) -> None:
+        check_readable(self.schema_version)
 
 
 @dataclass(frozen=True)
@@ -216,31 +220,44 @@ def read_findings(folder: Path) -> Findings:
 
     Raises: BadInput: the job is not finished, or a file is damaged. PlanMismatch: the model is not the report's.
     """
-    path, hint = folder / "report.json", f"Make it with `optin-export MODEL --out {folder}`."
-    report = _read(StoredReport, path, hint)
+    path = folder / "report.json"
+    report = read_stored(StoredReport, path, _export(folder))
     bench, sweep = folder / "measurements.json", folder / "sweep.csv"
     return Findings(
         report,
         sha256_file(path),
         _kept(folder, report),
-        _read(Bench, bench, f"Measure again with `optin bench {folder}`.") if bench.exists() else None,
+        read_stored(Bench, bench, f"Measure again with `optin bench {folder}`.") if bench.exists() else None,
         _read_sweep(sweep, f"Make it again with `optin sweep {folder}`.") if sweep.exists() else (),
     )
 
 
-def _read(kind: type[T], path: Path, hint: str) -> T:
-    data = read_json(path, hint)
-    if data.get("schema_version") not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise BadInput(f"{path}: schema_version {data.get('schema_version')}; this version reads {known}. {hint}")
-    return validated(kind, data, f"{path}: not of this version", hint)
+def read_report(folder: Path) -> StoredReport | None:
+    """The report.json of an output folder; None: there is none, as after `optin build` alone.
+
+    Raises: BadInput: it is damaged or edited.
+    """
+    path = folder / "report.json"
+    return read_stored(StoredReport, path, _export(folder)) if os.path.lexists(path) else None
+
+
+def check_readable(version: int) -> None:
+    """Refuse a report or measurements of another version.
+
+    Raises: BadInput.
+    """
+    if version not in READABLE:
+        raise BadInput(f"schema_version {version}; this version reads {' and '.join(map(str, READABLE))}")
+
+
+def _export(folder: Path) -> str:
+    return f"Make it with `optin-export MODEL --out {folder}`."
 
 
 def _kept(folder: Path, report: StoredReport) -> Masks:
     """Of the plan inside model/: that one was cut; DIR/plan.json may be newer than the model and its report."""
     model = folder / "model"
-    layout = ModelLayout.from_json(read_json(model / "layout.json", REWRITE_HINT))
-    plan = PruningPlan.from_json(read_json(model / "plan.json", REWRITE_HINT))
+    _, layout, plan = read_saved(model)
     if report.hashes.get("plan") != plan.hash:
         raise PlanMismatch(
             f"{folder}/report.json is about plan {report.hashes.get('plan', '-')[:12]}, but {model} was cut by "

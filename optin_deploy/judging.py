@@ -26,8 +26,8 @@ def judged_samples(batches: Sequence[Batch]) -> list[Tensor]:
     total = sum(map(rows_of, batches))
     if total < JUDGED_EVERY:
         raise BadInput(
-            f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY}, "
-            "or choose --allocation uniform."
+            f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY} "
+            "(--samples), or choose --allocation uniform."
         )
     every = max(JUDGED_EVERY, -(-total // MOST_JUDGED))
     return list(torch.split(torch.arange(total) % every == every - 1, [rows_of(batch) for batch in batches]))

@@ -11,6 +11,8 @@ from optin_deploy.storage import sha256_json
 from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 2
+MOST = 2**24
+"""Units of a branch, and columns of a unit: a hundred times more than any known network has."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Branch:
         return self.units * self.unit_width
 
     def __post_init__(self) -> None:
-        if self.units < 1 or self.unit_width < 1 or not self.inputs or not self.output:
+        sizes = (self.units, self.unit_width)
+        if not all(1 <= size <= MOST for size in sizes) or not self.inputs or not self.output:
             raise BadInput(f"layout: branch {self.output!r} has {self.units} units of width {self.unit_width}.")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,6 +22,8 @@ from optin_deploy.storage import write_text
 GENERATOR = '<meta name="generator" content="optin-deploy">'
 """In the head of the template: by it a page of ours is known."""
 PAGE_HEAD_BYTES = 2**16
+FOLDERS = re.compile(r"(?<![\w.:/~@=-])(?:[A-Za-z]:[\\/]|/)(?:[^\\/\s`'\",;:()<>|]+[\\/])+")
+"""The folders of an absolute path within a text."""
 
 
 def write_page(folder: Path, out: Path | None = None, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -57,6 +60,7 @@ def render(found: Findings) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"ms": milliseconds, "si": si, "size": size, "figures": figures, "told": told}
+    environment.filters |= {"named": named, "foldered": without_folders}
     report, bench = found.report, found.bench
     measured = [("", report.latency, report.environment)]
     if bench is not None:
@@ -64,7 +68,7 @@ def render(found: Findings) -> str:
     return environment.get_template("report.html").render(
         c=charts,
         report=report,
-        title=Path(report.model).name or report.model,
+        title=named(report.model) or report.model,
         sizes=size_rows(report),
         units=[
             units_chart("heads", found.kept.heads, cells=True),
@@ -76,6 +80,22 @@ def render(found: Findings) -> str:
         report_sha256=found.report_sha256,
         version=version("optin-deploy"),
     )
+
+
+def named(value: Any) -> Any:
+    """The value with the name alone of each path from the root: a page is sent around, whose folders stay at home."""
+    if isinstance(value, Mapping):
+        return {name: named(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [named(inner) for inner in value]
+    if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+        return PureWindowsPath(value).name or value  # which takes both kinds of slashes
+    return value
+
+
+def without_folders(text: str) -> str:
+    """The text with the name alone of each path from the root in it."""
+    return FOLDERS.sub("", text)
 
 
 def _points(rows: Sequence[LatencyRow]) -> list[dict[str, Any]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.storage import sha256_json
-from optin_deploy.validation import STORED, validated
+from optin_deploy.validation import STORED, read_stored, validated
 
 SCHEMA_VERSION = 1
+MOST_MACS = 2**56
 HINT = "Write it with `optin plan`."
 Keep = tuple[tuple[bool, ...], ...]
 """Per layer, True = kept; layers may differ in length."""
@@ -87,11 +89,14 @@ class PruningPlan:
         _check_version("plan", self.schema_version)
         if self.tokens < 1:
             raise BadInput(f"plan: {self.tokens} tokens; MACs are counted for 1 or more.")
-        if not 0 <= self.macs_fixed <= self.macs_pruned <= self.macs_dense or self.macs_fixed == self.macs_dense:
+        rising = 0 <= self.macs_fixed <= self.macs_pruned <= self.macs_dense <= MOST_MACS
+        if not rising or self.macs_fixed == self.macs_dense:
             raise BadInput(
                 f"plan: MACs must be fixed <= pruned <= dense, with something to cut: {self.macs_fixed}, "
                 f"{self.macs_pruned}, {self.macs_dense}."
             )
+        if len(self.heads) != len(self.neurons):
+            raise BadInput(f"plan: heads of {len(self.heads)} layers, but neurons of {len(self.neurons)}.")
         for name, layers in (("heads", self.heads), ("neurons", self.neurons)):
             for i, kept in enumerate(layers):
                 if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
@@ -150,6 +155,21 @@ class PruningPlan:
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
         return validated(cls, data, "plan: not a plan.json of optin-deploy", HINT)
+
+    @classmethod
+    def read(cls, path: Path, hint: str, layout: ModelLayout | None = None) -> PruningPlan:
+        """A stored plan.
+
+        Args: layout: what it must have been made for, if that is known.
+        Raises: BadInput: absent, damaged or edited. PlanMismatch: of another layout, or with units that it lacks.
+        """
+        plan = read_stored(cls, path, hint, what="a plan.json of optin-deploy")
+        try:
+            if layout is not None:
+                plan.check(layout)
+        except PlanMismatch as err:
+            raise PlanMismatch(f"{path}: {err} {hint}") from err
+        return plan
 
 
 def _mask(kept: tuple[int, ...], units: int) -> tuple[bool, ...]:

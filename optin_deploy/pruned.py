@@ -10,16 +10,57 @@ from typing import Any
 
 import transformers
 from torch import nn
+from typing_extensions import TypedDict  # of typing only from Python 3.12 on, says pydantic
 
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import PruningPlan
 from optin_deploy.rewrite.torch import rewrite_torch
-from optin_deploy.storage import atomic_folder, read_json, read_tensors, sha256_file, write_json, write_tensors
+from optin_deploy.storage import atomic_folder, read_tensors, sha256_file, write_json, write_tensors
+from optin_deploy.validation import ANY_FIELD, OPEN, read_stored
 
 MANIFEST = "optin.json"
 SCHEMA_VERSION = 1
 REWRITE_HINT = "Write the model again with `optin-export` or `optin rewrite`."
+
+
+class Counts(TypedDict):
+    """Parameters of both models."""
+
+    dense: int
+    pruned: int
+
+
+class CutReport(TypedDict, total=False):
+    """What is known about a cut; `cut` writes all of it, and more."""
+
+    __pydantic_config__ = ANY_FIELD  # type: ignore[misc]  # pydantic reads it of the class
+
+    dense_weights: str
+    """sha256 of the dense model's tensors."""
+    params: Counts
+    parity: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is read of the optin.json in a model's folder."""
+
+    __pydantic_config__ = OPEN
+
+    schema_version: int
+    plan_hash: str
+    weights_sha256: str
+    """Of the file model.safetensors."""
+    report: CutReport
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
+        missing = {"dense_weights", "params", "parity"} - set(self.report)
+        if self.key and missing:
+            raise BadInput(f"report has no {', '.join(sorted(missing))}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +116,7 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     folder = Path(folder)
     if (folder / "model" / MANIFEST).is_file():
         folder = folder / "model"
-    manifest = read_json(folder / MANIFEST, f"{folder} is not a pruned model. {REWRITE_HINT}")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise BadInput(
-            f"{folder / MANIFEST}: schema_version {manifest.get('schema_version')}; this version of optin-deploy reads "
-            f"{SCHEMA_VERSION}. {REWRITE_HINT}"
-        )
-    layout = ModelLayout.from_json(read_json(folder / "layout.json", REWRITE_HINT))
-    plan = PruningPlan.from_json(read_json(folder / "plan.json", REWRITE_HINT))
-    plan.check(layout)
-    if manifest.get("plan_hash") != plan.hash:
-        raise PlanMismatch(f"{folder}/plan.json is not the plan that made these weights. {REWRITE_HINT}")
+    saved, layout, plan = read_saved(folder)
     tensors = read_tensors(folder / "model.safetensors", REWRITE_HINT)
     model = _empty(folder, layout)
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in tensors):
@@ -101,9 +132,24 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         raise PlanMismatch(
             f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}"
         ) from err
-    if manifest.get("weights_sha256") != sha256_file(folder / "model.safetensors"):
+    if saved.weights_sha256 != sha256_file(folder / "model.safetensors"):
         raise PlanMismatch(f"{folder}/model.safetensors is not the file that was saved here. {REWRITE_HINT}")
-    return PrunedModel(smaller.eval(), plan, layout, manifest.get("report", {}))
+    return PrunedModel(smaller.eval(), plan, layout, saved.report)
+
+
+def read_saved(folder: Path) -> tuple[Saved, ModelLayout, PruningPlan]:
+    """What the folder of a pruned model says of itself, without its weights.
+
+    Raises: BadInput, PlanMismatch: files are missing, damaged, or do not belong together.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise BadInput(f"{folder / MANIFEST} does not exist: {folder} is not a pruned model. {REWRITE_HINT}")
+    saved = read_stored(Saved, folder / MANIFEST, REWRITE_HINT)
+    layout = read_stored(ModelLayout, folder / "layout.json", REWRITE_HINT)
+    plan = PruningPlan.read(folder / "plan.json", REWRITE_HINT, layout)
+    if saved.plan_hash != plan.hash:
+        raise PlanMismatch(f"{folder}/plan.json is not the plan that made these weights. {REWRITE_HINT}")
+    return saved, layout, plan
 
 
 def load(folder: str | Path) -> Any:

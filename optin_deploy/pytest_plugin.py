@@ -8,8 +8,11 @@ It holds no asserts for pytest to rewrite: PYTEST_DONT_REWRITE, so that importin
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,18 @@ MARKER = "latency_regression"
 STRICT = "--latency-strict"
 BASELINE, MAX_RATIO = "baseline.json", 1.05
 """What is compared with, and the limit, where neither the call nor the marker says so."""
-SETTINGS = ("baseline", "max_ratio", "min_speedup", "at", "engine", "precision", "threads")
+KINDS: Mapping[str, tuple[Any, str]] = {
+    "candidate": (str | PathLike, 'a path such as "new/model.onnx"'),
+    "baseline": (str | PathLike, 'a path such as "baseline.json"'),
+    "max_ratio": (Real, "a number such as max_ratio=1.05"),
+    "min_speedup": (Real, "a number such as min_speedup=1.5"),
+    "at": (str | list | tuple, 'a text such as at="batch=1,seq=128", or a list of them'),
+    "engine": (str, 'a text such as engine="onnx"'),
+    "precision": (str, 'a text such as precision="fp32"'),
+    "threads": (Integral, "a whole number such as threads=1"),
+}
+"""What each setting may be, and an example of it."""
+SETTINGS = tuple(name for name in KINDS if name != "candidate")
 """What the marker may set."""
 
 
@@ -94,12 +108,29 @@ def _merged(marker: pytest.Mark | None, given: Mapping[str, Any]) -> dict[str, A
     return merged if "max_ratio" in merged or "min_speedup" in merged else {**merged, "max_ratio": MAX_RATIO}
 
 
+def _check(name: str, value: Any) -> None:
+    """Refuse a value of the wrong type; None stands for a setting that is left out, but not for a path.
+
+    Raises: BadInput: names the setting, the value and an example.
+    """
+    kinds, example = KINDS[name]
+    wrong = not isinstance(value, kinds) or isinstance(value, bool)
+    if name == "at" and isinstance(value, list | tuple):
+        wrong = not all(isinstance(each, str) for each in value)
+    if wrong and (value is not None or name in ("candidate", "baseline")):
+        raise BadInput(f"{name}={value!r:.80} is a {type(value).__name__}; give {example}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{name}={value}: give {example}.")
+
+
 def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
     from exporters.bench.comparing import settle
     from exporters.bench.measuring import parse_point
     from optin_deploy.bench.gate import limit_of
 
-    at: str | Sequence[str] = settings.get("at", ())
+    for name, value in {"candidate": candidate, **settings}.items():
+        _check(name, value)
+    at: str | Sequence[str] = settings.get("at") or ()
     contest = settle(
         folder / settings.get("baseline", BASELINE),
         folder / candidate,

@@ -101,6 +101,19 @@ def check_search(align: int, allocation: str) -> None:
         raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
 
 
+def check_align(align: int, layout: ModelLayout) -> None:
+    """Refuse a multiple that no layer holds: each FFN would be kept whole or lost.
+
+    Raises: BadInput: names the largest possible.
+    """
+    widest = max((layer.neurons for layer in layout.layers), default=0)
+    if align > widest > 0:
+        raise BadInput(
+            f"--align {align}: the widest FFN of this model has {widest} neurons, so that every FFN would be kept "
+            f"whole or lost. Give --align {widest} or less; 16 suits CPUs, 64 GPUs."
+        )
+
+
 class _Ranked:
     """A layer's units, best first, in groups of `align` that are kept together; the last group may be smaller."""
 

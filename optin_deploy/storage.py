@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -150,23 +151,40 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, NUMBER_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, hint: str, *, ours: bool = False) -> dict[str, Any]:
+    """Read a JSON object; `validation.read_stored` also checks its shape.
 
-    Args: hint: the next step for the user if the file is absent, e.g. "Write it with `optin plan`."
+    Args:
+        hint: the next step for the user if the file is absent, e.g. "Write it with `optin plan`."
+        ours: optin-deploy wrote it: then every number is finite and fits into 64 bits.
     Raises: BadInput: absent, too large, not UTF-8, not a JSON object.
     """
+    numbers: Any = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _finite} if ours else {}
     if not path.is_file():
         raise BadInput(f"{path} does not exist. {hint}")
     if path.stat().st_size > JSON_LIMIT_BYTES:
         raise BadInput(f"{path} is {path.stat().st_size} bytes; at most {JSON_LIMIT_BYTES} are read. {hint}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), **numbers)
     except (ValueError, RecursionError) as err:  # not JSON, not UTF-8, or nested and long beyond what Python holds
         raise BadInput(f"{path} is not JSON ({err}). {hint}") from err
     if not isinstance(data, dict):
         raise BadInput(f"{path} holds a {type(data).__name__}, not an object. {hint}")
     return data
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if abs(number) >= 2**64:
+        raise ValueError(f"the number {text[:20]}... has more than 64 bits")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -186,14 +204,21 @@ def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:
         raise BadInput(f"{path} does not exist. {hint}")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as err:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as err:
+        # The last three: a type that this version of safetensors or torch does not have.
         raise BadInput(f"{path} is truncated or not a safetensors file ({err}). {hint}") from err
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that `read_tensors` could read."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+def read_metadata(path: Path, hint: str) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises: BadInput: absent, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as err:
+        raise BadInput(f"{path} is absent or not a safetensors file ({err}). {hint}") from err
 
 
 def sha256_file(path: Path) -> str:

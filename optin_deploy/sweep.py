@@ -19,8 +19,8 @@ from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Quality
 from optin_deploy.stages import Prepared, curve_stage, plan_stage
-from optin_deploy.storage import read_json, sha256_json, write_json, write_text
-from optin_deploy.validation import STORED, validated
+from optin_deploy.storage import sha256_json, write_json, write_text
+from optin_deploy.validation import STORED, read_stored
 from optin_deploy.workspace import Workspace
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -110,7 +110,7 @@ class Trials:
     @cached_property
     def _points(self) -> dict[float, Point]:
         try:
-            stored = validated(_Stored, read_json(self._path, HINT), f"{self._path}: not of this version", HINT)
+            stored = read_stored(_Stored, self._path, HINT)
         except BadInput:
             return {}  # absent or damaged
         return {point.flops: point for point in stored.points if stored.key == self._key}

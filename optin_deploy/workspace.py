@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import HINT as CURVES_HINT
 from optin_deploy.curves import Curves
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.locking import ATTEMPTS, Lock, opened
 from optin_deploy.ownership import Record
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
-from optin_deploy.storage import read_json, read_metadata, read_tensors, write_json, write_tensors
-from optin_deploy.validation import STORED, validated
+from optin_deploy.storage import read_metadata, read_tensors, write_json, write_tensors
+from optin_deploy.validation import INT32, OPEN, STORED, UINT64, read_stored, whole_number
 
 SCHEMA_VERSION = 1
+MOST_TOKENS = 2**20
+"""Longer than any position table."""
 SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
 MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
 LOCK = ".optin.lock"
@@ -82,10 +85,59 @@ class Source:
     evaluation: str | None = None
     """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
 
+    def __post_init__(self) -> None:
+        whole_number(max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128.")  # the model says more
+        whole_number(self.samples, "--samples", 1, INT32, "The default is 512.")
+        whole_number(self.seed, "--seed", -(2**63), UINT64, "The default is 0.")
+
     def inputs(self) -> dict[str, str]:
         """What a job reads, by what it is."""
         read = {"model": self.model, "calibration data": self.calibration, "data of --eval": self.evaluation}
         return {what: path for what, path in read.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class _StoredSource(Source):
+    """source.json."""
+
+    __pydantic_config__ = STORED
+
+    schema_version: int = 0
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version reads schema_version {SCHEMA_VERSION}")
+        if self.seq_len < 1 or self.samples < 1:
+            raise BadInput(f"seq_len {self.seq_len} and samples {self.samples} must be above zero")
+
+
+@dataclass(frozen=True)
+class _StoredScores:
+    """What is read of scores.json."""
+
+    __pydantic_config__ = OPEN
+
+    schema_version: int
+    layout_hash: str
+    key: str
+    provenance: Mapping[str, Any]
+    cost: MacCost
+    params: UnitCost
+    layout: ModelLayout
+
+    def __post_init__(self) -> None:
+        self.cost.check(self.layout)
+        self.params.check(self.layout)
+
+
+@dataclass(frozen=True)
+class _StoredCurves:
+    """curves.json."""
+
+    __pydantic_config__ = STORED
+
+    key: str
+    curves: Curves
 
 
 class Scored(NamedTuple):
@@ -147,7 +199,7 @@ class Workspace:
             raise BadInput(f"--out {root} is a file. Give a folder.")
         # Hidden files do not count: another worker may be writing its source.json at this moment.
         taken = root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
-        if taken and not force and not cls(root)._is_ours():
+        if taken and not force and not is_job(root):
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
         for what, name in source.inputs().items():
             if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
@@ -198,13 +250,6 @@ class Workspace:
         self.record.reserve(NAMES, force=force)
         self.record.begin()
 
-    def _is_ours(self) -> bool:
-        try:
-            self.source()
-        except BadInput:
-            return False
-        return True
-
     @property
     def source_path(self) -> Path:
         """Marks the folder as ours."""
@@ -225,10 +270,10 @@ class Workspace:
 
         Raises: BadInput: not a folder of ours.
         """
-        data = read_json(self.source_path, f"{self.root} is not an output folder. {SCORE_HINT}")
-        if data.pop("schema_version", None) != SCHEMA_VERSION:
-            raise BadInput(f"{self.source_path}: this version reads schema_version {SCHEMA_VERSION}. {SCORE_HINT}")
-        return validated(Source, data, f"{self.source_path}: not of this version", SCORE_HINT)
+        if not self.source_path.is_file():
+            raise BadInput(f"{self.source_path} does not exist. {self.root} is not an output folder. {SCORE_HINT}")
+        stored = asdict(read_stored(_StoredSource, self.source_path, SCORE_HINT))
+        return Source(**{name: value for name, value in stored.items() if name != "schema_version"})
 
     def write_scores(
         self,
@@ -268,31 +313,33 @@ class Workspace:
 
         Raises: BadInput, PlanMismatch: files missing, damaged, or of different runs.
         """
-        data = read_json(self.root / "scores.json", SCORE_HINT)
-        tensors = read_tensors(self.root / "scores.safetensors", SCORE_HINT)
-        metadata = read_metadata(self.root / "scores.safetensors")
-        try:
-            layout = ModelLayout.from_json(data["layout"])
-            macs, params = MacCost.from_json(data["cost"]), UnitCost.from_json(data["params"])
-            count = range(len(layout.layers))
-            layers = {
-                kind: tuple(tensors[f"{kind}.{i}"].to(torch.float64) for i in count)
-                for kind in SCORE_TENSORS
-                if f"{kind}.0" in tensors
-            }
-            scores = Scores(
-                layout_hash=str(data["layout_hash"]),
-                provenance=data["provenance"],
-                schema_version=data["schema_version"],
-                **layers,
-            )
-            key = str(data["key"])
-        except (KeyError, TypeError) as err:
-            raise BadInput(f"{self.root}/scores.json is not of this version ({err!r}). {SCORE_HINT}") from err
-        scores.check(layout)
-        if {len(macs.head), len(params.head)} != {len(layout.layers)} or metadata.get("key") != key:
+        path = self.root / "scores.safetensors"
+        stored = self._stored_scores()
+        tensors, metadata = read_tensors(path, SCORE_HINT), read_metadata(path, SCORE_HINT)
+        layers: dict[str, tuple[Tensor, ...]] = {}
+        for kind, branches in zip(SCORE_TENSORS, (0, 1, 0, 1), strict=True):
+            if kind in SCORE_TENSORS[2:] and f"{kind}.0" not in tensors:
+                continue  # nothing was estimated
+            shapes = [(layer.branches[branches].units,) for layer in stored.layout.layers]
+            found = [tensors.get(f"{kind}.{i}") for i in range(len(shapes))]
+            if [None if each is None else tuple(each.shape) for each in found] != shapes:
+                raise PlanMismatch(f"{path}: {kind} do not fit the layout in scores.json. {SCORE_HINT}")
+            if any(each is None or not each.is_floating_point() for each in found):
+                raise BadInput(f"{path}: {kind} are no decimal numbers. {SCORE_HINT}")
+            layers[kind] = tuple(each.to(torch.float64) for each in found if each is not None)
+        scores = Scores(
+            layout_hash=stored.layout_hash,
+            provenance=stored.provenance,
+            schema_version=stored.schema_version,
+            **layers,
+        )
+        scores.check(stored.layout)
+        if metadata.get("key") != stored.key:
             raise BadInput(f"scores.json and scores.safetensors in {self.root} are of different runs. {SCORE_HINT}")
-        return Scored(scores, layout, macs, params, key)
+        return Scored(scores, stored.layout, stored.cost, stored.params, stored.key)
+
+    def _stored_scores(self) -> _StoredScores:
+        return read_stored(_StoredScores, self.root / "scores.json", SCORE_HINT)
 
     def has_scores(self, key: str) -> bool:
         """Are finished scores here that these very settings made?"""
@@ -310,11 +357,8 @@ class Workspace:
 
         Raises: BadInput: missing or damaged.
         """
-        data = read_json(self.root / "curves.json", CURVES_HINT)
-        try:
-            return Curves.from_json(data["curves"]), str(data["key"])
-        except (KeyError, TypeError) as err:
-            raise BadInput(f"{self.root}/curves.json is not of this version ({err!r}). {CURVES_HINT}") from err
+        stored = read_stored(_StoredCurves, self.root / "curves.json", CURVES_HINT)
+        return stored.curves, stored.key
 
     def write_plan(self, plan: PruningPlan, masks: Masks, settings: Mapping[str, Any]) -> None:
         """Store masks (with the settings of the search) and plan."""
@@ -322,11 +366,29 @@ class Workspace:
         write_json(self.root / "plan.json", plan.to_json())
 
     def read_plan(self) -> PruningPlan:
-        """The plan.
+        """The plan, checked by the layout and the costs in scores.json where that is there.
 
-        Raises: BadInput: missing or damaged.
+        Raises: BadInput, PlanMismatch: missing, damaged, edited, or of another model.
         """
-        return PruningPlan.from_json(read_json(self.root / "plan.json", PLAN_HINT))
+        path = self.root / "plan.json"
+        stored = self._stored_scores() if (self.root / "scores.json").is_file() else None
+        plan = PruningPlan.read(path, PLAN_HINT, None if stored is None else stored.layout)
+        if stored is not None:
+            cost = stored.cost
+            pruned = cost.of([len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons])
+            told = (plan.macs_pruned, plan.macs_dense, plan.macs_fixed, plan.tokens)
+            if told != (pruned, cost.dense, cost.fixed, cost.tokens):
+                raise PlanMismatch(f"{path}: its MACs are not those of the units that it keeps. {PLAN_HINT}")
+        return plan
+
+
+def is_job(folder: Path) -> bool:
+    """Is this the output folder of a job?"""
+    try:
+        Workspace(folder).source()
+    except BadInput:
+        return False
+    return True
 
 
 def _joined(lock: Lock) -> bool:

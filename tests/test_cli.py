@@ -78,7 +78,8 @@ def helped() -> dict[str, Any]:
 
 def export_again(shell: Shell, out: Path, *more: object) -> Any:
     """The command that made `finished`, with more flags."""
-    return shell("optin-export", classifier(), *text_options(labelled(), out), "--threads", 1, *more)
+    measured = [] if {"--no-dense", "trt"} & {*map(str, more)} else ["--threads", 1]
+    return shell("optin-export", classifier(), *text_options(labelled(), out), *measured, *more)
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

@@ -20,8 +20,8 @@ from optin_deploy.bench.environment import environment, installed_versions
 from optin_deploy.bench.state import machine_state, told_of
 
 KEYS = {
-    "date", "platform", "cpu_model", "cores_physical", "cores_logical", "memory_bytes",
-    "load_average", "governor", "python", "versions",
+    "date", "platform", "cpu_model", "cores_physical", "cores_logical", "cpus_available",
+    "memory_bytes", "load_average", "governor", "python", "versions",
 }  # fmt: skip
 
 

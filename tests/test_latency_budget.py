@@ -527,7 +527,31 @@ def test_impossible_wishes_are_refused(shell: Shell, tmp_path: Path, options: li
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_how_the_time_is_met(shell: Shell, tmp_path: Path) -> None:
+def by_formula(yard: Yardstick, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
+    """In the place of `Yardstick.together`."""
+    return FormulaYard(*vars(yard).values()).together(plans, blocks=blocks)
+
+
+def test_a_time_that_the_dense_model_keeps_is_refused_before_work(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Yardstick, "together", by_formula)
+    formula, out = Formula(), tmp_path / "out"
+    dense = formula.fixed + LAYERS * (HEADS * formula.head + 96 * formula.neuron)
+    options: list[object] = [bert(), *text_options(lines(), out), "--engine", "torch"]
+    for target in (("--latency", f"{1.3 * dense}ms"), ("--throughput", 500 / dense)):
+        for more in ([], ["--dry-run"]):
+            ran = shell("optin-export", *options, *target, *more)
+            assert ran.code == 2
+            assert f"the dense model takes {dense:.3g} ms already" in ran.err
+            assert not out.exists()
+    # Within the noise of a few seconds' measurement, or beside another budget, it is not for this check to say.
+    for target in (("--latency", f"{1.1 * dense}ms"), ("--latency", f"{2 * dense}ms", "--flops", 0.5)):
+        assert shell("optin-export", *options, *target, "--dry-run").code == 0
+
+
+def test_a_dry_run_says_how_the_time_is_met(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Yardstick, "together", by_formula)
     out = tmp_path / "out"
     ran = shell("optin-export", bert(), *text_options(lines(), out), "--latency", "2ms", "--dry-run")
     assert ran.code == 0, ran.err

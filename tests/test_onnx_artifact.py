@@ -233,7 +233,7 @@ def test_shapes_are_written_where_the_switch_says_so(
     for written in (True, False):
         monkeypatch.setattr(onnx_artifact, "WITH_SHAPES", written)
         onnx.save(proto, path)
-        onnx_artifact.complete(path, "key")
+        onnx_artifact.complete(path, "key", "weights")
         assert bool(onnx.load(path).graph.value_info) == written
         np.testing.assert_allclose(answers(path), answers(exported(False).path), atol=1e-5)
 

@@ -305,7 +305,7 @@ def test_settings_environment_and_hashes_are_folded_away(finished: Path) -> None
         return dict(zip(names, values, strict=True))
 
     assert list(facts("Hashes").values()) == list(data["hashes"].values())
-    assert facts("Settings")["model"] == data["settings"]["model"]
+    assert facts("Settings")["model"] == "classifier"
     assert facts("Settings")["compensation"] == "yes"
     assert facts("Environment")["versions torch"] == data["environment"]["versions"]["torch"]
     assert [float(x) for x in facts("Parity").values()] == pytest.approx(list(data["parity"].values()), rel=1e-3)
@@ -510,6 +510,27 @@ def test_hostile_names_are_text(finished: Path) -> None:
     assert page.all("bdi")[0].text == HOSTILE
     assert page.text.count("alert(1)") > 8
     assert not [x for x in page.walk() if any(name.startswith("on") for name in x.attributes)]
+
+
+@pytest.mark.parametrize("root", ["/home/jane doe/secret", "C:\\Users\\jane\\secret"])
+def test_the_page_names_files_but_none_of_their_folders(finished: Path, root: str) -> None:
+    mark = "\\" if "\\" in root else "/"
+    files = {name: f"{root}{mark}{name}.jsonl" for name in ("calibration", "evaluation")}
+    asked = (
+        stored(finished)["settings"]
+        | files
+        | {"model": f"{root}{mark}my-bert", "nested": {"inner": [f"{root}{mark}x"]}}
+    )
+    note = f"Copy `{root.replace(' ', '-')}{mark}work` to the target; see https://example.org/a/b and model/plan.json."
+    change(finished, settings=asked, notes=[note])
+    page = page_of(finished)
+    assert not re.search("jane|secret|home|Users", render(read_findings(finished)))
+    line = page.all("bdi")[0].parent
+    assert line is not None
+    assert line.text == f"my-bert, weights {stored(finished)['hashes']['dense_weights'][:12]}"
+    assert page.all("title")[0].text == "Pruning report: my-bert"
+    assert "calibration.jsonl" in page.text
+    assert "Copy work to the target; see https://example.org/a/b and model/plan.json." in page.text
 
 
 @pytest.mark.parametrize("name", ["a/b", "", ".", "/", "x\x00y", "\u202egnp.exe", "x" * 10_000])
@@ -767,12 +788,14 @@ def test_the_wheel_carries_every_data_file() -> None:
 
 
 PHONE = """<!doctype html><body style="margin: 0">
-<iframe style="width: 400px; height: 2000px; border: 0" srcdoc="{page}"></iframe><pre></pre><script>onload = () => {{
+<iframe style="width: {width}px; height: 2000px; border: 0" srcdoc="{page}"></iframe><pre></pre>
+<script>onload = () => {{
   const page = document.querySelector("iframe").contentDocument;
   const box = node => {{ const b = node.getBoundingClientRect(); return [b.left, b.right, b.height]; }};
   document.querySelector("pre").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth,
-    hidden: [...page.querySelectorAll("#size ~ .scroll")].map(table => table.scrollWidth - table.clientWidth),
+    hidden: [...page.querySelectorAll("#size ~ .scroll, #latency ~ .scroll")].map(
+      table => table.scrollWidth - table.clientWidth),
     charts: [...page.querySelectorAll("svg[role=img]")].map(box),
     letters: [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height),
   }});
@@ -780,16 +803,22 @@ PHONE = """<!doctype html><body style="margin: 0">
 """A frame of a phone's width, as no browser's window is so narrow, and below it what the browser laid out."""
 
 
-def test_a_browser_shows_the_page_at_the_width_of_a_phone(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [400, 1100])
+def test_a_browser_shows_the_page_at_the_width_of_a_phone_and_of_a_window(
+    finished: Path, tmp_path: Path, width: int
+) -> None:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     browser = next(filter(None, map(shutil.which, names)), None) or pytest.skip("no Chromium: run `make browser`")
     add_sweep(finished)
+    (row,) = stored(finished)["latency"]
+    slow = {name: row[name] | {"p50_ms": 1234.5, "p95_ms": 1345.6} for name in ("dense", "pruned")}
+    change(finished, latency=[row | slow | {"engine": "openvino", "batch": 32, "seq_len": 512, "threads": 16}])
     text = render(read_findings(copy_of(finished, tmp_path / "shown")))
     page, picture = tmp_path / "phone.html", tmp_path / "page.png"
-    page.write_text(PHONE.format(page=html.escape(text)), encoding="utf-8")
+    page.write_text(PHONE.format(page=html.escape(text), width=width), encoding="utf-8")
     flags = ["--headless", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to start as root otherwise
-    flags += ["--enable-logging=stderr", "--hide-scrollbars", "--window-size=400,2000"]
+    flags += ["--enable-logging=stderr", "--hide-scrollbars", f"--window-size={width},2000"]
 
     def browse(what: str) -> str:
         command = [browser, *flags, what, page.as_uri()]
@@ -801,15 +830,17 @@ def test_a_browser_shows_the_page_at_the_width_of_a_phone(finished: Path, tmp_pa
     browse(f"--screenshot={picture}")
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("L"))
-    assert pixels.shape[1] == 400
+    assert pixels.shape[1] == width
     assert np.ptp(pixels) > 100, "something is drawn"
     found = re.search(r"<pre>(.*)</pre>", browse("--dump-dom"))
     assert found is not None
     laid_out = json.loads(found[1])
-    assert laid_out["width"] <= 400, "nothing is wider than the phone"
-    assert laid_out["hidden"] == [0], "the table of sizes needs no scrolling"
+    assert laid_out["width"] <= width, "nothing is wider than the window"
+    of_sizes, of_latency = laid_out["hidden"]
+    assert of_sizes == 0, "the table of sizes needs no scrolling"
+    assert of_latency == 0 or width == 400, "nor that of latency, but on a phone"
     assert len(laid_out["charts"]) == text.count('role="img"') > 4
     for left, right, height in laid_out["charts"]:
-        assert 0 <= left < right <= 400
+        assert 0 <= left < right <= width
         assert height > 20
     assert min(laid_out["letters"]) >= 9, "they can be read"

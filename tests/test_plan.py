@@ -185,8 +185,10 @@ def test_an_index_that_the_layer_does_not_have_is_refused(field: str, top: int) 
 
 @pytest.mark.parametrize("field", ["heads", "neurons"])
 def test_another_number_of_layers_is_refused(field: str) -> None:
-    with pytest.raises(PlanMismatch, match="layers"):
-        PruningPlan.from_json({**PLAN.to_json(), field: [[0]]}).check(LAYOUT)
+    with pytest.raises(BadInput, match=r"heads of . layers, but neurons of"):
+        PruningPlan.from_json({**PLAN.to_json(), field: [[0]]})
+    with pytest.raises(PlanMismatch, match="1 layers; the model has 2"):
+        PruningPlan.from_json({**PLAN.to_json(), "heads": [[0]], "neurons": [[0]]}).check(LAYOUT)
 
 
 # --- masks and layouts from disk ------------------------------------------------------------------------------

@@ -96,6 +96,30 @@ def test_the_call_sets_limit_point_and_engine(latency: Run, arguments: str, timi
     ran.assert_outcomes(**{outcome: 1})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("'job', max_ratio='1.5'", "max_ratio='1.5' is a str; give a number such as max_ratio=1.05"),
+        ("'job', max_ratio=True", "max_ratio=True is a bool; give a number"),
+        ("'job', min_speedup=float('nan')", "min_speedup=nan: give a number"),
+        ("'job', threads='2'", "threads='2' is a str; give a whole number such as threads=1"),
+        ("'job', threads=1.0", "threads=1.0 is a float; give a whole number"),
+        ("'job', at=8", "at=8 is a int; give a text such as at="),
+        ("'job', at=[8]", "at=?8? is a list; give a text such as at="),
+        ("'job', engine=1", "engine=1 is a int; give a text"),
+        ("'job', precision=b'fp32'", "precision=b'fp32' is a bytes; give a text"),
+        ("'job', baseline=3", "baseline=3 is a int; give a path"),
+        ("None", "candidate=None is a NoneType; give a path"),
+        ("['job']", "candidate=?'job'? is a list; give a path"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_named_with_an_example(latency: Run, arguments: str, says: str) -> None:
+    ran = latency(arguments, HOLDS)
+    ran.assert_outcomes(failed=1)
+    ran.stdout.fnmatch_lines([f"latency_regression: {says}*"])
+    ran.stdout.no_fnmatch_line("*Traceback*")
+
+
 MARKED = """
     import pytest
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,14 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2
 
+from exporters import onnx_artifact
 from exporters.serving import SERVERS, server
 from exporters.serving.shipments import Order, default_name, preferred_batches, shipments
 from exporters.serving.shipping import roll_back, ship_folder
 from exporters.serving.tensors import V2_NAMES, largest_batch, tensors_of
 from exporters.serving.triton import config_of
 from optin_deploy.errors import BadInput
+from optin_deploy.findings import LatencyRow, Samples, Side
 from optin_deploy.runtimes.record import EngineRecord, write_record
 from optin_deploy.serving import repository as repositories
 from optin_deploy.serving.manifest import LARGEST_VERSION, SCHEMA_VERSION, Manifest, ServingOptions, TensorSpec
@@ -63,10 +64,19 @@ def changed(job: Path) -> None:
     """Another pruned artifact of the same inputs and outputs, as a new export would leave it."""
     proto = onnx.load(job / "model.onnx")
     proto.doc_string += "another"
+    entries = [entry for entry in proto.metadata_props if entry.key != onnx_artifact.SEAL]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(entries)
     onnx.save(proto, job / "model.onnx")
+    onnx_artifact._seal(job / "model.onnx")
     report = json.loads((job / "report.json").read_text())
     report["hashes"]["model.onnx"] = sha256_file(job / "model.onnx")
     (job / "report.json").write_text(json.dumps(report))
+
+
+def published(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without our lock and our record."""
+    return {name: content for name, content in files.items() if not name.startswith(".optin")}
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -289,17 +299,14 @@ def test_a_publication_that_breaks_off_leaves_the_old_version_serving(
     changed(job)
 
     def full(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError("input/output error")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(shutil, "copyfile", full)
-        ship_folder(job, order(repo))
-    assert everything(repo) == before
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr("exporters.serving.shipping.write_state", full)  # between the version and what switches
-        ship_folder(job, order(repo))
+    for place in ("shutil.copyfile", "os.fsync", "pathlib.Path.replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="input/output"):
+            patch.setattr(place, full)
+            ship_folder(job, order(repo))
+        assert published(everything(repo)) == published(before)
     assert list(pbtxt(repo / "tiny/config.pbtxt").version_policy.specific.versions) == [1]
-    assert Repository(repo).versions("tiny") == (1, 2)  # whole, and not served
     served, _ = ship_folder(job, order(repo, version=2))
     assert [each.version for each in served] == [1, 2]
     assert list(pbtxt(repo / "tiny/config.pbtxt").version_policy.specific.versions) == [2]
@@ -307,12 +314,12 @@ def test_a_publication_that_breaks_off_leaves_the_old_version_serving(
 
 def test_a_first_publication_appears_at_once(job: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError("input/output error")
 
-    monkeypatch.setattr("exporters.serving.shipping.write_state", fails)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr("optin_deploy.serving.staging.Staging.commit", fails)
+    with pytest.raises(OSError, match="input/output"):
         ship_folder(job, order(repo))
-    assert not [path for path in repo.iterdir() if path.is_dir()]
+    assert not repo.exists()
 
 
 def test_two_publishers_do_not_meet(job: Path, repo: Path) -> None:
@@ -485,14 +492,15 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_preferred_batches_are_those_with_nearly_the_best_measured_throughput() -> None:
-    def row(batch: int, throughput: float, engine: str = "onnx") -> dict[str, Any]:
-        return {"engine": engine, "precision": "fp32", "batch": batch, "pruned": {"throughput": throughput}}
+    def row(batch: int, throughput: float, engine: str = "onnx") -> LatencyRow:
+        sides, samples = (Side(1.0, 1.0, throughput),) * 2, Samples(((1.0,),) * 2, ((1.0,),) * 2)
+        return LatencyRow(engine, "fp32", batch, 16, 1, *sides, 1.0, (1.0, 1.0), 1.0, 1.0, samples)
 
     rows = [row(1, 100), row(8, 196), row(16, 200), row(32, 150), row(64, 200), row(4, 999, "trt")]
     asked = order(Path("x"), options=ServingOptions(max_batch=32))
-    assert preferred_batches({"latency": rows}, asked, "fp32") == (8, 16)
-    assert preferred_batches({"latency": rows[:1]}, asked, "fp32") == ()
-    assert preferred_batches({}, asked, "fp32") == ()
+    assert preferred_batches(rows, asked, "fp32") == (8, 16)
+    assert preferred_batches(rows[:1], asked, "fp32") == ()
+    assert preferred_batches([], asked, "fp32") == ()
 
 
 def record(profiles: str, **settings: Any) -> EngineRecord:

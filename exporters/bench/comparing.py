@@ -14,10 +14,12 @@ from exporters.base import Exporter
 from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
 from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
 from exporters.bench.pins import Pin, data_hashes, pinned_path, read_pin, write_pin
+from exporters.bench.room import activation_bytes, check_room
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.layout import ModelLayout
 from optin_deploy.onnx_data import data_files
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
@@ -74,7 +76,8 @@ class Contest:
                 stage=stage,
             )
             points.append(GatedPoint(point.batch, point.seq, timing, judge(timing, limit)))
-        return Gate(limit, tuple(points), self.settings, artifacts, environment())
+        settings = {**self.settings, "threads": self.target.threads(self.threads)}
+        return Gate(limit, tuple(points), settings, artifacts, environment())
 
     def pin(self, file: Path) -> Pin:
         """Run the baseline once at every point, then write its pin.
@@ -145,6 +148,7 @@ def settle(
         threads = pin.threads if threads is None else threads
     target, threads = exporter(engine or "onnx"), threads or 0
     check_threads(threads)
+    target.threads(threads)
     if precision is not None:
         check_precision(target, precision)
     check_runs(target, precision)
@@ -153,8 +157,12 @@ def settle(
     if candidate != baseline:
         inputs = common_inputs((baseline, inputs), (candidate, inputs_of(candidate)))
     default_seq = planned_length(baseline.parent) or DEFAULT_SEQ
-    chosen = (settled(baseline, inputs, point, default_seq) for point in points or (Point(),))
-    return Contest(target, precision, threads, baseline, candidate, inputs, tuple(dict.fromkeys(chosen)))
+    chosen = tuple(dict.fromkeys(settled(baseline, inputs, point, default_seq) for point in points or (Point(),)))
+    layout = layout_beside(baseline.parent)
+    if layout is not None:
+        for point in chosen:
+            check_room(activation_bytes(layout, tokens=point.seq or 1, precision=precision), str(point), point.batch)
+    return Contest(target, precision, threads, baseline, candidate, inputs, chosen)
 
 
 def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
@@ -180,7 +188,15 @@ def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
 def planned_length(folder: Path) -> int | None:
     """Tokens of the plan in an output folder; None: there is no plan of ours, only perhaps a foreign plan.json."""
     try:
-        return PruningPlan.from_json(read_json(folder / "plan.json", "")).tokens
+        return PruningPlan.read(folder / "plan.json", "").tokens
+    except BadInput:
+        return None
+
+
+def layout_beside(folder: Path) -> ModelLayout | None:
+    """Of the pruned model in an output folder; None: there is none of ours."""
+    try:
+        return ModelLayout.from_json(read_json(folder / "model" / "layout.json", ""))
     except BadInput:
         return None
 

@@ -50,7 +50,7 @@ def measure_beside_float32(
                 engine=asked.engine.engine,
                 batch=point.batch,
                 seq_len=seq_len,
-                threads=threads,
+                threads=asked.engine.threads(threads),
                 ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
                 timing=timing,
                 precision=asked.precision,

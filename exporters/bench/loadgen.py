@@ -65,7 +65,7 @@ def bench_loadgen(
                 figures = run_load(runtime, feeds, load, batch=point.batch, logs=written / name)
             runs.append(Run(model, number, f"{LOGS}/{name}", figures))
     found = Compared(load, tuple(runs))
-    asked = {"engine": bench.engine, "precision": case.precision, "threads": bench.threads, "batch": point.batch}
+    asked = {"engine": bench.engine, "precision": case.precision, "threads": case.threads, "batch": point.batch}
     settings = {**asked, "seq_len": seq_len, "inputs": SAMPLES, "inputs_seed": 0}
     about = {"schema_version": 1, "settings": settings, "environment": environment()}
     write_json(folder / FILE, {**about, **found.to_json()})

@@ -12,7 +12,9 @@ from torch import nn
 
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
+from exporters.bench.room import check_room, least_bytes
 from exporters.onnx_artifact import data_path
+from exporters.origin import check_origin
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
@@ -21,14 +23,16 @@ from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
 from optin_deploy.ownership import Record
+from optin_deploy.processors import available_cpus
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.storage import write_json
-from optin_deploy.validation import STORED
+from optin_deploy.validation import STORED, whole_number
 from optin_deploy.workspace import Workspace
 
 log = logging.getLogger(__name__)
+AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,13 @@ class Point:
     """Tokens; None = the calibration length. Images have their own size."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or (self.seq is not None and self.seq < 1):
-            raise BadInput(f"batch={self.batch},seq={self.seq}: give positive numbers.")
+        for name, value in (("batch", self.batch), ("seq", self.seq)):
+            if value is not None:
+                whole_number(value, f"--at {name}=", 1, hint=AT_HINT)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"--at batch={self.batch}" + ("" if self.seq is None else f",seq={self.seq}")
 
 
 def measure(
@@ -75,7 +84,7 @@ def measure(
                 engine=target.engine,
                 batch=point.batch,
                 seq_len=seq_len,
-                threads=threads,
+                threads=target.threads(threads),
                 ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
                 timing=timing,
                 precision=precision,
@@ -126,26 +135,53 @@ def example_feeds(model: nn.Module, batch: int, seq_len: int) -> Feeds:
 def length_of(point: Point, model: nn.Module, tokens: int) -> int:
     """Tokens a sample at a point; images have the model's own number.
 
-    Raises: BadInput: longer than the position table.
+    Raises: BadInput: longer than the position table, or a length for images.
     """
-    if input_names(model) == ("pixel_values",) or point.seq is None:
+    if point.seq is None:
         return tokens
-    check_seq_len(model.config, point.seq)
+    if input_names(model) == ("pixel_values",):
+        raise BadInput(f"{point}: images have a size of their own, and no length in tokens. Leave seq out.")
+    check_seq_len(model.config, point.seq, f"--at batch={point.batch},seq=")
     return point.seq
 
 
 def parse_point(text: str) -> Point:
     """Read `batch=8,seq=128`.
 
+    Raises: BadInput: says which part is wrong.
+    """
+    values: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in ("batch", "seq"):
+            raise BadInput(f"--at {text!r}: {name!r} is not known; possible are batch and seq. {AT_HINT}")
+        if name in values:
+            raise BadInput(f"--at {text!r}: {name} is given twice. {AT_HINT} For two points, give --at twice.")
+        try:
+            values[name] = int(value)
+        except ValueError as err:
+            raise BadInput(f"--at {text!r}: {value!r} is no whole number. {AT_HINT}") from err
+    return Point(**values)
+
+
+def parse_points(texts: Sequence[str] | None) -> tuple[Point, ...]:
+    """Every `--at`; none where none is given.
+
+    Raises: BadInput: one cannot be read, or is there twice.
+    """
+    points = tuple(map(parse_point, texts or ()))
+    check_different(points)
+    return points
+
+
+def check_different(points: Sequence[Point]) -> None:
+    """Refuse a point that is given twice: it would be measured twice.
+
     Raises: BadInput.
     """
-    try:
-        values = {name.strip(): int(value) for name, value in (part.split("=") for part in text.split(","))}
-        if not values or set(values) - {"batch", "seq"}:
-            raise ValueError(text)
-        return Point(**values)
-    except ValueError as err:
-        raise BadInput(f"--at {text!r}: give positive numbers such as batch=8,seq=128.") from err
+    twice = next((point for point in points if points.count(point) > 1), None)
+    if twice is not None:
+        raise BadInput(f"{twice} is given twice. Give each point once.")
 
 
 @dataclass(frozen=True)
@@ -156,6 +192,7 @@ class Bench:
     precision: str | None
     points: tuple[Point, ...]
     threads: int = 0
+    """0 = the engine's default."""
     memory: bool = False
     """Measure peak memory too, in processes of their own."""
     device_time: bool = False
@@ -174,6 +211,11 @@ class Case:
     smaller: Path
     pruned: PrunedModel
     task: str | None
+
+    @property
+    def threads(self) -> int:
+        """What the asked threads come to."""
+        return self.target.threads(self.bench.threads)
 
 
 def bench_folder(
@@ -206,11 +248,17 @@ def checked(folder: Path, bench: Bench) -> Case:
     name, dense_name = target.file_names(precision)
     dense = folder / dense_name if dense_name else Path(source.model)
     check_runs(target, precision)
-    for path in (dense, folder / name) if dense_name else (folder / name,):
+    for path, role in ((dense, "dense"), (folder / name, "pruned")) if dense_name else ((folder / name, "pruned"),):
         check_built(path, bench.engine, precision)
+        if path.is_file():
+            check_origin(path, role)
     for point in bench.points:
-        length_of(point, pruned.model, pruned.plan.tokens)
+        tokens = length_of(point, pruned.model, pruned.plan.tokens)
+        each = least_bytes(pruned.model, pruned.layout, tokens=tokens, precision=precision)
+        check_room(each, str(point), point.batch)
+    check_different(bench.points)
     check_threads(bench.threads)
+    target.threads(bench.threads)
     return Case(bench, target, precision, dense, folder / name, pruned, source.task)
 
 
@@ -296,9 +344,10 @@ def check_built(path: Path, engine: str, precision: str) -> None:
 
 
 def check_threads(threads: int) -> None:
-    """Refuse a negative number of threads.
+    """Refuse more threads than can run at the same time, or a negative number.
 
     Raises: BadInput.
     """
-    if threads < 0:
-        raise BadInput(f"--threads {threads}: give 0 (the engine's default) or a positive number.")
+    most = available_cpus()
+    told = "This process may use 1 CPU" if most == 1 else f"This process may use {most} CPUs"
+    whole_number(threads, "--threads", 0, most, f"{told}; 0 is the engine's default.")

@@ -18,6 +18,7 @@ from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.layout import ModelLayout
 from optin_deploy.onnx_data import read_onnx
+from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
 from optin_deploy.storage import write_json
@@ -53,7 +54,8 @@ def explain_folder(
         seq_len = length_of(point, model, plan.tokens)
         feeds = example_feeds(model, point.batch, seq_len)
         dense, pruned = (
-            operator_times(path, feeds, case.pruned.layout, threads=threads) for path in (case.dense, case.smaller)
+            operator_times(path, feeds, case.pruned.layout, threads=case.bench.threads)
+            for path in (case.dense, case.smaller)
         )
         cut = Cut(
             kept=1 / ideal_speedup(model, case.pruned.layout, plan, seq_len=seq_len),
@@ -63,7 +65,12 @@ def explain_folder(
             rows=point.batch * seq_len,
         )
         found.append(Explanation(point.batch, seq_len, dense, pruned, cut))
-    about = {"schema_version": 1, "precision": case.precision, "threads": threads, "environment": environment()}
+    about = {
+        "schema_version": 1,
+        "precision": case.precision,
+        "threads": case.threads,
+        "environment": environment(),
+    }
     write_json(folder / FILE, {**about, "points": [asdict(each) for each in found]})
     return found
 
@@ -72,7 +79,7 @@ def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: in
     """Profile an ONNX file of the ONNX exporter on the CPU; profiling itself takes a few percent."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
+    settings.intra_op_num_threads = threads or (default_threads() if is_limited() else 0)
     with tempfile.TemporaryDirectory() as temporary:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(temporary) / "profile")

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from exporters.bench.measuring import Point
 from optin_deploy.errors import BadInput
 from optin_deploy.onnx_data import data_files
-from optin_deploy.storage import read_json, sha256_file, write_json
-from optin_deploy.validation import STORED, validated
+from optin_deploy.storage import sha256_file, write_json
+from optin_deploy.validation import STORED, read_stored
 
 SCHEMA_VERSION = 1
 HINT = "Write it with `optin gate BASELINE --pin FILE`."
@@ -95,7 +95,7 @@ def read_pin(file: Path) -> Pin:
 
     Raises: BadInput: absent, or not a pin of this version.
     """
-    return validated(Pin, read_json(file, HINT), f"{file}: not a pin of this version", HINT)
+    return read_stored(Pin, file, HINT, what="a pin of this version")
 
 
 def is_pin(file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,8 +40,14 @@ class Suite:
     """Measure the time on the device too; every engine must be able to."""
 
     def __post_init__(self) -> None:
-        if not (self.batch and self.engines and self.threads) or len(list(self.benches())) > MOST_CASES:
-            raise BadInput(f"a suite needs 1 to {MOST_CASES} cases")
+        cases = (self.engines, self.precisions or (None,), self.threads), (self.batch, self.seq or (None,))
+        if not all(1 <= math.prod(map(len, lists)) <= MOST_CASES for lists in cases):
+            raise BadInput(f"a suite needs 1 to {MOST_CASES} cases of 1 to {MOST_CASES} points")
+        _ = self.points  # each is checked
+        for name in ("batch", "seq", "engines", "precisions", "threads"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise BadInput(f"{name} names one value twice. Give each once")
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -63,7 +70,7 @@ def read_suite(path: Path) -> Suite:
             raise BadInput(f"--suite {path} is larger than 1 MiB: that is no suite. {HINT}")
         with path.open("rb") as file:
             data = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # of TOML, of Unicode, of a number of thousands of digits
         raise BadInput(f"--suite {path} cannot be read: {err}. {HINT}") from err
     return validated(Suite, data, f"--suite {path}", HINT)
 

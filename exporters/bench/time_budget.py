@@ -179,11 +179,8 @@ def _check(target: TimeTarget, goal: float, table: LatencyTable, batch: int, *, 
             f"{target} is {goal:.3g} ms a batch, but what cannot be cut takes {fixed:.3g} ms of the dense model's "
             f"{table.dense_ms:.3g}. Use {_as_asked(target, fixed / LEAST, table.dense_ms, batch)}, at the least."
         )
-    if goal >= table.dense_ms and alone:
-        raise InfeasibleBudget(
-            f"{target} is {goal:.3g} ms a batch, and the dense model takes {table.dense_ms:.3g} ms already: nothing "
-            "has to be cut for it. Ask for less time, or give another budget such as --flops."
-        )
+    if alone:
+        target.check_needed(table.dense_ms, batch)
 
 
 def _as_asked(target: TimeTarget, ms: float, dense_ms: float, batch: int) -> str:

@@ -110,6 +110,8 @@ def setting_of(
 ) -> dict[str, str | int]:
     """All that a latency table depends on besides the model."""
     gpu, env = current_gpu(), environment()
+    limited = env["cpus_available"] != env["cores_logical"]
+    quota = f", {env['cpus_available']} at the same time" if limited else ""
     return {
         "engine": target.engine,
         "precision": check_precision(target, spec.precision),
@@ -119,7 +121,7 @@ def setting_of(
         "seq_len": length_of(point, prepared.loaded.model, prepared.cost.tokens),
         "threads": threads,
         "align": align,
-        "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores",
+        "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores{quota}",
         "gpu": "none" if gpu is None else describe_device(gpu)[0],
         "versions": ", ".join(f"{name} {found}" for name, found in installed_versions().items()),
     }

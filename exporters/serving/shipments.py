@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 
 from exporters import check_precision, exporter
+from exporters.origin import check_origin
 from exporters.serving.base import Server
 from exporters.serving.tensors import largest_batch, tensors_of
 from exporters.serving.texts import text_models
-from optin_deploy.errors import BadInput
+from optin_deploy.belonging import disagreements
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.findings import LatencyRow, StoredReport, read_report
+from optin_deploy.onnx_data import data_files
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.repository import Version, hashes
-from optin_deploy.storage import read_json, read_tensors, sha256_file
+from optin_deploy.storage import read_tensors
 from optin_deploy.workspace import Workspace
 
 SAMPLES = f"{FOLDER}/samples.safetensors"
@@ -70,6 +73,9 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
         raise BadInput(f"{order.server} serves one version of a model at a time: use --dense models or none.")
     workspace = Workspace(folder)
     source, plan = workspace.source(), workspace.read_plan()
+    for problem in disagreements(folder):
+        raise PlanMismatch(problem)
+    report = read_report(folder)
     pruned, dense = chosen.file_names(precision)
     paths = {"pruned": folder / pruned}
     if order.dense != "none":
@@ -77,7 +83,7 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
             raise BadInput(f"engine {order.engine} has no dense artifact; use --dense none.")
         paths = {"dense": folder / dense, **paths}
     made_from = {"source": Path(source.model).name, "plan": plan.hash, "layout": plan.layout_hash}
-    models = [_model(path, role, order, precision, target, made_from) for role, path in paths.items()]
+    models = [_model(path, role, order, precision, target, report, made_from) for role, path in paths.items()]
     if order.text:
         models += text_models(folder / "model", models[-1][0], target, source.seq_len)
     for manifest, _ in models:
@@ -86,18 +92,24 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
 
 
 def _model(
-    path: Path, role: str, order: Order, precision: str, target: Server, made_from: Mapping[str, str]
+    path: Path,
+    role: str,
+    order: Order,
+    precision: str,
+    target: Server,
+    report: StoredReport | None,
+    made_from: Mapping[str, str],
 ) -> Version:
     folder = path.parent
     if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
     if not path.is_file():
         raise BadInput(f"There is no {path}. {REBUILD.format(folder=folder, engine=order.engine)}")
-    report = read_json(folder / "report.json", "") if (folder / "report.json").is_file() else {}
-    known = report.get("hashes", {})
+    known = {} if report is None else report.hashes
     weights = {"dense_weights": known["dense_weights"]} if "dense_weights" in known else {}
-    if path.name in known and known[path.name] != sha256_file(path):
-        raise BadInput(f"{path} is not the file that report.json describes. Run `optin export` again.")
+    if not check_origin(path, role) and path.name not in known:
+        again = REBUILD.format(folder=folder, engine=order.engine)
+        raise BadInput(f"Nothing says which model {path} was made from: it is of an earlier version. {again}")
     options, graph = order.options, path
     if target.artifacts[order.engine].endswith(".plan"):
         record = read_record(path)
@@ -106,13 +118,16 @@ def _model(
         graph = folder / record.onnx
         options = _bounded(options, largest_batch(path, record, options.longest))
     inputs, outputs = tensors_of(graph)
-    options = options if options.preferred else replace(options, preferred=preferred_batches(report, order, precision))
+    if not options.preferred and report is not None:
+        options = replace(options, preferred=preferred_batches(report.latency, order, precision))
+    data = data_files(path) if path.suffix == ".onnx" else ()
     cut = role == "pruned"  # of the dense one neither plan nor report tell, and a new plan makes no new version of it
     name = dense_of(order.name) if not cut and order.dense == "models" else order.name
     contents: dict[str, Path | bytes] = {
         target.artifacts[order.engine]: path,
+        **{str(each.relative_to(folder)): each for each in data},  # by the names in the artifact
         **({f"{FOLDER}/{name}": folder / name for name in TRAVEL if (folder / name).is_file()} if cut else {}),
-        SAMPLES: _samples(folder, role),
+        SAMPLES: _samples(folder, role, [tensor.name for tensor in inputs]),
     }
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -126,7 +141,7 @@ def _model(
         outputs=outputs,
         options=options,
         sha256=hashes(contents),
-        size_bytes=path.stat().st_size,
+        size_bytes=sum(each.stat().st_size for each in (path, *data)),
         made_from={**(made_from if cut else {"source": made_from["source"]}), **weights},
     )
     return manifest, contents
@@ -142,23 +157,30 @@ def _bounded(options: ServingOptions, most: int) -> ServingOptions:
     return options
 
 
-def preferred_batches(report: Mapping[str, Any], order: Order, precision: str) -> tuple[int, ...]:
+def preferred_batches(latency: Sequence[LatencyRow], order: Order, precision: str) -> tuple[int, ...]:
     """Measured batch sizes with nearly the best throughput; none where only single samples were measured."""
     throughput = {
-        int(row["batch"]): float(row["pruned"]["throughput"])
-        for row in report.get("latency", ())
-        if (row["engine"], row["precision"]) == (order.engine, precision)
+        row.batch: row.pruned.throughput for row in latency if (row.engine, row.precision) == (order.engine, precision)
     }
     best = max(throughput.values(), default=0.0)
     good = (size for size, value in throughput.items() if value >= NEARLY_BEST * best)
     return tuple(sorted(size for size in good if 1 < size <= order.options.max_batch))
 
 
-def _samples(folder: Path, role: str) -> bytes:
-    """Recorded inputs, and what the model of this role gave."""
-    tensors = read_tensors(folder / "samples.safetensors", "Write it with `optin-export`.")
-    kept = {name: values for name, values in tensors.items() if name.startswith("input.")}
-    return save({**kept, "output": tensors[f"{role}.output"]})
+def _samples(folder: Path, role: str, inputs: Sequence[str]) -> bytes:
+    """Recorded inputs, and what the model of this role gave.
+
+    Raises: BadInput: something is missing, or the numbers of rows differ.
+    """
+    path, hint = folder / "samples.safetensors", "Write it with `optin-export`."
+    tensors = read_tensors(path, hint)
+    wanted = {**{f"input.{name}": f"input.{name}" for name in inputs}, f"{role}.output": "output"}
+    absent = [name for name in wanted if name not in tensors]
+    if absent:
+        raise BadInput(f"{path} holds no {', '.join(absent)}, but {', '.join(sorted(tensors)) or 'nothing'}. {hint}")
+    if len({tensors[name].shape[:1] for name in wanted}) > 1 or not all(tensors[name].numel() for name in wanted):
+        raise BadInput(f"{path}: its tensors are empty or differ in their number of rows. {hint}")
+    return save({new: tensors[name] for name, new in wanted.items()})
 
 
 def default_name(folder: Path) -> str:

@@ -11,7 +11,7 @@ from onnx import helper
 from exporters.checks.findings import named
 from exporters.profiles import parse_profile
 from optin_deploy.errors import BadInput
-from optin_deploy.onnx_data import all_tensors, read_onnx
+from optin_deploy.onnx_data import read_onnx
 from optin_deploy.runtimes.record import EngineRecord
 from optin_deploy.serving.manifest import DATATYPES, TensorSpec
 
@@ -19,13 +19,11 @@ V2_NAMES = {numpy_name: name for name, numpy_name in DATATYPES.items() if name !
 
 
 def tensors_of(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of an ONNX file that stands alone.
+    """Inputs and outputs of an ONNX file.
 
-    Raises: BadInput: not to be read, weights in other files, or a tensor that no server takes.
+    Raises: BadInput: not to be read, or a tensor that no server takes.
     """
     proto = read_onnx(path)
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in all_tensors(proto)):
-        raise BadInput(f"{path} keeps weights in other files; export it as one file with `optin build`.")
     stored = {tensor.name for tensor in proto.graph.initializer}
     inputs = _specs(path, (entry for entry in proto.graph.input if entry.name not in stored))
     return inputs, _specs(path, proto.graph.output)

@@ -9,6 +9,7 @@ from typing import Any
 
 from optin_deploy.bench.loadgen_log import Figures
 from optin_deploy.errors import BadInput
+from optin_deploy.validation import positive_number
 
 OFFICIAL_SECONDS = 600
 SCENARIOS = {
@@ -17,6 +18,10 @@ SCENARIOS = {
     "server": ("Server", "p99_ms"),
 }
 """Ours -> LoadGen's name, and the figure that artifacts are compared by."""
+
+
+MOST = {"--seconds": 86_400.0, "--qps": 1e6, "--target-latency": 86_400_000.0}
+"""A day; LoadGen counts in integers of nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Load:
             raise BadInput(f"--scenario {self.scenario!r}: possible are {', '.join(SCENARIOS)}.")
         asked = {"--seconds": self.seconds, "--qps": self.qps, "--target-latency": self.target_latency_ms}
         for option, value in asked.items():
-            if value is not None and not 0 < value < math.inf:
-                raise BadInput(f"{option} {value}: give a positive number.")
+            if value is not None:
+                positive_number(value, option, MOST[option])
         for option, value in list(asked.items())[1:]:
             if (value is not None) != (self.scenario == "server"):
                 said = "needs" if self.scenario == "server" else "has no"

@@ -26,7 +26,7 @@ class Measurement:
     seq_len: int
     """Tokens a sample."""
     threads: int
-    """Intra-op threads; 0 = the engine's default."""
+    """Intra-op threads; 0: it does not compute on the CPU."""
     ideal: float
     """Dense MACs / pruned MACs at this length: the speed-up if time were MACs."""
     timing: PairTiming

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from optin_deploy.bench.environment import available_cpus, read_cpuinfo, read_line
+from optin_deploy.bench.environment import read_line
+from optin_deploy.processors import read_cpuinfo, usable_cpus
 from optin_deploy.runtimes.device import current_gpu
 
 State = Mapping[str, str | float]
@@ -35,7 +36,7 @@ def machine_state(root: Path = Path("/")) -> dict[str, str | float]:
     Returns: some of load_average (runnable processes over the last minute), cpu_mhz (mean of the CPUs that may be
         used), cpu_temperature_c (of the hottest thermal zone), and SMI_FIELDS of the GPU with `gpu_` before them.
     """
-    usable = available_cpus()
+    usable = usable_cpus()
     cpus = [cpu for cpu in read_cpuinfo(root / "proc/cpuinfo") if int(cpu["processor"]) in usable]
     clocks = [float(cpu["cpu MHz"]) for cpu in cpus if "cpu MHz" in cpu]
     zones = (root / "sys/class/thermal").glob("thermal_zone*/temp")

@@ -34,7 +34,15 @@ from optin_deploy.commands.options import (
     Weights,
     Workspace_,
 )
-from optin_deploy.commands.parsing import echo, engine_options, load_of, writing
+from optin_deploy.commands.parsing import (
+    check_plan_options,
+    echo,
+    engine_options,
+    load_of,
+    refuse_idle,
+    warn_of_disagreements,
+    writing,
+)
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_latency, print_table, stage_bar
 
@@ -49,6 +57,7 @@ Examples:
 
 @writing
 def build(
+    ctx: typer.Context,
     folder: Folder,
     engine: Engine = "onnx",
     precision: Precision = None,
@@ -66,7 +75,9 @@ def build(
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from exporters.job import build_folder
 
+    check_plan_options(ctx, engine)
     options = engine_options(profile, workspace, timing_cache, compatible, weights)
+    warn_of_disagreements(folder)
     with stage_bar("export"):
         built = build_folder(
             folder, engine=engine, precision=precision, pool=pool, options=options, dense=dense, dry_run=dry_run
@@ -101,6 +112,7 @@ Example:
 
 @writing
 def bench(
+    ctx: typer.Context,
     folder: Folder,
     engine: Engine = "onnx",
     precision: Precision = None,
@@ -119,10 +131,11 @@ def bench(
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.bench.measuring import Bench, Point, bench_folder, parse_point
+    from exporters.bench.measuring import Bench, Point, bench_folder, parse_points
     from exporters.bench.suites import bench_suite, read_suite
 
-    points = tuple(map(parse_point, at)) if at else (Point(),)
+    warn_of_disagreements(folder)
+    points = parse_points(at) or (Point(),)
     load = load_of(protocol, scenario, seconds, qps, target_latency)
     if load is not None:
         if suite is not None or memory or operators or device_time:
@@ -136,6 +149,9 @@ def bench(
     if device_time and suite is not None:
         raise BadInput(f"--device-time beside --suite: write `device_time = true` into {suite}.")
     if suite is not None:
+        refuse_idle(
+            ctx, "engine", "precision", "at", "threads", "memory", why=f"{suite} says what is measured, and how"
+        )
         measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
     else:
         bench = Bench(engine, precision, points, threads, memory, device_time)

@@ -67,12 +67,12 @@ def gate(
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
     from exporters.bench.comparing import check_not_input, settle
-    from exporters.bench.measuring import parse_point
+    from exporters.bench.measuring import parse_points
     from optin_deploy.bench.gate import HEADER, limit_of
     from optin_deploy.ownership import free_name
     from optin_deploy.storage import write_json
 
-    points = [parse_point(text) for text in at or ()]
+    points = parse_points(at)
     if pin is not None:
         if (candidate, max_ratio, min_speedup, out) != (None, None, None, None) or strict:
             raise BadInput(

@@ -51,10 +51,13 @@ from optin_deploy.commands.options import (
     Workspace_,
 )
 from optin_deploy.commands.parsing import (
+    check_columns,
+    check_plan_options,
     echo,
     engine_options,
     judged_by,
     limits_of,
+    refuse_idle,
     scoring_settings,
     size_of,
     source_of,
@@ -77,6 +80,7 @@ Examples:
 
 
 def export(
+    ctx: typer.Context,
     model: Model,
     task: Task = None,
     calibration: Calibration = None,
@@ -119,11 +123,13 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    from exporters.bench.measuring import Point, parse_point
+    from exporters.bench.measuring import Point, parse_points
     from exporters.job import export_model
-    from exporters.ready import describe, ready
+    from exporters.ready import check_measured, describe, ready
     from optin_deploy.workspace import Workspace
 
+    check_columns(ctx, calibration, evaluation)
+    check_plan_options(ctx, engine)
     source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
     source = judged_by(source, evaluation)
     limits = limits_of(flops, params, size, max_drop, latency=latency, speedup=speedup, throughput=throughput)
@@ -134,7 +140,7 @@ def export(
         "precision": precision,
         "align": align,
         "allocation": allocation,
-        "points": [parse_point(text) for text in at] if at else [Point()],
+        "points": parse_points(at) or (Point(),),
         "threads": threads,
         "table": latency_table,
         "pool": pool,
@@ -144,6 +150,9 @@ def export(
         scoring_settings(scorer, paper, weighting, kl_weight),
         size_of(memory_budget, "--memory-budget"),
     )
+    check_measured(limits, options["points"], dense=dense)
+    if not dense:
+        refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
     if dry_run:
         Workspace.check(folder, source, force=force)
         target, spec, prepared = ready(source, **options)

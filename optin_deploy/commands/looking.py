@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import DryRun, Folder, Force
+from optin_deploy.commands.parsing import warn_of_disagreements
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table
 
@@ -50,7 +51,8 @@ def show(
     print_plan(workspace.read_plan())
     report = root / "report.md"
     if report.is_file():
-        typer.echo(report.read_text(encoding="utf-8"))
+        typer.echo(report.read_text(encoding="utf-8", errors="replace"))
+    warn_of_disagreements(root)
 
 
 REPORT_EXAMPLES = """
@@ -72,6 +74,7 @@ def report(
     from optin_deploy.page import write_page
 
     path = write_page(folder, out, force=force, dry_run=dry_run)
+    warn_of_disagreements(folder)
     typer.echo(f"would write {path}" if dry_run else f"Wrote {path}; open it in a browser.")
 
 

@@ -13,6 +13,54 @@ import typer
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import warn
 
+TABLES = (".jsonl", ".csv")
+"""Calibration files that have columns."""
+PLAN_OPTIONS = ("profile", "profile_sizes", "workspace", "timing_cache", "compatible", "weights")
+
+
+def given(ctx: typer.Context, *parameters: str) -> list[str]:
+    """Those of a command's parameters that stand on the command line, also with their defaults; as they are typed."""
+    found = []
+    for each in ctx.command.params:
+        source = ctx.get_parameter_source(each.name or "")
+        if each.name in parameters and source is not None and source.name == "COMMANDLINE":
+            typed = each.secondary_opts if ctx.params.get(each.name) is False and each.secondary_opts else each.opts
+            found.append(typed[0])
+    return found
+
+
+def refuse_idle(ctx: typer.Context, *parameters: str, why: str) -> None:
+    """Refuse options that would do nothing.
+
+    Args: why: ends the sentence.
+    Raises: BadInput: names those that were given.
+    """
+    idle = given(ctx, *parameters)
+    if idle:
+        them = "it" if len(idle) == 1 else "them"
+        raise BadInput(f"{' and '.join(idle)} would do nothing: {why}. Leave {them} out.")
+
+
+def check_plan_options(ctx: typer.Context, engine: str) -> None:
+    """Refuse TensorRT's options for an engine that has none, their defaults too.
+
+    Raises: BadInput.
+    """
+    from exporters import exporter
+
+    if not exporter(engine).has_profiles:
+        refuse_idle(ctx, *PLAN_OPTIONS, why=f"they are for plans of trt and trt-rtx, and engine {engine} has none")
+
+
+def check_columns(ctx: typer.Context, *files: Path | None) -> None:
+    """Refuse names of columns where no file has any.
+
+    Raises: BadInput.
+    """
+    if not any(file is not None and file.suffix.lower() in TABLES and not file.is_dir() for file in files):
+        why = f"only {' and '.join(TABLES)} files have columns, and none is given"
+        refuse_idle(ctx, "text_column", "label_column", "pair_column", why=why)
+
 
 def writing(command: Callable[..., None]) -> Callable[..., None]:
     """A command that writes into its `folder`: no other job does meanwhile, and files of others stay what they are."""
@@ -28,6 +76,14 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
             command(**options)
 
     return alone
+
+
+def warn_of_disagreements(folder: Path) -> None:
+    """Say what in an output folder does not belong together."""
+    from optin_deploy.belonging import disagreements
+
+    for problem in disagreements(folder):
+        warn(problem)
 
 
 def engine_options(

@@ -19,7 +19,7 @@ from optin_deploy.commands.options import (
     Params,
     Size,
 )
-from optin_deploy.commands.parsing import echo, judged_by, limits_of, writing
+from optin_deploy.commands.parsing import echo, judged_by, limits_of, refuse_idle, writing
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table, stage_bar
 
@@ -38,6 +38,7 @@ Examples:
 
 @writing
 def plan(
+    ctx: typer.Context,
     folder: Folder,
     flops: Flops = None,
     params: Params = None,
@@ -55,7 +56,8 @@ def plan(
     With --allocation uniform or paper neither the model nor its calibration data is needed.
     """
     from exporters.ready import describe
-    from optin_deploy.search import check_search
+    from optin_deploy.judging import judged_samples
+    from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned
     from optin_deploy.workspace import Workspace
@@ -64,13 +66,17 @@ def plan(
     check_search(align, allocation)
     if evaluation is not None and max_drop is None:
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
-    workspace.read_scores()
+    if max_drop is None:
+        refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
+    check_align(align, workspace.read_scores().layout)
     best = None
     if allocation != "curves" and max_drop is None:  # no model is needed
         found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
     else:
         prepared = prepare(judged_by(workspace.source(), evaluation))
         limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
+        if allocation == "curves":
+            judged_samples(prepared.calibration.batches)
         if dry_run:
             echo(describe(prepared, limits=limits, artifact=folder / "plan.json"))
             return
@@ -109,7 +115,8 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
-    from optin_deploy.search import check_search
+    from optin_deploy.judging import judged_samples
+    from optin_deploy.search import check_align, check_search
     from optin_deploy.stages import prepare
     from optin_deploy.sweep import HEADER, check_shares, parse_shares
     from optin_deploy.sweep import sweep as sweep_folder
@@ -117,9 +124,11 @@ def sweep(
 
     workspace, shares = Workspace(folder), parse_shares(flops)
     check_search(align, allocation)
-    workspace.read_scores()
+    check_align(align, workspace.read_scores().layout)
     prepared = prepare(judged_by(workspace.source(), evaluation))
     check_shares(prepared, shares)
+    if allocation == "curves":
+        judged_samples(prepared.calibration.batches)
     if dry_run:
         typer.echo(f"would make and judge {len(shares)} models on {len(prepared.held_out)} rows")
         return

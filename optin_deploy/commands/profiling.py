@@ -21,7 +21,7 @@ from optin_deploy.commands.options import (
     Task,
     Threads,
 )
-from optin_deploy.commands.parsing import engine_options, source_of
+from optin_deploy.commands.parsing import check_plan_options, engine_options, source_of
 from optin_deploy.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
@@ -32,8 +32,12 @@ Examples:
     optin profile ./my-bert --engine openvino --check 20
 """
 
+MOST_PLANS = 1000
+"""Of --check; half a minute each."""
+
 
 def profile(
+    ctx: typer.Context,
     model: Model,
     task: Task = None,
     calibration: Calibration = None,
@@ -45,7 +49,7 @@ def profile(
     threads: Threads = 0,
     align: EngineAlign = None,
     profile_sizes: ProfileOption = None,
-    check: Annotated[int, typer.Option(min=0, help="Random plans to measure, to see how wrong the table is.")] = 0,
+    check: Annotated[int, typer.Option(help="Random plans to measure, to see how wrong the table is.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -54,7 +58,10 @@ def profile(
     from exporters.bench.measuring import parse_point
     from exporters.bench.profiling import profile_model
     from optin_deploy.cost.latency import TABLE_HEADER, held_out_line, table_rows
+    from optin_deploy.validation import whole_number
 
+    check_plan_options(ctx, engine)
+    whole_number(check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
     source = source_of(model, task, calibration, "text", "label", seq_len, 512, seed)
     path = out or Path(f"{Path(source.model).name}-{engine}-latency.json")
     table = profile_model(

@@ -29,7 +29,15 @@ from optin_deploy.commands.options import (
     TextColumn,
     WeightingName,
 )
-from optin_deploy.commands.parsing import echo, scoring_settings, size_of, source_of, warn_if_bundled
+from optin_deploy.commands.parsing import (
+    check_columns,
+    echo,
+    refuse_idle,
+    scoring_settings,
+    size_of,
+    source_of,
+    warn_if_bundled,
+)
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import silent
 from optin_deploy.terminal import stage_bar
@@ -46,6 +54,7 @@ Examples:
 
 
 def score(
+    ctx: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="Output folder.")],
     task: Task = None,
@@ -78,7 +87,7 @@ def score(
     ray: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
+            metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
         ),
     ] = None,
     force: Force = False,
@@ -92,15 +101,21 @@ def score(
     """
     from exporters.ready import describe
     from optin_deploy.budget import Limits
-    from optin_deploy.scoring.parts import PartsLeft, worker_of
+    from optin_deploy.scoring.parts import MOST_WORKERS, PartsLeft, worker_of
     from optin_deploy.stages import ScoreRequest, prepare
+    from optin_deploy.validation import whole_number
     from optin_deploy.workspace import Workspace
 
+    check_columns(ctx, calibration)
+    if scorer == "exact":
+        refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
     source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
     settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
     request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
     if ray is not None and shard is not None:
         raise BadInput("--ray divides the work itself: leave out --shard.")
+    if ray is not None:
+        whole_number(ray, "--ray", 1, MOST_WORKERS)
     worker = worker_of(shard, os.environ)
     Workspace.check(out, source, force=force)
     if dry_run:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import DryRun, Engine, Force, Precision
+from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.terminal import print_table, stage_bar
 
@@ -27,6 +28,7 @@ Examples:
 
 
 def ship(
+    ctx: typer.Context,
     folder: Annotated[
         Path | None,
         typer.Argument(metavar="DIR", help="Output folder of `optin export` or `build`; none with --rollback."),
@@ -54,7 +56,12 @@ def ship(
         int, typer.Option(metavar="MICROSECONDS", help="How long a request may wait for others to join it.")
     ] = 100,
     instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Intra-op threads of a copy. [default: the server's]")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Intra-op threads of a copy. [default: on CPUs this machine's, divided by --instances; for kserve 1]"
+        ),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="Also serve a model that takes texts (triton, kserve).")] = False,
     longest: Annotated[
         int | None, typer.Option(help="Tokens of a text at most, with --text. [default: the calibration length]")
@@ -71,18 +78,26 @@ def ship(
     from optin_deploy.serving.manifest import ServingOptions
 
     if rollback:
+        idle = [each.name or "" for each in ctx.command.params if each.name not in OF_ROLLBACK]
+        refuse_idle(ctx, *idle, why="--rollback serves a version as it was published")
         if folder is not None or name is None:
             raise BadInput("--rollback goes back to a published version: leave out DIR, and give --name and --out.")
         _say(roll_back(out, name, version, dry_run=dry_run), out, "would serve" if dry_run else "Serving again")
         return
     if folder is None:
         raise BadInput("DIR is missing: give an output folder of `optin export`, or --rollback.")
+    if not text:
+        refuse_idle(ctx, "longest", "too_long", why="only a model of --text cuts texts")
+    if server != "kserve":
+        refuse_idle(ctx, "storage_uri", "canary", why="only KServe takes it, and --server is " + server)
+    unheard = UNHEARD.get(server, ())
+    refuse_idle(ctx, *unheard, why=f"{server} has no such setting")
     options = ServingOptions(
         max_batch=max_batch,
         preferred=_numbers(preferred, "--preferred", "8,16"),
         queue_delay_us=queue_delay,
         instances=instances,
-        threads=threads,
+        threads=_threads(engine, server, instances) if threads is None else threads,
         longest=longest,
         too_long=too_long,
         storage_uri=storage_uri,
@@ -106,6 +121,13 @@ def ship(
     _say(served, out, "Published" if new else "Nothing new: serving")
 
 
+ON_CPU = ("onnx", "openvino")
+"""Engines that servers run with threads."""
+OF_ROLLBACK = ("ctx", "folder", "out", "name", "version", "rollback", "dry_run")
+UNHEARD = {"ovms": ("preferred", "queue_delay"), "mlserver": ("preferred", "instances")}
+"""What is not written for a server, by its name."""
+
+
 CHECK_EXAMPLES = """
 Examples:
 
@@ -116,8 +138,11 @@ Examples:
     optin serve-check repository --url grpc://127.0.0.1:8001 --model minilm --no-latency
 """
 
+MOST_CLIENTS = 1024
+
 
 def serve_check(
+    ctx: typer.Context,
     repository: Annotated[
         Path, typer.Argument(metavar="REPO", help="Repository of `optin ship`, as the server has it.")
     ],
@@ -147,8 +172,17 @@ def serve_check(
     from exporters.serving.checking import check_server
     from optin_deploy.ownership import free_name
     from optin_deploy.storage import write_json
+    from optin_deploy.validation import UINT64, positive_number, whole_number
 
+    if not latency:
+        refuse_idle(ctx, "concurrency", "batch", "seconds", "seed", why="with --no-latency nothing is measured")
     clients = _numbers(concurrency, "--concurrency", "1,4,16") if latency else ()
+    for each in clients:
+        whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
+    whole_number(batch, "--batch", 1, 65536)
+    whole_number(seed, "--seed", -(2**63), UINT64)
+    positive_number(seconds, "--seconds", 3600)
+    positive_number(timeout, "--timeout", 86_400)
     if out is not None:
         free_name(out, _is_check, force=force, dry_run=True)
     if dry_run:
@@ -186,10 +220,19 @@ def _is_check(file: Path) -> bool:
     return holds(file, "schema_version", "settings", "environment", "models", "load")
 
 
+def _threads(engine: str, server: str, instances: int) -> int | None:
+    """Left to itself, a server in a container would start a thread for every core of its host."""
+    from optin_deploy.processors import default_threads
+
+    if engine not in ON_CPU:
+        return None
+    return 1 if server == "kserve" else max(1, default_threads() // max(1, instances))
+
+
 def _numbers(text: str | None, option: str, example: str) -> tuple[int, ...]:
     """Numbers of `8,16`, rising."""
     try:
-        return tuple(sorted({int(number) for number in text.split(",")})) if text else ()
+        return () if text is None else tuple(sorted({int(number) for number in text.split(",")}))
     except ValueError as err:
         raise BadInput(f"{option} {text!r}: give numbers such as {example}.") from err
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
-from optin_deploy.storage import read_json
-from optin_deploy.validation import STORED, validated
+from optin_deploy.validation import STORED, read_stored, validated
 
 SCHEMA_VERSION = 1
 HINT = "Measure it again with `optin profile`."
@@ -70,6 +69,10 @@ class HeldOut:
     predicted_ms: float
     measured_ms: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.measured_ms < np.inf or not np.isfinite(self.predicted_ms):
+            raise BadInput(f"latency table: a plan of {self.predicted_ms} ms predicted, {self.measured_ms} measured")
+
     @property
     def error(self) -> float:
         """Relative to the measured time; above 0: predicted too long."""
@@ -97,6 +100,8 @@ class LatencyTable:
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION or not 0 < self.dense_ms < np.inf:
             raise BadInput(f"latency table: schema_version {self.schema_version}, dense {self.dense_ms} ms. {HINT}")
+        if len(self.heads) != len(self.neurons):
+            raise BadInput(f"latency table: heads of {len(self.heads)} layers, but neurons of {len(self.neurons)}")
 
     @property
     def dense(self) -> int:
@@ -140,9 +145,12 @@ def read_table(path: Path, layout: ModelLayout, setting: Mapping[str, str | int]
 
     Raises: BadInput: missing or damaged, or names what differs.
     """
-    table = LatencyTable.from_json(read_json(path, HINT))
+    table = read_stored(LatencyTable, path, HINT, what="a latency table of optin-deploy")
     if table.layout_hash != layout.hash:
         raise BadInput(f"{path}: of layout {table.layout_hash[:12]}, the model has {layout.hash[:12]}. {HINT}")
+    units = [steps.counts[-1] for steps in (*table.heads, *table.neurons)]
+    if units != [*(layer.heads for layer in layout.layers), *(layer.neurons for layer in layout.layers)]:
+        raise BadInput(f"{path}: its units are not those of the model. {HINT}")
     found = table.setting
     other = [
         f"{name} is {found.get(name)!r}, not {value!r}" for name, value in setting.items() if found.get(name) != value
@@ -155,7 +163,7 @@ def read_table(path: Path, layout: ModelLayout, setting: Mapping[str, str | int]
 def is_table(path: Path) -> bool:
     """Is this a latency table, of whatever model and setting?"""
     try:
-        LatencyTable.from_json(read_json(path, HINT))
+        read_stored(LatencyTable, path, HINT)
     except BadInput:
         return False
     return True

@@ -12,6 +12,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.layout import ModelLayout
 from optin_deploy.validation import STORED, validated
 
+MOST = 2**56
+"""Of any number, so that sums fit into 64 bits."""
+
 
 def prunable(layout: ModelLayout, head: Sequence[int], neuron: Sequence[int]) -> int:
     """What all units of a model cost together, if those of each layer cost this."""
@@ -52,8 +55,21 @@ class UnitCost:
     """Of the dense model."""
 
     def __post_init__(self) -> None:
-        if min(self.fixed, *self.head, *self.neuron) < 0 or self.dense < 1 or len(self.head) != len(self.neuron):
-            raise BadInput(f"cost: numbers must not be negative, and given for every layer: {self}.")
+        parts = (self.fixed, *self.head, *self.neuron)
+        fits = all(0 <= part <= MOST for part in parts) and 1 <= self.dense <= MOST
+        if not fits or len(self.head) != len(self.neuron):
+            raise BadInput(f"cost: numbers must not be negative or above 2^56, and given for every layer: {self}.")
+
+    def check(self, layout: ModelLayout) -> None:
+        """Make sure that it is the cost of such a model.
+
+        Raises: BadInput: other layers, or the parts do not add up to the whole.
+        """
+        if len(self.head) != len(layout.layers):
+            raise BadInput(f"cost: of {len(self.head)} layers; the model has {len(layout.layers)}.")
+        whole = self.fixed + prunable(layout, self.head, self.neuron)
+        if whole != self.dense:
+            raise BadInput(f"cost: the parts are {whole} together, but the dense model is said to cost {self.dense}.")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
+from optin_deploy.processors import available_cpus
 
 Feeds = Mapping[str, np.ndarray]
 """Named input arrays, batch first."""
@@ -78,22 +79,25 @@ class OwnThreads:
     """torch's intra-op threads between enter and exit; of two nested runtimes the inner one's number counts."""
 
     def __init__(self, threads: int) -> None:
-        """Args: threads: 0 = leave as is. Raises: BadInput: negative."""
+        """Args: threads: 0 = PyTorch's own number within a quota. Raises: BadInput: negative."""
         check_threads(threads, "leave PyTorch's number")
         self._threads = threads
         self._threads_before = 0
 
     def __enter__(self) -> Self:
         self._threads_before = torch.get_num_threads()
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads or torch_threads())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads_before)
+        torch.set_num_threads(self._threads_before)
+
+
+def torch_threads() -> int:
+    """Intra-op threads of PyTorch where none are asked for: its own number, or what a quota allows if that is less."""
+    return min(torch.get_num_threads(), available_cpus())
 
 
 def check_names(needed: Sequence[str], given: Mapping[str, object], path: Path | None = None) -> None:

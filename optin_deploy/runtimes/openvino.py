@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from optin_deploy.errors import MissingDependency
+from optin_deploy.processors import available_cpus, usable_cpus
 from optin_deploy.runtimes.base import (
     Closing,
     Feeds,
@@ -56,7 +58,7 @@ class OpenVinoRuntime(Closing):
     def __init__(self, path: str | Path, *, threads: int = 0, precision: str = "fp32") -> None:
         """Load the file and compile it; kernels of a new input size are made in its first run.
 
-        Args: path: an ONNX file. threads: 0 = OpenVINO's default; more than there are cores is the cores.
+        Args: path: an ONNX file. threads: 0 = OpenVINO's default within a quota; more than the cores: the cores.
             precision: of the file, one of `COMPUTED_IN`.
         Raises: BadInput: no such file, one that does not load, or negative threads. MissingDependency: see
             `import_openvino`.
@@ -68,8 +70,8 @@ class OpenVinoRuntime(Closing):
         if computed_in in NEEDS and NEEDS[computed_in] not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
             computed_in = "f32"
         settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": computed_in}
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
+        if threads or available_cpus() < len(usable_cpus()):  # OpenVINO looks at the affinity, not at quotas
+            settings["INFERENCE_NUM_THREADS"] = threads or available_cpus()
         self._path = Path(path)
         try:
             model = core.read_model(str(path))
@@ -103,6 +105,16 @@ class OpenVinoRuntime(Closing):
     def close(self) -> None:
         """Free the compiled model (its weights, buffers and threads); a second call does nothing."""
         self._request = self._compiled = None
+
+
+@cache
+def openvino_threads() -> int:
+    """Threads that OpenVINO takes where none are asked for, as it says itself of a model of one node."""
+    ov = import_openvino()
+    node = ov.opset13.parameter([1], np.float32)
+    model = ov.Model([ov.opset13.relu(node)], [node], "one_node")
+    compiled = ov.Core().compile_model(model, DEVICE, {"PERFORMANCE_HINT": "LATENCY"})
+    return min(int(compiled.get_property("INFERENCE_NUM_THREADS")), available_cpus())
 
 
 @contextmanager

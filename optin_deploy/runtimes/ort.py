@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from optin_deploy.errors import MissingDependency
+from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import (
     Closing,
     Feeds,
@@ -61,7 +62,7 @@ class OrtRuntime(Closing):
         """Load the file.
 
         Args: path: an ONNX file; external data is looked for beside it.
-            threads: intra-op threads; 0 = ORT's default (one per physical core).
+            threads: intra-op threads; 0 = one per physical core, which ORT then also pins, or what a quota allows.
             provider: execution provider that the session must really get. options: its options.
         Raises: BadInput: no such file, one that does not load, or negative threads. MissingDependency: see
             `import_onnxruntime`; or the session runs on another provider than the asked one.
@@ -72,7 +73,9 @@ class OrtRuntime(Closing):
         ort = import_onnxruntime()
         settings = ort.SessionOptions()
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.intra_op_num_threads = threads
+        settings.intra_op_num_threads = threads or (
+            default_threads() if is_limited() else 0
+        )  # its own 0 knows no quota
         settings.inter_op_num_threads = 1
         # Threads of an idle session would spin on and slow the session that is measured beside it.
         settings.add_session_config_entry("session.force_spinning_stop", "1")

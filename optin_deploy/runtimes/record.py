@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import read_json, sha256_file, write_json
-from optin_deploy.validation import STORED, validated
+from optin_deploy.storage import sha256_file, write_json
+from optin_deploy.validation import STORED, read_stored
 
 FILE = "engine.json"
 SCHEMA_VERSION = 1
@@ -56,6 +55,10 @@ class EngineRecord:
     stripped: bool = False
     """Holds no weights: they are put in from `onnx` when it is loaded."""
 
+    def __post_init__(self) -> None:
+        if self.onnx is not None and (Path(self.onnx).name != self.onnx or "\\" in self.onnx):
+            raise BadInput(f"onnx {self.onnx[:80]!r} is not the name of a file beside the engine")
+
     def check(self, path: Path, *, version: str, capability: str) -> None:
         """Refuse to load where it could crash.
 
@@ -73,6 +76,21 @@ class EngineRecord:
             )
         if path.stat().st_size != self.size_bytes or sha256_file(path) != self.sha256:
             raise BadInput(f"{path} is not the file that {FILE} describes. {remedy}")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """engine.json."""
+
+    __pydantic_config__ = STORED
+
+    schema_version: int
+    engines: Mapping[str, EngineRecord]
+    """By the name of the artifact."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; possible: {SCHEMA_VERSION}")
 
 
 def write_record(path: Path, record: EngineRecord) -> None:
@@ -112,15 +130,11 @@ def finished(path: Path, key: str) -> EngineRecord | None:
     return entry if whole else None
 
 
-def _entries(folder: Path) -> dict[str, EngineRecord]:
+def _entries(folder: Path) -> Mapping[str, EngineRecord]:
     file = folder / FILE
     if not file.exists():
         return {}
-    hint = "Build the engines again with `optin build`."
-    data: dict[str, Any] = read_json(file, hint)
-    if data.get("schema_version") != SCHEMA_VERSION or not isinstance(data.get("engines"), dict):
-        raise BadInput(f"{file}: schema_version {data.get('schema_version')}; possible: {SCHEMA_VERSION}. {hint}")
-    return {name: validated(EngineRecord, entry, str(file), hint) for name, entry in data["engines"].items()}
+    return read_stored(_Stored, file, f"Build the engines again with `optin build {folder}`.").engines
 
 
 def _newer_of_same_major(installed: str, built: str) -> bool:

@@ -17,6 +17,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.layout import LayerSpec
 from optin_deploy.masking import Batch
 from optin_deploy.scoring.noise import sample_keys, stream, uniform_order
+from optin_deploy.validation import whole_number
 
 Site = Literal["block", "ffn"]
 SITES: tuple[Site, ...] = ("block", "ffn")
@@ -37,8 +38,8 @@ class Features:
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise BadInput(f"unknown --features {self.site!r}; possible: {', '.join(SITES)}.")
-        if self.tokens is not None and self.tokens < 2:
-            raise BadInput(f"--tokens {self.tokens}: give at least 2; a single token has no relation to another.")
+        if self.tokens is not None:
+            whole_number(self.tokens, "--tokens", 2, hint="A single token has no relation to another.")
         if self.across and self.tokens is None:
             raise BadInput("tokens across a batch must be drawn: give their number.")
 

@@ -27,12 +27,14 @@ from optin_deploy.ownership import Record
 from optin_deploy.progress import Progress
 from optin_deploy.scoring.terms import ROWS, Terms
 from optin_deploy.storage import read_metadata, read_tensors, sha256_file, write_tensors
+from optin_deploy.validation import whole_number
 
 FIGURES = ("samples", "probes", "output_probes", "forward_seconds", "seconds", "peak_bytes")
 """Fields of `Terms` that a part's file holds beside the sums."""
 REMAKE_HINT = "It will be scored again."
 NOTHING = hashlib.sha256().hexdigest()
 """Hash of an empty file, as locks are."""
+MOST_WORKERS = 2**16
 
 
 class PartsLeft(OptinError):
@@ -62,6 +64,7 @@ class Worker:
     """After its own parts it takes over what nobody works on, and waits for the rest; else it leaves them."""
 
     def __post_init__(self) -> None:
+        whole_number(self.count, "the number of workers,", 1, MOST_WORKERS)
         if not 0 <= self.index < self.count:
             raise BadInput(
                 f"--shard {self.index + 1}/{self.count}: possible are 1/{self.count} to {self.count}/{self.count}."
@@ -75,13 +78,17 @@ def worker_of(shard: str | None, environment: Mapping[str, str]) -> Worker:
     """
     if shard is not None:
         index, _, count = shard.partition("/")
-        if not (index.isdecimal() and count.isdecimal() and int(count) > 0):
+        if not (_is_count(index) and _is_count(count) and int(count) > 0):
             raise BadInput(f"--shard {shard!r}: give i/N, for example 1/4 to 4/4 for four processes.")
         return Worker(int(index) - 1, int(count), helps=False)
     rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+    if not (_is_count(rank) and _is_count(size) and int(rank) < int(size)):
         raise BadInput(f"RANK {rank!r} of WORLD_SIZE {size!r}: torchrun sets both; unset them to score alone.")
     return Worker(int(rank), int(size))
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 20  # Python refuses to read thousands of digits
 
 
 class Store(Protocol):
@@ -153,7 +160,7 @@ class FolderStore:
         path, known = self._path(name), {branch.output: branch for branch in self.branches}
         try:
             sums = {known[output]: sums for output, sums in read_tensors(path, REMAKE_HINT).items()}
-            about = read_metadata(path)
+            about = read_metadata(path, REMAKE_HINT)
             figures = json.loads(about["figures"])
             whole = sums and all(_fits(some, branch) for branch, some in sums.items()) and _are_figures(figures)
         except (BadInput, SafetensorError, OSError, KeyError, ValueError):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
+from optin_deploy.validation import INT32, whole_number
 
 SCORERS = ("sketch", "exact")
+MOST_WEIGHT = 1e12
+"""Beyond it the other term is lost to rounding."""
+MOST_PROBES = 2**16
+"""Each is a backward pass over every sample; a few are enough."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class ScoreSettings:
             raise BadInput(f"unknown --weighting {self.weighting!r}; possible: {', '.join(WEIGHTINGS)}.")
         if self.features.across and self.scorer != "exact":
             raise BadInput("tokens across a batch (--paper) are compared only by --scorer exact.")
-        if self.kl_weight is not None and not 0 <= self.kl_weight < math.inf:
-            raise BadInput(f"--kl-weight {self.kl_weight}: give a number, 0 or more.")
-        for name, value in (("--probes", self.probes), ("--head-samples", self.head_samples)):
-            if value is not None and value < 1:
-                raise BadInput(f"{name} {value}: give 1 or more.")
+        if self.kl_weight is not None and not 0 <= self.kl_weight <= MOST_WEIGHT:
+            raise BadInput(f"--kl-weight {self.kl_weight}: give a number, 0 or more and at most {MOST_WEIGHT:g}.")
+        for name, value, most in (("--probes", self.probes, MOST_PROBES), ("--head-samples", self.head_samples, INT32)):
+            if value is not None:
+                whole_number(value, name, 1, most)

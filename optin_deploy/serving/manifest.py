@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import read_json, sha256_file
-from optin_deploy.validation import STORED, validated
+from optin_deploy.storage import sha256_file
+from optin_deploy.validation import STORED, read_stored
 
 SCHEMA_VERSION = 1
 FOLDER = "optin"
@@ -184,7 +184,7 @@ def read_manifest(folder: Path, name: str, version: int) -> Manifest:
     Raises: BadInput: absent, damaged, or of another model or version.
     """
     file = folder / FILE
-    found = validated(Manifest, read_json(file, HINT), f"{file}: not a manifest of this version", HINT)
+    found = read_stored(Manifest, file, HINT, what="a manifest of this version")
     if (found.name, found.version) != (name, version):
         raise BadInput(f"{file} is of {found.name} version {found.version}, not of {name} version {version}. {HINT}")
     return found

@@ -1,23 +1,27 @@
 """A model repository on disk: versions that are never overwritten, and one small file that says which are served.
 
-A version is written aside and renamed into place as a whole; servers pass it by until the files that name the served
-versions follow, each by one rename, the one that switches last. So a polling server sees the old state or the new one.
+All of a publication is written aside (see `staging`). New versions are renamed into place as a whole; servers pass them
+by until the files that name the served versions follow, each by one rename, the one that switches last. So a polling
+server sees the old state or the new one.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
+from optin_deploy.locking import opened
+from optin_deploy.ownership import RECORD
 from optin_deploy.serving.manifest import FILE, FOLDER, Manifest, check_files, check_name, check_version, read_manifest
-from optin_deploy.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json
-from optin_deploy.validation import STORED, validated
+from optin_deploy.serving.staging import Staging
+from optin_deploy.storage import sha256_file, write_json
+from optin_deploy.validation import STORED, read_stored
 
 STATE = "optin.json"
 """In a model's folder: which versions are served."""
@@ -44,6 +48,10 @@ class State:
         for version in self.served:
             check_version(version)
 
+    def to_bytes(self) -> bytes:
+        """What STATE holds."""
+        return f"{json.dumps(asdict(self), indent=1)}\n".encode()
+
 
 Contents = Mapping[str, Path | bytes]
 """Relative path -> a file to copy, or bytes."""
@@ -59,23 +67,29 @@ class Repository:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process publishes at a time.
+        """Only one process publishes at a time. A folder that is not there is made, and goes if nothing comes into it.
 
         Raises: BadInput: another one is at it, or the root is no folder.
         """
         if self.root.exists() and not self.root.is_dir():
             raise BadInput(f"--out {self.root} is not a folder. Give a folder.")
+        made = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / LOCK).open("w") as lock:
+        with opened(self.root / LOCK) as lock:
+            if not (lock.take() and lock.stands()):
+                raise BadInput(f"another process is publishing to {self.root}. Wait for it, then repeat.")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise BadInput(f"another process is publishing to {self.root}. Wait for it, then repeat.") from err
-            yield
+                yield
+            finally:
+                if made and not {path.name for path in self.root.iterdir()} - {LOCK, RECORD}:
+                    for name in (RECORD, LOCK):
+                        (self.root / name).unlink(missing_ok=True)
+                    with suppress(OSError):  # another one came at this moment
+                        self.root.rmdir()
 
     def names(self) -> tuple[str, ...]:
-        """Models that `optin ship` made."""
-        if not self.root.is_dir():
+        """Models that `optin ship` made; none where the repository is not there yet."""
+        if self.root.exists() and not self.root.is_dir():
             raise BadInput(f"{self.root} is not a folder. {HINT}")
         return tuple(sorted(path.parent.name for path in self.root.glob(f"*/{STATE}")))
 
@@ -103,8 +117,9 @@ class Repository:
         Raises: BadInput: no such model.
         """
         file = self.folder(name) / STATE
-        data = read_json(file, f"{name!r} is not a model of this repository. {HINT}")
-        return validated(State, data, f"{file}: not of this version", HINT)
+        if not file.is_file():
+            raise BadInput(f"{file} does not exist: {name!r} is not a model of this repository. {HINT}")
+        return read_stored(State, file, HINT)
 
     def manifest(self, name: str, version: int) -> Manifest:
         """Of one version.
@@ -120,38 +135,33 @@ class Repository:
         """The manifests of the served versions."""
         return tuple(self.manifest(name, version) for version in self.state(name).served)
 
-    def publish(self, manifest: Manifest, contents: Contents) -> bool:
-        """Write a version of a model that has others already; nobody serves it yet.
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Every number that is taken in a model's folder, also by what `optin ship` did not publish."""
+        names = [path.name for path in self.folder(name).glob("*")]
+        return tuple(sorted(int(number) for number in names if number.isascii() and number.isdigit()))
 
-        Returns: False if this very version was there already.
-        Raises: BadInput: another version of this number exists; it is never overwritten.
+    def is_new(self, manifest: Manifest) -> bool:
+        """Is this version still to be written?
+
+        Returns: False if this very version is there already, whole.
+        Raises: BadInput: another version of this number exists; it is never overwritten. Or the model's folder is not
+            one of `optin ship`.
         """
         folder = self.folder(manifest.name, manifest.version)
+        if manifest.name not in self.names():
+            if os.path.lexists(folder.parent):
+                raise BadInput(
+                    f"{folder.parent} exists, but `optin ship` did not make it. Use another --name, or remove it."
+                )
+            return True
+        if not os.path.lexists(folder):
+            return True
         if self.has(manifest):
             return False
-        if folder.exists():
-            raise BadInput(
-                f"{folder} exists and holds something else; a version is never overwritten. Published are "
-                f"{', '.join(map(str, self.versions(manifest.name))) or 'none'}: leave out --version for the next one."
-            )
-        with atomic_folder(folder) as aside:
-            write_version(aside, manifest, contents)
-        return True
-
-    def create(self, manifests: Sequence[Version], finish: Callable[[Path], None]) -> None:
-        """Write the first versions of a model and what `finish` puts beside them, in one rename.
-
-        Args: finish: is given the model's folder, still aside.
-        """
-        folder = self.folder(manifests[0][0].name)
-        if folder.exists():
-            raise BadInput(f"{folder} exists, but `optin ship` did not make it. Use another --name, or remove it.")
-        with atomic_folder(folder) as aside:
-            for manifest, contents in manifests:
-                version = aside / str(manifest.version)
-                version.mkdir()
-                write_version(version, manifest, contents)
-            finish(aside)
+        raise BadInput(
+            f"{folder} exists and holds something else; a version is never overwritten. Published are "
+            f"{', '.join(map(str, self.versions(manifest.name))) or 'none'}: leave out --version for the next one."
+        )
 
     def has(self, manifest: Manifest) -> bool:
         """Is this very version published, whole?"""
@@ -171,32 +181,15 @@ def hashes(contents: Contents) -> dict[str, str]:
     }
 
 
-def write_version(folder: Path, manifest: Manifest, contents: Contents) -> None:
-    """Fill the folder of a version."""
+def stage_version(staging: Staging, folder: Path, manifest: Manifest, contents: Contents) -> None:
+    """Write the folder of a version aside."""
+    staging.folder(folder)
     for name, source in contents.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, bytes):
-            target.write_bytes(source)
-        else:
-            shutil.copyfile(source, target)
-        if sha256_file(target) != manifest.sha256[name]:
-            raise BadInput(f"{name} changed while it was copied. Run the same command again.")
-    (folder / FOLDER).mkdir(exist_ok=True)
-    write_json(folder / FILE, manifest.to_json())
+        staging.copy(source, folder / name, manifest.sha256[name])
+    staging.folder(folder / FOLDER)
+    write_json(staging.path(folder / FILE), manifest.to_json())
 
 
-def write_state(folder: Path, server: str, served: Sequence[int]) -> None:
-    """Note in a model's folder what is served."""
-    write_json(folder / STATE, asdict(State(SCHEMA_VERSION, server, tuple(served))))
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write files, each by one rename, in their order; those that are the same already stay untouched."""
-    for name, content in files.items():
-        path = folder / name
-        data = content.encode() if isinstance(content, str) else content
-        if path.is_file() and path.read_bytes() == data:
-            continue
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
+def state_of(server: str, served: Sequence[Manifest]) -> State:
+    """That these versions are served."""
+    return State(SCHEMA_VERSION, server, tuple(manifest.version for manifest in served))
