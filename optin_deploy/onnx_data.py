@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from optin_deploy.data_files import short
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import short
 
 PROTOBUF_BYTES = 2**31 - 1
 """What one protobuf message can hold; a larger file is none."""
