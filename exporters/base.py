@@ -13,6 +13,7 @@ from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
 from optin_deploy.masking import Batch
+from optin_deploy.pooling import POOLINGS, pooling_of
 from optin_deploy.processors import default_threads
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
@@ -24,7 +25,7 @@ class ExportSpec:
     precision: str | None = None
     """One of the exporter's precisions; None = its first."""
     pool: str | None = None
-    """`mean`: add the mean over real tokens as output `sentence_embedding`."""
+    """`mean` or `cls`: add the mean over real tokens, or the first of them, as output `sentence_embedding`."""
     options: EngineOptions = field(default_factory=EngineOptions)
     """How TensorRT builds its plan."""
     calibration: Sequence[Batch] = ()
@@ -158,17 +159,20 @@ def typed_name(stem: str, precision: str, suffix: str) -> str:
     return f"{stem}{suffix}" if graph == "fp32" else f"{stem}.{graph}{suffix}"
 
 
-POOLS = ("mean",)
 POOLED = "sentence_embedding"
 
 
 def output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
     """Names of an exported model's outputs.
 
-    Raises: BadInput: unknown pooling, or pooling of a model with logits.
+    Raises: BadInput: unknown pooling, another than the model is judged by, or pooling of a model with logits.
     """
-    if pool is not None and pool not in POOLS:
-        raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLS)}.")
+    if pool is not None and pool not in POOLINGS:
+        raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLINGS)}.")
     if gives_logits(model) and pool is not None:
         raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
+    own = pooling_of(model)
+    if pool not in (None, own):
+        why = "its modules.json says so" if own != POOLINGS[0] else f"no modules.json beside it says {pool}"
+        raise BadInput(f"--pool {pool}: this model is scored and judged by its {own} ({why}). Give --pool {own}.")
     return ("logits",) if gives_logits(model) else ("last_hidden_state", *((POOLED,) if pool else ()))

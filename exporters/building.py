@@ -115,12 +115,13 @@ def _pair(
 
 
 def _copy_support_files(workspace: Workspace) -> None:
-    """Config and tokenizer beside the ONNX file, where Optimum and others look for them."""
-    for file in workspace.model_folder.iterdir():
-        if file.name == "tokenizer_config.json":
-            write_json(workspace.root / file.name, _for_transformers_4(read_json(file, "Run the export again.")))
-        elif file.is_file() and file.name not in (*OWN_FILES, RECORD):
-            with atomic_file(workspace.root / file.name) as temporary:
+    """Config, tokenizer and modules beside the ONNX file, where Optimum and others look for them."""
+    for file in (path for path in workspace.model_folder.rglob("*") if path.is_file()):
+        name = str(file.relative_to(workspace.model_folder))
+        if name == "tokenizer_config.json":
+            write_json(workspace.root / name, _for_transformers_4(read_json(file, "Run the export again.")))
+        elif name not in (*OWN_FILES, RECORD):
+            with atomic_file(workspace.root / name) as temporary:
                 shutil.copyfile(file, temporary)
 
 

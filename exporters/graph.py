@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from exporters.base import output_names
 from optin_deploy.inputs import config_settings, example_inputs, input_names, longest_text
+from optin_deploy.pooling import pooled_states
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.storage import sha256_json, sha256_tensors
 
@@ -43,8 +44,8 @@ class Traced(nn.Module):
         states = states if states.dtype == torch.float32 else states.float()
         if self.pool is None:
             return states
-        real = inputs.get("attention_mask", torch.ones_like(states[..., 0])).unsqueeze(-1).to(states)
-        return states, (states * real).sum(1) / real.sum(1)
+        real = inputs.get("attention_mask", torch.ones_like(states[..., 0])).to(states)
+        return states, pooled_states(states, real, self.pool)
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs to trace with, on the model's device."""

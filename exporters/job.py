@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,14 @@ from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.quality import Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
+from optin_deploy.search import default_align
+from optin_deploy.stage_memory import StageMemory, over_budget, resident_bytes
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
 from optin_deploy.sweep import planned
 from optin_deploy.workspace import Source, Workspace
+
+log = logging.getLogger(__name__)
 
 RECORDED = 8
 """Samples kept with their outputs, for parity on the target."""
@@ -71,7 +76,8 @@ def export_model(
         limits: what may stay; default: 60% of the MACs.
         align: neurons in multiples of this; default: what the engine likes.
         scoring: how units are scored.
-        memory_budget: bytes that scoring may take beyond the model; default: most of what is free.
+        memory_budget: bytes that scoring may take beyond the model; default: most of what is free. Of the other stages
+            the report says which took more.
         points: where dense and pruned are measured against each other; none if `dense` is False.
         threads: intra-op threads of the engine; 0 = its default.
         table: latency table for `limits.time`; default: latency.json in `out`, measured if need be.
@@ -96,10 +102,11 @@ def export_model(
             options=options,
         )
         workspace = Workspace.claim(out, source, force=force)
+    loaded_bytes = resident_bytes()
     scoring = replace(scoring or ScoreSettings(), seed=source.seed)
     with clock("score") as progress:
         score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
-    align = target.align if align is None else align
+    align = default_align(prepared.layout, target.align) if align is None else align
     how: dict[str, Any] = {"align": align, "allocation": allocation, "compensation": compensation}
     rounds: list[Round] = []
     if limits.time is None:
@@ -142,7 +149,8 @@ def export_model(
         "onnx_shapes": WITH_SHAPES,
     }
     verdict = None if limits.time is None else judged(limits.time, latency[0])
-    report = _report(prepared, pruned, built, quality, parity, latency, clock.seconds, settings)
+    report = _report(prepared, pruned, built, quality, parity, latency, clock, settings)
+    report = replace(report, notes=(*report.notes, *_over_budget(report.memory, loaded_bytes, memory_budget)))
     if verdict is not None:
         report = replace(report, notes=(*report.notes, verdict.sentence))
     write_json(out / "report.json", report.to_json())
@@ -214,7 +222,7 @@ def _report(
     quality: Quality,
     parity: Mapping[str, float],
     latency: Sequence[Measurement],
-    seconds: Mapping[str, float],
+    clock: _Clock,
     settings: Mapping[str, Any],
 ) -> Report:
     plan, source = pruned.plan, prepared.source
@@ -231,7 +239,8 @@ def _report(
         neurons=[len(kept) for kept in plan.neurons],
         environment=environment(),
         hashes={**weights, **built.hashes()},
-        seconds=seconds,
+        seconds=clock.seconds,
+        memory=clock.memory.peaks,
         settings={**asdict(source), **settings, "calibration_fingerprint": prepared.calibration.fingerprint},
         notes=_notes(source, built, settings, quality),
     )
@@ -270,14 +279,28 @@ def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Q
 
 @dataclass
 class _Clock:
-    """Seconds of each stage, by title."""
+    """Seconds of each stage and the most memory held in it, by title."""
 
     stage: Stage
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: StageMemory = field(default_factory=StageMemory)
 
     @contextmanager
     def __call__(self, title: str) -> Iterator[Progress]:
         started = time.perf_counter()
-        with self.stage(title) as progress:
+        with self.stage(title) as progress, self.memory(title):
             yield progress
         self.seconds[title] = round(time.perf_counter() - started, 2)
+
+
+def _over_budget(memory: Mapping[str, int], before: int, budget: int | None) -> list[str]:
+    """The sentence for stages that took more than `--memory-budget` beyond the loaded model, if there were any."""
+    over = over_budget(memory, before, budget)
+    if budget is None or not over:
+        return []
+    told = ", ".join(f"{title} {size / 2**20:.0f} MiB" for title, size in over.items())
+    sentence = (
+        f"--memory-budget {budget / 2**20:.0f}MiB bounds scoring; these stages took more beyond the model: {told}."
+    )
+    log.warning(sentence)
+    return [sentence]

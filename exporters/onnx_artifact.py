@@ -151,7 +151,8 @@ def _hashed(path: Path) -> tuple[bool, str]:
 
 def _entry(sha256: str) -> bytes:
     entry = onnx.StringStringEntryProto(key=SEAL, value=sha256)
-    return bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+    data: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    return data
 
 
 def _remove(path: Path) -> None:

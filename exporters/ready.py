@@ -21,7 +21,7 @@ from optin_deploy.cost.latency import LatencyTable, read_table
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import longest_text
 from optin_deploy.judging import judged_samples
-from optin_deploy.search import check_align, check_search
+from optin_deploy.search import check_align, check_search, check_units, default_align
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.workspace import Source
 
@@ -51,8 +51,7 @@ def ready(
     precision = check_precision(target, precision)
     options = options or EngineOptions()
     target.check(options, pool)
-    align = target.align if align is None else align
-    check_search(align, allocation)
+    check_search(target.align if align is None else align, allocation)
     check_threads(threads)
     if threads:
         target.threads(threads)
@@ -62,8 +61,10 @@ def ready(
     prepared = prepare(source)
     if not prepared.loaded.is_text and source.seq_len != Source.seq_len:
         raise BadInput(f"--seq-len {source.seq_len}: images have a size of their own, and no length in tokens.")
-    limits.within(prepared.cost, prepared.params)
+    align = default_align(prepared.layout, target.align) if align is None else align
     check_align(align, prepared.layout)
+    within = limits.within(prepared.cost, prepared.params)
+    check_units(within, prepared.layout, prepared.cost, align=align, allocation=allocation)
     if allocation == "curves":
         judged_samples(prepared.calibration.batches)  # enough of them
     output_names(prepared.loaded.model, pool)

@@ -6,7 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 
+from optin_deploy.arguments import checked, number
 from optin_deploy.cost.params import BYTES
 from optin_deploy.cost.units import Cost, UnitCost
 from optin_deploy.errors import BadInput, InfeasibleBudget
@@ -25,6 +27,7 @@ class Budget:
     """What the user calls it; amounts are bytes."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", _plain(self.limit, self.option))
         if not math.isfinite(self.limit) or self.limit <= 0 or (self.relative and self.limit > 1):
             asked = "the share to keep, in (0, 1], for example 0.6" if self.relative else "a positive amount"
             raise BadInput(f"{self.option} {self.limit}: give {asked}.")
@@ -47,6 +50,15 @@ class Budget:
                 f"layers alone are {cost.fixed / cost.dense:.3f}. Use {self.option} {least} or more."
             )
         return limit
+
+
+def _plain(value: float, option: str) -> float:
+    """As given if it is Python's own, else the same value as a float.
+
+    Raises: BadInput: no number.
+    """
+    found = number(value, option)
+    return value if type(value) in (int, float) else int(found) if isinstance(value, Integral) else float(str(value))
 
 
 Limit = tuple[Cost, int]
@@ -127,6 +139,10 @@ class Limits:
     """What is measured on the engine, at the first point."""
 
     def __post_init__(self) -> None:
+        for name in ("flops", "params", "size", "max_drop"):
+            if getattr(self, name) is not None:  # numbers of numpy become Python's: they are written as JSON
+                object.__setattr__(self, name, _plain(getattr(self, name), f"--{name.replace('_', '-')}"))
+        checked(self.time, TimeTarget, "time")
         given = any(limit is not None for limit in (self.flops, self.params, self.size, self.time))
         if self.max_drop is None:
             if not given:

@@ -26,7 +26,6 @@ __all__ = [
     "Batches",
     "Sample",
     "bundled_samples",
-    "check_tokenizer",
     "image_batches",
     "read_samples",
     "split",
@@ -36,6 +35,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+COLOURS = {1: "L", 3: "RGB"}
+"""Channels of a model -> Pillow's mode of the images that it takes."""
 MIN_SAMPLES = 8
 MIN_HELD_OUT = 16
 PIXELS_AT_ONCE = 2**26
@@ -132,7 +133,7 @@ def text_batches(
     options: dict[str, Any] = {"truncation": True, "max_length": seq_len}
     options |= {f"return_{name}": name in inputs for name in ("attention_mask", "token_type_ids")}
     # One by one: a list cannot mix single texts and pairs.
-    rows = [(tokenizer(s.text, s.text_pair, **options), s.label) for s in samples]
+    rows = [(_encoded(tokenizer, sample, options), sample.label) for sample in samples]
     rows.sort(key=lambda row: len(row[0]["input_ids"]))
     missing = [name for name in inputs if rows and name not in rows[0][0]]
     if missing:
@@ -148,18 +149,24 @@ def text_batches(
     return Batches(tuple(batches), tuple(label for _, label in rows))
 
 
-def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int = 32) -> Batches:
+def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int = 32, channels: int = 3) -> Batches:
     """Open the images as RGB, a batch at a time, and prepare them with a transformers image processor.
 
+    Args: channels: of the model, `config.num_channels`; 1 makes them grey.
     Returns: batches of {"pixel_values": float32 (rows, channels, height, width)}, in the order of the samples.
     Raises: BadInput: a sample without image, an image that does not open, or images of unequal size after preparing.
     """
+    if channels not in COLOURS:
+        raise BadInput(f"config.json: num_channels = {channels}; images have 1 (grey) or 3 (RGB).")
     batches: list[dict[str, torch.Tensor]] = []
     for chunk in _chunks(samples, batch_size):
         parts = []
         for images in _groups(_open_images(chunk)):
             try:
-                parts.append(processor(images=images, return_tensors="pt")["pixel_values"])
+                coloured = [image.convert(COLOURS[channels]) for image in images]
+                parts.append(processor(images=coloured, return_tensors="pt")["pixel_values"])
+                if parts[-1].shape[1] != channels:
+                    raise ValueError(f"it makes {parts[-1].shape[1]} channels, and the model takes {channels}.")
                 shapes = {tuple(part.shape[1:]) for part in (*parts, *(b["pixel_values"] for b in batches[:1]))}
                 if len(shapes) > 1:
                     raise ValueError(f"the prepared images have unequal shapes {sorted(shapes)}.")
@@ -173,27 +180,14 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
 
 
-def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Refuse a tokenizer that cannot belong to the model.
-
-    transformers builds one of a few special tokens, silently, when the vocabulary files are missing.
-    Raises: BadInput: hardly any ordinary token, or ids beyond `config.vocab_size`.
-    """
-    vocab = tokenizer.get_vocab()
-    size = getattr(config, "vocab_size", None)
-    ordinary = len(set(vocab) - set(tokenizer.all_special_tokens))
-    # 4 letters are a vocabulary (DNA models), but not beside an embedding many times as large.
-    if ordinary < 4 or (size is not None and ordinary < 100 and 4 * len(vocab) < size):
+def _encoded(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
+    try:
+        return tokenizer(sample.text, sample.text_pair, **options)
+    except Exception as err:  # what tokenizers raises is no narrower
         raise BadInput(
-            f"The tokenizer knows {len(vocab)} tokens, {ordinary} of them ordinary ones, and the model {size}: its"
-            " vocabulary files are missing. Put tokenizer.json (or vocab.txt, merges.txt, *.model) beside config.json."
-        )
-    needed = max(vocab.values()) + 1
-    if size is not None and needed > size:
-        raise BadInput(
-            f"The tokenizer needs {needed} embeddings, but config.vocab_size is {size}. Use the tokenizer saved"
-            " with this model, or resize the model's embeddings before pruning."
-        )
+            f"{sample.source}: the tokenizer cannot take this text: {err}. Delete that row, or save the tokenizer again"
+            " with its unknown token."
+        ) from err
 
 
 def _check_text_options(samples: Sequence[Sample], tokenizer: Any, seq_len: int, pad_to: int | None) -> None:

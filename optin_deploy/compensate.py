@@ -25,12 +25,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.batches import make_batches
+from optin_deploy.guard import working
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, Recording, inference, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Moments
-from optin_deploy.rewrite.slices import projection_at, rows_in_parts, unit_columns
+from optin_deploy.rewrite.slices import projection_at, rows_in_parts, unit_columns, widened
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.token_weights import TokenWeights
@@ -56,22 +58,47 @@ def compensate(
     """New weights and biases of the kept projections, dense-shaped; the model itself is untouched.
 
     Args:
-        batches: unlabeled calibration inputs; padding is left out of the fit.
+        batches: unlabeled calibration inputs, see batches.py; padding is left out of the fit.
         token_weights: what each token's error counts, of these batches; None = all the same.
     """
-    student = rewrite_torch(model, layout, plan)
+    with working(model):
+        batches = make_batches(model, batches)
+        student = rewrite_torch(model, layout, plan)
+        refit(model, student, layout, plan, batches, token_weights=token_weights, progress=progress)
+        weights: Weights = {}
+        for index, layer in enumerate(layout.layers):
+            for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
+                entries = widened(model, student, branch, kept)
+                if not index and branch is layer.attention:  # its input projections stay as they are
+                    entries = {name: entry for name, entry in entries.items() if name.startswith(f"{branch.output}.")}
+                weights |= entries
+    return weights
+
+
+def refit(
+    model: nn.Module,
+    student: nn.Module,
+    layout: ModelLayout,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    *,
+    token_weights: TokenWeights | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Give the student, which `rewrite_torch` made of the model, the new weights and biases of its projections.
+
+    Args: batches, token_weights: see `compensate`; the batches are checked already.
+    """
     streams = _Streams(model, student, layout, batches, token_weights)
-    weights: Weights = {}
     with inference(model), inference(student), torch.no_grad():
         for index, layer in enumerate(layout.layers):
             for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
                 units = unit_columns(kept, branch.unit_width)
                 if kept and (index or branch is layer.ffn):  # the first branch of all reads what the dense one reads
-                    weights |= streams.fit_inputs(index, branch, units)
-                weights |= streams.fit_output(index, branch, units)
+                    streams.fit_inputs(index, branch, units)
+                streams.fit_output(index, branch, units)
             streams.advance(index)
             progress(index + 1, len(layout.layers))
-    return weights
 
 
 def apply_weights(model: nn.Module, weights: Weights) -> nn.Module:
@@ -98,7 +125,7 @@ class _Streams:
         """Inputs of the block in hand, (batch, tokens, hidden)."""
         self.pruned: list[Tensor | None] = [None] * len(batches)
 
-    def fit_inputs(self, index: int, branch: Branch, units: Tensor) -> Weights:
+    def fit_inputs(self, index: int, branch: Branch, units: Tensor) -> None:
         """The input projections of a branch; all of them read the same tensor.
 
         Args: units: indices of the kept units' outputs.
@@ -113,21 +140,16 @@ class _Streams:
             wanted, found = (seen.inputs[read] for seen in self._look(i, index, inputs=[read], stop=read))
             ridge.add(found, wanted - found, *self._counts(i, source, found))
         change, offset = ridge.solve()
-        entries: Weights = {}
         narrow: Weights = {}
         for path, full in projections.items():
             rows = rows_in_parts(units, branch.width, full.outputs)
-            weight, bias = full.weight.detach().clone(), None if full.bias is None else full.bias.detach().clone()
             kept = full.weight[rows].double().cpu()
-            weight[rows] = (kept + kept @ change.T).to(weight)
-            if bias is not None:
-                bias[rows] = (bias[rows].double().cpu() + kept @ offset).to(bias)
-            entries |= full.entries(path, weight, bias)
-            narrow |= full.entries(path, weight[rows], None if bias is None else bias[rows])
+            weight = (kept + kept @ change.T).to(full.weight)
+            bias = None if full.bias is None else (full.bias[rows].double().cpu() + kept @ offset).to(full.bias)
+            narrow |= full.entries(path, weight, bias)
         self.student.load_state_dict(narrow, strict=False)
-        return entries
 
-    def fit_output(self, index: int, branch: Branch, columns: Tensor) -> Weights:
+    def fit_output(self, index: int, branch: Branch, columns: Tensor) -> None:
         """The output projection of a branch.
 
         Unknowns and targets are in the residual stream's scale (LayerScale applied); rows of W' are independent, so
@@ -156,11 +178,9 @@ class _Streams:
             exact = scale.double().cpu()
             inverse = torch.where(exact.abs() > 1e-8, 1 / exact, 0)
             change, offset = change * inverse, offset * inverse
-        weight = start.weight.detach().clone()
-        weight[:, columns] += change.T.to(weight)
-        bias = None if start.bias is None else start.bias.detach() + offset.to(weight)
-        self.student.load_state_dict(start.entries(branch.output, weight[:, columns], bias), strict=False)
-        return start.entries(branch.output, weight, bias)
+        weight = start.weight[:, columns] + change.T.to(start.weight)
+        bias = None if start.bias is None else start.bias + offset.to(weight)
+        self.student.load_state_dict(start.entries(branch.output, weight, bias), strict=False)
 
     def advance(self, index: int) -> None:
         """The pruned stream to the next block, by the solutions of this one; the dense stream is there already."""

@@ -17,7 +17,9 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
+from optin_deploy.batches import make_batches
 from optin_deploy.errors import BadInput
+from optin_deploy.guard import working
 from optin_deploy.judging import joined, judged_samples
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, inference, recorded, rows_of, run_blocks
@@ -115,10 +117,11 @@ def error_curves(
         token_weights: what each token of these batches counts in the fit; None = all the same.
     """
     scores.check(layout)
-    marks = judged_samples(batches)
-    judged = joined(batches, marks)
     curves: dict[Branch, Curve] = {}
-    with inference(model), torch.no_grad():
+    with working(model), inference(model), torch.no_grad():
+        batches = make_batches(model, batches)
+        marks = judged_samples(batches)
+        judged = joined(batches, marks)
         dense = [dense_pass(model, layout, batch, ALL_TOKENS, 0) for batch in judged]
         fit_inputs: list[Tensor | None] = [None] * len(batches)  # of the block in hand
         inputs: list[Tensor | None] = [None] * len(judged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -150,6 +150,8 @@ class StoredReport:
     settings: Mapping[str, Any]
     schema_version: int
     notes: tuple[str, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Highest resident bytes of each stage; absent in reports of earlier versions."""
 
     def __post_init__(self) -> None:
         check_readable(self.schema_version)

@@ -85,5 +85,6 @@ def longest_text(config: Any) -> int | None:
     """Tokens that the position table holds; None if there is no table."""
     table = getattr(config, "max_position_embeddings", None)
     # RoBERTa-like models number positions from pad_token_id + 1.
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    shifted = getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert")
+    offset = (config.pad_token_id or 0) + 1 if shifted else 0
     return None if table is None else int(table - offset)

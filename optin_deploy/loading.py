@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
+from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
+from optin_deploy.checkpoint.files import Stored, model_folder, read_weights, stored_tensors
+from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
+from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
+from optin_deploy.inputs import example_inputs, longest_text
+from optin_deploy.masking import inference
+from optin_deploy.preprocessor import load_beside
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -19,6 +26,21 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
 }
 """Task -> transformers auto class. A new task is a line here and an output kind in scoring/losses.py."""
+ENDINGS = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "Model": "feature-extraction",
+}
+"""Ending of an architecture -> task."""
+OTHER_HEADS = ("HeadModel", "HeadsModel", "DecoderModel")
+"""Endings of architectures that end in Model but are more than it."""
+PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
+"""What transformers calls the kinds of classifiers."""
+TRIED_TOKENS = 8
+"""Length of the text that a loaded model is tried with."""
+TRIED_VALUES = 10**8
+"""Models of fewer parameters that do not run are loaded once more for each entry of the config: which one is wrong?"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +51,8 @@ class LoadedModel:
     task: str
     preprocessor: Any
     """Tokenizer for text, image processor for images."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What travels along unchanged with a pruned model, by path in the folder."""
 
     @property
     def is_text(self) -> bool:
@@ -40,61 +64,107 @@ def load_dense(name: str, task: str | None = None) -> LoadedModel:
     """Load model and preprocessor from a folder or the hub, in float32 and evaluation mode.
 
     Args: task: one of AUTO_CLASSES; inferred from `config.architectures` if None.
-    Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the task.
+    Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the config or the task.
     """
-    folder = Path(name)
-    local = folder.exists()
-    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise BadInput(f"model folder {name} does not exist. Give a folder with config.json, or a hub id.")
-    if local and not (folder / "config.json").is_file():
-        raise BadInput(f"{name} has no config.json. Give the folder that save_pretrained wrote.")
-    if local and not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.glob("*.bin"))
-        found = f" ({others[0]} is a pickle, which is not read)" if others else ""
-        raise BadInput(f"{name} has no *.safetensors weights{found}. Save with save_pretrained.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    model, task = load_model(name, task)
+    return LoadedModel(model, task, *load_beside(name, model))
+
+
+def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
+    """The model alone, and its task.
+
+    Nothing is built before config.json and the headers of the weights agree on the sizes, and whatever goes wrong with
+    the files is bad input.
+    Raises: BadInput: as `load_dense`.
+    """
+    with wall(f"model {shown(name)} cannot be loaded", CONFIG_HINT):
+        folder = model_folder(name)
+        source = folder / "config.json"
+        data = read_config(source)
+        config = make_config(source, data)
         task = check_task(task) if task else infer_task(config)
-        auto: Any = getattr(transformers, AUTO_CLASSES[task])
-        model, info = auto.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
-        if isinstance(err, BadInput):
-            raise
-        raise BadInput(f"model {name} cannot be loaded: {_first_line(err)}") from err
-    drop_pooler(model, task)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise BadInput(
-            f"{name} has no weights for {', '.join(missing[:3])}, which task {task!r} needs. "
-            f"Choose another --task ({', '.join(AUTO_CLASSES)}) or give the fine-tuned checkpoint."
-        )
-    return LoadedModel(model.eval(), task, load_preprocessor(name, model))
+        _check_config(source, config, task)
+        stored = stored_tensors(name, folder)
+        model, left_out = _load(source, data, task, stored)
+        tell_left_out(source, model, left_out)
+        drop_pooler(model, task)
+        _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
+        model.config.name_or_path = name
+    return model, task
 
 
-def load_preprocessor(name: str, model: nn.Module) -> Any:
-    """The tokenizer or image processor saved with a model.
+def _load(
+    source: Path, data: Mapping[str, Any], task: str, stored: Mapping[str, Stored]
+) -> tuple[Any, tuple[str, ...]]:
+    """The model with its weights, and what is left out; a config and weights that do not agree are refused."""
+    auto: Any = getattr(transformers, AUTO_CLASSES[task])
 
-    Raises: BadInput: its files are missing, or they belong to another vocabulary.
+    def build(config: Any) -> Any:
+        try:
+            return auto.from_config(config)
+        except ValueError as err:
+            if "Unrecognized configuration class" not in str(err):
+                raise
+            raise BadInput(f"{source}: transformers has no {config.model_type} model for task {task!r}.") from err
+
+    sketched = sketch(source, data, stored.values(), build, ratio=2)
+    model, info = type(sketched).from_pretrained(
+        None,
+        config=sketched.config,
+        state_dict=read_weights(stored),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    check_missing(source, model, info["missing_keys"], task, AUTO_CLASSES)
+    check_mismatched(source, model.config, info["mismatched_keys"])
+    return model.eval(), check_unexpected(source, model, info["unexpected_keys"])
+
+
+def _check_config(source: Path, config: Any, task: str) -> None:
+    """Refuse what no task gives the model, and a classifier whose classes are not said.
+
+    Raises: BadInput.
     """
-    from optin_deploy.calibration import check_tokenizer
+    for name in ("add_cross_attention", "is_encoder_decoder"):
+        if getattr(config, name, False):
+            raise BadInput(
+                f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
+                "Give an encoder, or a decoder alone."
+            )
+    if task == "feature-extraction":
+        return
+    labels = config.id2label or {}
+    if not labels or set(labels) != set(range(len(labels))):
+        raise BadInput(
+            f"{source}: id2label has the keys {shown(sorted(labels))}; a classifier needs 0 to {len(labels) - 1}, "
+            f"a name for each class. {CONFIG_HINT}"
+        )
+    if config.problem_type not in PROBLEMS:
+        possible = ", ".join(map(repr, PROBLEMS))
+        raise BadInput(f"{source}: problem_type = {shown(config.problem_type)}; possible are {possible}. {CONFIG_HINT}")
 
-    text = model.main_input_name != "pixel_values"
-    auto: Any = transformers.AutoTokenizer if text else transformers.AutoImageProcessor
-    kind = "tokenizer (tokenizer.json or vocab.txt)" if text else "preprocessor_config.json"
-    try:
-        preprocessor = auto.from_pretrained(name, config=model.config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as err:
-        raise BadInput(f"{name} has no usable {kind}: {_first_line(err)}. Save it beside the weights.") from err
-    if text:
-        check_tokenizer(preprocessor, model.config)
-    return preprocessor
+
+def _try_one(source: Path, data: Mapping[str, Any], model: Any, load: Callable[[dict[str, Any]], Any]) -> None:
+    """Run the model once: some entries of a config are read in the forward only.
+
+    Args: load: loads the same weights with other entries, to find the one that is wrong.
+    Raises: BadInput: what was loaded does not run.
+    """
+    needed = {"input_ids": "vocab_size", "pixel_values": "image_size"}.get(getattr(model, "main_input_name", ""))
+    if needed is None or not hasattr(model.config, needed):
+        return  # no family that takes our inputs
+    small = sum(map(torch.numel, model.parameters())) < TRIED_VALUES
+
+    def run(entries: dict[str, Any]) -> None:
+        if entries != data and not small:
+            raise BadInput("to load a large model once for each entry takes too long")
+        tried = model if entries == data else load(entries)
+        with inference(tried), torch.no_grad():
+            longest = longest_text(tried.config) if tried.main_input_name == "input_ids" else None
+            tried(**example_inputs(tried, batch=1, seq_len=min(TRIED_TOKENS, longest or TRIED_TOKENS)))
+
+    blamed(source, data, run, CONFIG_HINT)
 
 
 def check_task(task: str) -> str:
@@ -113,22 +183,16 @@ def infer_task(config: Any) -> str:
     Raises: BadInput: a head that no task covers.
     """
     name = (getattr(config, "architectures", None) or [""])[0]
-    endings = {
-        "ForSequenceClassification": "text-classification",
-        "ForImageClassification": "image-classification",
-        "Model": "feature-extraction",
-    }
-    for ending, task in endings.items():
-        if name.endswith(ending):
+    for ending, task in ENDINGS.items():
+        if name.endswith(ending) and not name.endswith(OTHER_HEADS):
             return task
-    raise BadInput(f"cannot infer the task from architecture {name!r}; give --task {' | '.join(AUTO_CLASSES)}.")
+    head = "" if not name else " Feature extraction takes such a model without its head."
+    raise BadInput(
+        f"cannot infer the task from architecture {shown(name)}; give --task {' | '.join(AUTO_CLASSES)}.{head}"
+    )
 
 
 def drop_pooler(model: nn.Module, task: str) -> None:
     """Remove a pooler that feature extraction does not use; it would cost time in every engine."""
     if task == "feature-extraction" and isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # type: ignore[assignment]  # transformers' own way to have none
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import NonFiniteActivation
+from optin_deploy.guard import alone
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.plan import Masks
 
@@ -39,27 +40,42 @@ class _Stop(Exception):
     """Ends a forward early; never leaves this module."""
 
 
+SWITCHES = {
+    "use_cache": False,
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "_output_attentions": False,  # where transformers keeps it; its own property refuses some values
+}
+"""Entries of a config that change what a forward returns, and what they are while we work."""
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, parameters without gradients, no cache of keys and values; all restored."""
-    config: Any = getattr(model, "config", None)
-    caching = getattr(config, "use_cache", False)
-    training = {module: module.training for module in model.modules()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    if caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if caching:
-            config.use_cache = True
-        for module, mode in training.items():
-            module.training = mode
+    """Evaluation mode, parameters without gradients, outputs by name, no cache of keys and values; all restored.
+
+    Meanwhile other threads wait: see `guard.alone`.
+    """
+    with alone(model), ExitStack() as stack:
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            stack.callback(_switched, config, _switched(config, SWITCHES))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
-            parameter.requires_grad_(True)
+            stack.callback(parameter.requires_grad_, True)
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+
+
+def _switched(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set those of these entries that the config has; returns what they were."""
+    entries = getattr(config, "__dict__", {})
+    before = {name: entries[name] for name in values if name in entries and entries[name] is not values[name]}
+    entries.update({name: values[name] for name in before})
+    return before
 
 
 @contextmanager

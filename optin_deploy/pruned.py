@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import transformers
 from torch import nn
 from typing_extensions import TypedDict  # of typing only from Python 3.12 on, says pydantic
 
+from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
+from optin_deploy.checkpoint.files import Stored, read_header
+from optin_deploy.checkpoint.fit import sketch
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.plan import PruningPlan
@@ -21,6 +26,8 @@ from optin_deploy.validation import ANY_FIELD, OPEN, read_stored
 
 MANIFEST = "optin.json"
 SCHEMA_VERSION = 1
+DENSE_RATIO = 256
+"""Values that the dense model may have for each one that is left: a bound for configs that cannot be."""
 REWRITE_HINT = "Write the model again with `optin-export` or `optin rewrite`."
 
 
@@ -76,6 +83,8 @@ class PrunedModel:
     """What is known about the cut: MACs, parameters, parity, seconds."""
     preprocessor: Any = None
     """Tokenizer or image processor, saved beside the weights if given."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the dense model that are saved unchanged, by path in the folder: what transformers would write anew."""
 
     def save(self, folder: str | Path, *, key: str = "") -> Path:
         """Write the model to a folder, whole or not at all.
@@ -84,13 +93,16 @@ class PrunedModel:
         Returns: the folder.
         Raises: BadInput: the folder holds something else than a pruned model.
         """
-        folder = Path(folder)
+        folder = _folder(folder)
         with atomic_folder(folder) as temporary:
             config: Any = self.model.config
             config.architectures = [self.layout.model_class]
             config.save_pretrained(temporary)
             if self.preprocessor is not None:
                 self.preprocessor.save_pretrained(temporary)
+            for name, content in self.files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_bytes(content)
             # Hugging Face loaders ask for the format in the metadata.
             write_tensors(temporary / "model.safetensors", self.model.state_dict(), {"format": "pt"})
             write_json(temporary / "plan.json", self.plan.to_json())
@@ -113,17 +125,17 @@ def load_pruned(folder: str | Path) -> PrunedModel:
     Args: folder: the saved folder, or an output folder of `optin-export` (then its `model/`).
     Raises: BadInput, PlanMismatch: files are missing, truncated, or do not belong together.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     if (folder / "model" / MANIFEST).is_file():
         folder = folder / "model"
     saved, layout, plan = read_saved(folder)
     tensors = read_tensors(folder / "model.safetensors", REWRITE_HINT)
-    model = _empty(folder, layout)
+    model = _empty(folder, layout, read_header(folder / "model.safetensors").values())
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in tensors):
         model.pooler = None
     try:
         smaller = rewrite_torch(model, layout, plan)
-    except (AttributeError, AssertionError, IndexError) as err:
+    except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError, ArithmeticError) as err:
         raise PlanMismatch(f"{folder}/config.json does not fit its layout: {_problem(err)}. {REWRITE_HINT}") from err
     try:
         # Assigned, so that half-precision weights stay half; copied, because the file's tensors are not aligned.
@@ -132,6 +144,8 @@ def load_pruned(folder: str | Path) -> PrunedModel:
         raise PlanMismatch(
             f"{folder}/model.safetensors does not fit its plan: {_problem(err)}. {REWRITE_HINT}"
         ) from err
+    with wall(f"{folder}/config.json cannot be used", REWRITE_HINT):
+        smaller.tie_weights(missing_keys=set())  # equal ones become one again: they were stored each on its own
     if saved.weights_sha256 != sha256_file(folder / "model.safetensors"):
         raise PlanMismatch(f"{folder}/model.safetensors is not the file that was saved here. {REWRITE_HINT}")
     return PrunedModel(smaller.eval(), plan, layout, saved.report)
@@ -160,7 +174,23 @@ def load(folder: str | Path) -> Any:
     return load_pruned(folder).model
 
 
-def _empty(folder: Path, layout: ModelLayout) -> Any:
+def _folder(given: str | Path) -> Path:
+    """The path of a folder that exists or could be made.
+
+    Raises: BadInput: no path, or one that no folder can have.
+    """
+    try:
+        name = os.fspath(given)
+        folder = Path(name) if name and "\0" not in name else None  # bytes are no path here
+        nearest = None if folder is None else next(path for path in (folder, *folder.parents) if path.exists())
+    except (OSError, TypeError) as err:
+        raise BadInput(f"{given!r} cannot be a folder of a pruned model: {err}.") from err
+    if folder is None or nearest is None or not nearest.is_dir() or not folder.resolve().name:
+        raise BadInput(f"{given!r} cannot be a folder of a pruned model. Give the path of a folder of its own.")
+    return folder if folder.name else folder.resolve()
+
+
+def _empty(folder: Path, layout: ModelLayout, stored: Collection[Stored]) -> Any:
     """A dense model of the stored class with fresh weights; the class must be one of transformers' own."""
     name = layout.model_class
     found = getattr(transformers, name, None) if re.fullmatch(r"[A-Za-z0-9]+", name) else None
@@ -168,10 +198,14 @@ def _empty(folder: Path, layout: ModelLayout) -> Any:
         raise BadInput(
             f"{folder}/layout.json names class {name!r}, which transformers {transformers.__version__} lacks."
         )
+    path = folder / "config.json"
     try:
-        return found(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise BadInput(f"{folder}/config.json cannot be used ({err}). {REWRITE_HINT}") from err
+        with wall(f"{path} cannot be used", CONFIG_HINT):
+            data = read_config(path)
+            sketch(path, data, stored, found, ratio=DENSE_RATIO)
+            return found(make_config(path, data))
+    except BadInput as err:
+        raise BadInput(f"{err} {REWRITE_HINT}") from err
 
 
 def _problem(err: Exception) -> str:

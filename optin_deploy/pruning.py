@@ -10,33 +10,46 @@ from torch import nn
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
+from optin_deploy.arguments import checked, whole
+from optin_deploy.batches import make_batches
 from optin_deploy.budget import Limits
-from optin_deploy.compensate import Weights, apply_weights, compensate
+from optin_deploy.compensate import refit
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
+from optin_deploy.guard import working
+from optin_deploy.judging import judged_samples
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
+from optin_deploy.proof import prove
 from optin_deploy.pruned import PrunedModel
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import masked_vs_rewritten
 from optin_deploy.scoring import ScoreSettings, score
-from optin_deploy.search import check_search, make_plan, search_within
+from optin_deploy.search import (
+    check_align,
+    check_plan,
+    check_search,
+    check_units,
+    default_align,
+    make_plan,
+    search_within,
+)
 from optin_deploy.storage import sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
 
 def prune(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Any,
     *,
     flops: float | None = None,
     params: float | None = None,
     size: int | None = None,
     seq_len: int = 128,
-    align: int = 16,
+    align: int | None = None,
     allocation: str = "curves",
     settings: ScoreSettings | None = None,
     compensation: bool = True,
@@ -51,12 +64,13 @@ def prune(
 
     Args:
         model: a transformers model, dense.
-        batches: calibration inputs, as keyword arguments of the model; no labels needed.
+        batches: calibration inputs, a list, a generator or a DataLoader of batches: dicts of tensors, arrays or lists
+            by the names of the model's inputs, or tuples in their order. Labels are left out.
         flops: share of the dense MACs to keep, in (0, 1]; 0.6 if nothing is limited.
         params: share of the dense parameters to keep, in (0, 1].
         size: most bytes of all weights in float32.
         seq_len: tokens at which MACs are counted (images: the model's own size).
-        align: FFN widths in multiples of this.
+        align: FFN widths in multiples of this; default: 16, or the whole width where that is less.
         allocation: where to cut: `curves`, `uniform` or `paper`; see `search_within`.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve the kept projections in closed form.
@@ -64,18 +78,29 @@ def prune(
         seed: of the random projections.
     Raises: BadInput and its kinds; see errors.py.
     """
-    layout = resolve(model, spec)
-    cost = mac_cost(model, layout, seq_len=seq_len)
-    limits = Limits(flops, params, size).within(cost, param_cost(model, layout))
-    check_search(align, allocation)
-    scores = score(model, layout, batches, settings or ScoreSettings(seed=seed))
-    weights = None
-    if compensation or allocation == "curves":
-        weights = measure_token_weights(model, layout, batches, seed=seed)
-    curves = error_curves(model, layout, scores, batches, token_weights=weights) if allocation == "curves" else None
-    masks = search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
-    plan = make_plan(masks, layout, cost)
-    return cut(model, layout, plan, batches, compensation=compensation, token_weights=weights)
+    allowed, seed = Limits(flops, params, size), whole(seed, "seed")
+    settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
+    seq_len = whole(seq_len, "seq_len")
+    check_search(16 if align is None else align, allocation)
+    with working(model):
+        layout = resolve(model, spec)
+        align = default_align(layout) if align is None else align
+        check_align(align, layout)
+        given = make_batches(model, batches)
+        if allocation == "curves":
+            judged_samples(given)  # enough of them
+        prove(model, layout, given)
+        cost = mac_cost(model, layout, seq_len=seq_len)
+        limits = allowed.within(cost, param_cost(model, layout))
+        check_units(limits, layout, cost, align=align, allocation=allocation)
+        scores = score(model, layout, given, settings)
+        weights = None
+        if compensation or allocation == "curves":
+            weights = measure_token_weights(model, layout, given, seed=seed)
+        curves = error_curves(model, layout, scores, given, token_weights=weights) if allocation == "curves" else None
+        masks = search_within(scores, layout, limits, align=align, allocation=allocation, curves=curves)
+        plan = check_plan(make_plan(masks, layout, cost))
+        return cut(model, layout, plan, given, compensation=compensation, token_weights=weights)
 
 
 def cut(
@@ -96,12 +121,14 @@ def cut(
     """
     started = time.perf_counter()
     plan.check(layout)
-    weights: Weights = {}
-    if compensation:
-        weights = compensate(model, layout, plan, batches, token_weights=token_weights, progress=progress)
-    compensated = apply_weights(model, weights)
-    smaller = rewrite_torch(compensated, layout, plan)
-    error = masked_vs_rewritten(compensated, smaller, layout, plan, batches[0])
+    with working(model):
+        batches = make_batches(model, batches)
+        smaller = rewrite_torch(model, layout, plan)
+        error = masked_vs_rewritten(model, smaller, layout, plan, batches[0])
+        if compensation:
+            refit(model, smaller, layout, plan, batches, token_weights=token_weights, progress=progress)
+            refitted = masked_vs_rewritten(model, smaller, layout, plan, batches[0], refitted=True)
+            error = max(error, refitted)
     report = {
         "dense_weights": sha256_tensors(model.state_dict()),
         "kept": plan.kept,

@@ -15,6 +15,7 @@ from optin_deploy.inputs import gives_logits
 from optin_deploy.label_order import SURE, at_least, check_order
 from optin_deploy.labels import class_index, is_regression
 from optin_deploy.masking import inference
+from optin_deploy.pooling import pooling_of
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.scoring.losses import pooled
 
@@ -50,18 +51,22 @@ class Quality:
         return f"{values}: {self.drop:.2f} points lost on {self.samples} rows"
 
 
-def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...]) -> Tensor:
-    """Logits (rows, classes), or unit embeddings: the mean over real tokens (rows, hidden)."""
+def outputs_of(model: nn.Module, batches: tuple[Mapping[str, Tensor], ...], pooling: str | None = None) -> Tensor:
+    """Logits (rows, classes), or unit embeddings (rows, hidden).
+
+    Args: pooling: of embeddings; None = the model's own.
+    """
+    pooling = pooling or pooling_of(model)
     with inference(model), torch.inference_mode():
-        return torch.cat([_readout(model(**batch), batch) for batch in batches])
+        return torch.cat([_readout(model(**batch), batch, pooling) for batch in batches])
 
 
-def _readout(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def _readout(output: Any, batch: Mapping[str, Tensor], pooling: str) -> Tensor:
     if "logits" in output:
         logits: Tensor = output["logits"]
         return logits
     states = output["last_hidden_state"]
-    return pooled(states, valid_tokens(batch, states))
+    return pooled(states, valid_tokens(batch, states), pooling)
 
 
 class Judge:
@@ -73,6 +78,7 @@ class Judge:
         Raises: BadInput: labels that the model does not know, or by which it is no better than guessing.
         """
         self.rows, self._dense = rows, outputs_of(dense, rows.batches)
+        self._pooling = pooling_of(dense)
         self._classifies = gives_logits(dense)
         self._is_regression = self._classifies and is_regression(dense)
         labelled = self._classifies and not self._is_regression and None not in rows.labels
@@ -84,7 +90,7 @@ class Judge:
 
     def of(self, pruned: nn.Module) -> Quality:
         """Accuracy of both models if the rows are labelled and the model classifies; else their agreement."""
-        before, after, rows = self._dense, outputs_of(pruned, self.rows.batches), len(self.rows)
+        before, after, rows = self._dense, outputs_of(pruned, self.rows.batches, self._pooling), len(self.rows)
         if not self._classifies:
             return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
         if self._is_regression:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optin_deploy.errors import NonFiniteActivation
+
 
 class Moments:
     """Sums that determine a linear regression of y on x, in float64 on the CPU."""
@@ -61,7 +63,13 @@ class Moments:
         noise = 1e-8 * self.xx.diagonal().mean() / count
         spread = covariance.diagonal().mean().clamp(min=max(float(noise), 1e-30))
         covariance.diagonal().add_(ridge * spread)
-        coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+        try:
+            coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+        except RuntimeError as err:  # not positive, which a ridge makes every finite covariance
+            raise NonFiniteActivation(
+                "what a projection reads on the calibration data holds NaN or infinity, or numbers too large to be "
+                "fitted. Check the weights and the data."
+            ) from err
         return coefficients, mean_y - mean_x @ coefficients
 
     def error(self, coefficients: Tensor, offset: Tensor) -> float:

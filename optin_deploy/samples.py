@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from optin_deploy.data_files import check_name, check_size, short, special_kind, text_lines
 from optin_deploy.errors import BadInput
 from optin_deploy.images import IMAGE_EXTENSIONS, image_files
+from optin_deploy.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
 from optin_deploy.tables import csv_rows, jsonl_rows
 
 if TYPE_CHECKING:
@@ -42,15 +43,19 @@ class Sample:
     """file:line, or the image file: what error messages point at."""
 
 
-def read_samples(path: str | Path, *, text_column: str = "text", label_column: str = "label") -> tuple[Sample, ...]:
+def read_samples(
+    path: str | Path, *, text_column: str = "text", label_column: str = "label", pair_column: str = PAIR_COLUMN
+) -> tuple[Sample, ...]:
     """Read a .txt (a text a line), .jsonl or .csv file, or a folder of images (labels: one subfolder a class).
 
-    Tables have `text_column`, and may have `text_pair` and `label_column`. Rows with a blank text are skipped.
+    Tables have `text_column`, and may have `text_pair` and `label_column`; columns of other names must be there.
+    Rows with a blank text are skipped.
     Labels written as whole numbers (1, "1", 1.0) become int. Hidden files are left out; the order is that of
     the file, or of the sorted names.
     Raises: BadInput: the file, or a row in it, cannot be used; names the file and the line.
     """
     path = Path(path)
+    check_pair_column(pair_column, text_column)
     try:
         check_name(path)
         if path.is_dir():
@@ -60,7 +65,7 @@ def read_samples(path: str | Path, *, text_column: str = "text", label_column: s
         else:
             _check_file(path)
             with path.open("rb") as stream:
-                rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column)
+                rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column, pair_column)
                 samples = tuple(islice(rows, MAX_ROWS + 1))
     except OSError as err:
         where = path if err.filename is None else Path(err.filename)
@@ -92,26 +97,38 @@ def _check_file(path: Path) -> None:
 
 
 def _rows_to_samples(
-    path: Path, lines: Iterator[tuple[int, str]], text_column: str, label_column: str
+    path: Path, lines: Iterator[tuple[int, str]], text_column: str, label_column: str, pair_column: str
 ) -> Iterator[Sample]:
     if path.suffix.lower() == ".txt":
         yield from (Sample(text=line.strip(), source=f"{path}:{n}") for n, line in lines if line.strip())
         return
-    blank = 0
+    blank = pairs = 0
+    first: Mapping[str, object] = {}
     is_csv = path.suffix.lower() == ".csv"
     for source, row in csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines):
         text = _text(row, text_column, source)
         if not text.strip():
             blank += 1
             continue
-        has_pair = text_column != "text_pair" and row.get("text_pair") not in (None, "")
+        paired = has_pair(row, text_column, pair_column)
+        pairs += paired
+        first = first or row
+        if pair_column != PAIR_COLUMN and pair_column not in row:
+            raise _no_column(pair_column, row, source, "--pair-column")
         if label_column != "label" and label_column not in row:  # the default column may be absent, a named one not
             raise _no_column(label_column, row, source, "--label-column")
         yield Sample(
             text=text,
-            text_pair=_text(row, "text_pair", source) if has_pair else None,
+            text_pair=_text(row, pair_column, source) if paired else None,
             label=_label(row.get(label_column), source),
             source=source,
+        )
+    unused = unused_pair(first, (text_column, label_column, pair_column))
+    if unused is not None and not pairs:
+        log.warning(
+            "%s: column %r may be the second text of pairs, and is not read: give --pair-column %s if the model takes "
+            "pairs",
+            *(path, unused, unused),
         )
     if blank:
         log.warning("%s: %d rows with a blank text were skipped", path, blank)

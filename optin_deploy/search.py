@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from optin_deploy.allocate import Options, least_error
+from optin_deploy.arguments import whole
 from optin_deploy.budget import Budget, Limit
 from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
@@ -97,7 +98,7 @@ def check_search(align: int, allocation: str) -> None:
     """
     if allocation not in ALLOCATIONS:
         raise BadInput(f"unknown --allocation {allocation!r}; possible: {', '.join(ALLOCATIONS)}.")
-    if align < 1:
+    if whole(align, "--align") < 1:
         raise BadInput(f"--align {align}: give a positive number of neurons, for example 16.")
 
 
@@ -112,6 +113,33 @@ def check_align(align: int, layout: ModelLayout) -> None:
             f"--align {align}: the widest FFN of this model has {widest} neurons, so that every FFN would be kept "
             f"whole or lost. Give --align {widest} or less; 16 suits CPUs, 64 GPUs."
         )
+
+
+def default_align(layout: ModelLayout, preferred: int = 16) -> int:
+    """Neurons in multiples of this if the user says nothing: what kernels like, or all where there are fewer."""
+    return min(preferred, max(layer.neurons for layer in layout.layers))
+
+
+def check_units(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, align: int, allocation: str) -> None:
+    """Refuse, before the long work, limits under which nothing that computes would be left of the model.
+
+    A model without fixed MACs (an encoder alone) needs room for at least one unit; any other has them.
+    Raises: InfeasibleBudget: says the least that is possible.
+    """
+    if macs.fixed:
+        return
+    for cost, limit in limits:
+        heads = [int(cost.of_heads(i, x.heads)[1]) for i, x in enumerate(layout.layers)]
+        neurons = [int(cost.of_neurons(i, x.neurons)[min(align, x.neurons)]) for i, x in enumerate(layout.layers)]
+        every_layer = allocation == "uniform"
+        least = cost.fixed + min((sum(heads), sum(neurons)) if every_layer else (*heads, *neurons))
+        if limit < least:
+            where = "every layer" if every_layer else "one layer"
+            raise InfeasibleBudget(
+                f"{limit / cost.dense:.2g} of the dense model leaves no room for a head, or {align} neurons, in "
+                f"{where}: nothing that computes would be left. Allow {-(-(10**6) * least // cost.dense) / 10**6:g} "
+                "or more."
+            )
 
 
 class _Ranked:
@@ -217,3 +245,13 @@ def make_plan(masks: Masks, layout: ModelLayout, cost: MacCost) -> PruningPlan:
         macs_fixed=cost.fixed,
         tokens=cost.tokens,
     )
+
+
+def check_plan(plan: PruningPlan) -> PruningPlan:
+    """The plan, if anything that computes is left of the model.
+
+    Raises: InfeasibleBudget.
+    """
+    if plan.macs_pruned == 0:
+        raise InfeasibleBudget("the plan keeps no unit, and the rest of this model computes nothing. Allow more.")
+    return plan

@@ -18,6 +18,7 @@ import torch
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.budget import Limit, Limits
 from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.cost.params import param_cost
 from optin_deploy.cost.units import UnitCost
@@ -29,14 +30,17 @@ from optin_deploy.labels import check_labels, classifies, known_labels, labelled
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
+from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
+from optin_deploy.proof import prove
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Judge
+from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
-from optin_deploy.search import make_plan, search_within
+from optin_deploy.search import check_align, check_plan, make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 from optin_deploy.workspace import Source, Workspace
@@ -64,6 +68,8 @@ class Prepared:
     held_out: Batches
     """Rows that no stage learns from."""
     weights_sha256: str
+    text_pairs: bool = False
+    """Are there pairs of texts among the rows?"""
     _measured: list[TokenWeights | None] = field(default_factory=list, init=False, repr=False)
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
@@ -109,8 +115,11 @@ def prepare(source: Source) -> Prepared:
         chosen, _ = split(samples, samples_limit=source.samples, seed=source.seed)
         held = unseen(_samples(source, source.evaluation), chosen, source.evaluation)
         check_labels(held, loaded.model)
+    loaded = _as_in_file(loaded, source.model, (*chosen, *held))
     calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
     held_out = not_in(held_out, calibration)
+    if loaded.is_text:
+        warn_of_unknown(loaded.preprocessor, calibration)
     if not loaded.is_text:
         set_image_size(loaded.model.config, *calibration.batches[0]["pixel_values"].shape[-2:])
     try:
@@ -118,8 +127,9 @@ def prepare(source: Source) -> Prepared:
     except ValueError as err:
         raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
     _try_two(loaded, calibration)
+    pairs = any(row.text_pair is not None for row in (*chosen, *held))
     params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
-    prepared = Prepared(source, loaded, layout, cost, params, calibration, held_out, weights)
+    prepared = Prepared(source, loaded, layout, cost, params, calibration, held_out, weights, pairs)
     if classifies(loaded.model) and None not in held_out.labels:
         _ = prepared.judge  # refuses labels in another order before the long work
     return prepared
@@ -135,20 +145,33 @@ def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
         with inference(loaded.model), torch.no_grad():
             loaded.model(**two)
     except ValueError as err:
-        raise BadInput(
-            f"{type(loaded.model).__name__} does not take two samples at once: {err} Name the padding token in its "
-            "config.json (pad_token_id), as the tokenizer has it."
-        ) from err
+        step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
+        if not loaded.is_text:
+            step = "Check preprocessor_config.json: it makes other images than this model takes."
+        raise BadInput(f"{type(loaded.model).__name__} does not take two samples at once: {err} {step}") from err
+
+
+def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> LoadedModel:
+    """The model with a tokenizer that gives the ids of tokenizer.json, where there is one, on these rows."""
+    content = loaded.files.get("tokenizer.json")
+    if content is None:
+        return loaded
+    where, config = f"{name}: tokenizer.json", loaded.model.config
+    with wall(
+        f"{where} cannot be used on the calibration texts", "Save the tokenizer of this model beside its weights."
+    ):
+        return replace(loaded, preprocessor=as_in_file(loaded.preprocessor, content, rows, config, where))
 
 
 def _samples(source: Source, path: str) -> tuple[Sample, ...]:
-    return read_samples(Path(path), text_column=source.text_column, label_column=source.label_column)
+    columns = {name: getattr(source, name) for name in ("text_column", "label_column", "pair_column")}
+    return read_samples(Path(path), **columns)
 
 
 def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
     if loaded.is_text:
         return text_batches(samples, loaded.preprocessor, seq_len=seq_len, inputs=input_names(loaded.model))
-    return image_batches(samples, loaded.preprocessor)
+    return image_batches(samples, loaded.preprocessor, channels=getattr(loaded.model.config, "num_channels", 3))
 
 
 def score_stage(
@@ -174,6 +197,7 @@ def score_stage(
     with store.shared(finished=lambda: workspace.has_scores(key)) as finished:
         if finished:
             return True
+        prove(prepared.loaded.model, prepared.layout, prepared.calibration.batches)
         scores = score(
             prepared.loaded.model,
             prepared.layout,
@@ -254,10 +278,11 @@ def plan_stage(
     if limits.time is not None and latency is None:
         raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
     scores, layout, macs, params, key = workspace.read_scores()
+    check_align(align, layout)
     curves = workspace.read_curves()[0] if allocation == "curves" else None
     within = [*limits.within(macs, params), *([] if latency is None else [latency])]
     masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves, emptying=emptying)
-    plan = make_plan(masks, layout, macs)
+    plan = check_plan(make_plan(masks, layout, macs))
     if write:
         how = {"align": align, "allocation": allocation, "scores_key": key}
         settings = {**asdict(limits), **how, **(noted or {})}
@@ -289,6 +314,7 @@ def rewrite_stage(
         preprocessor=loaded.preprocessor,
         progress=progress,
     )
+    pruned = replace(pruned, files=loaded.files, report={**pruned.report, TEXT_PAIRS: prepared.text_pairs})
     for name in (*workspace.record.names(), *FOLDERS_FROM_MODEL):
         if any(fnmatch(name, pattern) for pattern in MADE_FROM_MODEL):  # of an earlier plan
             workspace.record.remove(name)  # nothing may be measured or shipped beside the wrong model

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.batches import make_batches
+from optin_deploy.guard import working
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, inference, run_blocks
 from optin_deploy.progress import Progress, silent
@@ -46,7 +48,8 @@ def measure_token_weights(
     Returns: None of an embedding: all tokens count the same.
     """
     found: TokenWeights = [[] for _ in layout.layers]
-    with inference(model), torch.no_grad():
+    with working(model), inference(model), torch.no_grad():
+        batches = make_batches(model, batches)
         one = {name: value[:1] for name, value in batches[0].items()}
         if dense_pass(model, layout, one, ALL_TOKENS, seed).readout.kind == "embedding":
             return None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from optin_deploy.batches import make_batches
+from optin_deploy.guard import working
 from optin_deploy.judging import joined, judged_samples, samples_of
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, inference, rows_of
@@ -36,6 +38,8 @@ def unseen_error(
         token_weights: what each token of these batches counts in the fit; None = all the same.
     Raises: BadInput: too few samples. ParityFailure.
     """
+    with working(model):
+        batches = make_batches(model, batches)
     marks = judged_samples(batches)
     fitting = [i for i, mark in enumerate(marks) if not mark.all()]
     weights = token_weights
@@ -51,7 +55,7 @@ def unseen_error(
         progress=progress,
     ).model
     total = rows = 0.0
-    with inference(model), inference(smaller), torch.no_grad():
+    with working(model), inference(model), inference(smaller), torch.no_grad():
         for batch in joined(batches, marks):
             dense = dense_pass(model, layout, batch, ALL_TOKENS, 0)
             total += float(output_distance(dense.readout, dense.read(smaller(**batch))).sum())

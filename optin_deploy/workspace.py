@@ -21,6 +21,7 @@ from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.locking import ATTEMPTS, Lock, opened
 from optin_deploy.ownership import Record
+from optin_deploy.pairs import PAIR_COLUMN
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.storage import read_metadata, read_tensors, write_json, write_tensors
@@ -84,6 +85,8 @@ class Source:
     seed: int = 0
     evaluation: str | None = None
     """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
+    pair_column: str = PAIR_COLUMN
+    """Column of the second text of pairs."""
 
     def __post_init__(self) -> None:
         whole_number(max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128.")  # the model says more

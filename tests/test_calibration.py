@@ -25,13 +25,13 @@ from optin_deploy.calibration import (
     Batches,
     Sample,
     bundled_samples,
-    check_tokenizer,
     image_batches,
     read_samples,
     split,
     text_batches,
 )
 from optin_deploy.errors import BadInput
+from optin_deploy.preprocessor import check_tokenizer
 from optin_deploy.repeats import distinct
 
 BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -439,3 +439,20 @@ def test_save_keeps_a_model_that_somebody_changed(saved: Path) -> None:
     other.save(saved)
     assert load_pruned(saved).plan == other.plan
     assert (saved.with_name(f"{saved.name}.kept1") / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a\0b", 3, None, b"folder", "/", "x" * 300, "file.txt", "file.txt/inside"])
+def test_a_path_that_no_folder_has_is_refused(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("mine")
+    for use in (pruned_model("bert").save, optin_deploy.load):
+        with pytest.raises(BadInput):
+            use(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("path", ["new/in/new", "with space", "ünï", "-x", "a'b\"c", "new/../other"])
+def test_a_folder_of_any_name_is_written_and_read(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pruned_model("bert").save(path)
+    assert type(optin_deploy.load(path)).__name__ == "BertModel"

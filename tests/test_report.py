@@ -67,7 +67,7 @@ def test_the_fields_are_those_of_the_contract() -> None:
     contract = {"schema_version", "quality", "params", "macs", "size_bytes", "parity", "latency", "heads", "neurons"}
     contract |= {"environment", "hashes", "seconds"}
     assert contract <= set(data)
-    assert set(data) - contract == {"settings", "notes"}  # every output file says what made it
+    assert set(data) - contract == {"settings", "notes", "memory"}  # every output file says what made it
     assert set(data["quality"]) == {"metric", "dense", "pruned", "samples"}
     assert set(data["params"]) == {"dense", "pruned"}
     assert set(data["macs"]) == {"dense", "pruned", "kept", "prunable_kept"}
@@ -128,6 +128,9 @@ def test_a_report_names_its_machine_and_its_artifacts_but_no_owner() -> None:
     assert {"plan", "layout", "dense_weights", "model.onnx", "dense.onnx"} <= set(data["hashes"])
     assert all(len(value) == 64 for value in data["hashes"].values())
     assert {"load", "score", "plan", "rewrite", "export", "check"} <= set(data["seconds"])
+    assert data["memory"].keys() == data["seconds"].keys()
+    assert all(2**20 < held < 2**40 for held in data["memory"].values())
+    assert "MiB held at most, by stage: load " in (finished_job() / "report.md").read_text()
 
 
 def test_json_of_a_report_by_hand() -> None:

@@ -17,7 +17,8 @@ from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, text_batches_of
 from benchmarks.tasks.training import Training, train
 from optin_deploy.calibration import Sample
-from optin_deploy.loading import load_dense, load_preprocessor
+from optin_deploy.loading import load_dense
+from optin_deploy.preprocessor import load_preprocessor
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
@@ -145,7 +146,7 @@ def fine_tune(samples: Sequence[Sample], recipe: Recipe, *, progress: Progress =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # the new classifier's weights, and dropout
         model = _untrained(recipe.classes)
-        tokenizer = load_preprocessor(str(minilm_folder()), model)
+        tokenizer = load_preprocessor(minilm_folder(), model)
         frozen = ("bert.embeddings", "bert.encoder") if recipe.probe else ("bert.embeddings",)
         for path in frozen:
             model.get_submodule(path).requires_grad_(False)

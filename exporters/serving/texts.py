@@ -10,22 +10,31 @@ from typing import Any
 from exporters.serving.base import Server
 from exporters.serving.payload_files import payload
 from optin_deploy.errors import BadInput
+from optin_deploy.pairs import TEXT_PAIRS
+from optin_deploy.pruned import MANIFEST, REWRITE_HINT
 from optin_deploy.serving.manifest import Manifest, TensorSpec
 from optin_deploy.serving.names import TEXT, text_of, tokenizer_of
 from optin_deploy.serving.repository import Version, hashes
+from optin_deploy.storage import read_json
 
 
 def text_models(folder: Path, model: Manifest, target: Server, seq_len: int) -> list[Version]:
     """The tokenizer of a model, and the two in a row.
 
     Args: folder: of the transformers model. seq_len: tokens of a text at most, where the options do not say it.
-    Raises: BadInput: the server or the model takes no texts, or there is no fast tokenizer.
+    Raises: BadInput: the server or the model takes no texts, or pairs of them; or there is no fast tokenizer.
     """
     if not target.tokenizes:
         raise BadInput(f"--text: {target.name} runs no tokenizer; it is for triton and kserve.")
     tensors = [tensor.name for tensor in model.inputs]
     if "input_ids" not in tensors:
         raise BadInput(f"--text: {model.name} takes {', '.join(tensors)}, not texts.")
+    report = read_json(folder / MANIFEST, REWRITE_HINT).get("report")
+    if isinstance(report, dict) and report.get(TEXT_PAIRS):
+        raise BadInput(
+            f"--text: {model.name} takes pairs of texts: its calibration rows have a second text. The ensemble takes "
+            "one text. Leave out --text, and tokenize pairs in the client."
+        )
     options = replace(model.options, longest=model.options.longest or seq_len, preferred=())
     contents = tokenizer_files(folder)
     text = TensorSpec(TEXT, "BYTES", (-1, 1))
@@ -66,7 +75,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        graph = tokenizer.backend_tokenizer
+        graph = tokenizer.backend_tokenizer.to_str().encode()
     except (OSError, ValueError, AttributeError) as err:
         raise BadInput(f"--text: {folder} has no fast tokenizer (tokenizer.json): {err}") from err
     if tokenizer.pad_token is None:
@@ -77,8 +86,9 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
         "pad_type_id": tokenizer.pad_token_type_id,
         "direction": tokenizer.padding_side,
     }
+    saved = folder / "tokenizer.json"
     return {
         "model.py": payload("triton_tokenizer.py"),
-        "tokenizer.json": graph.to_str().encode(),
+        "tokenizer.json": saved.read_bytes() if saved.is_file() else graph,
         "padding.json": json.dumps(padding).encode(),
     }

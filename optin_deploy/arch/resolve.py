@@ -8,7 +8,9 @@ from torch import nn
 
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arch.table import TABLE
+from optin_deploy.arguments import checked
 from optin_deploy.errors import BadInput, UnknownArchitecture
+from optin_deploy.guard import check_model
 from optin_deploy.layout import Branch, LayerSpec, ModelLayout
 from optin_deploy.rewrite.slices import KINDS, Projection, projection_at
 from optin_deploy.rewrite.torch import REWRITTEN
@@ -27,6 +29,8 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
         UnknownArchitecture: no row fits; says how to give an own one.
         BadInput: already pruned, a path is missing, two layers share weights, or sizes do not agree.
     """
+    check_model(model)
+    spec = checked(spec, ArchSpec, "spec")
     if hasattr(model, REWRITTEN):
         raise BadInput(f"this {type(model).__name__} is already pruned; start from the dense model.")
     base, prefix = _base_model(model)
@@ -35,6 +39,8 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
         blocks: Any = base.get_submodule(spec.blocks)
     except AttributeError as err:
         raise BadInput(f"row {spec.name!r}: {type(model).__name__} has no module {prefix + spec.blocks!r}.") from err
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        raise BadInput(f"row {spec.name!r}: {prefix + spec.blocks!r} is a {type(blocks).__name__}, not a ModuleList.")
     layers = tuple(_layer(model, spec, f"{prefix}{spec.blocks}.{i}") for i in range(len(blocks)))
     _refuse_shared_weights(model, layers)
     return ModelLayout(arch=spec.name, model_class=type(model).__name__, layers=layers)
@@ -78,7 +84,9 @@ def _layer(model: nn.Module, spec: ArchSpec, path: str) -> LayerSpec:
 
     attn_out, ffn_out = (_projection(model, at(p)) for p in (spec.attn_out, spec.ffn_out))
     config: Any = model.config
-    heads = int(config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        raise BadInput(f"the config of {type(model).__name__} has num_attention_heads {heads!r}; give 1 or more.")
     head_dim, rest = divmod(attn_out.inputs, heads)
     if rest:
         raise BadInput(f"{at(spec.attn_out)}: width {attn_out.inputs} is not a multiple of {heads} heads.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optin_deploy.bench.device_time import DeviceTime
@@ -104,6 +104,8 @@ class Report:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Most bytes that the process held, by stage."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -277,11 +279,17 @@ def to_markdown(report: Report) -> str:
         to_table(("layer", "heads", "neurons"), kept),
         "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items()) + ".",
+        *_stage_memory(report.memory),
         f"{env['date']}, {env['cpu_model']}, {env['cores_logical']} cores, {env['platform']}.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()) + ".",
         "Hashes: " + ", ".join(f"{k} {v[:12]}" for k, v in report.hashes.items()) + ".",
     ]
     return "\n\n".join([*parts[:2], *report.notes, *parts[2:]]) + "\n"
+
+
+def _stage_memory(memory: Mapping[str, int]) -> list[str]:
+    told = ", ".join(f"{name} {held / 2**20:.0f}" for name, held in memory.items())
+    return [f"MiB held at most, by stage: {told}."] if told else []
 
 
 def to_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

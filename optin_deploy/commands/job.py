@@ -29,6 +29,7 @@ from optin_deploy.commands.options import (
     MemoryBudget,
     Model,
     Out,
+    PairColumn,
     Paper,
     Params,
     Pool,
@@ -85,6 +86,7 @@ def export(
     task: Task = None,
     calibration: Calibration = None,
     text_column: TextColumn = "text",
+    pair_column: PairColumn = "text_pair",
     label_column: LabelColumn = "label",
     seq_len: SeqLen = 128,
     samples: Samples = 512,
@@ -130,7 +132,7 @@ def export(
 
     check_columns(ctx, calibration, evaluation)
     check_plan_options(ctx, engine)
-    source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
+    source = source_of(model, task, calibration, (text_column, pair_column, label_column), seq_len, samples, seed)
     source = judged_by(source, evaluation)
     limits = limits_of(flops, params, size, max_drop, latency=latency, speedup=speedup, throughput=throughput)
     folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")

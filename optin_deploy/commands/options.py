@@ -14,6 +14,9 @@ Calibration = Annotated[
     Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
+PairColumn = Annotated[
+    str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
+]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
 SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
@@ -193,7 +196,10 @@ SuiteFile = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
-Pool = Annotated[str | None, typer.Option(help="mean: add output sentence_embedding (feature-extraction).")]
+Pool = Annotated[
+    str | None,
+    typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
+]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")]
 Force = Annotated[

@@ -178,18 +178,21 @@ def source_of(
     model: str,
     task: str | None,
     calibration: Path | None,
-    text_column: str,
-    label_column: str,
+    columns: tuple[str, str, str],
     seq_len: int,
     samples: int,
     seed: int,
 ) -> Any:
-    """What a job starts from; files by their full paths, so that later commands find them from anywhere."""
+    """What a job starts from; files by their full paths, so that later commands find them from anywhere.
+
+    Args: columns: of the text, of the second text of pairs, of the label.
+    """
     from optin_deploy.workspace import Source
 
     model = str(Path(model).absolute()) if Path(model).exists() else model  # else a hub id
     data = None if calibration is None else str(calibration.absolute())
-    return Source(model, task, data, text_column, label_column, seq_len, samples, seed)
+    text, pair, label = columns
+    return Source(model, task, data, text, label, seq_len, samples, seed, pair_column=pair)
 
 
 def warn_if_bundled(calibration: Path | None) -> None:

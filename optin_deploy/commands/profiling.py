@@ -62,7 +62,7 @@ def profile(
 
     check_plan_options(ctx, engine)
     whole_number(check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
-    source = source_of(model, task, calibration, "text", "label", seq_len, 512, seed)
+    source = source_of(model, task, calibration, ("text", "text_pair", "label"), seq_len, 512, seed)
     path = out or Path(f"{Path(source.model).name}-{engine}-latency.json")
     table = profile_model(
         source,

@@ -20,6 +20,7 @@ from optin_deploy.commands.options import (
     LabelColumn,
     MemoryBudget,
     Model,
+    PairColumn,
     Paper,
     Samples,
     ScorerName,
@@ -60,6 +61,7 @@ def score(
     task: Task = None,
     calibration: Calibration = None,
     text_column: TextColumn = "text",
+    pair_column: PairColumn = "text_pair",
     label_column: LabelColumn = "label",
     seq_len: SeqLen = 128,
     samples: Samples = 512,
@@ -109,7 +111,7 @@ def score(
     check_columns(ctx, calibration)
     if scorer == "exact":
         refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
-    source = source_of(model, task, calibration, text_column, label_column, seq_len, samples, seed)
+    source = source_of(model, task, calibration, (text_column, pair_column, label_column), seq_len, samples, seed)
     settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
     request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
     if ray is not None and shard is not None:

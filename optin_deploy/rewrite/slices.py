@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from optin_deploy.layout import Branch
 
 
 def unit_columns(kept: Sequence[int], unit_width: int) -> Tensor:
@@ -83,3 +86,27 @@ def projection_at(model: nn.Module, path: str) -> Projection:
     module = model.get_submodule(path)
     assert isinstance(module, KINDS), f"{path} was a projection when the layout was made"
     return Projection(module)
+
+
+def widened(model: nn.Module, smaller: nn.Module, branch: Branch, kept: Sequence[int]) -> dict[str, Tensor]:
+    """State-dict entries of a branch in the dense shape: of kept units as the smaller model has them, else as they are.
+
+    Args: kept: units that the smaller model has.
+    """
+    columns = unit_columns(kept, branch.unit_width)
+    entries: dict[str, Tensor] = {}
+    for path in branch.inputs if kept else ():
+        full, small = projection_at(model, path), projection_at(smaller, path)
+        rows = rows_in_parts(columns, branch.width, full.outputs)
+        weight, bias = full.weight.detach().clone(), None if full.bias is None else full.bias.detach().clone()
+        weight[rows] = small.weight.detach()
+        if bias is not None and small.bias is not None:
+            bias[rows] = small.bias.detach()
+        entries |= full.entries(path, weight, bias)
+    full, module = projection_at(model, branch.output), smaller.get_submodule(branch.output)
+    weight = full.weight.detach().clone()
+    if kept:
+        weight[:, columns] = projection_at(smaller, branch.output).weight.detach()
+    # An emptied branch is its bias.
+    new: Any = module.bias
+    return entries | full.entries(branch.output, weight, None if full.bias is None else new.detach().clone())

@@ -50,51 +50,47 @@ class EmptiedAttention(nn.Module):
 def rewrite_torch(model: Model, layout: ModelLayout, plan: PruningPlan) -> Model:
     """A copy of the model that holds only what the plan keeps; the input is untouched.
 
+    What is cut is never copied whole: a copy that `deepcopy` finds in its memo takes the place of the original.
     Raises: PlanMismatch: the plan belongs to another layout.
     """
     plan.check(layout)
-    smaller = copy.deepcopy(model)
+    smaller: dict[str, nn.Module] = {}
     for layer, heads, neurons in zip(layout.layers, plan.heads, plan.neurons, strict=True):
-        if heads:
-            _cut(smaller, layer.attention, heads)
-            if layer.attention.split:
-                setattr(smaller.get_submodule(layer.core), layer.attention.split, len(heads) * layer.head_dim)
-        else:
-            _empty_attention(smaller, layer)
-        if neurons:
-            _cut(smaller, layer.ffn, neurons)
-        else:
-            _empty_ffn(smaller, layer)
-    setattr(smaller, REWRITTEN, plan.hash)
-    return smaller
+        smaller |= _cut(model, layer.attention, heads) if heads else _emptied_attention(model, layer)
+        smaller |= _cut(model, layer.ffn, neurons) if neurons else _emptied_ffn(model, layer)
+    copied = copy.deepcopy(model, {id(model.get_submodule(path)): module for path, module in smaller.items()})
+    for layer, heads in zip(layout.layers, plan.heads, strict=True):
+        if heads and layer.attention.split:
+            setattr(copied.get_submodule(layer.core), layer.attention.split, len(heads) * layer.head_dim)
+    setattr(copied, REWRITTEN, plan.hash)
+    return copied
 
 
-def _cut(model: nn.Module, branch: Branch, kept: Sequence[int]) -> None:
+def _cut(model: nn.Module, branch: Branch, kept: Sequence[int]) -> dict[str, nn.Module]:
+    """The smaller projections of a branch, by path."""
     columns = unit_columns(kept, branch.unit_width)
+    found = {}
     for path in branch.inputs:
         full = projection_at(model, path)
         rows = rows_in_parts(columns, branch.width, full.outputs)
-        bias = None if full.bias is None else full.bias[rows]
-        model.set_submodule(path, full.of_size(full.weight[rows], bias))
+        found[path] = full.of_size(full.weight[rows], None if full.bias is None else full.bias[rows])
     full = projection_at(model, branch.output)
-    model.set_submodule(branch.output, full.of_size(full.weight[:, columns], full.bias))
+    return found | {branch.output: full.of_size(full.weight[:, columns], full.bias)}
 
 
-def _empty_attention(model: nn.Module, layer: LayerSpec) -> None:
+def _emptied_attention(model: nn.Module, layer: LayerSpec) -> dict[str, nn.Module]:
     output = layer.attention.output
     bias, training = _bias(model, output), model.get_submodule(layer.core).training
     if output.startswith(f"{layer.core}."):
-        name = output.removeprefix(f"{layer.core}.")
-        model.set_submodule(layer.core, EmptiedAttention(name, bias).train(training))
-    else:
-        model.set_submodule(layer.core, EmptiedAttention(None, None).train(training))
-        model.set_submodule(output, bias)
+        return {layer.core: EmptiedAttention(output.removeprefix(f"{layer.core}."), bias).train(training)}
+    return {layer.core: EmptiedAttention(None, None).train(training), output: bias}
 
 
-def _empty_ffn(model: nn.Module, layer: LayerSpec) -> None:
-    for path in layer.ffn.inputs:
-        model.set_submodule(path, nn.Identity().train(model.get_submodule(path).training))
-    model.set_submodule(layer.ffn.output, _bias(model, layer.ffn.output))
+def _emptied_ffn(model: nn.Module, layer: LayerSpec) -> dict[str, nn.Module]:
+    passing: dict[str, nn.Module] = {
+        path: nn.Identity().train(model.get_submodule(path).training) for path in layer.ffn.inputs
+    }
+    return passing | {layer.ffn.output: _bias(model, layer.ffn.output)}
 
 
 def _bias(model: nn.Module, path: str) -> Bias:

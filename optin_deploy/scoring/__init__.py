@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from optin_deploy.errors import BadInput
+from optin_deploy.arguments import checked
+from optin_deploy.batches import make_batches
+from optin_deploy.guard import working
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, inference
 from optin_deploy.progress import Progress, silent
@@ -35,7 +37,7 @@ def score(
     """Score every unit by how far removing it bends the model's trajectory and output (no labels, no training).
 
     Args:
-        batches: calibration inputs as keyword arguments of the model; padding is marked by `attention_mask`.
+        batches: calibration inputs, see batches.py; padding is marked by `attention_mask`.
         memory_budget: bytes that scoring may take beyond the model; None: most of what is free.
         store: where finished parts are kept and found; None: in memory.
         worker: which share of the parts is this process's; None: all.
@@ -45,13 +47,12 @@ def score(
         PartsLeft: this worker's share is done, but not all of it.
     Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921).
     """
-    if not batches:
-        raise BadInput("no calibration batches were given; scores need at least one.")
-    with inference(model), torch.no_grad():
+    settings = checked(settings, ScoreSettings, "settings")
+    with working(model), inference(model), torch.no_grad():
         job = Job(
             model=model,
             layout=layout,
-            batches=tuple(batches),
+            batches=make_batches(model, batches),
             settings=settings or ScoreSettings(),
             memory_budget=memory_budget,
             store=store or MemoryStore(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, Recording, check_finite, recorded, run_blocks
+from optin_deploy.pooling import pooling_of
 from optin_deploy.scoring.features import Features, Tokens, draw_tokens, valid_tokens
 from optin_deploy.scoring.losses import Readout, read_out
 
@@ -30,12 +31,14 @@ class DensePass:
     readout: Readout
     problem: str | None
     """`problem_type` of the config: regression or classification."""
+    pooling: str
+    """Of embeddings, see `optin_deploy.pooling`."""
     seconds: float
     """Of the forward."""
 
     def read(self, output: Any, times: int = 1) -> Tensor:
         """The compared values of another output on the same batch, repeated `times`."""
-        return read_out(output, self.valid.repeat(times, 1), self.problem).values
+        return read_out(output, self.valid.repeat(times, 1), self.problem, self.pooling).values
 
 
 def dense_pass(
@@ -59,11 +62,11 @@ def dense_pass(
     seconds = _now(model) - started
     last = recording.outputs[end]
     valid = valid_tokens(batch, last)
-    problem = getattr(model.config, "problem_type", None)
-    readout = read_out(output, valid, problem)
+    problem, pooling = getattr(model.config, "problem_type", None), pooling_of(model)
+    readout = read_out(output, valid, problem, pooling)
     check_finite(model, batch, (*recording.inputs.values(), *recording.outputs.values(), readout.values))
     tokens = draw_tokens(features, batch, valid, seed)
-    return DensePass(recording, last, valid, tokens, readout, problem, seconds)
+    return DensePass(recording, last, valid, tokens, readout, problem, pooling, seconds)
 
 
 def pulled_back(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from optin_deploy.pooling import pooled_states
 from optin_deploy.scoring.noise import signs
 
 OutputKind = Literal["logits", "regression", "embedding"]
@@ -43,13 +44,13 @@ def output_kind(output: Any, problem_type: str | None = None) -> OutputKind:
     return "regression" if problem_type == "regression" or logits.shape[-1] == 1 else "logits"
 
 
-def read_out(output: Any, valid: Tensor, problem_type: str | None = None) -> Readout:
-    """What is compared of a model's output: logits, or the unit mean over real tokens.
+def read_out(output: Any, valid: Tensor, problem_type: str | None = None, pooling: str = "mean") -> Readout:
+    """What is compared of a model's output: logits, or the unit embedding.
 
-    Args: valid: (batch, tokens), 0 or 1.
+    Args: valid: (batch, tokens), 0 or 1. pooling: of the embedding, see `optin_deploy.pooling`.
     """
     kind = output_kind(output, problem_type)
-    values: Tensor = pooled(output["last_hidden_state"], valid) if kind == "embedding" else output["logits"]
+    values: Tensor = pooled(output["last_hidden_state"], valid, pooling) if kind == "embedding" else output["logits"]
     if values.dim() == 3:
         # Real tokens first, so that noise falls on a token by its place in the text, wherever the padding is.
         order = valid.argsort(dim=1, descending=True, stable=True)
@@ -57,10 +58,9 @@ def read_out(output: Any, valid: Tensor, problem_type: str | None = None) -> Rea
     return Readout(kind, values.unsqueeze(1), torch.ones(len(values), 1).to(values))
 
 
-def pooled(states: Tensor, valid: Tensor) -> Tensor:
-    """Mean over real tokens, scaled to unit length: (batch, tokens, hidden) -> (batch, hidden)."""
-    weights = valid.unsqueeze(-1)
-    return torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
+def pooled(states: Tensor, valid: Tensor, pooling: str = "mean") -> Tensor:
+    """The embedding, scaled to unit length: (batch, tokens, hidden) -> (batch, hidden)."""
+    return torch.nn.functional.normalize(pooled_states(states, valid, pooling), dim=-1)
 
 
 def output_distance(dense: Readout, masked: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optin_deploy.arguments import checked, number, whole
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
@@ -36,14 +37,16 @@ class ScoreSettings:
     """Of random projections and of drawn tokens."""
 
     def __post_init__(self) -> None:
+        checked(self.features, Features, "features")
+        whole(self.seed, "--seed")
         if self.scorer not in SCORERS:
             raise BadInput(f"unknown --scorer {self.scorer!r}; possible: {', '.join(SCORERS)}.")
         if self.weighting not in WEIGHTINGS:
             raise BadInput(f"unknown --weighting {self.weighting!r}; possible: {', '.join(WEIGHTINGS)}.")
         if self.features.across and self.scorer != "exact":
             raise BadInput("tokens across a batch (--paper) are compared only by --scorer exact.")
-        if self.kl_weight is not None and not 0 <= self.kl_weight <= MOST_WEIGHT:
+        if self.kl_weight is not None and not 0 <= number(self.kl_weight, "--kl-weight") <= MOST_WEIGHT:
             raise BadInput(f"--kl-weight {self.kl_weight}: give a number, 0 or more and at most {MOST_WEIGHT:g}.")
         for name, value, most in (("--probes", self.probes, MOST_PROBES), ("--head-samples", self.head_samples, INT32)):
             if value is not None:
-                whole_number(value, name, 1, most)
+                whole_number(whole(value, name), name, 1, most)

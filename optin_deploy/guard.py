@@ -1,0 +1,75 @@
+"""What holds while a model is worked on: one thread at a time, ordinary tensors, and a model that can be worked on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from optin_deploy.errors import BadInput
+
+_LOCKS: Any = WeakIdKeyDictionary()
+_REGISTRY = threading.Lock()
+
+
+@contextmanager
+def working(model: nn.Module) -> Iterator[None]:
+    """Check the model and keep other threads from it; `torch.inference_mode` and `torch.device` around it end here.
+
+    Raises: BadInput: the model has no weights to work with.
+    """
+    check_model(model)
+    with ExitStack() as stack:
+        stack.enter_context(alone(model))
+        stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Wait until no other thread works on this model: hooks, masks and modes of two would be mixed.
+
+    A model is known by its first parameter, which it shares with its own base model, and by its config, which models
+    may share too. A thread that has it may take it again.
+    """
+    locks: dict[int, Any] = {}
+    with _REGISTRY:
+        for key in (next(model.parameters(), None), getattr(model, "config", None)):
+            with suppress(TypeError):  # None, and what stands in for a config, cannot be held weakly
+                locks[id(key)] = _LOCKS.setdefault(key, threading.RLock())
+    with ExitStack() as stack:
+        for lock in sorted(locks.values(), key=id):  # in one order, so that no two threads wait for each other
+            stack.enter_context(lock)
+        yield
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no loaded transformer.
+
+    Raises: BadInput: no module, no config, or weights without values.
+    """
+    if not isinstance(model, nn.Module):
+        raise BadInput(
+            f"the model is a {type(model).__name__}: give a loaded transformers model, such as "
+            "AutoModel.from_pretrained(folder) makes."
+        )
+    if getattr(model, "config", None) is None:
+        raise BadInput(f"{type(model).__name__} has no `config`: give a transformers model.")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not any(isinstance(tensor, nn.Parameter) for _, tensor in tensors):
+        raise BadInput(f"{type(model).__name__} has no parameters: there is nothing to prune.")
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise BadInput(f"{name} lies on the meta device: it has no values. Load the weights first.")
+        if tensor.is_inference():
+            raise BadInput(
+                f"{name} was made under torch.inference_mode, so that no gradient passes through it. Load the model "
+                "outside of that block."
+            )
