@@ -19,9 +19,10 @@ from exporters.checks.half_range import check_constants
 from exporters.checks.machine import check_machine
 from exporters.checks.preflight import build_ahead
 from exporters.checks.support import Parser, check_support, find_parser
+from exporters.onnx_artifact import was_changed
 from optin_deploy.bench.machine import Machine, examine
 from optin_deploy.errors import BadInput, OptinError
-from optin_deploy.onnx_data import all_tensors, external_fault, read_onnx
+from optin_deploy.onnx_data import all_tensors, external_fault, read_onnx, remedy
 from optin_deploy.storage import read_tensors
 
 SCHEMA_VERSION = 1
@@ -137,7 +138,7 @@ def check_file(path: Path, feeds: Mapping[str, np.ndarray], *, parser: Parser | 
     faults = _external_faults(proto, path.parent, subject)
     if faults:
         return faults  # nothing can run it, and nothing more of it is read
-    findings = check_graph(proto, subject)
+    findings = [*_changed(path, proto, subject), *check_graph(proto, subject)]
     said = check_support(parser, path, len(proto.graph.node), subject) if parser is not None else None
     findings += list(unsupported_by_list(proto, subject)) if said is None else said
     if any(tensor.data_type in HALF for tensor in proto.graph.initializer):
@@ -189,6 +190,13 @@ def _external_faults(proto: onnx.ModelProto, folder: Path, subject: str) -> list
     (name, fault), more = real[0], f" (and {len(real) - 1} tensors more)" if len(real) > 1 else ""
     remedy = "copy the data files beside the ONNX file, from where it was exported"
     return [Finding("problem", subject, f"weights of {named(name)} cannot be read: {fault}{more}.", remedy)]
+
+
+def _changed(path: Path, proto: onnx.ModelProto, subject: str) -> list[Finding]:
+    if not was_changed(path, proto):
+        return []
+    text = "was changed after it was exported, or the file with its weights was: it may not be the model it came from."
+    return [Finding("problem", subject, text, remedy(path))]
 
 
 def _built(preflight: Preflight, path: Path) -> list[Finding]:

@@ -15,13 +15,16 @@ from torch import nn
 
 from exporters import check_precision, exporter
 from exporters.base import ExportSpec, output_names
+from exporters.bench.float32_dense import measure_beside_float32
 from exporters.bench.measuring import Point, measure
 from exporters.bench.time_budget import Round, judged, plan_in_time
 from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
+from exporters.onnx_artifact import WITH_SHAPES
 from exporters.proving import EngineModel, check_engine
 from exporters.ready import check_measured, ready
 from exporters.tensorrt_plan import EngineOptions
+from exporters.to_onnx import check_size
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.budget import Limits, TimeTarget
@@ -123,17 +126,19 @@ def export_model(
         quality = _quality(prepared, pruned.model, built)
         record_samples(workspace, prepared, pruned.model)
     asked = built.pairs[-1]
+    measured_at = points if dense and built.obstacle is None else ()
     latency = measure(
         asked.engine,
         asked.dense.path if asked.dense else Path(source.model),
         asked.pruned.path,
         pruned,
-        points if dense and built.obstacle is None else (),
+        measured_at,
         precision=asked.precision,
         threads=threads,
         task=source.task,
         stage=clock,
     )
+    latency += measure_beside_float32(built, pruned, source, measured_at, threads=threads, stage=clock)
     settings = {
         **asdict(limits),
         "engine": engine,
@@ -141,6 +146,7 @@ def export_model(
         "scoring": asdict(scoring),
         **how,
         "rounds": [asdict(each) for each in rounds],
+        "onnx_shapes": WITH_SHAPES,
     }
     verdict = None if limits.time is None else judged(limits.time, latency[0])
     report = _report(prepared, pruned, built, quality, parity, latency, clock, settings)
@@ -183,6 +189,8 @@ def build_folder(
     source = workspace.source()
     pruned = load_pruned(folder)
     output_names(pruned.model, pool)
+    if target.reads_onnx:
+        check_size(pruned.model, precision)
     original = load_dense(source.model, source.task).model if dense else None
     if original is not None and sha256_tensors(original.state_dict()) != pruned.report.get("dense_weights"):
         raise PlanMismatch(

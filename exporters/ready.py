@@ -14,6 +14,7 @@ from exporters.bench.yardstick import DENSE, setting_of, yardstick
 from exporters.building import int8_samples
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
+from exporters.to_onnx import check_size
 from optin_deploy.bench.stats import percentile
 from optin_deploy.budget import Limits
 from optin_deploy.cost.latency import LatencyTable, read_table
@@ -67,6 +68,8 @@ def ready(
     if allocation == "curves":
         judged_samples(prepared.calibration.batches)  # enough of them
     output_names(prepared.loaded.model, pool)
+    if target.reads_onnx:
+        check_size(prepared.loaded.model, precision)
     for point in points:
         tokens = length_of(point, prepared.loaded.model, prepared.cost.tokens)
         _check_room(prepared, point.batch, tokens, precision, str(point))

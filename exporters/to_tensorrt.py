@@ -77,6 +77,7 @@ class TensorRTExporter:
             options=options.settings(),
             onnx=source.name,
             onnx_sha256=graph.sha256,
+            onnx_data=graph.data,
             any_version="version" in options.compatible,
             any_device="hardware" in options.compatible,
             stripped=options.weights == "stripped",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from optin_deploy.bench.report import quality_lines
+from optin_deploy.bench.report import beside, quality_lines
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.plan import Masks
 from optin_deploy.pruned import read_saved
@@ -122,6 +122,14 @@ class LatencyRow:
     same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
     """Of the dense model's two sessions; since schema 2."""
     unstable: bool = False
+    dense_engine: str | None = None
+    dense_precision: str | None = None
+    """Of the dense model, where they are not those of the pruned one; None: in reports that did not say them."""
+
+    @property
+    def beside(self) -> str:
+        """See `Measurement.beside`."""
+        return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,18 @@ def remedy(path: Path) -> str:
 def data_files(path: Path) -> tuple[Path, ...]:
     """The files beside an ONNX file that hold its weights, each once; none if it holds them all itself.
 
-    Raises: BadInput: as `read_onnx`; or such a file lies outside of the folder, is missing, or is too short.
+    Raises: BadInput: as `read_onnx` and `data_files_of`.
+    """
+    return data_files_of(read_onnx(path), path)
+
+
+def data_files_of(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
+    """The same for a file that was read.
+
+    Raises: BadInput: such a file lies outside of the folder, is missing, or is too short.
     """
     found: dict[Path, None] = {}
-    for tensor in all_tensors(read_onnx(path)):
+    for tensor in all_tensors(proto):
         fault = external_fault(tensor, path.parent)
         if fault is not None:
             raise BadInput(f"{path}: weights of {_named(tensor.name)} cannot be read: {fault}. {remedy(path)}")

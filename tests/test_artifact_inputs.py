@@ -18,6 +18,7 @@ from exporters.bench.artifact_inputs import Input, common_inputs, graph_inputs, 
 from exporters.bench.comparing import settle
 from exporters.bench.measuring import Point
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import sha256_file
 
 Shape = Sequence[int | str | None]
 
@@ -262,9 +263,19 @@ def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.
     assert [feeds["pixel_values"].shape for feeds in fake.feeds] == [(2, 3, 8, 6)]
 
 
-def test_weights_in_other_files_are_not_pinned(tmp_path: Path) -> None:
+def test_a_pin_covers_weights_in_other_files(tmp_path: Path) -> None:
     node = helper.make_node("Add", ["x", "w"], ["out"])
     file = graph_file(tmp_path / "a.onnx", {"x": (FLOAT, ["n", 2])}, [node], {"w": np.ones(2, np.float32)})
     onnx.save(onnx.load(file), file, save_as_external_data=True, location="w.bin", size_threshold=0)
-    with pytest.raises(BadInput, match="other files"):
-        settle(file).pin(tmp_path / "baseline.json")
+    pin, data = tmp_path / "baseline.json", tmp_path / "w.bin"
+    assert settle(file).pin(pin).data == {"w.bin": sha256_file(data)}
+    assert settle(pin).baseline == file
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + b"\x41")
+    with pytest.raises(BadInput, match=r"w\.bin, which holds weights of a\.onnx, is not the pinned file"):
+        settle(pin)
+    data.unlink()
+    with pytest.raises(BadInput, match=r"a\.onnx: weights of 'w' cannot be read: its data file 'w\.bin' is missing"):
+        settle(pin)
+    data.write_bytes(content)
+    assert settle(pin).baseline == file

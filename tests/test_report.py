@@ -77,7 +77,7 @@ def test_the_fields_are_those_of_the_contract() -> None:
 def test_a_latency_row_has_the_fields_of_the_contract() -> None:
     (row,) = stored()["latency"]
     contract = {"engine", "precision", "batch", "seq_len", "threads", "dense", "pruned", "speedup", "ci95"}
-    contract |= {"ideal", "realised", "same_ci95", "unstable"}
+    contract |= {"ideal", "realised", "same_ci95", "unstable", "dense_engine", "dense_precision"}
     assert set(row) == contract | {"samples_ms", "machine"}  # raw samples are kept
     assert len(row["machine"]) == 1 + 2
     assert all(state["load_average"] >= 0 for state in row["machine"])

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes import tensorrt as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.runtimes.record import read_record
+from optin_deploy.runtimes.record import read_record, write_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
+from optin_deploy.storage import sha256_file
 from optin_deploy.validation import parse_size
 
 SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
@@ -93,7 +95,9 @@ def test_one_command_builds_proves_and_measures_plans(trt: Any, tmp_path: Path, 
     report = json.loads((out / "report.json").read_text())
     assert 0 < report["parity"]["torch_vs_engine"] < 2e-2
     assert report["parity"]["torch_vs_onnx_fp32"] < 1e-4
-    assert [(row["engine"], row["precision"]) for row in report["latency"]] == [("trt", "fp16")]
+    kinds = ("engine", "precision", "dense_engine", "dense_precision")
+    rows = [tuple(row[kind] for kind in kinds) for row in report["latency"]]
+    assert rows == [("trt", "fp16", "trt", "fp16"), ("trt", "fp16", "torch", "fp32")]
     names = {"model.engine", "dense.engine", "model.fp16.onnx", "dense.fp16.onnx", "model.onnx", "dense.onnx"}
     assert names <= set(report["hashes"])
     assert names | {"engine.json", "model.engine.log", "timing.cache"} <= {path.name for path in out.iterdir()}
@@ -381,8 +385,15 @@ def test_a_plan_without_weights_takes_them_from_the_onnx_beside_it(trt: Any, tmp
     with TensorRTRuntime(artifact.path) as runtime:
         expected = OrtRuntime(tmp_path / "model.onnx").run(feeds)["last_hidden_state"]
         np.testing.assert_array_equal(runtime.run(feeds)["last_hidden_state"], expected)
+    record, data = read_record(artifact.path), tmp_path / "model.onnx.data"
+    data.write_bytes(b"weights")
+    write_record(artifact.path, replace(record, onnx_data={data.name: sha256_file(data)}))
+    TensorRTRuntime(artifact.path).close()
+    data.write_bytes(b"other weights")
+    with pytest.raises(BadInput, match=r"model\.onnx\.data is not the file they came from"):
+        TensorRTRuntime(artifact.path)
     (tmp_path / "model.onnx").write_bytes(b"other weights")
-    with pytest.raises(BadInput, match="not the file they came from"):
+    with pytest.raises(BadInput, match=r"model\.onnx is not the file they came from"):
         TensorRTRuntime(artifact.path)
 
 

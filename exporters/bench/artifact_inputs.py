@@ -15,7 +15,7 @@ from exporters.bench.measuring import Point
 from exporters.checks.findings import listed, named
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs
-from optin_deploy.onnx_data import read_onnx
+from optin_deploy.onnx_data import data_files_of, read_onnx
 from optin_deploy.pruned import MANIFEST, load_pruned
 
 FIRST_ID, END_ID = 5, 100
@@ -82,9 +82,11 @@ def inputs_of(path: Path) -> tuple[Input, ...]:
 def graph_inputs(path: Path) -> tuple[Input, ...]:
     """The inputs of an ONNX file, without its stored weights.
 
-    Raises: BadInput.
+    Raises: BadInput: also if weights lie where they are not read.
     """
-    graph = read_onnx(path).graph
+    proto = read_onnx(path)
+    data_files_of(proto, path)
+    graph = proto.graph
     stored = {tensor.name for tensor in graph.initializer}
     found = tuple(_graph_input(path, graph, entry) for entry in graph.input if entry.name not in stored)
     if not found:

@@ -13,14 +13,14 @@ from exporters import ENGINES, check_precision, exporter
 from exporters.base import Exporter
 from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
 from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
-from exporters.bench.pins import Pin, pinned_path, read_pin, write_pin
+from exporters.bench.pins import Pin, data_hashes, pinned_path, read_pin, write_pin
 from exporters.bench.room import activation_bytes, check_room
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.layout import ModelLayout
-from optin_deploy.onnx_data import all_tensors, read_onnx
+from optin_deploy.onnx_data import data_files
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.storage import read_json, sha256_file
@@ -96,8 +96,8 @@ class Contest:
         check_not_input(file, self.baseline, option="--pin")
         if file.suffix != PIN_SUFFIX:
             raise BadInput(f"--pin {file}: give a name that ends in {PIN_SUFFIX}, by which a pin is recognised later.")
-        if self.baseline.suffix == ".onnx" and any(t.external_data for t in all_tensors(read_onnx(self.baseline))):
-            raise BadInput(f"{self.baseline} keeps weights in other files, which the pin's hash would not cover.")
+        if self.baseline.suffix == ".onnx":
+            data_files(self.baseline)
         pinned_path(file, self.baseline)
 
     def try_out(self) -> None:
@@ -213,4 +213,6 @@ def check_not_input(file: Path, *inputs: Path, option: str) -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+    found = {"file": path.name, "sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+    data = data_hashes(path)
+    return {**found, "data": data} if data else found

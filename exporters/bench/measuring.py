@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
 from exporters.bench.room import check_room, least_bytes
+from exporters.onnx_artifact import data_path
 from exporters.origin import check_origin
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
@@ -20,14 +22,16 @@ from optin_deploy.bench.timing import PairTiming, measure_pair
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, example_inputs, input_names
+from optin_deploy.ownership import Record
 from optin_deploy.processors import available_cpus
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.storage import write_json
 from optin_deploy.validation import STORED, whole_number
 from optin_deploy.workspace import Workspace
 
+log = logging.getLogger(__name__)
 AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
 
 
@@ -106,13 +110,21 @@ def time_pair(
     Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
         precision: None: the artifact's own. task: of `first`, where the engine runs a dense transformers folder.
     """
-    with stage(f"measure {point_name(*at)}") as progress:
-        return measure_pair(
-            lambda: target.open(first, precision=precision, threads=threads, task=task),
-            lambda: target.open(second, precision=precision, threads=threads),
-            feeds,
-            on_block=progress,
-        )
+    return timed(
+        lambda: target.open(first, precision=precision, threads=threads, task=task),
+        lambda: target.open(second, precision=precision, threads=threads),
+        feeds,
+        title=f"measure {point_name(*at)}",
+        stage=stage,
+    )
+
+
+def timed(
+    dense: Callable[[], Runtime], pruned: Callable[[], Runtime], feeds: Feeds, *, title: str, stage: Stage
+) -> PairTiming:
+    """Interleaved A/B timing of what two functions open, as one stage."""
+    with stage(title) as progress:
+        return measure_pair(dense, pruned, feeds, on_block=progress)
 
 
 def example_feeds(model: nn.Module, batch: int, seq_len: int) -> Feeds:
@@ -318,13 +330,17 @@ def check_runs(target: Exporter, precision: str | None) -> None:
 
 
 def check_built(path: Path, engine: str, precision: str) -> None:
-    """Refuse an output folder that lacks an artifact.
+    """Refuse an output folder that lacks an artifact; warn if what is there is not what was written.
 
     Raises: BadInput: says how it is made.
     """
+    remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
     if not path.exists():
-        remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
         raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
+    record = Record.above(path)
+    for file in (path, data_path(path)):
+        if record is not None and file.is_file() and not record.strangers(file) and not record.owns(file):
+            log.warning("%s was changed after it was written; make it again with `%s`", file, remedy)
 
 
 def check_threads(threads: int) -> None:

@@ -17,6 +17,7 @@ from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
 from optin_deploy.bench.environment import environment
 from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.layout import ModelLayout
+from optin_deploy.onnx_data import read_onnx
 from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
@@ -124,11 +125,9 @@ def _medians(runs: Sequence[Counter[str]]) -> dict[str, float]:
 
 def _blocks(path: Path, layout: ModelLayout) -> dict[str, str]:
     """Name of a node -> number of the block that it was traced in, or OUTSIDE."""
-    import onnx
-
     numbers = {layer.path: str(i) for i, layer in enumerate(layout.layers)}
     found = {}
-    for node in onnx.load(path, load_external_data=False).graph.node:
+    for node in read_onnx(path).graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
         inside = (numbers.get(scope.removeprefix("model.")) for scope in re.findall(r"[\w.]+", scopes))
         found[node.name] = next(filter(None, inside), OUTSIDE)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from exporters.bench.measuring import Point
 from optin_deploy.errors import BadInput
+from optin_deploy.onnx_data import data_files
 from optin_deploy.storage import sha256_file, write_json
 from optin_deploy.validation import STORED, read_stored
 
@@ -28,11 +29,14 @@ class Pin:
     """Path relative to the pin's own folder, with forward slashes; never out of that folder."""
     sha256: str
     size_bytes: int
+    """Of the file, like its hash."""
     engine: str
     precision: str | None
     """None: the artifact's own."""
     threads: int
     points: tuple[Point, ...]
+    data: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the files that hold an ONNX file's weights, by path relative to its folder; empty: it holds them."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -44,7 +48,7 @@ class Pin:
         """The artifact, if it is still the pinned one.
 
         Args: folder: of the pin.
-        Raises: BadInput: the path leads out of the folder, or the file is missing or another one.
+        Raises: BadInput: the path leads out of the folder, or the file or its data is missing or another one.
         """
         if not self.artifact or _leads_out(self.artifact):
             raise BadInput(
@@ -62,7 +66,22 @@ class Pin:
                 f"{path} is not the pinned file: pinned are {self.size_bytes} bytes with sha256 {self.sha256}, there "
                 f"are {size} with {found or sha256_file(path)}. Bring the pinned file back, or pin anew: {HINT}"
             )
+        for name, there in data_hashes(path).items():
+            if there != self.data.get(name):
+                raise BadInput(
+                    f"{path.parent / name}, which holds weights of {path.name}, is not the pinned file: pinned is "
+                    f"sha256 {self.data.get(name)}, there is {there}. Bring the pinned file back, or pin anew: {HINT}"
+                )
         return path
+
+
+def data_hashes(path: Path) -> dict[str, str]:
+    """sha256 of the files that hold an ONNX file's weights, by path relative to its folder.
+
+    Raises: BadInput: one of them cannot be read.
+    """
+    files = data_files(path) if path.suffix == ".onnx" else ()
+    return {file.relative_to(path.parent).as_posix(): sha256_file(file) for file in files}
 
 
 def _leads_out(artifact: str) -> bool:
@@ -118,6 +137,8 @@ def write_pin(
         precision=precision,
         threads=threads,
         points=tuple(points),
+        data=data_hashes(artifact),
     )
-    write_json(file, asdict(pin))
+    # Without data files, a pin is what earlier versions wrote and read.
+    write_json(file, {name: value for name, value in asdict(pin).items() if name != "data" or value})
     return pin

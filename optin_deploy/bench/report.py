@@ -35,6 +35,15 @@ class Measurement:
     """Host memory that `dense` and `pruned` take beyond the libraries; None: not measured."""
     device_time: DeviceTime | None = None
     """Without transfers, which `timing` holds; None: not measured."""
+    dense_engine: str | None = None
+    """Of the dense model; None: `engine`."""
+    dense_precision: str | None = None
+    """Of the dense model; None: `precision`."""
+
+    @property
+    def beside(self) -> str:
+        """What the dense model is, if it is of another type or engine than the pruned one; else empty."""
+        return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
 
     @property
     def realised(self) -> float:
@@ -48,6 +57,8 @@ class Measurement:
         settings = {k: getattr(self, k) for k in ("engine", "precision", "batch", "seq_len", "threads", "ideal")}
         return {
             **settings,
+            "dense_engine": self.dense_engine or self.engine,
+            "dense_precision": self.dense_precision or self.precision,
             **({} if self.peak_bytes is None else {"peak_bytes": dict(self.peak_bytes)}),
             **({} if self.device_time is None else {"device_time": self.device_time.to_json(t)}),
             "dense": latency_figures(t.dense, throughput[0], t.load_ms["dense"]),
@@ -56,6 +67,14 @@ class Measurement:
             "realised": self.realised,
             "machine": [*t.states],
         }
+
+
+def beside(engine: str, precision: str, dense_engine: str | None, dense_precision: str | None) -> str:
+    """What a dense model is that a pruned one was measured beside; empty if of the same engine and type, or None."""
+    what = (dense_engine or engine, dense_precision or precision)
+    if what == (engine, precision):
+        return ""
+    return f"beside {what[1]} dense" + ("" if what[0] == engine else f" on {what[0]}")
 
 
 def latency_figures(latency: Callable[[float], float], throughput: float, load_ms: float) -> dict[str, float]:
@@ -137,10 +156,11 @@ def point_name(batch: int, seq_len: int | None) -> str:
 def _named(latency: Sequence[Measurement]) -> list[tuple[str, Measurement]]:
     """Measurements with their points; where engine, precision or threads differ, the names say them too."""
     alike = len({(m.engine, m.precision, m.threads) for m in latency}) < 2
-    return [
-        (point_name(m.batch, m.seq_len) + ("" if alike else f", {m.engine} {m.precision} {m.threads}t"), m)
+    names = [
+        (point_name(m.batch, m.seq_len), "" if alike else f"{m.engine} {m.precision} {m.threads}t", m.beside)
         for m in latency
     ]
+    return [(", ".join(filter(None, parts)), m) for parts, m in zip(names, latency, strict=True)]
 
 
 def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
@@ -156,7 +176,7 @@ def latency_rows(latency: Sequence[Measurement]) -> list[tuple[str, ...]]:
                 f"{t.pruned(50):.2f} / {t.pruned(95):.2f}",
                 f"{before:.0f} -> {after:.0f}",
                 _speedup(t),
-                f"{m.realised:.0%} of {m.ideal:.2f}x",
+                "-" if m.beside else f"{m.realised:.0%} of {m.ideal:.2f}x",
             )
         )
     return rows
@@ -202,7 +222,7 @@ def machine_lines(latency: Sequence[Measurement]) -> list[str]:
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
     """A warning for each timing in which the dense model differed from itself."""
     timings = [
-        (f"{point_name(m.batch, m.seq_len)}{where}", timing)
+        (", ".join(filter(None, (point_name(m.batch, m.seq_len), m.beside))) + where, timing)
         for m in latency
         for where, timing in (("", m.timing), *_on_device(m))
         if timing is not None

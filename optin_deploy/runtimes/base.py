@@ -17,6 +17,8 @@ from optin_deploy.processors import available_cpus
 
 Feeds = Mapping[str, np.ndarray]
 """Named input arrays, batch first."""
+SAID = 300
+"""Characters of an engine's own error that are shown."""
 
 
 class Runtime(Protocol):
@@ -98,17 +100,44 @@ def torch_threads() -> int:
     return min(torch.get_num_threads(), available_cpus())
 
 
-def check_names(needed: Sequence[str], given: Mapping[str, object]) -> None:
+def check_names(needed: Sequence[str], given: Mapping[str, object], path: Path | None = None) -> None:
     """Refuse feeds that lack an input.
 
+    Args: path: of the model.
     Raises: BadInput: names the missing ones and all that are needed.
     """
     missing = [name for name in needed if name not in given]
     if missing:
         raise BadInput(
-            f"The model needs {', '.join(missing)}, but the feeds are {', '.join(given) or 'empty'}. "
+            f"{path or 'The model'} needs {', '.join(missing)}, but the feeds are {', '.join(given) or 'empty'}. "
             f"Give all of: {', '.join(needed)}."
         )
+
+
+def does_not_load(path: Path, engine: str, err: Exception) -> BadInput:
+    """The error of an engine that cannot load an ONNX file: what is wrong with the file, else what the engine said."""
+    from optin_deploy.onnx_data import data_files, remedy
+
+    try:
+        data_files(path)
+    except BadInput as fault:
+        return fault
+    return BadInput(f"{path} does not load on engine {engine}: {_said(err)}. {remedy(path)}")
+
+
+def does_not_run(path: Path, engine: str, feeds: Feeds, err: Exception) -> BadInput:
+    """The error of an engine that loaded a file and cannot run it."""
+    from optin_deploy.onnx_data import remedy
+
+    sizes = ", ".join(f"{name} {'x'.join(map(str, np.shape(value)))}" for name, value in feeds.items())
+    return BadInput(
+        f"{path} does not run on engine {engine} with {sizes}: {_said(err)}. Give sizes that the model takes, e.g. "
+        f"shorter texts. If it takes none: {remedy(path)}"
+    )
+
+
+def _said(err: Exception) -> str:
+    return " ".join(str(err).split())[:SAID].rstrip(".")
 
 
 def check_threads(threads: int, default: str) -> None:

@@ -14,7 +14,16 @@ import numpy as np
 
 from optin_deploy.errors import MissingDependency
 from optin_deploy.processors import available_cpus, usable_cpus
-from optin_deploy.runtimes.base import Closing, Feeds, check_names, check_onnx_file, check_threads, closed
+from optin_deploy.runtimes.base import (
+    Closing,
+    Feeds,
+    check_names,
+    check_onnx_file,
+    check_threads,
+    closed,
+    does_not_load,
+    does_not_run,
+)
 
 DEVICE = "CPU"
 TELEMETRY = "openvino_telemetry"
@@ -51,7 +60,8 @@ class OpenVinoRuntime(Closing):
 
         Args: path: an ONNX file. threads: 0 = OpenVINO's default within a quota; more than the cores: the cores.
             precision: of the file, one of `COMPUTED_IN`.
-        Raises: BadInput: no such file, or negative threads. MissingDependency: see `import_openvino`.
+        Raises: BadInput: no such file, one that does not load, or negative threads. MissingDependency: see
+            `import_openvino`.
         """
         check_threads(threads, "OpenVINO's default")
         check_onnx_file(path)
@@ -62,23 +72,31 @@ class OpenVinoRuntime(Closing):
         settings: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": computed_in}
         if threads or available_cpus() < len(usable_cpus()):  # OpenVINO looks at the affinity, not at quotas
             settings["INFERENCE_NUM_THREADS"] = threads or available_cpus()
-        model = core.read_model(str(path))
-        # Names are read before compiling: that may add those of tensors that it finds equal to an output.
-        self._inputs = tuple(each.get_any_name() for each in model.inputs)
-        self._outputs = tuple(each.get_any_name() for each in model.outputs)
-        self._compiled: Any = core.compile_model(model, DEVICE, settings)
-        self._request: Any = self._compiled.create_infer_request()
+        self._path = Path(path)
+        try:
+            model = core.read_model(str(path))
+            # Names are read before compiling: that may add those of tensors that it finds equal to an output.
+            self._inputs = tuple(each.get_any_name() for each in model.inputs)
+            self._outputs = tuple(each.get_any_name() for each in model.outputs)
+            self._compiled: Any = core.compile_model(model, DEVICE, settings)
+            self._request: Any = self._compiled.create_infer_request()
+        except Exception as err:  # its errors have no common base but Exception
+            raise does_not_load(self._path, self.engine, err) from err
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once; feeds that the graph does not take are left out.
 
         Returns: every output of the graph by name, as copies.
-        Raises: BadInput: an input of the graph is not in `feeds`, or the runtime is closed.
+        Raises: BadInput: an input of the graph is not in `feeds`, or of a size that it does not take, or the runtime is
+            closed.
         """
         if self._request is None:
             raise closed(self)
-        check_names(self._inputs, feeds)
-        found = self._request.infer({name: feeds[name] for name in self._inputs})
+        check_names(self._inputs, feeds, self._path)
+        try:
+            found = self._request.infer({name: feeds[name] for name in self._inputs})
+        except Exception as err:  # as above
+            raise does_not_run(self._path, self.engine, feeds, err) from err
         return {name: found[name] for name in self._outputs}
 
     def synchronize(self) -> None:

@@ -10,10 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.onnx_data import remedy
+from optin_deploy.errors import MissingDependency
 from optin_deploy.processors import default_threads, is_limited
-from optin_deploy.runtimes.base import Closing, Feeds, check_names, check_onnx_file, check_threads, closed
+from optin_deploy.runtimes.base import (
+    Closing,
+    Feeds,
+    check_names,
+    check_onnx_file,
+    check_threads,
+    closed,
+    does_not_load,
+    does_not_run,
+)
 
 PROVIDER = "CPUExecutionProvider"
 FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
@@ -56,8 +64,8 @@ class OrtRuntime(Closing):
         Args: path: an ONNX file; external data is looked for beside it.
             threads: intra-op threads; 0 = one per physical core, which ORT then also pins, or what a quota allows.
             provider: execution provider that the session must really get. options: its options.
-        Raises: BadInput: no such file, a damaged one, or negative threads. MissingDependency: see `import_onnxruntime`;
-            or the session runs on another provider than the asked one.
+        Raises: BadInput: no such file, one that does not load, or negative threads. MissingDependency: see
+            `import_onnxruntime`; or the session runs on another provider than the asked one.
         """
         self.engine = ENGINES.get(provider, provider)
         check_threads(threads, "ONNX Runtime's default")
@@ -77,13 +85,11 @@ class OrtRuntime(Closing):
             raise MissingDependency(
                 f"This onnxruntime has no {provider}; it has {', '.join(known)}. See `optin doctor`."
             )
-        # No fallback: `run` would go on with another provider after an error of this one.
-        said: Any = ort.capi.onnxruntime_pybind11_state
         try:
+            # No fallback: `run` would go on with another provider after an error of this one.
             session = ort.InferenceSession(str(path), sess_options=settings, providers=providers, enable_fallback=0)
-        except (said.InvalidProtobuf, said.InvalidGraph, said.InvalidArgument, said.Fail) as err:
-            why = " ".join(str(err).split())[:300]
-            raise BadInput(f"ONNX Runtime does not load {path}: {why}. {remedy(Path(path))}") from err
+        except Exception as err:  # its errors have no common base but Exception
+            raise does_not_load(Path(path), self.engine, err) from err
         # ORT drops a provider that does not load without raising; the CPU's numbers must not pass as its own.
         wanted = [name for name, _ in providers]
         if session.get_providers()[: len(wanted)] != wanted:
@@ -91,6 +97,7 @@ class OrtRuntime(Closing):
                 f"ONNX Runtime chose {session.get_providers()} where {provider} was asked: that provider, its "
                 "libraries or the driver do not fit. See `optin doctor`."
             )
+        self._path = Path(path)
         self._session: Any = session
         self._inputs = tuple(node.name for node in session.get_inputs())
         self._outputs = tuple(node.name for node in session.get_outputs())
@@ -99,12 +106,16 @@ class OrtRuntime(Closing):
         """Run once; feeds that the graph does not take are left out.
 
         Returns: every output of the graph by name.
-        Raises: BadInput: an input of the graph is not in `feeds`, or the runtime is closed.
+        Raises: BadInput: an input of the graph is not in `feeds`, or of a size that it does not take, or the runtime is
+            closed.
         """
         if self._session is None:
             raise closed(self)
-        check_names(self._inputs, feeds)
-        values = self._session.run(None, {name: feeds[name] for name in self._inputs})
+        check_names(self._inputs, feeds, self._path)
+        try:
+            values = self._session.run(None, {name: feeds[name] for name in self._inputs})
+        except Exception as err:  # as above
+            raise does_not_run(self._path, self.engine, feeds, err) from err
         return dict(zip(self._outputs, values, strict=True))
 
     def synchronize(self) -> None:

@@ -46,6 +46,8 @@ class EngineRecord:
     onnx: str | None = None
     """File beside it that it was built from."""
     onnx_sha256: str | None = None
+    onnx_data: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the files beside it that hold its weights, by their names."""
     any_version: bool = False
     """Loads in later versions of the same major version."""
     any_device: bool = False

@@ -237,11 +237,13 @@ class TensorRTRuntime(Closing):
 
     def _put_weights_in(self, path: Path, record: EngineRecord) -> None:
         source = path.parent / Path(record.onnx or "").name
-        if not source.is_file() or sha256_file(source) != record.onnx_sha256:
-            raise BadInput(
-                f"{path} was built without weights, and {source} is not the file they came from. Put it back, or "
-                f"run: optin build {path.parent} --engine {self.engine}"
-            )
+        needed = {source.name: record.onnx_sha256, **record.onnx_data}
+        for file, sha256 in ((path.parent / Path(name).name, sha256) for name, sha256 in needed.items()):
+            if not file.is_file() or sha256_file(file) != sha256:
+                raise BadInput(
+                    f"{path} was built without weights, and {file} is not the file they came from. Put it back, or "
+                    f"run: optin build {path.parent} --engine {self.engine}"
+                )
         refitter = self._trt.Refitter(self._plan, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():

@@ -1,0 +1,74 @@
+"""Measure a pruned artifact of another type beside the float32 dense model: what pruning and type gain together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporters import exporter
+from exporters.base import Exporter
+from exporters.bench.measuring import Point, example_feeds, length_of, timed
+from exporters.building import Built
+from optin_deploy.bench.report import Measurement, point_name
+from optin_deploy.cost.macs import ideal_speedup
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.pruned import PrunedModel
+from optin_deploy.workspace import Source
+
+PRECISION = "fp32"
+
+
+def measure_beside_float32(
+    built: Built,
+    pruned: PrunedModel,
+    source: Source,
+    points: Sequence[Point],
+    *,
+    threads: int = 0,
+    stage: Stage = silent_stage,
+) -> list[Measurement]:
+    """Interleaved A/B timing of the float32 dense model and the pruned artifact at each point.
+
+    Returns: none if the artifact is in float32 itself, where the ordinary measurements say this.
+    """
+    asked = built.pairs[-1]
+    if asked.precision == PRECISION:
+        return []
+    engine, path = float32_dense(built, source)
+    measured = []
+    for point in points:
+        seq_len = length_of(point, pruned.model, pruned.plan.tokens)
+        timing = timed(
+            lambda: engine.open(path, precision=PRECISION, threads=threads, task=source.task),
+            lambda: asked.engine.open(asked.pruned.path, precision=asked.precision, threads=threads),
+            example_feeds(pruned.model, point.batch, seq_len),
+            title=f"measure {point_name(point.batch, point.seq or pruned.plan.tokens)} beside float32 dense",
+            stage=stage,
+        )
+        measured.append(
+            Measurement(
+                engine=asked.engine.engine,
+                batch=point.batch,
+                seq_len=seq_len,
+                threads=asked.engine.threads(threads),
+                ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
+                timing=timing,
+                precision=asked.precision,
+                dense_engine=engine.engine,
+                dense_precision=PRECISION,
+            )
+        )
+    return measured
+
+
+def float32_dense(built: Built, source: Source) -> tuple[Exporter, Path]:
+    """The dense model in float32 on the asked engine, if such an artifact is there; else the model itself on torch."""
+    engine = built.pairs[-1].engine
+    if PRECISION in engine.precisions:
+        _, name = engine.file_names(PRECISION)
+        if name is None:
+            return engine, Path(source.model)
+        for pair in built.pairs:
+            if pair.precision == PRECISION and pair.dense is not None and pair.dense.path.name == name:
+                return engine, pair.dense.path
+    return exporter("torch"), Path(source.model)
