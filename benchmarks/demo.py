@@ -22,7 +22,7 @@ from exporters.bench.measuring import Point
 from exporters.job import export_model
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
 from optin_deploy.budget import Budget, Limits
-from optin_deploy.calibration import Batches, Sample, text_batches
+from optin_deploy.data.calibration import Batches, Sample, text_batches
 from optin_deploy.inputs import input_names
 from optin_deploy.pruned import load_pruned
 from optin_deploy.pruning import cut

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.batches import make_batches
+from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, Recording, inference, recorded, run_blocks

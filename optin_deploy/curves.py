@@ -17,7 +17,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
-from optin_deploy.batches import make_batches
+from optin_deploy.data.batches import make_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.guard import working
 from optin_deploy.judging import joined, judged_samples

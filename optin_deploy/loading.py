@@ -14,11 +14,11 @@ from torch import nn
 from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import Stored, model_folder, read_weights, stored_tensors
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
+from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.masking import inference
-from optin_deploy.preprocessor import load_beside
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",

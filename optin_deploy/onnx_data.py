@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from optin_deploy.data_files import short
+from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
 
 PROTOBUF_BYTES = 2**31 - 1

@@ -11,12 +11,12 @@ from torch import nn
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arguments import checked, whole
-from optin_deploy.batches import make_batches
 from optin_deploy.budget import Limits
 from optin_deploy.compensate import refit
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
+from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.judging import judged_samples
 from optin_deploy.layout import ModelLayout

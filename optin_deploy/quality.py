@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.calibration import Batches
+from optin_deploy.data.calibration import Batches
+from optin_deploy.data.label_order import SURE, at_least, check_order
+from optin_deploy.data.labels import class_index, is_regression
 from optin_deploy.inputs import gives_logits
-from optin_deploy.label_order import SURE, at_least, check_order
-from optin_deploy.labels import class_index, is_regression
 from optin_deploy.masking import inference
 from optin_deploy.pooling import pooling_of
 from optin_deploy.scoring.features import valid_tokens

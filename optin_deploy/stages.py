@@ -17,27 +17,35 @@ import torch
 
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.budget import Limit, Limits
-from optin_deploy.calibration import Batches, Sample, bundled_samples, image_batches, read_samples, split, text_batches
+from optin_deploy.checkpoint.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.checkpoint.wall import wall
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.cost.params import param_cost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import error_curves
+from optin_deploy.data.calibration import (
+    Batches,
+    Sample,
+    bundled_samples,
+    image_batches,
+    read_samples,
+    split,
+    text_batches,
+)
+from optin_deploy.data.held_out import not_in, unseen
+from optin_deploy.data.labels import check_labels, classifies, known_labels, labelled_rows
+from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
-from optin_deploy.held_out import not_in, unseen
 from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
-from optin_deploy.labels import check_labels, classifies, known_labels, labelled_rows
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.masking import inference
-from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.proof import prove
 from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Judge
-from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.scoring import ScoreSettings, Worker, score
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import check_align, check_plan, make_plan, search_within

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.batches import make_batches
+from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, inference, run_blocks

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from optin_deploy.batches import make_batches
+from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.judging import joined, judged_samples, samples_of
 from optin_deploy.layout import ModelLayout

@@ -17,11 +17,11 @@ from optin_deploy.cost.macs import MacCost
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import HINT as CURVES_HINT
 from optin_deploy.curves import Curves
+from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.layout import ModelLayout
 from optin_deploy.locking import ATTEMPTS, Lock, opened
 from optin_deploy.ownership import Record
-from optin_deploy.pairs import PAIR_COLUMN
 from optin_deploy.plan import Masks, PruningPlan
 from optin_deploy.scoring.scores import Scores
 from optin_deploy.storage import read_metadata, read_tensors, write_json, write_tensors

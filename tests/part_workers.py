@@ -25,9 +25,9 @@ import torch
 
 import optin_deploy.scoring
 from optin_deploy.arch.resolve import resolve
-from optin_deploy.calibration import Batches
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import param_cost
+from optin_deploy.data.calibration import Batches
 from optin_deploy.loading import LoadedModel
 from optin_deploy.progress import Progress
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, job

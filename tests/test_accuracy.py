@@ -34,9 +34,9 @@ from benchmarks.tasks import files, images, text
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import Task, judged
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
-from optin_deploy.samples import read_samples
 
 FLOPS = 0.5
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from optin_deploy.batches import Batches, make_batches
+from optin_deploy.data.batches import Batches, make_batches
 from optin_deploy.errors import BadInput
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy import data_files
-from optin_deploy.calibration import (
+from optin_deploy.checkpoint.preprocessor import check_tokenizer
+from optin_deploy.data import files as data_files
+from optin_deploy.data.calibration import (
     Batches,
     Sample,
     bundled_samples,
@@ -30,9 +31,8 @@ from optin_deploy.calibration import (
     split,
     text_batches,
 )
+from optin_deploy.data.repeats import distinct
 from optin_deploy.errors import BadInput
-from optin_deploy.preprocessor import check_tokenizer
-from optin_deploy.repeats import distinct
 
 BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from optin_deploy.arch.resolve import resolve
-from optin_deploy.bundled import bundled_samples
-from optin_deploy.calibration import image_batches
 from optin_deploy.checkpoint import fit
 from optin_deploy.checkpoint.wall import wall
+from optin_deploy.data.bundled import bundled_samples
+from optin_deploy.data.calibration import image_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_model
 from optin_deploy.pruned import PrunedModel, load_pruned

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from test_calibration import processor, save_image, write
 
-from optin_deploy.calibration import image_batches, read_samples
+from optin_deploy.data.calibration import image_batches, read_samples
+from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.errors import BadInput
-from optin_deploy.images import eight_bit, open_image
 
 
 def test_images_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,7 @@ from exporters.building import Built, Pair
 from exporters.job import export_model, record_samples
 from exporters.proving import check_engine
 from optin_deploy.budget import Limits
-from optin_deploy.calibration import Batches, read_samples, split
+from optin_deploy.data.calibration import Batches, read_samples, split
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_dense
 from optin_deploy.pruned import load_pruned

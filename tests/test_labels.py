@@ -17,10 +17,10 @@ from scipy.stats import binom, binomtest
 from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 from torch import nn
 
-from optin_deploy.calibration import Batches, Sample
+from optin_deploy.data.calibration import Batches, Sample
+from optin_deploy.data.label_order import at_least, check_order, compared, upper_bound
+from optin_deploy.data.labels import check_labels, class_index, known_labels, labelled_rows
 from optin_deploy.errors import BadInput, QualityLimit
-from optin_deploy.label_order import at_least, check_order, compared, upper_bound
-from optin_deploy.labels import check_labels, class_index, known_labels, labelled_rows
 from optin_deploy.loading import load_dense
 from optin_deploy.quality import Quality
 from optin_deploy.stages import prepare

@@ -13,9 +13,9 @@ from tiny_checkpoint import Shell
 
 from exporters.serving.shipments import Order
 from exporters.serving.shipping import ship_folder
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.pruned import MANIFEST, load_pruned
-from optin_deploy.samples import read_samples
 from optin_deploy.stages import prepare
 from optin_deploy.workspace import Source, Workspace
 

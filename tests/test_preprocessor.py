@@ -18,12 +18,12 @@ from tokenizers import models as kinds
 
 from exporters.building import _copy_support_files
 from exporters.serving.texts import tokenizer_files
-from optin_deploy.calibration import Sample, text_batches
+from optin_deploy.checkpoint.preprocessor import load_preprocessor
+from optin_deploy.checkpoint.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.checkpoint.wall import wall
+from optin_deploy.data.calibration import Sample, text_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel, load_dense
-from optin_deploy.preprocessor import load_preprocessor
-from optin_deploy.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.workspace import Workspace
 
 MIXED = ("The river, the bridge and 27 CARS!", *tiny.texts()[:6], "Straße café 東京")

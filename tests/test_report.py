@@ -16,9 +16,9 @@ from torch import nn
 
 from optin_deploy.bench.report import Measurement, Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.bench.timing import PairTiming
-from optin_deploy.calibration import Batches, Sample
+from optin_deploy.data.calibration import Batches, Sample
+from optin_deploy.data.labels import check_labels
 from optin_deploy.errors import BadInput
-from optin_deploy.labels import check_labels
 from optin_deploy.quality import Judge, Quality
 
 TIMING = PairTiming(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from exporters.base import ExportSpec, output_names
 from exporters.to_onnx import OnnxExporter
+from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
 from optin_deploy.pooling import pooled_states, pooling_of
-from optin_deploy.preprocessor import load_beside
 from optin_deploy.pruned import load_pruned
 from optin_deploy.quality import Judge, outputs_of
 from optin_deploy.scoring.dense import dense_pass, pulled_back

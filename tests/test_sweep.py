@@ -22,10 +22,10 @@ from tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled,
 import optin_deploy
 from optin_deploy import sweep as module
 from optin_deploy.budget import Limits
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.quality import Quality
-from optin_deploy.samples import read_samples
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.stages import ScoreRequest, prepare
 from optin_deploy.sweep import HEADER, Point, parse_shares, smallest_within

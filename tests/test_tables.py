@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from test_calibration import write
 
-from optin_deploy import data_files, tables
-from optin_deploy import samples as samples_module
+from optin_deploy.data import files as data_files
+from optin_deploy.data import samples as samples_module
+from optin_deploy.data import tables
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import read_samples
 
 TABLE = [("Schön, oder; nicht?", "3.5"), ("zwei\nZeilen", "1"), ("drei", "2")]
 

@@ -15,10 +15,10 @@ from benchmarks.accuracy.kwon import rearranged, tuned
 from benchmarks.scoring.rivals import Importance, magnitude, mask_gradients, random, squared, torch_pruning_taylor
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.budget import Budget
-from optin_deploy.calibration import Batches
 from optin_deploy.compensate import apply_weights
 from optin_deploy.cost.macs import MacCost, mac_cost
 from optin_deploy.curves import Curves, error_curves
+from optin_deploy.data.calibration import Batches
 from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import rows_of
 from optin_deploy.plan import Masks, PruningPlan

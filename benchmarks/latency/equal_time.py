@@ -36,10 +36,10 @@ from optin_deploy.bench.report import to_table
 from optin_deploy.bench.stats import bootstrap_ci
 from optin_deploy.bench.timing import BLOCKS, log_ratios, mean_ratio
 from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.calibration import Batches
 from optin_deploy.cost.latency import LatencyTable
 from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import param_cost
+from optin_deploy.data.calibration import Batches
 from optin_deploy.loading import LoadedModel
 from optin_deploy.plan import PruningPlan
 from optin_deploy.pruning import cut

@@ -31,8 +31,8 @@ from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Budget
-from optin_deploy.calibration import Batches, Sample, text_batches
 from optin_deploy.cost.macs import MacCost, mac_cost
+from optin_deploy.data.calibration import Batches, Sample, text_batches
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import input_names
 from optin_deploy.layout import Branch, ModelLayout

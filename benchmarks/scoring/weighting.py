@@ -23,8 +23,8 @@ from benchmarks.tasks.text import sentiment, topics
 from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Budget
-from optin_deploy.calibration import Batches, Sample
 from optin_deploy.cost.macs import mac_cost
+from optin_deploy.data.calibration import Batches, Sample
 from optin_deploy.layout import ModelLayout
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference

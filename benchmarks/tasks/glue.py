@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks.task import Task
-from optin_deploy.calibration import Sample
+from optin_deploy.data.calibration import Sample
+from optin_deploy.data.labels import check_labels, is_regression
 from optin_deploy.errors import BadInput
-from optin_deploy.labels import check_labels, is_regression
 from optin_deploy.loading import load_dense
 
 HUB = "nyu-mll/glue"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Training, train
-from optin_deploy.calibration import Batches, Sample, image_batches
+from optin_deploy.data.calibration import Batches, Sample, image_batches
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference
 from optin_deploy.progress import Progress, silent

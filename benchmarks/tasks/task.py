@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from optin_deploy.calibration import Batches, Sample, image_batches, text_batches
+from optin_deploy.data.calibration import Batches, Sample, image_batches, text_batches
 from optin_deploy.inputs import input_names
 
 

@@ -16,9 +16,9 @@ from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, text_batches_of
 from benchmarks.tasks.training import Training, train
-from optin_deploy.calibration import Sample
+from optin_deploy.checkpoint.preprocessor import load_preprocessor
+from optin_deploy.data.calibration import Sample
 from optin_deploy.loading import load_dense
-from optin_deploy.preprocessor import load_preprocessor
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from optin_deploy.data_files import short
+from optin_deploy.data.files import short
 
 Level = Literal["ok", "warning", "problem"]
 HEADER = ("", "where", "finding")

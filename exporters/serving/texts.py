@@ -9,8 +9,8 @@ from typing import Any
 
 from exporters.serving.base import Server
 from exporters.serving.payload_files import payload
+from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
-from optin_deploy.pairs import TEXT_PAIRS
 from optin_deploy.pruned import MANIFEST, REWRITE_HINT
 from optin_deploy.serving.manifest import Manifest, TensorSpec
 from optin_deploy.serving.names import TEXT, text_of, tokenizer_of

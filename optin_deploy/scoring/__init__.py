@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from optin_deploy.arguments import checked
-from optin_deploy.batches import make_batches
+from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
 from optin_deploy.layout import ModelLayout
 from optin_deploy.masking import Batch, inference

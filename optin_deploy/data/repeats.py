@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import Sample
 
 
 def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:

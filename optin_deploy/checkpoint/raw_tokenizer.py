@@ -15,10 +15,10 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer
 
-from optin_deploy.calibration import Batches
-from optin_deploy.data_files import short
+from optin_deploy.data.calibration import Batches
+from optin_deploy.data.files import short
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.samples import Sample
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optin_deploy.data_files import check_name, check_size, short, special_kind, text_lines
+from optin_deploy.data.files import check_name, check_size, short, special_kind, text_lines
+from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
+from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
+from optin_deploy.data.tables import csv_rows, jsonl_rows
 from optin_deploy.errors import BadInput
-from optin_deploy.images import IMAGE_EXTENSIONS, image_files
-from optin_deploy.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
-from optin_deploy.tables import csv_rows, jsonl_rows
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.data_files import MAX_LINE_BYTES, short
+from optin_deploy.data.files import MAX_LINE_BYTES, short
 from optin_deploy.errors import BadInput
 
 DELIMITERS = (",", ";", "\t", "|")

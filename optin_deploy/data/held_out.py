@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from optin_deploy.calibration import Batches
+from optin_deploy.data.calibration import Batches
+from optin_deploy.data.repeats import contents
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.repeats import contents
-from optin_deploy.samples import Sample
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from optin_deploy.calibration import text_batches
-from optin_deploy.checkpoint.wall import NO_FAULT, wall
-from optin_deploy.data_files import short
-from optin_deploy.errors import BadInput
-from optin_deploy.inputs import gives_logits, input_names
-from optin_deploy.pooling import set_pooling
-from optin_deploy.raw_tokenizer import PROBES, as_in_file
-from optin_deploy.samples import Sample
-from optin_deploy.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
-from optin_deploy.support_files import (
+from optin_deploy.checkpoint.raw_tokenizer import PROBES, as_in_file
+from optin_deploy.checkpoint.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
+from optin_deploy.checkpoint.support_files import (
     IMAGE_SETTINGS,
     TEXT_SETTINGS,
     TEXT_VOCABULARIES,
@@ -31,6 +24,13 @@ from optin_deploy.support_files import (
     support_file,
     support_folder,
 )
+from optin_deploy.checkpoint.wall import NO_FAULT, wall
+from optin_deploy.data.calibration import text_batches
+from optin_deploy.data.files import short
+from optin_deploy.data.samples import Sample
+from optin_deploy.errors import BadInput
+from optin_deploy.inputs import gives_logits, input_names
+from optin_deploy.pooling import set_pooling
 
 CAPITALS = "The Quick BROWN Fox"
 TRIED_LENGTH = 32

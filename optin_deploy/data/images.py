@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optin_deploy.data_files import check_name, check_size, short, special_kind
+from optin_deploy.data.files import check_name, check_size, short, special_kind
 from optin_deploy.errors import BadInput
 
 if TYPE_CHECKING:

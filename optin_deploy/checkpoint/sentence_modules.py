@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.data_files import short
+from optin_deploy.checkpoint.support_files import support_file
+from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
 from optin_deploy.pooling import POOLINGS
 from optin_deploy.storage import read_json
-from optin_deploy.support_files import support_file
 
 log = logging.getLogger(__name__)
 

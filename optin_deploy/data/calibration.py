@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from optin_deploy.bundled import bundled_samples
+from optin_deploy.data.bundled import bundled_samples
+from optin_deploy.data.images import eight_bit, open_image
+from optin_deploy.data.repeats import distinct
+from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.images import eight_bit, open_image
-from optin_deploy.repeats import distinct
-from optin_deploy.samples import Sample, read_samples
 from optin_deploy.storage import sha256_tensors
 
 if TYPE_CHECKING:

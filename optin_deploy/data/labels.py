@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from optin_deploy.data_files import short
+from optin_deploy.data.files import short
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits
-from optin_deploy.samples import Sample
 
 log = logging.getLogger(__name__)
 
