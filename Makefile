@@ -9,6 +9,8 @@ PYTHON ?=
 PIP_ARGS ?=
 # Passed to pytest: make test TEST_ARGS='-k search'
 TEST_ARGS ?=
+# Processes that tests run in, each with one thread.
+TEST_JOBS ?= 2
 # The Python half of TensorRT: it does not run without NVIDIA's libraries, but it holds every name and signature.
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.4.0.106
 CODE := optin_deploy exporters benchmarks
@@ -44,8 +46,8 @@ servers: $(SERVER_STAMPS) ## install Triton, MLServer and KServe's schema, each 
 demo: $(STAMP) ## prune a real model, measure it against the dense one, print the report
 	@$(PY) -m benchmarks.demo
 
-test: $(STAMP) ## run the tests
-	@$(PY) -m pytest -m "not servers" $(TEST_ARGS)
+test: $(STAMP) ## run the tests, a file a process, TEST_JOBS at a time
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not servers" -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 test-servers: $(STAMP) $(SERVER_STAMPS) ## run the tests that start real inference servers
 	@$(PY) -m pytest -m servers $(TEST_ARGS)
