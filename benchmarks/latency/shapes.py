@@ -1,0 +1,132 @@
+"""Does an ONNX file run faster with or without the shapes of its intermediate values?
+
+ONNX Runtime fuses a residual sum with the LayerNorm after it only where the file, or the runtime itself, knows their
+shapes. Dense and pruned files are timed both ways, by turns, in fresh sessions.
+Run: python -m benchmarks.latency.shapes --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from benchmarks.latency.models import MODELS
+from benchmarks.record import RESULTS, write_result
+from exporters import exporter
+from exporters.base import ExportSpec
+from exporters.bench.measuring import example_feeds, parse_point, time_pair
+from exporters.ready import ready
+from optin_deploy.bench.gate import Limit, judge
+from optin_deploy.bench.report import to_table
+from optin_deploy.plan import Masks
+from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.runtimes.base import Feeds
+from optin_deploy.search import make_plan
+from optin_deploy.stages import Prepared
+from optin_deploy.terminal import quiet_libraries, stage_bar
+
+SHARES = (1.0, 0.6, 0.4, 0.25)
+"""Of the heads and neurons of every layer."""
+POINTS = ("batch=1,seq=40", "batch=1,seq=128", "batch=8,seq=128")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file at one size of input, both ways."""
+
+    share: float
+    at: str
+    with_ms: float
+    without_ms: float
+    ratio: float
+    """Time without shapes / time with them."""
+    ci95: tuple[float, float]
+    largest_difference: float
+    """Of the outputs."""
+
+
+def main() -> None:
+    """Measure, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="minilm")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/latency"))
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    _, _, prepared = ready(MODELS[options.model](options.out / "models"))
+    rows = [*_rows(prepared, options.threads)]
+    text = page(rows, f"{options.model} on ONNX Runtime, {options.threads} threads")
+    print(text)
+    command = shlex.join(["python", "-m", "benchmarks.latency.shapes", *sys.argv[1:]])
+    data = {"model": options.model, "threads": options.threads, "rows": [asdict(row) for row in rows]}
+    write_result(RESULTS if options.record else options.out, "latency_shapes", data, text, command)
+
+
+def _rows(prepared: Prepared, threads: int) -> Iterator[Row]:
+    model, layout, engine = prepared.loaded.model, prepared.layout, exporter("onnx")
+    for share in SHARES:
+        heads = tuple(tuple(i < round(share * x.heads) for i in range(x.heads)) for x in layout.layers)
+        neurons = tuple(tuple(i < round(share * x.neurons) for i in range(x.neurons)) for x in layout.layers)
+        plan = make_plan(Masks(heads, neurons, layout.hash), layout, prepared.cost)
+        with tempfile.TemporaryDirectory() as folder:
+            bare, shaped = Path(folder) / "model.onnx", Path(folder) / "shaped.onnx"
+            smaller = model if share == 1 else rewrite_torch(model, layout, plan)
+            engine.export(smaller, ExportSpec(), bare)
+            onnx.save(onnx.shape_inference.infer_shapes(onnx.load(bare)), shaped)
+            for at in POINTS:
+                point = parse_point(at)
+                feeds = example_feeds(model, point.batch, point.seq or 0)
+                with stage_bar(f"{share:g} at {at}") as progress:
+                    progress(0, 1)
+                timing = time_pair(
+                    engine, shaped, bare, feeds, at=(point.batch, point.seq), precision="fp32", threads=threads
+                )
+                verdict = judge(timing, Limit("max_ratio", 1.0))
+                medians = (float(np.median(np.concatenate(times))) for times in (timing.dense_ms, timing.pruned_ms))
+                yield Row(share, at, *medians, verdict.ratio, verdict.ci95, _difference(shaped, bare, feeds))
+
+
+def _difference(first: Path, second: Path, feeds: Feeds) -> float:
+    engine = exporter("onnx")
+    with engine.open(first) as one, engine.open(second) as other:
+        pairs = [(one.run(feeds)[name], values) for name, values in other.run(feeds).items()]
+    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
+
+
+def page(rows: list[Row], where: str) -> str:
+    """The result for people."""
+    header = (
+        "kept of every layer",
+        "at",
+        "with shapes, ms",
+        "without, ms",
+        "without / with",
+        "95% CI",
+        "outputs differ by",
+    )
+    cells = [
+        (
+            f"{row.share:.0%}",
+            row.at,
+            f"{row.with_ms:.2f}",
+            f"{row.without_ms:.2f}",
+            f"{row.ratio:.3f}",
+            f"{row.ci95[0]:.3f} to {row.ci95[1]:.3f}",
+            f"{row.largest_difference:.0e}",
+        )
+        for row in rows
+    ]
+    return f"# Shapes of intermediate values in ONNX files\n\n{where}.\n\n{to_table(header, cells)}"
+
+
+if __name__ == "__main__":
+    main()
