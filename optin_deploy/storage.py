@@ -189,10 +189,15 @@ def _finite(text: str) -> float:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write safetensors atomically; tensors that share memory are written each on their own."""
+    written: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        memory = values.untyped_storage().data_ptr()
+        written[name] = values.clone() if memory in taken else values  # the format knows no sharing
+        taken.add(memory)
     with atomic_file(path) as temporary:
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, dict(metadata or {})
-        )
+        save_file(written, temporary, dict(metadata or {}))
 
 
 def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:
