@@ -27,6 +27,7 @@ from optin_deploy.bench.loadgen import Compared, Load, Run, compared_lines, run_
 from optin_deploy.bench.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log
 from optin_deploy.errors import OptinError
 from optin_deploy.runtimes.base import Closing, Feeds
+from optin_deploy.storage import atomic_folder, write_json
 
 FEEDS = {"x": np.arange(SAMPLES)[:, None]}
 RUN_SECONDS = 0.002
@@ -185,12 +186,17 @@ def test_a_log_without_figures_is_an_error(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
+def earlier_run(folder: Path, name: str, text: str) -> None:
+    """What an earlier `optin bench --protocol mlperf` left."""
+    with atomic_folder(folder / "mlperf") as written:
+        (written / name).write_text(text)
+    write_json(folder / "mlperf.json", {})
+
+
 def test_a_failing_engine_leaves_the_folder_as_it_was(
     shell: Shell, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (finished / "mlperf").mkdir()
-    (finished / "mlperf" / "earlier.txt").write_text("kept")
-    (finished / "mlperf.json").write_text("{}")
+    earlier_run(finished, "earlier.txt", "kept")
     before = snapshot(finished)
     opened = []
     real = OnnxExporter.open
@@ -328,9 +334,7 @@ def test_a_missing_loadgen_says_what_to_install(shell: Shell, monkeypatch: pytes
 
 
 def test_another_model_takes_the_figures_away(shell: Shell, finished: Path) -> None:
-    (finished / "mlperf").mkdir()
-    (finished / "mlperf" / "log.txt").write_text("of the model before")
-    (finished / "mlperf.json").write_text("{}")
+    earlier_run(finished, "log.txt", "of the model before")
     assert shell("optin", "plan", finished, "--flops", 0.5).code == 0
     assert shell("optin", "rewrite", finished).code == 0
     assert not (finished / "mlperf").exists()
