@@ -47,6 +47,11 @@ class Lock:
             log.warning("no locks on this file system (%s): other processes may do the same work", err)
         return True
 
+    def remove(self) -> None:
+        """Remove the file, which is empty, of a lock that is held alone."""
+        if self.stands() and os.fstat(self.handle).st_size == 0:
+            self.path.unlink()
+
     def stands(self) -> bool:
         """Is this still the file at its path?"""
         try:

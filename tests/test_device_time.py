@@ -207,7 +207,7 @@ def test_only_tensorrt_launches_without_transfers(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["onnx", "torch", "ort-cuda"])
 def test_other_engines_are_refused_before_any_work(shell: Shell, tmp_path: Path, engine: str) -> None:
-    ran = shell("optin", "bench", tmp_path / "absent", "--engine", engine, "--device-time")
+    ran = shell("optin", "bench", tmp_path / "absent", "--engine", engine, "--device-time", "--dry-run")
     assert ran.code == 2
     assert f"engine {engine} cannot be timed on the device alone; --device-time is for trt, trt-rtx." in ran.err
 

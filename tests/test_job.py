@@ -119,7 +119,7 @@ def test_the_written_report_is_the_returned_one(tmp_path: Path) -> None:
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report.to_json()))
     assert report.settings["model"] == str(bert())
     assert report.settings["flops"] == 0.6
-    assert report.notes == []
+    assert not report.notes
 
 
 def test_stages_are_announced_in_order_and_timed(tmp_path: Path) -> None:
@@ -296,8 +296,10 @@ def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: 
     real = measuring.measure_pair
     monkeypatch.setattr(measuring, "measure_pair", lambda *args, **options: real(*args, **options, blocks=2))
     source = Source(str(vit()), calibration=str(photos()))
-    report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2), Point(batch=1, seq=999)))
+    report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2), Point(batch=1)))
     assert [(m.batch, m.seq_len) for m in report.latency] == [(2, 17), (1, 17)]  # 16 patches and the class token
+    with pytest.raises(BadInput, match="seq=999: images have a size of their own"):
+        run_job(tmp_path / "other", source, dense=True, points=(Point(batch=1, seq=999),))
 
 
 def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_every_token_is_drawn_about_equally_often() -> None:
 def test_features_that_make_no_sense_are_refused() -> None:
     with pytest.raises(BadInput, match="unknown --features 'attention'; possible: block, ffn"):
         Features("attention")  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="--tokens 1: give at least 2"):
+    with pytest.raises(BadInput, match="--tokens 1: possible are 2 to"):
         Features(tokens=1)
     with pytest.raises(BadInput, match="give their number"):
         Features(across=True)

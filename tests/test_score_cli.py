@@ -24,9 +24,10 @@ from tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, te
 
 from optin_deploy.cluster import score_on_ray
 from optin_deploy.errors import BadInput
+from optin_deploy.ownership import RECORD
 from optin_deploy.scoring import Scores, ScoreSettings, job
 from optin_deploy.stages import ScoreRequest
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.workspace import LOCK, Source, Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 FINISHED = {"source.json", "scores.json", "scores.safetensors"}
@@ -63,6 +64,11 @@ def found_in(out: Path) -> Scores:
     return Workspace(out).read_scores().scores
 
 
+def names(folder: Path) -> set[str]:
+    """Of all but our record and lock."""
+    return {path.name for path in folder.iterdir()} - {RECORD, LOCK}
+
+
 def check(out: Path, *flags: object) -> None:
     """The folder holds the scores of a plain run, and nothing else."""
     found, expected = found_in(out), plain(*flags)
@@ -71,7 +77,7 @@ def check(out: Path, *flags: object) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     for name in ("samples", "probes", "head_samples", "scorer"):
         assert found.provenance[name] == expected.provenance[name]
-    assert {path.name for path in out.iterdir()} == FINISHED
+    assert names(out) == FINISHED
     assert temporary_files(out) == []
 
 
@@ -99,7 +105,7 @@ def test_shards_one_after_another_write_the_scores_of_a_plain_run(
             assert 0 < int(re.search(told, ran.out)[1]) < int(re.search(told, ran.out)[2])
             assert "run the same command" in ran.out
             assert "optin plan" not in ran.out
-            assert {path.name for path in out.iterdir()} == {"source.json", "parts"}
+            assert names(out) == {"source.json", "parts"}
     assert f"Wrote {out / 'scores.safetensors'}. Next: optin plan {out}" in ran.out
     check(out, "--scorer", scorer)
     ran = shell("optin", *score_options(out, "--scorer", scorer, "--shard", order[0]))
@@ -235,7 +241,7 @@ def test_ray_gets_a_task_for_each_worker_and_is_shut_down(shell: Shell, tmp_path
 
 def test_ray_without_a_worker_is_refused(tmp_path: Path, fake_ray: FakeRay) -> None:
     request = ScoreRequest(Source(str(bert())), tmp_path / "work", ScoreSettings())
-    with pytest.raises(BadInput, match="--ray 0: give 1 worker or more"):
+    with pytest.raises(BadInput, match="--ray 0: possible are 1 to"):
         score_on_ray(request, 0)
     assert fake_ray.did == []
 
@@ -284,8 +290,8 @@ def test_paper_draws_tokens_across_the_batch(shell: Shell, tmp_path: Path) -> No
         (["--scorer", "bogus"], ["'bogus'", "sketch, exact"]),
         (["--weighting", "bogus"], ["--weighting 'bogus'", "paper, normalised, output"]),
         (["--features", "bogus"], ["--features 'bogus'", "block, ffn"]),
-        (["--tokens", 1], ["--tokens 1", "at least 2"]),
-        (["--probes", 0], ["--probes 0", "1 or more"]),
+        (["--tokens", 1], ["--tokens 1", "possible are 2 to"]),
+        (["--probes", 0], ["--probes 0", "possible are 1 to"]),
         (["--kl-weight", -1], ["--kl-weight"]),
         (["--memory-budget", "2GB"], ["--memory-budget '2GB'", "512MiB"]),
         (["--memory-budget", "0"], ["--memory-budget '0'", "512MiB"]),
@@ -334,7 +340,7 @@ def test_a_budget_below_one_sample_is_refused_with_one_that_works(shell: Shell, 
     told = re.search(r"takes ([\d.]+) MiB, .* Give --memory-budget (\d+MiB) or more", ran.err)
     assert told, ran.err
     assert float(told[1]) <= int(told[2][:-3])
-    assert [path.name for path in out.iterdir()] == ["source.json"]
+    assert names(out) == {"source.json"}
     ran = shell("optin", *score_options(out, "--scorer", scorer, "--memory-budget", told[2]))
     assert ran.code == 0, ran.err
     memory = found_in(out).provenance["memory"]
@@ -410,7 +416,7 @@ def test_after_ctrl_c_the_same_command_goes_on_and_scores_no_finished_part_again
     assert "run the same command again" in said
     assert "Traceback" not in said
     assert temporary_files(out) == []
-    assert {path.name for path in out.iterdir()} == {"source.json", "parts"}
+    assert names(out) == {"source.json", "parts"}
     done = log.parts("finished")
     assert 5 <= len(done) < 40
     with pytest.MonkeyPatch.context() as patch, watched(log):

@@ -140,7 +140,7 @@ class FolderStore:
         Returns: what `finished` said when this worker came.
         """
         while True:
-            with self._locked("workers") as lock:
+            with opened(self.folder.with_name(f"{self.folder.name}.lock")) as lock:
                 lock.take(shared=True, wait=True)
                 if not lock.stands():
                     continue  # it was cleared away meanwhile
@@ -151,6 +151,7 @@ class FolderStore:
                     if lock.take() and (finished() or not any(self.folder.glob("*.safetensors"))):
                         Record(self.folder).clear_temporaries()
                         Record(self.folder.parent).remove(self.folder.name)
+                        lock.remove()  # last: who waits for it begins anew
                         with suppress(OSError):  # parts of other settings are there
                             self.folder.parent.rmdir()
                 return
