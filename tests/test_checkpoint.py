@@ -290,6 +290,22 @@ def test_old_buffers_and_unused_pretraining_weights_are_no_loss(tmp_path: Path, 
     config = transformers.ViTConfig(**{**IMAGE, "encoder_stride": 8, "num_labels": 2})
     transformers.ViTModel(config, use_mask_token=True).save_pretrained(tmp_path / "vit")
     load_model(str(tmp_path / "vit"))
+    masks = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(2) for name in ("bias", "masked_bias")}
+    load_model(str(changed(tiny.gpt2, tmp_path / "gpt2", {}, lambda weights: weights.update(masks))))
+    assert caplog.records == []
+
+
+def test_weights_of_a_head_that_the_class_does_not_know(tmp_path: Path) -> None:
+    key = "classifier.norm.weight"
+    folder = changed(tiny.classifier, tmp_path, {}, lambda weights: weights.update({key: torch.zeros(48)}))
+    refused(folder, key, "BertForSequenceClassification", "does not have")
+
+
+@pytest.mark.parametrize("framework", ["TF", "Flax"])
+def test_a_model_of_another_framework_is_the_same_model(tmp_path: Path, framework: str, caplog: Any) -> None:
+    load_model(
+        str(changed(tiny.classifier, tmp_path, {"architectures": [f"{framework}BertForSequenceClassification"]}))
+    )
     assert caplog.records == []
 
 
