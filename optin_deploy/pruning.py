@@ -80,7 +80,7 @@ def prune(
     """
     allowed, seed = Limits(flops, params, size), whole(seed, "seed")
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
-    seq_len = whole(seq_len, "seq_len")
+    seq_len, compensation = whole(seq_len, "seq_len"), bool(checked(compensation, bool, "compensation"))
     check_search(16 if align is None else align, allocation)
     with working(model):
         layout = resolve(model, spec)

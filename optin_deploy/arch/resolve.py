@@ -41,6 +41,12 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
         raise BadInput(f"row {spec.name!r}: {type(model).__name__} has no module {prefix + spec.blocks!r}.") from err
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         raise BadInput(f"row {spec.name!r}: {prefix + spec.blocks!r} is a {type(blocks).__name__}, not a ModuleList.")
+    said: Any = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if spec in TABLE and isinstance(said, int) and said != len(blocks):
+        raise BadInput(
+            f"this {type(model).__name__} has {len(blocks)} blocks, but its config says num_hidden_layers = {said}: as "
+            "it would be saved, it could not be loaded. Set the config's to the blocks that there are."
+        )
     layers = tuple(_layer(model, spec, f"{prefix}{spec.blocks}.{i}") for i in range(len(blocks)))
     _refuse_shared_weights(model, layers)
     return ModelLayout(arch=spec.name, model_class=type(model).__name__, layers=layers)
