@@ -134,6 +134,11 @@ def _projection(model: nn.Module, path: str) -> Projection:
     if not isinstance(module, KINDS):
         possible = " and ".join(f"{kind.__module__}.{kind.__name__}" for kind in KINDS)
         raise BadInput(f"{path} is a {type(module).__name__}; only {possible} can be cut.")
+    if not isinstance(module.weight, nn.Parameter):
+        raise BadInput(
+            f"{path}.weight is computed anew in each forward, as torch's parametrizations and pruning masks do. Make "
+            "it permanent first (parametrize.remove_parametrizations, prune.remove), or merge it."
+        )
     return projection_at(model, path)
 
 
