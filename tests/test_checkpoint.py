@@ -517,3 +517,9 @@ def test_what_is_not_about_the_files_passes_the_wall(kind: type[BaseException]) 
     with pytest.raises(kind), wall("a file", "Do this."):
         raise kind
     assert transformers.utils.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_model_that_is_pruned_already_is_told_so(part: str) -> None:
+    with pytest.raises(BadInput, match=r"pruned already\. Give the dense model"):
+        load_model(str(tiny.finished_job() / part))
