@@ -427,7 +427,7 @@ def write_half_and_interrupt(content: object, path: Path, *_: object) -> None:
 def test_ctrl_c_keeps_finished_stages_for_the_next_run(shell: Shell, out: Path) -> None:
     options = [*text_options(lines(), out), "--engine", "torch", "--no-dense"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optin_deploy.pruning.compensate", interrupt)
+        patch.setattr("optin_deploy.pruning.refit", interrupt)
         ran = shell("optin-export", bert(), *options)
     assert ran.code == 130
     assert "run the same command again" in ran.err
