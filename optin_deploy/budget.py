@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -58,7 +59,13 @@ def _plain(value: float, option: str) -> float:
     Raises: BadInput: no number.
     """
     found = number(value, option)
-    return value if type(value) in (int, float) else int(found) if isinstance(value, Integral) else float(str(value))
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, Integral):
+        return int(found)
+    with suppress(ValueError):  # a float32 of 0.6 was meant as 0.6
+        return float(str(value))
+    return found
 
 
 Limit = tuple[Cost, int]

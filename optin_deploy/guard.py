@@ -15,11 +15,13 @@ from optin_deploy.errors import BadInput
 
 _LOCKS: Any = WeakIdKeyDictionary()
 _REGISTRY = threading.Lock()
+WRAPPED = ("_orig_mod", "module")
+"""Where torch.compile, DataParallel and the like keep the model."""
 
 
 @contextmanager
 def working(model: nn.Module) -> Iterator[None]:
-    """Check the model and keep other threads from it; `torch.inference_mode` and `torch.device` around it end here.
+    """Check the model and keep other threads from it; inference mode, autocast and device around it end here.
 
     Raises: BadInput: the model has no weights to work with.
     """
@@ -27,6 +29,9 @@ def working(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(alone(model))
         stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", next(model.parameters()).device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
@@ -60,6 +65,9 @@ def check_model(model: Any) -> None:
             f"the model is a {type(model).__name__}: give a loaded transformers model, such as "
             "AutoModel.from_pretrained(folder) makes."
         )
+    inner = next((name for name in WRAPPED if isinstance(getattr(model, name, None), nn.Module)), None)
+    if inner is not None:
+        raise BadInput(f"the model is a {type(model).__name__} around another one: give that one, its .{inner}.")
     if getattr(model, "config", None) is None:
         raise BadInput(f"{type(model).__name__} has no `config`: give a transformers model.")
     tensors = [*model.named_parameters(), *model.named_buffers()]

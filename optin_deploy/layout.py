@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from optin_deploy.errors import BadInput
 from optin_deploy.storage import sha256_json
 from optin_deploy.validation import STORED, validated
@@ -119,3 +122,23 @@ class ModelLayout:
         Raises: BadInput: a field is missing, unknown or of the wrong type.
         """
         return validated(cls, data, "layout: not a layout of optin-deploy", "Write it again with `optin score`.")
+
+
+def check_layout(model: nn.Module, layout: object) -> None:
+    """Refuse a layout of another model.
+
+    Raises: BadInput.
+    """
+    if not isinstance(layout, ModelLayout):
+        raise BadInput(f"layout is a {type(layout).__name__}; optin_deploy.resolve(model) makes one.")
+    for layer in layout.layers:
+        for branch in layer.branches:
+            try:
+                width = getattr(model.get_submodule(branch.output), "weight", torch.empty(0)).numel()
+            except AttributeError:
+                width = 0
+            if width != branch.width * layer.hidden:
+                raise BadInput(
+                    f"the layout is of a {layout.model_class} with {branch.output} of {branch.width} columns, which "
+                    f"this {type(model).__name__} has not: optin_deploy.resolve(model) makes its own."
+                )

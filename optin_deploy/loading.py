@@ -12,13 +12,14 @@ import transformers
 from torch import nn
 
 from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
-from optin_deploy.checkpoint.files import Stored, model_folder, read_weights, stored_tensors
+from optin_deploy.checkpoint.files import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
 from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.masking import inference
+from optin_deploy.pruned import MANIFEST
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
@@ -79,6 +80,7 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
     """
     with wall(f"model {shown(name)} cannot be loaded", CONFIG_HINT):
         folder = model_folder(name)
+        _refuse_pruned(folder)
         source = folder / "config.json"
         data = read_config(source)
         config = make_config(source, data)
@@ -91,6 +93,19 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
         _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
         model.config.name_or_path = name
     return model, task
+
+
+def _refuse_pruned(folder: Path) -> None:
+    """Refuse what optin-deploy made itself: its weights do not fit their config.
+
+    Raises: BadInput.
+    """
+    home = folder if any((folder / name).is_file() for name in (WEIGHTS, INDEX)) else folder / "model"
+    if (home / MANIFEST).is_file():
+        raise BadInput(
+            f"{folder} holds a model that optin-deploy has pruned already. Give the dense model that it was made from; "
+            "its output folder has the scores for other budgets (`optin plan`)."
+        )
 
 
 def _load(

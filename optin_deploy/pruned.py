@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from typing_extensions import TypedDict  # of typing only from Python 3.12 on, says pydantic
 
+from optin_deploy.arguments import checked
 from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import Stored, read_header
 from optin_deploy.checkpoint.fit import sketch
@@ -93,7 +94,7 @@ class PrunedModel:
         Returns: the folder.
         Raises: BadInput: the folder holds something else than a pruned model.
         """
-        folder = _folder(folder)
+        folder, _ = _folder(folder), checked(key, str, "key")
         with atomic_folder(folder) as temporary:
             config: Any = self.model.config
             config.architectures = [self.layout.model_class]

@@ -17,9 +17,10 @@ from optin_deploy.cost.macs import mac_cost
 from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
 from optin_deploy.data.batches import make_batches
+from optin_deploy.errors import BadInput
 from optin_deploy.guard import working
 from optin_deploy.judging import judged_samples
-from optin_deploy.layout import ModelLayout
+from optin_deploy.layout import ModelLayout, check_layout
 from optin_deploy.masking import Batch
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
@@ -80,7 +81,7 @@ def prune(
     """
     allowed, seed = Limits(flops, params, size), whole(seed, "seed")
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
-    seq_len = whole(seq_len, "seq_len")
+    seq_len, compensation = whole(seq_len, "seq_len"), bool(checked(compensation, bool, "compensation"))
     check_search(16 if align is None else align, allocation)
     with working(model):
         layout = resolve(model, spec)
@@ -120,8 +121,11 @@ def cut(
     Raises: ParityFailure: the smaller model differs from the masked one.
     """
     started = time.perf_counter()
-    plan.check(layout)
     with working(model):
+        check_layout(model, layout)
+        if not isinstance(plan, PruningPlan):
+            raise BadInput(f"plan is a {type(plan).__name__}; optin_deploy.search.make_plan makes one.")
+        plan.check(layout)
         batches = make_batches(model, batches)
         smaller = rewrite_torch(model, layout, plan)
         error = masked_vs_rewritten(model, smaller, layout, plan, batches[0])

@@ -135,10 +135,11 @@ def check_units(limits: Sequence[Limit], layout: ModelLayout, macs: MacCost, *, 
         least = cost.fixed + min((sum(heads), sum(neurons)) if every_layer else (*heads, *neurons))
         if limit < least:
             where = "every layer" if every_layer else "one layer"
+            option = "--flops" if cost is macs else "--params or --size"
             raise InfeasibleBudget(
-                f"{limit / cost.dense:.2g} of the dense model leaves no room for a head, or {align} neurons, in "
-                f"{where}: nothing that computes would be left. Allow {-(-(10**6) * least // cost.dense) / 10**6:g} "
-                "or more."
+                f"{option}: {limit / cost.dense:.2g} of the dense model leaves no room for a head, or {align} neurons, "
+                f"in {where}: nothing that computes would be left. Allow "
+                f"{-(-(10**6) * least // cost.dense) / 10**6:g} or more."
             )
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.budget import Limits
-from optin_deploy.errors import BadInput, QualityLimit
+from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
 from optin_deploy.pictures import draw_sweep
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruning import cut
 from optin_deploy.quality import Quality
+from optin_deploy.search import check_units
 from optin_deploy.stages import Prepared, curve_stage, plan_stage
 from optin_deploy.storage import sha256_json, write_json, write_text
 from optin_deploy.validation import STORED, read_stored
@@ -167,7 +168,11 @@ def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> 
     best: Point | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        point = at(middle / 100)
+        try:
+            point = at(middle / 100)
+        except InfeasibleBudget:  # nothing that computes would be left
+            low = middle
+            continue
         if point.quality.holds(drop):
             high, best = middle, point
         else:
@@ -200,7 +205,7 @@ def sweep(
 
     Raises: BadInput, InfeasibleBudget.
     """
-    check_shares(prepared, shares)
+    check_shares(prepared, shares, align=align, allocation=allocation)
     measure_curves(workspace, prepared, allocation, stage)
     trials = Trials(workspace, prepared, align, allocation, compensation, stage)
     points = [trials.at(share) for share in shares]
@@ -218,13 +223,14 @@ def measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, st
             curve_stage(workspace, prepared, progress=progress)
 
 
-def check_shares(prepared: Prepared, shares: Sequence[float]) -> None:
+def check_shares(prepared: Prepared, shares: Sequence[float], *, align: int, allocation: str) -> None:
     """Refuse what is impossible before the long work.
 
     Raises: BadInput, InfeasibleBudget.
     """
     for share in shares:
-        Limits(flops=share).within(prepared.cost, prepared.params)
+        limits = Limits(flops=share).within(prepared.cost, prepared.params)
+        check_units(limits, prepared.layout, prepared.cost, align=align, allocation=allocation)
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

@@ -244,3 +244,13 @@ def plan_of(model: Any, layout: ModelLayout, heads: Keep, neurons: Keep) -> Any:
         "neurons": tuple(tuple(u for u in range(x.neurons) if neurons(i, u)) for i, x in enumerate(layout.layers)),
     }
     return replace(random_plan(model, layout), **kept)
+
+
+def test_a_model_with_another_number_of_blocks_than_its_config_says_is_refused() -> None:
+    """It could be cut and saved, but not loaded again."""
+    model = tiny_model("bert")
+    model.encoder.layer = model.encoder.layer[:2]
+    with pytest.raises(BadInput, match="has 2 blocks, but its config says num_hidden_layers = 3"):
+        resolve(model)
+    model.config.num_hidden_layers = 2
+    assert len(resolve(model).layers) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,23 @@ def test_every_form_gives_the_same_batches(form: str) -> None:
 def test_one_batch_alone_is_one_batch(form: Callable[[], Any]) -> None:
     (batch,) = make_batches(bert(), form())
     assert torch.equal(batch["input_ids"], TEXT[0]["input_ids"])
+
+
+def test_a_dataset_that_knows_its_length_ends_there() -> None:
+    class Endless:
+        def __len__(self) -> int:
+            return len(TEXT)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return TEXT[index % len(TEXT)]
+
+    assert len(make_batches(bert(), Endless())) == len(TEXT)
+
+
+def test_batches_that_never_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optin_deploy.data.batches.MOST_ROWS", 50)
+    with pytest.raises(BadInput, match="more than 50 calibration samples: does the cycle ever end"):
+        make_batches(bert(), cycle(TEXT))
 
 
 def test_images_come_in_the_type_of_the_model() -> None:

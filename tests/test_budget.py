@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ALL, SEQ_LEN, random_plan, tiny_batches, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,3 +169,8 @@ def test_tied_weights_count_once() -> None:
     model[1].weight = model[0].weight
 
     assert count_params(model) == 24 + 6 + 6
+
+
+def test_a_share_may_be_any_kind_of_real_number() -> None:
+    shares = (Fraction(3, 5), Decimal("0.6"), np.float32(0.6), torch.tensor(0.6, dtype=torch.float64))
+    assert [Limits(flops=share).flops for share in shares] == [0.6] * 4  # type: ignore[arg-type]

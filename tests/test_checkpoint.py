@@ -290,6 +290,22 @@ def test_old_buffers_and_unused_pretraining_weights_are_no_loss(tmp_path: Path, 
     config = transformers.ViTConfig(**{**IMAGE, "encoder_stride": 8, "num_labels": 2})
     transformers.ViTModel(config, use_mask_token=True).save_pretrained(tmp_path / "vit")
     load_model(str(tmp_path / "vit"))
+    masks = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(2) for name in ("bias", "masked_bias")}
+    load_model(str(changed(tiny.gpt2, tmp_path / "gpt2", {}, lambda weights: weights.update(masks))))
+    assert caplog.records == []
+
+
+def test_weights_of_a_head_that_the_class_does_not_know(tmp_path: Path) -> None:
+    key = "classifier.norm.weight"
+    folder = changed(tiny.classifier, tmp_path, {}, lambda weights: weights.update({key: torch.zeros(48)}))
+    refused(folder, key, "BertForSequenceClassification", "does not have")
+
+
+@pytest.mark.parametrize("framework", ["TF", "Flax"])
+def test_a_model_of_another_framework_is_the_same_model(tmp_path: Path, framework: str, caplog: Any) -> None:
+    load_model(
+        str(changed(tiny.classifier, tmp_path, {"architectures": [f"{framework}BertForSequenceClassification"]}))
+    )
     assert caplog.records == []
 
 
@@ -501,3 +517,9 @@ def test_what_is_not_about_the_files_passes_the_wall(kind: type[BaseException]) 
     with pytest.raises(kind), wall("a file", "Do this."):
         raise kind
     assert transformers.utils.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_a_model_that_is_pruned_already_is_told_so(part: str) -> None:
+    with pytest.raises(BadInput, match=r"pruned already\. Give the dense model"):
+        load_model(str(tiny.finished_job() / part))

@@ -14,6 +14,7 @@ import transformers
 from conftest import tiny_batches, tiny_model
 from tiny_scoring import bert, one_thread, state_of, text_batch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import optin_deploy
 from optin_deploy import pruning
@@ -243,3 +244,47 @@ def test_every_stage_takes_any_form_of_batches_and_refuses_what_is_none() -> Non
         stage({name: value.tolist() for name, value in batch.items()} for batch in data)
         with pytest.raises(BadInput, match="A batch is a dict"):
             stage([{"input_ids": [[0.5]]}])
+
+
+def test_under_autocast_the_same_comes_out() -> None:
+    wanted = pruned_weights(bert())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(pruned_weights(bert()), wanted)
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_a_model_in_a_wrapper_says_to_take_it_out(name: str) -> None:
+    """As DataParallel and torch.compile have it, which cannot be made everywhere."""
+    wrapper = nn.Module()
+    setattr(wrapper, name, bert())
+    with pytest.raises(BadInput, match=rf"the model is a Module around another one: give that one, its \.{name}"):
+        optin_deploy.prune(wrapper, DATA)
+
+
+def _normed(projection: nn.Module) -> None:
+    parametrizations.weight_norm(projection)
+
+
+def _masked(projection: nn.Module) -> None:
+    prune.l1_unstructured(projection, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [_normed, _masked])
+def test_a_weight_that_is_computed_is_refused_before_any_work(change: Callable[[nn.Module], None]) -> None:
+    model = tiny_model("bert")
+    change(model.encoder.layer[1].output.dense)
+    with pytest.raises(BadInput, match=r"layer\.1\.output\.dense\.weight is computed anew.*permanent"):
+        resolve(model)
+
+
+def test_a_layout_a_plan_or_a_budget_of_memory_that_is_none_is_refused() -> None:
+    model, other = tiny_model("bert"), tiny_model("vit")
+    layout, batches = resolve(model), tiny_batches(model)
+    with pytest.raises(BadInput, match="layout is of a BertModel"):
+        score(other, layout, tiny_batches(other))
+    with pytest.raises(BadInput, match="layout is a NoneType"):
+        score(model, None, batches)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="memory_budget '1GiB'"):
+        score(model, layout, batches, memory_budget="1GiB")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="plan is a dict"):
+        pruning.cut(model, layout, {}, batches)  # type: ignore[arg-type]

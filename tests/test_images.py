@@ -132,3 +132,9 @@ def test_damaged_images_are_bad_input(tmp_path: Path, name: str) -> None:
         path = write(tmp_path / name, bytes(damaged[: rng.integers(len(intact) // 2, len(intact) + 1)]))
         with suppress(BadInput):
             assert open_image(path)[0].mode == "RGB"
+
+
+def test_an_image_that_git_lfs_left_out_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(BadInput, match=r"a\.jpg is a pointer of Git LFS.*git lfs pull"):
+        open_image(tmp_path / "a.jpg")

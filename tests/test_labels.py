@@ -88,6 +88,19 @@ def test_words_as_labels_of_a_regression_are_refused_or_told(caplog: pytest.LogC
     assert labelled_rows(rows(1, None, None), model) == tuple(rows(1, None, None))  # labels are not used there
 
 
+@pytest.mark.parametrize("label", ["nan", "NaN", "inf", "-inf", "1e999"])
+def test_a_label_of_a_regression_is_a_finite_number(label: str) -> None:
+    with pytest.raises(BadInput, match="the model puts out a number"):
+        check_labels(rows("3,5", label), ToyForSequenceClassification(problem_type="regression"))
+
+
+def test_a_name_that_two_classes_share_is_no_label() -> None:
+    config = ToyForSequenceClassification(("arts", "other", "other")).config
+    with pytest.raises(BadInput, match="'other' is the name of 2 classes"):
+        class_index("other", config)
+    assert [class_index(label, config) for label in ("arts", 1, 2)] == [0, 1, 2]
+
+
 def test_unknown_labels_are_dropped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     found = known_labels(rows("arts", "n01440764", "sport", "n01440764", None), ToyForSequenceClassification())
     assert labels_of(found) == ["arts", None, "sport", None, None]

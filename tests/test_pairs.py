@@ -117,3 +117,10 @@ def test_a_model_of_pairs_is_not_shipped_as_one_of_single_texts(finished: Path, 
     manifest.write_text(json.dumps({**data, "report": {**data["report"], "text_pairs": True}}))
     with pytest.raises(BadInput, match=r"--text: tiny takes pairs of texts.*Leave out --text"):
         ship_folder(finished, order, dry_run=True)
+
+
+def test_a_second_text_that_the_first_row_lacks_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "hypothesis": ""}\n{"text": "two", "hypothesis": "three"}\n')
+    read_samples(path)
+    assert "column 'hypothesis' may be the second text" in caplog.text

@@ -178,6 +178,23 @@ def test_an_image_processor_that_is_something_else(content: str, tmp_path: Path)
         load_dense(str(folder))
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0", "model": '])
+def test_a_broken_tokenizer_json_is_the_file_that_is_named(content: str, tmp_path: Path) -> None:
+    folder = model_with(tmp_path / "model")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(BadInput, match=r"/tokenizer\.json is not a tokenizer"):
+        load_dense(str(folder))
+
+
+def test_looking_for_the_field_says_nothing_of_its_trials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = model_with(tmp_path / "model", tokenizer_class="CamembertTokenizer")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**file, "normalizer": None}))
+    with pytest.raises(BadInput, match="The cause is 'tokenizer_class'"):
+        load_dense(str(folder))
+    assert not caplog.text
+
+
 def test_the_field_that_breaks_a_tokenizer_is_named(tmp_path: Path) -> None:
     folder = model_with(tmp_path / "model", added_tokens_decoder={"zero": 1})
     with pytest.raises(BadInput, match=r"The cause is 'added_tokens_decoder' in tokenizer_config.json.*\{'zero': 1\}"):

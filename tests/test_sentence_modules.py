@@ -158,6 +158,12 @@ TRANSFORMER = {"path": "", "type": f"{PACKAGE}Transformer"}
 POOLING = {"path": "1_Pooling", "type": f"{PACKAGE}Pooling"}
 REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "max": ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, ("['max']", "mean, cls")),
+    "none": ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, ("[]", "mean, cls")),
+    "pooler": (
+        "sentence_bert_config.json",
+        {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}},
+        ("method_output_name is 'pooler_output'", "last_hidden_state"),
+    ),
     "two": ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, ("['cls', 'mean']", "mean, cls")),
     "odd": ("1_Pooling/config.json", {"pooling_mode": {"cls": 1}}, ("{'cls': 1}",)),
     "width": ("1_Pooling/config.json", {"word_embedding_dimension": 768}, ("768", str(tiny.HIDDEN))),

@@ -23,12 +23,12 @@ import optin_deploy
 from optin_deploy import sweep as module
 from optin_deploy.budget import Limits
 from optin_deploy.data.samples import read_samples
-from optin_deploy.errors import BadInput, QualityLimit
+from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.quality import Quality
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.stages import ScoreRequest, prepare
-from optin_deploy.sweep import HEADER, Point, parse_shares, smallest_within
+from optin_deploy.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
 from optin_deploy.workspace import Source
 
 SHARES = "0.9,0.5,0.2"
@@ -76,6 +76,15 @@ def test_bisection_finds_the_smallest_share_that_brute_force_finds(
         return
     assert round(100 * smallest_within(allowed, least, at).flops) == min(good)
     assert len(tried) <= 7
+
+
+def test_budgets_at_which_nothing_would_be_left_are_too_small() -> None:
+    def at(share: float) -> Point:
+        if share < 0.07:
+            raise InfeasibleBudget("nothing is left")
+        return point(share, 0)
+
+    assert smallest_within(90.0, 0.0, at).flops == 0.07
 
 
 def test_the_model_that_is_returned_was_judged_itself_even_where_quality_does_not_fall_evenly() -> None:
@@ -334,6 +343,12 @@ def test_a_sweep_refuses_impossible_shares_before_any_work(shell: Shell, folder:
         assert ran.code == 2
         assert says in ran.err
     assert not list(folder.glob("sweep.*"))
+
+
+def test_a_share_that_leaves_no_unit_of_an_encoder_is_refused_before_any_work() -> None:
+    prepared = prepare(Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN))
+    with pytest.raises(InfeasibleBudget, match=r"--flops: .* leaves no room for a head, or 8 neurons"):
+        check_shares(prepared, (0.5, 0.001), align=8, allocation="curves")
 
 
 def test_eval_labels_must_be_the_models(shell: Shell, folder: Path, tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
         raise BadInput(f"row {spec.name!r}: {type(model).__name__} has no module {prefix + spec.blocks!r}.") from err
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
         raise BadInput(f"row {spec.name!r}: {prefix + spec.blocks!r} is a {type(blocks).__name__}, not a ModuleList.")
+    said: Any = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if spec in TABLE and isinstance(said, int) and said != len(blocks):
+        raise BadInput(
+            f"this {type(model).__name__} has {len(blocks)} blocks, but its config says num_hidden_layers = {said}: as "
+            "it would be saved, it could not be loaded. Set the config's to the blocks that there are."
+        )
     layers = tuple(_layer(model, spec, f"{prefix}{spec.blocks}.{i}") for i in range(len(blocks)))
     _refuse_shared_weights(model, layers)
     return ModelLayout(arch=spec.name, model_class=type(model).__name__, layers=layers)
@@ -128,6 +134,11 @@ def _projection(model: nn.Module, path: str) -> Projection:
     if not isinstance(module, KINDS):
         possible = " and ".join(f"{kind.__module__}.{kind.__name__}" for kind in KINDS)
         raise BadInput(f"{path} is a {type(module).__name__}; only {possible} can be cut.")
+    if not isinstance(module.weight, nn.Parameter):
+        raise BadInput(
+            f"{path}.weight is computed anew in each forward, as torch's parametrizations and pruning masks do. Make "
+            "it permanent first (parametrize.remove_parametrizations, prune.remove), or merge it."
+        )
     return projection_at(model, path)
 
 

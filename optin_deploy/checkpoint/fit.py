@@ -27,8 +27,10 @@ MODULES_PER_TENSOR, FREE_MODULES = 8, 2000
 """Modules and parameters that a class may build for each stored tensor, and besides: a bound, not a measure."""
 FREE_VALUES = 2**24
 """Values (64 MiB) that a class may hold above twice what is stored: a pooler, a head, a mask."""
-UNUSED = re.compile(r"(^|\.)mask_token$")
-"""Weights inside of an encoder that only pretraining uses."""
+UNUSED = re.compile(r"(^|\.)(mask_token|attn\.masked_bias)$")
+"""Weights inside of an encoder that only pretraining uses, or that were a constant of older classes (GPT-2)."""
+FRAMEWORK = re.compile(r"^(TF|Flax)(?=[A-Z])")
+"""Before the name of a class in TensorFlow or Flax: the same model."""
 COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|stages)$")
 """Entries of a config that say how many blocks there are."""
 BLOCK = re.compile(r"(^|\.)(\d+)\.")
@@ -146,14 +148,15 @@ def check_missing(path: Path, model: nn.Module, missing: Collection[str], task: 
 
 
 def check_unexpected(path: Path, model: nn.Module, unexpected: Collection[str]) -> tuple[str, ...]:
-    """Refuse weights of the body of a model that its class does not know; they would be dropped without a word.
+    """Refuse weights of the body or the head of a model that its class does not know; they would be dropped.
 
-    Returns: what lies beside the body: heads of other tasks.
+    Returns: what lies beside them: heads of other tasks.
     Raises: BadInput: names the first of them.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     base: Any = getattr(model, prefix[:-1], model)
-    parts = {name for name, _ in (*base.named_children(), *base.named_parameters(recurse=False))}
+    children = (*base.named_children(), *model.named_children(), *base.named_parameters(recurse=False))
+    parts = {name for name, _ in children}
     buffers = {name.removeprefix(prefix) for name, _ in model.named_buffers()}
     names = {key.removeprefix(prefix) for key in unexpected} - buffers
     lost = sorted(name for name in names if name.partition(".")[0] in parts and not UNUSED.search(name))
@@ -182,7 +185,7 @@ def tell_left_out(path: Path, model: nn.Module, names: Collection[str]) -> None:
     config: Any = model.config
     architectures = getattr(config, "architectures", None) or []
     heads = sorted({name.partition(".")[0] for name in names})
-    other = [name for name in architectures if name != type(model).__name__]
+    other = [name for name in architectures if FRAMEWORK.sub("", name) != type(model).__name__]
     if heads or other:
         instead = f", not as {', '.join(map(shown, other[:3]))}" if other else ""
         left = ", ".join(map(shown, heads[:5])) or "its head"

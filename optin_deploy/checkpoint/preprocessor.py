@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from optin_deploy.checkpoint.raw_tokenizer import PROBES, as_in_file
+from optin_deploy.checkpoint.raw_tokenizer import PROBES, as_in_file, raw_tokenizer, untold
 from optin_deploy.checkpoint.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
 from optin_deploy.checkpoint.support_files import (
     IMAGE_SETTINGS,
@@ -106,8 +106,10 @@ def takes_text(model: nn.Module) -> bool:
 
 def _tokenizer(folder: Path, model: nn.Module) -> Any:
     config: Any = model.config
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     path, probes = support_file(folder, "tokenizer.json"), [Sample(text=text, source="a probe") for text in PROBES]
+    if path is not None:
+        raw_tokenizer(path.read_bytes(), str(path))  # first, as transformers does not name the file
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if path is not None:
         tokenizer = as_in_file(tokenizer, path.read_bytes(), probes, config, str(path))
     check_tokenizer(tokenizer, config)
@@ -159,7 +161,8 @@ def _blame(
                 rest = {key: value for key, value in fields.items() if key != field}
                 (Path(copy) / name).write_text(json.dumps(rest))
                 try:
-                    built(Path(copy), model)
+                    with untold():
+                        built(Path(copy), model)
                 except BaseException as err:  # as in the wall: this field is not the only fault
                     if isinstance(err, NO_FAULT):
                         raise

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,10 @@ MANY_UNKNOWN = 0.03
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: Any, where: str) -> Any:
-    """The tokenizer, if its ids are those of tokenizer.json; else one that is made of the file alone.
+def raw_tokenizer(content: bytes, where: str) -> Tokenizer:
+    """What a tokenizer.json holds, without truncation and padding.
 
-    Args: content: of tokenizer.json. rows: what is compared. where: names the file.
-    Raises: BadInput: the file cannot be used, or its ids differ from those of the tokenizer that it makes.
+    Raises: BadInput: it cannot be used.
     """
     try:
         raw = Tokenizer.from_str(content.decode("utf-8"))
@@ -48,6 +48,16 @@ def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: A
         raise BadInput(f"{where} is not a tokenizer of the `tokenizers` package: {short(str(err), 300)}.") from err
     raw.no_truncation()
     raw.no_padding()
+    return raw
+
+
+def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: Any, where: str) -> Any:
+    """The tokenizer, if its ids are those of tokenizer.json; else one that is made of the file alone.
+
+    Args: content: of tokenizer.json. rows: what is compared. where: names the file.
+    Raises: BadInput: the file cannot be used, or its ids differ from those of the tokenizer that it makes.
+    """
+    raw = raw_tokenizer(content, where)
     first = first_difference(tokenizer, raw, rows)
     if first is None:
         return tokenizer
@@ -63,6 +73,17 @@ def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: A
         )
     log.warning("%s. tokenizer.json is used, saved and shipped as it is.", told)
     return own
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Without warnings of ours: they would name the copies of a trial."""
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def first_difference(tokenizer: Any, raw: Tokenizer, rows: Sequence[Sample]) -> Sample | None:

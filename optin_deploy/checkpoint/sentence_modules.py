@@ -40,6 +40,8 @@ UNDERSTOOD_SETTINGS: dict[str, tuple[object, ...]] = {
     "do_lower_case": (None, False, True),
 }
 """Of sentence_bert_config.json: what changes the embedding, and the values that are understood."""
+STATES = "last_hidden_state"
+"""The output of a model that is pooled."""
 PACKAGE = "sentence_transformers."
 MANY_MODULES = 16
 MODULES_LIMIT_BYTES = 2**20
@@ -144,7 +146,8 @@ def _pooling(folder: Path, path: str, hidden: int) -> str:
         raise BadInput(f"{folder / path}/config.json, which says how tokens are pooled, is missing. {SAVE}")
     modes = config.get("pooling_mode")
     if modes is None:
-        modes = [mode for field, mode in LEGACY_MODES.items() if config.get(field)] or ["mean"]
+        default = [] if "pooling_mode_mean_tokens" in config else ["mean"]
+        modes = [mode for field, mode in LEGACY_MODES.items() if config.get(field)] or default
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLINGS:
         raise BadInput(
@@ -166,6 +169,11 @@ def _settings(home: Path) -> dict[str, dict[str, Any]]:
             if settings.get(field) not in possible:
                 known = ", ".join(map(repr, possible[1:]))
                 raise BadInput(f"{home / name}: {field} is {short(settings[field])}; possible: {known}.")
+        modalities = settings.get("modality_config")
+        for each in modalities.values() if isinstance(modalities, dict) else ():
+            output = each.get("method_output_name") if isinstance(each, dict) else None
+            if output not in (None, STATES):
+                raise BadInput(f"{home / name}: method_output_name is {short(output)}; possible: {STATES!r}.")
     return found
 
 

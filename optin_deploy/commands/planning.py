@@ -126,7 +126,7 @@ def sweep(
     check_search(align, allocation)
     check_align(align, workspace.read_scores().layout)
     prepared = prepare(judged_by(workspace.source(), evaluation))
-    check_shares(prepared, shares)
+    check_shares(prepared, shares, align=align, allocation=allocation)
     if allocation == "curves":
         judged_samples(prepared.calibration.batches)
     if dry_run:

@@ -36,6 +36,8 @@ SETTINGS = (
     *("output_attentions", "output_hidden_states", "interpolate_pos_encoding", "cache_position"),
 )
 """Of a forward: what is no input of a sample, or takes the place of the main one."""
+MOST_ROWS = 2**20
+"""Of all batches; far more than anything can be learned from."""
 REFUSED = (IndexError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError)
 """What a forward raises about inputs that it cannot take."""
 
@@ -56,6 +58,7 @@ def make_batches(model: nn.Module, given: Any, *, least: int = 1) -> Batches:
     if isinstance(given, Batches) and given.model() is model:
         return given
     found: list[dict[str, Tensor]] = []
+    rows = 0
     streamed = not isinstance(given, (list, tuple, Mapping, Tensor, np.ndarray))  # may fill one buffer again and again
     for number, one in enumerate(_each(given)):
         batch = _Reader(model, f"batch {number}", copying=streamed).read(one)
@@ -65,7 +68,13 @@ def make_batches(model: nn.Module, given: Any, *, least: int = 1) -> Batches:
                 f"all batches. {WHAT}"
             )
         found.append(batch)
-    total = sum(map(rows_of, found))
+        rows += rows_of(batch)
+        if rows > MOST_ROWS:
+            raise BadInput(
+                f"more than {MOST_ROWS} calibration samples: does the {type(given).__name__} ever end? A few hundred "
+                "are enough."
+            )
+    total = rows
     if total < least:
         told = "no calibration batches were given" if not found else f"{total} calibration samples are too few"
         raise BadInput(f"{told}; give at least {least} sample{'s' * (least > 1)}. {WHAT}")
@@ -79,6 +88,8 @@ def _each(given: Any) -> Iterable[Any]:
     """The batches of what was given; one batch is one, too."""
     if isinstance(given, (Mapping, Tensor, np.ndarray)):
         return [given]
+    if not hasattr(type(given), "__iter__") and hasattr(type(given), "__len__") and hasattr(type(given), "__getitem__"):
+        return (given[index] for index in range(len(given)))  # its own end may be no IndexError: a torch Dataset
     try:
         found: Iterable[Any] = iter(given if not isinstance(given, (str, bytes, type)) else 0)  # type: ignore[arg-type]
         return found

@@ -112,6 +112,9 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
     except BadInput:
         raise
     except DECODER_ERRORS as err:
+        from optin_deploy.checkpoint.files import refuse_pointer
+
+        refuse_pointer(path)
         raise BadInput(
             f"{path}: this image does not open: {err or type(err).__name__}. Possible: intact png, jpg, jpeg, bmp,"
             " webp, gif, tif or ppm files. Save it again, or delete it."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +90,8 @@ def class_index(label: str | int | None, config: Any) -> int:
     Raises: BadInput: no such class.
     """
     names = {str(name): int(index) for index, name in config.id2label.items()}
+    if len(names) < len(config.id2label) and str(label) in (shared := _repeated(map(str, config.id2label.values()))):
+        raise BadInput(f"label {short(label)} is the name of {shared[str(label)]} classes of the model.")
     numbers = {int(found[1]): index for name, index in names.items() if (found := _WHOLE.fullmatch(name))}
     index = names.get(str(label))
     if index is None and isinstance(label, int):
@@ -100,6 +104,10 @@ def class_index(label: str | int | None, config: Any) -> int:
     return index
 
 
+def _repeated(names: Iterable[str]) -> dict[str, int]:
+    return {name: times for name, times in Counter(names).items() if times > 1}
+
+
 _WHOLE = re.compile(r"\s*(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?\s*")
 
 
@@ -109,7 +117,8 @@ def _problems(rows: Sequence[Sample], model: nn.Module) -> dict[str | int | None
     for label in {row.label: None for row in rows if row.label is not None} if gives_logits(model) else ():
         try:
             if is_regression(model):
-                float(str(label).replace(",", "."))  # some write a decimal comma
+                if not math.isfinite(float(str(label).replace(",", "."))):  # some write a decimal comma
+                    raise ValueError
             else:
                 class_index(label, model.config)
         except BadInput as err:

@@ -103,7 +103,7 @@ def _rows_to_samples(
         yield from (Sample(text=line.strip(), source=f"{path}:{n}") for n, line in lines if line.strip())
         return
     blank = pairs = 0
-    first: Mapping[str, object] = {}
+    used, unused = (text_column, label_column, pair_column), None
     is_csv = path.suffix.lower() == ".csv"
     for source, row in csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines):
         text = _text(row, text_column, source)
@@ -112,7 +112,7 @@ def _rows_to_samples(
             continue
         paired = has_pair(row, text_column, pair_column)
         pairs += paired
-        first = first or row
+        unused = unused or unused_pair(row, used)
         if pair_column != PAIR_COLUMN and pair_column not in row:
             raise _no_column(pair_column, row, source, "--pair-column")
         if label_column != "label" and label_column not in row:  # the default column may be absent, a named one not
@@ -123,7 +123,6 @@ def _rows_to_samples(
             label=_label(row.get(label_column), source),
             source=source,
         )
-    unused = unused_pair(first, (text_column, label_column, pair_column))
     if unused is not None and not pairs:
         log.warning(
             "%s: column %r may be the second text of pairs, and is not read: give --pair-column %s if the model takes "

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from optin_deploy.arguments import checked
+from optin_deploy.arguments import checked, whole
 from optin_deploy.data.batches import make_batches
 from optin_deploy.guard import working
-from optin_deploy.layout import ModelLayout
+from optin_deploy.layout import ModelLayout, check_layout
 from optin_deploy.masking import Batch, inference
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.exact import exact_terms
@@ -48,7 +48,10 @@ def score(
     Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921).
     """
     settings = checked(settings, ScoreSettings, "settings")
+    if memory_budget is not None:
+        memory_budget = whole(memory_budget, "memory_budget")
     with working(model), inference(model), torch.no_grad():
+        check_layout(model, layout)
         job = Job(
             model=model,
             layout=layout,
