@@ -121,12 +121,18 @@ def test_links_are_nobody_of_ours(record: Record, tmp_path_factory: pytest.TempP
         {"file": "../thesis.tex", "sha256": "0"},
         {"temporary": ["x"]},
         {"file": 7, "sha256": None},
+        {"temporary": "...0123456789abcdef.old"},
+        {"temporary": "a\0/.x.0123456789abcdef.tmp"},
+        {"temporary": f".{'x' * 300}.0123456789abcdef.tmp"},
+        {"file": f"model.{'x' * 300}", "sha256": "0"},
+        {"file": "model.\ud800", "sha256": "0"},
         [],
     ],
 )
 def test_a_record_that_somebody_wrote_removes_nothing_else(tmp_path: Path, line: Any) -> None:
     root = tmp_path / "out"
     root.mkdir()
+    (root / "...0123456789abcdef.old").mkdir()  # like the old one of a folder named "."
     kept = [root / "thesis.tex", tmp_path / "thesis.tex", tmp_path / ".thesis.0123456789abcdef.tmp"]
     for path in kept:
         path.write_text("precious")
@@ -143,6 +149,25 @@ def test_a_line_that_a_killed_process_cut_short_spoils_no_other(record: Record) 
         file.write('{"file": "plan.js')
     write_text(record.root / "plan.json", "plan")
     assert record.owns(record.root / "plan.json")
+
+
+def test_a_line_that_the_disk_takes_in_part_is_an_error(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file would count as somebody else's ever after."""
+    monkeypatch.setattr(os, "write", lambda handle, data: len(data) - 1)
+    with pytest.raises(OSError, match="No space left"):
+        record.note(record.root / "plan.json", "0")
+
+
+def test_without_its_record_a_folder_says_why_it_is_not_known_as_ours(shell: Shell, tmp_path: Path) -> None:
+    """Such as a copy without hidden files."""
+    folder = copy_of(finished_job(), tmp_path / "copy")
+    (folder / RECORD).unlink()
+    before = tree(folder)
+    for command in (("plan", folder, "--allocation", "uniform"), ("rewrite", folder)):
+        ran = shell("optin", *command)
+        assert ran.code == 2
+        assert f"its record {folder / RECORD} is missing" in ran.err
+    assert tree(folder) == before
 
 
 def test_a_record_behind_a_link_is_refused(tmp_path: Path) -> None:
