@@ -97,7 +97,7 @@ class Record:
         strange = {path: self.strangers(path) for path in paths}
         refused = [each for path, found in strange.items() for each in found if not force or _is_folder(path)]
         if refused:
-            raise BadInput(in_the_way(refused) + self._unrecorded())
+            raise BadInput(in_the_way(refused) + _unrecorded([self.root, *filter(_is_folder, refused)]))
         for path in (path for path, found in strange.items() if found and not dry_run):
             log.warning("%s was there before; it is kept as %s", path, set_aside(path).name)
 
@@ -139,16 +139,6 @@ class Record:
                 _clear(path)
             elif _is_file(path):
                 path.unlink()
-
-    def _unrecorded(self) -> str:
-        """Why files that look like ours are not known as ours; empty: there is a record."""
-        path = self.root / RECORD
-        if _is_file(path) and 0 < path.stat().st_size <= RECORD_LIMIT_BYTES:
-            return ""
-        return (
-            f" If it did make this: its record {path} is missing or unusable, without which nothing counts as its own. "
-            "Copy such a folder with its hidden files; earlier versions made none."
-        )
 
     def _is_inside(self, path: Path) -> bool:
         """Does it lie in the folder, and not behind a link that leads out of it?"""
@@ -220,6 +210,17 @@ def in_the_way(paths: Iterable[Path]) -> str:
         f"{', '.join(told[:3])}{more}: optin-deploy did not make this, and would write over it. Move it away, or use "
         "another folder or name; --force keeps files (not folders) under another name."
     )
+
+
+def _unrecorded(folders: Iterable[Path]) -> str:
+    """Why files that look like ours are not known as ours; empty: all these folders have a record."""
+    for path in (folder / RECORD for folder in folders):
+        if not (_is_file(path) and 0 < path.stat().st_size <= RECORD_LIMIT_BYTES):
+            return (
+                f" If it did make this: the record {path} is missing or unusable, without which nothing counts as its "
+                "own. Copy such a folder with its hidden files; earlier versions made none."
+            )
+    return ""
 
 
 def free_name(path: Path, ours: Callable[[Path], bool], *, force: bool = False, dry_run: bool = False) -> None:

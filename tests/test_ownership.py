@@ -158,15 +158,16 @@ def test_a_line_that_the_disk_takes_in_part_is_an_error(record: Record, monkeypa
         record.note(record.root / "plan.json", "0")
 
 
-def test_without_its_record_a_folder_says_why_it_is_not_known_as_ours(shell: Shell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["", "model"])
+def test_without_its_record_a_folder_says_why_it_is_not_known_as_ours(shell: Shell, tmp_path: Path, part: str) -> None:
     """Such as a copy without hidden files."""
     folder = copy_of(finished_job(), tmp_path / "copy")
-    (folder / RECORD).unlink()
+    (folder / part / RECORD).unlink()
     before = tree(folder)
     for command in (("plan", folder, "--allocation", "uniform"), ("rewrite", folder)):
         ran = shell("optin", *command)
         assert ran.code == 2
-        assert f"its record {folder / RECORD} is missing" in ran.err
+        assert f"the record {folder / part / RECORD} is missing" in ran.err
     assert tree(folder) == before
 
 

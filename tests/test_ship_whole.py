@@ -25,7 +25,7 @@ from optin_deploy.belonging import disagreements
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.serving.manifest import ServingOptions, check_files
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.storage import read_json, read_tensors, sha256_file, write_tensors
 from optin_deploy.workspace import Workspace
 
 URI = ServingOptions(storage_uri="s3://bucket/repository")
@@ -116,6 +116,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an artifact that the report knows": (
         lambda job: shutil.copy(job / "dense.onnx", job / "model.onnx"),
         "model.onnx is not the file that report.json describes",
+    ),
+    "recorded samples of another model": (
+        lambda job: write_tensors(
+            job / "samples.safetensors", read_tensors(job / "samples.safetensors", ""), {"model": "0" * 64}
+        ),
+        "samples.safetensors was recorded from another model than",
     ),
     "the weights of model/": (
         lambda job: edit(job / "model/optin.json", lambda saved: saved.update(weights_sha256="0" * 64)),
