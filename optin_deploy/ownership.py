@@ -227,10 +227,12 @@ def free_name(path: Path, ours: Callable[[Path], bool], *, force: bool = False, 
     """See to it that one file of ours may be written where the user says. With `force`, what is there is set aside.
 
     Args: ours: is an existing file of the kind that is written? dry_run: only look.
-    Raises: BadInput: it is a folder, or a file of another kind.
+    Raises: BadInput: it is a folder, a device such as /dev/null, or a file of another kind.
     """
     if path.is_dir():
         raise BadInput(f"{path} is a folder. Give a file.")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is a device or a pipe. Give a file: it would be replaced.")
     if not _exists(path) or ours(path):
         return
     if not force:

@@ -174,8 +174,9 @@ def _samples(folder: Path, role: str, inputs: Sequence[str]) -> bytes:
     Raises: BadInput: something is missing, or the numbers of rows differ. PlanMismatch: they are of another model.
     """
     path, hint = folder / "samples.safetensors", f"Write it with `optin-export MODEL --out {folder}`."
+    # Files of earlier versions do not say of which model they are.
     tensors, recorded_of = read_tensors(path, hint), read_metadata(path, hint).get("model")
-    if recorded_of is not None and (folder / MODEL / MANIFEST).is_file():  # earlier versions do not say it
+    if role == "pruned" and recorded_of is not None and (folder / MODEL / MANIFEST).is_file():
         saved, _, _ = read_saved(folder / MODEL)
         if recorded_of != saved.weights_sha256:
             raise PlanMismatch(f"{path} was recorded from another model than {folder / MODEL}. {hint}")
