@@ -32,7 +32,7 @@ from optin_deploy.errors import PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
 from optin_deploy.progress import Progress, Stage, silent_stage
-from optin_deploy.pruned import PrunedModel, load_pruned
+from optin_deploy.pruned import PrunedModel, load_pruned, read_saved
 from optin_deploy.quality import Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
@@ -254,7 +254,8 @@ def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) 
     for name, model in (("dense", prepared.loaded.model), ("pruned", pruned)):
         with inference(model), torch.inference_mode():
             tensors[f"{name}.output"] = main_output(model(**batch))
-    write_tensors(workspace.root / "samples.safetensors", tensors)
+    saved, _, _ = read_saved(workspace.model_folder)
+    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": saved.weights_sha256})
 
 
 def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Quality) -> list[str]:

@@ -100,13 +100,16 @@ def install(draft: Path, out: Path) -> None:
 
 def finished(path: Path) -> Finished | None:
     """What a file says that `install` put there; None: there is none, or it or its data were changed since."""
+    data_file = data_path(path)
+    if not path.is_file() or (data_file.exists() and not data_file.is_file()):  # a pipe would be waited for
+        return None
     try:
         whole, sha256 = _hashed(path)
         if not whole:
             return None
         proto = onnx.load(path, load_external_data=False)
         said = {entry.key: entry.value for entry in proto.metadata_props}
-        data = {data_path(path).name: sha256_file(data_path(path))} if DATA in said else {}
+        data = {data_file.name: sha256_file(data_file)} if DATA in said else {}
     except (OSError, DecodeError):
         return None
     if data and said[DATA] not in data.values():

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -63,16 +63,25 @@ for command, examples in COMMANDS:
 
 def main() -> None:
     """Entry point `optin`."""
-    signal.signal(signal.SIGINT, _interrupt_once)
-    sys.exit(_run(app))
+    _leave(app)
 
 
 def export_main() -> None:
     """Entry point `optin-export`, the same as `optin export`."""
     alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     alone.command(name="optin-export", epilog=job.EXPORT_EXAMPLES, no_args_is_help=True)(job.export)
+    _leave(alone)
+
+
+def _leave(program: Callable[..., object]) -> NoReturn:
+    """Run a typer app and end the process; Ctrl-C is not heard once the outcome is known, nor while Python ends."""
     signal.signal(signal.SIGINT, _interrupt_once)
-    sys.exit(_run(alone))
+    try:
+        code = _run(program)
+    except KeyboardInterrupt:  # while an error was told
+        code = INTERRUPTED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _run(program: Callable[..., object]) -> int:

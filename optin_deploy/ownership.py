@@ -8,6 +8,7 @@ Everything else is somebody else's: it stays, and nothing is written over it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -29,6 +30,8 @@ TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(?P<kind>tmp|old)")
 """A name that is only written to; see `beside`."""
 RECORD_LIMIT_BYTES = 64 * 2**20
 """A line takes about 120 bytes; anything above this is not ours."""
+LONGEST_NAME, LONGEST_PATH = 255, 4096
+"""Bytes that Linux and macOS take."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Record:
         strange = {path: self.strangers(path) for path in paths}
         refused = [each for path, found in strange.items() for each in found if not force or _is_folder(path)]
         if refused:
-            raise BadInput(in_the_way(refused))
+            raise BadInput(in_the_way(refused) + _unrecorded([self.root, *filter(_is_folder, refused)]))
         for path in (path for path, found in strange.items() if found and not dry_run):
             log.warning("%s was there before; it is kept as %s", path, set_aside(path).name)
 
@@ -129,8 +132,9 @@ class Record:
             path = self.root / name
             if not (found := TEMPORARY.fullmatch(path.name)) or not self._is_inside(path):
                 continue
-            if found["kind"] == "old" and not _exists(path.with_name(found["name"])) and _is_folder(path):
-                path.rename(path.with_name(found["name"]))  # it was killed between the two renames of an exchange
+            place = path.parent / found["name"]
+            if found["kind"] == "old" and not _exists(place) and _is_folder(path):
+                path.rename(place)  # it was killed between the two renames of an exchange
             elif _is_folder(path):
                 _clear(path)
             elif _is_file(path):
@@ -178,7 +182,9 @@ class Record:
             if line is not None:
                 size = os.fstat(handle).st_size
                 whole = size == 0 or os.pread(handle, 1, size - 1) == b"\n"
-                os.write(handle, f"{'' if whole else chr(10)}{json.dumps(line)}\n".encode())
+                data = f"{'' if whole else chr(10)}{json.dumps(line)}\n".encode()
+                if os.write(handle, data) < len(data):  # without its line, the file would be nobody's of ours later
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 os.fsync(handle)
         finally:
             os.close(handle)
@@ -206,14 +212,27 @@ def in_the_way(paths: Iterable[Path]) -> str:
     )
 
 
+def _unrecorded(folders: Iterable[Path]) -> str:
+    """Why files that look like ours are not known as ours; empty: all these folders have a record."""
+    for path in (folder / RECORD for folder in folders):
+        if not (_is_file(path) and 0 < path.stat().st_size <= RECORD_LIMIT_BYTES):
+            return (
+                f" If it did make this: the record {path} is missing or unusable, without which nothing counts as its "
+                "own. Copy such a folder with its hidden files; earlier versions made none."
+            )
+    return ""
+
+
 def free_name(path: Path, ours: Callable[[Path], bool], *, force: bool = False, dry_run: bool = False) -> None:
     """See to it that one file of ours may be written where the user says. With `force`, what is there is set aside.
 
     Args: ours: is an existing file of the kind that is written? dry_run: only look.
-    Raises: BadInput: it is a folder, or a file of another kind.
+    Raises: BadInput: it is a folder, a device such as /dev/null, or a file of another kind.
     """
     if path.is_dir():
         raise BadInput(f"{path} is a folder. Give a file.")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is a device or a pipe. Give a file: it would be replaced.")
     if not _exists(path) or ours(path):
         return
     if not force:
@@ -278,5 +297,11 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_relative(name: object) -> bool:
-    """A relative name that does not lead out of its folder."""
-    return isinstance(name, str) and name != "" and not os.path.isabs(name) and ".." not in Path(name).parts
+    """A relative name that a file can have, and that does not lead out of its folder."""
+    if not isinstance(name, str) or name == "" or os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in raw and len(raw) < LONGEST_PATH and all(len(part) <= LONGEST_NAME for part in raw.split(b"/"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -51,15 +50,15 @@ from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.search import check_align, check_plan, make_plan, search_within
 from optin_deploy.storage import read_json, sha256_json, sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.workspace import ARTIFACTS, Source, Workspace
 
 MADE_FROM_MODEL = (
-    *("model.*", "samples.safetensors", "measurements.json", "operators.json"),
+    *(name for name in ARTIFACTS if name.startswith("model.")),
+    *("samples.safetensors", "measurements.json", "operators.json"),
     *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
-"""Files of the output folder that a new model/ makes stale: artifacts of every engine, and what was measured."""
-FOLDERS_FROM_MODEL = ("mlperf",)
-"""Those of them that are folders, which have records of their own."""
+"""What in the output folder a new model/ makes stale: artifacts of every engine, and what was measured. Names that the
+user gave, such as `optin report --out model.html`, are none of these."""
 REMAKE_HINT = "It will be made again."
 
 
@@ -323,8 +322,7 @@ def rewrite_stage(
         progress=progress,
     )
     pruned = replace(pruned, files=loaded.files, report={**pruned.report, TEXT_PAIRS: prepared.text_pairs})
-    for name in (*workspace.record.names(), *FOLDERS_FROM_MODEL):
-        if any(fnmatch(name, pattern) for pattern in MADE_FROM_MODEL):  # of an earlier plan
-            workspace.record.remove(name)  # nothing may be measured or shipped beside the wrong model
+    for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
+        workspace.record.remove(name)
     pruned.save(folder, key=key)
     return pruned, False

@@ -115,6 +115,29 @@ def test_ctrl_c_pressed_again_and_again_ends_cleanly(tmp_path: Path) -> None:
     assert temporary_files(tmp_path / "out") == []
 
 
+ENDING = """
+import atexit, os, signal
+from optin_deploy import cli
+press = lambda *args: os.kill(os.getpid(), signal.SIGINT)
+{when}
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("when", "code"), [("atexit.register(press)", 2), ("cli._told = press", 130)])
+def test_ctrl_c_while_an_error_is_told_or_the_process_ends_is_no_traceback(
+    tmp_path: Path, when: str, code: int
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", ENDING.format(when=when), "show", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == code
+    assert "Traceback" not in ran.stderr
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     script = f"{sys.executable} -m optin_deploy export --help | head -1; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -134,6 +135,11 @@ def test_changed_or_missing_data_is_noticed(
     monkeypatch.setattr(torch.onnx, "export", no_export)
     with pytest.raises(Exporting):
         OnnxExporter().export(tiny_model(NAME), ExportSpec(), path)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.onnx")
+    assert onnx_artifact.finished(tmp_path / "model.onnx") is None
 
 
 # ---- weights beside the graph

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
 
+from exporters import ENGINES, exporter
 from optin_deploy import locking, storage
 from optin_deploy.errors import BadInput
 from optin_deploy.ownership import RECORD, Record, free_name
 from optin_deploy.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json, write_text
-from optin_deploy.workspace import LOCK, NAMES, Source, Workspace
+from optin_deploy.workspace import ARTIFACTS, LOCK, NAMES, Source, Workspace
 
 TEMPTING = (
     *(name for name in NAMES if name not in ("model", "mlperf")),
@@ -121,12 +122,18 @@ def test_links_are_nobody_of_ours(record: Record, tmp_path_factory: pytest.TempP
         {"file": "../thesis.tex", "sha256": "0"},
         {"temporary": ["x"]},
         {"file": 7, "sha256": None},
+        {"temporary": "...0123456789abcdef.old"},
+        {"temporary": "a\0/.x.0123456789abcdef.tmp"},
+        {"temporary": f".{'x' * 300}.0123456789abcdef.tmp"},
+        {"file": f"model.{'x' * 300}", "sha256": "0"},
+        {"file": "model.\ud800", "sha256": "0"},
         [],
     ],
 )
 def test_a_record_that_somebody_wrote_removes_nothing_else(tmp_path: Path, line: Any) -> None:
     root = tmp_path / "out"
     root.mkdir()
+    (root / "...0123456789abcdef.old").mkdir()  # like the old one of a folder named "."
     kept = [root / "thesis.tex", tmp_path / "thesis.tex", tmp_path / ".thesis.0123456789abcdef.tmp"]
     for path in kept:
         path.write_text("precious")
@@ -143,6 +150,26 @@ def test_a_line_that_a_killed_process_cut_short_spoils_no_other(record: Record) 
         file.write('{"file": "plan.js')
     write_text(record.root / "plan.json", "plan")
     assert record.owns(record.root / "plan.json")
+
+
+def test_a_line_that_the_disk_takes_in_part_is_an_error(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file would count as somebody else's ever after."""
+    monkeypatch.setattr(os, "write", lambda handle, data: len(data) - 1)
+    with pytest.raises(OSError, match="No space left"):
+        record.note(record.root / "plan.json", "0")
+
+
+@pytest.mark.parametrize("part", ["", "model"])
+def test_without_its_record_a_folder_says_why_it_is_not_known_as_ours(shell: Shell, tmp_path: Path, part: str) -> None:
+    """Such as a copy without hidden files."""
+    folder = copy_of(finished_job(), tmp_path / "copy")
+    (folder / part / RECORD).unlink()
+    before = tree(folder)
+    for command in (("plan", folder, "--allocation", "uniform"), ("rewrite", folder)):
+        ran = shell("optin", *command)
+        assert ran.code == 2
+        assert f"the record {folder / part / RECORD} is missing" in ran.err
+    assert tree(folder) == before
 
 
 def test_a_record_behind_a_link_is_refused(tmp_path: Path) -> None:
@@ -230,7 +257,7 @@ def test_no_command_writes_over_a_file_of_others(shell: Shell, job: Path, tmp_pa
     ran = shell("optin", name, *(["scores"] if name == "show" else []), folder, *options)
     assert ran.code == 2
     assert file in ran.err
-    assert "optin-deploy did not make this" in ran.err or "no earlier result of this command" in ran.err
+    assert "is no earlier result" in ran.err if name == "report" else "optin-deploy did not make this" in ran.err
     assert tree(folder) == before
 
 
@@ -358,6 +385,31 @@ def half_way(replace: Any) -> Any:
         return replace(self, target)
 
     return renamed
+
+
+def test_results_under_names_of_the_user_stay_when_the_model_is_made_again(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished_job(), tmp_path / "work")
+    assert shell("optin", "report", folder, "--out", folder / "model.july.html").code == 0
+    page = (folder / "model.july.html").read_bytes()
+    assert shell("optin", "plan", folder, "--allocation", "uniform", "--flops", 0.4).code == 0
+    assert shell("optin", "rewrite", folder).code == 0
+    assert (folder / "model.july.html").read_bytes() == page
+    assert not (folder / "model.onnx").exists()
+
+
+def test_every_artifact_of_every_engine_is_known_by_name() -> None:
+    made = {name for each in map(exporter, ENGINES) for kind in each.precisions for name in each.file_names(kind)}
+    assert made - {"model", None} <= set(ARTIFACTS)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path, force: bool) -> None:
+    os.mkfifo(tmp_path / "pipe.html")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe.html", tmp_path / "link"):
+        with pytest.raises(BadInput, match="a device or a pipe"):
+            free_name(path, lambda path: bool(path.read_bytes()), force=force)
+        assert os.path.lexists(path)
 
 
 HELD = """

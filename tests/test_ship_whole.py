@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from exporters.serving.shipments import shipments
 from exporters.serving.shipping import roll_back, ship_folder
 from optin_deploy.belonging import disagreements
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.ownership import RECORD
 from optin_deploy.serving.manifest import ServingOptions, check_files
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.storage import read_json, read_tensors, sha256_file, write_tensors
 from optin_deploy.workspace import Workspace
 
 URI = ServingOptions(storage_uri="s3://bucket/repository")
@@ -117,6 +119,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda job: shutil.copy(job / "dense.onnx", job / "model.onnx"),
         "model.onnx is not the file that report.json describes",
     ),
+    "recorded samples of another model": (
+        lambda job: write_tensors(
+            job / "samples.safetensors", read_tensors(job / "samples.safetensors", ""), {"model": "0" * 64}
+        ),
+        "samples.safetensors was recorded from another model than",
+    ),
     "the weights of model/": (
         lambda job: edit(job / "model/optin.json", lambda saved: saved.update(weights_sha256="0" * 64)),
         "model.safetensors is not the file that was saved there",
@@ -159,6 +167,23 @@ def test_files_that_do_not_belong_together_are_not_published(job: Path, repo: Pa
     with pytest.raises(BadInput, match=r"`optin[ -](rewrite|build|export)") as caught:
         ship_folder(job, order(repo))
     assert says in str(caught.value)
+    assert not repo.exists()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("content", ["{}", "[]", "", "\0"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_tokenizer_that_was_changed_is_not_published(
+    job: Path, repo: Path, name: str, content: str, recorded: bool
+) -> None:
+    """Without a record, as in folders of earlier versions, what can be read is taken."""
+    (job / "model" / name).write_text(content)
+    if not recorded:
+        (job / "model" / RECORD).unlink()
+    if not recorded and content == "{}" and name != "tokenizer.json":
+        return
+    with pytest.raises(BadInput, match=r"--text.*`optin rewrite`"):
+        ship_folder(job, replace(order(repo), text=True))
     assert not repo.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 from rich.console import Console
+from tiny_checkpoint import copy_of, finished_job
 from tiny_scoring import toy_layout
 
 from optin_deploy.cost.macs import MacCost
@@ -295,3 +297,11 @@ def test_without_scores_and_plan_show_says_what_to_run(shell: Shell, work: Path)
     ran = shell("optin", "show", "scores", work)
     assert ran.code == 2
     assert "optin score" in ran.err
+
+
+def test_a_report_of_any_size_is_not_printed(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished_job(), tmp_path / "work")
+    os.truncate(folder / "report.md", 2**40)
+    ran = shell("optin", "show", folder)
+    assert ran.code == 2
+    assert f"{folder / 'report.md'} has 1099511627776 bytes" in ran.err

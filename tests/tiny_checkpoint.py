@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -166,8 +167,10 @@ def run(program: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> in
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, {"TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"))
         patch.setenv("COLUMNS", "200")  # tables and messages unbroken
+        before = signal.getsignal(signal.SIGINT)
         with one_thread(), pytest.raises(SystemExit) as stopped:
             {"optin": cli.main, "optin-export": cli.export_main}[program]()
+        signal.signal(signal.SIGINT, before)  # a command ends its process with the signal ignored
     return int(stopped.value.code or 0)
 
 

@@ -14,15 +14,16 @@ from exporters.origin import check_origin
 from exporters.serving.base import Server
 from exporters.serving.tensors import largest_batch, tensors_of
 from exporters.serving.texts import text_models
-from optin_deploy.belonging import disagreements
+from optin_deploy.belonging import MODEL, disagreements
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.findings import LatencyRow, StoredReport, read_report
 from optin_deploy.onnx_data import data_files
+from optin_deploy.pruned import MANIFEST, read_saved
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.repository import Version, hashes
-from optin_deploy.storage import read_tensors
+from optin_deploy.storage import read_metadata, read_tensors
 from optin_deploy.workspace import Workspace
 
 SAMPLES = f"{FOLDER}/samples.safetensors"
@@ -170,10 +171,15 @@ def preferred_batches(latency: Sequence[LatencyRow], order: Order, precision: st
 def _samples(folder: Path, role: str, inputs: Sequence[str]) -> bytes:
     """Recorded inputs, and what the model of this role gave.
 
-    Raises: BadInput: something is missing, or the numbers of rows differ.
+    Raises: BadInput: something is missing, or the numbers of rows differ. PlanMismatch: they are of another model.
     """
-    path, hint = folder / "samples.safetensors", "Write it with `optin-export`."
-    tensors = read_tensors(path, hint)
+    path, hint = folder / "samples.safetensors", f"Write it with `optin-export MODEL --out {folder}`."
+    # Files of earlier versions do not say of which model they are.
+    tensors, recorded_of = read_tensors(path, hint), read_metadata(path, hint).get("model")
+    if role == "pruned" and recorded_of is not None and (folder / MODEL / MANIFEST).is_file():
+        saved, _, _ = read_saved(folder / MODEL)
+        if recorded_of != saved.weights_sha256:
+            raise PlanMismatch(f"{path} was recorded from another model than {folder / MODEL}. {hint}")
     wanted = {**{f"input.{name}": f"input.{name}" for name in inputs}, f"{role}.output": "output"}
     absent = [name for name in wanted if name not in tensors]
     if absent:

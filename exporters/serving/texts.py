@@ -9,8 +9,10 @@ from typing import Any
 
 from exporters.serving.base import Server
 from exporters.serving.payload_files import payload
+from optin_deploy.checkpoint.wall import wall
 from optin_deploy.data.pairs import TEXT_PAIRS
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.ownership import Record
 from optin_deploy.pruned import MANIFEST, REWRITE_HINT
 from optin_deploy.serving.manifest import Manifest, TensorSpec
 from optin_deploy.serving.names import TEXT, text_of, tokenizer_of
@@ -69,15 +71,17 @@ def text_models(folder: Path, model: Manifest, target: Server, seq_len: int) -> 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """What Triton's python backend needs to tokenize as the model was trained.
 
-    Raises: BadInput: no fast tokenizer lies in the folder.
+    Raises: BadInput: no fast tokenizer lies in the folder. PlanMismatch: a file in it was changed since it was saved.
     """
     from transformers import AutoTokenizer
 
-    try:
+    record = Record(folder)
+    changed = [name for name in record.names() if name != "model.safetensors" and not record.owns(folder / name)]
+    if changed:  # the ids would not be those that the model was calibrated and judged on
+        raise PlanMismatch(f"--text: {folder / changed[0]} is not the file that was saved there. {REWRITE_HINT}")
+    with wall(f"--text: {folder} has no fast tokenizer (tokenizer.json)", REWRITE_HINT):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         graph = tokenizer.backend_tokenizer.to_str().encode()
-    except (OSError, ValueError, AttributeError) as err:
-        raise BadInput(f"--text: {folder} has no fast tokenizer (tokenizer.json): {err}") from err
     if tokenizer.pad_token is None:
         raise BadInput(f'--text: the tokenizer in {folder} has no padding token. Set "pad_token" in its config.')
     padding = {

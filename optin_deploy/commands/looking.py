@@ -13,6 +13,9 @@ from optin_deploy.commands.parsing import warn_of_disagreements
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table
 
+REPORT_BYTES = 2**22
+"""A report.md has some KiB; a larger one is none of ours."""
+
 SHOW_EXAMPLES = """
 Examples:
 
@@ -51,6 +54,11 @@ def show(
     print_plan(workspace.read_plan())
     report = root / "report.md"
     if report.is_file():
+        if report.stat().st_size > REPORT_BYTES:
+            raise BadInput(
+                f"{report} has {report.stat().st_size} bytes; at most {REPORT_BYTES} are shown. Make it again with "
+                f"`optin-export MODEL --out {root}`."
+            )
         typer.echo(report.read_text(encoding="utf-8", errors="replace"))
     warn_of_disagreements(root)
 

@@ -77,13 +77,13 @@ def read_samples(
         )
     if not samples:
         what = "folder holds no images" if path.is_dir() else "file is empty, or holds no row with a text"
-        raise BadInput(f"{path}: the {what}. --calibration takes {_FORMATS}, with at least 8 samples in it.")
+        raise BadInput(f"{path}: the {what}. Possible: {_FORMATS}, with at least 8 samples in it.")
     return samples
 
 
 def _check_file(path: Path) -> None:
     if not path.exists():
-        raise BadInput(f"{path}: no such file or folder. --calibration takes {_FORMATS}; check the path.")
+        raise BadInput(f"{path}: no such file or folder. Possible: {_FORMATS}; check the path.")
     special = special_kind(path)
     if special is not None:
         raise BadInput(f"{path}: cannot read {special}. Write its data into a file. Possible: {_FORMATS}.")
