@@ -94,6 +94,7 @@ def _run(program: Callable[..., object]) -> int:
         typer.echo(f"optin-deploy {version('optin-deploy')}")
         return 0
     try:
+        _check_given(arguments)
         code = program(_joined(arguments), standalone_mode=False)
         if code == INTERRUPTED:  # newer versions of typer turn Ctrl-C into this code themselves
             raise KeyboardInterrupt
@@ -111,6 +112,17 @@ def _run(program: Callable[..., object]) -> int:
         if shown:
             traceback.print_exc()
         return _told(err)
+
+
+def _check_given(arguments: Sequence[str]) -> None:
+    """Refuse an empty value, as of an unset variable of the shell: as a path it would be the current folder.
+
+    Raises: BadInput.
+    """
+    for before, argument in zip(("the command", *arguments), arguments, strict=False):
+        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+            where = f"{argument} has" if argument.strip() else f"after {before} there is"
+            raise BadInput(f"{where} an empty value; perhaps a variable of the shell is not set. Give one.")
 
 
 def _interrupt_once(number: int, frame: object) -> None:

@@ -113,6 +113,8 @@ class Record:
             return
         if _is_folder(path):
             own = Record(path)
+            if not _is_file(path / RECORD):
+                return  # somebody else's
             for file in _files(path):
                 own.remove(str(file.relative_to(path)))
             if not _files(path):

@@ -143,3 +143,21 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert ran.returncode == 0
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["", "--out", "x"], "after the command there is an empty value"),
+        ([bert(), "--calibration", ""], "after --calibration there is an empty value"),
+        ([bert(), "--out="], "--out= has an empty value"),
+    ],
+)
+def test_an_unset_variable_of_the_shell_is_no_current_folder(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = shell("optin-export", *arguments)
+    assert ran.code == 2
+    assert says in ran.err
+    assert list(tmp_path.iterdir()) == []

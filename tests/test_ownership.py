@@ -98,6 +98,12 @@ def test_a_folder_is_removed_without_what_others_put_into_it(record: Record) -> 
     assert not (record.root / "mlperf").exists()
 
 
+def test_a_folder_of_others_keeps_even_its_empty_folders(record: Record) -> None:
+    (record.root / "mlperf" / "empty").mkdir(parents=True)
+    record.remove("mlperf")
+    assert (record.root / "mlperf" / "empty").is_dir()
+
+
 def test_links_are_nobody_of_ours(record: Record, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A record lists names; that a link stands there now must not lead out of the folder."""
     outside = tmp_path_factory.mktemp("outside")
