@@ -124,7 +124,8 @@ def export_model(
         samples = spec.calibration
         parity = check_engine(built, pruned.model, prepared.loaded.model, seq_len=source.seq_len, samples=samples)
         quality = _quality(prepared, pruned.model, built)
-        record_samples(workspace, prepared, pruned.model)
+        saved, _, _ = read_saved(workspace.model_folder)
+        record_samples(workspace, prepared, pruned.model, saved.weights_sha256)
     asked = built.pairs[-1]
     measured_at = points if dense and built.obstacle is None else ()
     latency = measure(
@@ -246,16 +247,18 @@ def _report(
     )
 
 
-def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module) -> None:
-    """Keep 8 held-out inputs with the outputs of both models, for parity on the target."""
+def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module, weights_sha256: str) -> None:
+    """Keep 8 held-out inputs with the outputs of both models, for parity on the target.
+
+    Args: weights_sha256: of model/, noted beside them.
+    """
     largest = max(prepared.held_out.batches, key=rows_of)
     batch = {name: rows[:RECORDED] for name, rows in largest.items()}
     tensors = {f"input.{name}": rows for name, rows in batch.items()}
     for name, model in (("dense", prepared.loaded.model), ("pruned", pruned)):
         with inference(model), torch.inference_mode():
             tensors[f"{name}.output"] = main_output(model(**batch))
-    saved, _, _ = read_saved(workspace.model_folder)
-    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": saved.weights_sha256})
+    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": weights_sha256})
 
 
 def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Quality) -> list[str]:

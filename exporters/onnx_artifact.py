@@ -30,9 +30,9 @@ SEAL = "optin.sha256"
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
 WITH_SHAPES = False
 """Are the shapes of intermediate values written? Where they are, ONNX Runtime fuses each residual sum with the
-LayerNorm after it into SkipLayerNormalization, whose kernel is slower on the CPU than the two: pruned files ran 11 to
-22% faster without, dense ones 8% (all-MiniLM-L6-v2, 1 thread; outputs equal to 5e-7). Every engine infers them anyway,
-and written ones may be those of the traced example."""
+LayerNorm after it into SkipLayerNormalization, whose kernel is slower on the CPU than the two: without them the dense
+all-MiniLM-L6-v2 took 1 to 4% less time, cut to 60% of its units 6 to 7%, to 25% 11 to 15% (1 thread, outputs equal to
+7e-7; benchmarks/results/latency_shapes.md). Every engine infers what it needs."""
 BLOCK = 2**20
 
 

@@ -262,7 +262,7 @@ def test_eight_samples_are_recorded_even_if_the_last_batch_is_short(tmp_path: Pa
     parts = tuple({name: rows[:size] for name, rows in batch.items()} for size in (9, 1))
     held_out = Batches(parts, (None,) * 10)
     fake: Any = SimpleNamespace(loaded=prepared.loaded, held_out=held_out)
-    record_samples(Workspace(tmp_path), fake, prepared.loaded.model)
+    record_samples(Workspace(tmp_path), fake, prepared.loaded.model, "0" * 64)
     tensors = load_file(tmp_path / "samples.safetensors")
     assert {len(rows) for rows in tensors.values()} == {8}
 
