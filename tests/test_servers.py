@@ -20,6 +20,7 @@ import tritonclient.grpc
 import tritonclient.http
 import tritonclient.utils
 import yaml
+from sealed import put_artifact
 
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from exporters.serving.checking import check_server
@@ -28,7 +29,7 @@ from exporters.serving.shipping import roll_back, ship_folder
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import read_tensors, sha256_file
+from optin_deploy.storage import read_tensors
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -131,10 +132,7 @@ def changed(job: Path, out: Path, scale: float) -> Path:
     proto = onnx.load(copy / "model.onnx")
     (bias,) = (t for t in proto.graph.initializer if t.name.endswith("classifier.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(scale), bias.name))
-    onnx.save(proto, copy / "model.onnx")
-    report = json.loads((copy / "report.json").read_text())
-    report["hashes"]["model.onnx"] = sha256_file(copy / "model.onnx")
-    (copy / "report.json").write_text(json.dumps(report))
+    put_artifact(proto, copy)
     return copy
 
 

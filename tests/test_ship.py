@@ -18,9 +18,9 @@ import tiny_checkpoint as tiny
 import yaml
 from google.protobuf import text_format
 from onnx import TensorProto, helper
+from sealed import put_artifact
 from tritonclient.grpc import model_config_pb2
 
-from exporters import onnx_artifact
 from exporters.serving import SERVERS, server
 from exporters.serving.shipments import Order, default_name, preferred_batches, shipments
 from exporters.serving.shipping import roll_back, ship_folder
@@ -64,14 +64,7 @@ def changed(job: Path) -> None:
     """Another pruned artifact of the same inputs and outputs, as a new export would leave it."""
     proto = onnx.load(job / "model.onnx")
     proto.doc_string += "another"
-    entries = [entry for entry in proto.metadata_props if entry.key != onnx_artifact.SEAL]
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(entries)
-    onnx.save(proto, job / "model.onnx")
-    onnx_artifact._seal(job / "model.onnx")
-    report = json.loads((job / "report.json").read_text())
-    report["hashes"]["model.onnx"] = sha256_file(job / "model.onnx")
-    (job / "report.json").write_text(json.dumps(report))
+    put_artifact(proto, job)
 
 
 def published(files: dict[str, bytes]) -> dict[str, bytes]:
