@@ -57,15 +57,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, recorded: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`; on success it takes the place of `path`, whole.
 
-    Args: recorded: keep a record in it, by which it may be replaced later.
+    It keeps a record of its files, by which it may be replaced later.
     Raises: BadInput: somebody else's files are there, or the disk is full.
     """
     owner = Record(path.parent)
-    if owner.strangers(path):
-        raise BadInput(in_the_way(owner.strangers(path)))
+    if strangers := owner.strangers(path):
+        raise BadInput(in_the_way(strangers))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = beside(path), beside(path, "old")
     try:
@@ -75,8 +75,7 @@ def atomic_folder(path: Path, *, recorded: bool = True) -> Iterator[Path]:
             for written in (p for p in temporary.rglob("*") if p.is_file()):
                 with written.open("rb") as file:
                     os.fsync(file.fileno())
-            if recorded:
-                record_all(temporary)
+            record_all(temporary)
             owner.make_room(path)
             try:
                 if path.exists():
