@@ -39,15 +39,18 @@ class StageMemory:
                 yield
             finally:
                 self._fold()
-                peak = sampled[0] or self._open[-1]
-                self._open.pop()
+                peak = max(sampled[0], self._open.pop())
+                self._note(peak)
                 self.peaks[title] = max(peak, self.peaks.get(title, 0))
 
     def _fold(self) -> None:
         """Note what was held until now for every open stage, and begin again."""
         held = peak_bytes(torch.device("cpu"))
+        if _reset():
+            self._note(held)
+
+    def _note(self, held: int) -> None:
         self._open = [max(peak, held) for peak in self._open]
-        _reset()
 
 
 def resident_bytes() -> int:

@@ -136,7 +136,7 @@ def test_numbers_of_other_commands(
         ("serve-check", ["--seconds", "inf"], "--seconds inf: give a positive number"),
         ("serve-check", ["--timeout", "nan"], "--timeout nan"),
         ("serve-check", ["--concurrency", "999999"], "--concurrency 999999: possible are 1 to 1024"),
-        ("serve-check", ["--concurrency", ""], "--concurrency ''"),
+        ("serve-check", ["--concurrency", ""], "after --concurrency there is an empty value"),
         ("serve-check", ["--batch", -1], "--batch -1: possible are 1 to 65536"),
     ],
 )
