@@ -1,0 +1,140 @@
+"""A network is an ONNX graph with its weights: nodes in the order of their work, weights by name, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator call, decoded once.
+
+    Its inputs and outputs are names of values; an empty name is an input that was left out, or an output that nobody
+    reads.
+    """
+
+    index: int
+    """Place in the order of work, from 0."""
+    name: str
+    """Name in the file; it may be empty or occur twice."""
+    op: str
+    """Operator, such as `MatMul`."""
+    domain: str
+    """Empty for ONNX's own operators."""
+    opset: int
+    """Version of the operator set that the file asks for in this domain."""
+    attributes: Mapping[str, Any]
+    """Python numbers, texts, tuples of them, `ir.TensorProtocol` or `ir.Graph`."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def get(self, attribute: str, default: Any = None) -> Any:
+        """Value of an attribute, or the default where the file leaves it out."""
+        return self.attributes.get(attribute, default)
+
+    def __str__(self) -> str:
+        """Operator and name, as messages call it."""
+        return f"{self.op} {self.name or self.outputs[0]}"
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or an output of the whole graph."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...] | None
+    """Numbers are fixed, names are free; None: the file does not tell the rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A graph in its normal form, which the readers of this room make.
+
+    Functions are inlined, constants are initializers, nodes are in the order of their work, every value has a name of
+    its own, and initializers are no inputs. What is computed from it never changes it: cutting returns another one.
+    """
+
+    model: ir.Model
+    source: str
+    """Where it came from: a path, or the class of the module. For messages and records."""
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node of the main graph, in the order of work."""
+        opsets = self.model.graph.opset_imports or self.model.opset_imports
+        return tuple(_decoded(index, node, opsets) for index, node in enumerate(self.model.graph))
+
+    @cached_property
+    def weights(self) -> Mapping[str, ir.TensorProtocol]:
+        """Stored tensors by name; they are read when they are asked for."""
+        return {
+            name: value.const_value
+            for name, value in self.model.graph.initializers.items()
+            if value.const_value is not None
+        }
+
+    @cached_property
+    def inputs(self) -> tuple[Port, ...]:
+        """What a caller feeds."""
+        return tuple(_port(value) for value in self.model.graph.inputs)
+
+    @cached_property
+    def outputs(self) -> tuple[Port, ...]:
+        """What a caller gets."""
+        return tuple(_port(value) for value in self.model.graph.outputs)
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that computes a value."""
+        return {name: node for node in self.nodes for name in node.outputs if name}
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[tuple[Node, int], ...]]:
+        """The nodes that read a value, each with the place of its input; graph outputs are not among them."""
+        found: dict[str, list[tuple[Node, int]]] = {}
+        for node in self.nodes:
+            for place, name in enumerate(node.inputs):
+                if name:
+                    found.setdefault(name, []).append((node, place))
+        return {name: tuple(readers) for name, readers in found.items()}
+
+    @cached_property
+    def fixed(self) -> frozenset[str]:
+        """Names of weights, and of values that are computed from weights alone."""
+        fixed = set(self.weights)
+        for node in self.nodes:
+            if all(name in fixed or not name for name in node.inputs) and not node.op.startswith("Random"):
+                fixed.update(name for name in node.outputs if name)
+        return frozenset(fixed)
+
+
+def _decoded(index: int, node: ir.Node, opsets: Mapping[str, int]) -> Node:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return Node(
+        index=index,
+        name=node.name or "",
+        op=node.op_type,
+        domain=domain,
+        opset=opsets.get(domain, 1),
+        attributes={name: _value(attribute) for name, attribute in node.attributes.items()},
+        inputs=tuple(value.name or "" if value is not None else "" for value in node.inputs),
+        outputs=tuple(value.name or "" for value in node.outputs),
+    )
+
+
+def _value(attribute: ir.Attr) -> Any:
+    value = attribute.value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _port(value: ir.Value) -> Port:
+    shape = None
+    if value.shape is not None:
+        shape = tuple(size if isinstance(size, int) else str(size.value or "?") for size in value.shape)
+    return Port(value.name or "", value.dtype or ir.DataType.UNDEFINED, shape)

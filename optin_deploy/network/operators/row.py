@@ -1,0 +1,144 @@
+"""An operator is a row: its name, how torch computes it, and how its axes flow, with what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from optin_deploy.network.graph import Node
+
+Result = Tensor | tuple[Tensor | None, ...]
+
+
+class Axis(Protocol):
+    """An axis of a tensor, as an expression over leaves; `structure.axes` makes them."""
+
+    @property
+    def size(self) -> int:
+        """Entries along it, in the probe."""
+        ...
+
+
+class Flow(Protocol):
+    """What a row says of one node, while `structure.flow` walks along the graph.
+
+    Places count inputs (or outputs) of the node from 0; positions count axes of one tensor from 0.
+    """
+
+    @property
+    def node(self) -> Node:
+        """The node."""
+        ...
+
+    def has(self, place: int) -> bool:
+        """Whether the input is there."""
+        ...
+
+    def shape(self, place: int) -> tuple[int, ...]:
+        """Sizes of an input, in the probe."""
+        ...
+
+    def out_shape(self, place: int = 0) -> tuple[int, ...]:
+        """Sizes of an output, in the probe."""
+        ...
+
+    def is_float(self, place: int) -> bool:
+        """Whether an output holds real numbers (also stored as 8 bits); sizes and indices have no axes that are cut."""
+        ...
+
+    def axes(self, place: int) -> list[Axis]:
+        """Axes of an input."""
+        ...
+
+    def give(self, place: int, axes: Sequence[Axis]) -> None:
+        """Say which axes an output has."""
+        ...
+
+    def fresh(self, size: int, frozen: str = "") -> Axis:
+        """Make an axis that was nowhere before; with a reason, one that stays whole."""
+        ...
+
+    def unify(self, one: Axis, other: Axis) -> None:
+        """Say that two axes are cut alike, entry by entry."""
+        ...
+
+    def freeze(self, axes: Iterable[Axis], why: str = "") -> None:
+        """Say that axes stay whole; the reason is the operator where none is given."""
+        ...
+
+    def product(self, axes: Sequence[Axis]) -> Axis:
+        """Make the axis that runs over all of these, the last one fastest."""
+        ...
+
+    def total(self, axes: Sequence[Axis]) -> Axis:
+        """Make the axis that is these, one behind the other."""
+        ...
+
+    def broadcast(self, places: Iterable[int], shape: Sequence[int]) -> list[Axis]:
+        """Unify the axes of inputs as element-wise operators align them; returns those of the result."""
+        ...
+
+    def align(self, tensors: Iterable[Sequence[Axis]], shape: Sequence[int]) -> list[Axis]:
+        """Do the same for lists of axes."""
+        ...
+
+    def reshape(self, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
+        """Split and merge axes into a shape of as many entries."""
+        ...
+
+    def contract(self, place: int, position: int) -> None:
+        """Say that an input's axis is summed over here: a mask on units of that axis belongs here."""
+        ...
+
+    def macs(self, axes: Sequence[Axis]) -> None:
+        """Add as many multiply-accumulates as the product of the sizes of the axes."""
+        ...
+
+    def known(self, place: int) -> np.ndarray | None:
+        """Values of an input of numbers in the probe; None where they follow from real numbers."""
+        ...
+
+    def stored(self, place: int) -> bool:
+        """Whether an input is a weight of the file."""
+        ...
+
+    def number(self, place: int, entry: int, axis: Axis) -> None:
+        """Say that an entry of an input (flattened) is the size of an axis; -1, and 0 in a Reshape, stay as they are."""
+        ...
+
+    def attribute(self, name: str, axes: Axis | Sequence[Axis]) -> None:
+        """Say that an attribute is the size of an axis, or the sizes of several."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator."""
+
+    name: str
+    compute: Callable[..., Result]
+    """`compute(node, *inputs)`: tensors, or None for inputs that were left out. Differentiable, on any device and
+    type, and on torch's meta device; it never changes its inputs."""
+    flow: Callable[[Flow], None]
+    """Says how axes flow from inputs to outputs, what is contracted, what it costs, and which numbers are sizes."""
+    numbers: tuple[int, ...] = ()
+    """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run
+    that only finds shapes."""
+    domain: str = ""
+
+
+class Unsupported(Exception):
+    """A form of an operator that its row does not know; what it touches is frozen, with these words."""
+
+
+def refuse(why: str) -> Callable[[Flow], None]:
+    """Make the flow of an operator whose axes stay whole, with the reason."""
+
+    def flow(_: Flow) -> None:
+        raise Unsupported(why)
+
+    return flow
