@@ -90,8 +90,15 @@ class Flow(Protocol):
         """Split and merge axes into a shape of as many entries."""
         ...
 
-    def contract(self, place: int, position: int) -> None:
-        """Say that an input's axis is summed over here: a mask on units of that axis belongs here."""
+    def contract(self, place: int, position: int, other: tuple[int, int] | None = None) -> None:
+        """Say that an input's axis is summed over here: a mask on units of that axis belongs here.
+
+        Args: other: place and position of the axis that it is summed with; it is masked if the first is a weight.
+        """
+        ...
+
+    def label(self, axis: Axis, kind: str) -> None:
+        """Say what people call the units of an axis, such as heads, where the axes alone do not tell."""
         ...
 
     def macs(self, axes: Sequence[Axis]) -> None:
@@ -106,8 +113,11 @@ class Flow(Protocol):
         """Whether an input is a weight of the file."""
         ...
 
-    def number(self, place: int, entry: int, axis: Axis) -> None:
-        """Say that an entry of an input (flattened) is the size of an axis; -1, and 0 in a Reshape, stay as they are."""
+    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True) -> None:
+        """Say that an entry of an input (flattened) is the size of an axis.
+
+        Args: exact: only where the entry is that number in the probe; -1, or 0 in a Reshape, then stay as they are.
+        """
         ...
 
     def attribute(self, name: str, axes: Axis | Sequence[Axis]) -> None:

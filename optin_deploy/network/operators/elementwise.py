@@ -1,0 +1,156 @@
+"""Element-wise operators: axes are aligned as broadcasting does, and stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Flow, Row
+from optin_deploy.network.tensors import torch_dtype
+
+
+def same(flow: Flow) -> None:
+    """Each output has the axes of the first input."""
+    for place, name in enumerate(flow.node.outputs):
+        if name:
+            flow.give(place, flow.axes(0))
+
+
+def aligned(flow: Flow) -> None:
+    """The output has the axes of all inputs."""
+    places = [place for place in range(len(flow.node.inputs)) if flow.has(place)]
+    flow.give(0, flow.broadcast(places, flow.out_shape()))
+
+
+def unary(name: str, compute: Callable[[Tensor], Tensor], domain: str = "") -> Row:
+    """Make the row of a function of one tensor, entry by entry."""
+    return Row(name, lambda _, x: compute(x), same, domain=domain)
+
+
+def binary(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> Row:
+    """Make the row of a function of two tensors."""
+    return Row(name, lambda _, a, b: compute(a, b), aligned)
+
+
+def many(name: str, compute: Callable[[Tensor, Tensor], Tensor], mean: bool = False) -> Row:
+    """Make the row of a function of any number of tensors, taken two by two."""
+
+    def folded(_: Node, first: Tensor, *others: Tensor) -> Tensor:
+        result = first
+        for other in others:
+            result = compute(result, other)
+        return result / (1 + len(others)) if mean else result
+
+    return Row(name, folded, aligned)
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """Divide; integers towards zero."""
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+def power(a: Tensor, b: Tensor) -> Tensor:
+    """Raise to a power; the result has the type of the base."""
+    return torch.pow(a, b).to(a.dtype)
+
+
+def modulo(node: Node, a: Tensor, b: Tensor) -> Tensor:
+    """Take the remainder, with the sign of the divisor, or of the dividend where the node asks for it."""
+    return torch.fmod(a, b) if node.get("fmod", 0) else torch.remainder(a, b)
+
+
+def clip(node: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    """Bound every entry; a bound that is left out is none."""
+    lowest, highest = (node.get(key) if bound is None else bound for key, bound in (("min", low), ("max", high)))
+    if isinstance(lowest, float):
+        x = x.clamp(min=lowest)
+    elif lowest is not None:
+        x = torch.maximum(x, lowest)
+    if isinstance(highest, float):
+        x = x.clamp(max=highest)
+    elif highest is not None:
+        x = torch.minimum(x, highest)
+    return x
+
+
+def cast(node: Node, x: Tensor) -> Tensor:
+    """Change the type."""
+    return x.to(torch_dtype(node.attributes["to"]))
+
+
+def prelu(_: Node, x: Tensor, slope: Tensor) -> Tensor:
+    """Scale what is negative."""
+    return torch.where(x < 0, x * slope, x)
+
+
+def shrink(node: Node, x: Tensor) -> Tensor:
+    """Pull towards zero."""
+    limit, bias = node.get("lambd", 0.5), node.get("bias", 0.0)
+    return torch.where(x > limit, x - bias, torch.where(x < -limit, x + bias, torch.zeros_like(x)))
+
+
+def dropout(_: Node, x: Tensor, *__: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Change nothing, as in inference."""
+    return x, torch.ones_like(x, dtype=torch.bool)
+
+
+ROWS = (
+    *(unary(name, getattr(torch, name.lower())) for name in ("Relu", "Erf", "Tanh", "Sigmoid", "Sqrt", "Neg", "Exp")),
+    *(unary(name, getattr(torch, name.lower())) for name in ("Log", "Abs", "Reciprocal", "Sin", "Cos", "Tan", "Sign")),
+    *(unary(name, getattr(torch, name.lower())) for name in ("Floor", "Ceil", "Round", "Asin", "Acos", "Atan", "Sinh")),
+    *(unary(name, getattr(torch, name.lower())) for name in ("Cosh", "Asinh", "Acosh", "Atanh", "IsNaN")),
+    unary("Identity", lambda x: x),
+    unary("Not", torch.logical_not),
+    unary("BitwiseNot", torch.bitwise_not),
+    unary("Softplus", functional.softplus),
+    unary("Softsign", functional.softsign),
+    unary("Mish", functional.mish),
+    unary("HardSwish", functional.hardswish),
+    Row("IsInf", lambda _, x: torch.isinf(x), same),
+    Row("Gelu", lambda node, x: functional.gelu(x, approximate=node.get("approximate", "none")), same),
+    Row("Swish", lambda node, x: x * torch.sigmoid(x * node.get("alpha", 1.0)), same),
+    Row("HardSigmoid", lambda node, x: (x * node.get("alpha", 0.2) + node.get("beta", 0.5)).clamp(0, 1), same),
+    Row("LeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01)), same),
+    Row("Elu", lambda node, x: functional.elu(x, node.get("alpha", 1.0)), same),
+    Row("Celu", lambda node, x: functional.celu(x, node.get("alpha", 1.0)), same),
+    Row("Selu", lambda node, x: selu(node, x), same),
+    Row("ThresholdedRelu", lambda node, x: torch.where(x > node.get("alpha", 1.0), x, torch.zeros_like(x)), same),
+    Row("Shrink", shrink, same),
+    Row("Clip", clip, same),
+    Row("Cast", cast, same),
+    Row("CastLike", lambda _, x, like: x.to(like.dtype), same),
+    Row("Dropout", dropout, same),
+    Row("PRelu", prelu, aligned),
+    Row("Where", lambda _, condition, a, b: torch.where(condition, a, b), aligned),
+    Row("Mod", modulo, aligned),
+    binary("Add", torch.add),
+    binary("Sub", torch.sub),
+    binary("Mul", torch.mul),
+    binary("Div", divide),
+    binary("Pow", power),
+    binary("Equal", torch.eq),
+    binary("Less", torch.lt),
+    binary("LessOrEqual", torch.le),
+    binary("Greater", torch.gt),
+    binary("GreaterOrEqual", torch.ge),
+    binary("And", torch.logical_and),
+    binary("Or", torch.logical_or),
+    binary("Xor", torch.logical_xor),
+    binary("BitwiseAnd", torch.bitwise_and),
+    binary("BitwiseOr", torch.bitwise_or),
+    binary("BitwiseXor", torch.bitwise_xor),
+    many("Max", torch.maximum),
+    many("Min", torch.minimum),
+    many("Sum", torch.add),
+    many("Mean", torch.add, mean=True),
+)
+
+
+def selu(node: Node, x: Tensor) -> Tensor:
+    """Return the scaled exponential linear unit."""
+    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
+    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x))

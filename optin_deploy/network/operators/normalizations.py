@@ -1,0 +1,183 @@
+"""Normalisations: the axes that they run over stay whole; scales and shifts lie along the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Flow, Row
+
+
+def layer_norm(
+    node: Node, x: Tensor, scale: Tensor, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Normalise over the last axes; mean and deviation are given where somebody reads them."""
+    axis = node.get("axis", -1) % x.ndim
+    over, epsilon = list(range(axis, x.ndim)), node.get("epsilon", 1e-5)
+    size = tuple(x.shape[axis:])
+    if tuple(scale.shape) == size and (shift is None or tuple(shift.shape) == size):
+        y = functional.layer_norm(x, size, scale, shift, epsilon)
+    else:
+        y = functional.layer_norm(x, size, None, None, epsilon) * scale
+        y = y if shift is None else y + shift
+    if not any(node.outputs[1:]):
+        return y, None, None
+    mean = x.mean(over, keepdim=True)
+    return y, mean, (x.var(over, correction=0, keepdim=True) + epsilon).rsqrt()
+
+
+def rms_norm(node: Node, x: Tensor, scale: Tensor) -> Tensor:
+    """Divide by the root mean square over the last axes."""
+    over = list(range(node.get("axis", -1) % x.ndim, x.ndim))
+    return x * (x.square().mean(over, keepdim=True) + node.get("epsilon", 1e-5)).rsqrt() * scale
+
+
+def over_last(flow: Flow) -> None:
+    """Flow of normalisations from an axis to the last."""
+    axes = flow.axes(0)
+    start = flow.node.get("axis", -1) % len(axes)
+    places = [place for place in range(len(flow.node.inputs)) if flow.has(place)]
+    axes = flow.broadcast(places, flow.out_shape())
+    flow.freeze(axes[start:])
+    flow.give(0, axes)
+    for place, name in enumerate(flow.node.outputs[1:], start=1):
+        if name:
+            flow.give(place, [*axes[:start], *(flow.fresh(1) for _ in axes[start:])])
+
+
+def batch_norm(node: Node, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Scale and shift each channel, as in inference.
+
+    Raises: NotImplementedError: the node is in training mode.
+    """
+    if node.get("training_mode", 0):
+        raise NotImplementedError("BatchNormalization in training mode")
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    factor = scale * (variance + node.get("epsilon", 1e-5)).rsqrt()
+    if x.device.type == "meta":
+        return x * factor.reshape(shape)
+    return functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, node.get("epsilon", 1e-5))
+
+
+def per_channel(flow: Flow) -> None:
+    """Flow of scales and shifts that lie along the channels."""
+    axes = flow.axes(0)
+    for place in range(1, len(flow.node.inputs)):
+        if flow.has(place):
+            flow.unify(flow.axes(place)[0], axes[1])
+    flow.give(0, axes)
+
+
+def instance_norm(node: Node, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise each channel of each sample."""
+    return functional.instance_norm(x, None, None, scale, shift, True, 0.0, node.get("epsilon", 1e-5))
+
+
+def within_channels(flow: Flow) -> None:
+    """Flow of InstanceNormalization: all axes behind the channels stay whole."""
+    flow.freeze(flow.axes(0)[2:])
+    per_channel(flow)
+
+
+def group_norm(node: Node, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise over groups of channels; before opset 21 a scale belongs to a group."""
+    groups = node.attributes["num_groups"]
+    repeats = x.shape[1] // scale.shape[0]
+    scale, shift = (each.repeat_interleave(repeats) for each in (scale, shift))
+    return functional.group_norm(x, groups, scale, shift, node.get("epsilon", 1e-5))
+
+
+def grouped(flow: Flow) -> None:
+    """Flow of GroupNormalization: whole groups are units, what they hold stays whole."""
+    axes = flow.axes(0)
+    count = flow.node.attributes["num_groups"]
+    groups, inner = flow.fresh(count), flow.fresh(axes[1].size // count, "GroupNormalization")
+    flow.unify(axes[1], flow.product([groups, inner]))
+    flow.freeze(axes[2:])
+    for place in (1, 2):
+        flow.unify(flow.axes(place)[0], axes[1] if flow.shape(place)[0] == axes[1].size else groups)
+    flow.attribute("num_groups", groups)
+    flow.give(0, axes)
+
+
+def softmax_like(name: str, compute: object) -> Row:
+    """Make the row of a softmax; before opset 13 it runs over all axes from the one that is named."""
+
+    def computed(node: Node, x: Tensor) -> Tensor:
+        if node.opset >= 13:
+            return compute(x, node.get("axis", -1))  # type: ignore[operator,no-any-return]
+        axis = node.get("axis", 1) % x.ndim
+        return compute(x.flatten(axis), axis).reshape(x.shape)  # type: ignore[operator,no-any-return]
+
+    def flow(flow: Flow) -> None:
+        axes = flow.axes(0)
+        old = flow.node.opset < 13
+        axis = flow.node.get("axis", 1 if old else -1) % len(axes)
+        flow.freeze(axes[axis:] if old else [axes[axis]])
+        flow.give(0, axes)
+
+    return Row(name, computed, flow)
+
+
+def hardmax(x: Tensor, axis: int) -> Tensor:
+    """One at the first largest entry, zero elsewhere."""
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
+
+
+def lp_norm(node: Node, x: Tensor) -> Tensor:
+    """Divide by a norm."""
+    axis = node.get("axis", -1)
+    norm = x.norm(node.get("p", 2), axis, keepdim=True)
+    return torch.where(norm == 0, torch.zeros_like(x), x / norm)
+
+
+def along_axis(flow: Flow) -> None:
+    """Flow of what runs over the axis that the node names."""
+    axes = flow.axes(0)
+    flow.freeze([axes[flow.node.get("axis", -1)]])
+    flow.give(0, axes)
+
+
+def local_response(node: Node, x: Tensor) -> Tensor:
+    """Divide by the energy of neighbouring channels."""
+    return functional.local_response_norm(
+        x, node.attributes["size"], node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
+    )
+
+
+def channels_whole(flow: Flow) -> None:
+    """Flow of what mixes neighbouring channels."""
+    axes = flow.axes(0)
+    flow.freeze([axes[1]])
+    flow.give(0, axes)
+
+
+def mean_variance(node: Node, x: Tensor) -> Tensor:
+    """Normalise over some axes."""
+    over = list(node.get("axes", (0, 2, 3)))
+    centred = x - x.mean(over, keepdim=True)
+    return centred / (centred.square().mean(over, keepdim=True).sqrt() + 1e-9)
+
+
+def named_whole(flow: Flow) -> None:
+    """Flow of MeanVarianceNormalization."""
+    axes = flow.axes(0)
+    flow.freeze([axes[position] for position in flow.node.get("axes", (0, 2, 3))])
+    flow.give(0, axes)
+
+
+ROWS = (
+    Row("LayerNormalization", layer_norm, over_last),
+    Row("RMSNormalization", rms_norm, over_last),
+    Row("BatchNormalization", batch_norm, per_channel),
+    Row("InstanceNormalization", instance_norm, within_channels),
+    Row("GroupNormalization", group_norm, grouped),
+    softmax_like("Softmax", torch.softmax),
+    softmax_like("LogSoftmax", torch.log_softmax),
+    softmax_like("Hardmax", hardmax),
+    Row("LpNormalization", lp_norm, along_axis),
+    Row("LRN", local_response, channels_whole),
+    Row("MeanVarianceNormalization", mean_variance, named_whole),
+)

@@ -1,0 +1,84 @@
+"""Products of matrices: the contracted axes are one, and each gives a place for masks and a cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Flow, Row
+
+
+def matmul_axes(flow: Flow, *, transposed: tuple[bool, bool] = (False, False)) -> None:
+    """Flow of a product of two tensors whose last two axes are matrices."""
+    a, b = flow.axes(0), flow.axes(1)
+    summed = len(a) - (2 if transposed[0] else 1), max(0, len(b) - (1 if transposed[1] else 2))
+    if transposed[0]:
+        a[-1], a[-2] = a[-2], a[-1]
+    if transposed[1]:
+        b[-1], b[-2] = b[-2], b[-1]
+    rows, columns = len(a) > 1, len(b) > 1
+    a = a if rows else [flow.fresh(1), *a]
+    b = b if columns else [*b, flow.fresh(1)]
+    flow.unify(a[-1], b[-2])
+    flow.contract(0, summed[0], (1, summed[1]))
+    out = list(flow.out_shape())
+    batch = flow.align([a[:-2], b[:-2]], out[: len(out) - rows - columns])
+    flow.give(0, [*batch, *([a[-2]] if rows else []), *([b[-1]] if columns else [])])
+    flow.macs([*batch, a[-2], a[-1], b[-1]])
+
+
+def gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """Multiply two matrices, each perhaps transposed, and add a third."""
+    a = a.T if node.get("transA", 0) else a
+    b = b.T if node.get("transB", 0) else b
+    alpha, beta = node.get("alpha", 1.0), node.get("beta", 1.0)
+    if c is not None and a.is_floating_point():
+        return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+    product = a @ b if alpha == 1 else (a @ b) * alpha
+    return product if c is None else product + (c if beta == 1 else c * beta)
+
+
+def gemm_axes(flow: Flow) -> None:
+    """Flow of Gemm."""
+    a, b = flow.axes(0), flow.axes(1)
+    if flow.node.get("transA", 0):
+        a.reverse()
+    if flow.node.get("transB", 0):
+        b.reverse()
+    flow.unify(a[1], b[0])
+    flow.contract(0, 0 if flow.node.get("transA", 0) else 1, (1, 1 if flow.node.get("transB", 0) else 0))
+    out = [a[0], b[1]]
+    if flow.has(2):
+        flow.align([out, flow.axes(2)], flow.out_shape())
+    flow.give(0, out)
+    flow.macs([a[0], a[1], b[1]])
+
+
+def einsum_axes(flow: Flow) -> None:
+    """Flow of Einsum: a letter is an axis."""
+    equation = flow.node.attributes["equation"].replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation or "->" not in equation or any(len(set(term)) < len(term) for term in terms):
+        flow.freeze([axis for place in range(len(terms)) for axis in flow.axes(place)], f"Einsum {equation}")
+        return
+    letters: dict[str, object] = {}
+    for place, term in enumerate(terms):
+        for letter, axis in zip(term, flow.axes(place), strict=True):
+            if letter in letters and axis.size != 1:
+                flow.unify(letters[letter], axis)  # type: ignore[arg-type]
+            elif letter not in letters:
+                letters[letter] = axis
+    for position, letter in enumerate(terms[0]):
+        if letter not in right:
+            flow.contract(0, position, (1, terms[1].index(letter)) if letter in terms[-1] and len(terms) == 2 else None)
+    flow.give(0, [letters[letter] for letter in right])  # type: ignore[misc]
+    flow.macs(list(letters.values()))  # type: ignore[arg-type]
+
+
+ROWS = (
+    Row("MatMul", lambda _, a, b: a @ b, matmul_axes),
+    Row("Gemm", gemm, gemm_axes),
+    Row("Einsum", lambda node, *inputs: torch.einsum(node.attributes["equation"], *inputs), einsum_axes),
+)

@@ -1,0 +1,153 @@
+"""Run a network by torch: differentiable, with multipliers at node inputs and watched values, on any device and type."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import BadInput
+from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.row import Row
+from optin_deploy.network.tensors import torch_dtype, torch_tensor
+
+Place = tuple[int, int]
+"""A node by its index, and one of its inputs."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a run gives."""
+
+    outputs: dict[str, Tensor]
+    """Outputs of the graph by name."""
+    watched: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cone:
+    """What lies downstream of some nodes, those included."""
+
+    nodes: tuple[int, ...]
+    """Indices, in the order of work."""
+    needs: tuple[str, ...]
+    """Values from upstream that it reads; a run that watches them gives what a partial run starts from."""
+
+
+class Program:
+    """A network made ready to run; it holds the weights and can be called many times."""
+
+    def __init__(
+        self, network: Network, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        """Args: dtype: the type of all real numbers; None: as the file stores them.
+
+        Raises: BadInput: an operator has no row.
+        """
+        self.network = network
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._steps = [(node, _row(node), self._adapted(node)) for node in network.nodes]
+        numbers = {
+            name
+            for node, row, _ in self._steps
+            for place, name in enumerate(node.inputs)
+            if place in row.numbers and name in network.weights
+        }
+        self._weights = {name: self._placed(torch_tensor(tensor), name in numbers) for name, tensor in network.weights.items()}
+        last = {name: node.index for node in network.nodes for name in node.inputs if name}
+        self._ends: list[list[str]] = [[] for _ in network.nodes]
+        for name, index in last.items():
+            if name not in self._weights:
+                self._ends[index].append(name)
+
+    def __call__(
+        self,
+        feeds: Mapping[str, Tensor],
+        *,
+        masks: Mapping[Place, Tensor] | None = None,
+        watch: Collection[str] = (),
+        cone: Cone | None = None,
+    ) -> Values:
+        """Run the graph, or only a cone of it.
+
+        Args: feeds: the graph's inputs by name; for a cone, the values that it needs.
+            masks: multipliers of inputs of nodes, broadcast.
+            watch: names of values to give back besides the outputs; with a cone, only those that lie in it are found.
+        """
+        masks = masks or {}
+        values: dict[str, Tensor] = dict(self._weights)
+        values.update({name: self._placed(value, False) for name, value in feeds.items()})
+        outputs = [port.name for port in self.network.outputs]
+        held = {*outputs, *watch}
+        steps = self._steps if cone is None else [self._steps[index] for index in cone.nodes]
+        for node, row, adapted in steps:
+            inputs = [values[name] if name else None for name in node.inputs]
+            for place in range(len(inputs)) if masks else ():
+                mask = masks.get((node.index, place))
+                if mask is not None:
+                    inputs[place] = inputs[place] * mask  # type: ignore[operator]
+            result = row.compute(adapted, *together(inputs, row.numbers))
+            found = result if isinstance(result, tuple) else (result,)
+            for name, value in zip(node.outputs, found, strict=False):
+                if name and value is not None:
+                    values[name] = self._typed(value)
+            if cone is None:
+                for name in self._ends[node.index]:
+                    if name not in held:
+                        values.pop(name, None)
+        return Values(
+            {name: values[name] for name in outputs if name in values},
+            {name: values[name] for name in watch if name in values},
+        )
+
+    def cone(self, nodes: Collection[int]) -> Cone:
+        """Return what must be computed again when inputs of these nodes change."""
+        inside: list[int] = []
+        made: set[str] = set()
+        needs: dict[str, None] = {}
+        for node in self.network.nodes:
+            if node.index in nodes or made.intersection(node.inputs):
+                inside.append(node.index)
+                made.update(name for name in node.outputs if name)
+                needs.update({name: None for name in node.inputs if name and name not in made and name not in self._weights})
+        return Cone(tuple(inside), tuple(needs))
+
+    def _placed(self, value: Tensor, number: bool) -> Tensor:
+        return value if number else self._typed(value).to(self.device)
+
+    def _typed(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if self.dtype is not None and value.dtype in FLOATS else value
+
+    def _adapted(self, node: Node) -> Node:
+        """Let a Cast between real numbers be none where all of them have one type."""
+        if self.dtype is None or node.op != "Cast" or torch_dtype(node.attributes["to"]) not in FLOATS:
+            return node
+        to = {torch.float64: 11, torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[self.dtype]
+        return Node(**{**vars(node), "attributes": {**node.attributes, "to": to}})
+
+
+def together(inputs: list[Tensor | None], numbers: tuple[int, ...]) -> list[Tensor | None]:
+    """Bring the inputs of a node to one device; numbers such as shapes stay on the CPU."""
+    devices = {value.device for place, value in enumerate(inputs) if value is not None and place not in numbers}
+    if len(devices) < 2:
+        return inputs
+    target = next(device for device in devices if device.type != "cpu")
+    return [
+        value if value is None or place in numbers or value.device == target else value.to(target)
+        for place, value in enumerate(inputs)
+    ]
+
+
+def _row(node: Node) -> Row:
+    row = rows().get((node.domain, node.op))
+    if row is None:
+        raise BadInput(
+            f"{node}: the operator {node.domain or 'onnx'}.{node.op} is not known here, so the network cannot be run. "
+            "A new operator is a row in optin_deploy/network/operators."
+        )
+    return row

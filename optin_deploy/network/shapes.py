@@ -1,0 +1,85 @@
+"""Shapes of every value, and the values of all numbers such as sizes and indices, without computing a real number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.operators import rows
+from optin_deploy.network.run import together
+from optin_deploy.network.tensors import torch_dtype, torch_tensor
+
+REAL_ENTRIES = 2**20
+"""Stored integers up to so many entries are read; larger ones are quantised weights."""
+META = torch.device("meta")
+
+
+@dataclass
+class Shapes:
+    """What one probe finds."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Values by name: real ones on the meta device, numbers with their values where these are known."""
+    problems: dict[int, str] = field(default_factory=dict)
+    """Nodes by index whose outputs have no shape here, with the reason."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Sizes of a value; None if they are not known."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else tuple(tensor.shape)
+
+    def known(self, name: str) -> np.ndarray | None:
+        """Entries of a value of numbers; None if they follow from real numbers."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None or tensor.device == META else tensor.numpy()
+
+
+def shapes_of(network: Network, feeds: Mapping[str, Tensor], *, compute: bool = False) -> Shapes:
+    """Find the shapes of all values for some inputs.
+
+    Args: compute: also compute real numbers, on the CPU; for networks whose shapes follow from them.
+    """
+    found = Shapes()
+    for name, stored in network.weights.items():
+        try:
+            dtype = torch_dtype(stored.dtype)
+            small = not dtype.is_floating_point and stored.size <= REAL_ENTRIES
+            found.tensors[name] = (
+                torch_tensor(stored) if small or compute else torch.empty(tuple(stored.shape), dtype=dtype, device=META)
+            )
+        except TypeError:
+            continue
+    for name, value in feeds.items():
+        found.tensors[name] = value.to(META) if value.is_floating_point() and not compute else value
+    for node in network.nodes:
+        why = _step(node, found.tensors)
+        if why:
+            found.problems[node.index] = why
+    return found
+
+
+def _step(node: Node, tensors: dict[str, Tensor]) -> str:
+    """Compute one node; returns why that is not possible."""
+    row = rows().get((node.domain, node.op))
+    if row is None:
+        return f"the operator {node.domain or 'onnx'}.{node.op} is not known"
+    missing = [name for name in node.inputs if name and name not in tensors]
+    if missing:
+        return f"the shape of {missing[0]} is not known"
+    inputs = [tensors[name] if name else None for name in node.inputs]
+    if any(inputs[place] is not None and inputs[place].device == META for place in row.numbers if place < len(inputs)):  # type: ignore[union-attr]
+        return f"its sizes follow from what {node.op} reads"
+    try:
+        with torch.no_grad():
+            result = row.compute(node, *together(inputs, row.numbers))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError, ArithmeticError) as err:
+        return f"{type(err).__name__}: {err}"
+    for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False):
+        if name and value is not None:
+            tensors[name] = value
+    return ""

@@ -1,0 +1,104 @@
+"""Find the unit groups of any network by the algebra of its axes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from optin_deploy.network.graph import Network
+from optin_deploy.network.shapes import shapes_of
+from optin_deploy.structure.axes import Axis, freeze
+from optin_deploy.structure.flow import Structure, walk
+from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
+from optin_deploy.structure.names import group_name
+
+Signature = tuple[int, frozenset[tuple[str, int, int, int, str]]]
+
+
+def find(network: Network, probes: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
+    """Find what can be cut.
+
+    Args: probes: inputs of two sizes; what is a unit group with one and not with the other stays whole.
+    """
+    if probes is None:
+        from optin_deploy.network.probe import probes_of
+
+        probes = probes_of(network)
+    structure, *others = [walk(network, shapes_of(network, feeds)) for feeds in probes]
+    for other in others:
+        confirm(structure, other)
+    return layout_of(structure)
+
+
+def confirm(structure: Structure, other: Structure) -> None:
+    """Freeze what another probe sees differently."""
+    seen = set(signatures(other).values())
+    for leaf, signature in signatures(structure).items():
+        if signature not in seen and not leaf.frozen:
+            freeze([leaf], "it looks different for inputs of other sizes")
+
+
+def signatures(structure: Structure) -> dict[Axis, Signature]:
+    """Leaves that are not frozen, each with all that is known of where it lies."""
+    return {
+        leaf: (
+            leaf.size,
+            frozenset((s.weight, s.node, s.place, s.position, expression(s.axis, leaf)) for s in slices),
+        )
+        for leaf, slices in leaf_slices(structure).items()
+        if not leaf.frozen
+    }
+
+
+def expression(axis: Axis, leaf: Axis) -> str:
+    """Write an axis down, with one of its leaves marked."""
+    axis = axis.root
+    if axis.kind == "leaf":
+        return "@" if axis is leaf else str(axis.size)
+    sign = "*" if axis.kind == "product" else "+"
+    return "(" + sign.join(expression(part, leaf) for part in axis.parts) + ")"
+
+
+def layout_of(structure: Structure) -> Layout:
+    """Gather the groups of a structure, and tell what is frozen and why."""
+    sites, numbers = by_leaf(structure.contractions), by_leaf(structure.numbers)
+    labels = kinds(structure)
+    groups: list[UnitGroup] = []
+    frozen: list[Frozen] = []
+    for leaf, slices in leaf_slices(structure).items():
+        if leaf not in sites:
+            continue
+        if leaf.frozen:
+            frozen.append(Frozen(tuple(dict.fromkeys(s.weight for s in slices)), leaf.size, leaf.frozen))
+            continue
+        groups.append(
+            UnitGroup(
+                name=_name(structure, slices, [site.node for site in sites[leaf]]),
+                kind=labels.get(leaf, "neurons"),
+                units=leaf.size,
+                leaf=leaf,
+                slices=tuple(slices),
+                sites=tuple(sites[leaf]),
+                numbers=tuple(numbers.get(leaf, ())),
+                depth=min(site.node for site in sites[leaf]),
+            )
+        )
+    groups.sort(key=lambda group: group.depth)
+    return Layout(structure, _unique(groups), tuple(frozen))
+
+
+def _name(structure: Structure, slices: Sequence[WeightSlice], nodes: Sequence[int]) -> str:
+    return group_name(structure.network, slices, nodes)
+
+
+def _unique(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
+    """Name each group by its place and kind; those that would share a name are counted."""
+    names = [f"{group.name}: {group.kind}" for group in groups]
+    many, seen = Counter(names), Counter[str]()
+    found = []
+    for group, name in zip(groups, names, strict=True):
+        seen[name] += 1
+        found.append(UnitGroup(**{**vars(group), "name": f"{name} {seen[name]}" if many[name] > 1 else name}))
+    return tuple(found)

@@ -1,0 +1,319 @@
+"""Walk along a network once and let each operator's row say how axes flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.shapes import Shapes
+from optin_deploy.structure.axes import Axis, freeze, product, total, unify
+from optin_deploy.structure.sharing import shared_positions
+
+
+UNKNOWN_FORM = (AssertionError, IndexError, KeyError, TypeError, ValueError)
+"""What a row raises at a node that is not as it expects, such as one with too few inputs."""
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One place where a node reads a weight; each place has a copy of its own when it is cut."""
+
+    weight: str
+    node: int
+    place: int
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A place where an axis of an activation is summed over."""
+
+    node: int
+    place: int
+    position: int
+    axis: Axis
+    with_weight: bool
+    """Whether the other factor follows from weights alone."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number beside the weights that is the size of an axis."""
+
+    node: int
+    where: int | str
+    """Place of an input, or name of an attribute."""
+    entry: int | None
+    """Which entry of it; None: the attribute is one number."""
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place where an axis of a value that several layers share is read; each of them takes its own part."""
+
+    node: int
+    place: int
+    position: int
+    axis: Axis
+
+
+@dataclass
+class Structure:
+    """What one walk finds."""
+
+    network: Network
+    shapes: Shapes
+    axes: dict[str, list[Axis]] = field(default_factory=dict)
+    """Axes of values by name; weights are in `uses`."""
+    uses: list[WeightUse] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    products: list[tuple[int, tuple[Axis, ...]]] = field(default_factory=list)
+    """Nodes with the axes whose sizes multiply to their multiply-accumulates; one node may have several."""
+    numbers: list[Number] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
+    labels: list[tuple[Axis, str]] = field(default_factory=list)
+    problems: dict[int, str] = field(default_factory=dict)
+    """Nodes by index that were not understood, with the reason; what they touch is frozen."""
+
+
+def walk(network: Network, shapes: Shapes) -> Structure:
+    """Find the axes of every value.
+
+    Args: shapes: what `network.shapes.shapes_of` finds for a probe.
+    """
+    found = Structure(network, shapes)
+    shared = shared_positions(network, shapes)
+    for port in network.inputs:
+        sizes = shapes.shape(port.name)
+        if sizes is not None:
+            found.axes[port.name] = [Axis(size, f"input {port.name}") for size in sizes]
+    for node in network.nodes:
+        visit = Visit(found, node, shared)
+        why = shapes.problems.get(node.index) or visit.follow()
+        if why:
+            found.problems[node.index] = why
+            visit.give_up(why)
+    for port in network.outputs:
+        freeze(found.axes.get(port.name, ()), f"output {port.name}")
+    for tap in found.taps:
+        name = network.nodes[tap.node].inputs[tap.place]
+        freeze([found.axes[name][tap.position]], "several layers share it, and each takes its own part")
+    return found
+
+
+class Visit:
+    """One node on the way: what its row reads and says (see `network.operators.row.Flow`)."""
+
+    def __init__(self, structure: Structure, node: Node, shared: frozenset[str]) -> None:
+        self._structure = structure
+        self._shared = shared
+        self._uses: dict[int, list[Axis]] = {}
+        self._given: set[int] = set()
+        self.node = node
+
+    def follow(self) -> str:
+        """Let the row speak; returns why it could not."""
+        row = rows()[self.node.domain, self.node.op]
+        try:
+            row.flow(self)
+        except Unsupported as err:
+            return str(err)
+        except UNKNOWN_FORM as err:
+            return f"a form that its row does not know ({type(err).__name__}: {err})"
+        missing = [n for n, name in enumerate(self.node.outputs) if name and n not in self._given and self._sizes(name) is not None]
+        return "its row says nothing of some outputs" if missing else ""
+
+    def give_up(self, why: str) -> None:
+        """Freeze all that the node touches."""
+        told = f"{self.node.op}: {why}"
+        for place, name in enumerate(self.node.inputs):
+            if name and self._sizes(name) is not None:
+                freeze(self.axes(place), told)
+        for name in self.node.outputs:
+            sizes = self._sizes(name) if name else None
+            if sizes is not None:
+                self._structure.axes[name] = [Axis(size, told) for size in sizes]
+
+    # What a row asks.
+
+    def has(self, place: int) -> bool:
+        """Whether the input is there."""
+        return place < len(self.node.inputs) and bool(self.node.inputs[place])
+
+    def shape(self, place: int) -> tuple[int, ...]:
+        """Sizes of an input."""
+        return self._size_of(self.node.inputs[place])
+
+    def out_shape(self, place: int = 0) -> tuple[int, ...]:
+        """Sizes of an output."""
+        return self._size_of(self.node.outputs[place])
+
+    def is_float(self, place: int) -> bool:
+        """Whether an output holds real numbers."""
+        return self._structure.shapes.tensors[self.node.outputs[place]].is_floating_point()
+
+    def known(self, place: int) -> np.ndarray | None:
+        """Values of an input of numbers."""
+        return self._structure.shapes.known(self.node.inputs[place]) if self.has(place) else None
+
+    def stored(self, place: int) -> bool:
+        """Whether an input is a weight."""
+        return self.has(place) and self.node.inputs[place] in self._structure.network.weights
+
+    def axes(self, place: int) -> list[Axis]:
+        """Axes of an input; a vector is a copy of its own at each place, a matrix is shared by all that read it."""
+        name = self.node.inputs[place]
+        if name not in self._structure.network.weights:
+            if name not in self._structure.axes:
+                raise Unsupported(f"the shape of {name} is not known")
+            return list(self._structure.axes[name])
+        return list(self._use(place, alone=sum(size > 1 for size in self.shape(place)) < 2))
+
+    # What a row says.
+
+    def give(self, place: int, axes: Sequence[Axis]) -> None:
+        """Set the axes of an output."""
+        sizes = self.out_shape(place)
+        if tuple(axis.size for axis in axes) != sizes:
+            raise AssertionError(f"{self.node}: axes {list(axes)} for an output of {sizes}")
+        self._structure.axes[self.node.outputs[place]] = list(axes)
+        self._given.add(place)
+
+    def fresh(self, size: int, frozen: str = "") -> Axis:
+        """Make an axis."""
+        return Axis(size, frozen)
+
+    def unify(self, one: Axis, other: Axis) -> None:
+        """Unify two axes."""
+        unify(one, other, f"at {self.node}")
+
+    def freeze(self, axes: Iterable[Axis], why: str = "") -> None:
+        """Freeze axes."""
+        freeze(axes, why or self.node.op)
+
+    def product(self, axes: Sequence[Axis]) -> Axis:
+        """Multiply axes."""
+        return product(axes)
+
+    def total(self, axes: Sequence[Axis]) -> Axis:
+        """Put axes behind each other."""
+        return total(axes)
+
+    def broadcast(self, places: Iterable[int], shape: Sequence[int]) -> list[Axis]:
+        """Align inputs; what several layers share is read through a tap."""
+        return self.align([self._elementwise(place) for place in places], shape)
+
+    def align(self, tensors: Iterable[Sequence[Axis]], shape: Sequence[int]) -> list[Axis]:
+        """Align lists of axes from the right."""
+        out: list[Axis | None] = [None] * len(shape)
+        for axes in tensors:
+            for position, axis in enumerate(axes, start=len(shape) - len(axes)):
+                if axis.size != shape[position] or axis.size == 1:
+                    continue
+                known = out[position]
+                if known is None:
+                    out[position] = axis
+                else:
+                    self.unify(known, axis)
+        return [Axis(size) if axis is None else axis for axis, size in zip(out, shape, strict=True)]
+
+    def reshape(self, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
+        """Split and merge axes."""
+        if 0 in shape:
+            freeze(axes, "a tensor without entries")
+            return [Axis(size, "a tensor without entries") for size in shape]
+        out = [Axis(size) for size in shape]
+        olds, news = [axis for axis in axes if axis.size > 1], [n for n, size in enumerate(shape) if size > 1]
+        while olds or news:
+            these, those = [olds.pop(0)], [news.pop(0)]
+            one, other = these[0].size, shape[those[0]]
+            while one != other:
+                if one < other:
+                    these.append(olds.pop(0))
+                    one *= these[-1].size
+                else:
+                    those.append(news.pop(0))
+                    other *= shape[those[-1]]
+            if len(those) == 1:
+                out[those[0]] = product(these)
+            else:
+                self.unify(product(these), product([out[n] for n in those]))
+        return out
+
+    def contract(self, place: int, position: int, other: tuple[int, int] | None = None) -> None:
+        """Note a place for masks."""
+        fixed = self._structure.network.fixed
+        sides = [(place, position), *([other] if other else [])]
+        live = [side for side in sides if self.node.inputs[side[0]] not in fixed]
+        if live:
+            place, position = live[0]
+            axis = self.axes(place)[position]
+            self._structure.contractions.append(
+                Contraction(self.node.index, place, position, axis, len(live) < 2)
+            )
+
+    def macs(self, axes: Sequence[Axis]) -> None:
+        """Note a cost."""
+        self._structure.products.append((self.node.index, tuple(axes)))
+
+    def label(self, axis: Axis, kind: str) -> None:
+        """Note what people call an axis."""
+        self._structure.labels.append((axis, kind))
+
+    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True) -> None:
+        """Note a number beside the weights."""
+        known = self.known(place)
+        if exact and known is not None and int(known.reshape(-1)[entry]) != axis.size:
+            return
+        if axis.size > 1 or not exact:
+            self._structure.numbers.append(Number(self.node.index, place, entry, axis))
+
+    def attribute(self, name: str, axes: Axis | Sequence[Axis]) -> None:
+        """Note an attribute that is a size, or lists sizes."""
+        if isinstance(axes, Axis):
+            self._structure.numbers.append(Number(self.node.index, name, None, axes))
+        else:
+            for entry, axis in enumerate(axes):
+                self._structure.numbers.append(Number(self.node.index, name, entry, axis))
+
+    # How it is looked up.
+
+    def _sizes(self, name: str) -> tuple[int, ...] | None:
+        return self._structure.shapes.shape(name)
+
+    def _size_of(self, name: str) -> tuple[int, ...]:
+        sizes = self._sizes(name) if name else None
+        if sizes is None:
+            raise Unsupported(f"the shape of {name or 'an input that is left out'} is not known")
+        return sizes
+
+    def _use(self, place: int, *, alone: bool) -> list[Axis]:
+        """Axes of a weight: of this place alone, or of all places that read it."""
+        if place not in self._uses:
+            name = self.node.inputs[place]
+            if alone:
+                axes = [Axis(size) for size in self.shape(place)]
+            else:
+                axes = self._structure.axes.setdefault(name, [Axis(size) for size in self.shape(place)])
+            self._uses[place] = axes
+            self._structure.uses.append(WeightUse(name, self.node.index, place, tuple(axes)))
+        return self._uses[place]
+
+    def _elementwise(self, place: int) -> list[Axis]:
+        name = self.node.inputs[place]
+        if name in self._structure.network.weights:
+            return self._use(place, alone=True)
+        axes = self.axes(place)
+        if name not in self._shared:
+            return axes
+        for position, axis in enumerate(axes):
+            if any(leaf.size > 1 and not leaf.frozen for leaf in axis.leaves()):
+                axes[position] = Axis(axis.size)
+                self._structure.taps.append(Tap(self.node.index, place, position, axes[position]))
+        return axes

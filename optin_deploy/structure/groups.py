@@ -1,0 +1,135 @@
+"""Unit groups: what is cut together, where it is masked, and which numbers speak of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from optin_deploy.structure.axes import Axis
+from optin_deploy.structure.flow import Contraction, Number, Structure
+
+KINDS = ("heads", "groups", "queries", "neurons", "channels", "qk-width", "v-width")
+"""Labels of groups, for people, pools of ranking and alignment; no other code depends on them."""
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """One axis of a weight, at one place that reads it, on which units of a group lie."""
+
+    weight: str
+    node: int
+    place: int
+    position: int
+    axis: Axis
+    """The whole axis; `structure.axes.kept` maps kept units to its entries."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """Units that are cut together, everywhere they lie."""
+
+    name: str
+    """For people and plans; unique in a layout."""
+    kind: str
+    """One of KINDS."""
+    units: int
+    leaf: Axis
+    slices: tuple[WeightSlice, ...]
+    sites: tuple[Contraction, ...]
+    """Where a mask belongs: inputs of the contractions that consume the units."""
+    numbers: tuple[Number, ...]
+    depth: int
+    """Place of the first site in the order of work."""
+
+    @property
+    def width(self) -> int:
+        """Entries of the first site's axis for each unit, such as the width of a head."""
+        return self.sites[0].axis.size // self.units
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Units that stay whole, though weights hold them and a contraction consumes them."""
+
+    weights: tuple[str, ...]
+    units: int
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """All groups of a network, in the order of work."""
+
+    structure: Structure
+    groups: tuple[UnitGroup, ...]
+    frozen: tuple[Frozen, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, UnitGroup]:
+        """Groups by name."""
+        return {group.name: group for group in self.groups}
+
+    def leaves(self, keep: Mapping[str, Sequence[int]]) -> dict[Axis, np.ndarray]:
+        """Kept units by leaf, for groups that lose some; the others are left out."""
+        found = {}
+        for name, units in keep.items():
+            group = self.by_name[name]
+            if len(units) < group.units:
+                found[group.leaf] = np.asarray(sorted(units), dtype=np.int64)
+        return found
+
+
+def leaf_slices(structure: Structure) -> dict[Axis, list[WeightSlice]]:
+    """Where each leaf of more than one unit lies on weights."""
+    found: dict[Axis, list[WeightSlice]] = {}
+    for use in structure.uses:
+        for position, axis in enumerate(use.axes):
+            for leaf in axis.leaves():
+                if leaf.size > 1:
+                    found.setdefault(leaf, []).append(WeightSlice(use.weight, use.node, use.place, position, axis))
+    return found
+
+
+def by_leaf(items: Iterable[Contraction] | Iterable[Number]) -> dict[Axis, list]:  # type: ignore[type-arg]
+    """Items by the leaves of their axis, each item once a leaf."""
+    found: dict[Axis, list] = {}  # type: ignore[type-arg]
+    for item in items:
+        for leaf in dict.fromkeys(item.axis.leaves()):
+            found.setdefault(leaf, []).append(item)
+    return found
+
+
+def kinds(structure: Structure) -> dict[Axis, str]:
+    """Labels of leaves, by where they stand in products of two activations, and whether convolutions read them."""
+    network, fixed = structure.network, structure.network.fixed
+    found: dict[Axis, str] = {leaf: kind for axis, kind in structure.labels for leaf in axis.leaves()}
+
+    def note(leaves: Iterable[Axis], kind: str) -> None:
+        for leaf in leaves:
+            found.setdefault(leaf, kind)
+
+    for index, _ in structure.products:
+        node = network.nodes[index]
+        if len(node.inputs) < 2 or any(name in fixed for name in node.inputs[:2]):
+            continue
+        if any(name not in structure.axes for name in (*node.inputs[:2], node.outputs[0])):
+            continue
+        one, other, out = (
+            {leaf: None for axis in structure.axes[name] for leaf in axis.leaves()}
+            for name in (*node.inputs[:2], node.outputs[0])
+        )
+        both = [leaf for leaf in one if leaf in other]
+        note(_heads(structure, node.inputs[0], [leaf for leaf in both if leaf in out]), "heads")
+        note([leaf for leaf in both if leaf not in out], "qk-width")
+        note([leaf for leaf in other if leaf not in one and leaf in out], "v-width")
+    for contraction in structure.contractions:
+        conv = "Conv" in network.nodes[contraction.node].op
+        note(contraction.axis.leaves(), "channels" if conv else "neurons")
+    return found
+
+
+def _heads(structure: Structure, name: str, leaves: list[Axis]) -> Iterator[Axis]:
+    yield from leaves

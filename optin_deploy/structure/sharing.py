@@ -1,0 +1,56 @@
+"""Values that follow from weights and positions alone, and that several layers read: biases by distance, rotations.
+
+If their axes were unified at every reader, all layers would have to keep the same heads. Each takes its own part instead.
+"""
+
+from __future__ import annotations
+
+from optin_deploy.network.graph import Network
+from optin_deploy.network.shapes import Shapes
+
+PICKS = ("Gather", "GatherElements", "GatherND")
+
+
+def shared_positions(network: Network, shapes: Shapes) -> frozenset[str]:
+    """Return the names of such values, as far as they hold real numbers and are no weights themselves."""
+    content, asked = _content(network, shapes)
+    reads: dict[str, int] = {}
+    for node in reversed(network.nodes):
+        through = sum(reads.get(name, 0) for name in node.outputs)
+        for name in node.inputs:
+            if name in asked:
+                reads[name] = reads.get(name, 0) + (1 if content.intersection(node.outputs) else through)
+    shared: set[str] = set()
+    for node in network.nodes:
+        from_shared = shared.intersection(node.inputs)
+        for name in node.outputs:
+            if name in asked and (reads.get(name, 0) > 1 or from_shared):
+                shared.add(name)
+    return frozenset(shared)
+
+
+def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
+    """Names of values that follow from what is in the inputs, and of the other real ones that nodes compute.
+
+    Masks are inputs too, but only numbers: what matters is real inputs, and tables that are looked up by inputs.
+    """
+
+    def is_real(name: str) -> bool:
+        tensor = shapes.tensors.get(name)
+        return tensor is not None and tensor.is_floating_point()
+
+    content = {port.name for port in network.inputs if is_real(port.name)}
+    given = {port.name for port in network.inputs}
+    others: set[str] = set()
+    for node in network.nodes:
+        if node.op in ("Shape", "Size"):
+            continue
+        looked_up = node.op in PICKS and is_real(node.inputs[0]) and node.inputs[1] in given
+        if looked_up or content.intersection(node.inputs):
+            content.update(node.outputs)
+        else:
+            others.update(name for name in node.outputs if is_real(name))
+        if given.intersection(node.inputs):
+            given.update(node.outputs)
+    content.discard("")
+    return content, others
