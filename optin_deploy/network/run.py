@@ -1,4 +1,4 @@
-"""Run a network by torch: differentiable, with multipliers at node inputs and watched values, on any device and type."""
+"""Run a network by torch: differentiable, with multipliers at node inputs and watched values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Program:
             for place, name in enumerate(node.inputs)
             if place in row.numbers and name in network.weights
         }
-        self._weights = {name: self._placed(torch_tensor(tensor), name in numbers) for name, tensor in network.weights.items()}
+        self._weights = {
+            name: self._placed(torch_tensor(tensor), name in numbers) for name, tensor in network.weights.items()
+        }
         last = {name: node.index for node in network.nodes for name in node.inputs if name}
         self._ends: list[list[str]] = [[] for _ in network.nodes]
         for name, index in last.items():
@@ -114,7 +116,9 @@ class Program:
             if node.index in nodes or made.intersection(node.inputs):
                 inside.append(node.index)
                 made.update(name for name in node.outputs if name)
-                needs.update({name: None for name in node.inputs if name and name not in made and name not in self._weights})
+                needs.update(
+                    {name: None for name in node.inputs if name and name not in made and name not in self._weights}
+                )
         return Cone(tuple(inside), tuple(needs))
 
     def _placed(self, value: Tensor, number: bool) -> Tensor:

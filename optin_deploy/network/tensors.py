@@ -38,7 +38,9 @@ def torch_dtype(dtype: int) -> torch.dtype:
     kind = ir.DataType(dtype)
     found = DTYPES.get(kind) or NARROW.get(kind)
     if found is None:
-        raise TypeError(f"values of type {kind.name} cannot be computed with; possible are {', '.join(map(str, DTYPES))}")
+        raise TypeError(
+            f"values of type {kind.name} cannot be computed with; possible are {', '.join(map(str, DTYPES))}"
+        )
     return found
 
 

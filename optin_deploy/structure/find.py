@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import shapes_of
-from optin_deploy.structure.axes import Axis, freeze
 from optin_deploy.structure.flow import Structure, walk
 from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
 from optin_deploy.structure.names import group_name

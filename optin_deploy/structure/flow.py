@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from optin_deploy.network.axes import Axis, freeze, product, total, unify
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.shapes import Shapes
-from optin_deploy.structure.axes import Axis, freeze, product, total, unify
 from optin_deploy.structure.sharing import shared_positions
-
 
 UNKNOWN_FORM = (AssertionError, IndexError, KeyError, TypeError, ValueError)
 """What a row raises at a node that is not as it expects, such as one with too few inputs."""
@@ -126,7 +125,11 @@ class Visit:
             return str(err)
         except UNKNOWN_FORM as err:
             return f"a form that its row does not know ({type(err).__name__}: {err})"
-        missing = [n for n, name in enumerate(self.node.outputs) if name and n not in self._given and self._sizes(name) is not None]
+        missing = [
+            n
+            for n, name in enumerate(self.node.outputs)
+            if name and n not in self._given and self._sizes(name) is not None
+        ]
         return "its row says nothing of some outputs" if missing else ""
 
     def give_up(self, why: str) -> None:
@@ -254,9 +257,7 @@ class Visit:
         if live:
             place, position = live[0]
             axis = self.axes(place)[position]
-            self._structure.contractions.append(
-                Contraction(self.node.index, place, position, axis, len(live) < 2)
-            )
+            self._structure.contractions.append(Contraction(self.node.index, place, position, axis, len(live) < 2))
 
     def macs(self, axes: Sequence[Axis]) -> None:
         """Note a cost."""

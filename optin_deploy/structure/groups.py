@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from optin_deploy.structure.axes import Axis
+from optin_deploy.network.axes import Axis
 from optin_deploy.structure.flow import Contraction, Number, Structure
 
 KINDS = ("heads", "groups", "queries", "neurons", "channels", "qk-width", "v-width")
@@ -24,7 +24,7 @@ class WeightSlice:
     place: int
     position: int
     axis: Axis
-    """The whole axis; `structure.axes.kept` maps kept units to its entries."""
+    """The whole axis; `network.axes.kept` maps kept units to its entries."""
 
 
 @dataclass(frozen=True, eq=False)

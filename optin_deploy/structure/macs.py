@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from optin_deploy.structure.axes import Axis, size
+from optin_deploy.network.axes import Axis, size
 from optin_deploy.structure.flow import Structure
 
 

@@ -15,7 +15,9 @@ def group_name(network: Network, slices: Sequence[WeightSlice], nodes: Sequence[
     if paths:
         shared = list(paths[0])
         for path in paths[1:]:
-            length = next((n for n, (a, b) in enumerate(zip(shared, path, strict=False)) if a != b), min(len(shared), len(path)))
+            length = next(
+                (n for n, (a, b) in enumerate(zip(shared, path, strict=False)) if a != b), min(len(shared), len(path))
+            )
             shared = shared[:length]
         if shared and len(paths) == 1:
             shared = shared[:-1]

@@ -1,6 +1,6 @@
 """Values that follow from weights and positions alone, and that several layers read: biases by distance, rotations.
 
-If their axes were unified at every reader, all layers would have to keep the same heads. Each takes its own part instead.
+If their axes were unified at every reader, all layers would have to keep the same heads. Each takes its own part.
 """
 
 from __future__ import annotations

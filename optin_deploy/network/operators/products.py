@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row
 
@@ -63,18 +64,18 @@ def einsum_axes(flow: Flow) -> None:
     if "." in equation or "->" not in equation or any(len(set(term)) < len(term) for term in terms):
         flow.freeze([axis for place in range(len(terms)) for axis in flow.axes(place)], f"Einsum {equation}")
         return
-    letters: dict[str, object] = {}
+    letters: dict[str, Axis] = {}
     for place, term in enumerate(terms):
         for letter, axis in zip(term, flow.axes(place), strict=True):
             if letter in letters and axis.size != 1:
-                flow.unify(letters[letter], axis)  # type: ignore[arg-type]
+                flow.unify(letters[letter], axis)
             elif letter not in letters:
                 letters[letter] = axis
     for position, letter in enumerate(terms[0]):
         if letter not in right:
             flow.contract(0, position, (1, terms[1].index(letter)) if letter in terms[-1] and len(terms) == 2 else None)
-    flow.give(0, [letters[letter] for letter in right])  # type: ignore[misc]
-    flow.macs(list(letters.values()))  # type: ignore[arg-type]
+    flow.give(0, [letters[letter] for letter in right])
+    flow.macs(list(letters.values()))
 
 
 ROWS = (

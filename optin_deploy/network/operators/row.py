@@ -9,18 +9,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 
 Result = Tensor | tuple[Tensor | None, ...]
-
-
-class Axis(Protocol):
-    """An axis of a tensor, as an expression over leaves; `structure.axes` makes them."""
-
-    @property
-    def size(self) -> int:
-        """Entries along it, in the probe."""
-        ...
 
 
 class Flow(Protocol):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Axis, Flow, Row, Unsupported, refuse
+from optin_deploy.network.operators.row import Flow, Row, Unsupported, refuse
 from optin_deploy.network.operators.shapes import numbers_only, whole
 
 
@@ -15,7 +16,9 @@ def joined(flow: Flow) -> None:
     shape = flow.out_shape()
     along = flow.node.attributes["axis"] % len(shape)
     tensors = [flow.axes(place) for place in range(len(flow.node.inputs))]
-    out = flow.align([[flow.fresh(1) if i == along else axis for i, axis in enumerate(axes)] for axes in tensors], shape)
+    out = flow.align(
+        [[flow.fresh(1) if i == along else axis for i, axis in enumerate(axes)] for axes in tensors], shape
+    )
     out[along] = flow.total([axes[along] for axes in tensors])
     flow.give(0, out)
 
@@ -234,7 +237,13 @@ ROWS = (
     Row("Split", split, parted, numbers=(1,)),
     Row("Slice", slice_, sliced, numbers=(1, 2, 3, 4)),
     Row("Gather", gather, gathered),
-    Row("GatherElements", lambda node, x, i: torch.gather(x, node.get("axis", 0), torch.where(i < 0, i + x.shape[node.get("axis", 0)], i)), picked_alike),  # noqa: E501
+    Row(
+        "GatherElements",
+        lambda node, x, i: torch.gather(
+            x, node.get("axis", 0), torch.where(i < 0, i + x.shape[node.get("axis", 0)], i)
+        ),
+        picked_alike,
+    ),
     Row("GatherND", gather_nd, gathered_nd),
     Row("ScatterElements", scatter_elements, refuse("ScatterElements writes at places that only a run tells")),
     Row("ScatterND", scatter_nd, scattered_nd),

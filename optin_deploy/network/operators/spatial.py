@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Axis, Flow, Row
+from optin_deploy.network.operators.row import Flow, Row
 from optin_deploy.network.operators.shapes import whole
 
 PLACES = "places in the picture"
@@ -323,9 +324,13 @@ def blocks(flow: Flow) -> None:
 
 def upsample(node: Node, x: Tensor, scales: Tensor) -> Tensor:
     """Resize as before opset 10."""
-    old = Node(**{**vars(node), "attributes": {**node.attributes, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}})  # noqa: E501
+    old = Node(
+        **{
+            **vars(node),
+            "attributes": {**node.attributes, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+        }
+    )
     return resize(old, x, None, scales)
-
 
 
 ROWS = (

@@ -1,0 +1,128 @@
+"""What becomes of a network where a group lost all of its units: no tensor without entries stays in the graph.
+
+A contraction over nothing is zero, so what is left of it is its bias; what is joined with nothing stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from optin_deploy.cutting.dimensions import Dimensions
+from optin_deploy.errors import BadInput
+from optin_deploy.network.axes import Axis, size, touched
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.elementwise import aligned, same
+from optin_deploy.structure.flow import Structure
+
+if TYPE_CHECKING:
+    from optin_deploy.cutting.graph import Cut
+
+WITHOUT_BIAS = ("MatMul", "FusedMatMul", "Einsum", "MatMulInteger", "ConvInteger")
+WITH_BIAS = ("Gemm", "Conv", "ConvTranspose")
+
+
+def empty_values(structure: Structure, sizes: Mapping[Axis, int]) -> frozenset[str]:
+    """Return the names of values, weights aside, that have no entries when leaves have these sizes."""
+    if all(sizes.values()):
+        return frozenset()
+    return frozenset(
+        name
+        for name, axes in structure.axes.items()
+        if any(touched(axis, sizes) and size(axis, sizes) == 0 for axis in axes)
+    )
+
+
+def replaced(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str], dimensions: Dimensions) -> bool:
+    """Do without a node that reads a value without entries; False: it stays, with fewer inputs.
+
+    Raises: BadInput: what it computes from nothing is not known.
+    """
+    if node.op == "Concat":
+        left = [value for name, value in zip(node.inputs, copy.inputs, strict=True) if name not in empty]
+        for place, value in enumerate(left):
+            copy.replace_input_with(place, value)
+        copy.resize_inputs(len(left))
+        return False
+    if node.op == "Shape":
+        return False
+    if node.op not in WITHOUT_BIAS + WITH_BIAS:
+        raise BadInput(
+            f"{node} reads units of which the plan keeps none; what it makes of nothing is not known. Keep one unit."
+        )
+    axes = cut.structure.axes[node.outputs[0]]
+    value = _remainder(cut, node, copy)
+    if _needs_all(cut.structure, node.outputs[0]):
+        value = _expanded(cut, node, copy, value, axes, dimensions)
+    cut.renamed(copy, value)
+    return True
+
+
+def _remainder(cut: Cut, node: Node, copy: ir.Node) -> ir.Value:
+    """What a contraction over nothing gives: its bias, or zero; of one entry along the axes where it is constant."""
+    axes = cut.structure.axes[node.outputs[0]]
+    if node.op in WITH_BIAS and len(node.inputs) > 2 and node.inputs[2]:
+        bias = copy.inputs[2]
+        if node.op == "Gemm":
+            beta = node.get("beta", 1.0)
+            dtype = cut.structure.shapes.tensors[node.inputs[2]].dtype
+            factor = cut.constant(_array(beta, dtype), "beta")
+            return bias if beta == 1.0 else cut.before(copy, "Mul", [bias, factor])
+        shape = cut.constant(np.array([1, -1, *[1] * (len(axes) - 2)], dtype=np.int64), "channels")
+        return cut.before(copy, "Reshape", [bias, shape])
+    dtype = cut.structure.shapes.tensors[node.outputs[0]].dtype
+    return cut.constant(_array(np.zeros([1] * len(axes)), dtype), "zero")
+
+
+def _array(value: object, dtype: object) -> np.ndarray:
+    kind = {"torch.float32": "f4", "torch.float64": "f8", "torch.float16": "f2", "torch.int32": "i4"}.get(str(dtype))
+    if kind is None:
+        import ml_dtypes
+
+        return np.asarray(value).astype(ml_dtypes.bfloat16)
+    return np.asarray(value).astype(kind)
+
+
+def _needs_all(structure: Structure, name: str) -> bool:
+    """Whether a reader of a value needs its whole shape, not one that broadcasts to it."""
+    network = structure.network
+    if any(port.name == name for port in network.outputs):
+        return True
+    for node, place in network.consumers.get(name, ()):
+        flow = rows()[node.domain, node.op].flow
+        if flow not in (same, aligned):
+            return True
+        others = [other for at, other in enumerate(node.inputs) if other and at != place]
+        full = any(structure.shapes.shape(other) == structure.shapes.shape(name) for other in others)
+        if not (full and flow is aligned) and _needs_all(structure, node.outputs[0]):
+            return True
+    return False
+
+
+def _expanded(
+    cut: Cut, node: Node, copy: ir.Node, value: ir.Value, axes: list[Axis], dimensions: Dimensions
+) -> ir.Value:
+    """Repeat a value to the shape that the node's output has after the cut."""
+    graph_values = {v.name: v for each in cut.model.graph for v in each.outputs} | {
+        v.name: v for v in cut.model.graph.inputs
+    }
+    sizes: list[ir.Value | None] = []
+    for axis in axes:
+        places = None if touched(axis, cut.keep) else dimensions.of(axis, node.index)
+        if places is None:
+            sizes.append(cut.constant(np.array([size(axis, cut.sizes)], dtype=np.int64), "sizes"))
+            continue
+        factors = []
+        for name, position in places:
+            shape = cut.before(copy, "Shape", [graph_values[name]])
+            factors.append(cut.before(copy, "Gather", [shape, cut.constant(np.array([position]), "at")], {"axis": 0}))
+        product = factors[0]
+        for factor in factors[1:]:
+            product = cut.before(copy, "Mul", [product, factor])
+        sizes.append(product)
+    shape = cut.before(copy, "Concat", sizes, {"axis": 0})
+    return cut.before(copy, "Expand", [value, shape])

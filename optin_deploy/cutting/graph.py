@@ -1,0 +1,198 @@
+"""Cut a network: every weight keeps the entries of the units that stay, every number beside the weights follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from optin_deploy.cutting.dimensions import Dimensions
+from optin_deploy.cutting.emptied import empty_values, replaced
+from optin_deploy.network.axes import Axis, kept, size, touched
+from optin_deploy.network.graph import Network, Node
+from optin_deploy.structure.flow import Number, Structure
+from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.keep import checked
+
+
+def cut(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Network:
+    """Return a smaller network; the given one is untouched, and weights that stay whole are shared with it.
+
+    Args: keep: kept units by name of group; a group that is not named stays whole.
+    Raises: BadInput: a group or unit is unknown, or a group cannot lose all of its units.
+    """
+    leaves = layout.leaves(checked(layout, keep))
+    network = layout.structure.network
+    if not leaves:
+        return network
+    model = network.model.clone()
+    Cut(layout.structure, model, leaves).make()
+    return Network(RemoveUnusedNodesPass()(model).model, network.source)
+
+
+@dataclass
+class Cut:
+    """One cut, while it is made on a copy of the graph."""
+
+    structure: Structure
+    model: ir.Model
+    keep: Mapping[Axis, np.ndarray]
+    _made: dict[object, ir.Value] = field(default_factory=dict)
+
+    @cached_property
+    def nodes(self) -> list[ir.Node]:
+        """Nodes of the copy, in the order of the network's."""
+        return list(self.model.graph)
+
+    @cached_property
+    def sizes(self) -> dict[Axis, int]:
+        """How many units each leaf keeps."""
+        return {leaf: len(units) for leaf, units in self.keep.items()}
+
+    def make(self) -> None:
+        """Change the copy."""
+        network = self.structure.network
+        empty = empty_values(self.structure, self.sizes)
+        dimensions = Dimensions(self.structure, empty)
+        numbers: dict[int, dict[int | str, list[Number]]] = {}
+        for number in self.structure.numbers:
+            numbers.setdefault(number.node, {}).setdefault(number.where, []).append(number)
+        for node, copy in zip(network.nodes, self.nodes, strict=True):
+            if all(name in empty for name in node.outputs if name):
+                continue  # nothing that is left reads it
+            if empty.intersection(node.inputs) and replaced(self, node, copy, empty, dimensions):
+                continue
+            for where, listed in numbers.get(node.index, {}).items():
+                if any(touched(number.axis, self.keep) for number in listed):
+                    self._renumber(node, copy, where, listed)
+            if node.op == "Shape":
+                self._pin(node, copy)
+        for use in self.structure.uses:
+            if any(touched(axis, self.keep) for axis in use.axes):
+                self.nodes[use.node].replace_input_with(use.place, self._sliced(use.weight, use.axes))
+        for tap in self.structure.taps:
+            if touched(tap.axis, self.keep):
+                self._pick(self.nodes[tap.node], tap.place, tap.position, kept(tap.axis, self.keep))
+        for copy in self.model.graph:
+            for value in copy.outputs:
+                if not value.is_graph_output():
+                    value.shape = None
+
+    def constant(self, array: np.ndarray, hint: str) -> ir.Value:
+        """Put a small array into the graph, once for all that need it."""
+        key = (hint, array.dtype.str, array.shape, array.tobytes())
+        if key not in self._made:
+            self._made[key] = self._initializer(ir.tensor(array), hint)
+        return self._made[key]
+
+    def before(
+        self, copy: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int] | None = None
+    ) -> ir.Value:
+        """Insert a node before another; returns its output."""
+        node = ir.node(op, inputs, attributes or {})
+        node.outputs[0].name = self._name(f"{op.lower()}")
+        self.model.graph.insert_before(copy, node)
+        return node.outputs[0]
+
+    def renamed(self, copy: ir.Node, value: ir.Value) -> None:
+        """Let a value stand for the first output of a node."""
+        old = copy.outputs[0]
+        if old.is_graph_output():
+            name = old.name
+            old.name = self._name("before")
+            copy_of = ir.node("Identity", [value])
+            copy_of.outputs[0].name = name
+            copy_of.outputs[0].type, copy_of.outputs[0].shape = old.type, old.shape
+            self.model.graph.insert_before(copy, copy_of)
+            value = copy_of.outputs[0]
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+
+    def _renumber(self, node: Node, copy: ir.Node, where: int | str, listed: Sequence[Number]) -> None:
+        new = [size(number.axis, self.sizes) for number in listed]
+        if isinstance(where, str):
+            single = listed[0].entry is None
+            copy.attributes[where] = ir.AttrInt64(where, new[0]) if single else ir.AttrInt64s(where, new)
+            return
+        name = node.inputs[where] if where < len(node.inputs) else ""
+        if not name:
+            copy.resize_inputs(max(where + 1, len(node.inputs)))
+            copy.attributes.pop("num_outputs", None)
+            copy.replace_input_with(where, self.constant(np.array(new, dtype=np.int64), "sizes"))
+            return
+        known = self.structure.shapes.known(name)
+        assert known is not None, f"{node}: sizes that are not known were taken for numbers"
+        flat, changes = known.reshape(-1).copy(), np.zeros(known.size, dtype=bool)
+        for number, value in zip(listed, new, strict=True):
+            if touched(number.axis, self.keep):
+                flat[number.entry], changes[number.entry] = value, True
+        array = flat.reshape(known.shape)
+        if name in self.structure.network.weights:
+            copy.replace_input_with(where, self.constant(array, "sizes"))
+            return
+        flags = self.constant(changes.reshape(known.shape), "changed")
+        chosen = self.before(copy, "Where", [flags, self.constant(array, "sizes"), copy.inputs[where]])
+        copy.replace_input_with(where, chosen)
+
+    def _pin(self, node: Node, copy: ir.Node) -> None:
+        """Let a Shape tell the sizes before the cut: numbers that are sizes were replaced, what is left are factors."""
+        axes = self.structure.axes.get(node.inputs[0], [])
+        span = slice(node.get("start", 0), node.get("end"))
+        changed = np.array([touched(axis, self.keep) for axis in axes], dtype=bool)[span]
+        if not changed.any():
+            return
+        dense = np.array([axis.size for axis in axes], dtype=np.int64)[span]
+        users = tuple(copy.outputs[0].uses())
+        pinned = ir.node("Where", [self.constant(changed, "changed"), self.constant(dense, "sizes"), copy.outputs[0]])
+        pinned.outputs[0].name = self._name("pinned")
+        self.model.graph.insert_after(copy, pinned)
+        for user, place in users:
+            user.replace_input_with(place, pinned.outputs[0])
+
+    def _sliced(self, weight: str, axes: Sequence[Axis]) -> ir.Value:
+        indices = [kept(axis, self.keep) if touched(axis, self.keep) else None for axis in axes]
+        key = (weight, *(None if index is None else index.tobytes() for index in indices))
+        if key not in self._made:
+            self._made[key] = self._initializer(sliced(self.structure.network.weights[weight], indices), weight)
+        return self._made[key]
+
+    def _pick(self, copy: ir.Node, place: int, position: int, index: np.ndarray) -> None:
+        picked = self.before(copy, "Gather", [copy.inputs[place], self.constant(index, "kept")], {"axis": position})
+        copy.replace_input_with(place, picked)
+
+    def _initializer(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
+        value = ir.Value(name=self._name(hint), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value.shape = ir.Shape(tensor.shape.numpy())
+        self.model.graph.register_initializer(value)
+        return value
+
+    @cached_property
+    def _taken(self) -> set[str]:
+        network = self.structure.network
+        names = {port.name for port in (*network.inputs, *network.outputs)} | set(network.weights)
+        return names | {name for node in network.nodes for name in node.outputs}
+
+    def _name(self, hint: str) -> str:
+        """Return a name that no value has."""
+        number = 1
+        while (name := f"{hint}.cut{number}" if number > 1 else f"{hint}.cut") in self._taken:
+            number += 1
+        self._taken.add(name)
+        return name
+
+
+def sliced(tensor: ir.TensorProtocol, indices: Sequence[np.ndarray | None]) -> ir.TensorProtocol:
+    """Return the entries of a stored tensor at some indices of each axis; they are read when they are asked for."""
+    shape = [n if index is None else len(index) for n, index in zip(tensor.shape.numpy(), indices, strict=True)]
+
+    def read() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        for axis, index in enumerate(indices):
+            if index is not None and array.shape[axis] > 1:
+                array = np.take(array, index, axis=axis)
+        return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype)
+
+    return ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(shape), name=tensor.name)
