@@ -14,8 +14,10 @@ from optin_deploy.network.operators import rows
 from optin_deploy.network.run import together
 from optin_deploy.network.tensors import torch_dtype, torch_tensor
 
-REAL_ENTRIES = 2**20
+REAL_INTEGERS = 2**20
 """Stored integers up to so many entries are read; larger ones are quantised weights."""
+REAL_FLOATS = 16
+"""The same for real numbers: scales of sizes, limits of a Range."""
 META = torch.device("meta")
 
 
@@ -48,7 +50,7 @@ def shapes_of(network: Network, feeds: Mapping[str, Tensor], *, compute: bool = 
     for name, stored in network.weights.items():
         try:
             dtype = torch_dtype(stored.dtype)
-            small = not dtype.is_floating_point and stored.size <= REAL_ENTRIES
+            small = stored.size <= (REAL_FLOATS if dtype.is_floating_point else REAL_INTEGERS)
             found.tensors[name] = (
                 torch_tensor(stored) if small or compute else torch.empty(tuple(stored.shape), dtype=dtype, device=META)
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.graph import Network
-from optin_deploy.network.shapes import shapes_of
+from optin_deploy.network.shapes import Shapes, shapes_of
 from optin_deploy.structure.flow import Structure, walk
 from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
 from optin_deploy.structure.names import group_name
@@ -26,10 +26,19 @@ def find(network: Network, probes: Sequence[Mapping[str, Tensor]] | None = None)
         from optin_deploy.network.probe import probes_of
 
         probes = probes_of(network)
-    structure, *others = [walk(network, shapes_of(network, feeds)) for feeds in probes]
+    structure, *others = [walk(network, all_shapes(network, feeds)) for feeds in probes]
     for other in others:
         confirm(structure, other)
     return layout_of(structure)
+
+
+def all_shapes(network: Network, feeds: Mapping[str, Tensor]) -> Shapes:
+    """Find shapes without computing, or with, where they follow from real numbers."""
+    found = shapes_of(network, feeds)
+    if not found.problems:
+        return found
+    computed = shapes_of(network, feeds, compute=True)
+    return computed if len(computed.problems) < len(found.problems) else found
 
 
 def confirm(structure: Structure, other: Structure) -> None:

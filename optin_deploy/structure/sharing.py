@@ -5,9 +5,10 @@ If their axes were unified at every reader, all layers would have to keep the sa
 
 from __future__ import annotations
 
-from optin_deploy.network.graph import Network
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.shapes import Shapes
 
+PROJECTIONS = ("MatMul", "Gemm", "Conv", "Einsum")
 PICKS = ("Gather", "GatherElements", "GatherND")
 
 
@@ -39,6 +40,10 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
         tensor = shapes.tensors.get(name)
         return tensor is not None and tensor.is_floating_point()
 
+    def projects(node: Node) -> bool:
+        """Whether a layer's own weights make its values; a product over one entry only spreads them."""
+        return node.op in PROJECTIONS and (node.op != "MatMul" or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,))
+
     content = {port.name for port in network.inputs if is_real(port.name)}
     given = {port.name for port in network.inputs}
     others: set[str] = set()
@@ -46,7 +51,7 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
         if node.op in ("Shape", "Size"):
             continue
         looked_up = node.op in PICKS and is_real(node.inputs[0]) and node.inputs[1] in given
-        if looked_up or content.intersection(node.inputs):
+        if looked_up or projects(node) or content.intersection(node.inputs):
             content.update(node.outputs)
         else:
             others.update(name for name in node.outputs if is_real(name))

@@ -104,14 +104,14 @@ def gather(node: Node, x: Tensor, indices: Tensor) -> Tensor:
     axis = node.get("axis", 0) % x.ndim
     indices = torch.where(indices < 0, indices + x.shape[axis], indices)
     picked = x.index_select(axis, indices.reshape(-1))
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def gathered(flow: Flow) -> None:
     """Flow of Gather: the axis that is picked from stays whole, the axes of the indices take its place."""
     axes = flow.axes(0)
     along = flow.node.get("axis", 0) % len(axes)
-    flow.freeze([axes[along]])
+    flow.freeze([axes[along], *flow.axes(1)])
     flow.give(0, [*axes[:along], *flow.axes(1), *axes[along + 1 :]])
 
 
@@ -138,7 +138,7 @@ def gather_nd(node: Node, x: Tensor, indices: Tensor) -> Tensor:
     rows = torch.arange(flat.shape[0], device=x.device).reshape(-1, *[1] * (where.ndim - 2))
     depth = indices.shape[-1]
     found = flat[(rows.expand(where.shape[:-1]), *where.unbind(-1))]
-    return found.reshape(*lead, *indices.shape[batch:-1], *x.shape[batch + depth :])
+    return found.reshape((*lead, *indices.shape[batch:-1], *x.shape[batch + depth :]))
 
 
 def gathered_nd(flow: Flow) -> None:
@@ -181,8 +181,10 @@ def scattered_nd(flow: Flow) -> None:
 
 def top(node: Node, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Take the largest or smallest entries of an axis, and where they are."""
-    values, places = torch.topk(x, whole(count)[0], node.get("axis", -1), bool(node.get("largest", 1)), True)
-    return values, places
+    axis, largest = node.get("axis", -1), bool(node.get("largest", 1))
+    values, places = torch.sort(x, dim=axis, descending=largest, stable=True)  # of equal entries the first comes first
+    size = whole(count)[0]
+    return values.narrow(axis, 0, size), places.narrow(axis, 0, size)
 
 
 def topped(flow: Flow) -> None:
