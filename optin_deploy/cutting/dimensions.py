@@ -6,6 +6,8 @@ from collections.abc import Collection
 from functools import cached_property
 
 from optin_deploy.network.axes import Axis
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.structure.flow import Structure
 
 
@@ -14,7 +16,17 @@ class Dimensions:
 
     def __init__(self, structure: Structure, gone: Collection[str]) -> None:
         self._structure = structure
-        self._gone = gone
+        self._gone = set(gone)
+        """Values that are not there after the cut, or that have one entry where they had many."""
+
+    def leave(self, name: str) -> None:
+        """Say that a value is not there any more, and what else follows from it alone."""
+        self._gone.add(name)
+        for node, _ in self._structure.network.consumers.get(name, ()):
+            if rows()[node.domain, node.op].flow not in (same, aligned) or node.outputs[0] in self._gone:
+                continue
+            if all(other in self._gone or other in self._structure.network.fixed for other in node.inputs if other):
+                self.leave(node.outputs[0])
 
     def of(self, axis: Axis, before: int) -> list[tuple[str, int]] | None:
         """Return values, each with a position, whose sizes multiply to that of an axis; None: there are none.
@@ -23,7 +35,7 @@ class Dimensions:
         """
         found = self._places.get(axis.root)
         for name, position, index in found or ():
-            if index < before:
+            if index < before and name not in self._gone:
                 return [(name, position)]
         if axis.kind == "product":
             parts = [self.of(part, before) for part in axis.parts]
@@ -36,7 +48,7 @@ class Dimensions:
         found: dict[Axis, list[tuple[str, int, int]]] = {}
         producer = self._structure.network.producer
         for name, axes in self._structure.axes.items():
-            if name in self._gone or name in self._structure.network.weights:
+            if name in self._structure.network.weights:
                 continue
             index = producer[name].index if name in producer else -1
             for position, axis in enumerate(axes):

@@ -56,6 +56,7 @@ def replaced(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str], dimens
         )
     axes = cut.structure.axes[node.outputs[0]]
     value = _remainder(cut, node, copy)
+    dimensions.leave(node.outputs[0])
     if _needs_all(cut.structure, node.outputs[0]):
         value = _expanded(cut, node, copy, value, axes, dimensions)
     cut.renamed(copy, value)
