@@ -70,7 +70,7 @@ def read_module(
             raise BadInput(
                 f"{source} cannot be read as a graph. {' '.join(failures)} Give other example inputs, or an .onnx file."
             )
-    _rename(model, traced)
+    _rename(model, traced, free)
     normalise(model, source)
     return Network(model, source)
 
@@ -129,6 +129,7 @@ def _by_dynamo(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes, opset:
 def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
     """The file is written without weights, which then come from the module: no copy, and no limit to their size."""
     written = io.BytesIO()
+    torch._C._jit_set_onnx_log_output_stream("stderr")  # a graph that fails is printed; stdout belongs to commands
     torch.onnx.export(
         traced,
         tuple(inputs.values()),
@@ -152,13 +153,31 @@ def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.
     return model
 
 
-def _rename(model: ir.Model, traced: _Traced) -> None:
-    """Weights get the names that they have in the module, outputs those of its output."""
+def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
+    """Weights get the names that `named_parameters` gives them, outputs those of the module's output.
+
+    A weight that the module uses under two names becomes one.
+    """
+    module = traced.module
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    again = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    known = {name: first[id(tensor)] for name, tensor in again}
+    taken: dict[str, ir.Value] = {}
     for value in list(model.graph.initializers.values()):
-        value.name = (value.name or "").removeprefix("module.")
+        name = (value.name or "").removeprefix("module.")
+        name = known.get(name, name)
+        if name in taken:
+            value.replace_all_uses_with(taken[name], replace_graph_outputs=True)
+            del model.graph.initializers[value.name]
+        else:
+            value.name, taken[name] = name, value
+    sizes = {size for axes in free.values() for size in axes.values()}
     for value, name in zip(model.graph.outputs, traced.found_names.all, strict=True):
         if not value.is_initializer() and not value.is_graph_input():
             value.name = name
+        if value.shape is not None:  # TorchScript makes up names, and gives one to sizes that differ
+            value.shape = ir.Shape([size if isinstance(size, int) or size.value in sizes else None for size in value.shape])
 
 
 @contextmanager
