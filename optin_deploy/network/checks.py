@@ -73,7 +73,8 @@ def check_model(proto: onnx.ModelProto, source: str) -> None:
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes that the entries of a stored tensor take, by its type and sizes."""
-    return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+    bits: int = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+    return (bits + 7) // 8
 
 
 def _check_graph(graph: onnx.GraphProto, outer: tuple[set[str], ...], *, in_function: bool = False) -> None:

@@ -42,7 +42,7 @@ def read(x: Any, inputs: Mapping[str, Tensor] | None = None) -> Network:
             return read_module(x, example.inputs, axes=example.axes)
         case nn.Module():
             raise BadInput(
-                f"{type(x).__name__} is no transformers model: give example inputs by the names of its arguments, as in "
-                "`read(module, {'x': torch.randn(2, 3, 224, 224)})`."
+                f"{type(x).__name__} is no transformers model: give example inputs by the names of its arguments, as "
+                "in `read(module, {'x': torch.randn(2, 3, 224, 224)})`."
             )
     raise BadInput(f"A network is read from a path, an ONNX model or a torch module, not from {type(x).__name__}.")

@@ -36,8 +36,8 @@ def read_file(path: Path) -> Network:
         raise BadInput(f"{path} is not a file. {remedy(path)}")
     if not 0 < path.stat().st_size <= PROTOBUF_BYTES:
         raise BadInput(
-            f"{path} has {path.stat().st_size} bytes, but an ONNX file has at least one and at most 2 GiB (more: external "
-            f"data). {remedy(path)}"
+            f"{path} has {path.stat().st_size} bytes, but an ONNX file has at least one and at most 2 GiB (more: "
+            f"external data). {remedy(path)}"
         )
     content = _map(path)
     try:
@@ -140,14 +140,14 @@ def _graphs(function: ir.Function) -> tuple[ir.Graph, ...]:
 
 def _mapped(tensor: ir.ExternalTensor, content_of: Callable[[str], mmap.mmap], source: str) -> ir.TensorProtocol:
     shape, dtype = tensor.shape, tensor.dtype
-    size_bytes = math.ceil(math.prod(shape.numpy()) * dtype.bitwidth / 8)
+    size_bytes = (math.prod(shape.numpy()) * dtype.bitwidth + 7) // 8
     if not size_bytes:
         return ir.Tensor(np.zeros(shape.numpy(), dtype.numpy()), dtype, name=tensor.name)
     content, start = content_of(str(tensor.location)), tensor.offset or 0
     if start + size_bytes > len(content):
         raise BadInput(
-            f"{source}: tensor {tensor.name[:80]!r} takes bytes {start} to {start + size_bytes} of {tensor.location!r}, "
-            f"which has {len(content)}. Export the model again."
+            f"{source}: tensor {tensor.name[:80]!r} takes bytes {start} to {start + size_bytes} of a file that has "
+            f"{len(content)}. Export the model again."
         )
     values = np.frombuffer(content, np.uint8, size_bytes, start)
     if dtype.bitwidth < 8:

@@ -33,7 +33,7 @@ FAILURES = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError),
     *(ArithmeticError, ImportError),
 )
-"""What exporters raise about modules that they cannot trace: their own errors are RuntimeErrors, the module's are any."""
+"""What exporters raise about modules that they cannot trace: their own errors are RuntimeErrors."""
 
 Axes = Mapping[str, Mapping[int, str]]
 """Axes of inputs whose size is free, and what they are called."""
@@ -133,7 +133,7 @@ def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.
     torch.onnx.export(
         traced,
         tuple(inputs.values()),
-        written,
+        written,  # type: ignore[arg-type]  # its type leaves out what the older exporter takes
         dynamo=False,
         opset_version=SCRIPT_OPSET,
         export_params=False,
@@ -144,12 +144,13 @@ def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.
     )
     proto = onnx.ModelProto.FromString(written.getvalue())
     check_model(proto, type(traced.module).__name__)
-    model = ir.from_proto(proto)
-    weights = {name: value for name, value in (*traced.named_parameters(), *traced.named_buffers())}
-    for value in [value for value in model.graph.inputs if value.name in weights]:
-        value.const_value = ir.tensor_adapters.TorchTensor(weights[value.name].detach(), value.name)
-        model.graph.inputs.remove(value)
-        model.graph.register_initializer(value)
+    model: ir.Model = ir.from_proto(proto)
+    weights = dict((*traced.named_parameters(), *traced.named_buffers()))
+    for value in list(model.graph.inputs):
+        if (weight := weights.get(value.name or "")) is not None:
+            value.const_value = ir.tensor_adapters.TorchTensor(weight.detach(), value.name)
+            model.graph.inputs.remove(value)
+            model.graph.register_initializer(value)
     return model
 
 
@@ -165,11 +166,11 @@ def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
     known = {name: first[id(tensor)] for name, tensor in again}
     taken: dict[str, ir.Value] = {}
     for value in list(model.graph.initializers.values()):
-        name = (value.name or "").removeprefix("module.")
-        name = known.get(name, name)
+        old = value.name or ""
+        name = known.get(old.removeprefix("module."), old.removeprefix("module."))
         if name in taken:
             value.replace_all_uses_with(taken[name], replace_graph_outputs=True)
-            del model.graph.initializers[value.name]
+            del model.graph.initializers[old]
         else:
             value.name, taken[name] = name, value
     sizes = {size for axes in free.values() for size in axes.values()}
@@ -177,7 +178,9 @@ def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
         if not value.is_initializer() and not value.is_graph_input():
             value.name = name
         if value.shape is not None:  # TorchScript makes up names, and gives one to sizes that differ
-            value.shape = ir.Shape([size if isinstance(size, int) or size.value in sizes else None for size in value.shape])
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) or size.value in sizes else None for size in value.shape]
+            )
 
 
 @contextmanager
@@ -190,8 +193,8 @@ def _prepared(module: nn.Module) -> Iterator[None]:
             entries = config.__dict__
             stack.callback(entries.update, {name: value for name, value in entries.items() if value is not config})
         module.eval()
-        if hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation("eager")
+        if callable(change := getattr(module, "set_attn_implementation", None)):
+            change("eager")
         for config in _configs(module):
             config.__dict__.update({name: value for name, value in SWITCHES.items() if name in config.__dict__})
         yield
@@ -212,7 +215,9 @@ def _configs(module: nn.Module) -> Sequence[Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters' notes of progress and deprecation are not for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
