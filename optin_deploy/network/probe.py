@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import onnx_ir as ir
 import torch
@@ -19,6 +19,7 @@ from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.indices import table_rows
+from optin_deploy.network.shapes import shapes_of
 
 IMAGES = (((96, 160), (224, 224), (640, 640)), ((128, 192), (224, 224), (448, 448)))
 """Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone."""
@@ -44,6 +45,32 @@ class Given:
 
 
 NOTHING = Given()
+
+
+def probes_of(
+    network: Network, seed: int = 0, *, padding: bool = False, given: Given = NOTHING
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Make the inputs of both probes, in the first sizes that the graph takes.
+
+    Raises: BadInput: as `probes`.
+    """
+    first, second = (_fitting(network, probes(network, which, seed, padding=padding, given=given)) for which in (0, 1))
+    return first, second
+
+
+def _fitting(network: Network, tries: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The first inputs for which most nodes have shapes; only one try is taken as it is."""
+    several = list(islice(tries, 2))
+    if len(several) == 1:
+        return several[0]
+    best, fewest = several[0], math.inf
+    for feeds in chain(several, tries):
+        problems = len(shapes_of(network, feeds).problems)
+        if problems < fewest:
+            best, fewest = feeds, problems
+        if not problems:
+            break
+    return best
 
 
 def probe_inputs(
