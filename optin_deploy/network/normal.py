@@ -1,0 +1,89 @@
+"""The normal form of a network: no functions, no constants but weights, unique names, nodes in the order of work."""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    RemoveInitializersFromInputsPass,
+    TopologicalSortPass,
+)
+
+from optin_deploy.data.files import short
+from optin_deploy.errors import BadInput
+
+FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
+"""What onnx_ir raises about models that are none."""
+
+
+def normalise(model: ir.Model, source: str) -> None:
+    """Bring a model into the form that `Network` promises, in place.
+
+    Raises: BadInput: its nodes wait for each other, or a function does not fit its calls.
+    """
+    try:
+        TopologicalSortPass()(model)
+        InlinePass()(model)
+        for graph in model.graphs():
+            _compute_outputs(graph)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        RemoveInitializersFromInputsPass()(model)
+        NameFixPass()(model)
+    except FOREIGN as err:
+        waiting = _waiting(model)
+        why = f"node {waiting} waits for its own output" if waiting else reason(err)
+        raise BadInput(f"{source} is not a network that can be read: {why}. Export the model again.") from err
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:  # several exporters write -1 for a free size
+            value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
+
+
+def reason(err: BaseException) -> str:
+    """The innermost words of an error, short: onnx_ir wraps them many times."""
+    while (inner := err.__cause__ or err.__context__) is not None:
+        err = inner
+    return short(str(err) or type(err).__name__, 200)
+
+
+def _waiting(model: ir.Model) -> str | None:
+    """A node that is computed from itself, if there is one."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        waits = {}
+        for node in graph.all_nodes():
+            read = [value.producer() for value in node.inputs if value is not None]
+            inside = [inner for attribute in node.attributes.values() for inner in _nodes_inside(attribute)]
+            waits[node] = [other for other in (*read, *inside) if other is not None]
+        try:
+            TopologicalSorter(waits).prepare()
+        except CycleError as err:
+            node = err.args[1][0]
+            return short(node.name or node.outputs[0].name)
+    return None
+
+
+def _nodes_inside(attribute: ir.Attr) -> list[ir.Node]:
+    if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+        return list(attribute.as_graph())
+    if attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+        return [node for graph in attribute.as_graphs() for node in graph]
+    return []
+
+
+def _compute_outputs(graph: ir.Graph) -> None:
+    """Put an Identity behind each constant that is an output, so that the constant can become a weight."""
+    for node in [node for node in graph if node.op_type == "Constant" and node.domain == ""]:
+        constant = node.outputs[0]
+        places = [place for place, value in enumerate(graph.outputs) if value is constant]
+        if not places:
+            continue
+        copied = ir.node("Identity", [constant])
+        output = copied.outputs[0]
+        output.name, output.type, output.shape = constant.name, constant.type, constant.shape
+        for place in places:
+            graph.outputs[place] = output
+        constant.name = f"{constant.name}_constant"
+        graph.append(copied)

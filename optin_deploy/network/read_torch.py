@@ -1,0 +1,230 @@
+"""Read torch modules: exported in memory without optimisation, so that weights keep their names and their memory.
+
+The new exporter of torch is tried first; where it fails, the one by TorchScript. Either gets the module in evaluation
+mode, with plain ("eager") attention and without caches; all of that is as before afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.errors import BadInput
+from optin_deploy.network.checks import check_model
+from optin_deploy.network.graph import Network
+from optin_deploy.network.normal import normalise, reason
+
+OPSET, SCRIPT_OPSET = 20, 17
+"""Below 23, whose Attention node hides the products; 17 is the newest that TorchScript's exporter writes well."""
+SWITCHES = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Entries of transformers' configs while a module is read."""
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where in the files of its builder a node comes from; nobody needs it."""
+FAILURES = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError),
+    *(ArithmeticError, ImportError),
+)
+"""What exporters raise about modules that they cannot trace: their own errors are RuntimeErrors."""
+
+Axes = Mapping[str, Mapping[int, str]]
+"""Axes of inputs whose size is free, and what they are called."""
+
+
+def read_module(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    axes: Axes | None = None,
+    opset: int = OPSET,
+    dynamo: bool | None = None,
+) -> Network:
+    """Read a module by tracing it.
+
+    Args:
+        inputs: example inputs by the names of forward's arguments, with two rows or more.
+        axes: axes that stay free; None: the first of each input, as "batch".
+        dynamo: True: only torch's new exporter; False: only TorchScript's; None: the second where the first fails.
+    Raises: BadInput: neither exporter can trace it; says why.
+    """
+    source = type(module).__name__
+    free = {name: {0: "batch"} for name, value in inputs.items() if value.dim()} if axes is None else axes
+    traced = _Traced(module, tuple(inputs))
+    failures: list[str] = []
+    with _prepared(module), torch.no_grad(), _quiet():
+        for new in (True, False) if dynamo is None else (dynamo,):
+            try:
+                model = _by_dynamo(traced, inputs, free, opset) if new else _by_script(traced, inputs, free)
+                break
+            except FAILURES as err:
+                failures.append(f"{'torch.export' if new else 'TorchScript'}: {reason(err)}")
+        else:
+            raise BadInput(
+                f"{source} cannot be read as a graph. {' '.join(failures)} Give other example inputs, or an .onnx file."
+            )
+    _rename(model, traced, free)
+    normalise(model, source)
+    return Network(model, source)
+
+
+class _Traced(nn.Module):
+    """Takes tensors in the order of their names, and gives the tensors of the output."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+        self.found_names = _Names()
+        self.training = False  # a fresh module is in training mode, and would bring dropout back
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Notes the names of what it returns."""
+        found = _tensors(self.module(**dict(zip(self.names, values, strict=True))), "")
+        distinct = {id(tensor): (name, tensor) for name, tensor in reversed(found)}
+        self.found_names.all = tuple(name for name, _ in reversed(distinct.values()))
+        return tuple(tensor for _, tensor in reversed(distinct.values()))
+
+
+class _Names:
+    """Names that a forward leaves behind; torch.export puts back what a module itself holds."""
+
+    all: tuple[str, ...] = ()
+
+
+def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
+    """Named tensors of an output; of one with entries by name only those that are tensors themselves, so no caches."""
+    if isinstance(output, Tensor):
+        return [(name or "output", output)]
+    if isinstance(output, Mapping):
+        return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
+    if isinstance(output, (tuple, list)):
+        return [each for i, value in enumerate(output) for each in _tensors(value, f"{name or 'output'}_{i}")]
+    return []
+
+
+def _by_dynamo(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
+    program = torch.onnx.export(
+        traced,
+        tuple(inputs.values()),
+        dynamo=True,
+        optimize=False,
+        opset_version=opset,
+        input_names=list(inputs),
+        dynamic_shapes=(tuple(dict(axes.get(name, {})) for name in inputs),),
+        verbose=False,
+    )
+    assert program is not None, "no file was asked for"
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop(STACK_TRACE, None)
+    return program.model
+
+
+def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
+    """The file is written without weights, which then come from the module: no copy, and no limit to their size."""
+    written = io.BytesIO()
+    torch._C._jit_set_onnx_log_output_stream("stderr")  # a graph that fails is printed; stdout belongs to commands
+    torch.onnx.export(
+        traced,
+        tuple(inputs.values()),
+        written,  # type: ignore[arg-type]  # its type leaves out what the older exporter takes
+        dynamo=False,
+        opset_version=SCRIPT_OPSET,
+        export_params=False,
+        keep_initializers_as_inputs=True,  # else weights with equal values, such as fresh biases, become one
+        do_constant_folding=False,
+        input_names=list(inputs),
+        dynamic_axes={name: dict(found) for name, found in axes.items()},
+    )
+    proto = onnx.ModelProto.FromString(written.getvalue())
+    check_model(proto, type(traced.module).__name__)
+    model: ir.Model = ir.from_proto(proto)
+    weights = dict((*traced.named_parameters(), *traced.named_buffers()))
+    for value in list(model.graph.inputs):
+        if (weight := weights.get(value.name or "")) is not None:
+            value.const_value = ir.tensor_adapters.TorchTensor(weight.detach(), value.name)
+            model.graph.inputs.remove(value)
+            model.graph.register_initializer(value)
+    return model
+
+
+def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
+    """Weights get the names that `named_parameters` gives them, outputs those of the module's output.
+
+    A weight that the module uses under two names becomes one.
+    """
+    module = traced.module
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    first = {id(tensor): name for name, tensor in reversed(named.items())}
+    again = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    known = {name: first[id(tensor)] for name, tensor in again}
+    taken: dict[str, ir.Value] = {}
+    for value in list(model.graph.initializers.values()):
+        old = value.name or ""
+        name = known.get(old.removeprefix("module."), old.removeprefix("module."))
+        if name in taken:
+            value.replace_all_uses_with(taken[name], replace_graph_outputs=True)
+            del model.graph.initializers[old]
+        else:
+            value.name, taken[name] = name, value
+    sizes = {size for axes in free.values() for size in axes.values()}
+    for value, name in zip(model.graph.outputs, traced.found_names.all, strict=True):
+        if not value.is_initializer() and not value.is_graph_input():
+            value.name = name
+        if value.shape is not None:  # TorchScript makes up names, and gives one to sizes that differ
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) or size.value in sizes else None for size in value.shape]
+            )
+
+
+@contextmanager
+def _prepared(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, plain attention, no caches; all restored."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.callback(setattr, part, "training", part.training)
+        for config in _configs(module):
+            entries = config.__dict__
+            stack.callback(entries.update, {name: value for name, value in entries.items() if value is not config})
+        module.eval()
+        if callable(change := getattr(module, "set_attn_implementation", None)):
+            change("eager")
+        for config in _configs(module):
+            config.__dict__.update({name: value for name, value in SWITCHES.items() if name in config.__dict__})
+        yield
+
+
+def _configs(module: nn.Module) -> Sequence[Any]:
+    """Configs of transformers in a module, each once, and those inside of them."""
+    found: dict[int, Any] = {}
+    waiting = [part.config for part in module.modules() if hasattr(getattr(part, "config", None), "to_diff_dict")]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [entry for entry in vars(config).values() if hasattr(entry, "to_diff_dict")]
+    return tuple(found.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' notes of progress and deprecation are not for our users."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")
+    ]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
