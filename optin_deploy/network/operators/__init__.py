@@ -19,6 +19,7 @@ FAMILIES = (
     "attention_runtime",
     "attention_grouped",
     "rotations",
+    "fused",
 )
 """Files of this folder with a tuple `ROWS`."""
 

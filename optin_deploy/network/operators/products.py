@@ -9,13 +9,13 @@ from torch import Tensor
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Flow, Row
+from optin_deploy.network.operators.row import Axis, Flow, Row
 
 
 def matmul_axes(
     flow: Flow, *, places: tuple[int, int] = (0, 1), orders: tuple[Sequence[int], Sequence[int]] | None = None
-) -> None:
-    """Flow of a product of two tensors whose last two axes are matrices.
+) -> list[Axis]:
+    """Flow of a product of two tensors whose last two axes are matrices; returns the axes of the output.
 
     Args: places: where the two lie.
         orders: which axis of each comes at each place, for tensors that are transposed on the way.
@@ -30,8 +30,10 @@ def matmul_axes(
     flow.contract(places[0], first[-1], (places[1], second[-2] if columns else 0))
     out = list(flow.out_shape())
     batch = flow.align([a[:-2], b[:-2]], out[: len(out) - rows - columns])
-    flow.give(0, [*batch, *([a[-2]] if rows else []), *([b[-1]] if columns else [])])
+    result = [*batch, *([a[-2]] if rows else []), *([b[-1]] if columns else [])]
+    flow.give(0, result)
     flow.macs([*batch, a[-2], a[-1], b[-1]])
+    return result
 
 
 def gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
@@ -45,8 +47,8 @@ def gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return product if c is None else product + (c if beta == 1 else c * beta)
 
 
-def gemm_axes(flow: Flow, *, places: tuple[int, int, int] = (0, 1, 2)) -> None:
-    """Flow of Gemm, whose three tensors lie at these places."""
+def gemm_axes(flow: Flow, *, places: tuple[int, int, int] = (0, 1, 2)) -> list[Axis]:
+    """Flow of Gemm, whose three tensors lie at these places; returns the axes of the output."""
     one, other, added = places
     a, b = flow.axes(one), flow.axes(other)
     if flow.node.get("transA", 0):
@@ -60,6 +62,7 @@ def gemm_axes(flow: Flow, *, places: tuple[int, int, int] = (0, 1, 2)) -> None:
         flow.align([out, flow.axes(added)], flow.out_shape())
     flow.give(0, out)
     flow.macs([a[0], a[1], b[1]])
+    return out
 
 
 def einsum_axes(flow: Flow) -> None:

@@ -125,7 +125,7 @@ class Row:
     compute: Callable[..., Result]
     """`compute(node, *inputs)`: tensors, or None for inputs that were left out. Differentiable, on any device and
     type, and on torch's meta device; it never changes its inputs."""
-    flow: Callable[[Flow], None]
+    flow: Callable[[Flow], object]
     """Says how axes flow from inputs to outputs, what is contracted, what it costs, and which numbers are sizes."""
     numbers: tuple[int, ...] = ()
     """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run

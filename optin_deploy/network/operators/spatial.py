@@ -82,8 +82,8 @@ def channels(
     return groups, into, out
 
 
-def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> None:
-    """Flow of Conv.
+def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> list[Axis]:
+    """Flow of Conv; returns the axes of the output.
 
     Args: at: place of the weight.
         bias: places of vectors with an entry for each output channel.
@@ -92,8 +92,10 @@ def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> None:
     groups, into, out = channels(flow, weight, bias=bias)
     places = [flow.fresh(size, PLACES) for size in shape[2:]]
     flow.freeze([*x[2:], *weight[2:]], PLACES)
-    flow.give(0, [x[0], flow.product([groups, out]), *places])
+    result = [x[0], flow.product([groups, out]), *places]
+    flow.give(0, result)
     flow.macs([x[0], groups, into, out, *places, *weight[2:]])
+    return result
 
 
 def conv_transpose(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
