@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -131,6 +131,9 @@ class Row:
     """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run
     that only finds shapes."""
     domain: str = ""
+    zeros: Mapping[int, int] = field(default_factory=dict)
+    """Where 0 is written as another number, as in tensors of whole numbers: place of an input -> place of that number.
+    A mask puts it there instead of 0."""
 
 
 class Unsupported(NotImplementedError):
