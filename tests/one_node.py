@@ -21,7 +21,14 @@ Feeds = Sequence[np.ndarray | None]
 
 
 def model_of(
-    op: str, feeds: Feeds, *, outputs: int = 1, unread: Collection[int] = (), domain: str = "", opset: int = 20, **attributes: Any
+    op: str,
+    feeds: Feeds,
+    *,
+    outputs: int = 1,
+    unread: Collection[int] = (),
+    domain: str = "",
+    version: int = 20,
+    **attributes: Any,
 ) -> onnx.ModelProto:
     """A graph of one node; inputs that are None are left out."""
     names = ["" if feed is None else f"in{place}" for place, feed in enumerate(feeds)]
@@ -32,8 +39,10 @@ def model_of(
         for name, feed in zip(names, feeds, strict=True)
         if feed is not None
     ]
-    graph = helper.make_graph([node], "one", declared, [helper.make_empty_tensor_value_info(name) for name in given if name])
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(
+        [node], "one", declared, [helper.make_empty_tensor_value_info(name) for name in given if name]
+    )
+    opsets = [helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
 
@@ -53,7 +62,7 @@ def reference(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
 
 
 def _named(feeds: Feeds) -> dict[str, np.ndarray]:
-    return {f"in{place}": feed for place, feed in enumerate(feeds) if feed is not None}
+    return {f"in{place}": np.asarray(feed) for place, feed in enumerate(feeds) if feed is not None}
 
 
 def ours(model: onnx.ModelProto, feeds: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -83,7 +92,7 @@ def same(
         judges: "runtime", "reference" or "both".
         steps: whole numbers may differ by as much, where engines round the same number up or down.
         compare: how many outputs are compared, where others are free to differ; None: all.
-        form: outputs, those unread, domain, opset and attributes.
+        form: outputs, those unread, domain, version of the opset and attributes.
 
     Returns:
         What the first judge computed.

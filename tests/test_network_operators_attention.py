@@ -175,7 +175,7 @@ def query_key_value(rng: np.random.Generator, *, heads: int = HEADS, groups: int
     return [real(rng, BATCH, *shape) for shape in shapes]
 
 
-BOTH: Form = {"opset": 23, "judges": "both"}
+BOTH: Form = {"version": 23, "judges": "both"}
 
 
 def test_attention_of_onnx(rng: np.random.Generator) -> None:
@@ -190,7 +190,7 @@ def test_attention_of_onnx(rng: np.random.Generator) -> None:
     ("shape", "judges"), [((LENGTH, 7), "both"), ((BATCH, 1, LENGTH, 7), "both"), ((1, HEADS, 1, 7), "reference")]
 )
 def test_attention_of_onnx_with_added_masks(rng: np.random.Generator, shape: tuple[int, ...], judges: str) -> None:
-    same("Attention", [*query_key_value(rng), real(rng, *shape)], softcap=1.5, opset=23, judges=judges)
+    same("Attention", [*query_key_value(rng), real(rng, *shape)], softcap=1.5, version=23, judges=judges)
 
 
 def test_a_query_of_onnx_that_may_see_nothing_gives_zeros(rng: np.random.Generator) -> None:
@@ -203,7 +203,7 @@ def test_a_query_of_onnx_that_may_see_nothing_gives_zeros(rng: np.random.Generat
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
 def test_attention_of_onnx_shows_its_scores(rng: np.random.Generator, mode: int) -> None:
     feeds = [*query_key_value(rng), real(rng, LENGTH, 7)]
-    same("Attention", feeds, softcap=1.5, qk_matmul_output_mode=mode, outputs=4, opset=23)
+    same("Attention", feeds, softcap=1.5, qk_matmul_output_mode=mode, outputs=4, version=23)
 
 
 def test_attention_of_onnx_with_a_past(rng: np.random.Generator) -> None:
@@ -214,16 +214,16 @@ def test_attention_of_onnx_with_a_past(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("form", [{}, {"is_causal": 1}])
 def test_attention_of_onnx_with_lengths(rng: np.random.Generator, form: Form) -> None:
-    same("Attention", [*query_key_value(rng), None, None, None, np.array([7, 6])], **{**BOTH, "opset": 24}, **form)
+    same("Attention", [*query_key_value(rng), None, None, None, np.array([7, 6])], **{**BOTH, "version": 24}, **form)
     short = [*query_key_value(rng), real(rng, LENGTH, 5), None, None, np.array([4, 5])]
-    same("Attention", short, opset=24, judges="reference", **form)
+    same("Attention", short, version=24, judges="reference", **form)
 
 
 @pytest.mark.parametrize(
     "form", [{"is_causal": 1, "left_window_size": 2}, {"left_window_size": 2, "right_window_size": 1}]
 )
 def test_attention_of_onnx_in_windows(rng: np.random.Generator, form: Form) -> None:
-    same("Attention", query_key_value(rng, keys=LENGTH), opset=26, judges="reference", **form)
+    same("Attention", query_key_value(rng, keys=LENGTH), version=26, judges="reference", **form)
 
 
 def test_attention_of_half_precision_weighs_in_single_precision(rng: np.random.Generator) -> None:
@@ -250,7 +250,7 @@ def test_gradients_reach_what_attention_reads_even_where_nothing_may_be_seen(rng
     mask[1:, :3] = True
     feeds = [*query_key_value(rng), mask]
     tensors = [torch.from_numpy(feed).requires_grad_(feed.dtype.kind == "f") for feed in feeds]
-    out = ours(model_of("Attention", feeds, opset=23), tensors)[0]
+    out = ours(model_of("Attention", feeds, version=23), tensors)[0]
     assert out is not None
     out.sum().backward()
     for tensor in tensors[:3]:

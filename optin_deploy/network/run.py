@@ -142,8 +142,9 @@ def masked(row: Row, inputs: list[Tensor | None], place: int, mask: Tensor) -> T
     assert value is not None
     if zero is None:
         return value * mask
-    zero = zero.to(mask.dtype)
-    return (value.to(mask.dtype) - zero) * mask + zero
+    dtype = value.dtype if value.is_floating_point() else mask.dtype
+    zero = zero.to(dtype)
+    return (value.to(dtype) - zero) * mask + zero
 
 
 def together(inputs: list[Tensor | None], numbers: tuple[int, ...]) -> list[Tensor | None]:

@@ -20,6 +20,10 @@ FAMILIES = (
     "attention_grouped",
     "rotations",
     "fused",
+    "quantized",
+    "quantized_products",
+    "quantized_units",
+    "packed",
 )
 """Files of this folder with a tuple `ROWS`."""
 
