@@ -124,15 +124,25 @@ def extended(past: Tensor | None, new: Tensor) -> Tensor:
 
 
 def flow_products(flow: Flow, scores: Sequence[Axis], width: Axis, values: Axis) -> None:
-    """Count the two products, of queries with keys and of weights with values."""
+    """Count the two products, of queries with keys and of weights with values, and name their axes."""
     flow.macs([*scores, width])
     flow.macs([*scores, values])
+    flow.label(width, "qk-width")
+    flow.label(values, "v-width")
+
+
+def flow_shared(flow: Flow, heads: int, groups: int) -> tuple[Axis, Axis, Axis]:
+    """Make the axis of heads, of which as many share keys and values; returns heads, groups, heads of a group."""
+    one, share = flow.fresh(groups), flow.fresh(heads // groups)
+    flow.label(one, "groups" if share.size > 1 else "heads")
+    flow.label(share, "queries")
+    return flow.product([one, share]), one, share
 
 
 def flow_bias(flow: Flow, place: int, scores: Sequence[Axis]) -> None:
-    """Unify the axes of something that is added to the scores with theirs."""
+    """Unify the axes of something that is added to the scores with theirs; layers may share it."""
     if flow.has(place):
-        axes = list(flow.axes(place))
+        axes = flow.broadcast([place], flow.shape(place))
         if axes and flow.shape(place)[-1] not in (1, scores[-1].size):  # masks may be shorter than the keys
             flow.freeze([axes.pop()], SOFTMAX)
             axes.append(scores[-1])
@@ -230,8 +240,7 @@ def _flow_attention(flow: Flow) -> None:
         flow_heads(flow, 1, groups_number),
         flow_heads(flow, 2, groups_number),
     )
-    groups, share = flow.fresh(key[1].size), flow.fresh(query[1].size // key[1].size)
-    heads = flow.product([groups, share])
+    heads, groups, _ = flow_shared(flow, query[1].size, key[1].size)
     for one, other in ((query[1], heads), (key[1], groups), (value[1], groups)):
         flow.unify(one, other)
     for one, other in ((key[0], query[0]), (value[0], query[0]), (value[2], key[2]), (key[3], query[3])):

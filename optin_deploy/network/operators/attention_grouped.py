@@ -13,6 +13,7 @@ from optin_deploy.network.operators.attention import (
     attend,
     flow_bias,
     flow_products,
+    flow_shared,
     merge_heads,
     split_heads,
     window,
@@ -95,8 +96,8 @@ def _flow_group_query(flow: Flow) -> None:
     batch, length, merged = flow.axes(0)
     packed = not flow.has(1)
     width_size = flow.shape(0)[2] // (number + 2 * groups_number if packed else number)
-    groups, share = flow.fresh(groups_number), flow.fresh(number // groups_number)
-    width, heads = flow.fresh(width_size, WIDTH), flow.product([groups, share])
+    heads, groups, share = flow_shared(flow, number, groups_number)
+    width = flow.fresh(width_size, WIDTH)
     columns, kept = flow.product([groups, share, width]), flow.product([groups, width])
     key = [batch, groups, length, width]
     if packed:

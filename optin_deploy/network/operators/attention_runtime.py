@@ -100,6 +100,7 @@ def flow_self_attention(flow: Flow, *, weight: int, columns: Sequence[int], mask
     number = node.get("num_heads")
     sizes = node.get("qkv_hidden_sizes") or [flow.shape(weight)[1] // 3] * 3
     heads, width = flow.fresh(number), flow.fresh(sizes[0] // number, WIDTH)
+    flow.label(heads, "heads")
     values = width
     if node.get("qkv_hidden_sizes"):  # without it, queries, keys and values are equally wide
         values = flow.fresh(sizes[2] // number, WIDTH if flow.has(past) else "")
@@ -218,6 +219,7 @@ def _attend_flow(
 ) -> tuple[Axis, Axis]:
     """Unify queries, keys, values and their pasts where the heads of all are alike; returns heads and all keys."""
     heads = query[1]
+    flow.label(heads, "heads")
     for one, other in ((key, query), (value, query)):
         for position in (0, 1):
             flow.unify(one[position], other[position])

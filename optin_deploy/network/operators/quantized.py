@@ -113,15 +113,9 @@ def blocks(flow: Flow, axis: Axis, count: Axis) -> None:
         flow.unify(axis, flow.product([count, flow.fresh(axis.size // count.size, BLOCK)]))
 
 
-def every_entry(flow: Flow) -> None:
-    """Say that the range of all entries is looked for: what a cut takes away must not count, so masks belong here."""
-    for position in range(len(flow.axes(0))):
-        flow.contract(0, position)
-
-
 def ranged(flow: Flow) -> None:
-    """Flow of DynamicQuantizeLinear."""
-    every_entry(flow)
+    """Flow of DynamicQuantizeLinear, whose scale and zero follow from the range of all entries."""
+    flow.ranged(0)
     for place, name in enumerate(flow.node.outputs):
         if name:
             flow.give(place, [] if place else flow.axes(0))

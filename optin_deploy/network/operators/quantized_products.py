@@ -12,7 +12,7 @@ from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.attention_runtime import flow_self_attention, self_attention
 from optin_deploy.network.operators.products import gemm_axes, matmul_axes
-from optin_deploy.network.operators.quantized import centred, dynamic, every_entry, quantize
+from optin_deploy.network.operators.quantized import centred, dynamic, quantize
 from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only
 from optin_deploy.network.operators.spatial import conv, convolved
 
@@ -217,7 +217,7 @@ def matmul(
         if not flow.stored(factors[1]):
             numbers(flow, columns)
         if zeros is None:
-            every_entry(flow)
+            flow.ranged(0)
         per_column(flow, columns, matmul_axes(flow, places=factors)[-1])
 
     return Row(name, compute, flow_of, domain=domain, zeros=dict(zip(factors, zeros or (), strict=False)))

@@ -89,6 +89,11 @@ class Flow(Protocol):
         """
         ...
 
+    def ranged(self, place: int) -> None:
+        """Say that one number follows from all entries of an input, such as the largest: a mask must take away here
+        what a cut takes away, whatever reads the entries later."""
+        ...
+
     def label(self, axis: Axis, kind: str) -> None:
         """Say what people call the units of an axis, such as heads, where the axes alone do not tell."""
         ...
