@@ -22,7 +22,7 @@ def masks(layout: Layout, keep: Mapping[str, Sequence[int]]) -> dict[Place, Tens
     leaves = layout.leaves(checked(layout, keep))
     structure = layout.structure
     found: dict[Place, Tensor] = {}
-    for site in structure.contractions:
+    for site in (*structure.contractions, *structure.ranged):
         if not touched(site.axis, leaves):
             continue
         vector = torch.zeros(site.axis.size)

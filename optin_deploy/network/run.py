@@ -92,7 +92,7 @@ class Program:
             for place in range(len(inputs)) if masks else ():
                 mask = masks.get((node.index, place))
                 if mask is not None:
-                    inputs[place] = inputs[place] * mask  # type: ignore[operator]
+                    inputs[place] = masked(row, inputs, place, mask)
             result = row.compute(adapted, *together(inputs, row.numbers))
             found = result if isinstance(result, tuple) else (result,)
             for name, value in zip(node.outputs, found, strict=False):
@@ -133,6 +133,18 @@ class Program:
             return node
         to = {torch.float64: 11, torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[self.dtype]
         return Node(**{**vars(node), "attributes": {**node.attributes, "to": to}})
+
+
+def masked(row: Row, inputs: list[Tensor | None], place: int, mask: Tensor) -> Tensor:
+    """Multiply an input by a mask; where 0 is written as another number, that is what remains of masked units."""
+    value = inputs[place]
+    zero = inputs[row.zeros[place]] if row.zeros.get(place, len(inputs)) < len(inputs) else None
+    assert value is not None
+    if zero is None:
+        return value * mask
+    dtype = value.dtype if value.is_floating_point() else mask.dtype
+    zero = zero.to(dtype)
+    return (value.to(dtype) - zero) * mask + zero
 
 
 def together(inputs: list[Tensor | None], numbers: tuple[int, ...]) -> list[Tensor | None]:

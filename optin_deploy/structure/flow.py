@@ -72,6 +72,8 @@ class Structure:
     """Axes of values by name; weights are in `uses`."""
     uses: list[WeightUse] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    ranged: list[Contraction] = field(default_factory=list)
+    """Places where one number follows from all entries of an activation: no sites, but masks belong there too."""
     products: list[tuple[int, tuple[Axis, ...]]] = field(default_factory=list)
     """Nodes with the axes whose sizes multiply to their multiply-accumulates; one node may have several."""
     numbers: list[Number] = field(default_factory=list)
@@ -258,6 +260,11 @@ class Visit:
             place, position = live[0]
             axis = self.axes(place)[position]
             self._structure.contractions.append(Contraction(self.node.index, place, position, axis, len(live) < 2))
+
+    def ranged(self, place: int) -> None:
+        """Note a place where only what is kept may count."""
+        for position, axis in enumerate(self.axes(place)):
+            self._structure.ranged.append(Contraction(self.node.index, place, position, axis, False))
 
     def macs(self, axes: Sequence[Axis]) -> None:
         """Note a cost."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -89,6 +89,11 @@ class Flow(Protocol):
         """
         ...
 
+    def ranged(self, place: int) -> None:
+        """Say that one number follows from all entries of an input, such as the largest: a mask must take away here
+        what a cut takes away, whatever reads the entries later."""
+        ...
+
     def label(self, axis: Axis, kind: str) -> None:
         """Say what people call the units of an axis, such as heads, where the axes alone do not tell."""
         ...
@@ -125,15 +130,18 @@ class Row:
     compute: Callable[..., Result]
     """`compute(node, *inputs)`: tensors, or None for inputs that were left out. Differentiable, on any device and
     type, and on torch's meta device; it never changes its inputs."""
-    flow: Callable[[Flow], None]
+    flow: Callable[[Flow], object]
     """Says how axes flow from inputs to outputs, what is contracted, what it costs, and which numbers are sizes."""
     numbers: tuple[int, ...] = ()
     """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run
     that only finds shapes."""
     domain: str = ""
+    zeros: Mapping[int, int] = field(default_factory=dict)
+    """Where 0 is written as another number, as in tensors of whole numbers: place of an input -> place of that number.
+    A mask puts it there instead of 0."""
 
 
-class Unsupported(Exception):
+class Unsupported(NotImplementedError):
     """A form of an operator that its row does not know; what it touches is frozen, with these words."""
 
 
@@ -144,3 +152,10 @@ def refuse(why: str) -> Callable[[Flow], None]:
         raise Unsupported(why)
 
     return flow
+
+
+def only(node: Node, **usual: object) -> None:
+    """Refuse a node with an attribute that is set to something else than what its row knows."""
+    for name, value in usual.items():
+        if node.get(name, value) != value:
+            raise Unsupported(f"{node.op} with {name} = {node.get(name)}")

@@ -1,0 +1,267 @@
+"""What ONNX Runtime's optimiser writes for several nodes at once: products and activations with what follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.elementwise import aligned, same
+from optin_deploy.network.operators.normalizations import over_last, rms_norm
+from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
+from optin_deploy.network.operators.row import Flow, Row, Unsupported, refuse
+from optin_deploy.network.operators.spatial import conv, convolved
+
+RUNTIME = "com.microsoft"
+BLOCKED = "com.microsoft.nchwc"
+SMALL = 1e-12
+"""What is added to variances where the file does not tell."""
+
+LAID_OUT = (
+    "it is laid out for the processor of one machine by ONNX Runtime's last level of optimisation; "
+    "give the file from before, or one that was optimised at the level 'extended' or below"
+)
+CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
+
+
+def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Add a bias, and apply the unit by its formula with tanh."""
+    return functional.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def quick_gelu(node: Node, x: Tensor) -> Tensor:
+    """Multiply by a sigmoid of itself; the factor in it is 1.702 where it is left out."""
+    return x * torch.sigmoid(x * node.get("alpha", 1.702))
+
+
+def split_gelu(_: Node, x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias, and gate the left half by the right one."""
+    left, right = (x + bias).chunk(2, -1)
+    return left * functional.gelu(right)
+
+
+def halves(flow: Flow) -> None:
+    """Flow of a gate whose two halves lie side by side on the last axis."""
+    axes = flow.broadcast([place for place in (0, 1) if flow.has(place)], flow.shape(0))
+    half = flow.fresh(axes[-1].size // 2)
+    flow.unify(axes[-1], flow.total([half, half]))
+    flow.give(0, [*axes[:-1], half])
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
+    "": lambda x, _: x,
+    "Relu": lambda x, _: torch.relu(x),
+    "Tanh": lambda x, _: torch.tanh(x),
+    "Sigmoid": lambda x, _: torch.sigmoid(x),
+    "Softplus": lambda x, _: functional.softplus(x),
+    "Softsign": lambda x, _: functional.softsign(x),
+    "LeakyRelu": lambda x, given: functional.leaky_relu(x, (given or (0.01,))[0]),
+    "Elu": lambda x, given: functional.elu(x, (given or (1.0,))[0]),
+    "ThresholdedRelu": lambda x, given: torch.where(x > (given or (1.0,))[0], x, torch.zeros_like(x)),
+    "Clip": lambda x, given: x.clamp(*given),
+    "HardSigmoid": lambda x, given: (x * (given or (0.2,))[0] + (given or (0.2, 0.5))[1]).clamp(0, 1),
+    "HardSwish": lambda x, _: functional.hardswish(x),
+}
+"""Activations that ONNX Runtime puts into products, by their name, with their parameters."""
+
+
+def activated(node: Node, x: Tensor) -> Tensor:
+    """Apply the activation that a fused node names.
+
+    Raises: Unsupported: the activation is none of those that ONNX Runtime fuses.
+    """
+    name = node.get("activation", "")
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"{node.op} with the activation {name}; known are {', '.join(filter(None, ACTIVATIONS))}")
+    single = (node.get(f"activation_{key}") for key in ("alpha", "beta"))
+    given = node.get("activation_params") or [value for value in single if value is not None]
+    return ACTIVATIONS[name](x, given)
+
+
+def fused_conv(
+    node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
+) -> Tensor:
+    """Convolve, add another tensor, and apply an activation."""
+    y = conv(node, x, weight, bias)
+    return activated(node, y if added is None else y + added)
+
+
+def fused_convolved(flow: Flow) -> None:
+    """Flow of FusedConv; what is added has the axes of the output."""
+    out = convolved(flow)
+    if flow.has(3):
+        flow.align([out, flow.axes(3)], flow.out_shape())
+
+
+def fused_gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+    """Multiply, add and apply an activation."""
+    return activated(node, gemm(node, a, b, c))
+
+
+def orders(node: Node, ranks: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Which axis of each factor of a FusedMatMul comes at each place of a plain product."""
+    found = []
+    for side, rank in zip("AB", ranks, strict=True):
+        order = list(range(rank))
+        if node.get(f"transBatch{side}", 0):  # the first axis belongs to the matrix, the batch lies behind it
+            order = [*order[1:-1], order[0], order[-1]]
+        if node.get(f"trans{side}", 0) and rank > 1:
+            order[-2:] = order[-1], order[-2]
+        found.append(order)
+    return found[0], found[1]
+
+
+def fused_matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply transposed tensors and scale the product."""
+    one, other = orders(node, (a.ndim, b.ndim))
+    product = a.permute(one) @ b.permute(other) * node.get("alpha", 1.0)
+    return activated(node, product)
+
+
+def fused_matmul_axes(flow: Flow) -> None:
+    """Flow of FusedMatMul."""
+    matmul_axes(flow, orders=orders(flow.node, (len(flow.shape(0)), len(flow.shape(1)))))
+
+
+def gemm_fast_gelu(_: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply, add a bias, and apply the unit."""
+    return fast_gelu(x @ weight, bias)
+
+
+def gemm_fast_gelu_axes(flow: Flow) -> None:
+    """Flow of GemmFastGelu."""
+    out = matmul_axes(flow)
+    if flow.has(2):
+        flow.align([out, flow.axes(2)], flow.out_shape())
+
+
+def skip_layer_norm(
+    node: Node, x: Tensor, skip: Tensor, scale: Tensor, shift: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """Add what was skipped, and normalise; the sum is given too."""
+    total = x + skip if bias is None else x + skip + bias
+    return normalized(node, total, scale, shift), None, None, total
+
+
+def normalized(node: Node, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Normalise over the last axis; what is added to the variance is smaller here than in the operator of ONNX."""
+    return functional.layer_norm(x, x.shape[-1:], scale, shift, node.get("epsilon", SMALL))
+
+
+def skip_rms_norm(
+    node: Node, x: Tensor, skip: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """Add what was skipped, and divide by the root mean square; the sum is given too."""
+    total = x + skip if bias is None else x + skip + bias
+    return functional.rms_norm(total, total.shape[-1:], scale, node.get("epsilon", SMALL)), None, None, total
+
+
+def skipped(flow: Flow) -> None:
+    """Flow of a sum that is normalised over its last axis."""
+    axes = flow.broadcast([place for place in range(len(flow.node.inputs)) if flow.has(place)], flow.out_shape())
+    flow.freeze(axes[-1:])
+    for place, name in enumerate(flow.node.outputs):
+        if name:
+            flow.give(place, [*axes[:-1], flow.fresh(1)] if place in (1, 2) else axes)
+
+
+def embedded(
+    node: Node,
+    words: Tensor,
+    segments: Tensor | None,
+    word_table: Tensor,
+    place_table: Tensor,
+    segment_table: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    mask: Tensor | None = None,
+    places: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Look words, places and segments up, and normalise their sum; the real words of each row are counted too."""
+    if places is None:
+        places = torch.arange(words.shape[1], device=words.device)[None]
+    total = word_table[words.long()] + place_table[places.long()]
+    if segments is not None and segment_table is not None:
+        total = total + segment_table[segments.long()]
+    counted = words.new_zeros(words.shape[0], dtype=torch.int32)
+    if mask is not None:
+        counted = (mask != 0).int().cumprod(1).sum(1, dtype=torch.int32)
+    return normalized(node, total, scale, shift), counted, total
+
+
+def embedded_axes(flow: Flow) -> None:
+    """Flow of EmbedLayerNormalization: tables are looked up, and the normalisation takes the last axis whole."""
+    batch, length = flow.axes(0)
+    width = flow.fresh(flow.out_shape()[-1], flow.node.op)
+    for place in (2, 3, 4):
+        if flow.has(place):
+            entries, along = flow.axes(place)
+            flow.freeze([entries], "entries of a table, which are looked up")
+            flow.unify(along, width)
+    for place in (5, 6):
+        flow.unify(flow.axes(place)[0], width)
+    for place, axes in enumerate(([batch, length, width], [batch], [batch, length, width])):
+        if len(flow.node.outputs) > place and flow.node.outputs[place]:
+            flow.give(place, axes)
+
+
+def bias_softmax(node: Node, x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias, and normalise over an axis and all behind it."""
+    axis = node.get("axis", 1) % x.ndim
+    scores = x + bias
+    return torch.softmax(scores.flatten(axis), -1).reshape(scores.shape)
+
+
+def bias_softmax_axes(flow: Flow) -> None:
+    """Flow of BiasSoftmax."""
+    axes = flow.broadcast((0, 1), flow.out_shape())
+    flow.freeze(axes[flow.node.get("axis", 1) % len(axes) :])
+    flow.give(0, axes)
+
+
+def inverse_axes(flow: Flow) -> None:
+    """Flow of Inverse: matrices are inverted whole."""
+    axes = flow.axes(0)
+    flow.freeze(axes[-2:])
+    flow.give(0, axes)
+
+
+def refused(name: str, domain: str, why: str) -> Row:
+    """Make the row of an operator that is known but cannot be followed."""
+
+    def compute(*_: object) -> Tensor:
+        raise Unsupported(why)
+
+    return Row(name, compute, refuse(why), domain=domain)
+
+
+ROWS = (
+    Row("Gelu", lambda _, x: functional.gelu(x), same, domain=RUNTIME),
+    Row("QuickGelu", quick_gelu, same, domain=RUNTIME),
+    Row("FastGelu", lambda _, x, bias=None: fast_gelu(x, bias), aligned, domain=RUNTIME),
+    Row("BiasGelu", lambda _, x, bias: functional.gelu(x + bias), aligned, domain=RUNTIME),
+    Row("BiasAdd", lambda _, x, bias, skip: x + bias + skip, aligned, domain=RUNTIME),
+    Row("BiasSplitGelu", split_gelu, halves, domain=RUNTIME),
+    Row("FusedConv", fused_conv, fused_convolved, domain=RUNTIME),
+    Row("FusedGemm", fused_gemm, gemm_axes, domain=RUNTIME),
+    *(
+        Row(name, fused_matmul, fused_matmul_axes, domain=RUNTIME)
+        for name in ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul")
+    ),
+    Row("GemmFastGelu", gemm_fast_gelu, gemm_fast_gelu_axes, domain=RUNTIME),
+    Row("SimplifiedLayerNormalization", rms_norm, over_last),
+    Row("SkipLayerNormalization", skip_layer_norm, skipped, domain=RUNTIME),
+    Row("SkipSimplifiedLayerNormalization", skip_rms_norm, skipped, domain=RUNTIME),
+    Row("EmbedLayerNormalization", embedded, embedded_axes, domain=RUNTIME),
+    Row("BiasSoftmax", bias_softmax, bias_softmax_axes, domain=RUNTIME),
+    Row("Inverse", lambda _, x: torch.linalg.inv(x), inverse_axes, domain=RUNTIME),
+    *(refused(name, RUNTIME, CHANNELS_LAST) for name in ("NhwcConv", "NhwcFusedConv", "NhwcMaxPool")),
+    *(
+        refused(name, BLOCKED, LAID_OUT)
+        for name in ("ReorderInput", "ReorderOutput", "Conv", "MaxPool", "AveragePool", "Upsample")
+    ),
+    *(refused(name, BLOCKED, LAID_OUT) for name in ("GlobalMaxPool", "GlobalAveragePool")),
+)

@@ -1,0 +1,141 @@
+"""Operators of ONNX Runtime that turn whole numbers into real ones, do what their plain namesakes do, and turn back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.elementwise import same
+from optin_deploy.network.operators.quantized import dequantize, quantize
+from optin_deploy.network.operators.row import Flow, Row, only
+from optin_deploy.network.operators.spatial import average_pool, pooled
+
+RUNTIME = "com.microsoft"
+
+
+def kind(x: Tensor) -> torch.dtype | None:
+    """Type of whole numbers as they are stored; None where they come from a computation."""
+    return None if x.is_floating_point() else x.dtype
+
+
+def unary(name: str, compute: Callable[[Node, Tensor], Tensor], flow: Callable[[Flow], object] = same) -> Row:
+    """Make the row of a function of one tensor, which has a scale and a zero before and after it."""
+
+    def whole(
+        node: Node,
+        x: Tensor,
+        x_scale: Tensor,
+        x_zero: Tensor | None,
+        y_scale: Tensor,
+        y_zero: Tensor | None = None,
+    ) -> Tensor:
+        y = compute(node, dequantize(x, x_scale, x_zero))
+        return quantize(y, y_scale, y_zero, kind(x) if y_zero is None else None)
+
+    return Row(name, whole, flow, domain=RUNTIME)
+
+
+def binary(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> Row:
+    """Make the row of a function of two tensors."""
+
+    def whole(
+        _: Node,
+        a: Tensor,
+        a_scale: Tensor,
+        a_zero: Tensor | None,
+        b: Tensor,
+        b_scale: Tensor,
+        b_zero: Tensor | None,
+        y_scale: Tensor,
+        y_zero: Tensor | None = None,
+    ) -> Tensor:
+        y = compute(dequantize(a, a_scale, a_zero), dequantize(b, b_scale, b_zero))
+        return quantize(y, y_scale, y_zero, kind(a) if y_zero is None else None)
+
+    return Row(name, whole, lambda flow: flow.give(0, flow.broadcast((0, 3), flow.out_shape())), domain=RUNTIME)
+
+
+def softmax(node: Node, x: Tensor) -> Tensor:
+    """Normalise along an axis; before opset 13, along it and all behind it."""
+    axis = node.get("axis", -1)
+    if node.get("opset", 13) >= 13:
+        return torch.softmax(x, axis)
+    axis = axis % x.ndim
+    return torch.softmax(x.flatten(axis), -1).reshape(x.shape)
+
+
+def softmax_axes(flow: Flow) -> None:
+    """Flow of QLinearSoftmax."""
+    axes, axis = flow.axes(0), flow.node.get("axis", -1)
+    flow.freeze([axes[axis]] if flow.node.get("opset", 13) >= 13 else axes[axis:])
+    flow.give(0, axes)
+
+
+def average(node: Node, x: Tensor) -> Tensor:
+    """Take the mean of windows."""
+    only(node, channels_last=0)
+    return average_pool(node, x)
+
+
+def global_average(node: Node, x: Tensor) -> Tensor:
+    """Take the mean of all places."""
+    only(node, channels_last=0)
+    return x.mean(list(range(2, x.ndim)), keepdim=True)
+
+
+def pooled_axes(flow: Flow) -> None:
+    """Flow of pools."""
+    only(flow.node, channels_last=0)
+    pooled(flow)
+
+
+def where(
+    _: Node,
+    condition: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor,
+    y_scale: Tensor,
+    y_zero: Tensor,
+) -> Tensor:
+    """Choose between two tensors."""
+    return quantize(
+        torch.where(condition, dequantize(a, a_scale, a_zero), dequantize(b, b_scale, b_zero)), y_scale, y_zero
+    )
+
+
+def concat(node: Node, y_scale: Tensor, y_zero: Tensor, *inputs: Tensor) -> Tensor:
+    """Join tensors, each with its scale and zero."""
+    parts = [dequantize(*inputs[place : place + 3]) for place in range(0, len(inputs), 3)]
+    return quantize(torch.cat(parts, node.attributes["axis"]), y_scale, y_zero)
+
+
+def joined(flow: Flow) -> None:
+    """Flow of QLinearConcat: along its axis the inputs are a sum."""
+    shape = flow.out_shape()
+    along = flow.node.attributes["axis"] % len(shape)
+    tensors = [flow.axes(place) for place in range(2, len(flow.node.inputs), 3)]
+    rest = [[flow.fresh(1) if at == along else axis for at, axis in enumerate(axes)] for axes in tensors]
+    out = flow.align(rest, shape)
+    out[along] = flow.total([axes[along] for axes in tensors])
+    flow.give(0, out)
+
+
+ROWS = (
+    unary("QLinearSigmoid", lambda _, x: torch.sigmoid(x)),
+    unary("QLinearLeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01))),
+    unary("QLinearSoftmax", softmax, softmax_axes),
+    unary("QLinearAveragePool", average, pooled_axes),
+    unary("QLinearGlobalAveragePool", global_average, pooled_axes),
+    binary("QLinearAdd", torch.add),
+    binary("QLinearMul", torch.mul),
+    Row("QLinearWhere", where, lambda flow: flow.give(0, flow.broadcast((0, 1, 4), flow.out_shape())), domain=RUNTIME),
+    Row("QLinearConcat", concat, joined, domain=RUNTIME),
+)
