@@ -7,7 +7,19 @@ from importlib import import_module
 
 from optin_deploy.network.operators.row import Row
 
-FAMILIES = ("elementwise", "products", "shapes", "selections", "reductions", "normalizations", "spatial")
+FAMILIES = (
+    "elementwise",
+    "products",
+    "shapes",
+    "selections",
+    "reductions",
+    "normalizations",
+    "spatial",
+    "attention",
+    "attention_runtime",
+    "attention_grouped",
+    "rotations",
+)
 """Files of this folder with a tuple `ROWS`."""
 
 

@@ -144,3 +144,10 @@ def refuse(why: str) -> Callable[[Flow], None]:
         raise Unsupported(why)
 
     return flow
+
+
+def only(node: Node, **usual: object) -> None:
+    """Refuse a node with an attribute that is set to something else than what its row knows."""
+    for name, value in usual.items():
+        if node.get(name, value) != value:
+            raise Unsupported(f"{node.op} with {name} = {node.get(name)}")
