@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,19 +12,22 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row
 
 
-def matmul_axes(flow: Flow, *, transposed: tuple[bool, bool] = (False, False)) -> None:
-    """Flow of a product of two tensors whose last two axes are matrices."""
-    a, b = flow.axes(0), flow.axes(1)
-    summed = len(a) - (2 if transposed[0] else 1), max(0, len(b) - (1 if transposed[1] else 2))
-    if transposed[0]:
-        a[-1], a[-2] = a[-2], a[-1]
-    if transposed[1]:
-        b[-1], b[-2] = b[-2], b[-1]
+def matmul_axes(
+    flow: Flow, *, places: tuple[int, int] = (0, 1), orders: tuple[Sequence[int], Sequence[int]] | None = None
+) -> None:
+    """Flow of a product of two tensors whose last two axes are matrices.
+
+    Args: places: where the two lie.
+        orders: which axis of each comes at each place, for tensors that are transposed on the way.
+    """
+    given = flow.axes(places[0]), flow.axes(places[1])
+    first, second = orders or (range(len(given[0])), range(len(given[1])))
+    a, b = [given[0][position] for position in first], [given[1][position] for position in second]
     rows, columns = len(a) > 1, len(b) > 1
     a = a if rows else [flow.fresh(1), *a]
     b = b if columns else [*b, flow.fresh(1)]
     flow.unify(a[-1], b[-2])
-    flow.contract(0, summed[0], (1, summed[1]))
+    flow.contract(places[0], first[-1], (places[1], second[-2] if columns else 0))
     out = list(flow.out_shape())
     batch = flow.align([a[:-2], b[:-2]], out[: len(out) - rows - columns])
     flow.give(0, [*batch, *([a[-2]] if rows else []), *([b[-1]] if columns else [])])
@@ -40,18 +45,19 @@ def gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     return product if c is None else product + (c if beta == 1 else c * beta)
 
 
-def gemm_axes(flow: Flow) -> None:
-    """Flow of Gemm."""
-    a, b = flow.axes(0), flow.axes(1)
+def gemm_axes(flow: Flow, *, places: tuple[int, int, int] = (0, 1, 2)) -> None:
+    """Flow of Gemm, whose three tensors lie at these places."""
+    one, other, added = places
+    a, b = flow.axes(one), flow.axes(other)
     if flow.node.get("transA", 0):
         a.reverse()
     if flow.node.get("transB", 0):
         b.reverse()
     flow.unify(a[1], b[0])
-    flow.contract(0, 0 if flow.node.get("transA", 0) else 1, (1, 1 if flow.node.get("transB", 0) else 0))
+    flow.contract(one, 0 if flow.node.get("transA", 0) else 1, (other, 1 if flow.node.get("transB", 0) else 0))
     out = [a[0], b[1]]
-    if flow.has(2):
-        flow.align([out, flow.axes(2)], flow.out_shape())
+    if flow.has(added):
+        flow.align([out, flow.axes(added)], flow.out_shape())
     flow.give(0, out)
     flow.macs([a[0], a[1], b[1]])
 

@@ -133,7 +133,7 @@ class Row:
     domain: str = ""
 
 
-class Unsupported(Exception):
+class Unsupported(NotImplementedError):
     """A form of an operator that its row does not know; what it touches is frozen, with these words."""
 
 

@@ -53,7 +53,9 @@ def conv(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return result
 
 
-def channels(flow: Flow, weight: list[Axis], *, transposed: bool = False) -> tuple[Axis, Axis, Axis]:
+def channels(
+    flow: Flow, weight: list[Axis], *, bias: Sequence[int] = (2,), transposed: bool = False
+) -> tuple[Axis, Axis, Axis]:
     """Unify the channels of a convolution; returns groups, input channels of a group, output channels of a group.
 
     Channels are groups times channels of a group: one group, a depthwise convolution and what lies between are alike.
@@ -74,15 +76,20 @@ def channels(flow: Flow, weight: list[Axis], *, transposed: bool = False) -> tup
         flow.contract(0, 1)
     if count > 1:
         flow.attribute("group", groups)
-    if flow.has(2):
-        flow.unify(flow.axes(2)[0], flow.product([groups, out]))
+    for place in bias:
+        if flow.has(place) and flow.shape(place) == (groups.size * out.size,):
+            flow.unify(flow.axes(place)[0], flow.product([groups, out]))
     return groups, into, out
 
 
-def convolved(flow: Flow) -> None:
-    """Flow of Conv."""
-    x, weight, shape = flow.axes(0), flow.axes(1), flow.out_shape()
-    groups, into, out = channels(flow, weight)
+def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> None:
+    """Flow of Conv.
+
+    Args: at: place of the weight.
+        bias: places of vectors with an entry for each output channel.
+    """
+    x, weight, shape = flow.axes(0), flow.axes(at), flow.out_shape()
+    groups, into, out = channels(flow, weight, bias=bias)
     places = [flow.fresh(size, PLACES) for size in shape[2:]]
     flow.freeze([*x[2:], *weight[2:]], PLACES)
     flow.give(0, [x[0], flow.product([groups, out]), *places])
