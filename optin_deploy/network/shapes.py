@@ -15,7 +15,9 @@ from optin_deploy.network.run import together
 from optin_deploy.network.tensors import torch_dtype, torch_tensor
 
 REAL_ENTRIES = 2**20
-"""Stored integers up to so many entries are read; larger ones are quantised weights."""
+"""Stored whole numbers up to so many entries are read; larger ones are quantised weights."""
+FEW_ENTRIES = 16
+"""Stored real numbers up to so many are read too: they may be factors of sizes."""
 META = torch.device("meta")
 
 
@@ -48,7 +50,7 @@ def shapes_of(network: Network, feeds: Mapping[str, Tensor], *, compute: bool = 
     for name, stored in network.weights.items():
         try:
             dtype = torch_dtype(stored.dtype)
-            small = not dtype.is_floating_point and stored.size <= REAL_ENTRIES
+            small = stored.size <= (FEW_ENTRIES if dtype.is_floating_point else REAL_ENTRIES)
             found.tensors[name] = (
                 torch_tensor(stored) if small or compute else torch.empty(tuple(stored.shape), dtype=dtype, device=META)
             )
