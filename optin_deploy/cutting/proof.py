@@ -50,7 +50,8 @@ def prove(
     if not worst[0] <= TOLERANCE:
         raise NotProven(
             f"the cut network differs from the masked one by {worst[0]:.1e} of the largest output "
-            f"(at most {TOLERANCE:.0e} is rounding), so it is not written. This is a fault of ours: please report it, with the plan."
+            f"(at most {TOLERANCE:.0e} is rounding), so it is not written. "
+            "This is a fault of ours: please report it, with the plan."
         )
     return Proof(*worst)
 

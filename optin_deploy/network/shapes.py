@@ -52,7 +52,9 @@ def shapes_of(network: Network, feeds: Mapping[str, Tensor], *, compute: bool = 
             dtype = torch_dtype(stored.dtype)
             small = stored.size <= (REAL_FLOATS if dtype.is_floating_point else REAL_INTEGERS)
             found.tensors[name] = (
-                torch_tensor(stored) if small or compute else torch.empty(tuple(stored.shape), dtype=dtype, device=META)
+                torch_tensor(stored)
+                if small or compute
+                else torch.empty(stored.shape.numpy(), dtype=dtype, device=META)
             )
         except TypeError:
             continue

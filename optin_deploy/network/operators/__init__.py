@@ -15,6 +15,8 @@ FAMILIES = (
     "reductions",
     "normalizations",
     "spatial",
+    "pools",
+    "resizing",
     "attention",
     "attention_runtime",
     "attention_grouped",

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Axis, Flow, Result, Row
+from optin_deploy.network.operators.row import Flow, Result, Row
 
 WIDTH = "the width of a head inside a fused attention node: its product and its scale lie inside of the node"
 SOFTMAX = "the keys of attention, which its softmax normalises over"

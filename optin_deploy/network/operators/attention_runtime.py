@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.attention import (
     SOFTMAX,
@@ -24,7 +25,7 @@ from optin_deploy.network.operators.attention import (
     split_heads,
     window,
 )
-from optin_deploy.network.operators.row import Axis, Flow, Result, Row, Unsupported, only
+from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only
 
 
 def self_attention(

@@ -82,6 +82,12 @@ def cast(node: Node, x: Tensor) -> Tensor:
     return x.to(torch_dtype(node.attributes["to"]))
 
 
+def infinite(node: Node, x: Tensor) -> Tensor:
+    """Tell what is infinite, perhaps of one sign only."""
+    above = torch.isposinf(x) if node.get("detect_positive", 1) else torch.zeros_like(x, dtype=torch.bool)
+    return above | torch.isneginf(x) if node.get("detect_negative", 1) else above
+
+
 def prelu(_: Node, x: Tensor, slope: Tensor) -> Tensor:
     """Scale what is negative."""
     return torch.where(x < 0, x * slope, x)
@@ -91,6 +97,13 @@ def shrink(node: Node, x: Tensor) -> Tensor:
     """Pull towards zero."""
     limit, bias = node.get("lambd", 0.5), node.get("bias", 0.0)
     return torch.where(x > limit, x - bias, torch.where(x < -limit, x + bias, torch.zeros_like(x)))
+
+
+def selu(node: Node, x: Tensor) -> Tensor:
+    """Return the scaled exponential linear unit."""
+    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
+    result: Tensor = gamma * torch.where(x > 0, x, alpha * torch.expm1(x))
+    return result
 
 
 def dropout(_: Node, x: Tensor, *__: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -110,14 +123,14 @@ ROWS = (
     unary("Softsign", functional.softsign),
     unary("Mish", functional.mish),
     unary("HardSwish", functional.hardswish),
-    Row("IsInf", lambda _, x: torch.isinf(x), same),
+    Row("IsInf", infinite, same),
     Row("Gelu", lambda node, x: functional.gelu(x, approximate=node.get("approximate", "none")), same),
     Row("Swish", lambda node, x: x * torch.sigmoid(x * node.get("alpha", 1.0)), same),
     Row("HardSigmoid", lambda node, x: (x * node.get("alpha", 0.2) + node.get("beta", 0.5)).clamp(0, 1), same),
     Row("LeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01)), same),
     Row("Elu", lambda node, x: functional.elu(x, node.get("alpha", 1.0)), same),
     Row("Celu", lambda node, x: functional.celu(x, node.get("alpha", 1.0)), same),
-    Row("Selu", lambda node, x: selu(node, x), same),
+    Row("Selu", selu, same),
     Row("ThresholdedRelu", lambda node, x: torch.where(x > node.get("alpha", 1.0), x, torch.zeros_like(x)), same),
     Row("Shrink", shrink, same),
     Row("Clip", clip, same),
@@ -148,9 +161,3 @@ ROWS = (
     many("Sum", torch.add),
     many("Mean", torch.add, mean=True),
 )
-
-
-def selu(node: Node, x: Tensor) -> Tensor:
-    """Return the scaled exponential linear unit."""
-    alpha, gamma = node.get("alpha", 1.67326319217681884765625), node.get("gamma", 1.05070102214813232421875)
-    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x))

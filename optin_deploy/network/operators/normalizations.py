@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Flow, Row
+from optin_deploy.network.operators.row import Flow, Row, Unsupported
 
 
 def layer_norm(
@@ -17,6 +17,7 @@ def layer_norm(
     axis = node.get("axis", -1) % x.ndim
     over, epsilon = list(range(axis, x.ndim)), node.get("epsilon", 1e-5)
     size = tuple(x.shape[axis:])
+    y: Tensor
     if tuple(scale.shape) == size and (shift is None or tuple(shift.shape) == size):
         y = functional.layer_norm(x, size, scale, shift, epsilon)
     else:
@@ -31,7 +32,8 @@ def layer_norm(
 def rms_norm(node: Node, x: Tensor, scale: Tensor) -> Tensor:
     """Divide by the root mean square over the last axes."""
     over = list(range(node.get("axis", -1) % x.ndim, x.ndim))
-    return x * (x.square().mean(over, keepdim=True) + node.get("epsilon", 1e-5)).rsqrt() * scale
+    epsilon: float = node.get("epsilon", 1e-5)
+    return x * (x.square().mean(over, keepdim=True) + epsilon).rsqrt() * scale
 
 
 def over_last(flow: Flow) -> None:
@@ -50,15 +52,14 @@ def over_last(flow: Flow) -> None:
 def batch_norm(node: Node, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Scale and shift each channel, as in inference.
 
-    Raises: NotImplementedError: the node is in training mode.
+    Raises: Unsupported: the node is in training mode.
     """
     if node.get("training_mode", 0):
-        raise NotImplementedError("BatchNormalization in training mode")
-    shape = [1, -1, *[1] * (x.ndim - 2)]
-    factor = scale * (variance + node.get("epsilon", 1e-5)).rsqrt()
-    if x.device.type == "meta":
-        return x * factor.reshape(shape)
-    return functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, node.get("epsilon", 1e-5))
+        raise Unsupported("BatchNormalization in training mode")
+    if x.device.type == "meta":  # torch's own asks for more than shapes there
+        return torch.empty_like(x)
+    result: Tensor = functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, node.get("epsilon", 1e-5))
+    return result
 
 
 def per_channel(flow: Flow) -> None:
@@ -142,9 +143,11 @@ def along_axis(flow: Flow) -> None:
 
 def local_response(node: Node, x: Tensor) -> Tensor:
     """Divide by the energy of neighbouring channels."""
-    return functional.local_response_norm(
-        x, node.attributes["size"], node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
-    )
+    size = node.attributes["size"]
+    squares = functional.pad(x.square().movedim(1, -1), [(size - 1) // 2, size // 2]).unfold(-1, size, 1).sum(-1)
+    energy = node.get("bias", 1.0) + node.get("alpha", 1e-4) / size * squares.movedim(-1, 1)
+    result: Tensor = x / energy ** node.get("beta", 0.75)
+    return result
 
 
 def channels_whole(flow: Flow) -> None:

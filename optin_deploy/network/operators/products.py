@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.row import Axis, Flow, Row
+from optin_deploy.network.operators.row import Flow, Row
 
 
 def matmul_axes(

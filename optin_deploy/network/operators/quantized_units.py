@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import same
+from optin_deploy.network.operators.pools import average_pool, pooled
 from optin_deploy.network.operators.quantized import dequantize, quantize
 from optin_deploy.network.operators.row import Flow, Row, only
-from optin_deploy.network.operators.spatial import average_pool, pooled
 
 RUNTIME = "com.microsoft"
 

@@ -22,7 +22,7 @@ def reducing(name: str, compute: Reduction) -> Row:
         if not asked and node.get("noop_with_empty_axes", 0):
             return x
         over = [axis % x.ndim for axis in asked] if asked else list(range(x.ndim))
-        return compute(x, over, bool(node.get("keepdims", 1))) if over else x
+        return compute(x, over, bool(node.get("keepdims", 1))).to(x.dtype) if over else x
 
     return Row(name, reduced, flow, numbers=(1,))
 
@@ -54,7 +54,7 @@ def accumulate(node: Node, x: Tensor, axis: Tensor) -> Tensor:
     """Add up along an axis, from either end, with or without the entry itself."""
     along = whole(axis)[0]
     x = x.flip(along) if node.get("reverse", 0) else x
-    total = x.cumsum(along).to(x.dtype)
+    total: Tensor = x.cumsum(along).to(x.dtype)
     total = total - x if node.get("exclusive", 0) else total
     return total.flip(along) if node.get("reverse", 0) else total
 
@@ -71,10 +71,9 @@ def arg(name: str, compute: Callable[..., Tensor]) -> Row:
 
     def found(node: Node, x: Tensor) -> Tensor:
         axis, keep = node.get("axis", 0), bool(node.get("keepdims", 1))
-        if node.get("select_last_index", 0):
-            flipped: Tensor = compute(x.flip(axis), axis, keepdim=keep)
-            return x.shape[axis] - 1 - flipped
-        result: Tensor = compute(x, axis, keepdim=keep)
+        last = node.get("select_last_index", 0)
+        place: Tensor = compute(x.flip(axis) if last else x, axis, keepdim=keep)
+        result: Tensor = x.shape[axis] - 1 - place if last else place
         return result
 
     def placed(flow: Flow) -> None:
@@ -89,7 +88,7 @@ def arg(name: str, compute: Callable[..., Tensor]) -> Row:
 
 ROWS = (
     reducing("ReduceMean", lambda x, axes, keep: x.mean(axes, keep)),
-    reducing("ReduceSum", lambda x, axes, keep: x.sum(axes, keep).to(x.dtype)),
+    reducing("ReduceSum", lambda x, axes, keep: x.sum(axes, keep)),
     reducing("ReduceMax", lambda x, axes, keep: x.amax(axes, keep)),
     reducing("ReduceMin", lambda x, axes, keep: x.amin(axes, keep)),
     reducing("ReduceProd", product),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,10 @@ def split(node: Node, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, .
     axis = node.get("axis", 0)
     given = list(node.get("split", ())) if sizes is None else whole(sizes)
     if not given:
-        given = -(-x.shape[axis] // node.get("num_outputs", len(node.outputs)))
-    return tuple(x.split(given, axis))
+        size, count = x.shape[axis], node.get("num_outputs", len(node.outputs))
+        step = -(-size // count)
+        given = [max(0, min(step, size - step * part)) for part in range(count)]
+    return torch.split_with_sizes(x, given, axis)
 
 
 def parted(flow: Flow) -> None:
@@ -75,14 +79,16 @@ def sliced(flow: Flow) -> None:
     """Flow of Slice: the axis is what lies before, what is taken, and what lies behind."""
     axes = flow.axes(0)
     starts, ends = flow.known(1), flow.known(2)
-    along = flow.known(3) if flow.has(3) else range(len(flow.known(1)) if starts is not None else 0)
-    steps = flow.known(4) if flow.has(4) else None
-    shape, out = flow.out_shape(), list(axes)
-    if starts is None or ends is None or along is None or (flow.has(4) and steps is None):
+    if starts is None or ends is None:
         raise Unsupported("Slice by bounds that follow from real numbers")
+    along = flow.known(3) if flow.has(3) else range(len(starts))
+    steps = flow.known(4) if flow.has(4) else [1] * len(starts)
+    if along is None or steps is None:
+        raise Unsupported("Slice by axes or steps that follow from real numbers")
+    shape, out = flow.out_shape(), list(axes)
     for entry, axis in enumerate(along):
         at = int(axis) % len(axes)
-        step = 1 if steps is None else int(steps[entry])
+        step = int(steps[entry])
         first, last = bounds(int(starts[entry]), axes[at].size), bounds(int(ends[entry]), axes[at].size)
         if step == 1 and last - first == axes[at].size:
             continue
@@ -163,10 +169,16 @@ def scatter_elements(node: Node, x: Tensor, indices: Tensor, updates: Tensor) ->
 
 
 def scatter_nd(node: Node, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    """Put slices into a copy."""
-    if node.get("reduction", "none") not in ("none", "add"):
-        raise NotImplementedError(f"ScatterND with reduction {node.get('reduction')}")
-    return x.index_put(tuple(indices.unbind(-1)), updates, accumulate=node.get("reduction", "none") == "add")
+    """Put slices into a copy: slices are rows of a matrix, written by their numbers."""
+    depth = indices.shape[-1]
+    inner = math.prod(x.shape[depth:])
+    rows = torch.zeros_like(indices[..., 0])
+    for size, index in zip(x.shape[:depth], indices.unbind(-1), strict=True):
+        rows = rows * size + torch.where(index < 0, index + size, index)
+    alike = Node(**{**vars(node), "attributes": {**node.attributes, "axis": 0}})
+    wide = rows.reshape(-1, 1).expand(rows.numel(), inner)
+    flat = x.reshape(math.prod(x.shape[:depth]), inner)
+    return scatter_elements(alike, flat, wide, updates.reshape(rows.numel(), inner)).reshape(x.shape)
 
 
 def scattered_nd(flow: Flow) -> None:
@@ -227,6 +239,23 @@ def nonzero(_: Node, x: Tensor) -> Tensor:
     return torch.stack(torch.nonzero(x, as_tuple=True))
 
 
+def reverse_sequence(node: Node, x: Tensor, lengths: Tensor) -> Tensor:
+    """Turn the first entries of each sequence round."""
+    time, batch = node.get("time_axis", 0), node.get("batch_axis", 1)
+    at = torch.arange(x.shape[time], device=x.device).unsqueeze(-1)
+    places = torch.where(at < lengths, lengths - 1 - at, at)  # (time, batch)
+    places = places if time < batch else places.T
+    shape = [size if axis in (time, batch) else 1 for axis, size in enumerate(x.shape)]
+    return torch.gather(x, time, places.reshape(shape).expand(x.shape))
+
+
+def turned(flow: Flow) -> None:
+    """Flow of ReverseSequence: time and batch stay whole."""
+    axes = flow.axes(0)
+    flow.freeze([axes[flow.node.get("time_axis", 0)], axes[flow.node.get("batch_axis", 1)]])
+    flow.give(0, axes)
+
+
 def compress(node: Node, x: Tensor, condition: Tensor) -> Tensor:
     """Take the entries where a condition holds."""
     axis = node.get("axis")
@@ -253,5 +282,6 @@ ROWS = (
     Row("OneHot", one_hot, numbers_only, numbers=(1,)),
     Row("Trilu", trilu, last_two_whole, numbers=(1,)),
     Row("NonZero", nonzero, numbers_only),
+    Row("ReverseSequence", reverse_sequence, turned),
     Row("Compress", compress, refuse("Compress takes entries that only a run tells"), numbers=(1,)),
 )

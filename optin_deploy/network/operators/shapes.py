@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row
-from optin_deploy.network.tensors import torch_tensor
+from optin_deploy.network.tensors import torch_dtype, torch_tensor
 
 
 def whole(numbers: Tensor | None) -> list[int]:
@@ -29,7 +30,7 @@ def flatten(node: Node, x: Tensor) -> Tensor:
     """Make a matrix of a tensor."""
     axis = node.get("axis", 1)
     axis += x.ndim if axis < 0 else 0
-    return x.reshape(*((1,) if axis == 0 else (x.shape[:axis].numel(),)), -1) if x.numel() else x.flatten(axis)
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def squeeze(node: Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def reshaped_by_numbers(flow: Flow) -> None:
 
 def transpose(node: Node, x: Tensor) -> Tensor:
     """Permute the axes."""
-    return x.permute(order(node, x.ndim))
+    return x.permute(tuple(order(node, x.ndim)))
 
 
 def order(node: Node, rank: int) -> Sequence[int]:
@@ -79,7 +80,10 @@ def transposed(flow: Flow) -> None:
 
 def expand(_: Node, x: Tensor, shape: Tensor) -> Tensor:
     """Repeat axes of one entry."""
-    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(whole(shape))))
+    wanted = whole(shape)
+    sizes = [1] * (len(wanted) - x.ndim) + list(x.shape)
+    wanted = [1] * (len(sizes) - len(wanted)) + wanted
+    return x.expand([old if new == 1 else new for old, new in zip(sizes, wanted, strict=True)])
 
 
 def expanded(flow: Flow) -> None:
@@ -138,15 +142,16 @@ def filled(flow: Flow) -> None:
 
 def count(_: Node, start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
     """Count from one number to another."""
-    return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
+    size = max(0, math.ceil((limit.item() - start.item()) / step.item()))
+    result: Tensor = start + step * torch.arange(size, dtype=start.dtype)
+    return result
 
 
 def eye_like(node: Node, x: Tensor) -> Tensor:
     """Make a matrix with ones on a diagonal."""
-    from optin_deploy.network.tensors import torch_dtype
-
     dtype = torch_dtype(node.attributes["dtype"]) if "dtype" in node.attributes else x.dtype
-    return torch.diag_embed(torch.ones(x.shape[0], dtype=dtype), offset=node.get("k", 0))[: x.shape[0], : x.shape[1]]
+    rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
+    return (columns - rows.unsqueeze(-1) == node.get("k", 0)).to(dtype)
 
 
 ROWS = (
