@@ -68,6 +68,7 @@ def _remainder(cut: Cut, node: Node, copy: ir.Node) -> ir.Value:
     axes = cut.structure.axes[node.outputs[0]]
     if node.op in WITH_BIAS and len(node.inputs) > 2 and node.inputs[2]:
         bias = copy.inputs[2]
+        assert bias is not None
         if node.op == "Gemm":
             beta = node.get("beta", 1.0)
             dtype = cut.structure.shapes.tensors[node.inputs[2]].dtype

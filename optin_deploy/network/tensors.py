@@ -53,7 +53,7 @@ def torch_tensor(stored: ir.TensorProtocol) -> Tensor:
     raw = getattr(stored, "raw", None)
     if isinstance(raw, Tensor):
         return raw.detach()
-    array = np.ascontiguousarray(stored.numpy()).reshape(tuple(stored.shape))
+    array = np.ascontiguousarray(stored.numpy()).reshape(stored.shape.numpy())
     if stored.dtype in NARROW:
         array = array.astype(np.int8 if dtype is torch.int8 else np.uint8)
     elif array.dtype.kind == "V" or array.dtype.name not in np.sctypeDict:  # bfloat16 and 8-bit floats: numpy has none

@@ -114,7 +114,7 @@ def _tensor(name: str, weight: ir.TensorProtocol) -> onnx.TensorProto:
 
 def _write_values(file: BinaryIO, weight: ir.TensorProtocol) -> None:
     start = file.tell()
-    if isinstance(weight, ir.TensorBase):
+    if hasattr(weight, "tofile"):
         weight.tofile(file)  # without a copy where that is possible
     else:
         file.write(weight.tobytes())

@@ -151,7 +151,8 @@ def eye_like(node: Node, x: Tensor) -> Tensor:
     """Make a matrix with ones on a diagonal."""
     dtype = torch_dtype(node.attributes["dtype"]) if "dtype" in node.attributes else x.dtype
     rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
-    return (columns - rows.unsqueeze(-1) == node.get("k", 0)).to(dtype)
+    on: Tensor = columns - rows.unsqueeze(-1) == node.get("k", 0)
+    return on.to(dtype)
 
 
 ROWS = (
