@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.checks import check_model
@@ -25,13 +25,15 @@ from optin_deploy.network.normal import FOREIGN, normalise, reason
 from optin_deploy.network.wire import HERE, Malformed, slim
 from optin_deploy.onnx_data import PROTOBUF_BYTES, all_tensors, data_location, external_fault, remedy
 
+Content = mmap.mmap | bytes
+"""Bytes of a file."""
+
 
 def read_file(path: Path) -> Network:
     """Read an .onnx file and the weights beside it.
 
     Raises: BadInput: no ONNX file, damaged, or it speaks of files outside of its folder.
     """
-    source = str(path)
     if not path.is_file():
         raise BadInput(f"{path} is not a file. {remedy(path)}")
     if not 0 < path.stat().st_size <= PROTOBUF_BYTES:
@@ -39,39 +41,40 @@ def read_file(path: Path) -> Network:
             f"{path} has {path.stat().st_size} bytes, but an ONNX file has at least one and at most 2 GiB (more: "
             f"external data). {remedy(path)}"
         )
-    content = _map(path)
     try:
-        proto = onnx.ModelProto.FromString(slim(memoryview(content)))
+        proto, content = _parsed(_map(path), str(path))
     except (DecodeError, Malformed, MemoryError) as err:
         raise BadInput(f"{path} is truncated or not an ONNX file ({err}). {remedy(path)}") from err
-    _check(proto, source)
-    _check_places(proto, path, len(content))
+    for tensor in all_tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and data_location(tensor) != HERE:
+            fault = external_fault(tensor, path.parent)
+            if fault is not None:
+                raise BadInput(f"{path}: weights of {tensor.name[:80]!r} cannot be read: {fault}. {remedy(path)}")
 
     @cache
-    def content_of(location: str) -> mmap.mmap:
+    def content_of(location: str) -> Content:
         return content if location == HERE else _map(path.parent / location)
 
-    model = _model(proto, source)
-    _place_weights(model, content_of, source)
-    normalise(model, source)
-    return Network(model, source)
+    return _network(proto, content_of, str(path))
 
 
 def read_proto(proto: onnx.ModelProto, source: str = "ModelProto") -> Network:
-    """Read a model in memory; its weights stay where they are, and it must not be changed afterwards.
+    """Read a model in memory; its weights are copied once.
 
-    Raises: BadInput: damaged, or its weights lie in files, which only a path tells where to find.
+    Raises: BadInput: damaged, above 2 GiB, or its weights lie in files, which only a path tells where to find.
     """
-    _check(proto, source)
-    for tensor in all_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+    try:
+        whole = proto.SerializeToString()
+    except (EncodeError, ValueError) as err:
+        raise BadInput(f"{source} is too large ({err}). Save it, and give the path of the .onnx file.") from err
+    parsed, content = _parsed(whole, source)
+    for tensor in all_tensors(parsed):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and data_location(tensor) != HERE:
             raise BadInput(
-                f"{source}: the weights {tensor.name!r} lie in another file. Give the path of the .onnx file, or load "
-                "the weights with `onnx.load_external_data_for_model`."
+                f"{source}: the weights {tensor.name[:80]!r} lie in another file. Give the path of the .onnx file, or "
+                "load the weights with `onnx.load_external_data_for_model`."
             )
-    model = _model(proto, source)
-    normalise(model, source)
-    return Network(model, source)
+    return _network(parsed, lambda _: content, source)
 
 
 def read_ir(model: ir.Model, source: str = "ir.Model") -> Network:
@@ -87,20 +90,24 @@ def read_ir(model: ir.Model, source: str = "ir.Model") -> Network:
     return Network(copied, source)
 
 
-def _check(proto: onnx.ModelProto, source: str) -> None:
+def _parsed(content: Content, source: str) -> tuple[onnx.ModelProto, Content]:
+    """The checked model without its large weights, and the bytes that hold them."""
+    proto = onnx.ModelProto.FromString(slim(memoryview(content)))
     # protobuf accepts an empty file, and some files of other formats, as a message without fields.
     if not (proto.HasField("graph") and proto.ir_version and proto.graph.output):
         raise BadInput(f"{source} is not an ONNX model: it has no graph with outputs.")
     check_model(proto, source)
+    return proto, content
 
 
-def _check_places(proto: onnx.ModelProto, path: Path, size: int) -> None:
-    """Raises: BadInput: weights lie outside of the folder, are missing or too short."""
-    for tensor in all_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and data_location(tensor) != HERE:
-            fault = external_fault(tensor, path.parent)
-            if fault is not None:
-                raise BadInput(f"{path}: weights of {tensor.name[:80]!r} cannot be read: {fault}. {remedy(path)}")
+def _network(proto: onnx.ModelProto, content_of: Callable[[str], Content], source: str) -> Network:
+    try:
+        model = ir.from_proto(proto)
+    except FOREIGN as err:
+        raise BadInput(f"{source} is not a network that can be read: {reason(err)}. Export the model again.") from err
+    _place_weights(model, content_of, source)
+    normalise(model, source)
+    return Network(model, source)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -108,14 +115,7 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _model(proto: onnx.ModelProto, source: str) -> ir.Model:
-    try:
-        return ir.from_proto(proto)
-    except FOREIGN as err:
-        raise BadInput(f"{source} is not a network that can be read: {reason(err)}. Export the model again.") from err
-
-
-def _place_weights(model: ir.Model, content_of: Callable[[str], mmap.mmap], source: str) -> None:
+def _place_weights(model: ir.Model, content_of: Callable[[str], Content], source: str) -> None:
     """Give every tensor that lies in a file its bytes of the file's map."""
 
     def mapped(tensor: Any) -> Any:
@@ -138,7 +138,7 @@ def _graphs(function: ir.Function) -> tuple[ir.Graph, ...]:
     return (function.graph, *function.subgraphs())
 
 
-def _mapped(tensor: ir.ExternalTensor, content_of: Callable[[str], mmap.mmap], source: str) -> ir.TensorProtocol:
+def _mapped(tensor: ir.ExternalTensor, content_of: Callable[[str], Content], source: str) -> ir.TensorProtocol:
     shape, dtype = tensor.shape, tensor.dtype
     size_bytes = (math.prod(shape.numpy()) * dtype.bitwidth + 7) // 8
     if not size_bytes:
