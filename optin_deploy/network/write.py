@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -127,4 +128,4 @@ def _take_away(path: Path) -> None:
     if record is None:
         path.unlink(missing_ok=True)
     else:
-        record.remove(str(path.absolute().relative_to(record.root)))
+        record.remove(os.path.relpath(path, record.root))
