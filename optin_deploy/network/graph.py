@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,8 @@ class Node:
     attributes: Mapping[str, Any]
     """Python numbers, texts, tuples of them, `ir.TensorProtocol` or `ir.Graph`."""
     inputs: tuple[str, ...]
+    """Names of values. A node with subgraphs has an input for each of theirs that comes from outside, first those that
+    are handed to it, then those that the subgraphs read from around it (see `captured`)."""
     outputs: tuple[str, ...]
 
     def get(self, attribute: str, default: Any = None) -> Any:
@@ -39,7 +41,7 @@ class Node:
 
     def __str__(self) -> str:
         """Operator and name, as messages call it."""
-        return f"{self.op} {self.name or self.outputs[0]}"
+        return f"{self.op} {self.name or ''.join(self.outputs[:1])}".strip()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Network:
     def nodes(self) -> tuple[Node, ...]:
         """Every node of the main graph, in the order of work."""
         opsets = self.model.graph.opset_imports or self.model.opset_imports
-        return tuple(_decoded(index, node, opsets) for index, node in enumerate(self.model.graph))
+        return tuple(decoded(index, node, opsets) for index, node in enumerate(self.model.graph))
 
     @cached_property
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
@@ -114,18 +116,45 @@ class Network:
         return frozenset(fixed)
 
 
-def _decoded(index: int, node: ir.Node, opsets: Mapping[str, int]) -> Node:
+def decoded(index: int, node: ir.Node, opsets: Mapping[str, int]) -> Node:
+    """Decode a node of any graph.
+
+    Args:
+        index: its place in the order of work.
+        node: as onnx_ir holds it.
+        opsets: versions of the operator sets by domain.
+    """
     domain = "" if node.domain == "ai.onnx" else node.domain
+    attributes = {name: _value(attribute) for name, attribute in node.attributes.items()}
+    inputs = [value.name or "" if value is not None else "" for value in node.inputs]
+    graphs = [value for value in attributes.values() if isinstance(value, ir.Graph)]
+    if graphs:
+        inputs += [""] * (max(len(graph.inputs) for graph in graphs) - len(inputs))
+        inputs += captured(graphs)
     return Node(
         index=index,
         name=node.name or "",
         op=node.op_type,
         domain=domain,
         opset=opsets.get(domain, 1),
-        attributes={name: _value(attribute) for name, attribute in node.attributes.items()},
-        inputs=tuple(value.name or "" if value is not None else "" for value in node.inputs),
+        attributes=attributes,
+        inputs=tuple(inputs),
         outputs=tuple(value.name or "" for value in node.outputs),
     )
+
+
+def captured(graphs: Iterable[ir.Graph]) -> list[str]:
+    """Names of values that subgraphs read from around them, each once, in the order of their use."""
+    found: dict[str, None] = {}
+    for graph in graphs:
+        own = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+        own.update(value.name for node in graph for value in node.outputs)
+        for node in graph:
+            read = [value.name for value in node.inputs if value is not None]
+            inner = [value.value for value in node.attributes.values() if isinstance(value.value, ir.Graph)]
+            found.update({name: None for name in (*read, *captured(inner)) if name and name not in own})
+        found.update({value.name: None for value in graph.outputs if value.name and value.name not in own})
+    return list(found)
 
 
 def _value(attribute: ir.Attr) -> Any:

@@ -77,6 +77,8 @@ class Program:
     ) -> Values:
         """Run the graph, or only a cone of it.
 
+        Raises: BadInput: a node has a form that its row does not know.
+
         Args: feeds: the graph's inputs by name; for a cone, the values that it needs.
             masks: multipliers of inputs of nodes, broadcast.
             watch: names of values to give back besides the outputs; with a cone, only those that lie in it are found.
@@ -93,7 +95,10 @@ class Program:
                 mask = masks.get((node.index, place))
                 if mask is not None:
                     inputs[place] = masked(row, inputs, place, mask)
-            result = row.compute(adapted, *together(inputs, row.numbers))
+            try:
+                result = row.compute(adapted, *together(inputs, row.numbers))
+            except NotImplementedError as err:
+                raise BadInput(f"{node} cannot be run: {err}") from err
             found = result if isinstance(result, tuple) else (result,)
             for name, value in zip(node.outputs, found, strict=False):
                 if name and value is not None:

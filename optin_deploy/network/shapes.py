@@ -81,7 +81,9 @@ def _step(node: Node, tensors: dict[str, Tensor]) -> str:
     try:
         with torch.no_grad():
             result = row.compute(node, *together(inputs, row.numbers))
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError, ArithmeticError) as err:
+    except NotImplementedError as err:
+        return str(err)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, ArithmeticError) as err:
         return f"{type(err).__name__}: {err}"
     for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False):
         if name and value is not None:

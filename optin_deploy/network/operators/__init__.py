@@ -26,6 +26,8 @@ FAMILIES = (
     "quantized_products",
     "quantized_units",
     "packed",
+    "control",
+    "recurrent",
 )
 """Files of this folder with a tuple `ROWS`."""
 

@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import over_last, rms_norm
 from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
-from optin_deploy.network.operators.row import Flow, Row, Unsupported, refuse
+from optin_deploy.network.operators.row import Flow, Row, Unsupported, refused
 from optin_deploy.network.operators.spatial import conv, convolved
 
 RUNTIME = "com.microsoft"
@@ -227,15 +227,6 @@ def inverse_axes(flow: Flow) -> None:
     axes = flow.axes(0)
     flow.freeze(axes[-2:])
     flow.give(0, axes)
-
-
-def refused(name: str, domain: str, why: str) -> Row:
-    """Make the row of an operator that is known but cannot be followed."""
-
-    def compute(*_: object) -> Tensor:
-        raise Unsupported(why)
-
-    return Row(name, compute, refuse(why), domain=domain)
 
 
 ROWS = (

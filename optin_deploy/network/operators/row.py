@@ -154,6 +154,15 @@ def refuse(why: str) -> Callable[[Flow], None]:
     return flow
 
 
+def refused(name: str, domain: str, why: str) -> Row:
+    """Make the row of an operator that is known, but can neither be run nor followed."""
+
+    def compute(*_: object) -> Tensor:
+        raise Unsupported(why)
+
+    return Row(name, compute, refuse(why), domain=domain)
+
+
 def only(node: Node, **usual: object) -> None:
     """Refuse a node with an attribute that is set to something else than what its row knows."""
     for name, value in usual.items():
