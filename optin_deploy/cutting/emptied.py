@@ -5,7 +5,7 @@ A contraction over nothing is zero, so what is left of it is its bias; what is j
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from optin_deploy.network.axes import Axis, size, touched
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
+from optin_deploy.network.operators.normalizations import per_channel
 from optin_deploy.structure.flow import Structure
 
 if TYPE_CHECKING:
@@ -63,6 +64,19 @@ def replaced(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str], dimens
     return True
 
 
+def without_parts(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str]) -> None:
+    """Let a Split give only the parts that have entries."""
+    left = [place for place, name in enumerate(node.outputs) if name not in empty]
+    values: Sequence[ir.Value | None] = [copy.inputs[0]]
+    if len(left) > 1:
+        along = node.get("axis", 0) % len(cut.structure.axes[node.outputs[0]])
+        new = [size(cut.structure.axes[node.outputs[place]][along], cut.sizes) for place in left]
+        values = cut.split(copy, along, new, by_input="split" not in node.attributes)
+    for place, value in zip(left, values, strict=True):
+        assert value is not None
+        cut.renamed(copy, value, place)
+
+
 def _remainder(cut: Cut, node: Node, copy: ir.Node) -> ir.Value:
     """What a contraction over nothing gives: its bias, or zero; of one entry along the axes where it is constant."""
     axes = cut.structure.axes[node.outputs[0]]
@@ -96,13 +110,25 @@ def _needs_all(structure: Structure, name: str) -> bool:
         return True
     for node, place in network.consumers.get(name, ()):
         flow = rows()[node.domain, node.op].flow
-        if flow not in (same, aligned):
+        if flow not in (same, aligned, per_channel):
             return True
         others = [other for at, other in enumerate(node.inputs) if other and at != place]
+        if flow is per_channel and _needs_all(structure, node.outputs[0]):
+            return True
         full = any(structure.shapes.shape(other) == structure.shapes.shape(name) for other in others)
         if not (full and flow is aligned) and _needs_all(structure, node.outputs[0]):
             return True
     return False
+
+
+def _fixed(structure: Structure, axis: Axis, copy: ir.Node, position: int) -> bool:
+    """Whether an axis has the same size for all inputs: it lies on a weight, or the file says so."""
+    if any(axis.root is other.root for use in structure.uses for other in use.axes):
+        return True
+    if all(isinstance(n, int) for port in structure.network.inputs for n in port.shape or ("?",)):
+        return True
+    shape = copy.outputs[0].shape
+    return shape is not None and isinstance(shape[position], int)
 
 
 def _expanded(
@@ -113,9 +139,15 @@ def _expanded(
         v.name: v for v in cut.model.graph.inputs
     }
     sizes: list[ir.Value | None] = []
-    for axis in axes:
-        places = None if touched(axis, cut.keep) else dimensions.of(axis, node.index)
+    for position, axis in enumerate(axes):
+        changed = touched(axis, cut.keep)
+        places = None if changed else dimensions.of(axis, node.index)
         if places is None:
+            if not changed and not _fixed(cut.structure, axis, copy, position):
+                raise BadInput(
+                    f"{node} reads units of which the plan keeps none; how large axis {position} of its result is then "
+                    "cannot be told from what is left. Keep one unit."
+                )
             sizes.append(cut.constant(np.array([size(axis, cut.sizes)], dtype=np.int64), "sizes"))
             continue
         factors = []

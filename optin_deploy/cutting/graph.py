@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from optin_deploy.cutting.dimensions import Dimensions
-from optin_deploy.cutting.emptied import empty_values, replaced
+from optin_deploy.cutting.emptied import empty_values, replaced, without_parts
 from optin_deploy.network.axes import Axis, kept, size, touched
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.structure.flow import Number, Structure
@@ -61,19 +61,21 @@ class Cut:
         numbers: dict[int, dict[int | str, list[Number]]] = {}
         for number in self.structure.numbers:
             numbers.setdefault(number.node, {}).setdefault(number.where, []).append(number)
+        for use in self.structure.uses:
+            if any(touched(axis, self.keep) for axis in use.axes):
+                self.nodes[use.node].replace_input_with(use.place, self._sliced(use.weight, use.axes))
         for node, copy in zip(network.nodes, self.nodes, strict=True):
             if all(name in empty for name in node.outputs if name):
                 continue  # nothing that is left reads it
             if empty.intersection(node.inputs) and replaced(self, node, copy, empty, dimensions):
                 continue
             for where, listed in numbers.get(node.index, {}).items():
-                if any(touched(number.axis, self.keep) for number in listed):
+                if any(touched(number.because, self.keep) for number in listed):
                     self._renumber(node, copy, where, listed)
             if node.op == "Shape":
                 self._pin(node, copy)
-        for use in self.structure.uses:
-            if any(touched(axis, self.keep) for axis in use.axes):
-                self.nodes[use.node].replace_input_with(use.place, self._sliced(use.weight, use.axes))
+            if node.op == "Split" and empty.intersection(node.outputs):
+                without_parts(self, node, copy, empty)
         for tap in self.structure.taps:
             if touched(tap.axis, self.keep):
                 self._pick(self.nodes[tap.node], tap.place, tap.position, kept(tap.axis, self.keep))
@@ -98,9 +100,19 @@ class Cut:
         self.model.graph.insert_before(copy, node)
         return node.outputs[0]
 
-    def renamed(self, copy: ir.Node, value: ir.Value) -> None:
-        """Let a value stand for the first output of a node."""
-        old = copy.outputs[0]
+    def split(self, copy: ir.Node, axis: int, sizes: Sequence[int], *, by_input: bool) -> list[ir.Value]:
+        """Split the first input of a node before it; sizes are an input, or an attribute as before opset 13."""
+        listed = [self.constant(np.array(sizes, dtype=np.int64), "sizes")] if by_input else []
+        attributes: dict[str, int | list[int]] = {"axis": axis} if by_input else {"axis": axis, "split": list(sizes)}
+        node = ir.node("Split", [copy.inputs[0], *listed], attributes, num_outputs=len(sizes))
+        for value in node.outputs:
+            value.name = self._name("part")
+        self.model.graph.insert_before(copy, node)
+        return list(node.outputs)
+
+    def renamed(self, copy: ir.Node, value: ir.Value, place: int = 0) -> None:
+        """Let a value stand for an output of a node."""
+        old = copy.outputs[place]
         if old.is_graph_output():
             name = old.name
             old.name = self._name("before")
@@ -127,7 +139,7 @@ class Cut:
         assert known is not None, f"{node}: sizes that are not known were taken for numbers"
         flat, changes = known.reshape(-1).copy(), np.zeros(known.size, dtype=bool)
         for number, value in zip(listed, new, strict=True):
-            if touched(number.axis, self.keep):
+            if touched(number.because, self.keep):
                 flat[number.entry], changes[number.entry] = value, True
         array = flat.reshape(known.shape)
         if name in self.structure.network.weights:

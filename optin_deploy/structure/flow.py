@@ -50,6 +50,8 @@ class Number:
     entry: int | None
     """Which entry of it; None: the attribute is one number."""
     axis: Axis
+    because: Axis
+    """It is written anew when units of this axis go; mostly the same axis."""
 
 
 @dataclass(frozen=True)
@@ -274,21 +276,21 @@ class Visit:
         """Note what people call an axis."""
         self._structure.labels.append((axis, kind))
 
-    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True) -> None:
+    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True, because: Axis | None = None) -> None:
         """Note a number beside the weights."""
         known = self.known(place)
         if exact and known is not None and int(known.reshape(-1)[entry]) != axis.size:
             return
         if axis.size > 1 or not exact:
-            self._structure.numbers.append(Number(self.node.index, place, entry, axis))
+            self._structure.numbers.append(Number(self.node.index, place, entry, axis, because or axis))
 
     def attribute(self, name: str, axes: Axis | Sequence[Axis]) -> None:
         """Note an attribute that is a size, or lists sizes."""
         if isinstance(axes, Axis):
-            self._structure.numbers.append(Number(self.node.index, name, None, axes))
+            self._structure.numbers.append(Number(self.node.index, name, None, axes, axes))
         else:
             for entry, axis in enumerate(axes):
-                self._structure.numbers.append(Number(self.node.index, name, entry, axis))
+                self._structure.numbers.append(Number(self.node.index, name, entry, axis, axis))
 
     # How it is looked up.
 

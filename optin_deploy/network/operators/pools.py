@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row, Unsupported
-from optin_deploy.network.operators.spatial import PLACES, padded, window
+from optin_deploy.network.operators.spatial import padded, slid, window
 
 
 def max_pool(node: Node, x: Tensor) -> Tensor:
@@ -84,11 +84,8 @@ def global_lp_pool(node: Node, x: Tensor) -> Tensor:
 
 def pooled(flow: Flow) -> None:
     """Flow of pooling: channels stay what they are."""
-    axes, shape = flow.axes(0), flow.out_shape()
-    flow.freeze(axes[2:], PLACES)
-    for place, name in enumerate(flow.node.outputs):
-        if name:
-            flow.give(place, [*axes[:2], *(flow.fresh(size, PLACES) for size in shape[2:])])
+    axes = flow.axes(0)
+    flow.give(0, [*axes[:2], *slid(flow, axes[2:], flow.out_shape()[2:])])
 
 
 def global_pool(name: str, compute: Any) -> Row:

@@ -65,25 +65,44 @@ def gemm_axes(flow: Flow, *, places: tuple[int, int, int] = (0, 1, 2)) -> list[A
     return out
 
 
-def einsum_axes(flow: Flow) -> None:
-    """Flow of Einsum: a letter is an axis."""
-    equation = flow.node.attributes["equation"].replace(" ", "")
-    left, _, right = equation.partition("->")
+def terms_of(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Write an equation out: a letter for each axis that dots stand for, and the result where it is left out."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if "." in equation or "->" not in equation or any(len(set(term)) < len(term) for term in terms):
-        flow.freeze([axis for place in range(len(terms)) for axis in flow.axes(place)], f"Einsum {equation}")
-        return
+    hidden = max((rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)), default=0)
+    letters = "".join(chr(ord("\u0100") + n) for n in range(hidden))
+    if not arrow:
+        seen = left.replace(",", "").replace(".", "")
+        right = "..." + "".join(sorted(letter for letter in set(seen) if seen.count(letter) == 1))
+    found = []
+    for term, rank in zip(terms, ranks, strict=True):
+        found.append(
+            term.replace("...", letters[hidden - (rank - len(term.replace("...", ""))) :] if "." in term else "")
+        )
+    return found, right.replace("...", letters)
+
+
+def einsum_axes(flow: Flow) -> None:
+    """Flow of Einsum: a letter is an axis; what is not in the result is summed over."""
+    tensors = [flow.axes(place) for place in range(len(flow.node.inputs))]
+    terms, result = terms_of(flow.node.attributes["equation"], [len(axes) for axes in tensors])
     letters: dict[str, Axis] = {}
-    for place, term in enumerate(terms):
-        for letter, axis in zip(term, flow.axes(place), strict=True):
-            if letter in letters and axis.size != 1:
-                flow.unify(letters[letter], axis)
-            elif letter not in letters:
+    places: dict[str, list[tuple[int, int]]] = {}
+    for place, (term, axes) in enumerate(zip(terms, tensors, strict=True)):
+        for position, (letter, axis) in enumerate(zip(term, axes, strict=True)):
+            known = letters.get(letter)
+            if known is None or known.size == 1:
                 letters[letter] = axis
-    for position, letter in enumerate(terms[0]):
-        if letter not in right:
-            flow.contract(0, position, (1, terms[1].index(letter)) if letter in terms[-1] and len(terms) == 2 else None)
-    flow.give(0, [letters[letter] for letter in right])
+            elif axis.size != 1:
+                flow.unify(known, axis)
+            if axis.size != 1:
+                places.setdefault(letter, []).append((place, position))
+    for letter, where in places.items():
+        if letter not in result and len(where) < 3 and len({place for place, _ in where}) == len(where):
+            flow.contract(*where[0], *where[1:])
+        elif letter not in result or any(term.count(letter) > 1 for term in terms):
+            flow.freeze([letters[letter]], f"Einsum {flow.node.attributes['equation']}")
+    flow.give(0, [letters[letter] for letter in result])
     flow.macs(list(letters.values()))
 
 

@@ -37,6 +37,20 @@ def pad(node: Node, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: 
     return x
 
 
+def padded_where(flow: Flow) -> None:
+    """Flow of Pad: axes that get entries, or lose some, stay whole."""
+    amounts, along = flow.known(1), flow.known(3) if flow.has(3) else None
+    if amounts is None or (flow.has(3) and along is None):
+        raise Unsupported("Pad by amounts that follow from real numbers")
+    axes, shape, out = flow.axes(0), flow.out_shape(), flow.axes(0)
+    for entry, (before, behind) in enumerate(amounts.reshape(2, -1).T):
+        at = entry if along is None else int(along[entry]) % len(axes)
+        if before or behind:
+            flow.freeze([axes[at]])
+            out[at] = flow.fresh(shape[at], "Pad")
+    flow.give(0, out)
+
+
 def sized(flow: Flow) -> None:
     """Flow of what changes some sizes: axes that keep theirs stay what they are, the others are frozen."""
     axes, shape = flow.axes(0), flow.out_shape()
@@ -193,7 +207,7 @@ def upsample(node: Node, x: Tensor, scales: Tensor) -> Tensor:
 
 
 ROWS = (
-    Row("Pad", pad, sized, numbers=(1, 3)),
+    Row("Pad", pad, padded_where, numbers=(1, 3)),
     Row("Resize", resize, resized, numbers=(1, 2, 3)),
     Row("Upsample", upsample, sized, numbers=(1,)),
     Row("GridSample", grid_sample, sampled),

@@ -110,10 +110,11 @@ class Flow(Protocol):
         """Whether an input is a weight of the file."""
         ...
 
-    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True) -> None:
+    def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True, because: Axis | None = None) -> None:
         """Say that an entry of an input (flattened) is the size of an axis.
 
         Args: exact: only where the entry is that number in the probe; -1, or 0 in a Reshape, then stay as they are.
+            because: an axis that changes what the entry means, such as one that negative places are counted on.
         """
         ...
 

@@ -99,9 +99,9 @@ def sliced(flow: Flow) -> None:
         before, middle, behind = (flow.fresh(size) for size in (first, last - first, axes[at].size - last))
         flow.unify(out[at], flow.total([before, middle, behind]))
         out[at] = middle
-        flow.number(1, entry, before, exact=False)
+        flow.number(1, entry, before, exact=False, because=axes[at])
         if behind.size:
-            flow.number(2, entry, flow.total([before, middle]), exact=False)
+            flow.number(2, entry, flow.total([before, middle]), exact=False, because=axes[at])
     flow.give(0, out)
 
 

@@ -80,6 +80,16 @@ def channels(
     return groups, into, out
 
 
+def slid(flow: Flow, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
+    """Places behind a window: those before it, where it goes step by step and the size is the same for all pictures."""
+    flow.freeze(axes, PLACES)
+    strides = flow.node.get("strides", [1] * len(axes))
+    return [
+        axis if step == 1 and axis.size == size else flow.fresh(size, PLACES)
+        for axis, size, step in zip(axes, shape, strides, strict=True)
+    ]
+
+
 def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> list[Axis]:
     """Flow of Conv; returns the axes of the output.
 
@@ -88,8 +98,8 @@ def convolved(flow: Flow, *, at: int = 1, bias: Sequence[int] = (2,)) -> list[Ax
     """
     x, weight, shape = flow.axes(0), flow.axes(at), flow.out_shape()
     groups, into, out = channels(flow, weight, bias=bias)
-    places = [flow.fresh(size, PLACES) for size in shape[2:]]
-    flow.freeze([*x[2:], *weight[2:]], PLACES)
+    places = slid(flow, x[2:], shape[2:])
+    flow.freeze(weight[2:], PLACES)
     result = [x[0], flow.product([groups, out]), *places]
     flow.give(0, result)
     flow.macs([x[0], groups, into, out, *places, *weight[2:]])
@@ -119,8 +129,8 @@ def conv_transposed(flow: Flow) -> None:
     """Flow of ConvTranspose: the weight has its input channels first."""
     x, weight, shape = flow.axes(0), flow.axes(1), flow.out_shape()
     groups, into, out = channels(flow, weight, transposed=True)
-    flow.freeze([*x[2:], *weight[2:]], PLACES)
-    flow.give(0, [x[0], flow.product([groups, out]), *(flow.fresh(size, PLACES) for size in shape[2:])])
+    flow.freeze(weight[2:], PLACES)
+    flow.give(0, [x[0], flow.product([groups, out]), *slid(flow, x[2:], shape[2:])])
     flow.macs([x[0], groups, into, out, *x[2:], *weight[2:]])
 
 
