@@ -83,7 +83,7 @@ def candidates(
     kinds = {group.leaf: group.kind for group in groups}
     meanings: dict[str, dict[object, Axis]] = {}
     for group in groups:
-        whole = [each.axis for each in (*group.slices, *group.numbers)]
+        whole = [*(each.axis for each in group.slices), *(each.axis for each in group.numbers)]
         pieces = {_written(axis, {}): axis for each in whole for axis in _pieces(each) if touched(axis, sizes)}
         for path in scope(group, tensors):
             meanings.setdefault(path, {}).update(pieces)

@@ -30,6 +30,7 @@ ROUNDING = 1e-4
 """Most that a module and its graph may differ, as a part of the largest output; more, and they are not the same."""
 
 Keep = Mapping[str, Sequence[int]]
+Indices = tuple[np.ndarray | None, ...]
 Probes = Sequence[Mapping[str, Tensor]]
 logger = logging.getLogger(__name__)
 
@@ -93,17 +94,13 @@ class Trials:
     def __init__(self, module: nn.Module, layout: Layout, probes: Probes) -> None:
         """Raises: BadInput: the module does not compute what the layout's network computes."""
         self.module, self.layout, self.probes = module, layout, probes
-        self.tensors: dict[str, Tensor] = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
+        self.tensors = tensors(module)
         self._device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
-        self._last: Keep | None = None
-        self._expected: list[Tensor] = []
+        self._dtype: torch.dtype | None
         for self._dtype, rounding in ((torch.float64, TOLERANCE), (None, 1e-5)):
             self._program = Program(layout.structure.network, device=self._device, dtype=self._dtype)
-            self._tolerance = ROUNDING
-            self._last = None
+            self._source, self._tolerance = copied(module, dtype=self._dtype), ROUNDING
+            self._masked: tuple[Keep, list[Tensor]] | None = None
             why = self.attempt({}, ())
             if not why:
                 # What casts inside of the module and rounded constants of the graph make of the dense outputs.
@@ -146,80 +143,96 @@ class Trials:
     def attempt(self, keep: Keep, chosen: Sequence[Candidate]) -> str:
         """Return why a copy does not compute what the masked network computes; empty if it does."""
         try:
-            smaller, _ = self.made(keep, chosen, self._dtype)
+            smaller, _ = self._made(self._source, keep, chosen)
             found = self._outputs(smaller)
         except _CannotHold as err:
             return str(err)
         except FAILURES as err:
             return f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
-        expected = self._masked(keep)
+        expected = self._expected(keep)
         if len(found) != len(expected):
             return "it has other outputs"
         self._worst = max(difference(*pair) for pair in zip(found, expected, strict=True))
         return "" if self._worst <= self._tolerance else f"it differs by {self._worst:.1e} of the largest output"
 
-    def made(
-        self, keep: Keep, chosen: Sequence[Candidate], dtype: torch.dtype | None = None
-    ) -> tuple[nn.Module, Sizes]:
+    def made(self, keep: Keep, chosen: Sequence[Candidate]) -> tuple[nn.Module, Sizes]:
         """Return a copy that holds what is kept, and the attributes that were set in it."""
+        return self._made(self.module, keep, chosen)
+
+    def _made(self, source: nn.Module, keep: Keep, chosen: Sequence[Candidate]) -> tuple[nn.Module, Sizes]:
         cuts = self._indices(keep)
-        memo: dict[int, object] = {}
-        for name, tensor in sorted(self.tensors.items(), key=lambda item: item[0] not in cuts):
-            if id(tensor) not in memo:
-                memo[id(tensor)] = _smaller(tensor, cuts.get(name, ()), dtype)
-        copied = copy.deepcopy(self.module, memo)
+        smaller = copied(source, cuts)
         attributes = followers(self.module, self._shapes(cuts))
         for each in chosen:
             attributes |= each.values
-        return copied, write(copied, attributes)
+        return smaller, write(smaller, attributes)
 
-    def _indices(self, keep: Keep) -> dict[str, tuple[np.ndarray | None, ...]]:
+    def _indices(self, keep: Keep) -> dict[str, Indices]:
         """Kept entries of each axis of the parameters and buffers that are cut."""
         leaves = self.layout.leaves(keep)
-        found: dict[str, tuple[np.ndarray | None, ...]] = {}
+        found: dict[str, Indices] = {}
         for use in self.layout.structure.uses:
             if use.weight in self.tensors:
                 index = tuple(kept(axis, leaves) if touched(axis, leaves) else None for axis in use.axes)
                 known = found.setdefault(use.weight, index)
-                if not all(a is b or np.array_equal(a, b) for a, b in zip(known, index, strict=True)):
+                if [_key(each) for each in known] != [_key(each) for each in index]:
                     raise _CannotHold(f"{use.weight} is read in several places, and each keeps other entries of it")
         return {name: index for name, index in found.items() if any(each is not None for each in index)}
 
-    def _shapes(self, cuts: Mapping[str, Sequence[np.ndarray | None]]) -> dict[str, list[int]]:
+    def _shapes(self, cuts: Mapping[str, Indices]) -> dict[str, list[int]]:
         return {
             name: [n if index is None else len(index) for n, index in zip(self.tensors[name].shape, each, strict=True)]
             for name, each in cuts.items()
         }
 
-    def _masked(self, keep: Keep) -> list[Tensor]:
+    def _expected(self, keep: Keep) -> list[Tensor]:
         """Outputs of the masked network for all probes; the last ones are remembered."""
-        if keep is not self._last:
+        if self._masked is None or self._masked[0] is not keep:
             places = {place: mask.to(self._dtype) for place, mask in masks(self.layout, keep).items()}
             with torch.no_grad():
                 runs = [self._program(feeds, masks=places).outputs.values() for feeds in self.probes]
-            self._last, self._expected = keep, [value for outputs in runs for value in outputs]
-        return self._expected
+            self._masked = keep, [value for outputs in runs for value in outputs]
+        return self._masked[1]
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         found: list[Tensor] = []
         with prepared(module), torch.no_grad():
             for feeds in self.probes:
-                values = [
-                    value.to(self._device, self._dtype if value.is_floating_point() else None)
-                    for value in feeds.values()
-                ]
+                real = {name for name, value in feeds.items() if value.is_floating_point()}
+                values = [v.to(self._device, self._dtype if name in real else None) for name, v in feeds.items()]
                 found += Traced(module, tuple(feeds))(*values)
         return found
 
 
-def _smaller(tensor: Tensor, indices: Sequence[np.ndarray | None], dtype: torch.dtype | None) -> Tensor:
-    """The kept entries of a parameter or buffer; itself where nothing of it changes."""
-    value = tensor.detach()
-    if dtype and value.is_floating_point():
-        value = value.to(dtype)
-    for axis, index in enumerate(indices):
-        if index is not None:
-            value = value.index_select(axis, torch.from_numpy(index).to(value.device))
-    if value.data_ptr() == tensor.data_ptr() and value.shape == tensor.shape:
-        return tensor
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; those with several names under each."""
+    parameters, buffers = (
+        dict(found(remove_duplicate=False)) for found in (module.named_parameters, module.named_buffers)
+    )
+    return {**parameters, **buffers}
+
+
+def copied(
+    module: nn.Module, cuts: Mapping[str, Indices] | None = None, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return a copy that shares parameters and buffers but those that are cut, or that become another real type.
+
+    Args: cuts: kept entries along each axis, by name of a parameter or buffer; None: all.
+    """
+    cuts = cuts or {}
+    memo: dict[int, object] = {}
+    for name, tensor in sorted(tensors(module).items(), key=lambda item: item[0] not in cuts):
+        if id(tensor) in memo:
+            continue
+        value = tensor.detach().to(dtype) if dtype and tensor.is_floating_point() else tensor
+        for axis, index in enumerate(cuts.get(name, ())):
+            if index is not None:
+                value = value.detach().index_select(axis, torch.from_numpy(index).to(value.device))
+        if isinstance(tensor, nn.Parameter) and value is not tensor:
+            value = nn.Parameter(value, tensor.requires_grad)
+        memo[id(tensor)] = value
+    return copy.deepcopy(module, memo)
+
+
+def _key(index: np.ndarray | None) -> bytes | None:
+    return None if index is None else index.tobytes()
