@@ -19,7 +19,7 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.proof import TOLERANCE, difference
 from optin_deploy.errors import BadInput
-from optin_deploy.network.axes import kept, touched
+from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import FAILURES, Traced, prepared
 from optin_deploy.network.run import Program
@@ -28,6 +28,8 @@ from optin_deploy.structure.keep import checked
 
 ROUNDING = 1e-4
 """Most that a module and its graph may differ, as a part of the largest output; more, and they are not the same."""
+FLOAT_TOLERANCE = 1e-5
+"""What counts as rounding in a module that does not run in float64."""
 
 Keep = Mapping[str, Sequence[int]]
 Indices = tuple[np.ndarray | None, ...]
@@ -97,18 +99,22 @@ class Trials:
         self.tensors = tensors(module)
         self._device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
         self._dtype: torch.dtype | None
-        for self._dtype, rounding in ((torch.float64, TOLERANCE), (None, 1e-5)):
-            self._program = Program(layout.structure.network, device=self._device, dtype=self._dtype)
-            self._source, self._tolerance = copied(module, dtype=self._dtype), ROUNDING
-            self._masked: tuple[Keep, list[Tensor]] | None = None
+        self._plain: bool
+        for self._dtype, self._plain in ((torch.float64, False), (torch.float64, True), (None, True)):
+            self._start()
             why = self.attempt({}, ())
             if not why:
                 # What casts inside of the module and rounded constants of the graph make of the dense outputs.
-                self._tolerance = 10 * self._worst + rounding
+                self._tolerance = 10 * self._worst + (TOLERANCE if self._dtype else FLOAT_TOLERANCE)
                 return
         raise BadInput(
             f"The layout was not found in the graph of this {type(module).__name__}: {why}. Read it and find again."
         )
+
+    def _start(self) -> None:
+        self._program = Program(self.layout.structure.network, device=self._device, dtype=self._dtype)
+        self._source, self._tolerance = copied(self.module, dtype=self._dtype), ROUNDING
+        self._masked: tuple[Keep, list[Tensor]] | None = None
 
     def parts(self, keep: Keep) -> list[tuple[str, Keep]]:
         """Parts of a plan that no attribute concerns together, each with the class of a module that holds one.
@@ -128,7 +134,7 @@ class Trials:
     def search(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
         """Return attributes with which a part of a plan is proven, or why there are none."""
         groups = [self.layout.by_name[name] for name in keep]
-        sizes = {leaf: len(units) for leaf, units in self.layout.leaves(keep).items()}
+        sizes = {leaf: len(units) for leaf, units in with_shared(self.layout, keep).items()}
         try:
             known = followers(self.module, self._shapes(self._indices(keep)))
         except _CannotHold as err:
@@ -169,7 +175,7 @@ class Trials:
 
     def _indices(self, keep: Keep) -> dict[str, Indices]:
         """Kept entries of each axis of the parameters and buffers that are cut."""
-        leaves = self.layout.leaves(keep)
+        leaves = with_shared(self.layout, keep)
         found: dict[str, Indices] = {}
         for use in self.layout.structure.uses:
             if use.weight in self.tensors:
@@ -196,12 +202,27 @@ class Trials:
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         found: list[Tensor] = []
-        with prepared(module), torch.no_grad():
+        with prepared(module, plain=self._plain), torch.no_grad():
             for feeds in self.probes:
                 real = {name for name, value in feeds.items() if value.is_floating_point()}
                 values = [v.to(self._device, self._dtype if name in real else None) for name, v in feeds.items()]
                 found += Traced(module, tuple(feeds))(*values)
         return found
+
+
+def with_shared(layout: Layout, keep: Keep) -> dict[Axis, np.ndarray]:
+    """Kept entries by leaf, also of what layers share and take parts of, where all of them take the same part."""
+    leaves = layout.leaves(keep)
+    structure = layout.structure
+    parts: dict[Axis, list[np.ndarray]] = {}
+    for tap in structure.taps:
+        source = structure.axes[structure.network.nodes[tap.node].inputs[tap.place]][tap.position]
+        if source.kind == "leaf":
+            parts.setdefault(source.root, []).append(kept(tap.axis, leaves))
+    for source, taken in parts.items():
+        if len(taken[0]) < source.size and all(np.array_equal(each, taken[0]) for each in taken):
+            leaves.setdefault(source, taken[0])
+    return leaves
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
