@@ -57,9 +57,9 @@ def read_module(
     """
     source = type(module).__name__
     free = {name: {0: "batch"} for name, value in inputs.items() if value.dim()} if axes is None else axes
-    traced = _Traced(module, tuple(inputs))
+    traced = Traced(module, tuple(inputs))
     failures: list[str] = []
-    with _prepared(module), torch.no_grad(), _quiet():
+    with prepared(module), torch.no_grad(), _quiet():
         for new in (True, False) if dynamo is None else (dynamo,):
             try:
                 model = _by_dynamo(traced, inputs, free, opset) if new else _by_script(traced, inputs, free)
@@ -75,7 +75,7 @@ def read_module(
     return Network(model, source)
 
 
-class _Traced(nn.Module):
+class Traced(nn.Module):
     """Takes tensors in the order of their names, and gives the tensors of the output."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
@@ -109,7 +109,7 @@ def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _by_dynamo(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
+def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
     program = torch.onnx.export(
         traced,
         tuple(inputs.values()),
@@ -126,7 +126,7 @@ def _by_dynamo(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes, opset:
     return program.model
 
 
-def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
+def _by_script(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
     """The file is written without weights, which then come from the module: no copy, and no limit to their size."""
     written = io.BytesIO()
     torch._C._jit_set_onnx_log_output_stream("stderr")  # a graph that fails is printed; stdout belongs to commands
@@ -154,7 +154,7 @@ def _by_script(traced: _Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.
     return model
 
 
-def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
+def _rename(model: ir.Model, traced: Traced, free: Axes) -> None:
     """Weights get the names that `named_parameters` gives them, outputs those of the module's output.
 
     A weight that the module uses under two names becomes one.
@@ -184,8 +184,8 @@ def _rename(model: ir.Model, traced: _Traced, free: Axes) -> None:
 
 
 @contextmanager
-def _prepared(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, plain attention, no caches; all restored."""
+def prepared(module: nn.Module, *, plain: bool = True) -> Iterator[None]:
+    """Evaluation mode, no caches, and plain attention unless it shall stay as it is; all restored."""
     with ExitStack() as stack:
         for part in module.modules():
             stack.callback(setattr, part, "training", part.training)
@@ -193,7 +193,7 @@ def _prepared(module: nn.Module) -> Iterator[None]:
             entries = config.__dict__
             stack.callback(entries.update, {name: value for name, value in entries.items() if value is not config})
         module.eval()
-        if callable(change := getattr(module, "set_attn_implementation", None)):
+        if plain and callable(change := getattr(module, "set_attn_implementation", None)):
             change("eager")
         for config in _configs(module):
             config.__dict__.update({name: value for name, value in SWITCHES.items() if name in config.__dict__})

@@ -42,9 +42,18 @@ class Program:
     """A network made ready to run; it holds the weights and can be called many times."""
 
     def __init__(
-        self, network: Network, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        network: Network,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        fed: Collection[str] = (),
     ) -> None:
-        """Args: dtype: the type of all real numbers; None: as the file stores them.
+        """Make a network ready.
+
+        Args:
+            dtype: the type of all real numbers; None: as the file stores them.
+            fed: names of weights that each call brings among its feeds; they are not held here.
 
         Raises: BadInput: an operator has no row.
         """
@@ -59,7 +68,9 @@ class Program:
             if place in row.numbers and name in network.weights
         }
         self._weights = {
-            name: self._placed(torch_tensor(tensor), name in numbers) for name, tensor in network.weights.items()
+            name: self._placed(torch_tensor(tensor), name in numbers)
+            for name, tensor in network.weights.items()
+            if name not in fed
         }
         last = {name: node.index for node in network.nodes for name in node.inputs if name}
         self._ends: list[list[str]] = [[] for _ in network.nodes]
