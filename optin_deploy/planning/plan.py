@@ -109,7 +109,9 @@ def is_plan(path: Path) -> bool:
     return holds(path, "schema_version", "keep", "network", "cost")
 
 
-def plan_of(layout: Layout, keep: Mapping[str, Sequence[int]], settings: Mapping[str, Any] | None = None) -> NetworkPlan:
+def plan_of(
+    layout: Layout, keep: Mapping[str, Sequence[int]], settings: Mapping[str, Any] | None = None
+) -> NetworkPlan:
     """Make the plan that keeps these units.
 
     Raises: BadInput: a group or unit is not there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,7 +38,7 @@ class Choice:
     align: int = DEFAULT_ALIGN
     """Neurons, channels and widths stay in multiples of this; a group of fewer units stays whole."""
     allocation: str = "uniform"
-    """uniform: equal shares in all groups; paper: the units of least score by the MACs that they save, anywhere."""
+    """uniform: equal shares in all groups; paper: of each kind the units of least score by the MACs they save."""
 
     def __post_init__(self) -> None:
         Budget(self.flops)
@@ -129,26 +129,30 @@ def _uniform(groups: Sequence[_Group], fits: Fits) -> list[int]:
 
 
 def _ranked(layout: Layout, groups: Sequence[_Group], scores: Mapping[str, np.ndarray], fits: Fits) -> list[int]:
-    """Take away the fewest steps that fit, those of least score for what they save first."""
+    """Take away the fewest steps that fit, those of least score for what they save first.
+
+    Each kind is a pool of its own, as scores of a head and of a neuron do not compare: all pools lose the same share.
+    """
     savings = Savings(layout.structure)
-    steps: list[tuple[float, int, int]] = []
+    pools: dict[str, list[_Step]] = {}
     for number, group in enumerate(groups):
-        rising = np.sort(scores[group.of.name])
-        saved = max(1, savings.of(group.of, group.units - 1))
-        gone = 0
-        while (left := _below(group, group.units - gone)) is not None:
-            lost = rising[gone : group.units - left]
-            steps.append((float(lost.mean()) / saved, number, left))
-            gone = group.units - left
-    steps.sort(key=lambda step: step[0])  # of one group in the order of its widths: later steps cost more
+        rising, saved = np.sort(scores[group.of.name]), savings.of(group.of, group.units - 1)
+        width = group.units
+        while left := (width - 1) // group.step * group.step:
+            lost = rising[group.units - width : group.units - left]
+            pools.setdefault(group.of.kind, []).append(
+                _Step(number, left, saved * (width - left), float(lost.mean()) / max(1, saved))
+            )
+            width = left
+    ordered = sorted((place, step) for pool in pools.values() for place, step in _placed(pool))
 
     def after(count: int) -> list[int]:
         widths = [group.units for group in groups]
-        for _, number, left in steps[:count]:
-            widths[number] = min(widths[number], left)
+        for _, step in ordered[:count]:
+            widths[step.group] = min(widths[step.group], step.left)
         return widths
 
-    low, high = 0, len(steps)
+    low, high = 0, len(ordered)
     while low < high:
         middle = (low + high) // 2
         if fits(after(middle)):
@@ -158,10 +162,24 @@ def _ranked(layout: Layout, groups: Sequence[_Group], scores: Mapping[str, np.nd
     return after(low)
 
 
-def _below(group: _Group, width: int) -> int | None:
-    """The next smaller width; None: there is none."""
-    smaller = (width - 1) // group.step * group.step
-    return smaller or None
+@dataclass(frozen=True, order=True)
+class _Step:
+    """A group made narrower by one step."""
+
+    group: int
+    left: int
+    saved: int
+    """Multiply-accumulates, as if nothing else were cut."""
+    score: float
+    """Of what it takes away, for each multiply-accumulate."""
+
+
+def _placed(pool: Sequence[_Step]) -> Iterator[tuple[float, _Step]]:
+    """Steps of one kind in the order in which they are taken, each with the share of the pool that is gone then."""
+    whole, gone = sum(step.saved for step in pool), 0
+    for step in sorted(pool, key=lambda step: step.score):  # of one group in the order of its widths: scores rise
+        gone += step.saved
+        yield gone / max(1, whole), step
 
 
 def _infeasible(layout: Layout, least: int, choice: Choice) -> InfeasibleBudget:

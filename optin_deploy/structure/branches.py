@@ -106,7 +106,9 @@ def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, .
         live = [name for name in others if name not in structure.network.fixed]
         if after.op == "Add" and live:
             same = structure.shapes.shape(live[0]) == structure.shapes.shape(value)
-            return Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), live[0]) if same else None
+            return (
+                Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), live[0]) if same else None
+            )
         if after.op == "Add":
             bias = bias or ((after.index, 1 - place) if _is_vector(structure, others[0]) else None)
         elif place in SCALING.get(after.op, ()) and not live:

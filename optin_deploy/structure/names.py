@@ -73,7 +73,12 @@ class _Modules:
         makers = [path for path, role in parts if role == "maker"]
         users = [path[:-1] or path for path, role in parts if role == "user"]
         around = _common(path for path, _ in parts)
-        if len(set(parts)) > 1 and makers and around and not any(_enters_list(path[len(around) :]) for path, _ in parts):
+        if (
+            len(set(parts)) > 1
+            and makers
+            and around
+            and not any(_enters_list(path[len(around) :]) for path, _ in parts)
+        ):
             yield around
         makers = makers or [path for path, role in parts if role == "carrier"] or users
         if not makers:
@@ -121,7 +126,9 @@ class _Modules:
 
     def _tensor(self, group: UnitGroup) -> str:
         """The name of a weight, a node or a value, where no module is known."""
-        makers = [part for part in group.slices if self._role(part, group, {site.node for site in group.sites}) == "maker"]
+        makers = [
+            part for part in group.slices if self._role(part, group, {site.node for site in group.sites}) == "maker"
+        ]
         weights = [CUT.sub("", part.weight) for part in (*makers, *group.slices)]
         node = self._network.nodes[makers[0].node if makers else group.depth]
         told = (*weights, node.name, node.outputs[0])
@@ -137,7 +144,7 @@ class _Modules:
 
 
 def _by_scope(name: str) -> Path:
-    """`/encoder/layer.3/attention/MatMul` as modules; TorchScript calls the entries of a list by the list's name too."""
+    """Read `/encoder/layer.3/attention/MatMul` as modules; an entry of a list bears the name of the list too."""
     parts = [part for part in name.split("/") if part][:-1]
     kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not after.startswith(f"{part}.")]
     return tuple(".".join(kept).split(".")) if kept else ()

@@ -1,4 +1,4 @@
-"""What each group costs: the part of the multiply-accumulates and of the weights that would go with all of its units."""
+"""What each group costs: the part of all multiply-accumulates and weights that would go with all of its units."""
 
 from __future__ import annotations
 
