@@ -90,12 +90,12 @@ def cut(x: Any, plan: Plan, inputs: Inputs | None = None, *, sizes: Mapping[str,
     """
     found = find_in(x, inputs, sizes)
     chosen = as_plan(plan, found.layout)
-    smaller = cut_graph(found.layout, chosen.keep)
-    prove(found.layout, chosen.keep, smaller, found.probes)
     if isinstance(x, nn.Module):
         from optin_deploy.cutting.torch import cut_module
 
-        return cut_module(x, found.layout, chosen.keep)
+        return cut_module(x, found.layout, chosen.keep, found.probes)
+    smaller = cut_graph(found.layout, chosen.keep)
+    prove(found.layout, chosen.keep, smaller, found.probes)
     return smaller
 
 
