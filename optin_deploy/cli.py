@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from optin_deploy.commands import artifacts, gating, job, looking, planning, profiling, scoring, serving
+from optin_deploy.commands import artifacts, gating, job, looking, networks, planning, profiling, scoring, serving
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
 from optin_deploy.processors import limit_libraries
 from optin_deploy.terminal import quiet_libraries
@@ -52,6 +52,7 @@ COMMANDS = (
     (gating.gate, gating.GATE_EXAMPLES),
     (serving.ship, serving.SHIP_EXAMPLES),
     (serving.serve_check, serving.CHECK_EXAMPLES),
+    (networks.inspect, networks.INSPECT_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
     (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),

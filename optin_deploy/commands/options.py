@@ -9,6 +9,9 @@ import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or hub id.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of an earlier command.")]
+FolderOrFile = Annotated[
+    Path, typer.Argument(metavar="DIR|FILE.onnx", help="Output folder of an earlier command, or an ONNX file.")
+]
 Task = Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")]
 Calibration = Annotated[
     Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")

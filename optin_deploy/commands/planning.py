@@ -1,11 +1,25 @@
-"""`optin plan`, `sweep` and `rewrite`: what to keep, and the smaller model."""
+"""`optin plan`, `sweep` and `rewrite`: what to keep, and the smaller model.
+
+Of the output folder of a job, or, with --magnitude or an ONNX file, of any network (`commands.networks`).
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from optin_deploy.commands.networks import (
+    Magnitude,
+    PlanFile,
+    PlanOut,
+    RewriteOut,
+    Shape,
+    Units,
+    plan_network,
+    rewrite_network,
+)
 from optin_deploy.commands.options import (
     Align,
     Allocation,
@@ -14,12 +28,13 @@ from optin_deploy.commands.options import (
     Eval,
     Flops,
     Folder,
+    FolderOrFile,
     Force,
     MaxDrop,
     Params,
     Size,
 )
-from optin_deploy.commands.parsing import echo, judged_by, limits_of, refuse_idle, writing
+from optin_deploy.commands.parsing import echo, given, judged_by, limits_of, refuse_idle, writing
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_plan, print_table, stage_bar
 
@@ -33,13 +48,18 @@ Examples:
     optin plan work --max-drop 1.0 --eval labelled.jsonl
 
     optin plan work --allocation uniform   # equal widths in all layers
+
+    optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
+OF_JOBS = ("params", "size", "max_drop", "evaluation", "compensation")
+"""Options of `plan` that only the output folder of a job has a use for."""
+OF_NETWORKS = ("units", "out", "shape")
+"""Those that it has none for."""
 
 
-@writing
 def plan(
     ctx: typer.Context,
-    folder: Folder,
+    folder: FolderOrFile,
     flops: Flops = None,
     params: Params = None,
     size: Size = None,
@@ -48,13 +68,69 @@ def plan(
     align: Align = 16,
     allocation: Allocation = "curves",
     compensation: Compensation = True,
+    magnitude: Magnitude = False,
+    units: Units = None,
+    out: PlanOut = None,
+    shape: Shape = None,
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR.
 
-    With --allocation uniform or paper neither the model nor its calibration data is needed.
+    With --allocation uniform or paper neither the model nor its calibration data is needed. With --magnitude, of an
+    ONNX file or a model without scores; writes --out.
     """
+    if magnitude:
+        refuse_idle(ctx, *OF_JOBS, why="a plan by --magnitude is made without data, under --flops alone")
+        plan_network(
+            str(folder),
+            flops=flops,
+            align=align if given(ctx, "align") else None,
+            allocation=allocation if given(ctx, "allocation") else None,
+            units=units,
+            out=out,
+            shape=shape,
+            force=force,
+            dry_run=dry_run,
+        )
+        return
+    if folder.suffix.lower() == ".onnx":
+        raise BadInput(
+            f"{folder}: an ONNX file has no scores of its own. Add --magnitude: norms of weights need no data."
+        )
+    refuse_idle(ctx, *OF_NETWORKS, why="they are for --magnitude")
+    _plan_job(
+        ctx=ctx,
+        folder=folder,
+        flops=flops,
+        params=params,
+        size=size,
+        max_drop=max_drop,
+        evaluation=evaluation,
+        align=align,
+        allocation=allocation,
+        compensation=compensation,
+        force=force,
+        dry_run=dry_run,
+    )
+
+
+@writing
+def _plan_job(
+    ctx: typer.Context,
+    folder: Path,
+    flops: float | None,
+    params: float | None,
+    size: str | None,
+    max_drop: float | None,
+    evaluation: Path | None,
+    align: int,
+    allocation: str,
+    compensation: bool,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Plan from the scores of a job."""
     from exporters.ready import describe
     from optin_deploy.judging import judged_samples
     from optin_deploy.search import check_align, check_search
@@ -139,15 +215,39 @@ def sweep(
 
 
 REWRITE_EXAMPLES = """
-Example:
+Examples:
 
     optin rewrite work
+
+    optin rewrite model.onnx --plan plan.json --out smaller.onnx
 """
 
 
+def rewrite(
+    ctx: typer.Context,
+    folder: FolderOrFile,
+    compensation: Compensation = True,
+    plan: PlanFile = None,
+    out: RewriteOut = None,
+    shape: Shape = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model.
+
+    An ONNX file is cut by --plan without compensation, proven to compute what the masked network does, and written.
+    """
+    if plan is not None or folder.suffix.lower() == ".onnx":
+        refuse_idle(ctx, "compensation", why="an ONNX file is cut without it")
+        rewrite_network(folder, plan=plan, out=out, shape=shape, force=force, dry_run=dry_run)
+        return
+    refuse_idle(ctx, "out", "shape", why="they are for ONNX files, with --plan")
+    _rewrite_job(folder=folder, compensation=compensation, force=force, dry_run=dry_run)
+
+
 @writing
-def rewrite(folder: Folder, compensation: Compensation = True, force: Force = False, dry_run: DryRun = False) -> None:
-    """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model."""
+def _rewrite_job(folder: Path, compensation: bool, force: bool, dry_run: bool) -> None:
+    """Rewrite by the plan of a job."""
     from optin_deploy.stages import prepare, rewrite_stage
     from optin_deploy.workspace import Workspace
 

@@ -227,3 +227,16 @@ def size(axis: Axis, sizes: Mapping[Axis, int]) -> int:
 def touched(axis: Axis, leaves: Mapping[Axis, object]) -> bool:
     """Return whether any of an axis' leaves is among these."""
     return any(leaf in leaves for leaf in axis.leaves())
+
+
+def units_along(axis: Axis, leaf: Axis) -> np.ndarray:
+    """Return, for each entry of an axis, the unit of a leaf that it belongs to; -1: to none."""
+    axis, leaf = axis.root, leaf.root
+    if axis._kind == "leaf":
+        return np.arange(axis.size) if axis is leaf else np.full(axis.size, -1)
+    if axis._kind == "sum":
+        return np.concatenate([units_along(part, leaf) for part in axis._parts])
+    found = np.full(1, -1)
+    for part in axis._parts:
+        found = np.maximum(found[:, None], units_along(part, leaf)).ravel()
+    return found

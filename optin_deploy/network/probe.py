@@ -21,9 +21,10 @@ from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.indices import table_rows
 from optin_deploy.network.shapes import shapes_of
 
-IMAGES = (((96, 160), (224, 224), (640, 640)), ((128, 192), (224, 224), (448, 448)))
-"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone."""
-SIGNALS = (None, 1009, 16033)
+IMAGES = (((96, 160), (224, 224), (640, 640), (48, 320)), ((128, 192), (224, 224), (448, 448), (48, 224)))
+"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone, and those
+that read lines of text one height."""
+SIGNALS = (None, 1009, 16033, 4001)
 """Lengths to try of signals of free length; the first is as short as that of a text."""
 SMALLEST_PRIME = 5
 MOST_SIZES = 8
@@ -39,7 +40,7 @@ class Given:
     """What the caller knows better."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of free axes, by the names that the file gives them."""
+    """Of free axes, by the names that the file gives them; one without a name is called `axis 2` by its place."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Whole inputs, by name."""
 
@@ -108,7 +109,9 @@ def probes(
             found = dict(given.tensors)
             for port in ports:
                 shape = [
-                    size if isinstance(size, int) else _rung(port, place, rung, which) or sizes[size]
+                    size
+                    if isinstance(size, int)
+                    else given.sizes.get(size) or _rung(port, place, rung, which) or sizes[size]
                     for place, size in enumerate(names[port.name])
                 ]
                 found[port.name] = _values(port, shape, rows.get(port.name), generator, padding=padding)
@@ -225,7 +228,7 @@ def _check_port(port: Port, network: Network) -> None:
 def _check_given(network: Network, given: Given) -> None:
     """Raises: BadInput: it speaks of inputs or sizes that the network does not have."""
     ports = {port.name: port for port in network.inputs}
-    free = {size for port in network.inputs for size in port.shape or () if isinstance(size, str)}
+    free = set(_free(next(_namings(list(ports.values())))))
     for name in (*(given.tensors.keys() - ports.keys()), *(given.sizes.keys() - free)):
         known = ", ".join((*ports, *sorted(free)))
         raise BadInput(f"{network.source} has no input and no free size {short(name)}; it has {known}.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import Shapes, shapes_of
 from optin_deploy.structure.flow import Structure, walk
-from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
-from optin_deploy.structure.names import group_name
+from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, by_leaf, kinds, leaf_slices
+from optin_deploy.structure.names import group_names
 
 Signature = tuple[int, frozenset[tuple[str, int, int, int, str]]]
 
@@ -84,7 +84,7 @@ def layout_of(structure: Structure) -> Layout:
             continue
         groups.append(
             UnitGroup(
-                name=_name(structure, slices, [site.node for site in sites[leaf]]),
+                name="",
                 kind=labels.get(leaf, "neurons"),
                 units=leaf.size,
                 leaf=leaf,
@@ -95,19 +95,6 @@ def layout_of(structure: Structure) -> Layout:
             )
         )
     groups.sort(key=lambda group: group.depth)
-    return Layout(structure, _unique(groups), tuple(frozen))
-
-
-def _name(structure: Structure, slices: Sequence[WeightSlice], nodes: Sequence[int]) -> str:
-    return group_name(structure.network, slices, nodes)
-
-
-def _unique(groups: Sequence[UnitGroup]) -> tuple[UnitGroup, ...]:
-    """Name each group by its place and kind; those that would share a name are counted."""
-    names = [f"{group.name}: {group.kind}" for group in groups]
-    many, seen = Counter(names), Counter[str]()
-    found = []
-    for group, name in zip(groups, names, strict=True):
-        seen[name] += 1
-        found.append(UnitGroup(**{**vars(group), "name": f"{name} {seen[name]}" if many[name] > 1 else name}))
-    return tuple(found)
+    names = group_names(structure, groups)
+    named = tuple(replace(group, name=name) for group, name in zip(groups, names, strict=True))
+    return Layout(structure, named, tuple(frozen))

@@ -1,0 +1,41 @@
+"""`optin plan FILE.onnx --magnitude`: choose what a network keeps by the norms of its weights, and write the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.ownership import free_name
+from optin_deploy.planning.magnitude import magnitudes
+from optin_deploy.planning.plan import NetworkPlan, is_plan, plan_of
+from optin_deploy.planning.widths import Choice, choose
+from optin_deploy.structure.groups import Layout
+
+
+def plan_network(
+    x: Any,
+    out: Path,
+    choice: Choice,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> tuple[NetworkPlan, Layout]:
+    """Plan by magnitude, and write the plan unless it is a dry run.
+
+    Raises: BadInput, InfeasibleBudget: as `planning.widths.choose`; or `out` is something else.
+    """
+    if Path(str(x)).exists() and out.exists() and out.samefile(str(x)):
+        raise BadInput(f"--out {out} is the network itself. Give another name.")
+    free_name(out, is_plan, force=force, dry_run=True)
+    layout = find_in(x, sizes=sizes).layout
+    keep = choose(layout, magnitudes(layout), choice)
+    plan = plan_of(layout, keep, {"scores": "magnitude", **asdict(choice)})
+    if not dry_run:
+        free_name(out, is_plan, force=force)
+        plan.write(out)
+    return plan, layout

@@ -1,0 +1,130 @@
+"""The plan of a network: which units of each group stay, what that costs, and the network it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.planning.hashing import network_hash
+from optin_deploy.storage import sha256_json, write_json
+from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.keep import checked
+from optin_deploy.structure.macs import macs, weight_entries
+from optin_deploy.validation import STORED, holds, read_stored, validated
+
+SCHEMA_VERSION = 1
+HINT = (
+    "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
+    '{"schema_version": 1, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
+)
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """What a network costs before and after, at the sizes of inputs that are named."""
+
+    __pydantic_config__ = STORED
+
+    macs_dense: int
+    macs_pruned: int
+    weights_dense: int
+    """Entries of stored tensors that the network reads."""
+    weights_pruned: int
+    inputs: Mapping[str, tuple[int, ...]]
+    """Shapes of the inputs at which multiply-accumulates are counted."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.macs_pruned <= self.macs_dense and 0 <= self.weights_pruned <= self.weights_dense):
+            raise BadInput("a cut network costs more than the dense one, or less than nothing")
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """What stays of a network."""
+
+    __pydantic_config__ = STORED
+
+    keep: Mapping[str, tuple[int, ...]]
+    """Kept units by name of group; a group that is not named stays whole."""
+    network: str | None = None
+    """`planning.hashing.network_hash` of what it was made for; None: made by hand, for whatever has these groups."""
+    cost: PlanCost | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return sha256_json(self.to_json())
+
+    def check(self, layout: Layout) -> None:
+        """Make sure that the plan fits a network.
+
+        Raises: PlanMismatch: it was made for another one. BadInput: it names groups or units that are not there.
+        """
+        if self.network is not None:
+            found = network_hash(layout.structure.network)
+            if found != self.network:
+                raise PlanMismatch(
+                    f"the plan was made for the network {self.network[:12]}, but {layout.structure.network.source} is "
+                    f"{found[:12]}: its operators or weights are others. Make a plan for this one with `optin plan`."
+                )
+        checked(layout, self.keep)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    def write(self, path: Path) -> None:
+        """Write a plan.json, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> NetworkPlan:
+        """Read what `to_json` wrote, or what was written by hand.
+
+        Raises: BadInput: a field is unknown or of the wrong type.
+        """
+        return validated(cls, data, "plan: not the plan of a network", HINT)
+
+    @classmethod
+    def read(cls, path: Path) -> NetworkPlan:
+        """Read a stored plan.
+
+        Raises: BadInput: absent, damaged, or the plan of something else.
+        """
+        return read_stored(cls, path, HINT, what="the plan of a network")
+
+
+def is_plan(path: Path) -> bool:
+    """Is this file the plan of a network?"""
+    return holds(path, "schema_version", "keep", "network", "cost")
+
+
+def plan_of(
+    layout: Layout, keep: Mapping[str, Sequence[int]], settings: Mapping[str, Any] | None = None
+) -> NetworkPlan:
+    """Make the plan that keeps these units.
+
+    Raises: BadInput: a group or unit is not there.
+    """
+    checked(layout, keep)
+    structure = layout.structure
+    units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
+    sizes = {leaf: len(kept) for leaf, kept in layout.leaves(units).items()}
+    cost = PlanCost(
+        macs(structure),
+        macs(structure, sizes),
+        weight_entries(structure),
+        weight_entries(structure, sizes),
+        {port.name: structure.shapes.shape(port.name) or () for port in structure.network.inputs},
+    )
+    return NetworkPlan(units, network_hash(structure.network), cost, dict(settings or {}))

@@ -1,0 +1,149 @@
+"""Branches: which products make a group's units, which one uses them, and the residual Add that its result flows into.
+
+There a cut can be made up for: the projection out of a branch, and its bias, can be solved again against what is added.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.run import Place
+from optin_deploy.structure.flow import Contraction, Structure
+from optin_deploy.structure.groups import UnitGroup
+
+REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
+"""Operators that compute nothing; their other inputs are sizes."""
+SCALING = {"Mul": (0, 1), "Div": (0,), "BatchNormalization": (0,)}
+"""Operators that multiply by fixed vectors, with the places of what they multiply."""
+SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
+"""Operators of ONNX Runtime that add their first two inputs, with the place of a bias."""
+SIZES = ("Shape", "Size")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product of an activation with a weight."""
+
+    node: int
+    weight: int
+    """Place of the factor that follows from weights alone."""
+    reads: str
+    """The activation."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The way from one place that consumes units of a group to a residual Add: affine all along."""
+
+    inputs: tuple[Projection, ...]
+    """What makes the units."""
+    output: Projection
+    """What uses them."""
+    bias: Place | None
+    """Node and place of the vector that is added to the result, the first if there are several."""
+    scale: tuple[int, ...]
+    """Nodes that multiply the result by fixed vectors, such as LayerScale or a BatchNorm."""
+    way: tuple[int, ...]
+    """All nodes between the output projection and the Add, in the order of work."""
+    add: Place
+    """The residual Add, and at which of its places the branch arrives."""
+    residual: str
+    """The value that is added."""
+
+    @property
+    def reads(self) -> str | None:
+        """The one value that all input projections read; None if there are several, or no such projection."""
+        values = {each.reads for each in self.inputs}
+        return values.pop() if len(values) == 1 else None
+
+
+def branches(structure: Structure, group: UnitGroup) -> tuple[Branch | None, ...]:
+    """Return the branch behind each site of a group; None where no affine way leads to a residual Add."""
+    inputs = _inputs(structure, group)
+    return tuple(_branch(structure, site, inputs) for site in group.sites)
+
+
+def _inputs(structure: Structure, group: UnitGroup) -> tuple[Projection, ...]:
+    """Products with weights whose results hold the units, and whose weights do."""
+    products = {index for index, _ in structure.products}
+    found = {}
+    for part in group.slices:
+        node = structure.network.nodes[part.node]
+        out = structure.axes.get(node.outputs[0], ())
+        if part.node in products and any(leaf is group.leaf for axis in out for leaf in axis.leaves()):
+            found[part.node] = _projection(structure, node)
+    return tuple(found[index] for index in sorted(found) if found[index] is not None)  # type: ignore[misc]
+
+
+def _projection(structure: Structure, node: Node) -> Projection | None:
+    fixed = structure.network.fixed
+    for activation, weight in ((0, 1), (1, 0)):
+        if node.inputs[weight] in fixed and node.inputs[activation] not in fixed:
+            return Projection(node.index, weight, node.inputs[activation])
+    return None
+
+
+def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, ...]) -> Branch | None:
+    node = structure.network.nodes[site.node]
+    output = _projection(structure, node) if site.with_weight else None
+    if output is None:
+        return None
+    own_bias = len(node.inputs) > 2 and bool(node.inputs[2])
+    bias: Place | None = (node.index, 2) if own_bias else None
+    scale: list[int] = []
+    way: list[int] = []
+    value = node.outputs[0]
+    while (step := _next(structure, value)) is not None:
+        after, place, passed = step
+        others = [name for at, name in enumerate(after.inputs) if at != place and name]
+        if after.op in SKIPS and place < 2:
+            own = SKIPS[after.op]
+            if bias is None and len(after.inputs) > own and after.inputs[own]:
+                bias = (after.index, own)
+            return Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), after.inputs[1 - place])
+        live = [name for name in others if name not in structure.network.fixed]
+        if after.op == "Add" and live:
+            same = structure.shapes.shape(live[0]) == structure.shapes.shape(value)
+            return (
+                Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), live[0]) if same else None
+            )
+        if after.op == "Add":
+            bias = bias or ((after.index, 1 - place) if _is_vector(structure, others[0]) else None)
+        elif place in SCALING.get(after.op, ()) and not live:
+            scale.append(after.index)
+        elif not passed and not (after.op in REARRANGING and place == 0):
+            return None
+        way += [*passed, after.index]
+        value = after.outputs[0]
+    return None
+
+
+def _next(structure: Structure, value: str) -> tuple[Node, int, tuple[int, ...]] | None:
+    """The one node that reads a value, at which place, and nodes between them that only move entries around.
+
+    A rotation is several Slices of a value that a Concat joins again.
+    """
+    network = structure.network
+    readers = [(node, place) for node, place in network.consumers.get(value, ()) if node.op not in SIZES]
+    if any(port.name == value for port in network.outputs):
+        return None
+    if len(readers) == 1:
+        return *readers[0], ()
+    if not readers or any(node.op != "Slice" or place for node, place in readers):
+        return None
+    joined = [network.consumers.get(node.outputs[0], ()) for node, _ in readers]
+    ends = {node.index for each in joined for node, _ in each}
+    if len(ends) > 1 or any(len(each) != 1 for each in joined):
+        return None
+    concat = joined[0][0][0]
+    entries = math.prod(structure.shapes.shape(concat.outputs[0]) or (0,))
+    whole = concat.op == "Concat" and len(concat.inputs) == len(readers)
+    if not whole or entries != math.prod(structure.shapes.shape(value) or (1,)):
+        return None
+    return concat, joined[0][0][1], tuple(node.index for node, _ in readers)
+
+
+def _is_vector(structure: Structure, name: str) -> bool:
+    return sum(size > 1 for size in structure.shapes.shape(name) or (2, 2)) < 2
