@@ -1,0 +1,115 @@
+"""Export a family as its users would: by torch's two exporters, free axes kept free, into a cache outside the checkout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.zoo.families import FAMILIES, SIZES, Exported, Family
+
+OPSETS: Mapping[str, int] = {"dynamo": 20, "torchscript": 17}
+"""Exporters, and the operator set that each is asked for."""
+FORM = 1
+"""To be raised when exports must be made anew although no config and no version changed."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported network beside the model that it came from."""
+
+    family: Family
+    path: Path
+    model: Exported
+
+    def reference(self, feeds: Mapping[str, Tensor]) -> list[np.ndarray]:
+        """Outputs of the torch model."""
+        with torch.no_grad():
+            return [output.numpy() for output in self.model(*feeds.values())]
+
+
+def cache() -> Path:
+    """Folder of exports, `OPTIN_ZOO` or one in the user's cache."""
+    named = os.environ.get("OPTIN_ZOO")
+    return Path(named) if named else Path.home() / ".cache" / "optin-deploy" / "zoo"
+
+
+def export(name: str, exporter: str, opset: int | None = None) -> Export:
+    """Export a family, or take the file that an earlier call left.
+
+    Args:
+        name: a key of `FAMILIES`.
+        exporter: a key of `OPSETS`.
+        opset: another operator set than the exporter's usual one.
+    """
+    family = FAMILIES[name]
+    opset = opset or OPSETS[exporter]
+    model = family.model()
+    path = cache() / f"{name}.{exporter}{opset}.{_key(model, family)}.onnx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            {"dynamo": _by_dynamo, "torchscript": _by_torchscript}[exporter](model, family, made, opset)
+            made.replace(path)
+    return Export(family, path, model)
+
+
+def _by_dynamo(model: Exported, family: Family, path: Path, opset: int) -> None:
+    axes = {size: torch.export.Dim(size, min=1, max=64) for size in SIZES}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own making; the test compares the result
+        torch.onnx.export(
+            model,
+            tuple(family.feeds().values()),
+            path,
+            input_names=[one.name for one in family.inputs],
+            output_names=list(family.outputs),
+            dynamic_shapes=(tuple({place: axes[size] for place, size in one.free.items()} for one in family.inputs),),
+            opset_version=opset,
+            dynamo=True,
+            optimize=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _by_torchscript(model: Exported, family: Family, path: Path, opset: int) -> None:
+    free: dict[str, dict[int, str]] = {one.name: one.free for one in family.inputs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            tuple(family.feeds().values()),
+            path,
+            input_names=[one.name for one in family.inputs],
+            output_names=list(family.outputs),
+            dynamic_axes={**free, **{name: {0: "batch"} for name in family.outputs}},
+            opset_version=opset,
+            dynamo=False,
+        )
+
+
+def _key(model: Exported, family: Family) -> str:
+    """Hash of what an export depends on."""
+    config: Any = model.model.config
+    parts = {
+        "form": FORM,
+        "class": type(model.model).__name__,
+        "config": json.loads(config.to_json_string()),
+        "inputs": [(one.name, one.shape, one.kind) for one in family.inputs],
+        "outputs": family.outputs,
+        "versions": [version(package) for package in ("torch", "transformers", "onnx", "onnxscript")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
