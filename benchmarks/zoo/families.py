@@ -92,6 +92,9 @@ def scatter(model: nn.Module) -> None:
     As initialised, many biases, tables and normalizations are zeros or ones: exporters would store equal ones once,
     and a mask on what they multiply would change nothing.
     """
+    for module in model.modules():
+        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
+            nn.init.ones_(module.weight)  # some start near zero, and features would be as good as equal
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -124,7 +127,7 @@ def _mask(name: str = "attention_mask", axis: str = "length") -> Input:
 
 
 TEXT = (_ids(), _mask())
-DECODER_TEXT = (_ids(), Input("encoder_hidden_states", ("batch", "source", HIDDEN)))
+DECODER_TEXT = (*TEXT, Input("encoder_hidden_states", ("batch", "source", HIDDEN)))
 
 
 def _image(size: int) -> tuple[Input, ...]:
@@ -301,7 +304,7 @@ ROWS = (
             hf.GPT2LMHeadModel,
             lambda: hf.GPT2Config(
                 vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=FFN,
-                use_cache=False,
+                use_cache=False, bos_token_id=1, eos_token_id=2,
             ),  # fmt: skip
         ),
         TEXT,
@@ -322,7 +325,7 @@ ROWS = (
         _make(hf.Qwen2ForCausalLM, _bert_like(hf.Qwen2Config, num_key_value_heads=2, use_cache=False)),
         TEXT,
     ),
-    Family("phi-3", _make(hf.Phi3ForCausalLM, _bert_like(hf.Phi3Config, pad_token_id=0, **GROUPED)), TEXT),
+    Family("phi-3", _make(hf.Phi3ForCausalLM, _bert_like(hf.Phi3Config, pad_token_id=0, eos_token_id=2, **GROUPED)), TEXT),
     Family("t5-encoder", _make(hf.T5EncoderModel, _t5), TEXT, ("last_hidden_state",)),
     Family(
         "t5-decoder",
@@ -361,7 +364,7 @@ ROWS = (
     ),
     Family(
         "clip-text",
-        _make(hf.CLIPTextModelWithProjection, _bert_like(hf.CLIPTextConfig, projection_dim=40)),
+        _make(hf.CLIPTextModelWithProjection, _bert_like(hf.CLIPTextConfig, projection_dim=40, bos_token_id=1, eos_token_id=2)),
         TEXT,
         ("text_embeds",),
     ),
