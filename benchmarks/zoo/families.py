@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers as hf
+import transformers
 from torch import Tensor, nn
+
+hf: Any = transformers  # its configs take more names than their types tell
 
 SIZES: Mapping[str, int] = {"batch": 2, "length": 13, "target": 11, "source": 9}
 """Sizes of the free axes at export. Other sizes must work as well; no width of any model equals one of them."""
-OUTPUTS = (
-    "logits", "class_queries_logits", "masks_queries_logits", "pred_boxes", "pooler_output", "text_embeds",
-    "image_embeds", "last_hidden_state",
-)  # fmt: skip
 VOCABULARY, HIDDEN, LAYERS, HEADS, FFN, LABELS = 97, 48, 2, 6, 80, 5
 
 
@@ -93,8 +91,8 @@ def scatter(model: nn.Module) -> None:
     and a mask on what they multiply would change nothing.
     """
     for module in model.modules():
-        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
-            nn.init.ones_(module.weight)  # some start near zero, and features would be as good as equal
+        if "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter):
+            module.weight.data.fill_(1)  # some start near zero, and features would be as good as equal
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -128,6 +126,7 @@ def _mask(name: str = "attention_mask", axis: str = "length") -> Input:
 
 TEXT = (_ids(), _mask())
 DECODER_TEXT = (*TEXT, Input("encoder_hidden_states", ("batch", "source", HIDDEN)))
+SOUND = (Input("input_features", ("batch", 20, 38)),)
 
 
 def _image(size: int) -> tuple[Input, ...]:
@@ -157,6 +156,20 @@ def _vit_like(config: Any, **more: Any) -> Callable[[], Any]:
     return lambda: config(**{**sizes, **more})
 
 
+def _distilbert() -> Any:
+    return hf.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=FFN, max_position_embeddings=64,
+        num_labels=LABELS,
+    )  # fmt: skip
+
+
+def _gpt2() -> Any:
+    return hf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=FFN,
+        use_cache=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
 def _modernbert() -> Any:
     """Three layers: the first attends to all tokens, the others to their neighbours."""
     return hf.ModernBertConfig(
@@ -166,10 +179,16 @@ def _modernbert() -> Any:
     )  # fmt: skip
 
 
-def _t5(**more: Any) -> Any:
-    """Heads are 8 wide, as everywhere here, and the bias table is layer 0's."""
-    sizes = {"d_model": HIDDEN, "d_kv": 8, "d_ff": FFN, "num_layers": LAYERS, "num_heads": HEADS}
-    return hf.T5Config(vocab_size=VOCABULARY, **sizes, use_cache=False, **more)
+def _t5(ffn: str = "relu") -> Any:
+    """Heads are 8 wide; the table of layer 0 is every layer's bias by distance."""
+    return hf.T5Config(
+        vocab_size=VOCABULARY, d_model=HIDDEN, d_kv=8, d_ff=FFN, num_layers=LAYERS, num_heads=HEADS,
+        feed_forward_proj=ffn, use_cache=False,
+    )  # fmt: skip
+
+
+def _t5_gated() -> Any:
+    return _t5("gated-gelu")
 
 
 def _bart() -> Any:
@@ -189,12 +208,11 @@ def _whisper() -> Any:
     )  # fmt: skip
 
 
-def _swin_sizes() -> dict[str, Any]:
+def _windows(config: Any) -> Callable[[], Any]:
     """Two stages of 16 x 16 and 8 x 8 patches, the second block of each with shifted windows."""
-    return {
-        "image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4,
-        "num_labels": LABELS,
-    }  # fmt: skip
+    return lambda: config(
+        image_size=32, patch_size=2, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=4, num_labels=LABELS
+    )
 
 
 def _mobilevit() -> Any:
@@ -256,169 +274,96 @@ def _efficientnet() -> Any:
     )  # fmt: skip
 
 
-def _decoder(cls: Any, config: Any) -> Callable[[], nn.Module]:
-    """Make the decoder of an encoder-decoder; the encoder's states are an input."""
-    return lambda: cls(config()).get_decoder()
+def _resnet() -> Any:
+    return hf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[32, 40], depths=[2, 2], layer_type="bottleneck", num_labels=LABELS
+    )
 
 
-GROUPED = {"num_key_value_heads": 3, "use_cache": False}
+def _mobilenet() -> Any:
+    return hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, num_labels=LABELS)
+
+
+def _convnext() -> Any:
+    """Four stages; the scales of residual branches start at 1, since at 1e-6 no mask would show."""
+    return hf.ConvNextConfig(
+        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1], layer_scale_init_value=1.0, num_labels=LABELS
+    )
+
+
+def _half(cls: Any, config: Any, name: str) -> Callable[[], nn.Module]:
+    """Make the encoder or the decoder of a pair; a decoder takes the encoder's states as an input."""
+    return lambda: getattr(cls(config()), name)
+
+
+GROUPED = {"num_key_value_heads": 3, "use_cache": False, "pad_token_id": 0, "eos_token_id": 2}
 """Two queries to each of three K/V groups."""
-ROTARY_PART = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+DISENTANGLED = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+}  # fmt: skip
+HALF_ROTARY = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+WIDE = {"hidden_size": 2 * HIDDEN, "rope_parameters": HALF_ROTARY, "use_cache": False}
+"""Heads that are 16 wide, half of it rotated."""
+PROJECTED = {"projection_dim": 40}
+ENDED = {"bos_token_id": 1, "eos_token_id": 2}
 
+_bert = _make(hf.BertForSequenceClassification, _bert_like(hf.BertConfig))
+_roberta = _make(hf.RobertaForSequenceClassification, _bert_like(hf.RobertaConfig))
+_electra = _make(hf.ElectraForSequenceClassification, _bert_like(hf.ElectraConfig, embedding_size=24))
+_albert = _make(hf.AlbertForSequenceClassification, _bert_like(hf.AlbertConfig, embedding_size=24))
+_mpnet = _make(hf.MPNetForSequenceClassification, _bert_like(hf.MPNetConfig))
+_deberta = _make(hf.DebertaV2ForSequenceClassification, _bert_like(hf.DebertaV2Config, **DISENTANGLED))
+_neox = _make(hf.GPTNeoXForCausalLM, _bert_like(hf.GPTNeoXConfig, **WIDE))
+_llama = _make(hf.LlamaForCausalLM, _bert_like(hf.LlamaConfig, **GROUPED))
+_qwen2 = _make(hf.Qwen2ForCausalLM, _bert_like(hf.Qwen2Config, num_key_value_heads=2, use_cache=False))
+_phi3 = _make(hf.Phi3ForCausalLM, _bert_like(hf.Phi3Config, **GROUPED))
+_clip_text = _make(hf.CLIPTextModelWithProjection, _bert_like(hf.CLIPTextConfig, **PROJECTED, **ENDED))
+_clip_vision = _make(hf.CLIPVisionModelWithProjection, _vit_like(hf.CLIPVisionConfig, **PROJECTED))
+_dinov2 = _make(hf.Dinov2ForImageClassification, _vit_like(hf.Dinov2Config, mlp_ratio=2))
+_swiglu = _make(hf.Dinov2ForImageClassification, _vit_like(hf.Dinov2Config, mlp_ratio=2, use_swiglu_ffn=True))
+_beit = _make(hf.BeitForImageClassification, _vit_like(hf.BeitConfig, use_relative_position_bias=True))
+
+STATES = ("last_hidden_state",)
+BOXES = ("logits", "pred_boxes")
+MASKS = ("class_queries_logits", "masks_queries_logits")
 ROWS = (
-    Family("bert", _make(hf.BertForSequenceClassification, _bert_like(hf.BertConfig)), TEXT),
-    Family("roberta", _make(hf.RobertaForSequenceClassification, _bert_like(hf.RobertaConfig)), TEXT),
-    Family(
-        "distilbert",
-        _make(
-            hf.DistilBertForSequenceClassification,
-            lambda: hf.DistilBertConfig(
-                vocab_size=VOCABULARY, dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=FFN,
-                max_position_embeddings=64, num_labels=LABELS,
-            ),  # fmt: skip
-        ),
-        TEXT,
-    ),
-    Family(
-        "electra",
-        _make(hf.ElectraForSequenceClassification, _bert_like(hf.ElectraConfig, embedding_size=24)),
-        TEXT,
-    ),
-    Family("albert", _make(hf.AlbertForSequenceClassification, _bert_like(hf.AlbertConfig, embedding_size=24)), TEXT),
-    Family("mpnet", _make(hf.MPNetForSequenceClassification, _bert_like(hf.MPNetConfig)), TEXT),
-    Family(
-        "deberta-v2",
-        _make(
-            hf.DebertaV2ForSequenceClassification,
-            _bert_like(
-                hf.DebertaV2Config, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16,
-                norm_rel_ebd="layer_norm", share_att_key=True,
-            ),  # fmt: skip
-        ),
-        TEXT,
-    ),
+    Family("bert", _bert, TEXT),
+    Family("roberta", _roberta, TEXT),
+    Family("distilbert", _make(hf.DistilBertForSequenceClassification, _distilbert), TEXT),
+    Family("electra", _electra, TEXT),
+    Family("albert", _albert, TEXT),
+    Family("mpnet", _mpnet, TEXT),
+    Family("deberta-v2", _deberta, TEXT),
     Family("modernbert", _make(hf.ModernBertForSequenceClassification, _modernbert), TEXT),
-    Family(
-        "gpt2",
-        _make(
-            hf.GPT2LMHeadModel,
-            lambda: hf.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=FFN,
-                use_cache=False, bos_token_id=1, eos_token_id=2,
-            ),  # fmt: skip
-        ),
-        TEXT,
-    ),
-    Family(
-        "gpt-neox",
-        _make(
-            hf.GPTNeoXForCausalLM,
-            _bert_like(
-                hf.GPTNeoXConfig, hidden_size=2 * HIDDEN, rope_parameters=ROTARY_PART, use_cache=False
-            ),
-        ),
-        TEXT,
-    ),
-    Family("llama", _make(hf.LlamaForCausalLM, _bert_like(hf.LlamaConfig, **GROUPED)), TEXT),
-    Family(
-        "qwen2",
-        _make(hf.Qwen2ForCausalLM, _bert_like(hf.Qwen2Config, num_key_value_heads=2, use_cache=False)),
-        TEXT,
-    ),
-    Family("phi-3", _make(hf.Phi3ForCausalLM, _bert_like(hf.Phi3Config, pad_token_id=0, eos_token_id=2, **GROUPED)), TEXT),
-    Family("t5-encoder", _make(hf.T5EncoderModel, _t5), TEXT, ("last_hidden_state",)),
-    Family(
-        "t5-decoder",
-        _decoder(hf.T5Model, lambda: _t5(feed_forward_proj="gated-gelu")),
-        DECODER_TEXT,
-        ("last_hidden_state",),
-    ),
-    Family(
-        "bart",
-        _make(hf.BartForConditionalGeneration, _bart),
-        (*TEXT, _ids("decoder_input_ids", "target")),
-    ),
-    Family(
-        "whisper-encoder",
-        lambda: hf.WhisperModel(_whisper()).get_encoder(),
-        (Input("input_features", ("batch", 20, 38)),),
-        ("last_hidden_state",),
-    ),
-    Family("whisper-decoder", _decoder(hf.WhisperModel, _whisper), DECODER_TEXT, ("last_hidden_state",)),
+    Family("gpt2", _make(hf.GPT2LMHeadModel, _gpt2), TEXT),
+    Family("gpt-neox", _neox, TEXT),
+    Family("llama", _llama, TEXT),
+    Family("qwen2", _qwen2, TEXT),
+    Family("phi-3", _phi3, TEXT),
+    Family("t5-encoder", _make(hf.T5EncoderModel, _t5), TEXT, STATES),
+    Family("t5-decoder", _half(hf.T5Model, _t5_gated, "decoder"), DECODER_TEXT, STATES),
+    Family("bart", _make(hf.BartForConditionalGeneration, _bart), (*TEXT, _ids("decoder_input_ids", "target"))),
+    Family("whisper-encoder", _half(hf.WhisperModel, _whisper, "encoder"), SOUND, STATES),
+    Family("whisper-decoder", _half(hf.WhisperModel, _whisper, "decoder"), DECODER_TEXT, STATES),
     Family("vit", _make(hf.ViTForImageClassification, _vit_like(hf.ViTConfig)), _image(32)),
     Family("deit", _make(hf.DeiTForImageClassificationWithTeacher, _vit_like(hf.DeiTConfig)), _image(32)),
-    Family(
-        "dinov2",
-        _make(hf.Dinov2ForImageClassification, _vit_like(hf.Dinov2Config, mlp_ratio=2)),
-        _image(32),
-    ),
-    Family(
-        "dinov2-swiglu",
-        _make(hf.Dinov2ForImageClassification, _vit_like(hf.Dinov2Config, mlp_ratio=2, use_swiglu_ffn=True)),
-        _image(32),
-    ),
-    Family(
-        "beit",
-        _make(hf.BeitForImageClassification, _vit_like(hf.BeitConfig, use_relative_position_bias=True)),
-        _image(32),
-    ),
-    Family(
-        "clip-text",
-        _make(hf.CLIPTextModelWithProjection, _bert_like(hf.CLIPTextConfig, projection_dim=40, bos_token_id=1, eos_token_id=2)),
-        TEXT,
-        ("text_embeds",),
-    ),
-    Family(
-        "clip-vision",
-        _make(hf.CLIPVisionModelWithProjection, _vit_like(hf.CLIPVisionConfig, projection_dim=40)),
-        _image(32),
-        ("image_embeds",),
-    ),
+    Family("dinov2", _dinov2, _image(32)),
+    Family("dinov2-swiglu", _swiglu, _image(32)),
+    Family("beit", _beit, _image(32)),
+    Family("clip-text", _clip_text, TEXT, ("text_embeds",)),
+    Family("clip-vision", _clip_vision, _image(32), ("image_embeds",)),
     Family("siglip", _make(hf.SiglipVisionModel, _vit_like(hf.SiglipVisionConfig)), _image(32), ("pooler_output",)),
-    Family(
-        "swin", _make(hf.SwinForImageClassification, lambda: hf.SwinConfig(**_swin_sizes())), _image(32)
-    ),
-    Family(
-        "swin2", _make(hf.Swinv2ForImageClassification, lambda: hf.Swinv2Config(**_swin_sizes())), _image(32)
-    ),
+    Family("swin", _make(hf.SwinForImageClassification, _windows(hf.SwinConfig)), _image(32)),
+    Family("swin2", _make(hf.Swinv2ForImageClassification, _windows(hf.Swinv2Config)), _image(32)),
     Family("segformer", _make(hf.SegformerForSemanticSegmentation, _segformer), _image(64)),
     Family("mobilevit", _make(hf.MobileViTForImageClassification, _mobilevit), _image(64)),
-    Family(
-        "mask2former",
-        _make(hf.Mask2FormerForUniversalSegmentation, _mask2former),
-        _image(64),
-        ("class_queries_logits", "masks_queries_logits"),
-    ),
-    Family("detr", _make(hf.DetrForObjectDetection, _detr), _image(64), ("logits", "pred_boxes")),
-    Family("rt-detr", _make(hf.RTDetrForObjectDetection, _rtdetr), _image(64), ("logits", "pred_boxes")),
-    Family(
-        "resnet",
-        _make(
-            hf.ResNetForImageClassification,
-            lambda: hf.ResNetConfig(
-                embedding_size=16, hidden_sizes=[32, 40], depths=[2, 2], layer_type="bottleneck", num_labels=LABELS
-            ),
-        ),
-        _image(32),
-    ),
-    Family(
-        "mobilenet-v2",
-        _make(
-            hf.MobileNetV2ForImageClassification,
-            lambda: hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, num_labels=LABELS),
-        ),
-        _image(64),
-    ),
+    Family("mask2former", _make(hf.Mask2FormerForUniversalSegmentation, _mask2former), _image(64), MASKS),
+    Family("detr", _make(hf.DetrForObjectDetection, _detr), _image(64), BOXES),
+    Family("rt-detr", _make(hf.RTDetrForObjectDetection, _rtdetr), _image(64), BOXES),
+    Family("resnet", _make(hf.ResNetForImageClassification, _resnet), _image(32)),
+    Family("mobilenet-v2", _make(hf.MobileNetV2ForImageClassification, _mobilenet), _image(64)),
     Family("efficientnet", _make(hf.EfficientNetForImageClassification, _efficientnet), _image(32)),
-    Family(
-        "convnext",
-        _make(
-            hf.ConvNextForImageClassification,
-            lambda: hf.ConvNextConfig(
-                hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1], layer_scale_init_value=1.0, num_labels=LABELS
-            ),
-        ),
-        _image(32),
-    ),
-)  # fmt: skip
+    Family("convnext", _make(hf.ConvNextForImageClassification, _convnext), _image(32)),
+)
 FAMILIES: Mapping[str, Family] = {row.name: row for row in ROWS}
