@@ -68,7 +68,7 @@ EXPECTED: Mapping[str, tuple[Expected, ...]] = {
     "mpnet": CLASSIFIER,
     # Positions go through the same query and key projections, so they share heads and width with the content.
     "deberta-v2": CLASSIFIER,
-    # One axis of the fused weight runs over q, k and v, (3, heads, width), so all three lose the same entries of a head,
+    # One axis of the fused weight runs over q, k and v, (3, heads, width), so they lose the same entries of a head,
     # and rotation ties entries i and i + 4. The prediction head ends in a LayerNorm.
     "modernbert": (Expected("heads", 6, 3), Expected("qk-width", 4, 3), *neurons({80: 3})),
     "gpt2": ENCODER,

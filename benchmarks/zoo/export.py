@@ -34,8 +34,10 @@ class Export:
 
     def reference(self, feeds: Mapping[str, Tensor]) -> list[np.ndarray]:
         """Outputs of the torch model."""
+        kind = next(self.model.parameters()).dtype
+        values = [value.to(kind) if value.is_floating_point() else value for value in feeds.values()]
         with torch.no_grad():
-            return [output.numpy() for output in self.model(*feeds.values())]
+            return [output.float().numpy() for output in self.model(*values)]
 
 
 def cache() -> Path:
@@ -44,18 +46,25 @@ def cache() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "optin-deploy" / "zoo"
 
 
-def export(name: str, exporter: str, opset: int | None = None) -> Export:
+def export(name: str, exporter: str, opset: int | None = None, *, bf16: bool = False, sdpa: bool = False) -> Export:
     """Export a family, or take the file that an earlier call left.
 
     Args:
         name: a key of `FAMILIES`.
         exporter: a key of `OPSETS`.
         opset: another operator set than the exporter's usual one.
+        bf16: weights and activations in bfloat16.
+        sdpa: attention as one call of torch, which opset 23 has an operator for.
     """
     family = FAMILIES[name]
     opset = opset or OPSETS[exporter]
     model = family.model()
-    path = cache() / f"{name}.{exporter}{opset}.{_key(model, family)}.onnx"
+    if sdpa:
+        model.model.set_attn_implementation("sdpa")  # type: ignore[operator]  # every model here is of transformers
+    if bf16:
+        model = model.to(torch.bfloat16)
+    words = f"{exporter}{opset}{'.bf16' * bf16}{'.sdpa' * sdpa}"
+    path = cache() / f"{name}.{words}.{_key(model, family)}.onnx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -71,7 +80,7 @@ def _by_dynamo(model: Exported, family: Family, path: Path, opset: int) -> None:
         warnings.simplefilter("ignore")  # of the exporter's own making; the test compares the result
         torch.onnx.export(
             model,
-            tuple(family.feeds().values()),
+            _example(model, family),
             path,
             input_names=[one.name for one in family.inputs],
             output_names=list(family.outputs),
@@ -90,7 +99,7 @@ def _by_torchscript(model: Exported, family: Family, path: Path, opset: int) -> 
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            tuple(family.feeds().values()),
+            _example(model, family),
             path,
             input_names=[one.name for one in family.inputs],
             output_names=list(family.outputs),
@@ -98,6 +107,11 @@ def _by_torchscript(model: Exported, family: Family, path: Path, opset: int) -> 
             opset_version=opset,
             dynamo=False,
         )
+
+
+def _example(model: Exported, family: Family) -> tuple[Tensor, ...]:
+    kind = next(model.parameters()).dtype
+    return tuple(value.to(kind) if value.is_floating_point() else value for value in family.feeds().values())
 
 
 def _key(model: Exported, family: Family) -> str:
@@ -112,5 +126,5 @@ def _key(model: Exported, family: Family) -> str:
     found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.numpy().tobytes())
+        found.update(tensor.float().numpy().tobytes())
     return found.hexdigest()[:12]
