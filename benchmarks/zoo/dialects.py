@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -16,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks.zoo.export import Export, export
+from benchmarks.zoo.export import Export, export, quiet
 from benchmarks.zoo.families import HEADS, HIDDEN
 
 FAMILIES = ("bert", "vit", "llama", "swin", "resnet")
@@ -81,7 +78,7 @@ def static(source: Export, path: Path, *, form: str) -> None:
         for seed in range(3)
     ]
 
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]  # untyped base
+    class Reader(tools.CalibrationDataReader):  # type: ignore[misc]  # untyped base
         def __init__(self) -> None:
             self.left: Iterator[dict[str, np.ndarray]] = iter(feeds)
 
@@ -116,7 +113,7 @@ def four_bits(source: Export, path: Path) -> None:
 def slimmed(source: Export, path: Path) -> None:
     """Write what onnxslim leaves of it."""
     onnxslim: Any = import_module("onnxslim")
-    onnxslim.slim(str(source.path), str(path))
+    onnx.save(onnxslim.slim(onnx.load(source.path)), path)  # given paths it prints a table
 
 
 EXPORTED: Mapping[str, Callable[[str], Export]] = {
@@ -150,15 +147,3 @@ def offered(family: str) -> tuple[str, ...]:
     """Dialects that a family has: what fuses attention has nothing to do in a convolutional network."""
     plain = family in FUSIONS
     return tuple(name for name in DIALECTS if plain or ("fused" not in name and "attention" not in name))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings and logs of the tools out of sight while they work."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +69,7 @@ def export(name: str, exporter: str, opset: int | None = None, *, bf16: bool = F
     path = cache() / f"{name}.{words}.{_key(model, family)}.onnx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, quiet():
             made = Path(folder) / path.name
             {"dynamo": _by_dynamo, "torchscript": _by_torchscript}[exporter](model, family, made, opset)
             made.replace(path)
@@ -76,37 +78,45 @@ def export(name: str, exporter: str, opset: int | None = None, *, bf16: bool = F
 
 def _by_dynamo(model: Exported, family: Family, path: Path, opset: int) -> None:
     axes = {size: torch.export.Dim(size, min=1, max=64) for size in SIZES}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making; the test compares the result
-        torch.onnx.export(
-            model,
-            _example(model, family),
-            path,
-            input_names=[one.name for one in family.inputs],
-            output_names=list(family.outputs),
-            dynamic_shapes=(tuple({place: axes[size] for place, size in one.free.items()} for one in family.inputs),),
-            opset_version=opset,
-            dynamo=True,
-            optimize=True,
-            external_data=False,
-            verbose=False,
-        )
+    torch.onnx.export(
+        model,
+        _example(model, family),
+        path,
+        input_names=[one.name for one in family.inputs],
+        output_names=list(family.outputs),
+        dynamic_shapes=(tuple({place: axes[size] for place, size in one.free.items()} for one in family.inputs),),
+        opset_version=opset,
+        dynamo=True,
+        optimize=True,
+        external_data=False,
+        verbose=False,
+    )
 
 
 def _by_torchscript(model: Exported, family: Family, path: Path, opset: int) -> None:
     free: dict[str, dict[int, str]] = {one.name: one.free for one in family.inputs}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            _example(model, family),
-            path,
-            input_names=[one.name for one in family.inputs],
-            output_names=list(family.outputs),
-            dynamic_axes={**free, **{name: {0: "batch"} for name in family.outputs}},
-            opset_version=opset,
-            dynamo=False,
-        )
+    torch.onnx.export(
+        model,
+        _example(model, family),
+        path,
+        input_names=[one.name for one in family.inputs],
+        output_names=list(family.outputs),
+        dynamic_axes={**free, **{name: {0: "batch"} for name in family.outputs}},
+        opset_version=opset,
+        dynamo=False,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and logs of exporters and other tools out of sight; what they make is compared with the model."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _example(model: Exported, family: Family) -> tuple[Tensor, ...]:

@@ -25,12 +25,26 @@ class Input:
     shape: tuple[int | str, ...]
     """Numbers are fixed; names, keys of `SIZES`, are free."""
     kind: str = "real"
-    """`ids`, `mask` (ones, and zeros at the end of the first row) or `real` (normal)."""
+    """`ids`, `mask` (ones, and zeros at the end of the first row), `zeros` or `real` (normal)."""
+    below: int = VOCABULARY
+    """Ids are smaller."""
 
     @property
     def free(self) -> dict[int, str]:
         """Free axes: position to name."""
         return {position: size for position, size in enumerate(self.shape) if isinstance(size, str)}
+
+    def values(self, generator: torch.Generator, sizes: Mapping[str, int]) -> Tensor:
+        """Make values for these sizes of free axes."""
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        if self.kind == "real":
+            return torch.randn(shape, generator=generator)
+        if self.kind == "ids":
+            return torch.randint(min(5, self.below - 1), self.below, shape, generator=generator)
+        values = (torch.zeros if self.kind == "zeros" else torch.ones)(shape, dtype=torch.long)
+        if self.kind == "mask" and shape[-1] > 2:
+            values[0, -2:] = 0
+        return values
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,7 @@ class Family:
     def feeds(self, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         """Make inputs; sizes of free axes by name, such as `batch=5, length=17`."""
         generator = torch.Generator().manual_seed(seed)
-        sized = {**SIZES, **sizes}
-        return {
-            one.name: _values(one, tuple(sized[n] if isinstance(n, str) else n for n in one.shape), generator)
-            for one in self.inputs
-        }
+        return {one.name: one.values(generator, {**SIZES, **sizes}) for one in self.inputs}
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -91,8 +101,10 @@ def scatter(model: nn.Module) -> None:
     and a mask on what they multiply would change nothing.
     """
     for module in model.modules():
-        if "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter):
-            module.weight.data.fill_(1)  # some start near zero, and features would be as good as equal
+        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), nn.Parameter):
+            nn.init.ones_(
+                module.get_parameter("weight")
+            )  # some start near zero, and features would be as good as equal
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -104,16 +116,6 @@ def scatter(model: nn.Module) -> None:
             buffer.uniform_(0.5, 1.5)
         elif last in ("running_mean", "weight", "bias"):  # frozen BatchNorms hold all of theirs as buffers
             buffer.add_(torch.randn_like(buffer) * 0.1)
-
-
-def _values(one: Input, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if one.kind == "ids":
-        return torch.randint(5, VOCABULARY, shape, generator=generator)
-    if one.kind == "mask":
-        mask = torch.ones(shape, dtype=torch.long)
-        mask[0, -2:] = 0
-        return mask
-    return torch.randn(shape, generator=generator)
 
 
 def _ids(name: str = "input_ids", axis: str = "length") -> Input:
