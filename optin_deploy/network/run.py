@@ -68,7 +68,7 @@ class Program:
             if place in row.numbers and name in network.weights
         }
         self._weights = {
-            name: self._placed(torch_tensor(tensor), name in numbers)
+            name: torch_tensor(tensor).to("cpu" if name in numbers else self.device)
             for name, tensor in network.weights.items()
             if name not in fed
         }
@@ -96,12 +96,12 @@ class Program:
         """
         masks = masks or {}
         values: dict[str, Tensor] = dict(self._weights)
-        values.update({name: self._placed(value, False) for name, value in feeds.items()})
+        values.update({name: self._typed(value).to(self.device) for name, value in feeds.items()})
         outputs = [port.name for port in self.network.outputs]
         held = {*outputs, *watch}
         steps = self._steps if cone is None else [self._steps[index] for index in cone.nodes]
         for node, row, adapted in steps:
-            inputs = [values[name] if name else None for name in node.inputs]
+            inputs = [self._typed(values[name]) if name else None for name in node.inputs]
             for place in range(len(inputs)) if masks else ():
                 mask = masks.get((node.index, place))
                 if mask is not None:
@@ -137,10 +137,8 @@ class Program:
                 )
         return Cone(tuple(inside), tuple(needs))
 
-    def _placed(self, value: Tensor, number: bool) -> Tensor:
-        return value if number else self._typed(value).to(self.device)
-
     def _typed(self, value: Tensor) -> Tensor:
+        """Weights take their type where they are used, so that a model is not held twice."""
         return value.to(self.dtype) if self.dtype is not None and value.dtype in FLOATS else value
 
     def _adapted(self, node: Node) -> Node:
@@ -157,7 +155,7 @@ def masked(row: Row, inputs: list[Tensor | None], place: int, mask: Tensor) -> T
     zero = inputs[row.zeros[place]] if row.zeros.get(place, len(inputs)) < len(inputs) else None
     assert value is not None
     if zero is None:
-        return value * mask
+        return value * (mask.to(value.dtype) if value.is_floating_point() else mask)
     dtype = value.dtype if value.is_floating_point() else mask.dtype
     zero = zero.to(dtype)
     return (value.to(dtype) - zero) * mask + zero
