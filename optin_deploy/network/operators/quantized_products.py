@@ -220,7 +220,9 @@ def matmul(
             flow.ranged(0)
         per_column(flow, columns, matmul_axes(flow, places=factors)[-1])
 
-    return Row(name, compute, flow_of, domain=domain, zeros=dict(zip(factors, zeros or (), strict=False)))
+    return Row(
+        name, compute, flow_of, domain=domain, factors=factors, zeros=dict(zip(factors, zeros or (), strict=False))
+    )
 
 
 def qgemm_flow(flow: Flow) -> None:
@@ -261,8 +263,11 @@ ROWS = (
         domain=RUNTIME,
     ),
     matmul("DynamicQuantizeMatMul", dynamic_matmul, columns=(2, 3, 4), domain=RUNTIME),
-    Row("QGemm", qgemm, qgemm_flow, domain=RUNTIME, zeros={0: 2, 3: 5}),
-    Row("ConvInteger", conv_integer, conv_integer_flow, zeros={0: 2}),
-    *(Row("QLinearConv", qlinear_conv, qlinear_conv_flow, domain=domain, zeros={0: 2}) for domain in ("", RUNTIME)),
-    Row("QAttention", qattention, qattention_flow, domain=RUNTIME, zeros={0: 6}),
+    Row("QGemm", qgemm, qgemm_flow, domain=RUNTIME, factors=(0, 3), zeros={0: 2, 3: 5}),
+    Row("ConvInteger", conv_integer, conv_integer_flow, factors=(0, 1), zeros={0: 2}),
+    *(
+        Row("QLinearConv", qlinear_conv, qlinear_conv_flow, domain=domain, factors=(0, 3), zeros={0: 2})
+        for domain in ("", RUNTIME)
+    ),
+    Row("QAttention", qattention, qattention_flow, domain=RUNTIME, factors=(0, 1), zeros={0: 6}),
 )

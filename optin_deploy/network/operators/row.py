@@ -137,6 +137,8 @@ class Row:
     """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run
     that only finds shapes."""
     domain: str = ""
+    factors: tuple[int, int] | None = None
+    """Places of the two tensors that a product multiplies; None: it is no product."""
     zeros: Mapping[int, int] = field(default_factory=dict)
     """Where 0 is written as another number, as in tensors of whole numbers: place of an input -> place of that number.
     A mask puts it there instead of 0."""
