@@ -59,13 +59,17 @@ def binary(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> Row:
     return Row(name, whole, lambda flow: flow.give(0, flow.broadcast((0, 3), flow.out_shape())), domain=RUNTIME)
 
 
-def softmax(node: Node, x: Tensor) -> Tensor:
-    """Normalise along an axis; before opset 13, along it and all behind it."""
-    axis = node.get("axis", -1)
+def softmax(node: Node, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_scale: Tensor, y_zero: Tensor) -> Tensor:
+    """Normalise along an axis; before opset 13, along it and all behind it.
+
+    ONNX Runtime counts in whole steps: of the inverse of the scale, it takes the whole part.
+    """
+    real, axis = dequantize(x, x_scale, x_zero), node.get("axis", -1)
     if node.get("opset", 13) >= 13:
-        return torch.softmax(x, axis)
-    axis = axis % x.ndim
-    return torch.softmax(x.flatten(axis), -1).reshape(x.shape)
+        y = torch.softmax(real, axis)
+    else:
+        y = torch.softmax(real.flatten(axis % x.ndim), -1).reshape(x.shape)
+    return quantize(y, 1 / torch.floor(1 / y_scale.float()).clamp(min=1).to(y.dtype), y_zero)
 
 
 def softmax_axes(flow: Flow) -> None:
@@ -131,7 +135,7 @@ def joined(flow: Flow) -> None:
 ROWS = (
     unary("QLinearSigmoid", lambda _, x: torch.sigmoid(x)),
     unary("QLinearLeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01))),
-    unary("QLinearSoftmax", softmax, softmax_axes),
+    Row("QLinearSoftmax", softmax, softmax_axes, domain=RUNTIME),
     unary("QLinearAveragePool", average, pooled_axes),
     unary("QLinearGlobalAveragePool", global_average, pooled_axes),
     binary("QLinearAdd", torch.add),
