@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import over_last, rms_norm
 from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
-from optin_deploy.network.operators.row import Flow, Row, Unsupported, refused
+from optin_deploy.network.operators.row import CHANNELS_LAST, Flow, Row, Unsupported, refused
 from optin_deploy.network.operators.spatial import conv, convolved
 
 RUNTIME = "com.microsoft"
@@ -24,7 +24,6 @@ LAID_OUT = (
     "it is laid out for the processor of one machine by ONNX Runtime's last level of optimisation; "
     "give the file from before, or one that was optimised at the level 'extended' or below"
 )
-CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
 
 
 def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

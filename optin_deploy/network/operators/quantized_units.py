@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import same
 from optin_deploy.network.operators.pools import average_pool, pooled
 from optin_deploy.network.operators.quantized import dequantize, quantize
-from optin_deploy.network.operators.row import Flow, Row, only
+from optin_deploy.network.operators.row import Flow, Row, channels_first
 
 RUNTIME = "com.microsoft"
 
@@ -81,19 +81,19 @@ def softmax_axes(flow: Flow) -> None:
 
 def average(node: Node, x: Tensor) -> Tensor:
     """Take the mean of windows."""
-    only(node, channels_last=0)
+    channels_first(node)
     return average_pool(node, x)
 
 
 def global_average(node: Node, x: Tensor) -> Tensor:
     """Take the mean of all places."""
-    only(node, channels_last=0)
+    channels_first(node)
     return x.mean(list(range(2, x.ndim)), keepdim=True)
 
 
 def pooled_axes(flow: Flow) -> None:
     """Flow of pools."""
-    only(flow.node, channels_last=0)
+    channels_first(flow.node)
     pooled(flow)
 
 

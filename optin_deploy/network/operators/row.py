@@ -166,6 +166,16 @@ def refused(name: str, domain: str, why: str) -> Row:
     return Row(name, compute, refuse(why), domain=domain)
 
 
+CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
+"""Why some forms are refused."""
+
+
+def channels_first(node: Node) -> None:
+    """Refuse a node that keeps channels last."""
+    if node.get("channels_last", 0):
+        raise Unsupported(CHANNELS_LAST)
+
+
 def only(node: Node, **usual: object) -> None:
     """Refuse a node with an attribute that is set to something else than what its row knows."""
     for name, value in usual.items():
