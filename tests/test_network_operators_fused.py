@@ -11,8 +11,9 @@ import torch
 from one_node import model_of, ours, same
 from torch.nn import functional
 
+from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
-from optin_deploy.network.operators import rows
+from optin_deploy.network.run import Program
 from optin_deploy.network.operators.row import Unsupported
 
 MICROSOFT = {"domain": "com.microsoft"}
@@ -158,16 +159,16 @@ def test_what_only_gpus_run_is_what_its_parts_are(rng: np.random.Generator) -> N
         ("ReorderInput", "com.microsoft.nchwc", "give the file from before"),
         ("Conv", "com.microsoft.nchwc", "level 'extended' or below"),
         ("NhwcConv", "com.microsoft", "keeps channels last"),
+        ("QLinearGlobalAveragePool", "com.microsoft", "keeps channels last"),
     ],
 )
 def test_layouts_for_one_machine_are_refused_with_what_to_do(op: str, domain: str, words: str) -> None:
-    feeds = [np.zeros((1, 8, 4, 4), np.float32)]
-    (node,) = Network(ir.from_proto(model_of(op, feeds, domain=domain)), "a test").nodes
-    row = rows()[node.domain, node.op]
-    with pytest.raises(Unsupported, match=words):
-        row.compute(node, torch.zeros(1, 8, 4, 4))
-    with pytest.raises(Unsupported, match=words):
-        row.flow(None)  # type: ignore[arg-type]
+    feeds = [np.zeros((1, 8, 4, 4), np.float32), *[np.array(1, np.float32)] * 4]
+    model = model_of(op, feeds, domain=domain, channels_last=1)
+    with pytest.raises(BadInput, match=words):
+        Program(Network(ir.from_proto(model), "a test"))(
+            {f"in{place}": torch.from_numpy(feed) for place, feed in enumerate(feeds)}
+        )
 
 
 def test_an_activation_that_is_not_known_is_named(rng: np.random.Generator) -> None:

@@ -175,7 +175,16 @@ def test_units_of_whole_numbers(rng: np.random.Generator) -> None:
     same("QLinearMul", [signed(rng, 4, 6), *whole[0], signed(rng, 6), *whole[1], *whole[2]], **form)
     same("QLinearSigmoid", [x, *unit(rng), *fine], **form)
     same("QLinearLeakyRelu", [signed(rng, 4, 6), *whole[0], *whole[1]], alpha=0.2, **form)
-    same("QLinearSoftmax", [x, *unit(rng), *fine], axis=-1, opset=13, **form)
+    for step in (1 / 256, 1 / 255, 0.0023):
+        finest = [number(step), number(0, np.uint8)]
+        same("QLinearSoftmax", [picture, *unit(rng), *finest], axis=-1, opset=13, **MICROSOFT)
+    same(
+        "QLinearSoftmax",
+        [signed(rng, 4, 6), *unit(rng, np.int8), number(0.003), number(-128, np.int8)],
+        axis=-1,
+        opset=13,
+        **MICROSOFT,
+    )
     same("QLinearSoftmax", [picture, *unit(rng), *fine], axis=1, opset=12, **form)
     pool = [picture, *unit(rng), *unit(rng)]
     same("QLinearAveragePool", pool, kernel_shape=[2, 2], strides=[2, 2], **form)

@@ -227,3 +227,20 @@ def test_weights_of_a_few_bits_lose_whole_blocks(width: int, zeros: bool, expect
     ]
     layout = holds(graph(nodes, weights, probes[0]), probes, expected)
     assert expected or any("share a byte" in each.why for each in layout.frozen)
+
+
+def test_what_is_looked_up_in_a_table_of_whole_numbers_is_no_position_that_layers_share() -> None:
+    probes = [{"ids": RNG.integers(0, 11, size)} for size in ((2, 5), (3, 7))]
+    weights = {"table": signed(11, INNER), "ts": scales(), "t0": byte(0, np.int8), "g": real(INNER)}
+    weights |= {"u": real(INNER, NEURONS), "v": real(NEURONS, INNER)}
+    nodes = [
+        node("Gather", ["table", "ids"], ["looked"]),
+        node("DequantizeLinear", ["looked", "ts", "t0"], ["x"]),
+        node("Mul", ["x", "g"], ["scaled"]),
+        node("MatMul", ["scaled", "u"], ["h"]),
+        node("Relu", ["h"], ["k"]),
+        node("MatMul", ["k", "v"], ["y"]),
+        node("Add", ["x", "y"], ["out"]),
+    ]
+    layout = holds(graph(nodes, weights, probes[0]), probes, FOUND)
+    assert not layout.structure.taps

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from optin_deploy.network.axes import Axis
+from optin_deploy.network.operators import rows
 from optin_deploy.structure.flow import Contraction, Number, Structure
 
 KINDS = ("heads", "groups", "queries", "neurons", "channels", "qk-width", "v-width")
@@ -113,16 +114,15 @@ def kinds(structure: Structure) -> dict[Axis, str]:
 
     for index, _ in structure.products:
         node = network.nodes[index]
-        if len(node.inputs) < 2 or any(name in fixed for name in node.inputs[:2]):
-            continue
-        if any(name not in structure.axes for name in (*node.inputs[:2], node.outputs[0])):
+        factors = [node.inputs[place] for place in rows()[node.domain, node.op].factors or ()]
+        if not factors or any(name in fixed or name not in structure.axes for name in (*factors, node.outputs[0])):
             continue
         one, other, out = (
             {leaf: None for axis in structure.axes[name] for leaf in axis.leaves()}
-            for name in (*node.inputs[:2], node.outputs[0])
+            for name in (*factors, node.outputs[0])
         )
         both = [leaf for leaf in one if leaf in other]
-        note(_heads(structure, node.inputs[0], [leaf for leaf in both if leaf in out]), "heads")
+        note(_heads(structure, factors[0], [leaf for leaf in both if leaf in out]), "heads")
         note([leaf for leaf in both if leaf not in out], "qk-width")
         note([leaf for leaf in other if leaf not in one and leaf in out], "v-width")
     for contraction in structure.contractions:

@@ -5,11 +5,16 @@ If their axes were unified at every reader, all layers would have to keep the sa
 
 from __future__ import annotations
 
+import torch
+
 from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.operators import rows
 from optin_deploy.network.shapes import Shapes
 
-PROJECTIONS = ("MatMul", "Gemm", "Conv", "Einsum")
-PICKS = ("Gather", "GatherElements", "GatherND")
+PICKS = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "GatherBlockQuantized": 1, "EmbedLayerNormalization": 0}
+"""Operators that look something up, and where they read what to look up."""
+REAL = (torch.int8, torch.uint8)
+"""Types of whole numbers that stand for real ones."""
 
 
 def shared_positions(network: Network, shapes: Shapes) -> frozenset[str]:
@@ -38,11 +43,14 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
 
     def is_real(name: str) -> bool:
         tensor = shapes.tensors.get(name)
-        return tensor is not None and tensor.is_floating_point()
+        return tensor is not None and (tensor.is_floating_point() or tensor.dtype in REAL)
 
     def projects(node: Node) -> bool:
         """Whether a layer's own weights make its values; a product over one entry only spreads them."""
-        return node.op in PROJECTIONS and (node.op != "MatMul" or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,))
+        row = rows().get((node.domain, node.op))
+        if row is None or row.factors is None:
+            return False
+        return node.op != "MatMul" or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,)
 
     content = {port.name for port in network.inputs if is_real(port.name)}
     given = {port.name for port in network.inputs}
@@ -50,7 +58,7 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
     for node in network.nodes:
         if node.op in ("Shape", "Size"):
             continue
-        looked_up = node.op in PICKS and is_real(node.inputs[0]) and node.inputs[1] in given
+        looked_up = node.op in PICKS and node.inputs[PICKS[node.op]] in given and any(map(is_real, node.inputs))
         if looked_up or projects(node) or content.intersection(node.inputs):
             content.update(node.outputs)
         else:

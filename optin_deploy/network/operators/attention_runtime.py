@@ -232,6 +232,6 @@ def _attend_flow(
 
 
 ROWS = (
-    Row("Attention", _attention, _flow_attention, domain="com.microsoft"),
+    Row("Attention", _attention, _flow_attention, domain="com.microsoft", factors=(0, 1)),
     Row("MultiHeadAttention", _multi_head, _flow_multi_head, domain="com.microsoft"),
 )

@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import over_last, rms_norm
 from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
-from optin_deploy.network.operators.row import Flow, Row, Unsupported, refused
+from optin_deploy.network.operators.row import CHANNELS_LAST, Flow, Row, Unsupported, refused
 from optin_deploy.network.operators.spatial import conv, convolved
 
 RUNTIME = "com.microsoft"
@@ -24,7 +24,6 @@ LAID_OUT = (
     "it is laid out for the processor of one machine by ONNX Runtime's last level of optimisation; "
     "give the file from before, or one that was optimised at the level 'extended' or below"
 )
-CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
 
 
 def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -163,9 +162,9 @@ def skipped(flow: Flow) -> None:
     """Flow of a sum that is normalised over its last axis."""
     axes = flow.broadcast([place for place in range(len(flow.node.inputs)) if flow.has(place)], flow.out_shape())
     flow.freeze(axes[-1:])
-    for place, name in enumerate(flow.node.outputs):
-        if name:
-            flow.give(place, [*axes[:-1], flow.fresh(1)] if place in (1, 2) else axes)
+    flow.give(0, axes)
+    if len(flow.node.outputs) > 3 and flow.node.outputs[3]:
+        flow.give(3, axes)
 
 
 def embedded(
@@ -236,13 +235,13 @@ ROWS = (
     Row("BiasGelu", lambda _, x, bias: functional.gelu(x + bias), aligned, domain=RUNTIME),
     Row("BiasAdd", lambda _, x, bias, skip: x + bias + skip, aligned, domain=RUNTIME),
     Row("BiasSplitGelu", split_gelu, halves, domain=RUNTIME),
-    Row("FusedConv", fused_conv, fused_convolved, domain=RUNTIME),
-    Row("FusedGemm", fused_gemm, gemm_axes, domain=RUNTIME),
+    Row("FusedConv", fused_conv, fused_convolved, domain=RUNTIME, factors=(0, 1)),
+    Row("FusedGemm", fused_gemm, gemm_axes, domain=RUNTIME, factors=(0, 1)),
     *(
-        Row(name, fused_matmul, fused_matmul_axes, domain=RUNTIME)
+        Row(name, fused_matmul, fused_matmul_axes, domain=RUNTIME, factors=(0, 1))
         for name in ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul")
     ),
-    Row("GemmFastGelu", gemm_fast_gelu, gemm_fast_gelu_axes, domain=RUNTIME),
+    Row("GemmFastGelu", gemm_fast_gelu, gemm_fast_gelu_axes, domain=RUNTIME, factors=(0, 1)),
     Row("SimplifiedLayerNormalization", rms_norm, over_last),
     Row("SkipLayerNormalization", skip_layer_norm, skipped, domain=RUNTIME),
     Row("SkipSimplifiedLayerNormalization", skip_rms_norm, skipped, domain=RUNTIME),

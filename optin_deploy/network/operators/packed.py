@@ -127,6 +127,6 @@ def gather_blocks_axes(flow: Flow) -> None:
 
 
 ROWS = (
-    Row("MatMulNBits", matmul_bits, matmul_bits_axes, domain="com.microsoft"),
+    Row("MatMulNBits", matmul_bits, matmul_bits_axes, domain="com.microsoft", factors=(0, 1)),
     Row("GatherBlockQuantized", gather_blocks, gather_blocks_axes, domain="com.microsoft"),
 )

@@ -107,7 +107,9 @@ def einsum_axes(flow: Flow) -> None:
 
 
 ROWS = (
-    Row("MatMul", lambda _, a, b: a @ b, matmul_axes),
-    Row("Gemm", gemm, gemm_axes),
-    Row("Einsum", lambda node, *inputs: torch.einsum(node.attributes["equation"], *inputs), einsum_axes),
+    Row("MatMul", lambda _, a, b: a @ b, matmul_axes, factors=(0, 1)),
+    Row("Gemm", gemm, gemm_axes, factors=(0, 1)),
+    Row(
+        "Einsum", lambda node, *inputs: torch.einsum(node.attributes["equation"], *inputs), einsum_axes, factors=(0, 1)
+    ),
 )

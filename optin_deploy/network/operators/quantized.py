@@ -23,7 +23,7 @@ def rounded(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
 
 
-def quantize(x: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def quantize(x: Tensor, scale: Tensor | float, zero: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Divide, round, shift and bound.
 
     Args:

@@ -13,7 +13,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.attention_runtime import flow_self_attention, self_attention
 from optin_deploy.network.operators.products import gemm_axes, matmul_axes
 from optin_deploy.network.operators.quantized import centred, dynamic, quantize
-from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only
+from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, channels_first
 from optin_deploy.network.operators.spatial import conv, convolved
 
 EXACT = 2**24
@@ -41,6 +41,11 @@ def whole_conv(node: Node, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve whole numbers."""
     one, other = precise(math.prod(weight.shape[1:]), x, weight)
     return conv(node, one, other).to(result_type(x, weight))
+
+
+def again(sums: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Quantise sums of whole numbers; ONNX Runtime multiplies by one factor, so that halves are the same."""
+    return quantize(sums * scale.to(sums.dtype), 1.0, zero)
 
 
 def along_rows(parameter: Tensor | None) -> Tensor | None:
@@ -85,10 +90,9 @@ def qlinear_matmul(
 ) -> Tensor:
     """Multiply, and quantise the product."""
     product = whole_product(centred(a, along_rows(single(a_zero))), centred(b, single(b_zero)))
-    factors = [each.to(product.dtype) for each in (a_scale, b_scale, y_scale)]
-    left = along_rows(single(factors[0]))
+    left = along_rows(single(a_scale))
     assert left is not None
-    return quantize(product * (left * factors[1]), factors[2], y_zero)
+    return again(product, left * b_scale / y_scale, y_zero)
 
 
 def qlinear_conv(
@@ -104,13 +108,13 @@ def qlinear_conv(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Convolve, add a bias, and quantise the sum."""
-    only(node, channels_last=0)
+    channels_first(node)
     sums = whole_conv(node, centred(x, single(x_zero)), centred(weight, along_channels(weight_zero, weight.ndim)))
     if bias is not None:
         sums = sums + bias.to(sums.dtype).reshape(-1, *[1] * (x.ndim - 2))
     scale = along_channels(x_scale * weight_scale, x.ndim - 1)
     assert scale is not None
-    return quantize(sums * scale.to(sums.dtype), y_scale.to(sums.dtype), y_zero)
+    return again(sums, scale / y_scale, y_zero)
 
 
 def qgemm(
@@ -129,8 +133,8 @@ def qgemm(
     one, other = centred(a, single(a_zero)), b.T if node.get("transB", 0) else b
     sums = whole_product(one.T if node.get("transA", 0) else one, centred(other, single(b_zero)))
     sums = sums if c is None else sums + c.to(sums.dtype)
-    real = sums * (a_scale * b_scale * node.get("alpha", 1.0)).to(sums.dtype)
-    return real if y_scale is None else quantize(real, y_scale.to(sums.dtype), y_zero)
+    scale = a_scale * b_scale * node.get("alpha", 1.0)
+    return sums * scale.to(sums.dtype) if y_scale is None else again(sums, scale / y_scale, y_zero)
 
 
 def matmul_integer_to_float(
@@ -220,7 +224,9 @@ def matmul(
             flow.ranged(0)
         per_column(flow, columns, matmul_axes(flow, places=factors)[-1])
 
-    return Row(name, compute, flow_of, domain=domain, zeros=dict(zip(factors, zeros or (), strict=False)))
+    return Row(
+        name, compute, flow_of, domain=domain, factors=factors, zeros=dict(zip(factors, zeros or (), strict=False))
+    )
 
 
 def qgemm_flow(flow: Flow) -> None:
@@ -237,7 +243,7 @@ def conv_integer_flow(flow: Flow) -> None:
 
 def qlinear_conv_flow(flow: Flow) -> None:
     """Flow of QLinearConv."""
-    only(flow.node, channels_last=0)
+    channels_first(flow.node)
     numbers(flow, (1, 2))
     convolved(flow, at=3, bias=(4, 5, 8))
 
@@ -261,8 +267,11 @@ ROWS = (
         domain=RUNTIME,
     ),
     matmul("DynamicQuantizeMatMul", dynamic_matmul, columns=(2, 3, 4), domain=RUNTIME),
-    Row("QGemm", qgemm, qgemm_flow, domain=RUNTIME, zeros={0: 2, 3: 5}),
-    Row("ConvInteger", conv_integer, conv_integer_flow, zeros={0: 2}),
-    *(Row("QLinearConv", qlinear_conv, qlinear_conv_flow, domain=domain, zeros={0: 2}) for domain in ("", RUNTIME)),
-    Row("QAttention", qattention, qattention_flow, domain=RUNTIME, zeros={0: 6}),
+    Row("QGemm", qgemm, qgemm_flow, domain=RUNTIME, factors=(0, 3), zeros={0: 2, 3: 5}),
+    Row("ConvInteger", conv_integer, conv_integer_flow, factors=(0, 1), zeros={0: 2}),
+    *(
+        Row("QLinearConv", qlinear_conv, qlinear_conv_flow, domain=domain, factors=(0, 3), zeros={0: 2})
+        for domain in ("", RUNTIME)
+    ),
+    Row("QAttention", qattention, qattention_flow, domain=RUNTIME, factors=(0, 1), zeros={0: 6}),
 )

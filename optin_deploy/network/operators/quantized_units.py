@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import same
 from optin_deploy.network.operators.pools import average_pool, pooled
 from optin_deploy.network.operators.quantized import dequantize, quantize
-from optin_deploy.network.operators.row import Flow, Row, only
+from optin_deploy.network.operators.row import Flow, Row, channels_first
 
 RUNTIME = "com.microsoft"
 
@@ -59,13 +59,17 @@ def binary(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> Row:
     return Row(name, whole, lambda flow: flow.give(0, flow.broadcast((0, 3), flow.out_shape())), domain=RUNTIME)
 
 
-def softmax(node: Node, x: Tensor) -> Tensor:
-    """Normalise along an axis; before opset 13, along it and all behind it."""
-    axis = node.get("axis", -1)
+def softmax(node: Node, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_scale: Tensor, y_zero: Tensor) -> Tensor:
+    """Normalise along an axis; before opset 13, along it and all behind it.
+
+    ONNX Runtime counts in whole steps: of the inverse of the scale, it takes the whole part.
+    """
+    real, axis = dequantize(x, x_scale, x_zero), node.get("axis", -1)
     if node.get("opset", 13) >= 13:
-        return torch.softmax(x, axis)
-    axis = axis % x.ndim
-    return torch.softmax(x.flatten(axis), -1).reshape(x.shape)
+        y = torch.softmax(real, axis)
+    else:
+        y = torch.softmax(real.flatten(axis % x.ndim), -1).reshape(x.shape)
+    return quantize(y, 1 / torch.floor(1 / y_scale.float()).clamp(min=1).to(y.dtype), y_zero)
 
 
 def softmax_axes(flow: Flow) -> None:
@@ -77,19 +81,19 @@ def softmax_axes(flow: Flow) -> None:
 
 def average(node: Node, x: Tensor) -> Tensor:
     """Take the mean of windows."""
-    only(node, channels_last=0)
+    channels_first(node)
     return average_pool(node, x)
 
 
 def global_average(node: Node, x: Tensor) -> Tensor:
     """Take the mean of all places."""
-    only(node, channels_last=0)
+    channels_first(node)
     return x.mean(list(range(2, x.ndim)), keepdim=True)
 
 
 def pooled_axes(flow: Flow) -> None:
     """Flow of pools."""
-    only(flow.node, channels_last=0)
+    channels_first(flow.node)
     pooled(flow)
 
 
@@ -131,7 +135,7 @@ def joined(flow: Flow) -> None:
 ROWS = (
     unary("QLinearSigmoid", lambda _, x: torch.sigmoid(x)),
     unary("QLinearLeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01))),
-    unary("QLinearSoftmax", softmax, softmax_axes),
+    Row("QLinearSoftmax", softmax, softmax_axes, domain=RUNTIME),
     unary("QLinearAveragePool", average, pooled_axes),
     unary("QLinearGlobalAveragePool", global_average, pooled_axes),
     binary("QLinearAdd", torch.add),

@@ -177,7 +177,7 @@ def recurrent_axes(flow: Flow) -> None:
 
 
 ROWS = (
-    Row("LSTM", recurrent(lstm, 4, ("Sigmoid", "Tanh", "Tanh")), recurrent_axes),
-    Row("GRU", recurrent(gru, 3, ("Sigmoid", "Tanh")), recurrent_axes),
-    Row("RNN", recurrent(rnn, 1, ("Tanh",)), recurrent_axes),
+    Row("LSTM", recurrent(lstm, 4, ("Sigmoid", "Tanh", "Tanh")), recurrent_axes, factors=(0, 1)),
+    Row("GRU", recurrent(gru, 3, ("Sigmoid", "Tanh")), recurrent_axes, factors=(0, 1)),
+    Row("RNN", recurrent(rnn, 1, ("Tanh",)), recurrent_axes, factors=(0, 1)),
 )

@@ -137,6 +137,8 @@ class Row:
     """Places of inputs that are read as Python numbers, such as shapes: they stay on the CPU, and are real in a run
     that only finds shapes."""
     domain: str = ""
+    factors: tuple[int, int] | None = None
+    """Places of the two tensors that a product multiplies; None: it is no product."""
     zeros: Mapping[int, int] = field(default_factory=dict)
     """Where 0 is written as another number, as in tensors of whole numbers: place of an input -> place of that number.
     A mask puts it there instead of 0."""
@@ -162,6 +164,16 @@ def refused(name: str, domain: str, why: str) -> Row:
         raise Unsupported(why)
 
     return Row(name, compute, refuse(why), domain=domain)
+
+
+CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
+"""Why some forms are refused."""
+
+
+def channels_first(node: Node) -> None:
+    """Refuse a node that keeps channels last."""
+    if node.get("channels_last", 0):
+        raise Unsupported(CHANNELS_LAST)
 
 
 def only(node: Node, **usual: object) -> None:

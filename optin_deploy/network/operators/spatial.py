@@ -135,6 +135,6 @@ def conv_transposed(flow: Flow) -> None:
 
 
 ROWS = (
-    Row("Conv", conv, convolved),
-    Row("ConvTranspose", conv_transpose, conv_transposed),
+    Row("Conv", conv, convolved, factors=(0, 1)),
+    Row("ConvTranspose", conv_transpose, conv_transposed, factors=(0, 1)),
 )
