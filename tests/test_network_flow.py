@@ -563,6 +563,16 @@ def neighbours_are_normalised(n: Net) -> Any:
     return n.Conv(n.LRN(n.Conv(n.x, w(5, 3, 3, 3), pads=SAME), size=3), w(4, 5, 1, 1))
 
 
+# Layers that feed back.
+
+
+@example(5, 6, frozen="feed back", stays=(6,))
+def a_layer_that_feeds_back(n: Net) -> Any:
+    a = n.Transpose(n.MatMul(n.Relu(n.MatMul(n.x, w(6, 5))), w(5, 6)), perm=[1, 0, 2])
+    b, _, _ = n.LSTM(n.Relu(a), w(1, 16, 6), w(1, 16, 4), w(1, 32), hidden_size=4, outputs=3)
+    return n.MatMul(n.Squeeze(b, [1]), w(4, 5))
+
+
 # Pictures.
 
 
@@ -712,6 +722,12 @@ def places_become_channels(n: Net) -> Any:
     return n.Conv(n.SpaceToDepth(n.Conv(n.x, w(5, 3, 1, 1)), blocksize=2), w(4, 20, 3, 3))
 
 
+@example(3, shape=("n", "l", 6))
+def blocks_become_a_picture(n: Net) -> Any:
+    a = n.Transpose(n.MatMul(n.Slice(n.x, [0], [4], [1]), w(6, 12)), perm=[0, 2, 1])
+    return n.Conv(n.Col2Im(a, [4, 4], [2, 2], strides=[2, 2]), w(4, 3, 1, 1))
+
+
 @example(5, shape=PICTURE)
 def pictures_are_sampled(n: Net) -> Any:
     grid = n.Tile(RNG.uniform(-1, 1, (1, 2, 3, 2)).astype(np.float32), n.Concat(n.Shape(n.x, end=1), [1, 1, 1], axis=0))
@@ -825,3 +841,94 @@ def test_groups_that_lose_all_units_leave_no_tensor_without_entries(example: Exa
         else:
             check(example.model, layout, {group.name: []})
             check(example.model, layout, {**plans(layout, 5), group.name: []})
+
+
+# Networks that nobody wrote.
+
+
+def random_network(seed: int) -> onnx.ModelProto:
+    """Operators in an order that a seed tells, from an input of six entries to an output of four."""
+    rng = np.random.default_rng(seed)
+    net = Net(("n", "l", 6), TensorProto.FLOAT, 20)
+    values = [("x", 6)]
+
+    def size() -> int:
+        return int(rng.choice([2, 3, 4, 6, 8, 12]))
+
+    def linear(value: str, old: int, new: int) -> str:
+        return str(net.Add(net.MatMul(value, w(old, new)), w(new)))
+
+    def factors(number: int) -> tuple[int, int]:
+        first = int(rng.choice([n for n in range(1, number + 1) if number % n == 0]))
+        return first, number // first
+
+    def step(kind: str, value: str, c: int) -> list[tuple[str, int]]:
+        a, b = factors(c)
+        at = int(rng.integers(1, c)) if c > 1 else 1
+        if kind == "linear":
+            return [(linear(value, c, new := size()), new)]
+        if kind == "act":
+            return [(net.Gelu(value), c)]
+        if kind == "residual":
+            return [(net.Add(value, linear(net.Relu(linear(value, c, new := size())), new, c)), c)]
+        if kind == "split" and c > 1:
+            parts = net.Split(value, [at, c - at], axis=-1, outputs=2)
+            return [(parts[0], at), (parts[1], c - at)]
+        if kind == "slice" and c > 1:
+            first, last = net.Slice(value, [0], [at - c], [2]), net.Slice(value, [at - c], [2**40], [-1])
+            return [(first, at), (last, c - at)]
+        if kind == "heads":
+            wide = net.Reshape(value, [0, 0, a, b])
+            scaled = net.Mul(wide, w(a, 1) if rng.random() < 0.5 else w(b))
+            return [(net.Reshape(scaled, [0, 0, c] if rng.random() < 0.5 else [0, 0, -1]), c)]
+        if kind == "shuffle":
+            turned = net.Transpose(net.Reshape(value, [0, 0, a, -1]), perm=[0, 1, 3, 2])
+            return [(net.Reshape(turned, [0, 0, c]), c)]
+        if kind == "repeat" and c < 9:
+            return [(net.Tile(value, [1, 1, 2]), 2 * c)]
+        if kind == "conv":
+            into, group = c // a, a
+            turned = net.Transpose(value, perm=[0, 2, 1])
+            new = group * int(rng.integers(1, 4))
+            out = net.Conv(turned, w(new, into, 3), w(new), group=group, pads=[1, 1])
+            return [(net.Transpose(out, perm=[0, 2, 1]), new)]
+        if kind == "mean":
+            return [(net.Add(value, net.ReduceMean(value, [1])), c)]
+        if kind == "norm":
+            return [(net.LayerNormalization(value, w(c), w(c)), c)]
+        if kind == "pad":
+            return [(net.Pad(value, [0, 0, 1, 0, 0, 0]), c + 1)]
+        if kind == "letters":
+            return [
+                (net.Einsum(net.Reshape(value, [0, 0, a, b]), w(a, b, new := size()), equation="nlab,abc->nlc"), new)
+            ]
+        if kind == "join":
+            other, d = values[rng.integers(len(values))]
+            if c == d and rng.random() < 0.6:
+                return [(net.Add(value, other) if rng.random() < 0.5 else net.Mul(value, net.Sigmoid(other)), c)]
+            return [(net.Concat(value, other, axis=2), c + d)] if c + d < 20 else []
+        return []
+
+    kinds = "linear act residual split slice heads shuffle repeat conv mean letters join join linear".split()
+    for _ in range(rng.integers(5, 14)):
+        kind = str(rng.choice([*kinds, *(("norm", "pad") if rng.random() < 0.2 else ())]))
+        values.extend(step(kind, *values[max(0, len(values) - 1 - int(rng.integers(0, 3)))]))
+    total = linear(*values[-1], 4)
+    for value, c in values[-3:-1]:
+        total = net.Add(total, linear(value, c, 4))
+    return net.model([total])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_random_network_is_cut_right(seed: int) -> None:
+    model = random_network(seed)
+    layout = find(network_of(model), probes(model))
+    assert not layout.structure.problems
+    if layout.groups:
+        check(model, layout, plans(layout, 0))
+        check(model, layout, plans(layout, seed + 1))
+    for group in layout.groups:
+        try:
+            check(model, layout, {**plans(layout, 5), group.name: []})
+        except BadInput as err:
+            assert "Keep one unit" in str(err)

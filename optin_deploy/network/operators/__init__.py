@@ -17,6 +17,7 @@ FAMILIES = (
     "spatial",
     "pools",
     "resizing",
+    "detection",
     "attention",
     "attention_runtime",
     "attention_grouped",

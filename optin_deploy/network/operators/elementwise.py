@@ -63,6 +63,14 @@ def modulo(node: Node, a: Tensor, b: Tensor) -> Tensor:
     return torch.fmod(a, b) if node.get("fmod", 0) else torch.remainder(a, b)
 
 
+def shift(node: Node, a: Tensor, b: Tensor) -> Tensor:
+    """Move bits to one side; whole numbers without a sign go through a wider type, which torch can shift."""
+    wide = a.to(torch.int64), b.to(torch.int64)
+    return (torch.bitwise_left_shift if node.attributes["direction"] == "LEFT" else torch.bitwise_right_shift)(
+        *wide
+    ).to(a.dtype)
+
+
 def clip(node: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
     """Bound every entry; a bound that is left out is none."""
     lowest, highest = (node.get(key) if bound is None else bound for key, bound in (("min", low), ("max", high)))
@@ -153,6 +161,7 @@ ROWS = (
     binary("And", torch.logical_and),
     binary("Or", torch.logical_or),
     binary("Xor", torch.logical_xor),
+    Row("BitShift", shift, aligned),
     binary("BitwiseAnd", torch.bitwise_and),
     binary("BitwiseOr", torch.bitwise_or),
     binary("BitwiseXor", torch.bitwise_xor),

@@ -66,6 +66,13 @@ def accumulated(flow: Flow) -> None:
     flow.give(0, axes)
 
 
+def determined(flow: Flow) -> None:
+    """Flow of Det: matrices stay whole."""
+    axes = flow.axes(0)
+    flow.freeze(axes[-2:])
+    flow.give(0, axes[:-2])
+
+
 def arg(name: str, compute: Callable[..., Tensor]) -> Row:
     """Make the row of a search for the place of an extreme."""
 
@@ -98,6 +105,7 @@ ROWS = (
     reducing("ReduceLogSum", lambda x, axes, keep: x.sum(axes, keep).log()),
     reducing("ReduceLogSumExp", lambda x, axes, keep: torch.logsumexp(x, axes, keep)),
     Row("CumSum", accumulate, accumulated, numbers=(1,)),
+    Row("Det", lambda _, x: torch.linalg.det(x), determined),
     arg("ArgMax", torch.argmax),
     arg("ArgMin", torch.argmin),
 )

@@ -206,12 +206,35 @@ def upsample(node: Node, x: Tensor, scales: Tensor) -> Tensor:
     return resize(old, x, None, scales)
 
 
+def fold(node: Node, x: Tensor, image: Tensor, block: Tensor) -> Tensor:
+    """Put blocks back into a picture; where they overlap they are added up.
+
+    Raises: Unsupported: the picture has not two axes, or other paddings on both sides.
+    """
+    sizes = whole(image)
+    pads = list(node.get("pads", [0] * 2 * len(sizes)))
+    if len(sizes) != 2 or pads[:2] != pads[2:]:
+        raise Unsupported("Col2Im of other than two axes, or with uneven pads")
+    dilations, strides = node.get("dilations", (1, 1)), node.get("strides", (1, 1))
+    return functional.fold(x, tuple(sizes), tuple(whole(block)), tuple(dilations), tuple(pads[:2]), tuple(strides))
+
+
+def folded(flow: Flow) -> None:
+    """Flow of Col2Im: channels come before the entries of a block."""
+    axes, shape = flow.axes(0), flow.out_shape()
+    inner = flow.fresh(shape[1])
+    flow.unify(axes[1], flow.product([inner, flow.fresh(axes[1].size // shape[1], "Col2Im")]))
+    flow.freeze(axes[2:])
+    flow.give(0, [axes[0], inner, *(flow.fresh(size, PLACES) for size in shape[2:])])
+
+
 ROWS = (
     Row("Pad", pad, padded_where, numbers=(1, 3)),
     Row("Resize", resize, resized, numbers=(1, 2, 3)),
     Row("Upsample", upsample, sized, numbers=(1,)),
     Row("GridSample", grid_sample, sampled),
     Row("AffineGrid", affine_grid, refuse("AffineGrid makes places in a picture"), numbers=(1,)),
+    Row("Col2Im", fold, folded, numbers=(1, 2)),
     Row("DepthToSpace", depth_to_space, blocks),
     Row("SpaceToDepth", space_to_depth, blocks),
 )
