@@ -28,7 +28,6 @@ class NetworkModule(nn.Module):
     def __init__(self, network: Network, *, trained: Collection[str] | None = None) -> None:
         """Args: trained: names of weights that are parameters, not buffers; None: all that have an axis."""
         super().__init__()
-        self.network = network
         self._held: dict[str, tuple[nn.Module, str]] = {}
         taken = set(network.weights)
         for name in sorted(_real(network)):
@@ -43,6 +42,11 @@ class NetworkModule(nn.Module):
                 owner.register_buffer(last, value)
             self._held[name] = (owner, last)
         self._program, self._stored = Program(network, fed=self._held), self._dtype()
+
+    @property
+    def network(self) -> Network:
+        """The graph, with the weights that it had at first."""
+        return self._program.network
 
     def forward(self, *values: Tensor, **named: Tensor) -> dict[str, Tensor]:
         """Takes the network's inputs, in their order or by name; returns its outputs by name.

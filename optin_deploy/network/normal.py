@@ -15,6 +15,7 @@ from onnx_ir.passes.common import (
 
 from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
+from optin_deploy.network.sequences import replace_sequences
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 """What onnx_ir raises about models that are none."""
@@ -31,6 +32,7 @@ def normalise(model: ir.Model, source: str) -> None:
         for graph in model.graphs():
             _compute_outputs(graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        replace_sequences(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
     except FOREIGN as err:

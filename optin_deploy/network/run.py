@@ -78,6 +78,10 @@ class Program:
             if name not in self._weights:
                 self._ends[index].append(name)
 
+    def __deepcopy__(self, memo: object) -> Program:
+        """Itself, as it never changes: copies of modules that run it share it."""
+        return self
+
     def __call__(
         self,
         feeds: Mapping[str, Tensor],
