@@ -67,8 +67,9 @@ def _case(made: Export, form: str, groups: Counter[tuple[str, int]] | None, fixe
             if one.name in probe
             for place, name in one.free.items()
         }
+        model = made.family.model()  # with eager attention and in float32: what the counter knows best
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            made.model(*made.family.feeds(**sizes).values())
+            model(*made.family.feeds(**sizes).values())
         return int(counter.get_total_flops()) // 2
 
     return Case(made.family.name, form, made.path, feeds, groups, macs)

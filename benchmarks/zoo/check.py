@@ -138,7 +138,7 @@ def _prove(outcome: Outcome, plan: str, layout: Layout, keep: Keep, feeds: Seque
 def _float32(outcome: Outcome, layout: Layout, keep: Keep, feeds: Sequence[Feeds]) -> None:
     """Compare the written file, run by ONNX Runtime, with the masked network."""
     places = masks(layout, keep)
-    dense = Program(layout.structure.network)
+    dense = Program(layout.structure.network, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cut.onnx"
         try:
