@@ -909,7 +909,22 @@ def random_network(seed: int) -> onnx.ModelProto:
             return [(net.Concat(value, other, axis=2), c + d)] if c + d < 20 else []
         return []
 
-    kinds = "linear act residual split slice heads shuffle repeat conv mean letters join join linear".split()
+    kinds = [
+        "linear",
+        "act",
+        "residual",
+        "split",
+        "slice",
+        "heads",
+        "shuffle",
+        "repeat",
+        "conv",
+        "mean",
+        "letters",
+        "join",
+        "join",
+        "linear",
+    ]
     for _ in range(rng.integers(5, 14)):
         kind = str(rng.choice([*kinds, *(("norm", "pad") if rng.random() < 0.2 else ())]))
         values.extend(step(kind, *values[max(0, len(values) - 1 - int(rng.integers(0, 3)))]))

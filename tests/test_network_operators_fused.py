@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
-from optin_deploy.network.run import Program
 from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.run import Program
 
 MICROSOFT = {"domain": "com.microsoft"}
 Form = dict[str, Any]
