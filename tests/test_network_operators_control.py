@@ -16,6 +16,8 @@ from onnx.helper import make_node as node
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 from optin_deploy.network.shapes import shapes_of
 from optin_deploy.structure.find import find
@@ -137,6 +139,13 @@ def test_a_loop_without_an_end_is_refused() -> None:
     model = graph([node("Loop", ["", "yes"], [], body=body), node("Relu", ["x"], ["out"])], WEIGHTS, {"x": real(2, 4)})
     with pytest.raises(BadInput, match="takes more than 100000 rounds"):
         Program(Network(ir.from_proto(model), "a test"))({"x": torch.zeros(2, 4)})
+
+
+def test_all_operators_of_sequences_are_refused() -> None:
+    some = ("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength")
+    for op in (*some, "SequenceMap", "SplitToSequence", "ConcatFromSequence"):
+        with pytest.raises(Unsupported, match="sequences of tensors cannot be run"):
+            rows()["", op].flow(None)  # type: ignore[arg-type]
 
 
 def test_sequences_are_refused_with_what_to_do() -> None:
