@@ -178,6 +178,18 @@ def test_recurrent_layers(op: str, gates: int, outputs: int, form: dict[str, Any
         same(op, [*feeds, bias, lengths, state, real(sides, BATCH, UNITS), real(sides, 3 * UNITS)], **given)
 
 
+@pytest.mark.parametrize(("direction", "sides"), [("forward", 1), ("reverse", 1), ("bidirectional", 2)])
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_recurrent_layer_of_whole_numbers(direction: str, sides: int, columns: bool) -> None:
+    width = 4 * UNITS
+    whole = [RNG.integers(-128, 128, (sides, size, width)).astype(np.int8) for size in (INNER, UNITS)]
+    shape = (sides, width) if columns else (sides,)
+    scale, zero = np.full(shape, 0.01, np.float32), np.full(shape, 0 if columns else 3, np.int8)
+    feeds = [real(LENGTH, BATCH, INNER), *whole, real(sides, 2 * width), None, None, None, None]
+    form: dict[str, Any] = {"hidden_size": UNITS, "direction": direction, "outputs": 3, "domain": "com.microsoft"}
+    same("DynamicQuantizeLSTM", [*feeds, scale, zero, scale * 2, zero], atol=0.01, stored=(1, 2, 8, 9, 10, 11), **form)
+
+
 def test_recurrent_layers_of_other_forms() -> None:
     plain = [real(LENGTH, BATCH, INNER), real(1, UNITS, INNER), real(1, UNITS, UNITS)]
     same("RNN", plain, hidden_size=UNITS, activations=["Relu"], outputs=2, version=14)
