@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
@@ -26,21 +26,23 @@ def model_of(
     *,
     outputs: int = 1,
     unread: Collection[int] = (),
+    stored: Collection[int] = (),
     domain: str = "",
     version: int = 20,
     **attributes: Any,
 ) -> onnx.ModelProto:
-    """A graph of one node; inputs that are None are left out."""
+    """A graph of one node; inputs that are None are left out, and those that are stored are weights."""
     names = ["" if feed is None else f"in{place}" for place, feed in enumerate(feeds)]
     given = ["" if place in unread else f"out{place}" for place in range(outputs)]
     node = helper.make_node(op, names, given, "node", domain=domain, **attributes)
     declared = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(feed.dtype), feed.shape)
-        for name, feed in zip(names, feeds, strict=True)
-        if feed is not None
+        for place, (name, feed) in enumerate(zip(names, feeds, strict=True))
+        if feed is not None and place not in stored
     ]
+    weights = [numpy_helper.from_array(np.asarray(feeds[place]), names[place]) for place in stored]
     graph = helper.make_graph(
-        [node], "one", declared, [helper.make_empty_tensor_value_info(name) for name in given if name]
+        [node], "one", declared, [helper.make_empty_tensor_value_info(name) for name in given if name], weights
     )
     opsets = [helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
@@ -53,16 +55,17 @@ def runtime(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, _named(feeds)))
+    return list(session.run(None, _named(model, feeds)))
 
 
 def reference(model: onnx.ModelProto, feeds: Feeds) -> list[np.ndarray]:
     """What onnx's own evaluator computes."""
-    return list(ReferenceEvaluator(model).run(None, _named(feeds)))
+    return list(ReferenceEvaluator(model).run(None, _named(model, feeds)))
 
 
-def _named(feeds: Feeds) -> dict[str, np.ndarray]:
-    return {f"in{place}": np.asarray(feed) for place, feed in enumerate(feeds) if feed is not None}
+def _named(model: onnx.ModelProto, feeds: Feeds) -> dict[str, np.ndarray]:
+    asked = {port.name for port in model.graph.input}
+    return {f"in{place}": np.asarray(feed) for place, feed in enumerate(feeds) if f"in{place}" in asked}
 
 
 def ours(model: onnx.ModelProto, feeds: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -92,7 +95,7 @@ def same(
         judges: "runtime", "reference" or "both".
         steps: whole numbers may differ by as much, where engines round the same number up or down.
         compare: how many outputs are compared, where others are free to differ; None: all.
-        form: outputs, those unread, domain, version of the opset and attributes.
+        form: outputs, those unread, inputs that are stored, domain, version of the opset and attributes.
 
     Returns:
         What the first judge computed.

@@ -16,6 +16,8 @@ from onnx.helper import make_node as node
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 from optin_deploy.network.shapes import shapes_of
 from optin_deploy.structure.find import find
@@ -139,6 +141,13 @@ def test_a_loop_without_an_end_is_refused() -> None:
         Program(Network(ir.from_proto(model), "a test"))({"x": torch.zeros(2, 4)})
 
 
+def test_all_operators_of_sequences_are_refused() -> None:
+    some = ("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength")
+    for op in (*some, "SequenceMap", "SplitToSequence", "ConcatFromSequence"):
+        with pytest.raises(Unsupported, match="sequences of tensors cannot be run"):
+            rows()["", op].flow(None)  # type: ignore[arg-type]
+
+
 def test_sequences_are_refused_with_what_to_do() -> None:
     model = graph([node("SequenceConstruct", ["x", "x"], ["out"])], {}, {"x": real(2, 4)})
     with pytest.raises(BadInput, match="sequences of tensors cannot be run; export the model with tensors alone"):
@@ -167,6 +176,18 @@ def test_recurrent_layers(op: str, gates: int, outputs: int, form: dict[str, Any
     same(op, [*feeds, bias, lengths, state], **given)
     if op == "LSTM":
         same(op, [*feeds, bias, lengths, state, real(sides, BATCH, UNITS), real(sides, 3 * UNITS)], **given)
+
+
+@pytest.mark.parametrize(("direction", "sides"), [("forward", 1), ("reverse", 1), ("bidirectional", 2)])
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_recurrent_layer_of_whole_numbers(direction: str, sides: int, columns: bool) -> None:
+    width = 4 * UNITS
+    whole = [RNG.integers(-128, 128, (sides, size, width)).astype(np.int8) for size in (INNER, UNITS)]
+    shape = (sides, width) if columns else (sides,)
+    scale, zero = np.full(shape, 0.01, np.float32), np.full(shape, 0 if columns else 3, np.int8)
+    feeds = [real(LENGTH, BATCH, INNER), *whole, real(sides, 2 * width), None, None, None, None]
+    form: dict[str, Any] = {"hidden_size": UNITS, "direction": direction, "outputs": 3, "domain": "com.microsoft"}
+    same("DynamicQuantizeLSTM", [*feeds, scale, zero, scale * 2, zero], atol=0.01, stored=(1, 2, 8, 9, 10, 11), **form)
 
 
 def test_recurrent_layers_of_other_forms() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
+from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 
@@ -169,6 +170,14 @@ def test_layouts_for_one_machine_are_refused_with_what_to_do(op: str, domain: st
         Program(Network(ir.from_proto(model), "a test"))(
             {f"in{place}": torch.from_numpy(feed) for place, feed in enumerate(feeds)}
         )
+
+
+def test_what_cannot_be_followed_says_why() -> None:
+    pools = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
+    blocked = [("com.microsoft.nchwc", op) for op in ("ReorderInput", "ReorderOutput", "Conv", "Upsample", *pools)]
+    for key in (*blocked, *(("com.microsoft", op) for op in ("NhwcConv", "NhwcFusedConv", "NhwcMaxPool"))):
+        with pytest.raises(Unsupported, match="give the file from before"):
+            rows()[key].flow(None)  # type: ignore[arg-type]
 
 
 def test_an_activation_that_is_not_known_is_named(rng: np.random.Generator) -> None:

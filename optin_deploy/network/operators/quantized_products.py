@@ -156,10 +156,15 @@ def matmul_integer_to_float(
 def dynamic_matmul(
     _: Node, a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Quantise by the range of all entries, and multiply."""
+    """Quantise by the range of all entries, multiply, and add a bias."""
+    product = dynamic_product(a, b, b_scale, b_zero)
+    return product if bias is None else product + bias
+
+
+def dynamic_product(a: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor | None) -> Tensor:
+    """Quantise by the range of all entries, and multiply by whole numbers."""
     whole, scale, zero = dynamic(a)
-    real = whole_product(centred(whole, zero), centred(b, single(b_zero))).to(a.dtype) * (scale * b_scale)
-    return real if bias is None else real + bias
+    return whole_product(centred(whole, zero), centred(b, single(b_zero))).to(a.dtype) * (scale * b_scale)
 
 
 def qattention(
