@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import psutil
 import torch
 import transformers
 from torch import Tensor
@@ -33,6 +31,7 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Place, Program
 from optin_deploy.network.write import write
+from optin_deploy.stage_memory import StageMemory, resident_bytes
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 
@@ -55,20 +54,17 @@ def mask2former() -> torch.nn.Module:
         depths=[2, 2, 6, 2],
         num_heads=[3, 6, 12, 24],
         window_size=7,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
     )
+    swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
     return transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(backbone_config=swin))
 
 
 def minilm() -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """MiniLM-L6 with a batch of 8 texts of 128 tokens."""
     config = transformers.BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        attn_implementation="eager",
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
     )
+    config._attn_implementation = "eager"
     ids = torch.randint(0, 1000, (8, 128))
     feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     return transformers.BertModel(config, add_pooling_layer=False), feeds
@@ -77,12 +73,9 @@ def minilm() -> tuple[torch.nn.Module, dict[str, Tensor]]:
 def vit_small() -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """ViT-S/16 with a batch of 4 images."""
     config = transformers.ViTConfig(
-        hidden_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        attn_implementation="eager",
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
     )
+    config._attn_implementation = "eager"
     return transformers.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(4, 3, 224, 224)}
 
 
@@ -151,9 +144,10 @@ def print_peak() -> None:
     from optin_deploy.network.operators import rows
 
     rows()
-    before = psutil.Process().memory_info().rss
-    by_us(Path(sys.argv[1]))
-    print(json.dumps(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    before, memory = resident_bytes(), StageMemory()
+    with memory("cut"):
+        by_us(Path(sys.argv[1]))
+    print(json.dumps(memory.peaks["cut"] - before))
 
 
 def file_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -198,7 +192,7 @@ def run_rows(rounds: int) -> list[dict[str, Any]]:
             return hidden
 
         def back(run: Callable[[], Tensor]) -> Callable[[], object]:
-            return lambda: run().square().sum().backward()
+            return lambda: run().square().sum().backward()  # type: ignore[no-untyped-call]
 
         torch.testing.assert_close(forward(), eager(), rtol=1e-4, atol=1e-5)
         with torch.no_grad():
