@@ -47,10 +47,9 @@ def fuzz(folder: Path, seeds: range, target: Callable[[Path], object] = everythi
     for case in damaged(folder, seeds):
         outside = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         before, memory = resident_bytes(), StageMemory()
-        with _explained(case.words), _limited(), memory("target"):
-            with suppress(BadInput):
-                target(case.path)
-                good += 1
+        with _explained(case.words), _limited(), memory("target"), suppress(BadInput):
+            target(case.path)
+            good += 1
         allowed = 2 * case.path.stat().st_size + SLACK_BYTES
         assert memory.peaks["target"] - before < allowed, f"{case.words}: {memory.peaks} above {before}"
         assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == outside

@@ -371,6 +371,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
             read(path)
 
 
+def test_texts_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(chain().SerializeToString().replace(b"MatMul", b"\xcdatMul"))
+    with pytest.raises(BadInput, match=r"its op_type b'\\xcdatMul' is no text"):
+        read(path)
+
+
 def _calls(*names: str) -> list[onnx.NodeProto]:
     return [helper.make_node(name, ["a"], [f"o{i}"], domain="own") for i, name in enumerate(names)]
 

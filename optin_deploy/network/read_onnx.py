@@ -146,8 +146,8 @@ def _mapped(tensor: ir.ExternalTensor, content_of: Callable[[str], Content], sou
     content, start = content_of(str(tensor.location)), tensor.offset or 0
     if start + size_bytes > len(content):
         raise BadInput(
-            f"{source}: tensor {tensor.name[:80]!r} takes bytes {start} to {start + size_bytes} of a file that has "
-            f"{len(content)}. Export the model again."
+            f"{source}: tensor {(tensor.name or '')[:80]!r} takes bytes {start} to {start + size_bytes} of a file that "
+            f"has {len(content)}. Export the model again."
         )
     values = np.frombuffer(content, np.uint8, size_bytes, start)
     if dtype.bitwidth < 8:
