@@ -21,9 +21,10 @@ from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.indices import table_rows
 from optin_deploy.network.shapes import shapes_of
 
-IMAGES = (((96, 160), (224, 224), (640, 640)), ((128, 192), (224, 224), (448, 448)))
-"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone."""
-SIGNALS = (None, 1009, 16033)
+IMAGES = (((96, 160), (48, 320), (224, 224), (640, 640)), ((128, 192), (48, 256), (224, 224), (448, 448)))
+"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone, those that
+read a line of text a height of 48."""
+SIGNALS = (None, 101, 1009, 16033)
 """Lengths to try of signals of free length; the first is as short as that of a text."""
 SMALLEST_PRIME = 5
 MOST_SIZES = 8

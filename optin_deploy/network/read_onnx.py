@@ -96,6 +96,7 @@ def _parsed(content: Content, source: str) -> tuple[onnx.ModelProto, Content]:
     # protobuf accepts an empty file, and some files of other formats, as a message without fields.
     if not (proto.HasField("graph") and proto.ir_version and proto.graph.output):
         raise BadInput(f"{source} is not an ONNX model: it has no graph with outputs.")
+    del proto.graph.value_info[:]  # what it says of intermediate values may be stale, and is found anew
     check_model(proto, source)
     return proto, content
 
