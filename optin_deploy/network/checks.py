@@ -19,7 +19,7 @@ import onnx_ir as ir
 from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
 
-MOST_NODES = 2**18
+MOST_NODES = 2**16
 """Nodes of a model, also after its functions took the place of their calls."""
 MOST_NAMES_TRIED = 10**8
 """Steps of the inliner, which tries one number after the other until a name is free: some seconds."""
@@ -57,6 +57,7 @@ def check_model(proto: onnx.ModelProto, source: str) -> None:
     Raises: BadInput: it names the file, the value and what is wrong with it.
     """
     try:
+        _check_texts(proto)
         for entry in chain(proto.opset_import, *(function.opset_import for function in proto.functions)):
             if not 1 <= entry.version <= NEWEST_VERSION:
                 raise _Fault(
@@ -75,6 +76,19 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes that the entries of a stored tensor take, by its type and sizes."""
     bits: int = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
     return (bits + 7) // 8
+
+
+def _check_texts(proto: Any) -> None:
+    """protobuf hands out a text that is not UTF-8 as bytes."""
+    waiting = [proto]
+    while waiting:
+        for field, value in waiting.pop().ListFields():
+            if field.type == field.TYPE_MESSAGE:
+                waiting.extend((value,) if hasattr(value, "ListFields") else value)
+            elif field.type == field.TYPE_STRING:
+                for text in (value,) if isinstance(value, (str, bytes)) else value:
+                    if isinstance(text, bytes):
+                        raise _Fault(f"its {field.name} {_named(text)} is no text")
 
 
 def _check_graph(graph: onnx.GraphProto, outer: tuple[set[str], ...], *, in_function: bool = False) -> None:

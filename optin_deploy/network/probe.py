@@ -21,10 +21,10 @@ from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.indices import table_rows
 from optin_deploy.network.shapes import shapes_of
 
-IMAGES = (((96, 160), (224, 224), (640, 640), (48, 320)), ((128, 192), (224, 224), (448, 448), (48, 224)))
-"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone, and those
-that read lines of text one height."""
-SIGNALS = (None, 1009, 16033, 4001)
+IMAGES = (((96, 160), (48, 320), (224, 224), (640, 640)), ((128, 192), (48, 256), (224, 224), (448, 448)))
+"""Heights and widths to try in either probe, where they are free: many networks take multiples of 32 alone, those that
+read a line of text a height of 48."""
+SIGNALS = (None, 101, 1009, 16033)
 """Lengths to try of signals of free length; the first is as short as that of a text."""
 SMALLEST_PRIME = 5
 MOST_SIZES = 8
@@ -114,6 +114,11 @@ def probes(
                     else given.sizes.get(size) or _rung(port, place, rung, which) or sizes[size]
                     for place, size in enumerate(names[port.name])
                 ]
+                if math.prod(shape) > MOST_ENTRIES:
+                    raise BadInput(
+                        f"{network.source}: input {port.name!r} of sizes {shape} is too large to be made here. "
+                        "Give smaller sizes, or the input itself."
+                    )
                 found[port.name] = _values(port, shape, rows.get(port.name), generator, padding=padding)
             yield {port.name: found[port.name] for port in network.inputs}
 
@@ -146,7 +151,7 @@ def _sizes(network: Network, names: _Names, given: Given, which: int) -> dict[st
     """A prime for each name, and what the caller says of some."""
     free = _free(names)
     numbers = _numbers(network) | {size for shape in names.values() for size in shape if isinstance(size, int)}
-    primes = islice(_primes(numbers), which * len(free), None)
+    primes = islice(_primes(numbers - {0}), which * len(free), None)
     sizes = dict(zip(free, primes, strict=False))
     for port in network.inputs:
         if port.name in given.tensors:
@@ -163,7 +168,7 @@ def _numbers(network: Network) -> set[int]:
         found.update(sizes)
         if weight.dtype in (ir.DataType.INT64, ir.DataType.INT32) and math.prod(sizes) <= MOST_SIZES:
             found.update(abs(int(number)) for number in weight.numpy().reshape(-1))
-    return found - {0}
+    return found
 
 
 def _primes(numbers: set[int]) -> Iterator[int]:
@@ -192,8 +197,6 @@ def _is_signal(port: Port) -> bool:
 
 def _values(port: Port, shape: list[int], rows: int | None, generator: torch.Generator, *, padding: bool) -> Tensor:
     dtype = ir.tensor_adapters.to_torch_dtype(port.dtype)
-    if math.prod(shape) > MOST_ENTRIES:
-        raise BadInput(f"Input {port.name!r} of sizes {shape} is too large to be made here: give it, or smaller sizes.")
     if port.dtype.is_floating_point():
         return torch.randn(shape, generator=generator).to(dtype)
     if rows is not None:

@@ -96,6 +96,7 @@ def _parsed(content: Content, source: str) -> tuple[onnx.ModelProto, Content]:
     # protobuf accepts an empty file, and some files of other formats, as a message without fields.
     if not (proto.HasField("graph") and proto.ir_version and proto.graph.output):
         raise BadInput(f"{source} is not an ONNX model: it has no graph with outputs.")
+    del proto.graph.value_info[:]  # what it says of intermediate values may be stale, and is found anew
     check_model(proto, source)
     return proto, content
 
@@ -146,8 +147,8 @@ def _mapped(tensor: ir.ExternalTensor, content_of: Callable[[str], Content], sou
     content, start = content_of(str(tensor.location)), tensor.offset or 0
     if start + size_bytes > len(content):
         raise BadInput(
-            f"{source}: tensor {tensor.name[:80]!r} takes bytes {start} to {start + size_bytes} of a file that has "
-            f"{len(content)}. Export the model again."
+            f"{source}: tensor {(tensor.name or '')[:80]!r} takes bytes {start} to {start + size_bytes} of a file that "
+            f"has {len(content)}. Export the model again."
         )
     values = np.frombuffer(content, np.uint8, size_bytes, start)
     if dtype.bitwidth < 8:
