@@ -860,6 +860,9 @@ def random_network(seed: int) -> onnx.ModelProto:
     net = Net(("n", "l", 6), TensorProto.FLOAT, 20)
     values = [("x", 6)]
 
+    def w(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
     def size() -> int:
         return int(rng.choice([2, 3, 4, 6, 8, 12]))
 
