@@ -8,6 +8,7 @@ from functools import cached_property
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
+from optin_deploy.network.operators.normalizations import per_channel
 from optin_deploy.structure.flow import Structure
 
 
@@ -23,10 +24,14 @@ class Dimensions:
         """Say that a value is not there any more, and what else follows from it alone."""
         self._gone.add(name)
         for node, _ in self._structure.network.consumers.get(name, ()):
-            if rows()[node.domain, node.op].flow not in (same, aligned) or node.outputs[0] in self._gone:
+            if rows()[node.domain, node.op].flow not in (same, aligned, per_channel) or node.outputs[0] in self._gone:
                 continue
             if all(other in self._gone or other in self._structure.network.fixed for other in node.inputs if other):
                 self.leave(node.outputs[0])
+
+    def left(self, name: str) -> bool:
+        """Whether a value is not there any more, or may have one entry where it had many."""
+        return name in self._gone
 
     def of(self, axis: Axis, before: int) -> list[tuple[str, int]] | None:
         """Return values, each with a position, whose sizes multiply to that of an axis; None: there are none.

@@ -58,7 +58,7 @@ def replaced(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str], dimens
     axes = cut.structure.axes[node.outputs[0]]
     value = _remainder(cut, node, copy)
     dimensions.leave(node.outputs[0])
-    if _needs_all(cut.structure, node.outputs[0]):
+    if _needs_all(cut.structure, node.outputs[0], dimensions):
         value = _expanded(cut, node, copy, value, axes, dimensions)
     cut.renamed(copy, value)
     return True
@@ -103,20 +103,21 @@ def _array(value: object, dtype: object) -> np.ndarray:
     return np.asarray(value).astype(kind)
 
 
-def _needs_all(structure: Structure, name: str) -> bool:
+def _needs_all(structure: Structure, name: str, dimensions: Dimensions) -> bool:
     """Whether a reader of a value needs its whole shape, not one that broadcasts to it."""
     network = structure.network
     if any(port.name == name for port in network.outputs):
         return True
     for node, place in network.consumers.get(name, ()):
         flow = rows()[node.domain, node.op].flow
-        if flow not in (same, aligned, per_channel):
+        if flow not in (same, aligned, per_channel) or (flow is per_channel and place):
             return True
         others = [other for at, other in enumerate(node.inputs) if other and at != place]
-        if flow is per_channel and _needs_all(structure, node.outputs[0]):
-            return True
-        full = any(structure.shapes.shape(other) == structure.shapes.shape(name) for other in others)
-        if not (full and flow is aligned) and _needs_all(structure, node.outputs[0]):
+        full = any(
+            structure.shapes.shape(other) == structure.shapes.shape(name) and not dimensions.left(other)
+            for other in others
+        )
+        if not (full and flow is aligned) and _needs_all(structure, node.outputs[0], dimensions):
             return True
     return False
 
@@ -151,9 +152,9 @@ def _expanded(
             sizes.append(cut.constant(np.array([size(axis, cut.sizes)], dtype=np.int64), "sizes"))
             continue
         factors = []
-        for name, position in places:
+        for name, at in places:
             shape = cut.before(copy, "Shape", [graph_values[name]])
-            factors.append(cut.before(copy, "Gather", [shape, cut.constant(np.array([position]), "at")], {"axis": 0}))
+            factors.append(cut.before(copy, "Gather", [shape, cut.constant(np.array([at]), "at")], {"axis": 0}))
         product = factors[0]
         for factor in factors[1:]:
             product = cut.before(copy, "Mul", [product, factor])
