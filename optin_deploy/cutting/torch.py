@@ -21,6 +21,7 @@ from optin_deploy.cutting.proof import TOLERANCE, difference
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read_torch import FAILURES, Traced, prepared
 from optin_deploy.network.run import Program
 from optin_deploy.structure.groups import Layout
@@ -49,13 +50,13 @@ class CutModule:
     """Why the class cannot hold it; empty if it can."""
 
 
-def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) -> nn.Module:
+def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> nn.Module:
     """Return a smaller module; the given one is untouched, and parameters that stay whole are shared with it.
 
     Args:
         layout: what `find` finds in the graph that was read from this module, whose weights have its parameters' names.
         keep: kept units by name of group; a group that is not named stays whole.
-        probes: inputs by name, on which the result is proven.
+        probes: inputs by name, on which the result is proven; None: made for the network.
     Returns: a module of the same class; a `NetworkModule` where no class holds the result, which is logged.
     Raises: BadInput: a group or unit is unknown, or the layout was not read from this module.
     """
@@ -65,10 +66,10 @@ def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) ->
     return found.module
 
 
-def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) -> CutModule:
+def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> CutModule:
     """As `cut_module`; also tell which attributes were set, or why the graph is given back."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
-    trials = Trials(module, layout, probes)
+    trials = Trials(module, layout, probes or probes_of(layout.structure.network))
     chosen: list[Candidate] = []
     for name, part in trials.parts(keep):
         found, why = trials.search(part)
