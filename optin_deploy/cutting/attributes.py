@@ -106,14 +106,19 @@ def candidates(
     return [list({repr(each.values): each for each in of_class.values()}.values()) for of_class in found.values()]
 
 
+def sure(found: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:
+    """Return those that can mean one thing only."""
+    return tuple(each[0] for each in found if len(each) == 1 and not each[0].doubtful)
+
+
 def choices(found: Sequence[Sequence[Candidate]]) -> Iterator[tuple[Candidate, ...]]:
     """Choices to try: what leaves no doubt, that with all else, then with more and more of it; then with any."""
-    sure = [each[0] for each in found if len(each) == 1 and not each[0].doubtful]
-    rest = [each for each in found if len(each) > 1 or each[0].doubtful]
-    yield tuple(sure)
+    plain = sure(found)
+    rest = [each for each in found if each[0] not in plain]
+    yield plain
     if rest:
-        yield (*sure, *(each[0] for each in rest))
-    for base, free in ((sure, rest), *([([], found)] if sure else [])):
+        yield (*plain, *(each[0] for each in rest))
+    for base, free in ((plain, rest), *([((), found)] if plain else [])):
         for count in range(1, len(free) + 1):
             for some in combinations(free, count):
                 for chosen in product(*some):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.cutting.attributes import Candidate, Sizes, candidates, followers, scope, search, write
+from optin_deploy.cutting.attributes import Candidate, Sizes, candidates, followers, scope, search, sure, write
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.proof import TOLERANCE, difference
@@ -70,15 +70,7 @@ def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes |
     """As `cut_module`; also tell which attributes were set, or why the graph is given back."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
     trials = Trials(module, layout, probes or probes_of(layout.structure.network))
-    chosen: list[Candidate] = []
-    for name, part in trials.parts(keep):
-        found, why = trials.search(part)
-        if why:
-            why = f"{name} cannot hold what is kept of {next(iter(part))} ({why})"
-            break
-        chosen += found
-    else:
-        why = trials.attempt(keep, chosen)
+    chosen, why = trials.assign(keep)
     if not why:
         smaller, attributes = trials.made(keep, chosen)
         return CutModule(smaller, attributes)
@@ -115,7 +107,7 @@ class Trials:
     def _start(self) -> None:
         self._program = Program(self.layout.structure.network, device=self._device, dtype=self._dtype)
         self._source, self._tolerance = copied(self.module, dtype=self._dtype), ROUNDING
-        self._masked: tuple[Keep, list[Tensor]] | None = None
+        self._masked: tuple[Keep, int, list[Tensor]] | None = None
 
     def parts(self, keep: Keep) -> list[tuple[str, Keep]]:
         """Parts of a plan that no attribute concerns together, each with the class of a module that holds one.
@@ -132,31 +124,48 @@ class Trials:
             found = [*rest, ([inner for known, _ in joined for inner in known] + classes, {**part, name: keep[name]})]
         return [(classes[0], part) for classes, part in found]
 
-    def search(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
-        """Return attributes with which a part of a plan is proven, or why there are none."""
-        groups = [self.layout.by_name[name] for name in keep]
-        sizes = {leaf: len(units) for leaf, units in with_shared(self.layout, keep).items()}
+    def assign(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
+        """Return attributes with which a plan is proven on all probes, or why there are none."""
         try:
-            known = followers(self.module, self._shapes(self._indices(keep)))
+            chosen = list(sure(self._candidates(keep)))
         except _CannotHold as err:
             return (), str(err)
-        every = candidates(self.module, self.layout, groups, self.tensors, sizes, known)
+        if not self.attempt(keep, chosen):
+            return chosen, ""
+        chosen = []
+        for name, part in self.parts(keep):
+            found, why = self._search(part)
+            if why:
+                return (), f"{name} cannot hold what is kept of {next(iter(part))} ({why})"
+            chosen += found
+        return chosen, self.attempt(keep, chosen)
+
+    def _search(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
+        """Find attributes for a part of a plan, with one probe."""
+        every = self._candidates(keep)
         plain = [each for each in every if "." not in each[0].attribute]
-        found, why = search(lambda chosen: self.attempt(keep, chosen), plain)
+        found, why = search(lambda chosen: self.attempt(keep, chosen, self.probes[:1]), plain)
         if why and len(plain) < len(every):
-            found, why = search(lambda chosen: self.attempt(keep, chosen), every)
+            found, why = search(lambda chosen: self.attempt(keep, chosen, self.probes[:1]), every)
         return found, why
 
-    def attempt(self, keep: Keep, chosen: Sequence[Candidate]) -> str:
+    def _candidates(self, keep: Keep) -> list[list[Candidate]]:
+        groups = [self.layout.by_name[name] for name in keep]
+        sizes = {leaf: len(units) for leaf, units in with_shared(self.layout, keep).items()}
+        known = followers(self.module, self._shapes(self._indices(keep)))
+        return candidates(self.module, self.layout, groups, self.tensors, sizes, known)
+
+    def attempt(self, keep: Keep, chosen: Sequence[Candidate], probes: Probes | None = None) -> str:
         """Return why a copy does not compute what the masked network computes; empty if it does."""
+        probes = probes or self.probes
         try:
             smaller, _ = self._made(self._source, keep, chosen)
-            found = self._outputs(smaller)
+            found = self._outputs(smaller, probes)
         except _CannotHold as err:
             return str(err)
         except FAILURES as err:
             return f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
-        expected = self._expected(keep)
+        expected = self._expected(keep, probes)
         if len(found) != len(expected):
             return "it has other outputs"
         self._worst = max(difference(*pair) for pair in zip(found, expected, strict=True))
@@ -192,19 +201,19 @@ class Trials:
             for name, each in cuts.items()
         }
 
-    def _expected(self, keep: Keep) -> list[Tensor]:
-        """Outputs of the masked network for all probes; the last ones are remembered."""
-        if self._masked is None or self._masked[0] is not keep:
+    def _expected(self, keep: Keep, probes: Probes) -> list[Tensor]:
+        """Outputs of the masked network; the last ones are remembered."""
+        if self._masked is None or self._masked[0] is not keep or self._masked[1] != len(probes):
             places = {place: mask.to(self._dtype) for place, mask in masks(self.layout, keep).items()}
             with torch.no_grad():
-                runs = [self._program(feeds, masks=places).outputs.values() for feeds in self.probes]
-            self._masked = keep, [value for outputs in runs for value in outputs]
-        return self._masked[1]
+                runs = [self._program(feeds, masks=places).outputs.values() for feeds in probes]
+            self._masked = keep, len(probes), [value for outputs in runs for value in outputs]
+        return self._masked[2]
 
-    def _outputs(self, module: nn.Module) -> list[Tensor]:
+    def _outputs(self, module: nn.Module, probes: Probes) -> list[Tensor]:
         found: list[Tensor] = []
         with prepared(module, plain=self._plain), torch.no_grad():
-            for feeds in self.probes:
+            for feeds in probes:
                 real = {name for name, value in feeds.items() if value.is_floating_point()}
                 values = [v.to(self._device, self._dtype if name in real else None) for name, v in feeds.items()]
                 found += Traced(module, tuple(feeds))(*values)
