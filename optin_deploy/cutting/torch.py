@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.cutting.attributes import Candidate, Sizes, candidates, followers, scope, search, sure, write
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
-from optin_deploy.cutting.proof import TOLERANCE, difference
+from optin_deploy.cutting.proof import TOLERANCE, difference, prove
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.module import NetworkModule
@@ -58,7 +58,9 @@ def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | N
         keep: kept units by name of group; a group that is not named stays whole.
         probes: inputs by name, on which the result is proven; None: made for the network.
     Returns: a module of the same class; a `NetworkModule` where no class holds the result, which is logged.
-    Raises: BadInput: a group or unit is unknown, or the layout was not read from this module.
+    Raises:
+        BadInput: a group or unit is unknown, or the layout was not read from this module.
+        NotProven: not even the cut graph computes what the masked network computes.
     """
     found = cut_and_tell(module, layout, keep, probes)
     if found.why_graph:
@@ -69,13 +71,16 @@ def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | N
 def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> CutModule:
     """As `cut_module`; also tell which attributes were set, or why the graph is given back."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
-    trials = Trials(module, layout, probes or probes_of(layout.structure.network))
+    probes = probes or probes_of(layout.structure.network)
+    trials = Trials(module, layout, probes)
     chosen, why = trials.assign(keep)
     if not why:
         smaller, attributes = trials.made(keep, chosen)
         return CutModule(smaller, attributes)
     trained = {name for name, value in trials.tensors.items() if isinstance(value, nn.Parameter)}
-    graph = NetworkModule(cut(layout, keep), trained=trained).train(module.training)
+    smaller_graph = cut(layout, keep)
+    prove(layout, keep, smaller_graph, probes)
+    graph = NetworkModule(smaller_graph, trained=trained).to(trials.device).train(module.training)
     return CutModule(graph, {}, f"{type(module).__name__} is given as a graph: {why}.")
 
 
@@ -90,7 +95,7 @@ class Trials:
         """Raises: BadInput: the module does not compute what the layout's network computes."""
         self.module, self.layout, self.probes = module, layout, probes
         self.tensors = tensors(module)
-        self._device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
+        self.device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
         self._dtype: torch.dtype | None
         self._plain: bool
         for self._dtype, self._plain in ((torch.float64, False), (torch.float64, True), (None, True)):
@@ -105,7 +110,7 @@ class Trials:
         )
 
     def _start(self) -> None:
-        self._program = Program(self.layout.structure.network, device=self._device, dtype=self._dtype)
+        self._program = Program(self.layout.structure.network, device=self.device, dtype=self._dtype)
         self._source, self._tolerance = copied(self.module, dtype=self._dtype), ROUNDING
         self._masked: tuple[Keep, int, list[Tensor]] | None = None
 
@@ -215,7 +220,7 @@ class Trials:
         with prepared(module, plain=self._plain), torch.no_grad():
             for feeds in probes:
                 real = {name for name, value in feeds.items() if value.is_floating_point()}
-                values = [v.to(self._device, self._dtype if name in real else None) for name, v in feeds.items()]
+                values = [v.to(self.device, self._dtype if name in real else None) for name, v in feeds.items()]
                 found += Traced(module, tuple(feeds))(*values)
         return found
 
