@@ -28,7 +28,7 @@ class Candidate:
     attribute: str
     values: Sizes = field(default_factory=dict)
     doubtful: bool = False
-    """Something that is not cut has this size as well."""
+    """Something that is not cut has this size as well, or it is an entry of an object that says much else."""
 
 
 def followers(root: nn.Module, cut: Mapping[str, Sequence[int]]) -> Sizes:
@@ -80,7 +80,7 @@ def candidates(
         sizes: kept units by leaf.
         known: attributes whose values are known already.
     """
-    kinds = {group.leaf: group.kind for group in groups}
+    kinds = {group.leaf: group.kind for group in layout.groups}
     meanings: dict[str, dict[object, Axis]] = {}
     for group in groups:
         whole = [*(each.axis for each in group.slices), *(each.axis for each in group.numbers)]
@@ -102,18 +102,23 @@ def candidates(
                     of_class = found.setdefault((type(module), attribute), {})
                     candidate = of_class.setdefault((role, seen[role]), Candidate(attribute))
                     candidate.values[path, attribute] = _replaced(value, axis.size, axes.size(axis, sizes))
-                    candidate.doubtful |= axis.size in beside
+                    candidate.doubtful |= axis.size in beside or "." in attribute
     return [list({repr(each.values): each for each in of_class.values()}.values()) for of_class in found.values()]
+
+
+def sure(found: Sequence[Sequence[Candidate]]) -> tuple[Candidate, ...]:
+    """Return those that can mean one thing only."""
+    return tuple(each[0] for each in found if len(each) == 1 and not each[0].doubtful)
 
 
 def choices(found: Sequence[Sequence[Candidate]]) -> Iterator[tuple[Candidate, ...]]:
     """Choices to try: what leaves no doubt, that with all else, then with more and more of it; then with any."""
-    sure = [each[0] for each in found if len(each) == 1 and not each[0].doubtful]
-    rest = [each for each in found if len(each) > 1 or each[0].doubtful]
-    yield tuple(sure)
+    plain = sure(found)
+    rest = [each for each in found if each[0] not in plain]
+    yield plain
     if rest:
-        yield (*sure, *(each[0] for each in rest))
-    for base, free in ((sure, rest), *([([], found)] if sure else [])):
+        yield (*plain, *(each[0] for each in rest))
+    for base, free in ((plain, rest), *([((), found)] if plain else [])):
         for count in range(1, len(free) + 1):
             for some in combinations(free, count):
                 for chosen in product(*some):

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.cutting.attributes import Candidate, Sizes, candidates, followers, scope, search, write
+from optin_deploy.cutting.attributes import Candidate, Sizes, candidates, followers, scope, search, sure, write
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
-from optin_deploy.cutting.proof import TOLERANCE, difference
+from optin_deploy.cutting.proof import TOLERANCE, difference, prove
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read_torch import FAILURES, Traced, prepared
 from optin_deploy.network.run import Program
 from optin_deploy.structure.groups import Layout
@@ -49,15 +50,17 @@ class CutModule:
     """Why the class cannot hold it; empty if it can."""
 
 
-def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) -> nn.Module:
+def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> nn.Module:
     """Return a smaller module; the given one is untouched, and parameters that stay whole are shared with it.
 
     Args:
         layout: what `find` finds in the graph that was read from this module, whose weights have its parameters' names.
         keep: kept units by name of group; a group that is not named stays whole.
-        probes: inputs by name, on which the result is proven.
+        probes: inputs by name, on which the result is proven; None: made for the network.
     Returns: a module of the same class; a `NetworkModule` where no class holds the result, which is logged.
-    Raises: BadInput: a group or unit is unknown, or the layout was not read from this module.
+    Raises:
+        BadInput: a group or unit is unknown, or the layout was not read from this module.
+        NotProven: not even the cut graph computes what the masked network computes.
     """
     found = cut_and_tell(module, layout, keep, probes)
     if found.why_graph:
@@ -65,24 +68,19 @@ def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) ->
     return found.module
 
 
-def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes) -> CutModule:
+def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> CutModule:
     """As `cut_module`; also tell which attributes were set, or why the graph is given back."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
+    probes = probes or probes_of(layout.structure.network)
     trials = Trials(module, layout, probes)
-    chosen: list[Candidate] = []
-    for name, part in trials.parts(keep):
-        found, why = trials.search(part)
-        if why:
-            why = f"{name} cannot hold what is kept of {next(iter(part))} ({why})"
-            break
-        chosen += found
-    else:
-        why = trials.attempt(keep, chosen)
+    chosen, why = trials.assign(keep)
     if not why:
         smaller, attributes = trials.made(keep, chosen)
         return CutModule(smaller, attributes)
     trained = {name for name, value in trials.tensors.items() if isinstance(value, nn.Parameter)}
-    graph = NetworkModule(cut(layout, keep), trained=trained).train(module.training)
+    smaller_graph = cut(layout, keep)
+    prove(layout, keep, smaller_graph, probes)
+    graph = NetworkModule(smaller_graph, trained=trained).to(trials.device).train(module.training)
     return CutModule(graph, {}, f"{type(module).__name__} is given as a graph: {why}.")
 
 
@@ -97,7 +95,7 @@ class Trials:
         """Raises: BadInput: the module does not compute what the layout's network computes."""
         self.module, self.layout, self.probes = module, layout, probes
         self.tensors = tensors(module)
-        self._device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
+        self.device = next((value.device for value in self.tensors.values()), torch.device("cpu"))
         self._dtype: torch.dtype | None
         self._plain: bool
         for self._dtype, self._plain in ((torch.float64, False), (torch.float64, True), (None, True)):
@@ -112,9 +110,9 @@ class Trials:
         )
 
     def _start(self) -> None:
-        self._program = Program(self.layout.structure.network, device=self._device, dtype=self._dtype)
+        self._program = Program(self.layout.structure.network, device=self.device, dtype=self._dtype)
         self._source, self._tolerance = copied(self.module, dtype=self._dtype), ROUNDING
-        self._masked: tuple[Keep, list[Tensor]] | None = None
+        self._masked: tuple[Keep, int, list[Tensor]] | None = None
 
     def parts(self, keep: Keep) -> list[tuple[str, Keep]]:
         """Parts of a plan that no attribute concerns together, each with the class of a module that holds one.
@@ -131,31 +129,48 @@ class Trials:
             found = [*rest, ([inner for known, _ in joined for inner in known] + classes, {**part, name: keep[name]})]
         return [(classes[0], part) for classes, part in found]
 
-    def search(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
-        """Return attributes with which a part of a plan is proven, or why there are none."""
-        groups = [self.layout.by_name[name] for name in keep]
-        sizes = {leaf: len(units) for leaf, units in with_shared(self.layout, keep).items()}
+    def assign(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
+        """Return attributes with which a plan is proven on all probes, or why there are none."""
         try:
-            known = followers(self.module, self._shapes(self._indices(keep)))
+            chosen = list(sure(self._candidates(keep)))
         except _CannotHold as err:
             return (), str(err)
-        every = candidates(self.module, self.layout, groups, self.tensors, sizes, known)
+        if not self.attempt(keep, chosen):
+            return chosen, ""
+        chosen = []
+        for name, part in self.parts(keep):
+            found, why = self._search(part)
+            if why:
+                return (), f"{name} cannot hold what is kept of {next(iter(part))} ({why})"
+            chosen += found
+        return chosen, self.attempt(keep, chosen)
+
+    def _search(self, keep: Keep) -> tuple[Sequence[Candidate], str]:
+        """Find attributes for a part of a plan, with one probe."""
+        every = self._candidates(keep)
         plain = [each for each in every if "." not in each[0].attribute]
-        found, why = search(lambda chosen: self.attempt(keep, chosen), plain)
+        found, why = search(lambda chosen: self.attempt(keep, chosen, self.probes[:1]), plain)
         if why and len(plain) < len(every):
-            found, why = search(lambda chosen: self.attempt(keep, chosen), every)
+            found, why = search(lambda chosen: self.attempt(keep, chosen, self.probes[:1]), every)
         return found, why
 
-    def attempt(self, keep: Keep, chosen: Sequence[Candidate]) -> str:
+    def _candidates(self, keep: Keep) -> list[list[Candidate]]:
+        groups = [self.layout.by_name[name] for name in keep]
+        sizes = {leaf: len(units) for leaf, units in with_shared(self.layout, keep).items()}
+        known = followers(self.module, self._shapes(self._indices(keep)))
+        return candidates(self.module, self.layout, groups, self.tensors, sizes, known)
+
+    def attempt(self, keep: Keep, chosen: Sequence[Candidate], probes: Probes | None = None) -> str:
         """Return why a copy does not compute what the masked network computes; empty if it does."""
+        probes = probes or self.probes
         try:
             smaller, _ = self._made(self._source, keep, chosen)
-            found = self._outputs(smaller)
+            found = self._outputs(smaller, probes)
         except _CannotHold as err:
             return str(err)
         except FAILURES as err:
             return f"{type(err).__name__}: {(str(err).splitlines() or [''])[0]}"
-        expected = self._expected(keep)
+        expected = self._expected(keep, probes)
         if len(found) != len(expected):
             return "it has other outputs"
         self._worst = max(difference(*pair) for pair in zip(found, expected, strict=True))
@@ -191,21 +206,21 @@ class Trials:
             for name, each in cuts.items()
         }
 
-    def _expected(self, keep: Keep) -> list[Tensor]:
-        """Outputs of the masked network for all probes; the last ones are remembered."""
-        if self._masked is None or self._masked[0] is not keep:
+    def _expected(self, keep: Keep, probes: Probes) -> list[Tensor]:
+        """Outputs of the masked network; the last ones are remembered."""
+        if self._masked is None or self._masked[0] is not keep or self._masked[1] != len(probes):
             places = {place: mask.to(self._dtype) for place, mask in masks(self.layout, keep).items()}
             with torch.no_grad():
-                runs = [self._program(feeds, masks=places).outputs.values() for feeds in self.probes]
-            self._masked = keep, [value for outputs in runs for value in outputs]
-        return self._masked[1]
+                runs = [self._program(feeds, masks=places).outputs.values() for feeds in probes]
+            self._masked = keep, len(probes), [value for outputs in runs for value in outputs]
+        return self._masked[2]
 
-    def _outputs(self, module: nn.Module) -> list[Tensor]:
+    def _outputs(self, module: nn.Module, probes: Probes) -> list[Tensor]:
         found: list[Tensor] = []
         with prepared(module, plain=self._plain), torch.no_grad():
-            for feeds in self.probes:
+            for feeds in probes:
                 real = {name for name, value in feeds.items() if value.is_floating_point()}
-                values = [v.to(self._device, self._dtype if name in real else None) for name, v in feeds.items()]
+                values = [v.to(self.device, self._dtype if name in real else None) for name, v in feeds.items()]
                 found += Traced(module, tuple(feeds))(*values)
         return found
 

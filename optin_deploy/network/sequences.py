@@ -25,6 +25,10 @@ def replace_sequences(graph: ir.Graph) -> None:
         graph.insert_before(node, split)
         for reader, place in zip(readers, places, strict=True):
             part = split.outputs[int(place or 0)]
+            if part.name:  # another reader gave it one
+                copied = ir.node("Identity", [part])
+                graph.insert_before(node, copied)
+                part = copied.outputs[0]
             part.name, part.type = reader.outputs[0].name, reader.outputs[0].type
             reader.outputs[0].replace_all_uses_with(part, replace_graph_outputs=True)
         graph.remove([*readers, node], safe=True)
