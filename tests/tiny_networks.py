@@ -21,15 +21,17 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.heads = HEADS
         self.query, self.key, self.value = (nn.Linear(HIDDEN, HEADS * HEAD) for _ in range(3))
         self.out = nn.Linear(HEADS * HEAD, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            part(x).view(x.shape[0], -1, HEADS, HEAD).transpose(1, 2) for part in (self.query, self.key, self.value)
+            part(x).view(x.shape[0], -1, self.heads, HEAD).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
         )
         mixed = (q @ k.transpose(-1, -2) / HEAD**0.5).softmax(-1) @ v  # (batch, heads, tokens, head)
-        return self.out(mixed.transpose(1, 2).reshape(x.shape[0], -1, HEADS * HEAD))
+        return self.out(mixed.transpose(1, 2).reshape(x.shape[0], -1, self.heads * HEAD))
 
 
 class Feedforward(nn.Module):
