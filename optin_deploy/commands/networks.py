@@ -76,9 +76,11 @@ def inspect(
     from optin_deploy.reporting.network_table import (
         FROZEN_HEADER,
         HEADER,
+        PROBLEM_HEADER,
         SHARES_NOTE,
         frozen_rows,
         group_rows,
+        problem_rows,
         summary,
         to_json,
     )
@@ -99,6 +101,8 @@ def inspect(
             typer.echo("Nothing can be cut in it.")
         if layout.frozen:
             print_table(FROZEN_HEADER, frozen_rows(layout), "What stays whole")
+        if problems := problem_rows(layout):
+            print_table(PROBLEM_HEADER, problems, "What is not understood: all around it stays whole")
     if picture is not None:
         if not dry_run:
             free_name(picture, is_ours, force=force)

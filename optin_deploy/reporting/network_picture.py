@@ -60,7 +60,7 @@ def draw(layout: Layout, path: Path) -> None:
     if sum(block.height for block in blocks) > COLUMN_ROWS:
         blocks = joined(blocks)
     columns = list(_columns(blocks))
-    height = max((sum(block.height for block in column) for column in columns), default=1)
+    height = max(1, *(sum(block.height for block in column) for column in columns))
     figure = Figure((COLUMN_INCHES * len(columns), ROW_INCHES * height + 1.1), dpi=DPI, layout="constrained")
     found = shares(layout)
     most = max((share.macs for share in found.values()), default=1) or 1

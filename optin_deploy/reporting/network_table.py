@@ -12,6 +12,9 @@ from optin_deploy.structure.shares import shares
 
 HEADER = ("group", "kind", "units", "width", "MACs", "weights")
 FROZEN_HEADER = ("why", "axes", "entries", "on weights such as")
+PROBLEM_HEADER = ("operator", "why", "nodes")
+FOLLOWS = "the shape of"
+"""So begins the reason of a node that reads what another one, not understood, gives."""
 SHARES_NOTE = "MACs, weights: what would go with all units of a group; what two groups lie on counts for both."
 
 
@@ -43,6 +46,15 @@ def frozen_rows(layout: Layout) -> list[tuple[str, ...]]:
     return rows
 
 
+def problem_rows(layout: Layout) -> list[tuple[str, ...]]:
+    """Rows of PROBLEM_HEADER: nodes that are not understood, without those that only lie behind them."""
+    nodes = layout.structure.network.nodes
+    found = Counter(
+        (nodes[index].op, why) for index, why in layout.structure.problems.items() if not why.startswith(FOLLOWS)
+    )
+    return [(op, why, f"{count:,}") for (op, why), count in found.most_common()]
+
+
 def summary(layout: Layout) -> tuple[str, str]:
     """Two lines: what the whole network is and costs, and at which sizes that is counted."""
     structure = layout.structure
@@ -58,7 +70,7 @@ def summary(layout: Layout) -> tuple[str, str]:
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
-    """Groups and what is frozen, ready for JSON."""
+    """Groups and what is frozen, ready for JSON; operators that are not understood are among the latter."""
     found = shares(layout)
     groups = [
         {
@@ -74,4 +86,5 @@ def to_json(layout: Layout) -> dict[str, Any]:
         for group in layout.groups
     ]
     frozen = [{"why": each.why, "units": each.units, "weights": list(each.weights)} for each in layout.frozen]
-    return {"groups": groups, "frozen": frozen}
+    problems = [{"why": f"{op}: {why}", "units": 0, "weights": []} for op, why, _ in problem_rows(layout)]
+    return {"groups": groups, "frozen": [*frozen, *problems]}

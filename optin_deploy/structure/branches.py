@@ -12,6 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.run import Place
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.makers import Roles
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""
@@ -66,15 +67,8 @@ def branches(structure: Structure, group: UnitGroup) -> tuple[Branch | None, ...
 
 
 def _inputs(structure: Structure, group: UnitGroup) -> tuple[Projection, ...]:
-    """Products with weights whose results hold the units, and whose weights do."""
-    products = {index for index, _ in structure.products}
-    found = {}
-    for part in group.slices:
-        node = structure.network.nodes[part.node]
-        out = structure.axes.get(node.outputs[0], ())
-        if part.node in products and any(leaf is group.leaf for axis in out for leaf in axis.leaves()):
-            found[part.node] = _projection(structure, node)
-    return tuple(found[index] for index in sorted(found) if found[index] is not None)  # type: ignore[misc]
+    found = (_projection(structure, node) for node in Roles(structure).makers(group))
+    return tuple(each for each in found if each is not None)
 
 
 def _projection(structure: Structure, node: Node) -> Projection | None:

@@ -9,7 +9,8 @@ from functools import cached_property
 
 from optin_deploy.network.graph import Network
 from optin_deploy.structure.flow import Structure
-from optin_deploy.structure.groups import UnitGroup, WeightSlice
+from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.makers import Role, Roles
 
 Path = tuple[str, ...]
 """Modules from the outermost inwards."""
@@ -60,7 +61,7 @@ class _Modules:
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
-        self._products = {index for index, _ in structure.products}
+        self._roles = Roles(structure)
         paths = {self._whole(use.weight, use.node) for use in structure.uses} - {()}
         shared = _common(paths)[: -1 if len(paths) == 1 else None]
         while shared and any(path[len(shared) :][:1] and path[len(shared)].isdigit() for path in paths):
@@ -93,23 +94,14 @@ class _Modules:
             yield made_in
         yield makers[0]
 
-    def _parts(self, group: UnitGroup) -> list[tuple[Path, str]]:
+    def _parts(self, group: UnitGroup) -> list[tuple[Path, Role]]:
         """Modules of the weights of a group, and whether they make its units, only carry, or use them."""
-        consumers = {site.node for site in group.sites}
         found = []
         for part in group.slices:
             path = self._whole(part.weight, part.node)[self._outer :]
             if path:
-                found.append((path, self._role(part, group, consumers)))
+                found.append((path, self._roles.of(group, part)))
         return list(dict.fromkeys(found))
-
-    def _role(self, part: WeightSlice, group: UnitGroup, consumers: set[int]) -> str:
-        node = self._structure.network.nodes[part.node]
-        out = self._structure.axes.get(node.outputs[0], ())
-        gives = any(leaf is group.leaf for axis in out for leaf in axis.leaves())
-        if part.node in self._products and gives:
-            return "maker"
-        return "user" if part.node in consumers else "carrier"
 
     def _whole(self, weight: str, node: int) -> Path:
         """Modules around a weight, by its own name or by the scope of a node that reads it; empty: not known."""
@@ -126,9 +118,7 @@ class _Modules:
 
     def _tensor(self, group: UnitGroup) -> str:
         """The name of a weight, a node or a value, where no module is known."""
-        makers = [
-            part for part in group.slices if self._role(part, group, {site.node for site in group.sites}) == "maker"
-        ]
+        makers = [part for part in group.slices if self._roles.of(group, part) == "maker"]
         weights = [CUT.sub("", part.weight) for part in (*makers, *group.slices)]
         node = self._network.nodes[makers[0].node if makers else group.depth]
         told = (*weights, node.name, node.outputs[0])
