@@ -44,7 +44,7 @@ def of_family(name: str, exporter: str) -> Case:
 
 def of_dialect(name: str, form: str) -> Case:
     """Return a dialect of a family."""
-    return _case(dialect(name, form), form, expected(name, "dynamo"), fixed=False)
+    return _case(dialect(name, form), form, expected(name, form), fixed=False)
 
 
 def of_real(name: str) -> Case:

@@ -19,6 +19,8 @@ from benchmarks.zoo.families import HEADS, HIDDEN
 FAMILIES = ("bert", "vit", "llama", "swin", "resnet")
 FUSIONS = {"bert": "bert", "vit": "vit", "llama": "gpt2", "swin": "swin"}
 """Family to the kind of model that ONNX Runtime's script of fusions is told."""
+FORM = 2
+"""To be raised when a dialect must be made anew although no version changed."""
 Maker = Callable[[Export, Path], None]
 """Reads an export and writes its dialect."""
 
@@ -32,7 +34,7 @@ def dialect(family: str, name: str) -> Export:
         return EXPORTED[name](family)
     source = export(family, "dynamo")
     tools = "-".join(version(package) for package in ("onnxruntime", "onnxslim", "onnxconverter-common"))
-    path = source.path.with_name(f"{source.path.stem}.{name}.{tools}.onnx")
+    path = source.path.with_name(f"{source.path.stem}.{name}.{FORM}.{tools}.onnx")
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as folder, quiet():
             made = Path(folder) / path.name
@@ -66,7 +68,8 @@ def fused(source: Export, path: Path, *, exporter: str) -> None:
 def half(source: Export, path: Path) -> None:
     """Write weights and activations in 16 bits, inputs and outputs in 32."""
     float16: Any = import_module("onnxconverter_common.float16")
-    onnx.save(float16.convert_float_to_float16(onnx.load(source.path), keep_io_types=True), path)
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "Cast"]  # else it takes the result of a Cast to float32 for float16
+    onnx.save(float16.convert_float_to_float16(onnx.load(source.path), keep_io_types=True, op_block_list=kept), path)
 
 
 def static(source: Export, path: Path, *, form: str) -> None:
@@ -102,10 +105,10 @@ def dynamic(source: Export, path: Path) -> None:
     tools.quantize_dynamic(str(source.path), str(path), weight_type=tools.QuantType.QInt8)
 
 
-def four_bits(source: Export, path: Path) -> None:
+def four_bits(source: Export, path: Path, *, symmetric: bool) -> None:
     """Store the weights of products in 4 bits, in blocks of 16 along the axis that is contracted."""
     tools: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer = tools.MatMulNBitsQuantizer(onnx.load(source.path), block_size=16, is_symmetric=False)
+    quantizer = tools.MatMulNBitsQuantizer(onnx.load(source.path), block_size=16, is_symmetric=symmetric)
     quantizer.process()
     onnx.save(quantizer.model.model, path)
 
@@ -134,7 +137,8 @@ MADE: Mapping[str, Maker] = {
     "int8-qdq": partial(static, form="QDQ"),
     "int8-operators": partial(static, form="QOperator"),
     "int8-dynamic": dynamic,
-    "4-bit": four_bits,
+    "4-bit": partial(four_bits, symmetric=True),
+    "4-bit-zeros": partial(four_bits, symmetric=False),
     "onnxslim": slimmed,
 }
 DIALECTS = (*EXPORTED, *MADE)

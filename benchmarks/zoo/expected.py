@@ -182,9 +182,45 @@ UNTIED: Mapping[tuple[str, str], tuple[Expected, ...]] = {
 """Groups that a file of one exporter has besides."""
 
 
-def expected(family: str, exporter: str) -> Counter[tuple[str, int]]:
-    """Return how many groups there are of each kind and size."""
+WHOLE_BLOCKS: Mapping[str, tuple[Expected, ...]] = {
+    # Blocks of 16 along the axis that is contracted share a scale: two heads of 8 each, 16 neurons. The width of values
+    # lies inside a block; that of queries and keys is never contracted with a weight of few bits. The pooler is no
+    # product that is stored so.
+    "bert": (Expected("heads", 3, 2), Expected("qk-width", 8, 2), *neurons({5: 2, 48: 1})),
+    "vit": (Expected("heads", 3, 2), Expected("qk-width", 8, 2), *neurons({5: 2})),
+    # Both queries of one group of keys and values are one block.
+    "llama": (Expected("groups", 3, 2), Expected("qk-width", 4, 2), *neurons({5: 2})),
+    # 24 is one block and a half.
+    "swin": (Expected("heads", 3, 2), Expected("qk-width", 8, 4), *neurons({6: 2, 12: 2})),
+}
+"""In 4 bits, by family."""
+WHOLE_BYTES: Mapping[str, tuple[Expected, ...]] = {
+    # Zero points of two blocks share a byte: three and five blocks are no whole bytes, six and twelve are.
+    "bert": (Expected("qk-width", 8, 2), *neurons({48: 1})),
+    "vit": (Expected("qk-width", 8, 2),),
+    "llama": (Expected("qk-width", 4, 2),),
+    "swin": (Expected("qk-width", 8, 4), *neurons({3: 2, 6: 2})),
+}
+"""The same with zero points."""
+ROTATED = (Expected("groups", 3, 2), Expected("queries", 2, 2), Expected("v-width", 8, 2), *neurons({80: 2}))
+FORMS: Mapping[tuple[str, str], tuple[Expected, ...]] = {
+    **{(family, "4-bit"): groups for family, groups in WHOLE_BLOCKS.items()},
+    **{(family, "4-bit-zeros"): groups for family, groups in WHOLE_BYTES.items()},
+    # One node holds the attention: its scale follows from the width of its heads.
+    ("bert", "fused-torchscript"): (Expected("heads", 6, 2), *neurons({80: 2, 48: 1})),
+    # One node rotates: entries i and i + 4 are tied inside of it.
+    ("llama", "opset-23"): ROTATED,
+    ("llama", "opset-23-attention"): ROTATED,
+    # Convolutions laid out for one processor: refused as a whole.
+    **{(family, "ort-99"): () for family in ("vit", "swin", "resnet")},
+}
+"""Groups of dialects that have others than the export which they are made from."""
+
+
+def expected(family: str, form: str) -> Counter[tuple[str, int]]:
+    """Return how many groups there are of each kind and size, in a file of an exporter or in a dialect."""
+    rows = FORMS.get((family, form), (*EXPECTED[family], *UNTIED.get((family, form), ())))
     found: Counter[tuple[str, int]] = Counter()
-    for row in (*EXPECTED[family], *UNTIED.get((family, exporter), ())):
+    for row in rows:
         found[row.kind, row.units] += row.groups
     return found
