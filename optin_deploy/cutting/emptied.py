@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from optin_deploy.cutting.dimensions import Dimensions
 from optin_deploy.errors import BadInput
@@ -18,12 +19,15 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import per_channel
+from optin_deploy.network.tensors import DTYPES
 from optin_deploy.structure.flow import Structure
 
 if TYPE_CHECKING:
     from optin_deploy.cutting.graph import Cut
 
 WITHOUT_BIAS = ("MatMul", "FusedMatMul", "Einsum", "MatMulInteger", "ConvInteger")
+WHOLE = ("MatMulInteger", "ConvInteger")
+"""Those whose results are whole numbers, of 32 bits."""
 WITH_BIAS = ("Gemm", "Conv", "ConvTranspose")
 
 
@@ -51,6 +55,10 @@ def replaced(cut: Cut, node: Node, copy: ir.Node, empty: Collection[str], dimens
         return False
     if node.op == "Shape":
         return False
+    if node.op == "CastLike":
+        to = _onnx_type(cut.structure.shapes.tensors[node.inputs[1]].dtype)
+        cut.renamed(copy, cut.before(copy, "Cast", [copy.inputs[0]], {"to": to.value}))
+        return True
     if node.op not in WITHOUT_BIAS + WITH_BIAS:
         raise BadInput(
             f"{node} reads units of which the plan keeps none; what it makes of nothing is not known. Keep one unit."
@@ -86,21 +94,17 @@ def _remainder(cut: Cut, node: Node, copy: ir.Node) -> ir.Value:
         if node.op == "Gemm":
             beta = node.get("beta", 1.0)
             dtype = cut.structure.shapes.tensors[node.inputs[2]].dtype
-            factor = cut.constant(_array(beta, dtype), "beta")
+            factor = cut.constant(np.asarray(beta).astype(_onnx_type(dtype).numpy()), "beta")
             return bias if beta == 1.0 else cut.before(copy, "Mul", [bias, factor])
         shape = cut.constant(np.array([1, -1, *[1] * (len(axes) - 2)], dtype=np.int64), "channels")
         return cut.before(copy, "Reshape", [bias, shape])
-    dtype = cut.structure.shapes.tensors[node.outputs[0]].dtype
-    return cut.constant(_array(np.zeros([1] * len(axes)), dtype), "zero")
+    real = _onnx_type(cut.structure.shapes.tensors[node.outputs[0]].dtype)
+    kind = ir.DataType.INT32 if node.op in WHOLE else real
+    return cut.constant(np.zeros([1] * len(axes), kind.numpy()), "zero")
 
 
-def _array(value: object, dtype: object) -> np.ndarray:
-    kind = {"torch.float32": "f4", "torch.float64": "f8", "torch.float16": "f2", "torch.int32": "i4"}.get(str(dtype))
-    if kind is None:
-        import ml_dtypes
-
-        return np.asarray(value).astype(ml_dtypes.bfloat16)
-    return np.asarray(value).astype(kind)
+def _onnx_type(dtype: torch.dtype) -> ir.DataType:
+    return next(kind for kind, other in DTYPES.items() if other is dtype)
 
 
 def _needs_all(structure: Structure, name: str, dimensions: Dimensions) -> bool:

@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.shapes import Shapes
-from optin_deploy.structure.sharing import shared_positions
+from optin_deploy.structure.sharing import Positions, positions
 
 UNKNOWN_FORM = (AssertionError, IndexError, KeyError, TypeError, ValueError)
 """What a row raises at a node that is not as it expects, such as one with too few inputs."""
@@ -91,7 +91,7 @@ def walk(network: Network, shapes: Shapes) -> Structure:
     Args: shapes: what `network.shapes.shapes_of` finds for a probe.
     """
     found = Structure(network, shapes)
-    shared = shared_positions(network, shapes)
+    shared = Sharing(positions(network, shapes))
     for port in network.inputs:
         sizes = shapes.shape(port.name)
         if sizes is not None:
@@ -110,10 +110,19 @@ def walk(network: Network, shapes: Shapes) -> Structure:
     return found
 
 
+@dataclass
+class Sharing:
+    """What several places read, as far as the walk has come."""
+
+    positions: Positions
+    axes: list[Axis] = field(default_factory=list)
+    """Axes of the values that several places read."""
+
+
 class Visit:
     """One node on the way: what its row reads and says (see `network.operators.row.Flow`)."""
 
-    def __init__(self, structure: Structure, node: Node, shared: frozenset[str]) -> None:
+    def __init__(self, structure: Structure, node: Node, shared: Sharing) -> None:
         self._structure = structure
         self._shared = shared
         self._uses: dict[int, list[Axis]] = {}
@@ -189,8 +198,11 @@ class Visit:
         sizes = self.out_shape(place)
         if tuple(axis.size for axis in axes) != sizes:
             raise AssertionError(f"{self.node}: axes {list(axes)} for an output of {sizes}")
-        self._structure.axes[self.node.outputs[place]] = list(axes)
+        name = self.node.outputs[place]
+        self._structure.axes[name] = list(axes)
         self._given.add(place)
+        if name in self._shared.positions.several:
+            self._shared.axes.extend(axes)
 
     def fresh(self, size: int, frozen: str = "") -> Axis:
         """Make an axis."""
@@ -320,10 +332,11 @@ class Visit:
         if name in self._structure.network.weights:
             return self._use(place, alone=True)
         axes = self.axes(place)
-        if name not in self._shared:
+        if name not in self._shared.positions.all:
             return axes
+        shared = {leaf for axis in self._shared.axes for leaf in axis.leaves()}
         for position, axis in enumerate(axes):
-            if any(leaf.size > 1 and not leaf.frozen for leaf in axis.leaves()):
+            if any(leaf in shared and leaf.size > 1 and not leaf.frozen for leaf in axis.leaves()):
                 axes[position] = Axis(axis.size)
                 self._structure.taps.append(Tap(self.node.index, place, position, axes[position]))
         return axes

@@ -5,6 +5,8 @@ If their axes were unified at every reader, all layers would have to keep the sa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from optin_deploy.network.graph import Network, Node
@@ -17,8 +19,17 @@ REAL = (torch.int8, torch.uint8)
 """Types of whole numbers that stand for real ones."""
 
 
-def shared_positions(network: Network, shapes: Shapes) -> frozenset[str]:
-    """Return the names of such values, as far as they hold real numbers and are no weights themselves."""
+@dataclass(frozen=True)
+class Positions:
+    """Such values by name, as far as they hold real numbers and are no weights themselves."""
+
+    all: frozenset[str]
+    several: frozenset[str]
+    """Those that more than one place reads: what lies along their axes is shared."""
+
+
+def positions(network: Network, shapes: Shapes) -> Positions:
+    """Find values that follow from weights and positions alone."""
     content, asked = _content(network, shapes)
     reads: dict[str, int] = {}
     for node in reversed(network.nodes):
@@ -26,13 +37,7 @@ def shared_positions(network: Network, shapes: Shapes) -> frozenset[str]:
         for name in node.inputs:
             if name in asked:
                 reads[name] = reads.get(name, 0) + (1 if content.intersection(node.outputs) else through)
-    shared: set[str] = set()
-    for node in network.nodes:
-        from_shared = shared.intersection(node.inputs)
-        for name in node.outputs:
-            if name in asked and (reads.get(name, 0) > 1 or from_shared):
-                shared.add(name)
-    return frozenset(shared)
+    return Positions(frozenset(asked), frozenset(name for name, count in reads.items() if count > 1))
 
 
 def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
