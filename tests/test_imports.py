@@ -145,3 +145,23 @@ def test_no_source_loads_code_from_data() -> None:
 @pytest.mark.parametrize(("pattern", "example"), UNSAFE.items())
 def test_the_unsafe_patterns_find_what_they_are_for(pattern: str, example: str) -> None:
     assert re.search(pattern, example)
+
+
+ROOMS = ("network", "structure", "planning", "cutting", "reporting", "jobs", "commands")
+"""Folders of the library from the lowest to the highest; the older ones beside them are not in order yet."""
+
+
+def test_a_lower_room_imports_no_higher_one() -> None:
+    wrong = []
+    for level, room in enumerate(ROOMS):
+        higher = {f"optin_deploy.{name}" for name in ROOMS[level + 1 :]}
+        for path in python_files(f"optin_deploy/{room}"):
+            names = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)]
+            wrong += [f"{path.relative_to(ROOT)}: {name}" for name in names if ".".join(name.split(".")[:2]) in higher]
+    assert wrong == []
+
+
+def test_the_rooms_of_any_network_know_no_family() -> None:
+    for room in ("network", "structure", "planning", "cutting"):
+        for path in python_files(f"optin_deploy/{room}"):
+            assert not re.search(r"bert|llama|resnet|swin", path.read_text(), re.IGNORECASE), path

@@ -97,6 +97,8 @@ def dense(first: str, second: str, *, nodes: tuple[str, str] = ("", "")) -> Netw
         ("dense_weights", "val_4", ("", ""), "dense_weights: neurons"),
         ("val_3", "val_4", ("MatMul_dense", ""), "MatMul_dense: neurons"),
         ("val_3", "val_4", ("", ""), "h: neurons"),
+        ("val_3", "val_4", ("node_MatMul_6/MatMulAddFusion", ""), "node_MatMul_6: neurons"),
+        ("val_3", "val_4", ("/mlp/up/MatMul/MatMulAddFusion", "/mlp/down/MatMul/MatMulAddFusion"), "mlp: neurons"),
     ],
 )
 def test_the_best_name_that_is_there_is_taken(first: str, second: str, nodes: tuple[str, str], name: str) -> None:
@@ -112,6 +114,23 @@ def test_modules_in_the_metadata_of_nodes_are_read() -> None:
     ):
         node.metadata_props["pkg.torch.onnx.name_scopes"] = str(modules)
     assert names(network)[0] == "m.mlp: neurons"
+
+
+def test_a_vector_that_converters_joined_names_nothing() -> None:
+    """Two biases of zeros are one initializer then, under the name of a layer norm."""
+    generator = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(generator.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("val_1", (6, 6)), ("val_2", (6, 6)), ("embeddings.norm.bias", (6,)))
+    ]
+    nodes = [
+        helper.make_node("Gemm", ["x", "val_1", "embeddings.norm.bias"], ["h"], "/mlp/up/Gemm"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "val_2", "embeddings.norm.bias"], ["y"], "/mlp/down/Gemm"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("batch", 6)) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    assert names(read_any(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))) == ["up: neurons"]
 
 
 def test_groups_that_share_a_module_are_counted(tmp_path: Path) -> None:

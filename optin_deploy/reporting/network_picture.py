@@ -27,7 +27,7 @@ NAME_WIDTH, BAR_WIDTH = 0.46, 0.3
 """Of a column; the rest is for numbers."""
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#999933", "#E69F00", "#009E73", "#CC79A7", "#D55E00"), strict=True))
 """Of kinds; told apart also by colour-blind people (Okabe and Ito)."""
-LONGEST_NAME = 44
+LONGEST_NAME, LONGEST_BLOCK = 44, 66
 NOTE = "Bars and percentages: multiply-accumulates that would go with all units of a group."
 
 
@@ -83,7 +83,7 @@ def is_ours(path: Path) -> bool:
 
 def blocks_of(layout: Layout) -> list[Block]:
     """Gather groups by the entry of a list of layers that they belong to, in the order of work."""
-    paths = {group.name: tuple(group.name.removesuffix(f": {group.kind}").split(".")) for group in layout.groups}
+    paths = {group.name: tuple(group.name.partition(": ")[0].split(".")) for group in layout.groups}
     entries = {_entry(path) for path in paths.values()}
     found: dict[tuple[str, ...], list[tuple[str, UnitGroup]]] = {}
     for group in layout.groups:
@@ -136,7 +136,9 @@ def _draw_column(axes: Axes, blocks: Sequence[Block], found: dict[str, Share], m
         )
         axes.add_patch(frame)
         more = f"   and {block.alike - 1} alike" if block.alike > 1 else ""
-        axes.text(0.02, y + 0.55, f"{_short(block.name)}{more}", va="center", fontsize=7.5, fontweight="bold")
+        axes.text(
+            0.02, y + 0.55, f"{_short(block.name, LONGEST_BLOCK)}{more}", va="center", fontsize=7.5, fontweight="bold"
+        )
         for n, (name, group) in enumerate(block.rows):
             middle, share = y + n + 1.4, found[group.name].macs
             axes.text(0.04, middle, _short(f"{name}: {group.kind}" if name else group.kind), va="center", fontsize=7)
@@ -156,5 +158,5 @@ def _legend(axes: Axes, kinds: Sequence[str]) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=7, frameon=False, fontsize=7)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"...{name[-LONGEST_NAME + 3 :]}"
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"

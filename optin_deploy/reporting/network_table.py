@@ -10,7 +10,7 @@ from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries
 from optin_deploy.structure.shares import shares
 
-HEADER = ("group", "kind", "units", "width", "MACs", "weights")
+HEADER = ("group: kind", "units", "width", "MACs", "weights")
 FROZEN_HEADER = ("why", "axes", "entries", "on weights such as")
 PROBLEM_HEADER = ("operator", "why", "nodes")
 FOLLOWS = "the shape of"
@@ -23,8 +23,7 @@ def group_rows(layout: Layout) -> list[tuple[str, ...]]:
     found = shares(layout)
     return [
         (
-            group.name.removesuffix(f": {group.kind}"),
-            group.kind,
+            group.name,
             f"{group.units:,}",
             f"{group.width:,}",
             f"{found[group.name].macs:.1%}",

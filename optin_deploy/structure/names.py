@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from optin_deploy.network.graph import Network
+from optin_deploy.network.operators import rows
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.makers import Role, Roles
@@ -22,6 +23,8 @@ CUT = re.compile(r"\.cut\d*$")
 """What a cut adds to the names of weights."""
 ANONYMOUS = re.compile(r"(val|v|n|node|const\w*|onnx::\w+)?[_\d]*", re.IGNORECASE)
 """Names that a converter made up, such as val_261 and onnx::MatMul_1359."""
+OPERATORS = {name for _, name in rows()}
+"""Which no module of a scope is called."""
 
 
 def group_names(structure: Structure, groups: Sequence[UnitGroup]) -> list[str]:
@@ -62,6 +65,7 @@ class _Modules:
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
         self._roles = Roles(structure)
+        self._borrowed = _borrowed(structure)
         paths = {self._whole(use.weight, use.node) for use in structure.uses} - {()}
         shared = _common(paths)[: -1 if len(paths) == 1 else None]
         while shared and any(path[len(shared) :][:1] and path[len(shared)].isdigit() for path in paths):
@@ -105,11 +109,12 @@ class _Modules:
 
     def _whole(self, weight: str, node: int) -> Path:
         """Modules around a weight, by its own name or by the scope of a node that reads it; empty: not known."""
-        weight = CUT.sub("", weight)
-        if "/" in weight.strip("/"):
-            return _by_scope(weight)
-        if "." in weight and "::" not in weight:
-            return tuple(weight.split(".")[:-1])
+        if weight not in self._borrowed:
+            weight = CUT.sub("", weight)
+            if "/" in weight.strip("/"):
+                return _by_scope(weight)
+            if "." in weight and "::" not in weight:
+                return tuple(weight.split(".")[:-1])
         scopes = self._metadata[node].get(SCOPES, "")[:SCOPES_CHARACTERS]
         around = re.findall(r"'([^']*)'", scopes)[:-1]  # the last one is the node itself
         if around:
@@ -119,9 +124,9 @@ class _Modules:
     def _tensor(self, group: UnitGroup) -> str:
         """The name of a weight, a node or a value, where no module is known."""
         makers = [part for part in group.slices if self._roles.of(group, part) == "maker"]
-        weights = [CUT.sub("", part.weight) for part in (*makers, *group.slices)]
+        weights = [CUT.sub("", part.weight) for part in makers if part.weight not in self._borrowed]
         node = self._network.nodes[makers[0].node if makers else group.depth]
-        told = (*weights, node.name, node.outputs[0])
+        told = (*weights, node.name.split("/")[0], node.outputs[0])
         return next((name for name in told if name and not ANONYMOUS.fullmatch(name)), node.outputs[0])
 
     @property
@@ -133,9 +138,20 @@ class _Modules:
         return [node.metadata_props for node in self._network.model.graph]
 
 
+def _borrowed(structure: Structure) -> set[str]:
+    """Vectors that several nodes read: one of equal ones that a converter has joined, under the name of any."""
+    readers: dict[str, set[int]] = {}
+    for use in structure.uses:
+        if sum(axis.size > 1 for axis in use.axes) < 2:
+            readers.setdefault(use.weight, set()).add(use.node)
+    return {weight for weight, nodes in readers.items() if len(nodes) > 1}
+
+
 def _by_scope(name: str) -> Path:
     """Read `/encoder/layer.3/attention/MatMul` as modules; an entry of a list bears the name of the list too."""
     parts = [part for part in name.split("/") if part][:-1]
+    while parts and (parts[-1] in OPERATORS or parts[-1].startswith("node_")):
+        parts.pop()  # what a fusion adds to the name of a node
     kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not after.startswith(f"{part}.")]
     return tuple(".".join(kept).split(".")) if kept else ()
 
