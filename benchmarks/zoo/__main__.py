@@ -35,11 +35,12 @@ COLUMNS = (
     "changes", "emptied", "MACs", "to torch", "find, s",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
-LEGEND = """Groups were found, of those that a hand-written table expects. Same bits: read and written again, ONNX Runtime
-gives the same. Cut: largest difference between the cut and the masked network, as a part of the largest output, at two
-sizes: random units of every group in float64, one unit of every group, and the first plan in float32 by ONNX Runtime.
-Changes: how far that plan is from the dense network, so that the comparison is not empty. Emptied: groups that can lose
-all units, proven one by one, and those that are refused. To torch: MACs counted, less those that torch counts."""
+LEGEND = """Groups were found, of those that a hand-written table expects. Same bits: read and written again, ONNX
+Runtime gives the same. Cut: largest difference between the cut and the masked network, as a part of the largest output,
+at two sizes: random units of every group in float64, one unit of every group, and the first plan in float32 by ONNX
+Runtime. Changes: how far that plan is from the dense network, so that the comparison is not empty. Emptied: groups that
+can lose all units, proven one by one, and those that are refused. To torch: MACs counted, less those that torch
+counts."""
 
 
 def makers(options: argparse.Namespace) -> Iterator[Maker]:

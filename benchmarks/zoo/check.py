@@ -127,7 +127,7 @@ def _identity(path: Path, network: Network, feeds: Sequence[Feeds]) -> bool | No
 def _prove(outcome: Outcome, plan: str, layout: Layout, keep: Keep, feeds: Sequence[Feeds]) -> None:
     try:
         proof = prove(layout, keep, cut(layout, keep), feeds)
-    except (NotProven, BadInput, RuntimeError, AssertionError) as err:
+    except BROKEN as err:
         outcome.faults.append(f"{plan}: {type(err).__name__}: {err}")
         return
     setattr(outcome, plan, proof.masked)
@@ -149,7 +149,7 @@ def _float32(outcome: Outcome, layout: Layout, keep: Keep, feeds: Sequence[Feeds
             if outcome.identity is not None:
                 outcome.faults.append(f"float32: ONNX Runtime does not run the cut file: {err}")
             return
-        except (BadInput, RuntimeError, AssertionError) as err:
+        except BROKEN as err:
             outcome.faults.append(f"float32: {type(err).__name__}: {err}")
             return
     outcome.float32 = max(difference(ours[name], masked[name]) for masked, ours in pairs for name in ours)
@@ -159,7 +159,7 @@ def _recount(outcome: Outcome, layout: Layout, keep: Keep, probes: Sequence[Feed
     sizes = {leaf: len(units) for leaf, units in layout.leaves(keep).items()}
     try:
         again = find(cut(layout, keep), probes)
-    except (BadInput, RuntimeError, AssertionError) as err:
+    except BROKEN as err:
         outcome.faults.append(f"analysed again: {type(err).__name__}: {err}")
         return
     foretold, counted = macs(layout.structure, sizes), macs(again.structure)
@@ -174,15 +174,19 @@ def _empty(outcome: Outcome, layout: Layout, name: str, feeds: Sequence[Feeds]) 
     except BadInput:
         outcome.refused += 1
         return
-    except (RuntimeError, AssertionError, KeyError, ValueError, TypeError, IndexError) as err:
+    except BROKEN as err:
         outcome.faults.append(f"emptied {name}: {type(err).__name__}: {err}")
         return
     try:
         prove(layout, {name: []}, smaller, feeds)
-    except (NotProven, BadInput, RuntimeError, AssertionError) as err:
+    except BROKEN as err:
         outcome.faults.append(f"emptied {name}: {type(err).__name__}: {err}")
         return
     outcome.emptied += 1
+
+
+BROKEN = (NotProven, BadInput, RuntimeError, AssertionError, ArithmeticError, LookupError, TypeError, ValueError)
+"""What a wrong cut ends with: our own errors, and those of torch, numpy and Python."""
 
 
 class Unrunnable(Exception):

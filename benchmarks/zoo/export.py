@@ -110,13 +110,14 @@ def _by_torchscript(model: Exported, family: Family, path: Path, opset: int) -> 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and logs of exporters and other tools out of sight; what they make is compared with the model."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _example(model: Exported, family: Family) -> tuple[Tensor, ...]:
