@@ -56,6 +56,11 @@ def test_a_network_in_normal_form_computes_what_the_file_does(form: str, tmp_pat
         done.update(node.outputs)
 
 
+def test_older_operators_are_refused_with_what_to_do() -> None:
+    with pytest.raises(BadInput, match=r"opset 9; possible are 11 and newer.*convert_version"):
+        read(chain(9, 6))
+
+
 @pytest.mark.parametrize(
     ("opset", "ir_version"), [(11, 3), (11, 6), (13, 7), (15, 8), (17, 8), (20, 9), (22, 10), (23, 11)]
 )

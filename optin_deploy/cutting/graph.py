@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from optin_deploy.cutting.dimensions import Dimensions
 from optin_deploy.cutting.emptied import empty_values, replaced, without_parts
-from optin_deploy.network.axes import Axis, kept, size, touched
+from optin_deploy.network.axes import Axis, kept, product, size, touched
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.structure.flow import Number, Structure
 from optin_deploy.structure.groups import Layout
@@ -78,7 +79,7 @@ class Cut:
                 without_parts(self, node, copy, empty)
         for tap in self.structure.taps:
             if touched(tap.axis, self.keep):
-                self._pick(self.nodes[tap.node], tap.place, tap.position, kept(tap.axis, self.keep))
+                self._pick(self.nodes[tap.node], tap.place, tap.position, tap.axis)
         for copy in self.model.graph:
             for value in copy.outputs:
                 if not value.is_graph_output():
@@ -137,32 +138,66 @@ class Cut:
             return
         known = self.structure.shapes.known(name)
         assert known is not None, f"{node}: sizes that are not known were taken for numbers"
-        flat, changes = known.reshape(-1).copy(), np.zeros(known.size, dtype=bool)
-        for number, value in zip(listed, new, strict=True):
-            if touched(number.because, self.keep):
-                flat[number.entry], changes[number.entry] = value, True
-        array = flat.reshape(known.shape)
+        touched_ = {
+            number.entry: (number.axis, value)
+            for number, value in zip(listed, new, strict=True)
+            if number.entry is not None and touched(number.because, self.keep)
+        }
         if name in self.structure.network.weights:
-            copy.replace_input_with(where, self.constant(array, "sizes"))
+            flat = known.reshape(-1).copy()
+            for entry, (_, value) in touched_.items():
+                flat[entry] = value
+            copy.replace_input_with(where, self.constant(flat.reshape(known.shape), "sizes"))
             return
-        flags = self.constant(changes.reshape(known.shape), "changed")
-        chosen = self.before(copy, "Where", [flags, self.constant(array, "sizes"), copy.inputs[where]])
-        copy.replace_input_with(where, chosen)
+        value_now = copy.inputs[where]
+        assert value_now is not None
+        copy.replace_input_with(where, self._corrected(copy, value_now, known.shape, touched_, (0, 1)))
 
     def _pin(self, node: Node, copy: ir.Node) -> None:
         """Let a Shape tell the sizes before the cut: numbers that are sizes were replaced, what is left are factors."""
         axes = self.structure.axes.get(node.inputs[0], [])
         span = slice(node.get("start", 0), node.get("end"))
-        changed = np.array([touched(axis, self.keep) for axis in axes], dtype=bool)[span]
-        if not changed.any():
+        changed = {entry: (axis, axis.size) for entry, axis in enumerate(axes[span]) if touched(axis, self.keep)}
+        if not changed:
             return
-        dense = np.array([axis.size for axis in axes], dtype=np.int64)[span]
         users = tuple(copy.outputs[0].uses())
-        pinned = ir.node("Where", [self.constant(changed, "changed"), self.constant(dense, "sizes"), copy.outputs[0]])
-        pinned.outputs[0].name = self._name("pinned")
-        self.model.graph.insert_after(copy, pinned)
+        behind = list(self.model.graph)[list(self.model.graph).index(copy) + 1]
+        pinned = self._corrected(behind, copy.outputs[0], (len(axes[span]),), changed, (1, 0))
         for user, place in users:
-            user.replace_input_with(place, pinned.outputs[0])
+            user.replace_input_with(place, pinned)
+
+    def _corrected(
+        self,
+        copy: ir.Node,
+        value: ir.Value,
+        shape: tuple[int, ...],
+        changed: Mapping[int, tuple[Axis, int]],
+        order: tuple[int, int],
+    ) -> ir.Value:
+        """Change entries of computed sizes, before a node.
+
+        Args:
+            changed: entry -> its axis, and the size to put in; where only a part of the axis is cut, the rest may be
+                a free size such as the batch, so that the entry is multiplied by the part after and divided by the
+                part before.
+            order: (0, 1), or (1, 0) for sizes after the cut that are to be those before.
+        """
+        sizes, flags = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        factors = np.ones((2, *shape), dtype=np.int64)
+        for entry, (axis, new) in changed.items():
+            parts = [part for part in axis.parts if touched(part, self.keep)] if axis.kind == "product" else []
+            if parts and len(parts) < len(axis.parts):
+                both = math.prod(part.size for part in parts), math.prod(size(part, self.sizes) for part in parts)
+                factors.reshape(2, -1)[:, entry] = [both[place] for place in order]
+            else:
+                sizes.reshape(-1)[entry], flags.reshape(-1)[entry] = new, True
+        if flags.any():
+            changed_, new_sizes = self.constant(flags, "changed"), self.constant(sizes, "sizes")
+            value = self.before(copy, "Where", [changed_, new_sizes, value])
+        if (factors[0] != factors[1]).any():
+            value = self.before(copy, "Mul", [value, self.constant(factors[1], "sizes")])
+            value = self.before(copy, "Div", [value, self.constant(factors[0], "sizes")])
+        return value
 
     def _sliced(self, weight: str, axes: Sequence[Axis]) -> ir.Value:
         indices = [kept(axis, self.keep) if touched(axis, self.keep) else None for axis in axes]
@@ -171,9 +206,24 @@ class Cut:
             self._made[key] = self._initializer(sliced(self.structure.network.weights[weight], indices), weight)
         return self._made[key]
 
-    def _pick(self, copy: ir.Node, place: int, position: int, index: np.ndarray) -> None:
-        picked = self.before(copy, "Gather", [copy.inputs[place], self.constant(index, "kept")], {"axis": position})
-        copy.replace_input_with(place, picked)
+    def _pick(self, copy: ir.Node, place: int, position: int, axis: Axis) -> None:
+        """Let a node read the kept entries alone of an axis of a value that others read too."""
+        value = copy.inputs[place]
+        whole = [not touched(part, self.keep) for part in axis.parts] if axis.kind == "product" else []
+        first = whole.index(False) if True in whole[:1] else 0
+        inner = product(axis.parts[first:]) if first else axis
+        index = self.constant(kept(inner, self.keep), "kept")
+        if first:  # the factors before may be free, such as the batch: each of their entries has the same kept ones
+            step = self.constant(np.array(inner.size), "step")
+            length = self.before(copy, "Gather", [self.before(copy, "Shape", [value]), self._at(position)], {"axis": 0})
+            starts = self.before(copy, "Range", [self._at(0), length, step])
+            column = self.before(copy, "Unsqueeze", [starts, self.constant(np.array([1]), "axes")])
+            both = self.before(copy, "Add", [column, index])
+            index = self.before(copy, "Reshape", [both, self.constant(np.array([-1]), "flat")])
+        copy.replace_input_with(place, self.before(copy, "Gather", [value, index], {"axis": position}))
+
+    def _at(self, number: int) -> ir.Value:
+        return self.constant(np.array(number), "at")
 
     def _initializer(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         value = ir.Value(name=self._name(hint), type=ir.TensorType(tensor.dtype), const_value=tensor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.cutting.masks import masks
-from optin_deploy.errors import OptinError
+from optin_deploy.errors import OWN_FAULT, OptinError
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.structure.groups import Layout
@@ -20,6 +20,8 @@ TOLERANCE = 1e-9
 
 class NotProven(OptinError):
     """A cut network does not give what the masked one gives."""
+
+    exit_code = OWN_FAULT
 
 
 @dataclass(frozen=True)

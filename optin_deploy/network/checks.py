@@ -25,6 +25,10 @@ MOST_NAMES_TRIED = 10**8
 """Steps of the inliner, which tries one number after the other until a name is free: some seconds."""
 MOST_ENTRIES = 2**48
 """Entries of a tensor that a graph may speak of."""
+ONNX = ("", "ai.onnx")
+"""The domain of ONNX's own operators."""
+OLDEST_VERSION = 11
+"""Of ONNX's own operators; before, Slice and others took their sizes as attributes."""
 NEWEST_VERSION = 1000
 """No operator set has as many versions."""
 
@@ -62,6 +66,11 @@ def check_model(proto: onnx.ModelProto, source: str) -> None:
             if not 1 <= entry.version <= NEWEST_VERSION:
                 raise _Fault(
                     f"it asks for version {entry.version} of the operators {_named(entry.domain or 'ai.onnx')}"
+                )
+            if entry.domain in ONNX and entry.version < OLDEST_VERSION:
+                raise BadInput(
+                    f"{source} is written with opset {entry.version}; possible are {OLDEST_VERSION} and newer. Export it "
+                    "again, or convert it by `onnx.version_converter.convert_version(model, 17)`."
                 )
         _check_graph(proto.graph, ())
         for function in proto.functions:

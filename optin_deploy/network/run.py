@@ -19,6 +19,10 @@ Place = tuple[int, int]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+UNRUNNABLE = (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What torch raises at a node that does not fit its inputs, in a damaged graph or for inputs of wrong sizes."""
+
+
 @dataclass(frozen=True)
 class Values:
     """What a run gives."""
@@ -92,7 +96,7 @@ class Program:
     ) -> Values:
         """Run the graph, or only a cone of it.
 
-        Raises: BadInput: a node has a form that its row does not know.
+        Raises: BadInput: a node has a form that its row does not know, or does not fit the inputs.
 
         Args: feeds: the graph's inputs by name; for a cone, the values that it needs.
             masks: multipliers of inputs of nodes, broadcast.
@@ -112,7 +116,7 @@ class Program:
                     inputs[place] = masked(row, inputs, place, mask)
             try:
                 result = row.compute(adapted, *together(inputs, row.numbers))
-            except NotImplementedError as err:
+            except UNRUNNABLE as err:
                 raise BadInput(f"{node} cannot be run: {err}") from err
             found = result if isinstance(result, tuple) else (result,)
             for name, value in zip(node.outputs, found, strict=False):

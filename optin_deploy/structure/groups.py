@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,21 +115,23 @@ def kinds(structure: Structure) -> dict[Axis, str]:
     for index, _ in structure.products:
         node = network.nodes[index]
         factors = [node.inputs[place] for place in rows()[node.domain, node.op].factors or ()]
-        if not factors or any(name in fixed or name not in structure.axes for name in (*factors, node.outputs[0])):
+        if not factors or any(name not in structure.axes for name in (*factors, node.outputs[0])):
             continue
         one, other, out = (
             {leaf: None for axis in structure.axes[name] for leaf in axis.leaves()}
             for name in (*factors, node.outputs[0])
         )
         both = [leaf for leaf in one if leaf in other]
-        note(_heads(structure, factors[0], [leaf for leaf in both if leaf in out]), "heads")
+        batch = [leaf for leaf in both if leaf in out and not leaf.frozen]
+        if not batch and fixed.intersection(factors):
+            continue  # a projection, or one that learned positions take part in
+        note(batch[:1], "heads" if len(batch) == 1 else "groups")
+        note(batch[1:], "queries")
         note([leaf for leaf in both if leaf not in out], "qk-width")
         note([leaf for leaf in other if leaf not in one and leaf in out], "v-width")
+    for use in structure.uses:
+        if "Conv" in network.nodes[use.node].op and len(use.axes) > 2 and use.axes[1].size > 1:  # not depthwise
+            note((leaf for axis in use.axes[:2] for leaf in axis.leaves()), "channels")
     for contraction in structure.contractions:
-        conv = "Conv" in network.nodes[contraction.node].op
-        note(contraction.axis.leaves(), "channels" if conv else "neurons")
+        note(contraction.axis.leaves(), "neurons")
     return found
-
-
-def _heads(structure: Structure, name: str, leaves: list[Axis]) -> Iterator[Axis]:
-    yield from leaves

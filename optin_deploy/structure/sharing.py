@@ -21,7 +21,7 @@ REAL = (torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Positions:
-    """Such values by name, as far as they hold real numbers and are no weights themselves."""
+    """Such values by name, weights aside."""
 
     all: frozenset[str]
     several: frozenset[str]
@@ -41,7 +41,7 @@ def positions(network: Network, shapes: Shapes) -> Positions:
 
 
 def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
-    """Names of values that follow from what is in the inputs, and of the other real ones that nodes compute.
+    """Names of values that follow from what is in the inputs, and of the others that nodes compute.
 
     Masks are inputs too, but only numbers: what matters is real inputs, and tables that are looked up by inputs.
     """
@@ -67,8 +67,9 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
         if looked_up or projects(node) or content.intersection(node.inputs):
             content.update(node.outputs)
         else:
-            others.update(name for name in node.outputs if is_real(name))
+            others.update(node.outputs)
         if given.intersection(node.inputs):
             given.update(node.outputs)
     content.discard("")
+    others.discard("")
     return content, others

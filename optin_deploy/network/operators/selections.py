@@ -123,7 +123,7 @@ def gathered(flow: Flow) -> None:
 
 def picked_alike(flow: Flow) -> None:
     """Flow of GatherElements: indices for each entry of the other axes."""
-    axes, indices = flow.axes(0), flow.axes(1)
+    axes, indices = flow.axes(0), flow.broadcast([1], flow.shape(1))
     along = flow.node.get("axis", 0) % len(axes)
     flow.freeze([axes[along], indices[along]])
     out: list[Axis] = []
