@@ -103,7 +103,8 @@ def einsum_axes(flow: Flow) -> None:
         elif letter not in result or any(term.count(letter) > 1 for term in terms):
             flow.freeze([letters[letter]], f"Einsum {flow.node.attributes['equation']}")
     flow.give(0, [letters[letter] for letter in result])
-    flow.macs(list(letters.values()))
+    if any(letter not in result for letter in letters):  # else nothing is added up, as in Mul
+        flow.macs(list(letters.values()))
 
 
 ROWS = (
