@@ -160,6 +160,15 @@ def other_values(model: onnx.ModelProto, random: Random) -> None:
         tensor.segment.begin = 5
 
 
+def other_numbers(model: onnx.ModelProto, random: Random) -> None:
+    """Numbers that say how large values are."""
+    stored = [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64]
+    for tensor in random.choices(stored, k=random.choice((1, 2))) if stored else ():
+        count = len(tensor.raw_data) // 8
+        numbers = random.choices((*SIZES, 2**16, 2**28, 2**34), k=count)
+        tensor.raw_data = b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
+
+
 def other_port(model: onnx.ModelProto, random: Random) -> None:
     port = random.choice([*model.graph.input, *model.graph.output])
     kind = port.type.tensor_type
@@ -271,7 +280,17 @@ def odd_parts(model: onnx.ModelProto, random: Random) -> None:
 
 DAMAGES: tuple[Damage, ...] = (
     *(drop_node, repeat_node, shuffle_nodes, shuffle_inputs, rewire, cycle, other_operator, other_attribute),
-    *(other_sizes, other_type, other_values, other_port, other_ports, rename_weight, stale_shapes, versions),
+    *(
+        other_sizes,
+        other_type,
+        other_values,
+        other_numbers,
+        other_port,
+        other_ports,
+        rename_weight,
+        stale_shapes,
+        versions,
+    ),
     *(elsewhere, nest, call, many, odd_parts),
 )
 

@@ -149,7 +149,32 @@ def text(rows: int = 97, length: int | str = "length") -> onnx.ModelProto:
     return model_of(nodes, inputs, [value("y", "batch", length, WIDTH)], weights)
 
 
-FORMS = {form.__name__: form for form in (chain, constants, functions, branches, text)}
+def sizes() -> onnx.ModelProto:
+    """Numbers of the file say how large values are."""
+    numbers = {"zero": 0, "limit": WIDTH, "step": 1, "filled": [1, WIDTH], "wide": [1, WIDTH], "times": [1, 1]}
+    numbers |= {"pads": [0, 0, 0, 0], "split": [WIDTH // 2, WIDTH // 2], "start": [0], "end": [WIDTH]}
+    nodes = [
+        helper.make_node("Range", ["zero", "limit", "step"], ["range"]),
+        helper.make_node("Slice", ["range", "start", "end", "start", "step_of"], ["part"]),
+        helper.make_node("Expand", ["part", "wide"], ["rows"]),
+        helper.make_node("ConstantOfShape", ["filled"], ["ones"], value=helper.make_tensor("", INT64, [1], [1])),
+        helper.make_node("Tile", ["ones", "times"], ["tiled"]),
+        helper.make_node("Pad", ["tiled", "pads"], ["padded"]),
+        helper.make_node("Add", ["rows", "padded"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["real"], to=FLOAT),
+        helper.make_node("Split", ["real", "split"], ["left", "right"], axis=1),
+        helper.make_node("Concat", ["right", "left"], ["turned"], axis=1),
+        helper.make_node("Add", ["x", "turned"], ["shifted"]),
+        helper.make_node("MatMul", ["shifted", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(np.array(number), name) for name, number in numbers.items()]
+    stored += [numpy_helper.from_array(np.array([1]), "step_of")]
+    stored += [weight("w", WIDTH, WIDTH), weight("v", WIDTH, WIDTH, seed=1)]
+    return model_of(nodes, [value("x", "batch", WIDTH)], [value("y", "batch", WIDTH)], stored)
+
+
+FORMS = {form.__name__: form for form in (chain, constants, functions, branches, text, sizes)}
 """Every form by name."""
 
 

@@ -69,8 +69,8 @@ def check_model(proto: onnx.ModelProto, source: str) -> None:
                 )
             if entry.domain in ONNX and entry.version < OLDEST_VERSION:
                 raise BadInput(
-                    f"{source} is written with opset {entry.version}; possible are {OLDEST_VERSION} and newer. Export it "
-                    "again, or convert it by `onnx.version_converter.convert_version(model, 17)`."
+                    f"{source} is written with opset {entry.version}; possible are {OLDEST_VERSION} and newer. Export "
+                    "it again, or convert it by `onnx.version_converter.convert_version(model, 17)`."
                 )
         _check_graph(proto.graph, ())
         for function in proto.functions:

@@ -12,11 +12,13 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Row
-from optin_deploy.network.tensors import torch_dtype, torch_tensor
+from optin_deploy.network.tensors import torch_tensor
 
 Place = tuple[int, int]
 """A node by its index, and one of its inputs."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REAL_TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+"""Types of real numbers, by ONNX's number."""
+FLOATS = tuple(REAL_TYPES.values())
 
 
 UNRUNNABLE = (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -151,9 +153,10 @@ class Program:
 
     def _adapted(self, node: Node) -> Node:
         """Let a Cast between real numbers be none where all of them have one type."""
-        if self.dtype is None or node.op != "Cast" or torch_dtype(node.attributes["to"]) not in FLOATS:
+        kind = node.get("to")
+        if self.dtype is None or node.op != "Cast" or not isinstance(kind, int) or kind not in REAL_TYPES:
             return node
-        to = {torch.float64: 11, torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}[self.dtype]
+        to = next(number for number, dtype in REAL_TYPES.items() if dtype == self.dtype)
         return Node(**{**vars(node), "attributes": {**node.attributes, "to": to}})
 
 

@@ -13,7 +13,7 @@ from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.row import Result, Row
-from optin_deploy.network.run import together
+from optin_deploy.network.run import UNRUNNABLE, together
 from optin_deploy.network.tensors import torch_dtype, torch_tensor
 
 REAL_INTEGERS = 2**20
@@ -90,15 +90,34 @@ def _step(node: Node, tensors: dict[str, Tensor]) -> str:
     try:
         with torch.no_grad():
             inputs = together(inputs, row.numbers)
-            result = _outline(row, node, inputs) if row.flow in (same, aligned) else row.compute(node, *inputs)
+            if row.flow in (same, aligned):
+                result = _outline(row, node, inputs)
+            else:
+                result = _many(row, node, inputs) or row.compute(node, *inputs)
     except NotImplementedError as err:
         return str(err)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, ArithmeticError) as err:
+    except UNRUNNABLE as err:
         return f"{type(err).__name__}: {err}"
     for name, value in zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=False):
         if name and value is not None:
             tensors[name] = value
     return ""
+
+
+def _many(row: Row, node: Node, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """Find the shape of numbers that are too many to be held: no file makes us compute them. None: they are few."""
+    if not row.numbers or any(value is not None and value.device == META for value in inputs):
+        return None
+    outlines = [
+        value if value is None or place in row.numbers else value.to(META) for place, value in enumerate(inputs)
+    ]
+    try:
+        with META:
+            result = row.compute(node, *outlines)
+    except UNRUNNABLE:
+        return None  # the computation itself will say why
+    several = result if isinstance(result, tuple) else (result,)
+    return several if any(value is not None and value.numel() > REAL_VALUES for value in several) else None
 
 
 def _outline(row: Row, node: Node, inputs: Sequence[Tensor | None]) -> Result:
