@@ -112,10 +112,11 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         for leaf in leaves:
             found.setdefault(leaf, kind)
 
+    compared, joined = [], []
     for index, _ in structure.products:
         node = network.nodes[index]
         factors = [node.inputs[place] for place in rows()[node.domain, node.op].factors or ()]
-        if not factors or any(name not in structure.axes for name in (*factors, node.outputs[0])):
+        if not factors or "Conv" in node.op or any(name not in structure.axes for name in (*factors, node.outputs[0])):
             continue
         one, other, out = (
             {leaf: None for axis in structure.axes[name] for leaf in axis.leaves()}
@@ -127,11 +128,17 @@ def kinds(structure: Structure) -> dict[Axis, str]:
             continue  # a projection, or one that learned positions take part in
         note(batch[:1], "heads" if len(batch) == 1 else "groups")
         note(batch[1:], "queries")
-        note([leaf for leaf in both if leaf not in out], "qk-width")
-        note([leaf for leaf in other if leaf not in one and leaf in out], "v-width")
+        compared += [leaf for leaf in both if leaf not in out]
+        joined += [leaf for leaf in other if leaf not in one and leaf in out]
+    note(compared, "qk-width")
+    note(joined, "v-width")  # after all others: so stands also the result of a weight that is sliced while it runs
     for use in structure.uses:
         if "Conv" in network.nodes[use.node].op and len(use.axes) > 2 and use.axes[1].size > 1:  # not depthwise
             note((leaf for axis in use.axes[:2] for leaf in axis.leaves()), "channels")
     for contraction in structure.contractions:
-        note(contraction.axis.leaves(), "neurons")
+        free = [leaf for leaf in contraction.axis.leaves() if not leaf.frozen]
+        if contraction.axis.kind == "product" and len(free) == 2:  # attention that multiplies entry by entry
+            note(free[:1], "heads")
+            note(free[1:], "v-width")
+        note(free, "neurons")
     return found
