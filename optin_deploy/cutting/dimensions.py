@@ -20,20 +20,26 @@ Size = ir.Value | int
 """A number, or a value of one entry that a run computes."""
 SIZES = {"Reshape": 1, "Expand": 1, "Split": 1, "ConstantOfShape": 0}
 """Operators that list sizes of their results, with the input that does."""
-WINDOWS = ("Conv", "ConvInteger", "MaxPool", "AveragePool", "LpPool")
+WINDOWS = ("Conv", "ConvInteger", "MaxPool", "AveragePool", "LpPool", "Pad")
 
 
 class Dimensions:
     """Sizes of axes; nothing is guessed from the sizes of the probe."""
 
-    def __init__(self, cut: Cut, value_of: Callable[[str, int], ir.Value | None]) -> None:
+    def __init__(
+        self, cut: Cut, value_of: Callable[[str, int], ir.Value | None], is_read: Callable[[str], bool]
+    ) -> None:
         """Look at a cut.
 
-        Args: value_of: a value that is left in the graph, by the name that it has in the network; None: it is not
-            there, or has one entry where it had many along the axis at this position.
+        Args:
+            value_of: a value that is left in the graph, by the name that it has in the network; None: it is not
+                there, or has one entry where it had many along the axis at this position.
+            is_read: whether a value that a node gives is computed anyway, by its name.
         """
-        self._cut, self._value_of = cut, value_of
+        self._cut, self._value_of, self._is_read = cut, value_of, is_read
         self._told: dict[tuple[Axis, bool], Size] = {}
+        self._asked: set[tuple[Axis, bool]] = set()
+        """What is being looked for, so that it is not asked for on the way."""
 
     def of(self, axis: Axis, copy: ir.Node, before: int, *, dense: bool = False) -> Size | None:
         """Return the size of an axis, None if nothing tells it.
@@ -43,13 +49,14 @@ class Dimensions:
             before: index of that node; values that it can read are those of nodes before.
             dense: the size before the cut.
         """
-        axis = axis.root
-        known = self._told.get((axis, dense))
-        if known is None:
-            known = self._find(axis, copy, before, dense)
-            if known is not None:
-                self._told[axis, dense] = known
-        return known
+        key = axis.root, dense
+        if key not in self._told and key not in self._asked:
+            self._asked.add(key)
+            found = self._find(axis.root, copy, before, dense)
+            self._asked.remove(key)
+            if found is not None:
+                self._told[key] = found
+        return self._told.get(key)
 
     def shape(self, copy: ir.Node, sizes: Iterable[Size]) -> ir.Value:
         """Put sizes into one value, before a node."""
@@ -74,7 +81,23 @@ class Dimensions:
             told = [part for part in parts if part is not None]
             if len(told) == len(parts):
                 return self._joined(copy, "Mul" if axis.kind == "product" else "Add", told)
-        return self._behind_window(axis, copy, before)
+        found = self._behind_window(axis, copy, before)
+        return self._other_factor(axis, copy, before) if found is None else found
+
+    def _other_factor(self, axis: Axis, copy: ir.Node, before: int) -> Size | None:
+        """Size of a factor, from that of the product and those of the other factors."""
+        for whole in self._multiples.get(axis, ()):
+            others = [part for part in whole.parts if part.root is not axis]
+            sizes = [self.of(part, copy, before, dense=True) for part in (whole, *others)]
+            told = [one for one in sizes if one is not None]
+            if len(others) < len(whole.parts) - 1 or len(told) < len(sizes):
+                continue
+            divisor = self._joined(copy, "Mul", told[1:])
+            if isinstance(told[0], int) and isinstance(divisor, int):
+                return told[0] // divisor
+            both = [self._number(one) if isinstance(one, int) else one for one in (told[0], divisor)]
+            return self._cut.before(copy, "Div", both)
+        return None
 
     def _read(self, copy: ir.Node, value: ir.Value, position: int) -> ir.Value:
         shape = self._cut.before(copy, "Shape", [value])
@@ -97,19 +120,13 @@ class Dimensions:
         return found
 
     def _behind_window(self, axis: Axis, copy: ir.Node, before: int) -> Size | None:
-        """Size of what a window that goes over an axis leaves of it."""
+        """Size of what a window that goes over an axis, or a Pad, leaves of it."""
         node, position = self._windows.get(axis, (None, 0))
-        if node is None or node.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or node.get("ceil_mode", 0):
+        if node is None:
             return None
         source = self._cut.structure.axes[node.inputs[0]][position]
-        place, shape = position - 2, self._cut.structure.shapes.shape
-        kernel = node.get("kernel_shape") or (shape(node.inputs[1]) or ())[2:]
-        rank = len(kernel)
-        pads = node.get("pads", [0] * 2 * rank) if node.get("auto_pad", "NOTSET") == "NOTSET" else [0] * 2 * rank
-        step = node.get("strides", [1] * rank)[place]
-        reach = node.get("dilations", [1] * rank)[place] * (kernel[place] - 1) + 1
-        spare = pads[place] + pads[place + rank] - reach
-        if (source.size + spare) // step + 1 != axis.size:
+        spare, step = self._padding(node, position) if node.op == "Pad" else self._window(node, position - 2)
+        if step == 0 or (source.size + spare) // step + 1 != axis.size:
             return None
         told = self.of(source, copy, before)
         if told is None or isinstance(told, int):
@@ -119,6 +136,28 @@ class Dimensions:
             assert isinstance(found, ir.Value)
             found = self._cut.before(copy, "Div", [found, self._number(step)])
         return self._joined(copy, "Add", [found, 1])
+
+    def _window(self, node: Node, place: int) -> tuple[int, int]:
+        """What a window adds to a size before it goes over it, less its reach, and its step; 0: it is not known."""
+        mode = node.get("auto_pad", "NOTSET")
+        if mode not in ("NOTSET", "VALID") or node.get("ceil_mode", 0):
+            return 0, 0
+        kernel = node.get("kernel_shape") or (self._cut.structure.shapes.shape(node.inputs[1]) or ())[2:]
+        rank = len(kernel)
+        pads = node.get("pads", [0] * 2 * rank) if mode == "NOTSET" else [0] * 2 * rank
+        reach = node.get("dilations", [1] * rank)[place] * (kernel[place] - 1) + 1
+        return pads[place] + pads[place + rank] - reach, node.get("strides", [1] * rank)[place]
+
+    def _padding(self, node: Node, position: int) -> tuple[int, int]:
+        """The same for a Pad, as a window of one entry."""
+        network, known = self._cut.structure.network, self._cut.structure.shapes.known
+        amounts, along = known(node.inputs[1]), known(node.inputs[3]) if len(node.inputs) > 3 else None
+        if amounts is None or node.inputs[1] not in network.fixed or (along is None and len(node.inputs) > 3):
+            return 0, 0
+        both = amounts.reshape(2, -1).sum(0)
+        rank = len(self._cut.structure.axes[node.outputs[0]])
+        where = [entry if along is None else int(along[entry]) % rank for entry in range(len(both))]
+        return int(both[where.index(position)]) - 1, 1
 
     def _fixed(self, axis: Axis) -> bool:
         """Whether an axis has the same size for all inputs."""
@@ -145,8 +184,12 @@ class Dimensions:
                 found.update(leaf for leaf in axis.leaves() if not leaf.frozen)
         for number in structure.numbers:
             node = network.nodes[number.node]
-            listed = isinstance(number.where, int) and number.where == SIZES.get(node.op)
-            if isinstance(number.where, str) or (listed and self._stored(node.inputs[number.where], number.entry or 0)):
+            place = number.where
+            if isinstance(place, str) or (
+                place == SIZES.get(node.op)
+                and place < len(node.inputs)
+                and self._stored(node.inputs[place], number.entry or 0)
+            ):
                 add(number.axis)
         for port in network.inputs:
             for known, axis in zip(port.shape or (), structure.axes.get(port.name, ()), strict=False):
@@ -167,7 +210,10 @@ class Dimensions:
 
     @cached_property
     def _places(self) -> dict[Axis, list[tuple[str, int, int]]]:
-        """Where each axis lies: a value, the position of the axis, and the index of the node that computes it."""
+        """Where each axis lies: a value, the position of the axis, and the index of the node that computes it.
+
+        First come inputs and what is computed anyway, in the order of work.
+        """
         found: dict[Axis, list[tuple[str, int, int]]] = {}
         network = self._cut.structure.network
         for name, axes in self._cut.structure.axes.items():
@@ -176,15 +222,35 @@ class Dimensions:
             index = network.producer[name].index if name in network.producer else -1
             for position, axis in enumerate(axes):
                 found.setdefault(axis.root, []).append((name, position, index))
+        for places in found.values():
+            places.sort(key=lambda place: place[2] >= 0 and not self._is_read(place[0]))
+        return found
+
+    @cached_property
+    def _multiples(self) -> dict[Axis, list[Axis]]:
+        """Products by their factors."""
+        found: dict[Axis, list[Axis]] = {}
+        waiting = list(self._places)
+        seen = set(waiting)
+        while waiting:
+            axis = waiting.pop()
+            for part in axis.parts:
+                if axis.kind == "product":
+                    found.setdefault(part.root, []).append(axis)
+                if part.root not in seen:
+                    seen.add(part.root)
+                    waiting.append(part.root)
         return found
 
     @cached_property
     def _windows(self) -> dict[Axis, tuple[Node, int]]:
         """Nodes whose windows leave an axis, each with the position of it."""
         found: dict[Axis, tuple[Node, int]] = {}
+        axes = self._cut.structure.axes
         for node in self._cut.structure.network.nodes:
-            if node.op in WINDOWS and {node.inputs[0], node.outputs[0]} <= set(self._cut.structure.axes):
-                for position, axis in enumerate(self._cut.structure.axes[node.outputs[0]][2:], start=2):
-                    if axis.root is not self._cut.structure.axes[node.inputs[0]][position].root:
+            if node.op in WINDOWS and node.inputs[0] in axes and node.outputs[0] in axes:
+                first = 0 if node.op == "Pad" else 2
+                for position, axis in list(enumerate(axes[node.outputs[0]]))[first:]:
+                    if axis.root is not axes[node.inputs[0]][position].root:
                         found.setdefault(axis.root, (node, position))
         return found

@@ -54,11 +54,13 @@ class Emptied:
     def __init__(self, cut: Cut) -> None:
         self._cut, self._structure, self._network = cut, cut.structure, cut.structure.network
         self._empty = empty_values(cut.structure, cut.sizes)
-        self._dimensions = Dimensions(cut, self._left)
+        self._dimensions = Dimensions(cut, self._left, lambda name: self._network.producer[name].index in self._alive)
         self._thin: dict[str, frozenset[int]] = {}
         """Values that have one entry where they had many, with the positions of these axes."""
         self._full: dict[str, ir.Value] = {}
         """Such values, repeated to their whole shapes."""
+        self._lost: set[str] = set()
+        """Values that cannot be computed any more, and that nothing reads which is left."""
         self._now: dict[str, ir.Value] = {}
         """What stands for values of nodes that are not there any more."""
 
@@ -68,8 +70,21 @@ class Emptied:
         Nodes must come in the order of their work.
         Raises: BadInput: what it computes from nothing is not known, or a size cannot be told.
         """
-        if not self._empty or node.index not in self._alive:
-            return bool(self._empty)
+        if not self._empty:
+            return False
+        outputs = {name for name in node.outputs if name}
+        if outputs <= self._empty:
+            return True
+        try:
+            if self._lost.isdisjoint(node.inputs):
+                return self._settle(node, copy)
+        except BadInput:
+            if node.index in self._alive:
+                raise
+        self._lost |= outputs
+        return True
+
+    def _settle(self, node: Node, copy: ir.Node) -> bool:
         names = list(node.inputs)
         if self._empty.intersection(names):
             if node.op in CONTRACTIONS:
@@ -104,7 +119,7 @@ class Emptied:
 
     @cached_property
     def _alive(self) -> frozenset[int]:
-        """Nodes that something reads which is left."""
+        """Nodes that something reads which is left; the others may stay where only they tell a size."""
         needed = {port.name for port in self._network.outputs}
         found = set()
         for node in reversed(self._network.nodes):
@@ -129,13 +144,12 @@ class Emptied:
 
     def _left(self, name: str, position: int) -> ir.Value | None:
         """The value that stands for one of the network, if it is there and has all entries along an axis."""
-        if name in self._empty or position in self._thin.get(name, ()):
+        if name in self._empty or name in self._lost or position in self._thin.get(name, ()):
             return None
         producer = self._network.producer.get(name)
         if name in self._now or producer is None:
             return self._now.get(name) or self._ports[name]
-        place = producer.outputs.index(name)
-        return self._cut.nodes[producer.index].outputs[place] if producer.index in self._alive else None
+        return self._cut.nodes[producer.index].outputs[producer.outputs.index(name)]
 
     @cached_property
     def _ports(self) -> dict[str, ir.Value]:
