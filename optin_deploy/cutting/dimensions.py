@@ -38,6 +38,7 @@ class Dimensions:
         """
         self._cut, self._value_of, self._is_read = cut, value_of, is_read
         self._told: dict[tuple[Axis, bool], Size] = {}
+        """Sizes that were found; of an axis that is cut both of them."""
         self._asked: set[tuple[Axis, bool]] = set()
         """What is being looked for, so that it is not asked for on the way."""
 
@@ -49,7 +50,7 @@ class Dimensions:
             before: index of that node; values that it can read are those of nodes before.
             dense: the size before the cut.
         """
-        key = axis.root, dense
+        key = axis.root, dense and touched(axis, self._cut.keep)
         if key not in self._told and key not in self._asked:
             self._asked.add(key)
             found = self._find(axis.root, copy, before, dense)
@@ -81,6 +82,8 @@ class Dimensions:
             told = [part for part in parts if part is not None]
             if len(told) == len(parts):
                 return self._joined(copy, "Mul" if axis.kind == "product" else "Add", told)
+        if changed and not dense:
+            return None
         found = self._behind_window(axis, copy, before)
         return self._other_factor(axis, copy, before) if found is None else found
 

@@ -11,28 +11,21 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
 from optin_deploy.cutting.dimensions import Dimensions, Size
+from optin_deploy.cutting.remainders import CONTRACTIONS, bias_of, onnx_type, remainder
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, size, touched
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import per_channel
-from optin_deploy.network.tensors import DTYPES
 from optin_deploy.structure.flow import Structure
 
 if TYPE_CHECKING:
     from optin_deploy.cutting.graph import Cut
 
-BIAS = {"Gemm": 2, "Conv": 2, "ConvTranspose": 2}
-"""Contractions with a bias, and its place."""
-CONTRACTIONS = (*BIAS, "MatMul", "FusedMatMul", "Einsum", "MatMulInteger", "ConvInteger")
-WHOLE = ("MatMulInteger", "ConvInteger")
-"""Those whose results are whole numbers, of 32 bits."""
 ONE_WAY = ("PRelu",)
 """Element-wise operators whose first input must have the shape of the result."""
 
@@ -97,7 +90,7 @@ class Emptied:
                 )
             elif node.op == "CastLike" and names[0] not in self._empty:
                 copy.op_type = "Cast"
-                to = _onnx_type(self._structure.shapes.tensors[names[1]].dtype)
+                to = onnx_type(self._structure.shapes.tensors[names[1]].dtype)
                 copy.attributes["to"] = ir.AttrInt64("to", to.value)
                 names = names[:1]
                 _set_inputs(copy, copy.inputs[:1])
@@ -127,7 +120,8 @@ class Emptied:
                 found.add(node.index)
                 read = set(node.inputs) - {""}
                 if node.op in CONTRACTIONS and read & self._empty:
-                    read = set(node.inputs[BIAS.get(node.op, len(node.inputs)) :][:1]) - {""}
+                    place = bias_of(node)
+                    read = set() if place is None else {node.inputs[place]}
                 needed |= read - self._empty
         return frozenset(found)
 
@@ -217,38 +211,13 @@ class Emptied:
         self._stand(node, copy, self._dimensions.shape(copy, sizes), frozenset())
 
     def _leave_rest(self, node: Node, copy: ir.Node) -> None:
-        """Put what a contraction over nothing gives in its place: its bias, or zero."""
-        name = node.outputs[0]
-        axes, rank = self._structure.axes[name], len(self._structure.axes[name])
-        place = BIAS.get(node.op, len(node.inputs))
-        bias = node.inputs[place] if place < len(node.inputs) else ""
-        if bias:
-            value = self._bias(node, copy, place, rank)
-            held = [1, *self._sizes(bias), *[1] * (rank - 2)] if node.op != "Gemm" else list(self._sizes(bias))
-        else:
-            own = {axis.root for use in self._structure.uses if use.node == node.index for axis in use.axes}
-            held = [axis.size if axis.root in own else 1 for axis in axes]
-            sizes = [size(axis, self._cut.sizes) if axis.root in own else 1 for axis in axes]
-            real = _onnx_type(self._structure.shapes.tensors[name].dtype)
-            dtype = ir.DataType.INT32 if node.op in WHOLE else real
-            value = self._cut.constant(np.zeros(sizes, dtype.numpy()), "zero")
-        self._stand(node, copy, value, self._thin_of(name, [("", held)]))
-
-    def _bias(self, node: Node, copy: ir.Node, place: int, rank: int) -> ir.Value:
-        """The bias of a contraction, with as many axes as its result."""
-        name, value = node.inputs[place], copy.inputs[place]
-        if name in self._thin:
-            value = self._repeated(node, copy, name, value)
-        assert value is not None
-        if node.op == "Gemm" and node.get("beta", 1.0) != 1.0:
-            dtype = _onnx_type(self._structure.shapes.tensors[name].dtype)
-            value = self._cut.before(
-                copy, "Mul", [value, self._cut.constant(np.asarray(node.get("beta")).astype(dtype.numpy()), "beta")]
-            )
-        if len(self._sizes(name)) == rank:
-            return value
-        shape = self._cut.constant(np.array([1, -1, *[1] * (rank - 2)], dtype=np.int64), "channels")
-        return self._cut.before(copy, "Reshape", [value, shape])
+        """Put what a contraction over nothing gives in its place."""
+        place = bias_of(node)
+        if place is not None and node.inputs[place] in self._thin:
+            whole = self._repeated(node, copy, node.inputs[place], copy.inputs[place])
+            copy.replace_input_with(place, whole)
+        value, held = remainder(self._cut, node, copy)
+        self._stand(node, copy, value, self._thin_of(node.outputs[0], [("", held)]))
 
     def _stand(self, node: Node, copy: ir.Node, value: ir.Value, thin: frozenset[int], place: int = 0) -> None:
         """Let a value stand for an output of a node; full where it must be."""
@@ -295,7 +264,3 @@ def _untold(node: Node, name: str, position: int) -> BadInput:
         f"{node} reads {name}, which is constant as the plan keeps none of some units; how large axis {position} of it "
         "is then cannot be told from what is left. Keep one unit."
     )
-
-
-def _onnx_type(dtype: torch.dtype) -> ir.DataType:
-    return next(kind for kind, other in DTYPES.items() if other is dtype)
