@@ -11,8 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from optin_deploy.cutting.dimensions import Dimensions
-from optin_deploy.cutting.emptied import empty_values, replaced, without_parts
+from optin_deploy.cutting.emptied import Emptied
 from optin_deploy.network.axes import Axis, kept, product, size, touched
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.structure.flow import Number, Structure
@@ -57,8 +56,7 @@ class Cut:
     def make(self) -> None:
         """Change the copy."""
         network = self.structure.network
-        empty = empty_values(self.structure, self.sizes)
-        dimensions = Dimensions(self.structure, empty)
+        emptied = Emptied(self)
         numbers: dict[int, dict[int | str, list[Number]]] = {}
         for number in self.structure.numbers:
             numbers.setdefault(number.node, {}).setdefault(number.where, []).append(number)
@@ -66,17 +64,13 @@ class Cut:
             if any(touched(axis, self.keep) for axis in use.axes):
                 self.nodes[use.node].replace_input_with(use.place, self._sliced(use.weight, use.axes))
         for node, copy in zip(network.nodes, self.nodes, strict=True):
-            if all(name in empty for name in node.outputs if name):
-                continue  # nothing that is left reads it
-            if empty.intersection(node.inputs) and replaced(self, node, copy, empty, dimensions):
+            if emptied.settled(node, copy):
                 continue
             for where, listed in numbers.get(node.index, {}).items():
                 if any(touched(number.because, self.keep) for number in listed):
                     self._renumber(node, copy, where, listed)
             if node.op == "Shape":
                 self._pin(node, copy)
-            if node.op == "Split" and empty.intersection(node.outputs):
-                without_parts(self, node, copy, empty)
         for tap in self.structure.taps:
             if touched(tap.axis, self.keep):
                 self._pick(self.nodes[tap.node], tap.place, tap.position, tap.axis)
