@@ -15,6 +15,7 @@ from onnx.helper import make_node as node
 
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
+from optin_deploy.cutting.proof import prove
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
 from optin_deploy.structure.find import find
@@ -355,3 +356,38 @@ def test_a_branch_that_reads_around_itself_gets_what_is_whole() -> None:
     ]
     (small,) = empties(nodes, weights, TEXTS, 1)
     assert "Expand" in operators(small)
+
+
+def dynamic(how: str) -> list[onnx.NodeProto]:
+    """A product of whole numbers whose range is found on the way; it reads `t` and gives `y`."""
+    runtime = {"domain": "com.microsoft"}
+    if how == "one":
+        return [node("DynamicQuantizeMatMul", ["t", "v", "vs", "", "b"], ["y"], **runtime)]
+    quantized = node("DynamicQuantizeLinear", ["t"], ["tq", "ts", "tz"])
+    if how == "two":
+        return [quantized, node("MatMulIntegerToFloat", ["tq", "v", "ts", "vs", "tz"], ["y"], **runtime)]
+    return [
+        quantized,
+        node("MatMulInteger", ["tq", "v", "tz"], ["sums"]),
+        node("Cast", ["sums"], ["cast"], to=1),
+        node("Mul", ["ts", "vs"], ["scale"]),
+        node("Mul", ["cast", "scale"], ["y"]),
+    ]
+
+
+@pytest.mark.parametrize("how", ["one", "two", "all"])
+def test_products_of_whole_numbers(how: str) -> None:
+    whole_numbers = RNG.integers(-128, 128, (9, 10)).astype(np.int8)
+    weights = {"u": real(10, 9), "v": whole_numbers, "vs": np.array(0.01, np.float32), "b": real(10)}
+    nodes = [
+        node("MatMul", ["x", "u"], ["h"]),
+        node("Tanh", ["h"], ["t"]),
+        *dynamic(how),
+        node("Add", ["y", "x"], ["out"]),
+    ]
+    layout = find(Network(ir.from_proto(graph(nodes, weights, TEXTS[0])), "a test"), [tensors(x) for x in TEXTS])
+    keep: dict[str, list[int]] = {layout.groups[0].name: []}
+    smaller = cut(layout, keep)
+    assert prove(layout, keep, smaller, [tensors(feeds) for feeds in TEXTS]).dense > 1e-3
+    for feeds in TEXTS:
+        np.testing.assert_allclose(run(smaller, feeds)[0], feeds["x"] + (weights["b"] if how == "one" else 0))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from optin_deploy.cutting.dimensions import Dimensions, Size
@@ -82,6 +83,10 @@ class Emptied:
         if self._empty.intersection(names):
             if node.op in CONTRACTIONS:
                 self._leave_rest(node, copy)
+                return True
+            if node.op == "DynamicQuantizeLinear":
+                self._stand(node, copy, self._cut.constant(np.ones((), np.float32), "scale"), frozenset(), 1)
+                self._stand(node, copy, self._cut.constant(np.zeros((), np.uint8), "point"), frozenset(), 2)
                 return True
             if node.op == "Concat":
                 names = [name for name in names if name not in self._empty]

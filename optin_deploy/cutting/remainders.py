@@ -15,7 +15,10 @@ from optin_deploy.network.tensors import DTYPES
 if TYPE_CHECKING:
     from optin_deploy.cutting.graph import Cut
 
-BIAS = {"Gemm": 2, "Conv": 2, "ConvTranspose": 2, "MatMulNBits": 5}
+BIAS = {
+    **{"Gemm": 2, "Conv": 2, "ConvTranspose": 2},
+    **{"MatMulNBits": 5, "DynamicQuantizeMatMul": 4, "MatMulIntegerToFloat": 6},
+}
 """Contractions with a bias, and its place."""
 CONTRACTIONS = (*BIAS, "MatMul", "FusedMatMul", "Einsum", "MatMulInteger", "ConvInteger")
 WHOLE = ("MatMulInteger", "ConvInteger")
