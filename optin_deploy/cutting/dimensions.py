@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from optin_deploy.cutting.editing import Editor
 from optin_deploy.network.axes import Axis, size, touched
 from optin_deploy.network.graph import Node
-
-if TYPE_CHECKING:
-    from optin_deploy.cutting.graph import Cut
 
 Size = ir.Value | int
 """A number, or a value of one entry that a run computes."""
@@ -27,7 +24,7 @@ class Dimensions:
     """Sizes of axes; nothing is guessed from the sizes of the probe."""
 
     def __init__(
-        self, cut: Cut, value_of: Callable[[str, int], ir.Value | None], is_read: Callable[[str], bool]
+        self, cut: Editor, value_of: Callable[[str, int], ir.Value | None], is_read: Callable[[str], bool]
     ) -> None:
         """Look at a cut.
 

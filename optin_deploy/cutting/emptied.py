@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from optin_deploy.cutting.dimensions import Dimensions, Size
+from optin_deploy.cutting.editing import Editor
 from optin_deploy.cutting.remainders import CONTRACTIONS, bias_of, onnx_type, remainder
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, size, touched
@@ -23,9 +23,6 @@ from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import per_channel
 from optin_deploy.structure.flow import Structure
-
-if TYPE_CHECKING:
-    from optin_deploy.cutting.graph import Cut
 
 ONE_WAY = ("PRelu",)
 """Element-wise operators whose first input must have the shape of the result."""
@@ -45,7 +42,7 @@ def empty_values(structure: Structure, sizes: Mapping[Axis, int]) -> frozenset[s
 class Emptied:
     """What a cut does at nodes that read or give values without entries, and at those behind them."""
 
-    def __init__(self, cut: Cut) -> None:
+    def __init__(self, cut: Editor) -> None:
         self._cut, self._structure, self._network = cut, cut.structure, cut.structure.network
         self._empty = empty_values(cut.structure, cut.sizes)
         self._dimensions = Dimensions(cut, self._left, lambda name: self._network.producer[name].index in self._alive)

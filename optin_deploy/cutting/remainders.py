@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from optin_deploy.cutting.editing import Editor
 from optin_deploy.network.axes import size
 from optin_deploy.network.graph import Node
 from optin_deploy.network.tensors import DTYPES
-
-if TYPE_CHECKING:
-    from optin_deploy.cutting.graph import Cut
 
 BIAS = {
     **{"Gemm": 2, "Conv": 2, "ConvTranspose": 2},
@@ -31,7 +27,7 @@ def bias_of(node: Node) -> int | None:
     return place if place is not None and place < len(node.inputs) and node.inputs[place] else None
 
 
-def remainder(cut: Cut, node: Node, copy: ir.Node) -> tuple[ir.Value, list[int]]:
+def remainder(cut: Editor, node: Node, copy: ir.Node) -> tuple[ir.Value, list[int]]:
     """Return what is left of a contraction over nothing, with as many axes as its result, and its sizes in the probe.
 
     Along an axis of the node's own weight it has all entries, so that a normalisation of channels can read it.
@@ -47,7 +43,7 @@ def remainder(cut: Cut, node: Node, copy: ir.Node) -> tuple[ir.Value, list[int]]
     return cut.constant(np.zeros(left, dtype.numpy()), "zero"), held
 
 
-def _bias(cut: Cut, node: Node, copy: ir.Node, place: int) -> tuple[ir.Value, list[int]]:
+def _bias(cut: Editor, node: Node, copy: ir.Node, place: int) -> tuple[ir.Value, list[int]]:
     tensor, value = cut.structure.shapes.tensors[node.inputs[place]], copy.inputs[place]
     assert value is not None
     if node.op == "Gemm" and node.get("beta", 1.0) != 1.0:
