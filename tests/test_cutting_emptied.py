@@ -274,6 +274,33 @@ def test_heads_behind_views() -> None:
     assert left == [3, 0, 0, 0, 0, 0, 0], "without keys three products go, without heads or values all six"
 
 
+@pytest.mark.parametrize("op", ["BatchNormalization", "PRelu"])
+def test_scores_whose_heads_are_read_as_channels(op: str) -> None:
+    """Without keys scores are zero, of one entry along the heads too, which have parameters of their own."""
+    nodes, weights = attention(3, 4)
+    norm = {"s1": real(3), "s2": real(3), "s3": real(3), "s4": np.abs(real(3)) + 1}
+    slope = {"s1": real(3, 1, 1)}
+    more = norm if op == "BatchNormalization" else slope
+    place = next(place for place, each in enumerate(nodes) if each.op_type == "Softmax")
+    nodes[place : place + 1] = [node(op, ["s", *more], ["sc"]), node("Softmax", ["sc"], ["p"])]
+    empties([*nodes, node("Add", ["y", "x"], ["out"])], {**weights, **more}, TEXTS, 3)
+
+
+def test_a_width_that_is_divided_by_stays_what_it_was() -> None:
+    weights = {"u": real(10, 9), "v": real(9, 10), "b": real(10), "at": np.array(2)}
+    nodes = [
+        node("MatMul", ["x", "u"], ["h"]),
+        node("Shape", ["h"], ["s"]),
+        node("Gather", ["s", "at"], ["width"]),
+        node("Cast", ["width"], ["real"], to=1),
+        node("MatMul", ["h", "v"], ["y"]),
+        node("Add", ["y", "b"], ["yb"]),
+        node("Div", ["yb", "real"], ["yd"]),
+        node("Add", ["yd", "x"], ["out"]),
+    ]
+    empties(nodes, weights, TEXTS, 1)
+
+
 def test_heads_that_were_the_only_way_to_the_output() -> None:
     nodes, weights = attention(3, 4)
     small = empties([*nodes, node("Add", ["y", "b"], ["out"])], weights, TEXTS, 3)

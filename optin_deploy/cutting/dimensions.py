@@ -81,23 +81,7 @@ class Dimensions:
                 return self._joined(copy, "Mul" if axis.kind == "product" else "Add", told)
         if changed and not dense:
             return None
-        found = self._behind_window(axis, copy, before)
-        return self._other_factor(axis, copy, before) if found is None else found
-
-    def _other_factor(self, axis: Axis, copy: ir.Node, before: int) -> Size | None:
-        """Size of a factor, from that of the product and those of the other factors."""
-        for whole in self._multiples.get(axis, ()):
-            others = [part for part in whole.parts if part.root is not axis]
-            sizes = [self.of(part, copy, before, dense=True) for part in (whole, *others)]
-            told = [one for one in sizes if one is not None]
-            if len(others) < len(whole.parts) - 1 or len(told) < len(sizes):
-                continue
-            divisor = self._joined(copy, "Mul", told[1:])
-            if isinstance(told[0], int) and isinstance(divisor, int):
-                return told[0] // divisor
-            both = [self._number(one) if isinstance(one, int) else one for one in (told[0], divisor)]
-            return self._cut.before(copy, "Div", both)
-        return None
+        return self._behind_window(axis, copy, before)
 
     def _read(self, copy: ir.Node, value: ir.Value, position: int) -> ir.Value:
         shape = self._cut.before(copy, "Shape", [value])
@@ -224,22 +208,6 @@ class Dimensions:
                 found.setdefault(axis.root, []).append((name, position, index))
         for places in found.values():
             places.sort(key=lambda place: place[2] >= 0 and not self._is_read(place[0]))
-        return found
-
-    @cached_property
-    def _multiples(self) -> dict[Axis, list[Axis]]:
-        """Products by their factors."""
-        found: dict[Axis, list[Axis]] = {}
-        waiting = list(self._places)
-        seen = set(waiting)
-        while waiting:
-            axis = waiting.pop()
-            for part in axis.parts:
-                if axis.kind == "product":
-                    found.setdefault(part.root, []).append(axis)
-                if part.root not in seen:
-                    seen.add(part.root)
-                    waiting.append(part.root)
         return found
 
     @cached_property
