@@ -459,7 +459,7 @@ def the_largest_units(n: Net) -> Any:
     return n.MatMul(values, w(4, 5))
 
 
-@example(12, stays=(12,))
+@example(12)
 def rows_are_picked(n: Net) -> Any:
     a = n.MatMul(n.x, w(6, 12))
     b = n.GatherND(a, np.array([[0, 1], [1, 2], [2, 0]]))
@@ -578,7 +578,7 @@ def a_layer_that_feeds_back(n: Net) -> Any:
 # Pictures.
 
 
-@example(5, 7, shape=PICTURE, stays=(5, 7))
+@example(5, 7, shape=PICTURE)
 def convolutions(n: Net) -> Any:
     a = n.Relu(n.Conv(n.x, w(5, 3, 3, 3), w(5), pads=SAME))
     b = n.Relu(n.Conv(n.MaxPool(a, kernel_shape=[2, 2], strides=[2, 2]), w(7, 5, 3, 3), dilations=[1, 1]))
@@ -590,7 +590,7 @@ def convolutions_over_one_axis(n: Net) -> Any:
     return n.Conv(n.Relu(n.Conv(n.x, w(5, 3, 3), w(5), pads=[0, 2])), w(4, 5, 3), pads=[1, 1])
 
 
-@example(5, shape=("n", 3, "h", 4, 4), stays=(5,))
+@example(5, shape=("n", 3, "h", 4, 4))
 def convolutions_over_three_axes(n: Net) -> Any:
     return n.Conv(n.Relu(n.Conv(n.x, w(5, 3, 3, 2, 2), w(5))), w(4, 5, 1, 1, 2))
 
@@ -674,7 +674,7 @@ def a_stage_of_residuals(n: Net) -> Any:
     return n.Conv(b, w(4, 5, 1, 1))
 
 
-@example(5, shape=PICTURE, stays=(5,))
+@example(5, shape=PICTURE)
 def places_are_padded(n: Net) -> Any:
     a = n.Pad(n.Conv(n.x, w(5, 3, 1, 1)), [0, 0, 1, 2, 0, 0, 0, 1], w())
     return n.Conv(n.Pad(a, [1, 1, 1, 1], None, [2, 3], mode="reflect"), w(4, 5, 3, 3), pads=SAME)
@@ -685,7 +685,7 @@ def channels_are_padded(n: Net) -> Any:
     return n.Conv(n.Pad(n.Conv(n.x, w(5, 3, 1, 1)), [0, 1, 0, 0, 0, 2, 0, 0]), w(4, 8, 3, 3))
 
 
-@example(12, stays=(12,))
+@example(12)
 def the_length_is_padded(n: Net) -> Any:
     return n.MatMul(n.Pad(n.MatMul(n.x, w(6, 12)), [0, 1, 0, 0, 2, 0]), w(12, 4))
 
@@ -724,7 +724,7 @@ def places_become_channels(n: Net) -> Any:
     return n.Conv(n.SpaceToDepth(n.Conv(n.x, w(5, 3, 1, 1)), blocksize=2), w(4, 20, 3, 3))
 
 
-@example(3, shape=("n", "l", 6))
+@example(3, shape=("n", "l", 6), stays=(3,))
 def blocks_become_a_picture(n: Net) -> Any:
     a = n.Transpose(n.MatMul(n.Slice(n.x, [0], [4], [1]), w(6, 12)), perm=[0, 2, 1])
     return n.Conv(n.Col2Im(a, [4, 4], [2, 2], strides=[2, 2]), w(4, 3, 1, 1))
@@ -736,13 +736,13 @@ def pictures_are_sampled(n: Net) -> Any:
     return n.Conv(n.GridSample(n.Conv(n.x, w(5, 3, 1, 1)), grid), w(4, 5, 1, 1))
 
 
-@example(5, shape=PICTURE, stays=(5,))
+@example(5, shape=PICTURE)
 def norms_of_windows(n: Net) -> Any:
     a = n.LpPool(n.Conv(n.x, w(5, 3, 1, 1)), kernel_shape=[2, 2])
     return n.Conv(n.Mul(a, n.Add(n.GlobalMaxPool(a), n.GlobalLpPool(a))), w(4, 5, 1, 1))
 
 
-@example(5, shape=PICTURE, stays=(5,))
+@example(5, shape=PICTURE)
 def patches_become_tokens(n: Net) -> Any:
     a = n.Conv(n.x, w(5, 3, 2, 2), w(5), strides=[2, 2])
     tokens = n.Transpose(n.Reshape(a, [0, 0, -1]), perm=[0, 2, 1])

@@ -67,7 +67,7 @@ class Dimensions:
 
     def _find(self, axis: Axis, copy: ir.Node, before: int, dense: bool) -> Size | None:
         changed = touched(axis, self._cut.keep)
-        if axis.size == 1 or self._fixed(axis):
+        if self._fixed(axis) or (axis.size == 1 and not axis.frozen):  # a place of a picture may be more than one
             return size(axis, {} if dense else self._cut.sizes)
         if not changed:
             for name, position, index in self._places.get(axis, ()):

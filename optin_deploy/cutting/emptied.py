@@ -175,14 +175,19 @@ class Emptied:
     def _thin_of(self, output: str, inputs: Sequence[tuple[str, Sequence[int]]]) -> frozenset[int]:
         """Positions where a result of broadcasting has one entry, as each of the inputs has, by name and sizes."""
         found = set()
-        for position, wanted in enumerate(shape := self._sizes(output)):
+        for position in range(rank := len(self._sizes(output))):
             held = []
             for name, sizes in inputs:
-                at = position - len(shape) + len(sizes)
+                at = position - rank + len(sizes)
                 held.append(at >= 0 and sizes[at] > 1 and at not in self._thin.get(name, ()))
-            if wanted > 1 and not any(held):
+            if (self._sizes(output)[position] > 1 or self._may_grow(output, position)) and not any(held):
                 found.add(position)
         return frozenset(found)
+
+    def _may_grow(self, name: str, position: int) -> bool:
+        """Whether an axis has one entry in the probe, and may have more for other inputs: a place of a picture."""
+        axes = self._structure.axes.get(name, ())
+        return bool(axes) and axes[position].size == 1 and bool(axes[position].frozen)
 
     def _sizes(self, name: str) -> tuple[int, ...]:
         """Sizes before the cut, in the probe."""

@@ -41,8 +41,8 @@ def prove(
 ) -> Proof:
     """Compare a cut network with the masked one.
 
-    Raises: NotProven: they differ by more than TOLERANCE. BadInput: the network itself gives no finite numbers, or takes
-        more memory than is free.
+    Raises: NotProven: they differ by more than TOLERANCE. BadInput: the network itself gives no numbers, or takes more
+        memory than is free.
     """
     _check_room(layout)
     dense, less = (Program(network, dtype=torch.float64) for network in (layout.structure.network, smaller))
@@ -71,7 +71,7 @@ def _check_room(layout: Layout) -> None:
     if ENTRY_BYTES * entries > free_bytes:
         raise BadInput(
             f"the value {name[:80]!r} has {entries} entries: {ENTRY_BYTES * entries / 2**30:.1f} GiB in float64, but "
-            f"{free_bytes / 2**30:.1f} GiB are free, so that a cut cannot be proven. Give smaller inputs, or free memory."
+            f"{free_bytes / 2**30:.1f} GiB are free, so that a cut cannot be proven. Give smaller inputs."
         )
 
 
@@ -80,8 +80,8 @@ def _check_numbers(network: Network, outputs: Mapping[str, Tensor]) -> None:
     for name, value in outputs.items():
         if value.isnan().any():
             raise BadInput(
-                f"{network.source}: output {name[:80]!r} is not a number (NaN) for random inputs, so that a cut cannot be "
-                "proven. Are weights damaged, or does the network take other inputs?"
+                f"{network.source}: output {name[:80]!r} is not a number (NaN) for random inputs, so that a cut cannot "
+                "be proven. Are weights damaged, or does the network take other inputs?"
             )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row, Unsupported
-from optin_deploy.network.operators.spatial import padded, slid, window
+from optin_deploy.network.operators.spatial import PLACES, padded, slid, window
 
 
 def max_pool(node: Node, x: Tensor) -> Tensor:
@@ -88,9 +88,16 @@ def pooled(flow: Flow) -> None:
     flow.give(0, [*axes[:2], *slid(flow, axes[2:], flow.out_shape()[2:])])
 
 
+def pooled_wholly(flow: Flow) -> None:
+    """Flow of a pool over all places: one is left, however large the picture is."""
+    axes = flow.axes(0)
+    flow.freeze(axes[2:], PLACES)
+    flow.give(0, [*axes[:2], *(flow.fresh(1) for _ in axes[2:])])
+
+
 def global_pool(name: str, compute: Any) -> Row:
     """Make the row of a pool over all places."""
-    return Row(name, lambda _, x: compute(x, list(range(2, x.ndim)), True), pooled)
+    return Row(name, lambda _, x: compute(x, list(range(2, x.ndim)), True), pooled_wholly)
 
 
 ROWS = (
@@ -99,5 +106,5 @@ ROWS = (
     Row("LpPool", lp_pool, pooled),
     global_pool("GlobalAveragePool", torch.mean),
     global_pool("GlobalMaxPool", torch.amax),
-    Row("GlobalLpPool", global_lp_pool, pooled),
+    Row("GlobalLpPool", global_lp_pool, pooled_wholly),
 )
