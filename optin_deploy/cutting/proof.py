@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
 from optin_deploy.cutting.masks import masks
-from optin_deploy.errors import OWN_FAULT, OptinError
+from optin_deploy.errors import OWN_FAULT, BadInput, OptinError
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.structure.groups import Layout
 
+ENTRY_BYTES = 8
 TOLERANCE = 1e-9
 """Of the largest difference, as a part of the largest output, in float64."""
 
@@ -39,14 +41,17 @@ def prove(
 ) -> Proof:
     """Compare a cut network with the masked one.
 
-    Raises: NotProven: they differ by more than TOLERANCE.
+    Raises: NotProven: they differ by more than TOLERANCE. BadInput: the network itself gives no finite numbers, or takes
+        more memory than is free.
     """
+    _check_room(layout)
     dense, less = (Program(network, dtype=torch.float64) for network in (layout.structure.network, smaller))
     places = {place: mask.double() for place, mask in masks(layout, keep).items()}
     worst = [0.0, 0.0]
     with torch.no_grad():
         for feeds in probes:
             masked, cut, whole = dense(feeds, masks=places).outputs, less(feeds).outputs, dense(feeds).outputs
+            _check_numbers(layout.structure.network, masked)
             for n, other in enumerate((cut, whole)):
                 worst[n] = max(worst[n], *(difference(other[name], value) for name, value in masked.items()))
     if not worst[0] <= TOLERANCE:
@@ -56,6 +61,28 @@ def prove(
             "This is a fault of ours: please report it, with the plan."
         )
     return Proof(*worst)
+
+
+def _check_room(layout: Layout) -> None:
+    """Raises: BadInput: one value alone takes more memory than is free."""
+    tensors = layout.structure.shapes.tensors
+    name, entries = max(((name, tensor.numel()) for name, tensor in tensors.items()), key=lambda each: each[1])
+    free_bytes = psutil.virtual_memory().available
+    if ENTRY_BYTES * entries > free_bytes:
+        raise BadInput(
+            f"the value {name[:80]!r} has {entries} entries: {ENTRY_BYTES * entries / 2**30:.1f} GiB in float64, but "
+            f"{free_bytes / 2**30:.1f} GiB are free, so that a cut cannot be proven. Give smaller inputs, or free memory."
+        )
+
+
+def _check_numbers(network: Network, outputs: Mapping[str, Tensor]) -> None:
+    """Raises: BadInput: an output is no number."""
+    for name, value in outputs.items():
+        if value.isnan().any():
+            raise BadInput(
+                f"{network.source}: output {name[:80]!r} is not a number (NaN) for random inputs, so that a cut cannot be "
+                "proven. Are weights damaged, or does the network take other inputs?"
+            )
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -61,7 +61,7 @@ class Program:
             dtype: the type of all real numbers; None: as the file stores them.
             fed: names of weights that each call brings among its feeds; they are not held here.
 
-        Raises: BadInput: an operator has no row.
+        Raises: BadInput: an operator has no row, or a weight a type that torch does not have.
         """
         self.network = network
         self.device = torch.device(device)
@@ -73,11 +73,14 @@ class Program:
             for place, name in enumerate(node.inputs)
             if place in row.numbers and name in network.weights
         }
-        self._weights = {
-            name: torch_tensor(tensor).to("cpu" if name in numbers else self.device)
-            for name, tensor in network.weights.items()
-            if name not in fed
-        }
+        try:
+            self._weights = {
+                name: torch_tensor(tensor).to("cpu" if name in numbers else self.device)
+                for name, tensor in network.weights.items()
+                if name not in fed
+            }
+        except TypeError as err:
+            raise BadInput(f"{network.source}: {err}") from err
         last = {name: node.index for node in network.nodes for name in node.inputs if name}
         self._ends: list[list[str]] = [[] for _ in network.nodes]
         for name, index in last.items():

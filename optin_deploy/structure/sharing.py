@@ -55,7 +55,7 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
         row = rows().get((node.domain, node.op))
         if row is None or row.factors is None:
             return False
-        return node.op != "MatMul" or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,)
+        return node.op != "MatMul" or not node.inputs or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,)
 
     content = {port.name for port in network.inputs if is_real(port.name)}
     given = {port.name for port in network.inputs}
@@ -63,7 +63,8 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
     for node in network.nodes:
         if node.op in ("Shape", "Size"):
             continue
-        looked_up = node.op in PICKS and node.inputs[PICKS[node.op]] in given and any(map(is_real, node.inputs))
+        picked = node.inputs[PICKS[node.op] :][:1] if node.op in PICKS else ()
+        looked_up = bool(given.intersection(picked)) and any(map(is_real, node.inputs))
         if looked_up or projects(node) or content.intersection(node.inputs):
             content.update(node.outputs)
         else:
