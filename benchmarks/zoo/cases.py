@@ -27,7 +27,7 @@ UNUSED: Mapping[str, tuple[str, int]] = {"mask2former": ("Exported.model.class_p
 
 @dataclass(frozen=True)
 class Case:
-    """A file, inputs for it in two sizes, and what is known of it."""
+    """A file, inputs for it in two sizes where it has several, and what is known of it."""
 
     name: str
     form: str
@@ -56,7 +56,8 @@ def of_real(name: str) -> Case:
     Raises: benchmarks.zoo.real.Unavailable.
     """
     real = REAL[name]
-    return Case(name, real.package, real.path(), (real.feeds(0), real.feeds(1, seed=1)))
+    feeds = tuple(real.feeds(setting, seed=setting) for setting in range(len(real.sizes)))
+    return Case(name, real.package, real.path(), feeds)
 
 
 def _case(made: Export, form: str, groups: Counter[tuple[str, int]] | None, fixed: bool) -> Case:

@@ -118,7 +118,7 @@ def _identity(path: Path, network: Network, feeds: Sequence[Feeds]) -> bool | No
         again = Path(folder) / "again.onnx"
         write(network, again)
         try:
-            pairs = [(_by_onnxruntime(path, one), _by_onnxruntime(again, one)) for one in feeds]
+            pairs = [(by_onnxruntime(path, one), by_onnxruntime(again, one)) for one in feeds]
         except Unrunnable:
             return None
     return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
@@ -144,7 +144,7 @@ def _float32(outcome: Outcome, layout: Layout, keep: Keep, feeds: Sequence[Feeds
         try:
             write(cut(layout, keep), path)
             with torch.no_grad():
-                pairs = [(dense(one, masks=places).outputs, _by_onnxruntime(path, one)) for one in feeds]
+                pairs = [(dense(one, masks=places).outputs, by_onnxruntime(path, one)) for one in feeds]
         except Unrunnable as err:
             if outcome.identity is not None:
                 outcome.faults.append(f"float32: ONNX Runtime does not run the cut file: {err}")
@@ -193,7 +193,11 @@ class Unrunnable(Exception):
     """ONNX Runtime does not run a file on this CPU."""
 
 
-def _by_onnxruntime(path: Path, feeds: Feeds) -> dict[str, Tensor]:
+def by_onnxruntime(path: Path, feeds: Feeds) -> dict[str, Tensor]:
+    """Run a file as it is, without optimisations.
+
+    Raises: Unrunnable.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 hf: Any = transformers  # its configs take more names than their types tell
 
@@ -25,7 +26,7 @@ class Input:
     shape: tuple[int | str, ...]
     """Numbers are fixed; names, keys of `SIZES`, are free."""
     kind: str = "real"
-    """`ids`, `mask` (ones, and zeros at the end of the first row), `zeros` or `real` (normal)."""
+    """`ids`, `mask` (ones, and zeros at the end of the first row), `zeros`, `real` (normal) or `picture`."""
     below: int = VOCABULARY
     """Ids are smaller."""
 
@@ -39,12 +40,29 @@ class Input:
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
         if self.kind == "real":
             return torch.randn(shape, generator=generator)
+        if self.kind == "picture":
+            return picture(shape, generator)
         if self.kind == "ids":
             return torch.randint(min(5, self.below - 1), self.below, shape, generator=generator)
         values = (torch.zeros if self.kind == "zeros" else torch.ones)(shape, dtype=torch.long)
         if self.kind == "mask" and shape[-1] > 2:
             values[0, -2:] = 0
         return values
+
+
+def picture(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Smooth light colours with lines of dark dots, which detectors of text take for words; from -1 to 1."""
+    batch, _, *sizes = shape  # (batch, colours, height, width)
+    height, width = (size // 2 for size in sizes)
+
+    def drawn(channels: int, rows: int, columns: int) -> Tensor:
+        return torch.rand((batch, channels, rows, columns), generator=generator)
+
+    colours = interpolate(drawn(shape[1], 3, 3), sizes, mode="bilinear")
+    words = interpolate(drawn(1, height // 12 + 1, width // 6 + 1).round(), (height, width))
+    lines = (torch.arange(height) % 12 < 6)[:, None]
+    ink = interpolate(drawn(1, height, width).round() * words * lines, sizes)
+    return (1 + colours) * (1 - ink) - 1
 
 
 @dataclass(frozen=True)

