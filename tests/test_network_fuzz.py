@@ -13,6 +13,7 @@ import pytest
 from damaged_graphs import damaged
 
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import cut, inspect
 from optin_deploy.network.probe import probe_inputs
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
@@ -21,6 +22,8 @@ from optin_deploy.stage_memory import StageMemory, resident_bytes
 LONGEST_SECONDS = 20
 SLACK_BYTES = 64 * 2**20
 """What Python, protobuf and onnx_ir take beside the file, which is small here."""
+RUNNING_BYTES = 2**30
+"""The same where networks are run: sizes in a file may ask for values of any size, within what is free."""
 
 
 def everything(path: Path) -> None:
@@ -41,7 +44,16 @@ def everything(path: Path) -> None:
     probe_inputs(network)
 
 
-def fuzz(folder: Path, seeds: range, target: Callable[[Path], object] = everything) -> int:
+def cut_and_proven(path: Path) -> None:
+    """Find what can be cut in a file, cut every second unit, prove it, and write it."""
+    layout = inspect(path)
+    smaller = cut(path, {group.name: range(0, group.units, 2) for group in layout.groups})
+    write(smaller, path.with_name("smaller.onnx"))
+
+
+def fuzz(
+    folder: Path, seeds: range, target: Callable[[Path], object] = everything, slack_bytes: int = SLACK_BYTES
+) -> int:
     """Hand damaged files to a function that gives a result or raises BadInput; returns how many gave one."""
     good = 0
     for case in damaged(folder, seeds):
@@ -50,7 +62,7 @@ def fuzz(folder: Path, seeds: range, target: Callable[[Path], object] = everythi
         with _explained(case.words), _limited(), memory("target"), suppress(BadInput):
             target(case.path)
             good += 1
-        allowed = 2 * case.path.stat().st_size + SLACK_BYTES
+        allowed = 2 * case.path.stat().st_size + slack_bytes
         assert memory.peaks["target"] - before < allowed, f"{case.words}: {memory.peaks} above {before}"
         assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == outside
     return good
@@ -87,6 +99,16 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links and alarm
 def test_damaged_files_are_networks_or_refused(tmp_path: Path) -> None:
     good = fuzz(tmp_path, range(300))
     assert 30 < good < 270  # neither all refused nor all harmless
+
+
+def test_what_is_cut_of_damaged_files_is_proven_or_refused(tmp_path: Path) -> None:
+    good = fuzz(tmp_path, range(5000, 5060), cut_and_proven, RUNNING_BYTES)
+    assert 3 < good < 57
+
+
+@pytest.mark.skipif(os.environ.get("OPTIN_FUZZ") != "1", reason="minutes: set OPTIN_FUZZ=1")
+def test_what_is_cut_of_many_damaged_files_is_proven_or_refused(tmp_path: Path) -> None:
+    assert fuzz(tmp_path, range(5060, 7100), cut_and_proven, RUNNING_BYTES) > 100
 
 
 @pytest.mark.skipif(os.environ.get("OPTIN_FUZZ") != "1", reason="minutes: set OPTIN_FUZZ=1")
