@@ -39,8 +39,9 @@ LEGEND = """Groups were found, of those that a hand-written table expects. Same 
 Runtime gives the same. Cut: largest difference between the cut and the masked network, as a part of the largest output,
 at two sizes: random units of every group in float64, one unit of every group, and the first plan in float32 by ONNX
 Runtime. Changes: how far that plan is from the dense network, so that the comparison is not empty. Emptied: groups that
-can lose all units, proven one by one, and those that are refused. To torch: MACs counted, less those that torch
-counts."""
+can lose all units, proven one by one, and those that are refused (not tried on files of others). To torch: MACs
+counted, less those that torch counts. In 8 bits two sums that differ by a rounding of float32 may be rounded to
+neighbouring steps, so the differences in float32 are larger there."""
 
 
 def makers(options: argparse.Namespace) -> Iterator[Maker]:

@@ -86,6 +86,8 @@ def check(case: Case, *, emptied: bool = True, seed: int = 0) -> Outcome:
     names = {port.name for port in network.inputs}
     feeds = [{name: value for name, value in one.items() if name in names} for one in case.feeds]
     outcome.identity = _identity(case.path, network, feeds)
+    if not layout.groups:
+        return outcome
     rng = np.random.default_rng(seed)
     some = {group.name: _pick(rng, group.units, int(rng.integers(1, group.units + 1))) for group in layout.groups}
     one = {group.name: _pick(rng, group.units, 1) for group in layout.groups}

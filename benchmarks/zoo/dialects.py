@@ -143,11 +143,16 @@ MADE: Mapping[str, Maker] = {
 }
 DIALECTS = (*EXPORTED, *MADE)
 """Names of all dialects. `opset-17` and `opset-20` are the usual exports."""
-NO_CPU = ("bf16",)
-"""ONNX Runtime has no kernels of them for the CPU."""
+NOT_MADE = (("swin", "opset-23-attention"), ("resnet", "bf16"))
+"""Torch's exporter fails at the first, and folds the second's BatchNorms into weights of another type, which no file
+may have."""
 
 
 def offered(family: str) -> tuple[str, ...]:
     """Dialects that a family has: what fuses attention has nothing to do in a convolutional network."""
     plain = family in FUSIONS
-    return tuple(name for name in DIALECTS if plain or ("fused" not in name and "attention" not in name))
+    return tuple(
+        name
+        for name in DIALECTS
+        if (family, name) not in NOT_MADE and (plain or ("fused" not in name and "attention" not in name))
+    )

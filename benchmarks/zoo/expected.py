@@ -188,8 +188,8 @@ WHOLE_BLOCKS: Mapping[str, tuple[Expected, ...]] = {
     # product that is stored so.
     "bert": (Expected("heads", 3, 2), Expected("qk-width", 8, 2), *neurons({5: 2, 48: 1})),
     "vit": (Expected("heads", 3, 2), Expected("qk-width", 8, 2), *neurons({5: 2})),
-    # Both queries of one group of keys and values are one block.
-    "llama": (Expected("groups", 3, 2), Expected("qk-width", 4, 2), *neurons({5: 2})),
+    # Both queries of one group of keys and values are one block: they stay or go with it, as heads do.
+    "llama": (Expected("heads", 3, 2), Expected("qk-width", 4, 2), *neurons({5: 2})),
     # 24 is one block and a half.
     "swin": (Expected("heads", 3, 2), Expected("qk-width", 8, 4), *neurons({6: 2, 12: 2})),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -106,12 +107,20 @@ def by_leaf(items: Iterable[Contraction] | Iterable[Number]) -> dict[Axis, list]
 def kinds(structure: Structure) -> dict[Axis, str]:
     """Labels of leaves, by where they stand in products of two activations, and whether convolutions read them."""
     network, fixed = structure.network, structure.network.fixed
-    found: dict[Axis, str] = {leaf: kind for axis, kind in structure.labels for leaf in axis.leaves()}
+    found: dict[Axis, str] = {}
 
     def note(leaves: Iterable[Axis], kind: str) -> None:
         for leaf in leaves:
             found.setdefault(leaf, kind)
 
+    def note_heads(leaves: Sequence[Axis]) -> None:
+        note(leaves[:1], "heads" if len(leaves) == 1 else "groups")
+        note(leaves[1:], "queries")
+
+    for axis, kind in structure.labels:
+        if kind == "heads":
+            note_heads([leaf for leaf in axis.leaves() if leaf.size > 1])
+        note(axis.leaves(), kind)
     compared, joined = [], []
     for index, _ in structure.products:
         node = network.nodes[index]
@@ -126,15 +135,16 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         batch = [leaf for leaf in both if leaf in out and not leaf.frozen]
         if not batch and fixed.intersection(factors):
             continue  # a projection, or one that learned positions take part in
-        note(batch[:1], "heads" if len(batch) == 1 else "groups")
-        note(batch[1:], "queries")
+        note_heads(batch)
         compared += [leaf for leaf in both if leaf not in out]
         joined += [leaf for leaf in other if leaf not in one and leaf in out]
     note(compared, "qk-width")
     note(joined, "v-width")  # after all others: so stands also the result of a weight that is sliced while it runs
-    for use in structure.uses:
-        if "Conv" in network.nodes[use.node].op and len(use.axes) > 2 and use.axes[1].size > 1:  # not depthwise
-            note((leaf for axis in use.axes[:2] for leaf in axis.leaves()), "channels")
+    filters = (use.axes for use in structure.uses if "Conv" in network.nodes[use.node].op)
+    made = (structure.axes.get(node.inputs[1], ()) for node in network.nodes if "Conv" in node.op)  # from fewer bits
+    for axes in chain(filters, made):
+        if len(axes) > 2 and axes[1].size > 1:  # not depthwise
+            note((leaf for axis in axes[:2] for leaf in axis.leaves()), "channels")
     for contraction in structure.contractions:
         free = [leaf for leaf in contraction.axis.leaves() if not leaf.frozen]
         if contraction.axis.kind == "product" and len(free) == 2:  # attention that multiplies entry by entry
