@@ -40,8 +40,8 @@ Runtime gives the same. Cut: largest difference between the cut and the masked n
 at two sizes: random units of every group in float64, one unit of every group, and the first plan in float32 by ONNX
 Runtime. Changes: how far that plan is from the dense network, so that the comparison is not empty. Emptied: groups that
 can lose all units, proven one by one, and those that are refused (not tried on files of others). To torch: MACs
-counted, less those that torch counts. In 8 bits two sums that differ by a rounding of float32 may be rounded to
-neighbouring steps, so the differences in float32 are larger there."""
+counted, less those that torch counts. In 8 bits ONNX Runtime rounds, and takes ranges, in parts of its own: there the
+differences in float32 are of engines, not of the cut."""
 
 
 def makers(options: argparse.Namespace) -> Iterator[Maker]:
