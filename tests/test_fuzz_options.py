@@ -25,7 +25,12 @@ BASES: dict[str, list[tuple[object, ...]]] = {
     "export": [(bert, *TEXT_JOB), (classifier, "--calibration", labelled), (vit, "--calibration", photos)],
     "score": [(bert, *TEXT_JOB, "--out", "scored")],
     "profile": [(bert, *TEXT_JOB)],
-    "plan": [(finished_job,), (finished_job, "--allocation", "uniform")],
+    "inspect": [(lambda: finished_job() / "model.onnx",)],
+    "plan": [
+        (finished_job,),
+        (finished_job, "--allocation", "uniform"),
+        (lambda: finished_job() / "model.onnx", "--magnitude", "--out", "plan.json"),
+    ],
     "sweep": [(finished_job,)],
     "rewrite": [(finished_job,)],
     "build": [(finished_job,)],
