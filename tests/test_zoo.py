@@ -21,7 +21,7 @@ DIALECTS = (
 """Made from the exports by dynamo. All others, and groups without units: `python -m benchmarks.zoo --all`."""
 FEWER_BITS = {"fp16": 1e-3, "int8-qdq": 5e-2}
 """Tolerances where two sums that differ by a rounding of float32 may be rounded to neighbours on a coarser grid."""
-LEFT = ("mask2former", "mobilenet-v2", "swin")
+LEFT = ("mask2former", "mobilenet-v2", "rt-detr", "swin")
 """Not by TorchScript: too large for tests, or here by dynamo."""
 NETWORKS = (
     *((name, "torchscript") for name in FAMILIES if name not in LEFT),

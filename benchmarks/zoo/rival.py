@@ -272,6 +272,7 @@ def page(found: Sequence[tuple[str, str, list[Result]]]) -> str:
         )
         for kind, kinds in COLUMNS.items()
     }
+    apart = ", ".join(f"{name} {form} ({r.besides})" for name, form, r in best if r.besides and not r.groups)
     words = ", ".join(f"{one} of {all_} groups of {kind}" for kind, (one, all_) in totals.items())
     lines = [
         "# What onnxsim cuts of the zoo",
@@ -285,7 +286,8 @@ def page(found: Sequence[tuple[str, str, list[Result]]]) -> str:
         "whole network.",
         "",
         f"It cuts {words}. Of {len(best)} networks it changes {len(cut)}, and {sum(r.right for r in cut)} of these run "
-        "and equal their masked selves.",
+        "and equal their masked selves."
+        + (f" In files that this project refuses it cuts weights that are not compared: {apart}." if apart else ""),
         "",
         to_table(HEADER, [row(name, form, result) for name, form, result in best]),
         "",
