@@ -197,7 +197,7 @@ def judge(base: Path, made: Path, result: Result, feeds: Sequence[Mapping[str, T
         try:
             outputs.append((one, by_onnxruntime(made, one)))
         except Unrunnable as err:
-            result.fault = str(err)[:300]
+            result.fault = str(err).replace(f"{made.parent}/", "")[:300]
     result.runs = len(outputs)
     if not keep:
         return
