@@ -12,12 +12,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from optin_deploy.cutting.editing import Editor
 from optin_deploy.cutting.emptied import Emptied
 from optin_deploy.network.axes import Axis, kept, product, size, touched
+from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.structure.flow import Number
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
 
 
+@uncollected()
 def cut(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Network:
     """Return a smaller network; the given one is untouched, and weights that stay whole are shared with it.
 

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.checks import check_model
+from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import FOREIGN, normalise, reason
 from optin_deploy.network.wire import HERE, Malformed, slim
@@ -29,6 +30,7 @@ Content = mmap.mmap | bytes
 """Bytes of a file."""
 
 
+@uncollected()
 def read_file(path: Path) -> Network:
     """Read an .onnx file and the weights beside it.
 
@@ -58,6 +60,7 @@ def read_file(path: Path) -> Network:
     return _network(proto, content_of, str(path))
 
 
+@uncollected()
 def read_proto(proto: onnx.ModelProto, source: str = "ModelProto") -> Network:
     """Read a model in memory; its weights are copied once.
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 
+from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.wire import LARGE_BYTES, length_delimited
 from optin_deploy.onnx_data import all_nodes
@@ -29,6 +30,7 @@ def data_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+@uncollected()
 def write(network: Network, path: Path, *, single_file_bytes: int = SINGLE_FILE_BYTES) -> None:
     """Write a network; weights are computed and written one at a time.
 

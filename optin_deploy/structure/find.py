@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from optin_deploy.network.axes import Axis, freeze
+from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import Shapes, shapes_of
 from optin_deploy.structure.flow import Structure, walk
@@ -17,6 +18,7 @@ from optin_deploy.structure.names import group_names
 Signature = tuple[int, frozenset[tuple[str, int, int, int, str]]]
 
 
+@uncollected()
 def find(network: Network, probes: Sequence[Mapping[str, Tensor]] | None = None) -> Layout:
     """Find what can be cut.
 

@@ -118,6 +118,12 @@ class Sharing:
     axes: list[Axis] = field(default_factory=list)
     """Axes of the values that several places read."""
 
+    def cuttable(self) -> set[Axis]:
+        """Their leaves that are not frozen so far; those that are will stay so, and are forgotten."""
+        found = {leaf for axis in self.axes for leaf in axis.leaves() if leaf.size > 1 and not leaf.frozen}
+        self.axes = list(found)
+        return found
+
 
 class Visit:
     """One node on the way: what its row reads and says (see `network.operators.row.Flow`)."""
@@ -334,9 +340,9 @@ class Visit:
         axes = self.axes(place)
         if name not in self._shared.positions.all:
             return axes
-        shared = {leaf for axis in self._shared.axes for leaf in axis.leaves()}
+        shared = self._shared.cuttable()
         for position, axis in enumerate(axes):
-            if any(leaf in shared and leaf.size > 1 and not leaf.frozen for leaf in axis.leaves()):
+            if any(leaf in shared for leaf in axis.leaves()):
                 axes[position] = Axis(axis.size)
                 self._structure.taps.append(Tap(self.node.index, place, position, axes[position]))
         return axes

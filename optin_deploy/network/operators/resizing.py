@@ -13,6 +13,8 @@ from optin_deploy.network.operators.row import Flow, Row, Unsupported, refuse
 from optin_deploy.network.operators.shapes import whole
 from optin_deploy.network.operators.spatial import PLACES
 
+COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
+
 
 def pad(node: Node, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
     """Pad by a constant, the edge, its mirror or the other end; negative amounts cut."""
@@ -96,18 +98,20 @@ def resize(
 
 def _resampled(node: Node, x: Tensor, axis: int, new: int, scale: float) -> Tensor:
     size, mode = x.shape[axis], node.get("mode", "nearest")
-    at = torch.arange(new, dtype=torch.float64, device=x.device)
     how = node.get("coordinate_transformation_mode", "half_pixel")
+    if how not in COORDINATES:
+        raise Unsupported(f"Resize with coordinates by {how}")
+    if x.is_meta:
+        return x.new_empty([*x.shape[:axis], new, *x.shape[axis + 1 :]])
+    at = torch.arange(new, dtype=torch.float64, device=x.device)
     if how == "align_corners":
         at = at * (size - 1) / (new - 1) if new > 1 else at * 0
     elif how == "asymmetric":
         at = at / scale
     elif how in ("half_pixel", "pytorch_half_pixel"):
         at = at * 0 if how == "pytorch_half_pixel" and new == 1 else (at + 0.5) / scale - 0.5
-    elif how == "half_pixel_symmetric":
-        at = size / 2 * (1 - new / (scale * size)) + (at + 0.5) / scale - 0.5
     else:
-        raise Unsupported(f"Resize with coordinates by {how}")
+        at = size / 2 * (1 - new / (scale * size)) + (at + 0.5) / scale - 0.5
     if mode == "nearest":
         rounding = node.get("nearest_mode", "round_prefer_floor")
         nearest = {
@@ -142,6 +146,8 @@ def _weight(node: Node, distance: Tensor) -> Tensor:
 
 def grid_sample(node: Node, x: Tensor, grid: Tensor) -> Tensor:
     """Sample a picture at places that a second input tells."""
+    if x.is_meta:
+        return x.new_empty([*x.shape[:2], *grid.shape[1:-1]])
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.get("mode", "linear"), node.get("mode", "linear"))
     return functional.grid_sample(
         x, grid, mode, node.get("padding_mode", "zeros"), align_corners=bool(node.get("align_corners", 0))
