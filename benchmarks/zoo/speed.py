@@ -7,6 +7,7 @@ one process, in either order; peaks are those of processes of their own. Run: py
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -157,6 +158,8 @@ def file_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
         path = folder / "network.onnx"
         with quiet():
             write(read(make().eval()), path)
+        gc.collect()
+        gc.freeze()  # a million objects of the export, which no process holds that only cuts a file
         row = {
             "network": name,
             "size_mib": path.stat().st_size / MIB,

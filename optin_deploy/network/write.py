@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,12 +57,22 @@ def write(network: Network, path: Path, *, single_file_bytes: int = SINGLE_FILE_
 
 def _without_weights(network: Network) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """The model with its small weights, and the large ones."""
-    model = network.model.clone()
-    large = {}
-    for name, weight in network.weights.items():
-        if weight.dtype != ir.DataType.STRING and weight.nbytes >= LARGE_BYTES:
-            large[name] = weight
-            del model.graph.initializers[name]
+    model, graph = copy.copy(network.model), network.model.graph
+    large = {
+        name: weight
+        for name, weight in network.weights.items()
+        if weight.dtype != ir.DataType.STRING and weight.nbytes >= LARGE_BYTES
+    }
+    model.graph = ir.GraphView(  # type: ignore[assignment]
+        graph.inputs,
+        graph.outputs,
+        nodes=graph,
+        initializers=[value for name, value in graph.initializers.items() if name not in large],
+        doc_string=graph.doc_string,
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+        metadata_props=graph.metadata_props,
+    )
     proto = ir.to_proto(model)
     proto.ir_version = max(proto.ir_version, OLDEST_IR)
     del proto.graph.value_info[:]
