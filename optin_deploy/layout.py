@@ -41,6 +41,11 @@ class Branch:
     """Attribute of the attention that says how wide each part of a fused input projection is."""
 
     @property
+    def name(self) -> str:
+        """What files call it."""
+        return self.output
+
+    @property
     def width(self) -> int:
         """Columns of all units."""
         return self.units * self.unit_width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from optin_deploy.network.tensors import torch_tensor
 
 Place = tuple[int, int]
 """A node by its index, and one of its inputs."""
+Mask = Tensor | Callable[[Tensor], Tensor]
+"""A multiplier, broadcast; or what makes one for the value that it multiplies, where its sizes are not known before."""
 REAL_TYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
 """Types of real numbers, by ONNX's number."""
 FLOATS = tuple(REAL_TYPES.values())
@@ -95,7 +97,7 @@ class Program:
         self,
         feeds: Mapping[str, Tensor],
         *,
-        masks: Mapping[Place, Tensor] | None = None,
+        masks: Mapping[Place, Mask] | None = None,
         watch: Collection[str] = (),
         cone: Cone | None = None,
     ) -> Values:
@@ -163,11 +165,12 @@ class Program:
         return Node(**{**vars(node), "attributes": {**node.attributes, "to": to}})
 
 
-def masked(row: Row, inputs: list[Tensor | None], place: int, mask: Tensor) -> Tensor:
+def masked(row: Row, inputs: list[Tensor | None], place: int, mask: Mask) -> Tensor:
     """Multiply an input by a mask; where 0 is written as another number, that is what remains of masked units."""
     value = inputs[place]
     zero = inputs[row.zeros[place]] if row.zeros.get(place, len(inputs)) < len(inputs) else None
     assert value is not None
+    mask = mask if isinstance(mask, Tensor) else mask(value)
     if zero is None:
         return value * (mask.to(value.dtype) if value.is_floating_point() else mask)
     dtype = value.dtype if value.is_floating_point() else mask.dtype

@@ -27,7 +27,9 @@ BITS = 8
 def sample_keys(batch: Batch) -> tuple[int, ...]:
     """A number for each sample that depends on its content alone, not on its place or padding."""
     valid = batch.get("attention_mask")
-    main = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+    main = next((batch[name] for name in ("input_ids", "pixel_values") if name in batch), next(iter(batch.values())))
+    if valid is not None and valid.shape != main.shape[:2]:
+        valid = None
     rows = (row if valid is None else row[valid[i].bool()] for i, row in enumerate(main))
     return tuple(int.from_bytes(hashlib.sha256(tensor_bytes(row)).digest()[:6], "little") for row in rows)
 

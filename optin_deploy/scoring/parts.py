@@ -21,11 +21,10 @@ import torch
 from safetensors import SafetensorError
 
 from optin_deploy.errors import BadInput, OptinError
-from optin_deploy.layout import Branch
 from optin_deploy.locking import Lock, opened
 from optin_deploy.ownership import Record
 from optin_deploy.progress import Progress
-from optin_deploy.scoring.terms import ROWS, Terms
+from optin_deploy.scoring.terms import ROWS, Terms, Units
 from optin_deploy.storage import read_metadata, read_tensors, sha256_file, write_tensors
 from optin_deploy.validation import whole_number
 
@@ -129,7 +128,7 @@ class FolderStore:
     """For many processes, now or later."""
 
     folder: Path
-    branches: Sequence[Branch]
+    branches: Sequence[Units]
     """Of the model: what a part may hold sums of."""
 
     @contextmanager
@@ -158,9 +157,9 @@ class FolderStore:
 
     def get(self, name: str) -> Terms | None:
         """The result of a part, if its file is there, whole, and of this part."""
-        path, known = self._path(name), {branch.output: branch for branch in self.branches}
+        path, known = self._path(name), {branch.name: branch for branch in self.branches}
         try:
-            sums = {known[output]: sums for output, sums in read_tensors(path, REMAKE_HINT).items()}
+            sums = {known[of]: sums for of, sums in read_tensors(path, REMAKE_HINT).items()}
             about = read_metadata(path, REMAKE_HINT)
             figures = json.loads(about["figures"])
             whole = sums and all(_fits(some, branch) for branch, some in sums.items()) and _are_figures(figures)
@@ -171,7 +170,7 @@ class FolderStore:
     def put(self, name: str, terms: Terms) -> None:
         """Write the part's file, whole or not at all."""
         figures = {figure: getattr(terms, figure) for figure in FIGURES}
-        tensors = {branch.output: sums for branch, sums in terms.sums.items()}
+        tensors = {branch.name: sums for branch, sums in terms.sums.items()}
         path, record = self._path(name), Record(self.folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         record.begin()
@@ -254,5 +253,5 @@ def _are_figures(found: object) -> bool:
     return all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in found.values())
 
 
-def _fits(sums: torch.Tensor, branch: Branch) -> bool:
+def _fits(sums: torch.Tensor, branch: Units) -> bool:
     return sums.shape == (ROWS, branch.units) and sums.dtype == torch.float64 and bool(torch.isfinite(sums).all())

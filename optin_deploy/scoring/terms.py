@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +20,23 @@ TRAJECTORY, OUTPUT, VARIANCE, ROWS = 0, 1, 2, 5
 """Rows of `Terms.sums`: the two terms, from VARIANCE on their second moments and the one between them."""
 
 
+class Units(Protocol):
+    """What has units: a branch, or a group."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in files; unique in a model."""
+
+    @property
+    def units(self) -> int:
+        """Their number."""
+
+
 @dataclass
 class Terms:
     """Running sums over samples, in float64; those of disjoint samples or units add up."""
 
-    sums: dict[Branch, Tensor]
+    sums: dict[Units, Tensor]
     """Per branch (5, units): sum of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
     Exact: the sums of D^2, O^2, D O over samples. Sketch: the variances of the first two rows, and 0; all summed over
     the probes too."""
@@ -41,7 +53,7 @@ class Terms:
     """Most memory that the process had held when the work was done."""
 
     @classmethod
-    def zeros(cls, branches: Iterable[Branch]) -> Terms:
+    def zeros(cls, branches: Iterable[Units]) -> Terms:
         """Empty sums for these branches."""
         return cls({b: torch.zeros(ROWS, b.units, dtype=torch.float64) for b in branches})
 
@@ -97,7 +109,7 @@ def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayou
     return TermWeights(shares, kl_weight)
 
 
-def mean_scores(terms: Terms, branches: Sequence[Branch], weights: TermWeights) -> list[Tensor]:
+def mean_scores(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:
     """Scores of one branch a layer, mean over samples, (units,) each."""
     pairs = zip(branches, weights.trajectory, strict=True)
     return [
@@ -106,13 +118,13 @@ def mean_scores(terms: Terms, branches: Sequence[Branch], weights: TermWeights) 
     ]
 
 
-def sketch_errors(terms: Terms, branches: Sequence[Branch], weights: TermWeights) -> list[Tensor]:
+def sketch_errors(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:
     """Standard errors of sketched scores, (units,) a layer, against the curvature on these very samples."""
     pairs = [(terms.sums[b][VARIANCE:], share) for b, share in zip(branches, weights.trajectory, strict=True)]
     return [(share**2 * dd + weights.output**2 * oo).sqrt() / terms.samples for (dd, oo, _), share in pairs]
 
 
-def sampling_errors(terms: Terms, branches: Sequence[Branch], weights: TermWeights, population: int) -> list[Tensor]:
+def sampling_errors(terms: Terms, branches: Sequence[Units], weights: TermWeights, population: int) -> list[Tensor]:
     """Standard errors of scores from some of `population` samples, drawn without replacement, (units,) a layer."""
     n, o = terms.samples, weights.output
     if n >= population or n < 2:

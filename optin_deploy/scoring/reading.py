@@ -1,0 +1,116 @@
+"""Which of a network's outputs is compared, and how: by what made it, or by what the caller says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import BadInput
+from optin_deploy.network.graph import Network, Node
+from optin_deploy.scoring.losses import OutputKind, Readout, pooled
+
+Kind = Literal["logits", "probabilities", "regression", "embedding"]
+KINDS: tuple[Kind, ...] = ("logits", "probabilities", "regression", "embedding")
+PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+LEAST = 1e-30
+"""Of a probability, before its logarithm."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is compared: one output of a network.
+
+    logits and probabilities: by KL divergence, a position at a time, classes along the last axis (of pictures along the
+    second); regression: squared error; embedding: squared distance of unit vectors, mean over tokens before.
+    """
+
+    output: str
+    kind: Kind
+    pooling: str = "mean"
+    """Of embeddings over tokens, see `optin_deploy.pooling`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BadInput(f"outputs are read as {self.kind!r}; possible are {', '.join(KINDS)}.")
+
+    def read(self, outputs: Mapping[str, Tensor], valid: Tensor | None = None) -> Readout:
+        """Return what is compared of a run.
+
+        Args: valid: (batch, tokens), 0 or 1, of texts; used where the output has as many positions.
+        """
+        values = outputs[self.output]
+        values = values if values.is_floating_point() else values.float()
+        if values.dim() == 4:
+            values = values.flatten(2).transpose(1, 2)  # (batch, places, classes)
+        if values.dim() > 3:
+            values = values.flatten(1).unsqueeze(1)
+        fits = valid is not None and values.dim() == 3 and valid.shape == values.shape[:2]
+        real = valid if fits and valid is not None else torch.ones(values.shape[: max(1, values.dim() - 1)]).to(values)
+        if self.kind == "embedding":
+            return self._embedding(values, real)
+        if values.dim() == 1:
+            values = values.unsqueeze(1)
+        if values.dim() == 2:
+            values, real = values.unsqueeze(1), torch.ones(len(values), 1).to(values)
+        if self.kind == "probabilities":
+            values = values.clamp(min=LEAST).log()
+        kind: OutputKind = "regression" if self.kind == "regression" else "logits"
+        # Real positions first, so that noise falls on a token by its place in the text, wherever the padding is.
+        order = real.argsort(dim=1, descending=True, stable=True)
+        return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), real.gather(1, order))
+
+    def _embedding(self, values: Tensor, real: Tensor) -> Readout:
+        if values.dim() == 3:
+            values = pooled(values, real, self.pooling)
+        else:
+            values = torch.nn.functional.normalize(values.flatten(1), dim=-1)
+        return Readout("embedding", values.unsqueeze(1), torch.ones(len(values), 1).to(values))
+
+
+def reading_of(
+    network: Network, ranks: Mapping[str, int | None], *, output: str | None = None, kind: Kind | None = None
+) -> Reading:
+    """Choose what is compared: the output that is named so, or called logits, or the first of real numbers.
+
+    Args: ranks: numbers of axes of the outputs.
+    Raises: BadInput: there is no such output.
+    """
+    names = [port.name for port in network.outputs]
+    if output is not None and output not in names:
+        raise BadInput(f"--output {output!r}: this network's outputs are {', '.join(names)}.")
+    named = [name for name in names if "logits" in name.lower()]
+    chosen = output or (named or names)[0]
+    return Reading(chosen, kind or _kind(network, chosen, ranks.get(chosen)))
+
+
+def _kind(network: Network, output: str, rank: int | None) -> Kind:
+    maker = _maker(network, output)
+    if maker is not None and maker.op in ("Softmax", "Sigmoid"):
+        return "probabilities" if maker.op == "Softmax" else "regression"
+    if maker is not None and maker.op == "LogSoftmax":
+        return "logits"
+    if "logits" in output.lower():
+        return "logits"
+    return "logits" if rank == 2 and maker is not None and _adds_bias(network, maker) else "embedding"
+
+
+def _maker(network: Network, output: str) -> Node | None:
+    """The node that computes an output, behind those that only move entries."""
+    node = network.producer.get(output)
+    while node is not None and node.op in PASSING:
+        node = network.producer.get(node.inputs[0])
+    return node
+
+
+def _adds_bias(network: Network, node: Node) -> bool:
+    """Whether this is a product with a weight and a bias: embeddings mostly end without one."""
+    if node.op == "Add":
+        made = [network.producer.get(name) for name in node.inputs]
+        return any(each is not None and each.op in ("MatMul", "Gemm") for each in made) and any(
+            name in network.fixed for name in node.inputs
+        )
+    return node.op == "Gemm" and len(node.inputs) > 2 and bool(node.inputs[2])

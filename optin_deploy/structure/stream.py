@@ -1,0 +1,111 @@
+"""The trajectory of a network: values along its residual stream, which of their axes hold features, and which samples.
+
+A value belongs to the stream where a branch is added to what it left. Where nothing is added, as in plain
+convolutional networks, the last value of each size is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from optin_deploy.network.axes import Axis
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators import rows
+from optin_deploy.structure.branches import SKIPS, branches
+from optin_deploy.structure.flow import Contraction, Structure
+from optin_deploy.structure.groups import Layout
+
+NORMALIZATIONS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A value that the trajectory looks at."""
+
+    value: str
+    node: int
+    """What makes it."""
+    channels: int
+    """Position of the axis that one token's features lie along; the others, but that of the samples, are tokens."""
+
+
+def samples_axis(structure: Structure, value: str) -> int | None:
+    """Return the position of the axis that runs over the samples, maybe over parts of each sample too; None: there is
+    none, or samples are not one behind the other."""
+    leaves = {axes[0].root for port in structure.network.inputs if (axes := structure.axes.get(port.name))}
+    for position, axis in enumerate(structure.axes.get(value, ())):
+        first = next(iter(axis.leaves()), None)
+        if first in leaves and axis.kind != "sum":
+            return position
+    return None
+
+
+def features(layout: Layout) -> tuple[Feature, ...]:
+    """Return the features of a network, in the order of work; each has its samples along the first axis."""
+    structure = layout.structure
+    ways = [branch for group in layout.groups for branch in branches(structure, group) if branch is not None]
+    residuals = {branch.residual for branch in ways}
+    adds = sorted({branch.add[0] for branch in ways})
+    values = [_left(structure, structure.network.nodes[add], residuals) for add in adds] or _last_of_sizes(layout)
+    found = (_feature(structure, value) for value in dict.fromkeys(values))
+    return tuple(sorted((each for each in found if each is not None), key=lambda each: each.node))
+
+
+def _left(structure: Structure, add: Node, residuals: Iterable[str]) -> str:
+    """What an Add leaves for the next branch: its result, or that of the normalization which alone reads it."""
+    value = add.outputs[0]
+    readers = structure.network.consumers.get(value, ())
+    outputs = {port.name for port in structure.network.outputs}
+    if add.op in SKIPS or value in residuals or value in outputs or len(readers) != 1:
+        return value
+    node, place = readers[0]
+    return node.outputs[0] if node.op in NORMALIZATIONS and place == 0 else value
+
+
+def _last_of_sizes(layout: Layout) -> list[str]:
+    """The last value before its sizes, but the features, change, of those that weights are contracted with."""
+    structure = layout.structure
+    sites = sorted({(s.node, s.place): s for g in layout.groups for s in g.sites if s.with_weight}.items())
+    read = [(structure.network.nodes[node].inputs[place], site) for (node, place), site in sites]
+    sizes = [_others(structure, value, site) for value, site in read]
+    found = [value for (value, _), one, other in zip(read, sizes, [*sizes[1:], None], strict=True) if one != other]
+    if sites:
+        found.append(structure.network.nodes[sites[-1][0][0]].outputs[0])
+    return found
+
+
+def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, ...]:
+    shape = structure.shapes.shape(value) or ()
+    return tuple(size for position, size in enumerate(shape) if position != site.position)
+
+
+def _feature(structure: Structure, value: str) -> Feature | None:
+    """None: samples or features have no axis of their own, or there are no tokens."""
+    axes = structure.axes.get(value, ())
+    if len(axes) < 3 or samples_axis(structure, value) != 0:
+        return None
+    made = _made(structure)
+    held = [position for position, axis in enumerate(axes) if position and _touches(axis, made)]
+    return Feature(value, structure.network.producer[value].index, held[-1]) if held else None
+
+
+def _made(structure: Structure) -> Mapping[Axis, None]:
+    """Leaves that lie on matrices: what projections make."""
+    return {
+        leaf: None
+        for use in structure.uses
+        if sum(axis.size > 1 for axis in use.axes) > 1 and rows_factors(structure.network.nodes[use.node])
+        for axis in use.axes
+        for leaf in axis.leaves()
+        if leaf.size > 1
+    }
+
+
+def rows_factors(node: Node) -> bool:
+    """Is this node a product?"""
+    return rows()[node.domain, node.op].factors is not None
+
+
+def _touches(axis: Axis, leaves: Mapping[Axis, None]) -> bool:
+    return any(leaf in leaves for leaf in axis.leaves())
