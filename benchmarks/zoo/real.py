@@ -104,10 +104,7 @@ def in_chunks(folder: Path, member: str) -> bytes:
 
 def exported(_: Path, __: str) -> bytes:
     """Export the installed MiniLM by dynamo."""
-    import transformers
-
-    model = transformers.AutoModel.from_pretrained(minilm_folder(), attn_implementation="eager").eval()
-    ids = torch.randint(5, 1000, (2, 13))
+    model, ids = _minilm()
     batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=512)
     free = {0: batch, 1: length}
     with quiet():
@@ -121,6 +118,43 @@ def exported(_: Path, __: str) -> bytes:
         )
     assert program is not None
     return bytes(program.model_proto.SerializeToString())
+
+
+def exported_by_torchscript(folder: Path, _: str) -> bytes:
+    """Export the installed MiniLM by TorchScript's exporter."""
+    path, (model, ids) = folder / "exported.onnx", _minilm()
+    names, free = ["input_ids", "attention_mask"], {0: "batch", 1: "length"}
+    with quiet():
+        torch.onnx.export(
+            _States(model),
+            (ids, torch.ones_like(ids)),
+            path,
+            input_names=names,
+            output_names=["last_hidden_state"],
+            dynamic_axes=dict.fromkeys((*names, "last_hidden_state"), free),
+            opset_version=17,
+            dynamo=False,
+        )
+    return path.read_bytes()
+
+
+class _States(torch.nn.Module):
+    """TorchScript wants inputs by place."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states
+
+
+def _minilm() -> tuple[torch.nn.Module, Tensor]:
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(minilm_folder(), attn_implementation="eager").eval()
+    return model, torch.randint(5, 1000, (2, 13))
 
 
 def _run(command: list[str], folder: Path) -> None:
