@@ -296,6 +296,11 @@ def _untyped_attribute(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.add(name="a", i=1)
 
 
+def _number_for_graph(model: onnx.ModelProto) -> None:
+    node = helper.make_node("If", ["x"], ["z"], then_branch=1, else_branch=1)
+    model.graph.node.append(node)
+
+
 def _version(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 2**62
 
@@ -325,6 +330,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a negative input": (_input_sizes(-7, 24), "value 'x' has impossible sizes"),
     "a reference outside of a function": (_reference, "refers to an attribute of a function"),
     "an attribute twice": (_attribute_twice, "attribute of 'first' 'a' is defined twice"),
+    "a number in place of a graph": (_number_for_graph, "'then_branch' of .* is of type INT, not GRAPH"),
     "an attribute without type": (_untyped_attribute, "'a' of 'first' is of an unknown type"),
     "a version that is none": (_version, "asks for version 4611686018427387904"),
     "values in two places": (_both, "says that it lies in another file, but holds"),

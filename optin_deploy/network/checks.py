@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from typing import Any
@@ -151,6 +152,10 @@ def _check_attribute(
         return
     if attribute.type == onnx.AttributeProto.UNDEFINED:
         raise _Fault(f"{where} is of an unknown type")
+    declared = _declared(node.op_type).get(attribute.name) if node.domain in ONNX else None
+    if declared is not None and declared != attribute.type:
+        kinds = onnx.AttributeProto.AttributeType
+        raise _Fault(f"{where} is of type {kinds.Name(attribute.type)}, not {kinds.Name(declared)}")
     if attribute.type in _SPARSE:
         raise _Fault(f"{where} is a sparse tensor; store it as a dense one")
     if attribute.type == onnx.AttributeProto.TENSOR:
@@ -159,6 +164,14 @@ def _check_attribute(
         _check_tensor(tensor, attribute.name)
     for graph in (*([attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []), *attribute.graphs):
         _check_graph(graph, scopes, in_function=in_function)
+
+
+@cache
+def _declared(op: str) -> Mapping[str, int]:
+    """Types of the attributes of one of ONNX's own operators, as protobuf numbers them; none of one that is unknown."""
+    if not onnx.defs.has(op):
+        return {}
+    return {name: attribute.type.value for name, attribute in onnx.defs.get_schema(op).attributes.items()}
 
 
 def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
