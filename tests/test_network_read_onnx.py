@@ -330,7 +330,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a negative input": (_input_sizes(-7, 24), "value 'x' has impossible sizes"),
     "a reference outside of a function": (_reference, "refers to an attribute of a function"),
     "an attribute twice": (_attribute_twice, "attribute of 'first' 'a' is defined twice"),
-    "a number in place of a graph": (_number_for_graph, "'then_branch' of .* is of type INT, not GRAPH"),
+    "a number in place of a graph": (_number_for_graph, "'else_branch' of 'z' is of type INT, not GRAPH"),
     "an attribute without type": (_untyped_attribute, "'a' of 'first' is of an unknown type"),
     "a version that is none": (_version, "asks for version 4611686018427387904"),
     "values in two places": (_both, "says that it lies in another file, but holds"),

@@ -171,7 +171,8 @@ def _declared(op: str) -> Mapping[str, int]:
     """Types of the attributes of one of ONNX's own operators, as protobuf numbers them; none of one that is unknown."""
     if not onnx.defs.has(op):
         return {}
-    return {name: attribute.type.value for name, attribute in onnx.defs.get_schema(op).attributes.items()}
+    attributes = onnx.defs.get_schema(op).attributes
+    return {name: attribute.type.value for name, attribute in attributes.items()}  # type: ignore[attr-defined]
 
 
 def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
