@@ -158,17 +158,30 @@ def read_json(path: Path, hint: str, *, ours: bool = False) -> dict[str, Any]:
         ours: optin-deploy wrote it: then every number is finite and fits into 64 bits.
     Raises: BadInput: absent, too large, not UTF-8, not a JSON object.
     """
-    numbers: Any = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _finite} if ours else {}
     if not path.is_file():
         raise BadInput(f"{path} does not exist. {hint}")
     if path.stat().st_size > JSON_LIMIT_BYTES:
         raise BadInput(f"{path} is {path.stat().st_size} bytes; at most {JSON_LIMIT_BYTES} are read. {hint}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), **numbers)
-    except (ValueError, RecursionError) as err:  # not JSON, not UTF-8, or nested and long beyond what Python holds
+        text = path.read_text(encoding="utf-8")
+    except ValueError as err:
         raise BadInput(f"{path} is not JSON ({err}). {hint}") from err
+    return parsed_json(text, str(path), hint, ours=ours)
+
+
+def parsed_json(text: str, what: str, hint: str, *, ours: bool = False) -> dict[str, Any]:
+    """Read a JSON object from text.
+
+    Args: what: starts an error. hint, ours: as `read_json`.
+    Raises: BadInput: it is no JSON object.
+    """
+    numbers: Any = {"parse_int": _whole, "parse_float": _finite, "parse_constant": _finite} if ours else {}
+    try:
+        data = json.loads(text, **numbers)
+    except (ValueError, RecursionError) as err:  # not JSON, or nested and long beyond what Python holds
+        raise BadInput(f"{what} is not JSON ({err}). {hint}") from err
     if not isinstance(data, dict):
-        raise BadInput(f"{path} holds a {type(data).__name__}, not an object. {hint}")
+        raise BadInput(f"{what} holds a {type(data).__name__}, not an object. {hint}")
     return data
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.planning.costs import Cost
-from optin_deploy.planning.hashing import network_hash
+from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
@@ -89,7 +89,7 @@ class LatencyTable:
     groups: Mapping[str, Steps]
     """By name; a group that is not there takes what it takes at any width."""
     network: str
-    """`planning.hashing.network_hash` of what was measured."""
+    """`network.hashing.network_hash` of what was measured."""
     setting: Mapping[str, str | int]
     """Engine, precision, shapes, threads, and the device and versions it was measured with."""
     held_out: tuple[HeldOut, ...] = ()

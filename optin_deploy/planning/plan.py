@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import costs_of
-from optin_deploy.planning.hashing import network_hash
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
@@ -73,7 +73,7 @@ class NetworkPlan:
     keep: Mapping[str, tuple[int, ...]]
     """Kept units by name of group; a group that is not named stays whole."""
     network: str | None = None
-    """`planning.hashing.network_hash` of what it was made for; None: made by hand, for whatever has these groups."""
+    """`network.hashing.network_hash` of what it was made for; None: made by hand, for whatever has these groups."""
     cost: PlanCost | None = None
     origin: Origin | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -7,13 +7,14 @@ Only what lies downstream of a group's sites runs again; several units share a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.progress import Progress, silent
+from optin_deploy.scoring.copies import copies
 from optin_deploy.scoring.features import ALL_TOKENS, Features, trajectory_distance
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.memory import micro_batches
@@ -45,73 +46,68 @@ def masked_terms(
     Source: Khaki & Plataniotis, ICLR 2024, section 3.
     """
     terms = Terms.zeros(units)
-    done, total = 0, len(batches) * sum(map(len, units.values()))
+    needs = {name for group in units for name in subject.cones[group.name].needs}
     parts = micro_batches(batches, 1) if subject.alone else batches
+    done, total = 0, len(parts) * sum(map(len, units.values()))
     for batch in parts:
-        count = rows_of(batch)
-        dense = dense_run(subject, batch, features, seed)
-        terms.samples += count
+        dense = dense_run(subject, batch, features, seed, watch=needs)
+        base = _Base(subject, dense, {**dense.values.watched, **subject.fed(batch)}, rows_of(batch))
+        terms.samples += base.samples
         terms.forward_seconds += dense.seconds
-        times = units_at_once(subject, dense, count, rows)
-        many = {name: _repeat(value, times, count) for name, value in batch.items()}
-        needs = {name for group in units for name in subject.cones[group.name].needs}
-        values = {**subject.run(many, watch=needs).watched, **subject.fed(many)}
+        most = units_at_once(subject, dense, base.samples, rows)
         for group, wanted in units.items():
-            for start in range(0, len(wanted), times):
-                chunk = list(wanted[start : start + times])
-                moved, changed = _apart(subject, group, chunk, dense, values, many, times)
-                terms.sums[group][:, chunk] += sums_of(moved, changed)
-                progress(done := done + len(chunk), total * len(parts) // len(batches))
+            for chunk in _chunks(wanted, most):
+                terms.sums[group][:, chunk] += sums_of(*base.apart(group, chunk))
+                progress(done := done + len(chunk), total)
     return terms
 
 
-def units_at_once(subject: Subject, dense: Dense, count: int, rows: int | None) -> int:
-    """Units that share a run of `count` samples: so many that it fills the device, and that samples times units stay
-    below `rows`."""
+def units_at_once(subject: Subject, dense: Dense, samples: int, rows: int | None) -> int:
+    """Units that share a run: so many that it fills the device, and that samples times units stay below `rows`."""
     if subject.alone:
         return 1
-    tokens = max((len(tokens.valid.flatten()) for tokens in dense.tokens.values()), default=count)
+    tokens = max((len(tokens.valid.flatten()) for tokens in dense.tokens.values()), default=samples)
     full = max(1, TOKENS_A_RUN.get(subject.program.device.type, MOST_TOKENS) // tokens)
-    return full if rows is None else max(1, min(full, rows // count))
+    return full if rows is None else max(1, min(full, rows // samples))
 
 
-def _repeat(value: Tensor, times: int, count: int) -> Tensor:
-    return value.repeat(times, *(1,) * (value.dim() - 1)) if len(value) == count else value
+def _chunks(units: Sequence[int], most: int) -> Iterable[list[int]]:
+    """As few as possible, and about equal."""
+    runs = -(-len(units) // most)
+    size = -(-len(units) // max(1, runs))
+    return (list(units[start : start + size]) for start in range(0, len(units), max(1, size)))
 
 
-def _apart(
-    subject: Subject,
-    group: UnitGroup,
-    chunk: Sequence[int],
-    dense: Dense,
-    values: Mapping[str, Tensor],
-    many: Batch,
-    times: int,
-) -> tuple[Tensor, Tensor]:
-    """How far each unit's absence moves features and output, (units, samples) each."""
-    count = rows_of(many) // times
-    kept = torch.ones(times, group.units, device=subject.program.device)
-    kept[torch.arange(len(chunk)), list(chunk)] = 0
-    masks = subject.masks(group, kept.repeat_interleave(count, 0))
-    behind = subject.behind(group)
-    cone = subject.cones[group.name]
-    bent = subject.program(
-        {name: values[name] for name in cone.needs},
-        masks=masks,
-        watch=[feature.value for feature in behind],
-        cone=cone,
-    )
-    grams = [dense.grams[feature.value] for feature in behind]
-    moved = torch.zeros(times, count, device=subject.program.device)
-    if behind:
-        weight = dense.tokens[behind[0].value].weight
-        moved = weight * trajectory_distance(grams, [dense.gram(f, bent.watched[f.value], times) for f in behind])
-    output = subject.reading.output
-    if output not in bent.outputs:
-        return moved[: len(chunk)], torch.zeros(len(chunk), count)
-    valid = None if dense.valid is None else dense.valid.repeat(times, 1)
-    readout = subject.reading.read({output: bent.outputs[output]}, valid)
-    return moved[: len(chunk)], output_distance(dense.readout, readout.values)[: len(chunk)]
+class _Base:
+    """The dense run of one batch, and runs of it in which single units are absent."""
+
+    def __init__(self, subject: Subject, dense: Dense, values: Mapping[str, Tensor], samples: int) -> None:
+        self.samples = samples
+        self._subject, self._dense, self._values = subject, dense, values
+        self._grams = {f.value: dense.gram(f, dense.values.watched[f.value]) for f in subject.features}
+
+    def apart(self, group: UnitGroup, units: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """How far each unit's absence moves features and output, (units, samples) each."""
+        subject, dense, times = self._subject, self._dense, len(units)
+        cone, behind, output = subject.cones[group.name], subject.behind(group), subject.reading.output
+        kept = torch.ones(times, group.units, device=subject.program.device)
+        kept[torch.arange(times), list(units)] = 0
+        bent = subject.program(
+            copies(subject.structure, {name: self._values[name] for name in cone.needs}, times),
+            masks=subject.masks(group, kept.repeat_interleave(self.samples, 0)),
+            watch=[feature.value for feature in behind],
+            cone=cone,
+        )
+        moved = changed = torch.zeros(times, self.samples, device=subject.program.device)
+        if behind:
+            grams = [dense.gram(f, bent.watched[f.value], times) for f in behind]
+            weight = dense.tokens[behind[0].value].weight
+            moved = weight * trajectory_distance([self._grams[f.value] for f in behind], grams)
+        if output in bent.outputs:
+            valid = None if dense.valid is None else dense.valid.repeat(times, 1)
+            readout = subject.read({output: bent.outputs[output]}, valid)
+            changed = output_distance(dense.readout, readout.values)
+        return moved, changed
 
 
 def sums_of(moved: Tensor, changed: Tensor) -> Tensor:

@@ -22,16 +22,24 @@ ROW_WORDS = 2**32
 """Counters a row: longer than any row, so that padding does not move the signs of the next one."""
 BITS = 8
 """Signs are looked up a byte at a time."""
+PADDING = "attention_mask"
+"""The input that tells tokens from padding, where a network has it."""
+SEGMENTS = "token_type_ids"
+"""The input that tells two texts of one sample apart; it follows from its tokens."""
 
 
 def sample_keys(batch: Batch) -> tuple[int, ...]:
     """A number for each sample that depends on its content alone, not on its place or padding."""
-    valid = batch.get("attention_mask")
-    main = next((batch[name] for name in ("input_ids", "pixel_values") if name in batch), next(iter(batch.values())))
-    if valid is not None and valid.shape != main.shape[:2]:
-        valid = None
-    rows = (row if valid is None else row[valid[i].bool()] for i, row in enumerate(main))
-    return tuple(int.from_bytes(hashlib.sha256(tensor_bytes(row)).digest()[:6], "little") for row in rows)
+    valid = batch.get(PADDING)
+    main = [batch[name] for name in sorted(batch) if name not in (PADDING, SEGMENTS)] or list(batch.values())
+    found = []
+    for row in range(len(main[0])):
+        digest = hashlib.sha256()
+        for value in main:
+            padded = valid is not None and valid.shape == value.shape[:2]
+            digest.update(tensor_bytes(value[row][valid[row].bool()] if padded and valid is not None else value[row]))
+        found.append(int.from_bytes(digest.digest()[:6], "little"))
+    return tuple(found)
 
 
 def drawn(batches: Sequence[Batch], keys: Sequence[int]) -> list[Batch]:

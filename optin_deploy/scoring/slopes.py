@@ -9,7 +9,8 @@ probe: batching changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,108 +25,114 @@ from optin_deploy.scoring.noise import sample_keys, signs, stream
 from optin_deploy.scoring.sketch import GAUSSIAN_SQUARES
 from optin_deploy.scoring.subject import Dense, Subject, dense_run, masks_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms
+from optin_deploy.structure.groups import UnitGroup
 
-SitePlace = tuple[Place, int]
-"""Where a mask stands: a node's input, and which of its axes."""
+
+@dataclass(frozen=True)
+class Projections:
+    """Which random projections are taken."""
+
+    trajectory: range
+    output: range
+    """Where a few directions are exact, they are taken with projection 0."""
+    seed: int = 0
 
 
 def slope_terms(
     subject: Subject,
     batches: Sequence[Batch],
+    projections: Projections,
     *,
-    probes: range,
-    output_probes: range,
-    seed: int,
+    groups: Sequence[UnitGroup] | None = None,
     features: Features = ALL_TOKENS,
+    dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> Terms:
-    """Estimate both terms for every unit; unbiased for the curvature, error ~ 1/sqrt(samples * probes).
+    """Estimate both terms for every unit; unbiased for the curvature, error ~ 1/sqrt(samples * projections).
 
     Args:
         batches: each is in memory as a whole; see `memory.micro_batches`.
-        probes: which random projections of the trajectory are taken.
-        output_probes: the same for the output. Where a few directions are exact, they are taken with probe 0.
-    Returns: sums over samples and probes.
+        groups: whose units; None: all.
+        dtype: in which products are computed, such as bfloat16 where the hardware multiplies it; None: as they are.
+            What is compared, and all sums, stay as they are.
+    Returns: sums over samples and projections.
+    Raises: BadInput: an operator cannot be run in this type.
     """
-    terms = Terms.zeros(subject.layout.groups)
-    terms.probes = len(probes)
+    groups = subject.layout.groups if groups is None else groups
+    terms = Terms.zeros(groups)
+    terms.probes = len(projections.trajectory)
     batches = micro_batches(batches, 1) if subject.alone else batches
     for number, batch in enumerate(batches):
-        _add_batch(subject, batch, terms, probes, output_probes, seed, features)
+        dense = dense_run(subject, batch, features, projections.seed)
+        terms.samples += rows_of(batch)
+        terms.forward_seconds += dense.seconds
+        recorded = _Recorded(subject, batch, dense, groups, dtype)
+        _add_trajectory(recorded, projections, terms)
+        _add_output(recorded, projections, terms)
         progress(number + 1, len(batches))
     return terms
 
 
-def _add_batch(
-    subject: Subject, batch: Batch, terms: Terms, probes: range, output_probes: range, seed: int, features: Features
-) -> None:
-    keys = sample_keys(batch)
-    terms.samples += rows_of(batch)
-    with torch.enable_grad():
-        dense, multipliers = _recorded(subject, batch, features, seed)
-    terms.forward_seconds += dense.seconds
-    slopes = _Slopes(subject, multipliers, terms)
-    grams = [dense.grams[feature.value] for feature in subject.features]
-    live = [place for place, gram in enumerate(grams) if gram.requires_grad]
-    for probe in probes if live else ():
-        noise = [
-            signs(keys, stream(seed, f"feature {place}", probe), *grams[place].shape[1:], like=grams[place])
-            for place in live
-        ]
-        slopes.add([grams[place] for place in live], noise, TRAJECTORY)
-    values = dense.readout.values
-    directions = exact_directions(dense.readout) if values.requires_grad else []
-    exact = directions is not None
-    if directions is None:
-        streams = (stream(seed, "output", probe) for probe in output_probes)
-        directions = [random_direction(dense.readout, keys, each) for each in streams]
-    elif 0 not in output_probes:
-        directions = []
-    terms.output_probes = int(0 in output_probes) if exact else len(output_probes)
-    for direction in directions:
-        slopes.add([values], [direction.detach()], OUTPUT, certain=exact)
+class _Recorded:
+    """A run with a multiplier of ones at every place where units are masked, and backward passes through it."""
 
+    def __init__(
+        self, subject: Subject, batch: Batch, dense: Dense, groups: Sequence[UnitGroup], dtype: torch.dtype | None
+    ) -> None:
+        self.dense = dense
+        self.keys = sample_keys(batch)
+        self._subject, self._groups = subject, groups
+        device = subject.program.device
+        sites = {(site.place, site.position): site for group in groups for site in subject.sites[group.name]}
+        with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            self._multipliers: dict[tuple[Place, int], Tensor] = {
+                key: torch.ones(rows_of(batch), len(site.units), device=device, requires_grad=True)
+                for key, site in sites.items()
+            }
+            masks = masks_of((sites[key], each) for key, each in self._multipliers.items())
+            values = subject.run(batch, masks=masks, watch=[feature.value for feature in subject.features])
+            self.grams = [dense.gram(feature, values.watched[feature.value]) for feature in subject.features]
+            self.readout = subject.read(values.outputs, dense.valid)
 
-def _recorded(subject: Subject, batch: Batch, features: Features, seed: int) -> tuple[Dense, dict[SitePlace, Tensor]]:
-    """A dense run with a multiplier of ones at every place where units are masked, (samples, entries) each."""
-    sites = {(site.place, site.position): site for each in subject.sites.values() for site in each}
-    ones = {
-        key: torch.ones(rows_of(batch), len(site.units), device=subject.program.device, requires_grad=True)
-        for key, site in sites.items()
-    }
-    dense = dense_run(subject, batch, features, seed, masks=masks_of((sites[key], each) for key, each in ones.items()))
-    return dense, ones
-
-
-class _Slopes:
-    """Backward passes, and where their slopes are summed."""
-
-    def __init__(self, subject: Subject, multipliers: Mapping[SitePlace, Tensor], terms: Terms) -> None:
-        self._subject = subject
-        self._multipliers = multipliers
-        self._terms = terms
-
-    def add(self, roots: Sequence[Tensor], weights: Sequence[Tensor], row: int, *, certain: bool = False) -> None:
-        """One pass: add every unit's squared slope to a row of the sums, and to another its variance.
+    def add(self, roots: Sequence[Tensor], weights: Sequence[Tensor], terms: Terms, row: int, certain: bool) -> None:
+        """One backward pass: add every unit's squared slope to a row of the sums, and to another its variance.
 
         Args: weights: of the sums of the roots' entries. certain: the direction is not random.
         """
         wanted = list(self._multipliers.values())
+        weights = [weight.to(root.dtype) for root, weight in zip(roots, weights, strict=True)]
         found = torch.autograd.grad(roots, wanted, weights, retain_graph=True, allow_unused=True)
-        entries = {key: slopes for key, slopes in zip(self._multipliers, found, strict=True) if slopes is not None}
-        for group in self._subject.layout.groups:
-            slopes: Tensor | None = None
+        entries = {key: each.double() for key, each in zip(self._multipliers, found, strict=True) if each is not None}
+        for group in self._groups:
+            slopes = torch.zeros(len(self.keys), group.units + 1, dtype=torch.float64, device=wanted[0].device)
             for site in self._subject.sites[group.name]:
-                along = entries.get((site.place, site.position))
-                if along is None:
-                    continue
-                units = along.new_zeros(len(along), group.units + 1, dtype=torch.float64)
-                units.index_add_(1, site.units.to(along.device), along.double())
-                slopes = units if slopes is None else slopes + units
-            if slopes is None:
-                continue
+                if (site.place, site.position) in entries:
+                    slopes.index_add_(1, site.units.to(slopes.device), entries[site.place, site.position])
             squares = slopes[:, : group.units].square()
-            sums = self._terms.sums[group]
-            sums[row] += squares.sum(0).cpu()
+            terms.sums[group][row] += squares.sum(0).cpu()
             if not certain:
-                sums[VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()
+                terms.sums[group][VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()
+
+
+def _add_trajectory(recorded: _Recorded, projections: Projections, terms: Terms) -> None:
+    live = [(place, gram) for place, gram in enumerate(recorded.grams) if gram.requires_grad]
+    for probe in projections.trajectory if live else ():
+        noise = [
+            signs(recorded.keys, stream(projections.seed, f"feature {place}", probe), *gram.shape[1:], like=gram)
+            for place, gram in live
+        ]
+        recorded.add([gram for _, gram in live], noise, terms, TRAJECTORY, certain=False)
+
+
+def _add_output(recorded: _Recorded, projections: Projections, terms: Terms) -> None:
+    dense, values = recorded.dense.readout, recorded.readout.values
+    directions = exact_directions(dense)
+    exact = directions is not None
+    if directions is None:
+        streams = (stream(projections.seed, "output", probe) for probe in projections.output)
+        directions = [random_direction(dense, recorded.keys, each) for each in streams]
+    elif 0 not in projections.output:
+        directions = []
+    terms.output_probes = int(0 in projections.output) if exact else len(projections.output)
+    for direction in directions if values.requires_grad else ():
+        recorded.add([values], [direction], terms, OUTPUT, certain=exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ from torch import Tensor
 from optin_deploy.errors import NonFiniteActivation
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.network.axes import units_along
+from optin_deploy.network.hashing import network_hash
 from optin_deploy.network.run import Cone, Mask, Place, Program, Values
+from optin_deploy.scoring.copies import cone_of_copies
 from optin_deploy.scoring.features import Features, Tokens, draw_tokens
+from optin_deploy.scoring.features import Site as FeatureSite
 from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.noise import PADDING
 from optin_deploy.scoring.reading import Kind, Reading, reading_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis
 
-PADDING = "attention_mask"
-"""The input that tells tokens from padding, where a network has it."""
 MOST_TOKENS = 512
 """Pictures of more places are compared by so many, drawn for each sample."""
 
@@ -84,6 +87,8 @@ class Subject:
     layout: Layout
     program: Program
     reading: Reading
+    compared: FeatureSite = "block"
+    """Which values the trajectory looks at, see `structure.stream.features`."""
 
     @classmethod
     def of(
@@ -111,9 +116,20 @@ class Subject:
         return self.layout.structure
 
     @cached_property
+    def hash(self) -> str:
+        """`network.hashing.network_hash` of the network."""
+        return network_hash(self.structure.network)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's real numbers."""
+        stored = self.structure.shapes.tensors.get(self.reading.output)
+        return self.program.dtype or (torch.float32 if stored is None else stored.dtype)
+
+    @cached_property
     def features(self) -> tuple[Feature, ...]:
         """What the trajectory looks at, in the order of work."""
-        return features(self.layout)
+        return features(self.layout, self.compared)
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[Site, ...]]:
@@ -122,8 +138,10 @@ class Subject:
 
     @cached_property
     def alone(self) -> bool:
-        """Whether samples must run one by one: some value with units has no axis of samples."""
-        return any(site.samples is None for sites in self.sites.values() for site in sites) or not self.repeatable
+        """Whether samples must run one by one: some value with units has no axis of samples, or numbers follow from
+        the entries of all samples."""
+        shared = any(site.samples is None for sites in self.sites.values() for site in sites)
+        return shared or bool(self.structure.ranged) or not self.repeatable
 
     @cached_property
     def repeatable(self) -> bool:
@@ -133,8 +151,11 @@ class Subject:
 
     @cached_property
     def cones(self) -> Mapping[str, Cone]:
-        """What must run again when units of a group are masked, by name."""
-        return {name: self.program.cone({site.place[0] for site in sites}) for name, sites in self.sites.items()}
+        """What must run again on copies of the samples when units of a group are masked, by name."""
+        places = {name: {site.place[0] for site in sites} for name, sites in self.sites.items()}
+        if self.alone:
+            return {name: self.program.cone(nodes) for name, nodes in places.items()}
+        return {name: cone_of_copies(self.program, self.structure, nodes) for name, nodes in places.items()}
 
     def behind(self, group: UnitGroup) -> tuple[Feature, ...]:
         """Features that a group can change."""
@@ -156,9 +177,30 @@ class Subject:
         """
         return masks_of((site, site.of_units(units)) for site in self.sites[group.name])
 
+    def read(self, outputs: Mapping[str, Tensor], valid: Tensor | None) -> Readout:
+        """What is compared of a run.
+
+        Args: valid: (samples, tokens), 0 or 1; it counts where the output's tokens are those of the padding mask.
+        """
+        return self.reading.read(outputs, valid if self._masked_alike(self.reading.output, -1) else None)
+
+    def padding(self, batch: Batch, feature: Feature) -> Tensor | None:
+        """Which tokens of a feature are real, (samples, tokens), 0 or 1; None: all of them."""
+        return valid_of(batch) if self._masked_alike(feature.value, feature.channels) else None
+
+    def _masked_alike(self, value: str, channels: int) -> bool:
+        """Whether a value has as many tokens as the padding mask in the probe, where no two sizes are equal by chance,
+        or the network takes no such mask."""
+        shapes = self.structure.shapes
+        mask, shape = shapes.shape(PADDING), shapes.shape(value)
+        if mask is None or len(mask) != 2 or not shape:
+            return True
+        return math.prod(shape) == mask[0] * mask[1] * shape[channels]
+
     def _sites(self, group: UnitGroup) -> Iterable[Site]:
         nodes = self.structure.network.nodes
-        for site in dict.fromkeys(group.sites):
+        ranged = [site for site in self.structure.ranged if any(leaf is group.leaf for leaf in site.axis.leaves())]
+        for site in dict.fromkeys((*group.sites, *ranged)):
             value = nodes[site.node].inputs[site.place]
             along = torch.from_numpy(units_along(site.axis, group.leaf))
             along[along < 0] = group.units
@@ -170,11 +212,11 @@ class Dense:
     """What a batch gives in the dense network: what all comparisons start from."""
 
     values: Values
-    grams: Mapping[str, Tensor]
-    """By value of the features, (groups of tokens, tokens, tokens)."""
     tokens: Mapping[str, Tokens]
+    """By value of the features, those that are compared."""
     readout: Readout
     valid: Tensor | None
+    """(samples, tokens), 0 or 1, of texts."""
     seconds: float
     """Of the forward."""
 
@@ -184,29 +226,20 @@ class Dense:
         return tokens.gram(tokens_of(feature, value, times * tokens.batch))
 
 
-def dense_run(
-    subject: Subject,
-    batch: Batch,
-    chosen: Features,
-    seed: int,
-    *,
-    masks: Mapping[Place, Mask] | None = None,
-    watch: Collection[str] = (),
-) -> Dense:
-    """Run a batch and keep these values.
+def dense_run(subject: Subject, batch: Batch, chosen: Features, seed: int, *, watch: Collection[str] = ()) -> Dense:
+    """Run a batch and keep these values, and those of the features.
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
     """
+    assert chosen.site == subject.compared, "the subject says which values are compared"
     started = _now(subject)
-    values = subject.run(batch, masks=masks, watch={*watch, *(feature.value for feature in subject.features)})
+    values = subject.run(batch, watch={*watch, *(feature.value for feature in subject.features)})
     seconds = _now(subject) - started
-    valid = _valid(batch)
-    watched = values.watched
-    tokens = {f.value: _tokens(f, watched[f.value], batch, chosen, seed) for f in subject.features}
-    grams = {f.value: tokens[f.value].gram(tokens_of(f, watched[f.value], rows_of(batch))) for f in subject.features}
-    readout = subject.reading.read(values.outputs, valid)
+    watched, valid = values.watched, valid_of(batch)
+    tokens = {f.value: _tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
+    readout = subject.read(values.outputs, valid)
     check_finite(subject, batch, [readout.values])
-    return Dense(values, grams, tokens, readout, valid, seconds)
+    return Dense(values, tokens, readout, valid, seconds)
 
 
 def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> None:
@@ -239,19 +272,20 @@ def tokens_of(feature: Feature, value: Tensor, samples: int) -> Tensor:
     return value.movedim(feature.channels, -1).reshape(samples, -1, value.shape[feature.channels])
 
 
-def _tokens(feature: Feature, value: Tensor, batch: Batch, chosen: Features, seed: int) -> Tokens:
+def valid_of(batch: Batch) -> Tensor | None:
+    """Which tokens are real, (samples, tokens), 0 or 1; None: nothing is padded."""
+    found = batch.get(PADDING)
+    return found if found is not None and found.dim() == 2 else None
+
+
+def _tokens(subject: Subject, feature: Feature, value: Tensor, batch: Batch, chosen: Features, seed: int) -> Tokens:
     flat = tokens_of(feature, value, rows_of(batch))
-    valid = _valid(batch)
+    valid = subject.padding(batch, feature)
     if valid is None or valid.shape != flat.shape[:2]:
         valid = torch.ones(flat.shape[:2])
         if chosen.tokens is None and flat.shape[1] > MOST_TOKENS:
             chosen = Features(chosen.site, MOST_TOKENS, chosen.across)
     return draw_tokens(chosen, batch, valid.to(value), seed)
-
-
-def _valid(batch: Batch) -> Tensor | None:
-    found = batch.get(PADDING)
-    return found if found is not None and found.dim() == 2 else None
 
 
 def _now(subject: Subject) -> float:

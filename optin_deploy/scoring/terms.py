@@ -102,11 +102,20 @@ def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayou
         return TermWeights((0.0,) * depth, 1.0)
     shares = tuple(1.0 / (depth - index) if weighting == "normalised" else 1.0 for index in range(depth))
     if kl_weight is None:
-        pairs = [(s, terms.sums[b]) for s, x in zip(shares, layout.layers, strict=True) for b in x.branches]
-        trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
-        output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
-        kl_weight = KL_SHARE * trajectory / output if output > 0 else 0.0
+        pairs = [(b, share) for share, x in zip(shares, layout.layers, strict=True) for b in x.branches]
+        kl_weight = balanced(terms, pairs)
     return TermWeights(shares, kl_weight)
+
+
+def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:
+    """The lambda at which the mean output term is `KL_SHARE` of the mean trajectory term; 0 where no output moves.
+
+    Args: shares: what the trajectory terms count.
+    """
+    pairs = [(share, terms.sums[units]) for units, share in shares]
+    trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
+    output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
+    return KL_SHARE * trajectory / output if output > 0 else 0.0
 
 
 def mean_scores(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:

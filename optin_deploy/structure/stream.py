@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
@@ -41,14 +42,21 @@ def samples_axis(structure: Structure, value: str) -> int | None:
     return None
 
 
-def features(layout: Layout) -> tuple[Feature, ...]:
-    """Return the features of a network, in the order of work; each has its samples along the first axis."""
+def features(layout: Layout, site: Literal["block", "ffn"] = "block") -> tuple[Feature, ...]:
+    """Return the features of a network, in the order of work; each has its samples along the first axis.
+
+    Args: site: `block`: what a branch leaves when it is added; `ffn`: what is added, as the paper's authors took it.
+    """
     structure = layout.structure
     ways = [branch for group in layout.groups for branch in branches(structure, group) if branch is not None]
-    residuals = {branch.residual for branch in ways}
-    adds = sorted({branch.add[0] for branch in ways})
-    values = [_left(structure, structure.network.nodes[add], residuals) for add in adds] or _last_of_sizes(layout)
-    found = (_feature(structure, value) for value in dict.fromkeys(values))
+    nodes = structure.network.nodes
+    if site == "ffn":
+        values = [nodes[index].inputs[place] for index, place in (branch.add for branch in ways)]
+    else:
+        residuals = {branch.residual for branch in ways}
+        values = [_left(structure, nodes[add], residuals) for add in sorted({branch.add[0] for branch in ways})]
+    made = _made(structure)
+    found = (_feature(structure, value, made) for value in dict.fromkeys(values or _last_of_sizes(layout)))
     return tuple(sorted((each for each in found if each is not None), key=lambda each: each.node))
 
 
@@ -80,12 +88,11 @@ def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, .
     return tuple(size for position, size in enumerate(shape) if position != site.position)
 
 
-def _feature(structure: Structure, value: str) -> Feature | None:
+def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Feature | None:
     """None: samples or features have no axis of their own, or there are no tokens."""
     axes = structure.axes.get(value, ())
     if len(axes) < 3 or samples_axis(structure, value) != 0:
         return None
-    made = _made(structure)
     held = [position for position, axis in enumerate(axes) if position and _touches(axis, made)]
     return Feature(value, structure.network.producer[value].index, held[-1]) if held else None
 

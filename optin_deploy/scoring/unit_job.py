@@ -1,0 +1,226 @@
+"""One scoring of any network: when enough of its parts are done, and how they become scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice, pairwise
+
+import torch
+from torch import Tensor
+
+from optin_deploy.arguments import checked, whole
+from optin_deploy.errors import BadInput
+from optin_deploy.masking import Batch
+from optin_deploy.progress import Progress, silent
+from optin_deploy.scoring.job import ESTIMATES, FIRST_PROBES, HEAD_SAMPLES, MOST_PROBES
+from optin_deploy.scoring.noise import PADDING
+from optin_deploy.scoring.parts import MemoryStore, Part, Store, Worker, run_parts
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.stability import STABLE_HEADS, STABLE_NEURONS, enough, rank_stability
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.terms import (
+    Terms,
+    TermWeights,
+    balanced,
+    combined,
+    mean_scores,
+    sampling_errors,
+    sketch_errors,
+)
+from optin_deploy.scoring.unit_parts import MASKED, UnitParts
+from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.structure.groups import KINDS, UnitGroup
+
+
+def score_units(
+    subject: Subject,
+    batches: Sequence[Batch],
+    settings: ScoreSettings | None = None,
+    *,
+    kinds: Collection[str] | None = None,
+    memory_budget: int | None = None,
+    store: Store | None = None,
+    worker: Worker | None = None,
+    progress: Progress = silent,
+) -> UnitScores:
+    """Score every unit by how far removing it bends the network's trajectory and output (no labels, no training).
+
+    Args:
+        batches: calibration inputs by name, samples along the first axis; padding is marked by `attention_mask`.
+        kinds: of the groups that are scored, see `structure.groups.KINDS`; None: all.
+        memory_budget: bytes that scoring may take beyond the network; None: most of what is free.
+        store: where finished parts are kept and found; None: in memory.
+        worker: which share of the parts is this process's; None: all.
+    Raises:
+        BadInput: nothing to score or to score on, or a single sample does not fit the memory budget.
+        NonFiniteActivation: the network puts out NaN or infinity.
+        PartsLeft: this worker's share is done, but not all of it.
+    Source: Khaki & Plataniotis, ICLR 2024 (arXiv 2403.17921).
+    """
+    settings = checked(settings, ScoreSettings, "settings") or ScoreSettings()
+    if memory_budget is not None:
+        memory_budget = whole(memory_budget, "memory_budget")
+    with torch.no_grad():
+        parts = UnitParts(
+            subject=replace(subject, compared=settings.features.site),
+            groups=_groups(subject, kinds),
+            batches=_batches(subject, batches),
+            settings=settings,
+            memory_budget=memory_budget,
+        )
+        return UnitJob(parts, store or MemoryStore(), worker or Worker(), progress).scores()
+
+
+@dataclass(frozen=True, eq=False)
+class UnitJob:
+    """What `score_units` was asked for."""
+
+    parts: UnitParts
+    store: Store
+    worker: Worker
+    progress: Progress
+
+    def scores(self) -> UnitScores:
+        """Do this worker's parts, more of them until the ranking is stable, and reduce all.
+
+        Raises: PartsLeft.
+        """
+        return self._exact() if self.parts.settings.scorer == "exact" else self._sketch()
+
+    def _exact(self) -> UnitScores:
+        found = combined([self._run(self.parts.exact())])
+        # Every part holds units of its own on the samples of its batch.
+        samples = sum(len(next(iter(batch.values()))) for batch in self.parts.batches)
+        return self._told(
+            None, replace(found, samples=samples, forward_seconds=found.forward_seconds * samples / found.samples)
+        )
+
+    def _sketch(self) -> UnitScores:
+        settings, samples = self.parts.settings, len(self.parts.keys)
+        ends = [settings.probes or min(FIRST_PROBES, -(-ESTIMATES // samples))]
+        masked = min(samples, settings.head_samples or HEAD_SAMPLES) if self.parts.few else 0
+        further = False
+        while True:
+            rounds = [self.parts.sketch(range(*some)) for some in pairwise([0, *ends])]
+            results = iter(self._run([*chain(*rounds), *self.parts.masked(masked)], further=further))
+            sketched = combined([list(islice(results, len(each))) for each in rounds])
+            found = self._told(combined([list(results)]) if masked else None, sketched)
+            more, more_masked = ends[-1], masked
+            for kind, scores, errors in self._pools(found):
+                if kind in MASKED and settings.head_samples is None:
+                    wanted = enough(scores, errors, masked, samples, STABLE_HEADS, without_replacement=True)
+                    more_masked = max(more_masked, wanted)
+                if kind not in MASKED and settings.probes is None:
+                    more = max(more, enough(scores, errors, ends[-1], MOST_PROBES, STABLE_NEURONS))
+            if (more, more_masked) == (ends[-1], masked):
+                return found
+            ends, masked, further = [*ends, more] if more > ends[-1] else ends, more_masked, True
+
+    def _run(self, parts: Sequence[Part], *, further: bool = False) -> list[Terms]:
+        return run_parts(parts, self.store, self.worker, self.progress, further=further)
+
+    def _told(self, masked: Terms | None, estimated: Terms) -> UnitScores:
+        """Scores of few and large units from one set of sums and of all others from another, with where they came from.
+
+        Args: masked: of the sketch; None: all are from the other ones.
+        """
+        parts, exact = self.parts, self.parts.settings.scorer == "exact"
+        weights = self._weights(estimated)
+        scores, errors = {}, {}
+        for group, share in zip(parts.groups, weights.trajectory, strict=True):
+            one = [group], TermWeights((share,), weights.output)
+            if masked is not None and group in masked.sums:
+                (scores[group.name],), (errors[group.name],) = (
+                    mean_scores(masked, *one),
+                    sampling_errors(masked, *one, len(parts.keys)),
+                )
+            else:
+                (scores[group.name],), (errors[group.name],) = (
+                    mean_scores(estimated, *one),
+                    sketch_errors(estimated, *one),
+                )
+            if exact:
+                errors[group.name] = torch.zeros_like(scores[group.name])
+        both = [terms for terms in (masked, estimated) if terms is not None]
+        seconds = sum(terms.seconds for terms in both)
+        found = UnitScores(scores, errors, parts.subject.hash, {})
+        provenance = {
+            **asdict(parts.settings),
+            "kinds": sorted({group.kind for group in parts.groups}),
+            "reading": asdict(parts.subject.reading),
+            "values": len(parts.subject.features),
+            "samples": estimated.samples,
+            "masked_samples": estimated.samples if exact else 0 if masked is None else masked.samples,
+            "probes": None if exact else estimated.probes,
+            "output_probes": None if exact else estimated.output_probes,
+            "pass_dtype": None if exact else str(parts.dtype).removeprefix("torch."),
+            "kl_weight": weights.output,
+            "rank_stability": {kind: rank_stability(some, their) for kind, some, their in self._pools(found)},
+            "seconds": round(seconds, 3),
+            "forward_equivalents": round(seconds / estimated.forward_seconds, 2),
+            "memory": {
+                **asdict(parts.memory),
+                "rows": parts.memory.rows,
+                "peak_bytes": max(terms.peak_bytes for terms in both),
+            },
+        }
+        return replace(found, provenance=provenance)
+
+    def _weights(self, terms: Terms) -> TermWeights:
+        """What the trajectory term of each group counts, and the output term: see `terms.weights_of`.
+
+        `normalised` divides by the number of features behind a group.
+        """
+        settings, groups = self.parts.settings, self.parts.groups
+        if settings.weighting == "output":
+            return TermWeights((0.0,) * len(groups), 1.0)
+        behind = [max(1, len(self.parts.subject.behind(group))) for group in groups]
+        shares = tuple(1.0 / many if settings.weighting == "normalised" else 1.0 for many in behind)
+        weight = settings.kl_weight
+        if weight is None:
+            weight = balanced(terms, zip(groups, shares, strict=True))
+        return TermWeights(shares, weight)
+
+    def _pools(self, found: UnitScores) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+        """Scores and errors of all groups of a kind: what is ranked together."""
+        for kind in dict.fromkeys(group.kind for group in self.parts.groups):
+            names = [group.name for group in self.parts.groups if group.kind == kind]
+            yield kind, [found.scores[name] for name in names], [found.errors[name] for name in names]
+
+
+def _groups(subject: Subject, kinds: Collection[str] | None) -> tuple[UnitGroup, ...]:
+    """Groups of these kinds.
+
+    Raises: BadInput: there are none.
+    """
+    unknown = [kind for kind in kinds or () if kind not in KINDS]
+    if unknown:
+        raise BadInput(f"--units {unknown[0]!r}: possible are {', '.join(KINDS)}.")
+    groups = tuple(group for group in subject.layout.groups if kinds is None or group.kind in kinds)
+    if not groups:
+        there = ", ".join(sorted({group.kind for group in subject.layout.groups})) or "none"
+        raise BadInput(f"this network has no units to score of the kinds {', '.join(kinds or KINDS)}; it has: {there}.")
+    return groups
+
+
+def _batches(subject: Subject, given: Sequence[Batch]) -> tuple[Batch, ...]:
+    """What the network takes of each batch, and its padding, on the network's device.
+
+    Raises: BadInput: there are none, an input is missing, or inputs differ in rows.
+    """
+    names = [port.name for port in subject.structure.network.inputs]
+    found = []
+    for number, batch in enumerate(given):
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise BadInput(f"calibration batch {number} has no {missing[0]!r}; give all inputs: {', '.join(names)}.")
+        one = {name: batch[name] for name in dict.fromkeys((*names, PADDING)) if name in batch}
+        rows = {name: len(value) if value.dim() else 0 for name, value in one.items()}
+        if 0 in rows.values() or len(set(rows.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise BadInput(f"calibration batch {number} needs one row a sample, at least one, in every input: {told}.")
+        found.append({name: value.to(subject.program.device) for name, value in one.items()})
+    if not found:
+        raise BadInput("no calibration batches were given; give at least one sample, inputs by name.")
+    return tuple(found)

@@ -1,0 +1,156 @@
+"""The parts of one scoring of any network: their names, what each does, and what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from optin_deploy.errors import BadInput
+from optin_deploy.masking import Batch, rows_of
+from optin_deploy.progress import Progress, silent
+from optin_deploy.scoring.job import HEAD_CHUNK, PROBES_PER_OUTPUT_PROBE, UNITS_A_PART
+from optin_deploy.scoring.masking_units import masked_terms
+from optin_deploy.scoring.memory import Memory, measured, micro_batches, peak_bytes
+from optin_deploy.scoring.noise import drawn, sample_keys
+from optin_deploy.scoring.parts import Part
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.sketch import pass_dtype
+from optin_deploy.scoring.slopes import Projections, slope_terms
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.terms import Terms
+from optin_deploy.structure.groups import UnitGroup
+
+MASKED = ("heads", "groups", "queries")
+"""Kinds of few and large units: to remove one is a large step, which no slope foretells, so the sketch masks them."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitParts:
+    """What is scored, and on what; the names of its parts are those of their files."""
+
+    subject: Subject
+    groups: tuple[UnitGroup, ...]
+    batches: tuple[Batch, ...]
+    settings: ScoreSettings
+    memory_budget: int | None
+
+    def exact(self) -> list[Part]:
+        """Units in the order of the layout, so many a part, of one batch."""
+        every = [(group, unit) for group in self.groups for unit in range(group.units)]
+        parts = []
+        for number, batch in enumerate(self.batches):
+            for first in range(0, len(every), UNITS_A_PART):
+                units: dict[UnitGroup, list[int]] = {}
+                for group, unit in every[first : first + UNITS_A_PART]:
+                    units.setdefault(group, []).append(unit)
+                parts.append(self._masking(f"exact-{number:04}-units-{first:06}", [batch], units))
+        return parts
+
+    def masked(self, samples: int) -> list[Part]:
+        """Few and large units on so many samples."""
+        units = {group: range(group.units) for group in self.few}
+        bounds = pairwise([*range(0, samples, HEAD_CHUNK), samples]) if samples else ()
+        return [
+            self._masking(f"masked-{first:04}-{last:04}", drawn(self.batches, self.keys[first:last]), units)
+            for first, last in bounds
+        ]
+
+    def sketch(self, probes: range) -> list[Part]:
+        """All units by these random projections, a batch a part."""
+        return [self._slopes(number, batch, probes) for number, batch in enumerate(self.batches)]
+
+    def _masking(self, name: str, batches: Sequence[Batch], units: Mapping[UnitGroup, Sequence[int]]) -> Part:
+        def work(progress: Progress) -> Terms:
+            rows, chosen = self.memory.rows, self.settings.features
+            if chosen.across:  # tokens are drawn over the whole batch: it stays in one piece
+                fitting = list(batches)
+                self.memory.check_rows(max(map(rows_of, batches)))
+            else:
+                fitting = micro_batches(batches, rows)
+            seed = self.settings.seed
+            found = masked_terms(self.subject, fitting, units, features=chosen, seed=seed, rows=rows, progress=progress)
+            return replace(found, peak_bytes=peak_bytes(self._device))
+
+        return Part(name, sum(map(rows_of, batches)) * sum(map(len, units.values())), work)
+
+    def _slopes(self, number: int, batch: Batch, probes: range) -> Part:
+        some = self._projections(probes)
+
+        def work(progress: Progress) -> Terms:
+            found = self._sloped(micro_batches([batch], self.memory.rows), some, self.dtype, progress)
+            return replace(found, peak_bytes=peak_bytes(self._device))
+
+        name = f"sketch-{number:04}-probes-{probes.start}-{probes.stop}"
+        return Part(name, rows_of(batch) * 2 * (1 + len(some.trajectory) + len(some.output)), work)
+
+    def _sloped(
+        self, batches: Sequence[Batch], some: Projections, dtype: torch.dtype, progress: Progress = silent
+    ) -> Terms:
+        return slope_terms(
+            self.subject,
+            batches,
+            some,
+            groups=self.groups,
+            features=self.settings.features,
+            dtype=None if dtype == self.subject.dtype else dtype,
+            progress=progress,
+        )
+
+    def _projections(self, probes: range) -> Projections:
+        """Of the trajectory and of the output."""
+        seed = self.settings.seed
+        if self.settings.weighting == "output":
+            return Projections(range(0), probes, seed)
+        output = range(*(-(-end // PROBES_PER_OUTPUT_PROBE) for end in (probes.start, probes.stop)))
+        return Projections(probes, output, seed)
+
+    @cached_property
+    def few(self) -> tuple[UnitGroup, ...]:
+        """Groups whose units the sketch masks one by one."""
+        return tuple(group for group in self.groups if group.kind in MASKED)
+
+    @cached_property
+    def keys(self) -> list[int]:
+        """Of the different samples, in an order that does not depend on where they stand."""
+        return sorted({key for batch in self.batches for key in sample_keys(batch)})
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What passes multiply in: a faster type than the network's own if every operator takes it in one sample."""
+        own = self.subject.dtype
+        fastest = pass_dtype(torch.empty((), dtype=own, device=self._device))
+        if fastest != own:
+            try:
+                self._sloped(self._sample, Projections(range(1), range(1)), fastest)
+            except BadInput:  # an operator does not mix it with others
+                return own
+        return fastest
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What one sample takes, seen on the largest."""
+        first, *others = self.groups
+        chosen, seed = self.settings.features, self.settings.seed
+
+        def one_sample() -> None:
+            # Two, one by one: what is left of the last sample or unit is still there when the next one is in work.
+            units = {first: range(first.units)[:2], **{group: range(0) for group in others}}
+            masked_terms(self.subject, self._sample * 2, units, features=chosen, seed=seed, rows=1)
+            if self.settings.scorer == "sketch":
+                self._sloped(self._sample, self._projections(range(1)), self.dtype)
+
+        return measured(one_sample, self._device, self.memory_budget)
+
+    @cached_property
+    def _sample(self) -> list[Batch]:
+        """One of the largest."""
+        widest = max(self.batches, key=lambda batch: sum(value[0].numel() for value in batch.values()))
+        return [{name: value[:1] for name, value in widest.items()}]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.subject.program.device

@@ -1,0 +1,112 @@
+"""Scores of the units of any network, group by group, with where they came from; stored as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.network.hashing import network_hash
+from optin_deploy.storage import parsed_json, read_metadata, read_tensors, write_tensors
+from optin_deploy.structure.groups import Layout
+from optin_deploy.validation import STORED, validated
+
+SCHEMA_VERSION = 3
+"""Two editions of scores by layer came before."""
+HINT = "Score the network again."
+TENSORS = ("scores", "errors")
+
+
+@dataclass(frozen=True, eq=False)
+class UnitScores:
+    """Importance of every unit; higher = keep."""
+
+    scores: Mapping[str, Tensor]
+    """By name of group, in the order of the layout, (units,) in float64, not negative."""
+    errors: Mapping[str, Tensor]
+    """Standard error of each score, of the same shapes; 0 where nothing was estimated."""
+    network: str
+    """`network.hashing.network_hash` of what was scored."""
+    provenance: Mapping[str, Any]
+    """Scorer, weighting, samples, projections, lambda, seed, cost: everything needed to make them again."""
+
+    def __post_init__(self) -> None:
+        if list(self.scores) != list(self.errors):
+            raise BadInput(f"scores and their errors are of different groups. {HINT}")
+        for name, values in self.scores.items():
+            errors = self.errors[name]
+            if values.dim() != 1 or values.shape != errors.shape:
+                raise BadInput(
+                    f"{name}: scores have shape {tuple(values.shape)} and errors {tuple(errors.shape)}; both need one "
+                    f"number a unit. {HINT}"
+                )
+            for what, numbers in (("scores", values), ("errors", errors)):
+                if numbers.dtype != torch.float64 or not bool((torch.isfinite(numbers) & (numbers >= 0)).all()):
+                    raise BadInput(f"{name}: {what} hold a negative or non-finite number, or none in float64. {HINT}")
+
+    def check(self, layout: Layout) -> None:
+        """Make sure that the scores belong to a network.
+
+        Raises: PlanMismatch: they were made for another one. BadInput: its groups or their units are others.
+        """
+        network = layout.structure.network
+        found = network_hash(network)
+        if found != self.network:
+            raise PlanMismatch(
+                f"the scores were made for the network {self.network[:12]}, but {network.source} is {found[:12]}: its "
+                "operators or weights are others. Score this network."
+            )
+        for name, values in self.scores.items():
+            group = layout.by_name.get(name)
+            if group is None or group.units != len(values):
+                told = "is not there" if group is None else f"has {group.units} units"
+                raise BadInput(f"scores hold {len(values)} units of the group {name!r}, which {told}. {HINT}")
+
+    def write(self, path: Path) -> None:
+        """Write a scores.safetensors, whole or not at all."""
+        about = _Stored(SCHEMA_VERSION, self.network, tuple(self.scores), self.provenance)
+        tensors = {f"{what}.{name}": values for what in TENSORS for name, values in getattr(self, what).items()}
+        write_tensors(path, tensors, {"about": json.dumps(asdict(about), allow_nan=False)})
+
+    @classmethod
+    def read(cls, path: Path) -> UnitScores:
+        """Read what `write` stored.
+
+        Raises: BadInput: absent, damaged, edited, or of another version.
+        """
+        tensors, metadata = read_tensors(path, HINT), read_metadata(path, HINT)
+        if "about" not in metadata:
+            raise BadInput(f"{path} holds no scores of this version: nothing says where they came from. {HINT}")
+        data = parsed_json(metadata["about"], f"{path}: its description", HINT, ours=True)
+        about = validated(_Stored, data, f"{path}: not the scores of a network", HINT)
+        if set(tensors) != {f"{what}.{name}" for what in TENSORS for name in about.groups}:
+            raise BadInput(f"{path}: its tensors are not those of the groups that it names. {HINT}")
+        scores, errors = ({name: tensors[f"{what}.{name}"] for name in about.groups} for what in TENSORS)
+        try:
+            return cls(scores, errors, about.network, about.provenance)
+        except BadInput as err:
+            raise BadInput(f"{path}: {err}") from err
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a file says beside its tensors."""
+
+    __pydantic_config__ = STORED
+
+    schema_version: int
+    network: str
+    groups: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version reads {SCHEMA_VERSION}")
+        if len(set(self.groups)) < len(self.groups):
+            raise BadInput("it names a group twice")
