@@ -178,7 +178,7 @@ def _check_whole(port: Port, values: Tensor, wanted: torch.dtype, where: str, ta
         told_table = f", which looks them up in a table of {table} rows" if table is not None else ""
         raise BadInput(
             f"{where} holds {low if low < least else high}; {told(port)} takes {least} to {most}{told_table}."
-            " Is it the data of another network?"
+            " Is it the data, or the tokenizer, of another network?"
         )
 
 
