@@ -67,8 +67,8 @@ def load_tokenizer(name: str | None, source: str) -> Any:
 
 
 def _folder(name: str, option: str, step: str) -> Path:
-    path = Path(name)
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not name):
+    hub_id = name.count("/") < 2 and not name.startswith((".", "/", "~"))
+    if not name.strip() or (not Path(name).exists() and not hub_id):
         raise BadInput(f"{option} {name}: there is no such file or folder. {step}")
     with wall(f"{option} {name} cannot be had", step):
         return support_folder(name)

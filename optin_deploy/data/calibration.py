@@ -118,7 +118,7 @@ def text_batches(
     options: dict[str, Any] = {"truncation": True, "max_length": seq_len}
     options |= {f"return_{name}": name in inputs for name in ("attention_mask", "token_type_ids")}
     # One by one: a list cannot mix single texts and pairs.
-    rows = [(encoded(tokenizer, sample, options), sample.label) for sample in samples]
+    rows = [(encode_sample(tokenizer, sample, options), sample.label) for sample in samples]
     rows.sort(key=lambda row: len(row[0]["input_ids"]))
     missing = [name for name in inputs if rows and name not in rows[0][0]]
     if missing:
@@ -165,7 +165,7 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
 
 
-def encoded(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
+def encode_sample(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
     """What a tokenizer makes of one text or pair.
 
     Raises: BadInput: it cannot take it.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.checkpoint.raw_tokenizer import warn_of_unknown
-from optin_deploy.data.calibration import Batches, encoded
+from optin_deploy.data.calibration import Batches, encode_sample
 from optin_deploy.data.ports import Takes, fitted, told
 from optin_deploy.data.rows import MASK, Batch, Batching, Feeds, grouped
 from optin_deploy.data.samples import Sample
@@ -67,7 +67,13 @@ def text_inputs(inputs: Takes) -> TextInputs:
         raise BadInput(
             f"{inputs.source}: its inputs of text have different fixed lengths: {inputs}. {inputs.as_arrays}"
         )
-    return TextInputs(inputs, roles, next(iter(lengths.values()), None))
+    length = next(iter(lengths.values()), None)
+    if MASK not in roles.values():
+        said = "are not padded: those of equal length share a batch"
+        if length is not None:
+            said = f"of fewer than {length} tokens are padded, and it takes that for text, as when it is served"
+        log.warning("%s: the network has no attention mask, so texts %s", inputs.source, said)
+    return TextInputs(inputs, roles, length)
 
 
 def _is_ids(inputs: Takes, name: str) -> bool:
@@ -92,7 +98,7 @@ def text_feeds(
     kinds = [name for name, role in ((MASK, MASK), (TYPES, TYPES)) if role in text.roles.values()]
     options = {"truncation": True, "max_length": longest} | {f"return_{each}": each in kinds for each in (MASK, TYPES)}
     tokenizer = copy.deepcopy(tokenizer)  # truncation set on a fast one would stay
-    found = [(encoded(tokenizer, sample, options), sample) for sample in samples]
+    found = [(encode_sample(tokenizer, sample, options), sample) for sample in samples]
     missing = [name for name in kinds if found and name not in found[0][0]]
     if missing:
         raise BadInput(
@@ -100,7 +106,7 @@ def text_feeds(
             " tokenizer that was saved with this network."
         )
     found.sort(key=lambda row: len(row[0][IDS]))
-    widths = _widths(text, [len(row[IDS]) for row, _ in found], batching, origin)
+    widths = _widths(text, [len(row[IDS]) for row, _ in found], batching)
     filler = _filler(text, tokenizer, padded=any(w > len(row[IDS]) for w, (row, _) in zip(widths, found, strict=True)))
     rows = [
         _row(text, row, width, filler, sample.source, left=tokenizer.padding_side == "left")
@@ -131,23 +137,11 @@ def _longest(text: TextInputs, samples: Sequence[Sample], tokenizer: Any, seq_le
     return int(longest)
 
 
-def _widths(text: TextInputs, lengths: Sequence[int], batching: Batching, origin: str) -> list[int]:
+def _widths(text: TextInputs, lengths: Sequence[int], batching: Batching) -> list[int]:
     """Tokens of each row with its padding; rows are sorted by length."""
-    unmasked = MASK not in text.roles.values()
     if text.length is not None:
-        short = sum(length < text.length for length in lengths)
-        if unmasked and short:
-            log.warning(
-                "%s: the network has no attention mask and takes exactly %d tokens: of %d texts %d are shorter, and it"
-                " takes their padding for text, as when it is served",
-                *(origin, text.length, len(lengths), short),
-            )
         return [text.length] * len(lengths)
-    if unmasked:
-        log.warning(
-            "%s: the network has no attention mask, so texts are not padded: those of equal length share a batch",
-            origin,
-        )
+    if MASK not in text.roles.values():
         return list(lengths)
     return [
         max(lengths[start : start + batching.size])
