@@ -26,14 +26,21 @@ class Quality:
 
     metric: str
     """`accuracy` if labels were given; else `same_prediction` (share), `correlation_with_dense` (regression) or
-    `cosine_to_dense` (mean)."""
+    `cosine_to_dense` (mean). Of outputs with several positions `accuracy_per_token` and `same_prediction_per_token`; of
+    scorers of text `perplexity`; of other numbers `relative_error`: in these two less is better."""
     dense: float
     pruned: float
     samples: int
 
     @property
     def drop(self) -> float:
-        """Points (hundredths) that the pruned model lost; rounded, so that 0.95 - 0.9 are 5 points."""
+        """Points (hundredths) that the pruned model lost; rounded, so that 0.95 - 0.9 are 5 points.
+
+        Of perplexity, percent that it grew by.
+        """
+        if self.metric in ("perplexity", "relative_error"):
+            grown = self.pruned - self.dense
+            return round(100 * (grown / self.dense if self.metric == "perplexity" else grown), 6)
         return round(100 * (self.dense - self.pruned), 6)
 
     def holds(self, drop: float) -> bool:
@@ -94,7 +101,7 @@ class Judge:
         if not self._classifies:
             return Quality("cosine_to_dense", 1.0, float((before * after).sum(1).mean()), rows)
         if self._is_regression:
-            return Quality("correlation_with_dense", 1.0, _correlation(before.flatten(), after.flatten()), rows)
+            return Quality("correlation_with_dense", 1.0, correlation(before.flatten(), after.flatten()), rows)
         if self._labels is None:
             return Quality("same_prediction", 1.0, _share(before.argmax(1) == after.argmax(1)), rows)
         dense, small = (_share(logits.argmax(1) == self._labels) for logits in (before, after))
@@ -105,7 +112,7 @@ def _share(right: Tensor) -> float:
     return float(right.double().mean())
 
 
-def _correlation(a: Tensor, b: Tensor) -> float:
+def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; 0 where it is undefined, as of constant outputs."""
     found = float(torch.corrcoef(torch.stack((a, b)))[0, 1])
     return 0.0 if math.isnan(found) else found

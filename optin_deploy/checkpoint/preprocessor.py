@@ -84,7 +84,7 @@ def load_preprocessor(folder: Path, model: nn.Module) -> Any:
     if not takes_text(model):
         settings = check_settings(folder, IMAGE_SETTINGS)
         for name, fields in settings.items():
-            _check_numbers(folder / name, fields)
+            check_numbers(folder / name, fields)
         kind, built = "preprocessor_config.json", _image_processor
     else:
         settings = check_settings(folder, TEXT_SETTINGS)
@@ -130,14 +130,14 @@ def _image_processor(folder: Path, model: nn.Module) -> Any:
     return processor
 
 
-def _check_numbers(path: Path, value: object, field: str = "") -> None:
+def check_numbers(path: Path, value: object, field: str = "") -> None:
     """Refuse sizes that no memory holds, before an image is made of them."""
     if isinstance(value, dict):
         for name, each in value.items():
-            _check_numbers(path, each, f"{field}.{name}" if field else str(name))
+            check_numbers(path, each, f"{field}.{name}" if field else str(name))
     elif isinstance(value, list):
         for each in value:
-            _check_numbers(path, each, field)
+            check_numbers(path, each, field)
     elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER and not field.startswith("max_"):
         raise BadInput(
             f"{path}: {field!r} is {short(value)}; numbers here are sizes in pixels, means and factors, and at most "

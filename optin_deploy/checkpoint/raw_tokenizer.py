@@ -65,7 +65,7 @@ def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: A
         f"{where} and the tokenizer that transformers builds beside it ({type(tokenizer).__name__}, by "
         f"tokenizer_config.json or the model's type) give other ids, first for {short(first.text)} ({first.source})"
     )
-    own = _of_file(content, raw, tokenizer)
+    own = of_file(content, raw, tokenizer)
     if first_difference(own, raw, rows) is not None or not _survives_saving(own, content, raw, rows, config):
         raise BadInput(
             f"{told}, and tokenizer.json alone does not give them either. Save the model's own tokenizer again with "
@@ -121,7 +121,7 @@ def warn_of_unknown(tokenizer: Any, batches: Batches) -> None:
         )
 
 
-def _of_file(content: bytes, raw: Tokenizer, tokenizer: Any) -> Any:
+def of_file(content: bytes, raw: Tokenizer, tokenizer: Any) -> Any:
     """A tokenizer around the file as it is, with those special tokens of another one that the file knows."""
     named = {name: getattr(tokenizer, name, None) for name in SPECIAL}
     named["pad_token"] = next(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from optin_deploy.data.bundled import bundled_samples
+from optin_deploy.data.halves import MIN_SAMPLES, halves, too_few
 from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.repeats import distinct
 from optin_deploy.data.samples import Sample, read_samples
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 COLOURS = {1: "L", 3: "RGB"}
 """Channels of a model -> Pillow's mode of the images that it takes."""
-MIN_SAMPLES = 8
-MIN_HELD_OUT = 16
 PIXELS_AT_ONCE = 2**26
 """Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
 
@@ -86,22 +84,9 @@ def split(
     if len(rows) < MIN_SAMPLES:
         where = f" (from {samples[0].source})" if samples else ""
         kind = f"different ones among {len(samples)} calibration samples" if repeats else "calibration samples in all"
-        raise BadInput(
-            f"{len(rows)} {kind}{where}, but {MIN_SAMPLES} are the least: some are held out to"
-            " measure agreement, and scores from fewer are mostly noise. Add samples; a few hundred are good."
-        )
-    if samples_limit < 1 or not 0 <= held_out <= 0.5:
-        raise BadInput(
-            f"samples_limit={samples_limit}, held_out={held_out}: the limit must be 1 or more, and the held-out share"
-            " lie between 0 and 0.5. The defaults are 512 (--samples) and 0.2."
-        )
-    random.Random(seed).shuffle(rows)
-    share = max(1, round(held_out * len(rows))) if held_out else 0
-    spare = len(rows) - samples_limit
-    if spare >= min(MIN_HELD_OUT, share):
-        size = min(spare, max(MIN_HELD_OUT, samples_limit // 4)) if held_out else 0
-        return tuple(rows[:samples_limit]), tuple(rows[samples_limit : samples_limit + size])
-    return tuple(rows[: len(rows) - share]), tuple(rows[len(rows) - share :])
+        raise too_few(len(rows), kind + where)
+    some, others = halves(len(rows), limit=samples_limit, held_out=held_out, seed=seed)
+    return tuple(rows[i] for i in some), tuple(rows[i] for i in others)
 
 
 def text_batches(
@@ -133,7 +118,7 @@ def text_batches(
     options: dict[str, Any] = {"truncation": True, "max_length": seq_len}
     options |= {f"return_{name}": name in inputs for name in ("attention_mask", "token_type_ids")}
     # One by one: a list cannot mix single texts and pairs.
-    rows = [(_encoded(tokenizer, sample, options), sample.label) for sample in samples]
+    rows = [(encode_sample(tokenizer, sample, options), sample.label) for sample in samples]
     rows.sort(key=lambda row: len(row[0]["input_ids"]))
     missing = [name for name in inputs if rows and name not in rows[0][0]]
     if missing:
@@ -180,7 +165,11 @@ def image_batches(samples: Sequence[Sample], processor: Any, *, batch_size: int 
     return Batches(tuple(batches), tuple(sample.label for sample in samples))
 
 
-def _encoded(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
+def encode_sample(tokenizer: Any, sample: Sample, options: dict[str, Any]) -> Any:
+    """What a tokenizer makes of one text or pair.
+
+    Raises: BadInput: it cannot take it.
+    """
     try:
         return tokenizer(sample.text, sample.text_pair, **options)
     except Exception as err:  # what tokenizers raises is no narrower

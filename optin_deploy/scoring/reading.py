@@ -83,7 +83,8 @@ def reading_of(
     if output is not None and output not in names:
         raise BadInput(f"--output {output!r}: this network's outputs are {', '.join(names)}.")
     named = [name for name in names if "logits" in name.lower()]
-    chosen = output or (named or names)[0]
+    real = [port.name for port in network.outputs if port.dtype.is_floating_point()]  # some files put out their inputs
+    chosen = output or (named or real or names)[0]
     return Reading(chosen, kind or _kind(network, chosen, ranks.get(chosen)))
 
 

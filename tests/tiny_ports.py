@@ -1,0 +1,52 @@
+"""Networks with any inputs: each is looked up in a table or handed on, and put out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+from tiny_graphs import INT64, model_of, value, weight
+
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read import read
+
+LENGTH = "length"
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+ROWS = 160
+"""Of the table of words."""
+
+
+def model(*inputs: onnx.ValueInfoProto) -> onnx.ModelProto:
+    nodes, outputs = [], []
+    for port in inputs:
+        if port.name.startswith("input_ids"):
+            nodes += [
+                helper.make_node("Cast", [port.name], [f"{port.name}_long"], to=INT64),
+                helper.make_node("Gather", ["words", f"{port.name}_long"], [f"{port.name}_out"]),
+            ]
+        else:
+            nodes.append(helper.make_node("Cast", [port.name], [f"{port.name}_out"], to=TensorProto.FLOAT))
+        outputs.append(helper.make_empty_tensor_value_info(f"{port.name}_out"))
+        outputs[-1].type.tensor_type.elem_type = TensorProto.FLOAT
+    return model_of(nodes, inputs, outputs, [weight("words", ROWS, 4)])
+
+
+def network(*inputs: onnx.ValueInfoProto) -> Network:
+    return read(model(*inputs))
+
+
+def text(*names: str, shape: Sequence[int | str] = ("batch", LENGTH), dtype: int = INT64) -> Network:
+    return network(*(value(name, *shape, dtype=dtype) for name in names or TEXT))
+
+
+def image(*shape: int | str, dtype: int = TensorProto.FLOAT) -> Network:
+    return network(value("image", *shape, dtype=dtype))
+
+
+def saved(folder: Path, *inputs: onnx.ValueInfoProto) -> Network:
+    """A network in a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(model(*inputs), folder / "model.onnx")
+    return read(folder / "model.onnx")
