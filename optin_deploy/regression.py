@@ -85,6 +85,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidates, relative to the mean variance of a regression's inputs."""
 HELD_OUT_EVERY = 5
 """Every fifth sample judges a ridge; the final solution uses all."""
+MOST_INPUTS = 8192
+"""Unknowns of a regression for each output; the sums of one of so many take half a GiB."""
 
 
 class Ridge:

@@ -29,23 +29,21 @@ from torch import Tensor
 
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.repairs import InputRepair, OutputRepair, Repair, Skipped, repairs
-from optin_deploy.cutting.weights import separated, with_weights
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.network.graph import Network, Node
-from optin_deploy.network.run import Cone, Program
-from optin_deploy.network.spans import Spans, Stream
-from optin_deploy.network.tensors import torch_tensor
+from optin_deploy.network.run import Program
+from optin_deploy.network.spans import Stream
+from optin_deploy.network.weights import with_weights
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import Ridge
 from optin_deploy.scoring.hearing import Counts, TokenWeights
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import Solvable, rows_of_value
+from optin_deploy.structure.solving import Changes, apart, drawn, pulled, reach
 
 ROWS = 32
 """Samples at once."""
-MOST_PLACES = 512
-"""Rows of a regression for each sample: of pictures with more places so many are drawn, the same in all samples."""
 LEAST = 1e-8
 """A scale below this cannot be made up for."""
 
@@ -104,7 +102,7 @@ def compensated(
         for number, repair in enumerate(todo):
             done.append(work.repaired(repair))
             progress(number + 1, len(todo))
-    return Compensation(with_weights(work.network, work.weights), tuple(done), tuple(skipped))
+    return Compensation(with_weights(work.changes.network, work.changes.weights), tuple(done), tuple(skipped))
 
 
 class _Work:
@@ -123,19 +121,14 @@ class _Work:
         self.subject = subject
         self.batches = micro_batches(batches, rows)
         self.counts = Counts(subject, self.batches, None if token_weights is None else token_weights.split(rows))
-        products = [product for each in todo for product in _products(each)]
-        shifts = [product.shift for product in products if product.shift is not None]
         dense = subject.program
-        self.network = separated(dense.network, [shift.place for shift in shifts if not shift.stored.steps])
-        pupil = Program(self.network, device=dense.device, dtype=dense.dtype)
-        spans = Spans(self.network)
+        self.changes = Changes(
+            apart(dense.network, [product for each in todo for product in _products(each)]), dense.device
+        )
+        pupil = Program(self.changes.network, device=dense.device, dtype=dense.dtype)
         self.dense = Stream(dense, self.batches, budget_bytes=budget_bytes // 2)
-        self.pruned = Stream(pupil, self.batches, spans=spans, masks=places, budget_bytes=budget_bytes // 2)
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Repaired ones by name, as they are stored."""
-        return self.pruned.weights
+        self.pruned = Stream(pupil, self.batches, masks=places, budget_bytes=budget_bytes // 2)
+        self.pruned.weights = self.changes.weights
 
     def repaired(self, repair: Repair) -> Repaired:
         """Do one repair."""
@@ -151,7 +144,7 @@ class _Work:
         ends = {repair.end} if shift is None else {repair.end, shift.value}
         cone = self.pruned.spans.cone(repair.at + 1, ends)
         residual = [] if repair.residual is None else [repair.residual]
-        scale = reach = torch.ones(linear.outputs)
+        scale = grown = torch.ones(linear.outputs)
         for number, batch in enumerate(self.batches):
             count = rows_of(batch)
             wanted = {repair.end, *residual}
@@ -170,12 +163,12 @@ class _Work:
             ]
             if shift is not None:
                 asked.append((shift.value, None))
-            pulled = self._pulled(cone, pupil, linear.gives, asked)
-            chosen = _drawn(linear.places(given, count))
-            ones, gaps, weighed, *passed = (linear.rows_out(each, count, chosen) for each in pulled)
+            pulled_back = pulled(self.pruned.program, cone, {**self.changes.weights, **pupil}, linear.gives, asked)
+            chosen = drawn(linear.places(given, count))
+            ones, gaps, weighed, *passed = (linear.rows_out(each, count, chosen) for each in pulled_back)
             if not number:
                 scale = ones[0, 0].double().cpu()
-                reach = passed[0][0, 0].double().cpu() if passed else reach
+                grown = passed[0][0, 0].double().cpu() if passed else grown
             least = ones.abs() > LEAST
             target = torch.where(least, gaps / ones, 0)
             rows = weighed.double().abs().sum(-1) / ones.double().abs().sum(-1).clamp(min=LEAST)
@@ -188,8 +181,8 @@ class _Work:
         if told.ridge is None:
             return told
         inverse = torch.where(scale.abs() > LEAST, 1 / scale, 0)[repair.outputs]
-        self._add_to_matrix(repair.product, repair.outputs, repair.inputs, (change * inverse).T)
-        self._add_to_shift(repair.product, repair.outputs, offset * inverse * reach[repair.outputs])
+        self.changes.add(repair.product, repair.outputs, repair.inputs, (change * inverse).T)
+        self.changes.shift(repair.product, repair.outputs, offset * inverse * grown[repair.outputs])
         return told
 
     def _inputs(self, repair: InputRepair) -> Repaired:
@@ -200,7 +193,7 @@ class _Work:
             found = self.pruned.look(number, [repair.value])[repair.value]
             wanted = self.dense.look(number, [repair.value])[repair.value]
             counts = self.counts.at(number, repair.value, found, repair.at, behind=False).to(found.device)
-            chosen = _drawn(found.numel() // (count * first.channels))
+            chosen = drawn(found.numel() // (count * first.channels))
             before, after, rows = (
                 rows_of_value(each, first.features, first.samples[0], count, chosen)
                 for each in (found, wanted, counts.expand(found.shape))
@@ -211,76 +204,19 @@ class _Work:
             return told
         for product in repair.products:
             linear = product.linear
-            matrix = linear.matrix(self._stored(linear.stored.name)).double().cpu()
+            matrix = self.changes.matrix(product)
             taps = matrix.reshape(linear.outputs, linear.channels, linear.taps)
             moved = torch.einsum("oct,dc->odt", taps, change).flatten(1)
             every = torch.arange(linear.outputs)
             if repair.centred:
-                self._add_to_shift(product, every, linear.factor * (taps.sum(2) @ offset) * self._reach(product))
-            self._add_to_matrix(product, every, torch.arange(linear.inputs), moved * linear.factor)
+                grown = reach(self.pruned, product, rows_of(self.batches[0]))
+                self.changes.shift(product, every, (taps.sum(2) @ offset) * grown)
+            self.changes.add(product, every, torch.arange(linear.inputs), moved)
         return told
-
-    def _reach(self, product: Solvable) -> Tensor:
-        """By how much an offset of what a product gives grows until the vector is added."""
-        linear, shift = product.linear, product.shift
-        if shift is None or not product.way.scale or not linear.seen:
-            return torch.ones(linear.outputs, dtype=torch.float64)
-        cone = self.pruned.spans.cone(linear.node.index + 1, {shift.value})
-        values = self.pruned.look(0, {linear.gives, *cone.needs})
-        pulled = self._pulled(cone, values, linear.gives, [(shift.value, None)])[0]
-        return linear.rows_out(pulled, rows_of(self.batches[0]))[0, 0].double().cpu()
-
-    def _pulled(
-        self, cone: Cone, values: Mapping[str, Tensor], start: str, asked: Sequence[tuple[str, Tensor | None]]
-    ) -> list[Tensor]:
-        """Vector-Jacobian products of the affine ways from one value to others; None: with a vector of ones."""
-        given = values[start].detach().requires_grad_()
-        with torch.enable_grad():
-            feeds = {**{name: values[name] for name in cone.needs}, **self.weights, start: given}
-            run = self.pruned.program(feeds, watch={end for end, _ in asked}, cone=cone).watched
-        return [
-            torch.autograd.grad(run[end], given, torch.ones_like(run[end]) if one is None else one, retain_graph=True)[
-                0
-            ]
-            for end, one in asked
-        ]
-
-    def _stored(self, name: str) -> Tensor:
-        """A copy of a weight as it is now."""
-        now = self.weights.get(name)
-        return (torch_tensor(self.network.weights[name]) if now is None else now).clone(
-            memory_format=torch.contiguous_format
-        )
-
-    def _add_to_matrix(self, product: Solvable, outputs: Tensor, inputs: Tensor, change: Tensor) -> None:
-        linear = product.linear
-        tensor = self._stored(linear.stored.name)
-        matrix = linear.matrix(tensor)
-        part = matrix[outputs[:, None], inputs].double().cpu() + change / linear.factor
-        matrix[outputs[:, None], inputs] = part.to(matrix)
-        self.weights[linear.stored.name] = tensor.to(self.subject.program.device)
-
-    def _add_to_shift(self, product: Solvable, outputs: Tensor, offset: Tensor) -> None:
-        shift = product.shift
-        if shift is None:
-            return
-        node, place = shift.place
-        name = shift.stored.name if shift.stored.steps else self.network.nodes[node].inputs[place]
-        tensor = self._stored(name)
-        flat = tensor.view(-1)
-        flat[outputs] = (flat[outputs].double().cpu() + offset / shift.factor).to(flat)
-        self.weights[name] = tensor.to(self.subject.program.device)
 
 
 def _products(repair: Repair) -> tuple[Solvable, ...]:
     return (repair.product,) if isinstance(repair, OutputRepair) else repair.products
-
-
-def _drawn(places: int) -> Tensor | None:
-    """Which places of each sample are taken; None: all."""
-    if places <= MOST_PLACES:
-        return None
-    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:MOST_PLACES]
 
 
 def _solved(ridge: Ridge, node: Node, side: str) -> tuple[Tensor, Tensor, Repaired]:

@@ -11,13 +11,11 @@ from torch import Tensor
 from optin_deploy.network.axes import kept, touched
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
+from optin_deploy.regression import MOST_INPUTS
 from optin_deploy.structure.branches import projection_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.linear import Linear, Solvable, solvable
-
-MOST_INPUTS = 8192
-"""Unknowns of a regression for each output; the sums of one of so many take 1 GiB."""
 
 
 @dataclass(frozen=True)

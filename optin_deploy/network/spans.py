@@ -24,15 +24,19 @@ class Spans:
         made += [name for node in network.nodes[:at] for name in node.outputs if name]
         return tuple(name for name in made if self._last.get(name, -1) >= at and name not in network.fixed)
 
-    def cone(self, start: int, wanted: Collection[str]) -> Cone:
-        """Return the nodes from `start` on that these values follow from, and what they need from before."""
-        network = self._network
+    def cone(self, start: int, wanted: Collection[str], only: Collection[int] | None = None) -> Cone:
+        """Return the nodes from `start` on that these values follow from, and what they need from before.
+
+        Args: only: nodes of which those that run are; what others give is needed too. None: all.
+        """
+        network, only = self._network, None if only is None else set(only)
         needed, inside = set(wanted), []
         made: set[str] = set()
         for node in reversed(network.nodes):
             if needed.isdisjoint(node.outputs):
                 continue
-            if node.index >= start or not network.fixed.isdisjoint(node.outputs):
+            runs = node.index >= start and (only is None or node.index in only)
+            if runs or not network.fixed.isdisjoint(node.outputs):
                 inside.append(node.index)
                 made.update(node.outputs)
                 needed.update(name for name in node.inputs if name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,8 +125,8 @@ class Linear:
         places = windows.shape[1 : 1 + len(self.kernel)]
         count = math.prod(places)
         each = torch.arange(count, device=read.device) if chosen is None else chosen.to(read.device)
-        at: tuple[Tensor, ...] = torch.unravel_index(each, places)
-        return windows[:, *at].reshape(samples, -1, self.inputs)
+        index: list[Any] = [slice(None), *torch.unravel_index(each, places)]
+        return windows[tuple(index)].reshape(samples, -1, self.inputs)
 
     def rows_out(self, given: Tensor, samples: int, chosen: Tensor | None = None) -> Tensor:
         """What comes out, or something of its shape, (samples, rows, outputs)."""
