@@ -31,16 +31,11 @@ from optin_deploy.layout import Branch, ModelLayout
 from optin_deploy.masking import Batch, Recording, inference, recorded, run_blocks
 from optin_deploy.plan import PruningPlan
 from optin_deploy.progress import Progress, silent
-from optin_deploy.regression import Moments
+from optin_deploy.regression import RIDGES, Ridge
 from optin_deploy.rewrite.slices import projection_at, rows_in_parts, unit_columns, widened
 from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.scoring.features import valid_tokens
 from optin_deploy.token_weights import TokenWeights
-
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Candidates, relative to the mean variance of a regression's inputs."""
-HELD_OUT_EVERY = 5
-"""Every fifth sample judges a ridge; the final solution uses all."""
 
 Weights = dict[str, Tensor]
 """State-dict entries of the dense shape; rows and columns of cut units are untouched."""
@@ -133,12 +128,12 @@ class _Streams:
         read = branch.inputs[0]
         projections = {path: projection_at(self.model, path) for path in branch.inputs}
         width = projections[read].inputs
-        ridge = _Ridge(width, width, centred=all(each.bias is not None for each in projections.values()))
+        ridge = Ridge(width, width, centred=all(each.bias is not None for each in projections.values()), ridges=RIDGES)
         # The output hears what attention reads as it hears the output of the block before.
         source = index - 1 if branch is self.layout.layers[index].attention else index
         for i in range(len(self.batches)):
             wanted, found = (seen.inputs[read] for seen in self._look(i, index, inputs=[read], stop=read))
-            ridge.add(found, wanted - found, *self._counts(i, source, found))
+            ridge.add(found, wanted - found, self._counts(i, source, found))
         change, offset = ridge.solve()
         narrow: Weights = {}
         for path, full in projections.items():
@@ -158,7 +153,7 @@ class _Streams:
         """
         start = projection_at(self.model, branch.output)
         scale = None if branch.scale is None else self.model.get_parameter(branch.scale)
-        ridge = _Ridge(len(columns), start.outputs, centred=start.bias is not None)
+        ridge = Ridge(len(columns), start.outputs, centred=start.bias is not None, ridges=RIDGES)
         # The dense model's last look at a block also gives the input of its next one.
         layer = self.layout.layers[index]
         last = layer.path if branch is layer.ffn else branch.output
@@ -170,7 +165,7 @@ class _Streams:
                 gap = gap * scale
             gap = gap + teacher.inputs[branch.residual] - pupil.inputs[branch.residual]
             kept = pupil.inputs[branch.output][..., : len(columns)]  # an emptied branch shows its input instead
-            ridge.add(kept, gap, *self._counts(i, index, gap))
+            ridge.add(kept, gap, self._counts(i, index, gap))
             if branch is layer.ffn:
                 self.dense[i] = teacher.outputs[last]
         change, offset = ridge.solve()
@@ -200,31 +195,7 @@ class _Streams:
             found.append(seen)
         return found[0], found[1]
 
-    def _counts(self, i: int, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, tokens): 1 for real tokens of batch i, and what an error at each counts at the end of a block."""
+    def _counts(self, i: int, index: int, like: Tensor) -> Tensor:
+        """(batch, tokens): what an error at each token of batch i counts at the end of a block, 0 for padding."""
         valid = valid_tokens(self.batches[i], like)
-        return valid, valid if self.token_weights is None else self.token_weights[index][i]
-
-
-class _Ridge:
-    """Linear regression whose ridge is chosen by the error on every fifth sample."""
-
-    def __init__(self, inputs: int, outputs: int, *, centred: bool) -> None:
-        self.centred = centred
-        self.fit, self.judge = (Moments(inputs, outputs) for _ in range(2))
-        self.samples = 0
-
-    def add(self, x: Tensor, y: Tensor, valid: Tensor, weights: Tensor) -> None:
-        """Take samples x (batch, tokens, inputs), y (batch, tokens, outputs); valid, weights: (batch, tokens)."""
-        judged = (torch.arange(len(valid)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        real, judged = valid.bool(), judged.to(valid.device).unsqueeze(1)
-        for moments, part in ((self.fit, real & ~judged), (self.judge, real & judged)):
-            moments.add(x[part], y[part], weights[part])
-        self.samples += len(valid)
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Coefficients (inputs, outputs) and offset (outputs,) from all samples, in float64 on the CPU."""
-        ridge = RIDGES[len(RIDGES) // 2]
-        if self.fit.count and self.judge.count:
-            ridge = min(RIDGES, key=lambda r: self.judge.error(*self.fit.solve(r, self.centred)))
-        return (self.fit + self.judge).solve(ridge, self.centred)
+        return valid if self.token_weights is None else self.token_weights[index][i].to(valid.device) * valid.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,43 @@ class Moments:
         fitted = (coefficients * (self.xx @ coefficients)).sum() + 2 * offset @ (self.x @ coefficients)
         fitted = fitted + self.count * offset @ offset
         return float(self.yy - 2 * (coefficients * self.xy).sum() - 2 * offset @ self.y + fitted)
+
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates, relative to the mean variance of a regression's inputs."""
+HELD_OUT_EVERY = 5
+"""Every fifth sample judges a ridge; the final solution uses all."""
+MOST_INPUTS = 8192
+"""Unknowns of a regression for each output; the sums of one of so many take half a GiB."""
+
+
+class Ridge:
+    """Linear regression whose ridge is chosen by the error on every fifth sample."""
+
+    def __init__(self, inputs: int, outputs: int, *, centred: bool, ridges: Sequence[float] = RIDGES) -> None:
+        self.centred, self.ridges = centred, ridges
+        self.fit, self.judge = (Moments(inputs, outputs) for _ in range(2))
+        self.samples = 0
+
+    def add(self, x: Tensor, y: Tensor, counts: Tensor) -> None:
+        """Take samples x (batch, rows, inputs), y (batch, rows, outputs).
+
+        Args: counts: (batch, rows), what the error at each row counts; rows that count 0 are left out.
+        """
+        judged = (torch.arange(len(counts)) + self.samples) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        real, judged = counts > 0, judged.to(counts.device).unsqueeze(1)
+        for moments, part in ((self.fit, real & ~judged), (self.judge, real & judged)):
+            moments.add(x[part], y[part], counts[part])
+        self.samples += len(counts)
+
+    def chosen(self) -> tuple[float, float | None]:
+        """The ridge of least error on the samples that judge, and that error; without any the middle ridge."""
+        if not (self.fit.count and self.judge.count):
+            return self.ridges[len(self.ridges) // 2], None
+        errors = [(self.judge.error(*self.fit.solve(ridge, self.centred)), ridge) for ridge in self.ridges]
+        error, ridge = min(errors, key=lambda each: each[0])
+        return ridge, error
+
+    def solve(self, ridge: float | None = None) -> tuple[Tensor, Tensor]:
+        """Coefficients (inputs, outputs) and offset (outputs,) from all samples, in float64 on the CPU."""
+        return (self.fit + self.judge).solve(self.chosen()[0] if ridge is None else ridge, self.centred)

@@ -60,6 +60,24 @@ class Branch:
         return values.pop() if len(values) == 1 else None
 
 
+@dataclass(frozen=True)
+class Way:
+    """Where the result of a product goes, for as long as that is affine, at most to a residual Add."""
+
+    bias: Place | None
+    """Node and place of the vector that is added, the first if there are several; the shift of a BatchNorm is one."""
+    scale: tuple[int, ...]
+    """Nodes that multiply by fixed vectors."""
+    nodes: tuple[int, ...]
+    """All nodes on it, in the order of work, without the product and the Add."""
+    value: str
+    """What comes out at its end; what arrives at the Add."""
+    add: Place | None
+    """The residual Add and the place where the way arrives; None: it ends before."""
+    residual: str | None
+    """The value that is added there."""
+
+
 def branches(structure: Structure, group: UnitGroup) -> tuple[Branch | None, ...]:
     """Return the branch behind each site of a group; None where no affine way leads to a residual Add."""
     inputs = _inputs(structure, group)
@@ -67,11 +85,12 @@ def branches(structure: Structure, group: UnitGroup) -> tuple[Branch | None, ...
 
 
 def _inputs(structure: Structure, group: UnitGroup) -> tuple[Projection, ...]:
-    found = (_projection(structure, node) for node in Roles(structure).makers(group))
+    found = (projection_of(structure, node) for node in Roles(structure).makers(group))
     return tuple(each for each in found if each is not None)
 
 
-def _projection(structure: Structure, node: Node) -> Projection | None:
+def projection_of(structure: Structure, node: Node) -> Projection | None:
+    """Return a product with a weight as such; None if both factors are activations, or none is."""
     fixed = structure.network.fixed
     for activation, weight in ((0, 1), (1, 0)):
         if node.inputs[weight] in fixed and node.inputs[activation] not in fixed:
@@ -80,12 +99,19 @@ def _projection(structure: Structure, node: Node) -> Projection | None:
 
 
 def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, ...]) -> Branch | None:
-    node = structure.network.nodes[site.node]
-    output = _projection(structure, node) if site.with_weight else None
+    output = projection_of(structure, structure.network.nodes[site.node]) if site.with_weight else None
     if output is None:
         return None
-    own_bias = len(node.inputs) > 2 and bool(node.inputs[2])
-    bias: Place | None = (node.index, 2) if own_bias else None
+    found = way_from(structure, output.node)
+    if found.add is None or found.residual is None:
+        return None
+    return Branch(inputs, output, found.bias, found.scale, found.nodes, found.add, found.residual)
+
+
+def way_from(structure: Structure, index: int) -> Way:
+    """Follow what a product gives for as long as it is only scaled by fixed vectors, shifted and moved around."""
+    node = structure.network.nodes[index]
+    bias: Place | None = (index, 2) if len(node.inputs) > 2 and bool(node.inputs[2]) else None
     scale: list[int] = []
     way: list[int] = []
     value = node.outputs[0]
@@ -96,22 +122,23 @@ def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, .
             own = SKIPS[after.op]
             if bias is None and len(after.inputs) > own and after.inputs[own]:
                 bias = (after.index, own)
-            return Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), after.inputs[1 - place])
+            return Way(bias, tuple(scale), tuple(way), value, (after.index, place), after.inputs[1 - place])
         live = [name for name in others if name not in structure.network.fixed]
         if after.op == "Add" and live:
-            same = structure.shapes.shape(live[0]) == structure.shapes.shape(value)
-            return (
-                Branch(inputs, output, bias, tuple(scale), tuple(way), (after.index, place), live[0]) if same else None
-            )
+            if structure.shapes.shape(live[0]) == structure.shapes.shape(value):
+                return Way(bias, tuple(scale), tuple(way), value, (after.index, place), live[0])
+            break
         if after.op == "Add":
             bias = bias or ((after.index, 1 - place) if _is_vector(structure, others[0]) else None)
         elif place in SCALING.get(after.op, ()) and not live:
             scale.append(after.index)
+            if after.op == "BatchNormalization":
+                bias = bias or (after.index, 2)
         elif not passed and not (after.op in REARRANGING and place == 0):
-            return None
+            break
         way += [*passed, after.index]
         value = after.outputs[0]
-    return None
+    return Way(bias, tuple(scale), tuple(way), value, None, None)
 
 
 def _next(structure: Structure, value: str) -> tuple[Node, int, tuple[int, ...]] | None:

@@ -1,0 +1,182 @@
+"""Error curves by group: how far the outputs move when one group alone gets narrower, compensated, at a few widths.
+
+Every group keeps its best units by score; the products that use them are solved for anew from what they read in the
+dense network. Between the measured widths the error is interpolated. No labels: the error is the scores' own distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optin_deploy.curves import RIDGE, SHARES, Curve
+from optin_deploy.judging import joined, judged_samples, samples_of
+from optin_deploy.masking import Batch, rows_of
+from optin_deploy.network.axes import kept
+from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.run import Cone, Program
+from optin_deploy.network.spans import Stream
+from optin_deploy.planning.widths import DEFAULT_KINDS
+from optin_deploy.progress import Progress, silent
+from optin_deploy.regression import MOST_INPUTS, Moments
+from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights, padding
+from optin_deploy.scoring.losses import Readout, output_distance
+from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.flow import Contraction, Structure
+from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.linear import Solvable, solvable
+from optin_deploy.structure.solving import Changes, apart, drawn, reach
+
+
+def unit_curves(
+    subject: Subject,
+    scores: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    *,
+    kinds: Collection[str] = DEFAULT_KINDS,
+    token_weights: TokenWeights | None = None,
+    budget_bytes: int | None = None,
+    progress: Progress = silent,
+) -> Mapping[str, Curve]:
+    """Measure groups at a few widths; each costs runs of the judging samples through what lies behind the group.
+
+    Args:
+        scores: by name of group, one a unit, higher = keep; groups without scores have no curve.
+        batches: unlabeled inputs by name; every fourth sample, at most 128 of them, judge what the others fitted.
+        kinds: of the groups that are measured.
+        token_weights: what each token of these batches counts in the fit; None = all the same.
+        budget_bytes: most that is kept of all samples between two groups; None = a share of what is free.
+    Raises: BadInput: too few samples.
+    """
+    groups = [group for group in subject.layout.groups if group.kind in kinds and group.name in scores]
+    if budget_bytes is None:
+        budget_bytes = int(SHARE * free_bytes(subject.program.device))
+    with torch.no_grad():
+        bench = _Bench(subject, groups, batches, token_weights, budget_bytes)
+        found = {}
+        for number, group in enumerate(groups):
+            order = scores[group.name].argsort(descending=True, stable=True)
+            found[group.name] = bench.curve(group, order)
+            progress(number + 1, len(groups))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Use:
+    """A product that uses units of a group."""
+
+    site: Contraction
+    product: Solvable
+    moments: Moments
+    """Of what it reads."""
+    reach: Tensor
+
+
+class _Bench:
+    """The samples that fit and those that judge, both on their way through the dense network."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        groups: Sequence[UnitGroup],
+        batches: Sequence[Batch],
+        token_weights: TokenWeights | None,
+        budget_bytes: int,
+    ) -> None:
+        rows = 1 if subject.alone else ROWS
+        marks = judged_samples(batches)
+        rest = [~mark for mark in marks]
+        self.fitted = micro_batches(
+            [samples_of(batch, mark) for batch, mark in zip(batches, rest, strict=True) if mark.any()], rows
+        )
+        self.judged = micro_batches(joined(batches, marks), rows)
+        weights = None if token_weights is None else token_weights.chosen(rest).split(rows)
+        self.subject, self.counts = subject, Counts(subject, self.fitted, weights)
+        self.products = {group.name: list(_products(subject.structure, group)) for group in groups}
+        network = apart(subject.structure.network, [product for uses in self.products.values() for _, product in uses])
+        self.program = Program(network, device=subject.program.device, dtype=subject.program.dtype)
+        self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
+        self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
+        self.dense = [self._read(self.program(subject.fed(batch)).outputs, batch) for batch in self.judged]
+
+    def curve(self, group: UnitGroup, order: Tensor) -> Curve:
+        """The errors of a group that keeps its first units in this order."""
+        counts = sorted({round(share * group.units) for share in SHARES} - {group.units})
+        output = self.subject.reading.output
+        inside = self.program.cone({site.node for site in group.sites}).nodes
+        if all(output not in self.program.network.nodes[index].outputs for index in inside):
+            return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0))
+        self.fit.advance(group.depth)
+        self.judge.advance(group.depth)
+        uses = [_Use(site, product, *self._moments(product)) for site, product in self.products[group.name]]
+        cone = self.judge.spans.cone(group.depth, [output], inside)
+        starts = [self.judge.look(number, cone.needs) for number in range(len(self.judged))]
+        errors = []
+        for count in counts:
+            units = order[:count].sort().values.cpu()
+            changes = self._narrowed(group, uses, units)
+            errors.append(self._error(group, units, cone, changes, starts))
+        # A wider group can do what a narrower one does: where it measures worse, that is noise.
+        falling = np.minimum.accumulate(errors).tolist()
+        return Curve((*counts, group.units), (*falling, 0.0))
+
+    def _moments(self, product: Solvable) -> tuple[Moments, Tensor]:
+        """Sums of what a product reads in the dense network, and see `solving.reach`."""
+        linear = product.linear
+        sums = Moments(linear.inputs, 0)
+        for number, batch in enumerate(self.fitted):
+            samples = rows_of(batch)
+            values = self.fit.look(number, [linear.reads, linear.gives])
+            given = values[linear.gives]
+            counts = self.counts.at(number, linear.gives, given, linear.node.index, behind=True).to(given.device)
+            chosen = drawn(linear.places(given, samples))
+            rows = linear.rows_out(counts.expand(given.shape), samples, chosen)[..., 0]
+            read = linear.rows_in(values[linear.reads], samples, chosen)[rows > 0]
+            sums.add(read, read[:, :0], rows[rows > 0])
+        return sums, reach(self.fit, product, rows_of(self.fitted[0]))
+
+    def _narrowed(self, group: UnitGroup, uses: Sequence[_Use], units: Tensor) -> Changes:
+        """Weights with which the group does with these units."""
+        changes = Changes(self.program.network, self.program.device)
+        for use in uses:
+            linear = use.product.linear
+            channels = torch.from_numpy(kept(use.site.axis, {group.leaf.root: units.numpy()}))
+            columns = (channels[:, None] * linear.taps + torch.arange(linear.taps)).flatten()
+            matrix = changes.matrix(use.product)
+            change, offset = use.moments.narrowed(columns, matrix).solve(RIDGE, use.product.shift is not None)
+            every = torch.arange(linear.outputs)
+            changes.add(use.product, every, columns, change.T)
+            changes.shift(use.product, every, offset * use.reach)
+        return changes
+
+    def _error(
+        self, group: UnitGroup, units: Tensor, cone: Cone, changes: Changes, starts: Sequence[Mapping[str, Tensor]]
+    ) -> float:
+        """Mean distance of the outputs to the dense ones."""
+        marks = torch.zeros(1, group.units, device=self.program.device)
+        marks[0, units] = 1
+        masks = self.subject.masks(group, marks)
+        total = 0.0
+        for batch, start, dense in zip(self.judged, starts, self.dense, strict=True):
+            run = self.program({**start, **changes.weights}, masks=masks, cone=cone)
+            total += float(output_distance(dense, self._read(run.outputs, batch).values).sum())
+        return total / sum(map(rows_of, self.judged))
+
+    def _read(self, outputs: Mapping[str, Tensor], batch: Batch) -> Readout:
+        return self.subject.reading.read(outputs, padding(batch))
+
+
+def _products(structure: Structure, group: UnitGroup) -> Iterator[tuple[Contraction, Solvable]]:
+    """Products that use units of a group and can be solved for, each once; the others are masked alone."""
+    for site in {site.node: site for site in group.sites if site.with_weight}.values():
+        try:
+            product = solvable(structure, site.node)
+        except Unsupported:
+            continue
+        if product.linear.seen and product.linear.inputs <= MOST_INPUTS:
+            yield site, product

@@ -1,0 +1,147 @@
+"""Which tokens matter: how far a change of each token of each feature moves what the network puts out.
+
+A classifier that reads one token hears little of the others, and behind its last attention nothing: a least-squares fit
+that weighs all tokens alike spends most of what is left of a pruned product on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optin_deploy.masking import Batch, rows_of
+from optin_deploy.network.run import REAL_TYPES
+from optin_deploy.network.tensors import torch_tensor
+from optin_deploy.progress import Progress, silent
+from optin_deploy.scoring.losses import exact_directions, random_direction
+from optin_deploy.scoring.memory import micro_batches
+from optin_deploy.scoring.noise import sample_keys, stream
+from optin_deploy.scoring.subject import PADDING, Subject, tokens_of
+from optin_deploy.structure.stream import Feature, samples_axis
+from optin_deploy.token_weights import FLOOR, PROBES
+
+ROWS = 32
+"""Samples at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWeights:
+    """What each token's error counts, of some batches."""
+
+    of: Mapping[str, tuple[Tensor, ...]]
+    """By value of the features, one tensor a batch: (batch, tokens), float64; the mean over a sample's real tokens is
+    1, padding has 0."""
+
+    def split(self, rows: int) -> TokenWeights:
+        """Return the same for batches of at most so many samples, as `memory.micro_batches` makes them."""
+        return TokenWeights(
+            {name: tuple(p for each in of for p in torch.split(each, rows)) for name, of in self.of.items()}
+        )
+
+    def chosen(self, marks: Sequence[Tensor]) -> TokenWeights:
+        """Return the same for the marked samples of each batch; batches without any are left out."""
+        return TokenWeights(
+            {
+                name: tuple(each[mark] for each, mark in zip(of, marks, strict=True) if mark.any())
+                for name, of in self.of.items()
+            }
+        )
+
+
+def token_weights(
+    subject: Subject, batches: Sequence[Batch], *, seed: int = 0, progress: Progress = silent
+) -> TokenWeights | None:
+    """The norm of each token's gradient, over the directions in which the output distance grows, within its sample.
+
+    The distance itself grows with the square. The norm is less uneven, so that the fit rests on more tokens.
+    Args: seed: of the random directions.
+    Returns: None of an embedding, which is a mean over tokens: all count the same.
+    """
+    if subject.reading.kind == "embedding":
+        return None
+    found: dict[str, list[Tensor]] = {feature.value: [] for feature in subject.features}
+    for number, batch in enumerate(batches):
+        parts = [_of_batch(subject, part, seed) for part in micro_batches([batch], 1 if subject.alone else ROWS)]
+        for value, of in found.items():
+            of.append(torch.cat([part[value] for part in parts]))
+        progress(number + 1, len(batches))
+    return TokenWeights({value: tuple(of) for value, of in found.items()})
+
+
+def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
+    network = subject.structure.network
+    first = min((feature.node for feature in subject.features), default=-1)
+    early = {name for node in network.nodes[: first + 1] for name in node.inputs if name in network.weights}
+    weights = {
+        name: torch_tensor(network.weights[name]).to(subject.program.device, copy=True).requires_grad_()
+        for name in early
+        if int(network.weights[name].dtype) in REAL_TYPES
+    }  # so that everything behind them is recorded
+    values = [feature.value for feature in subject.features]
+    with torch.enable_grad():
+        run = subject.program({**subject.fed(batch), **weights}, watch=values)
+        readout = subject.reading.read(run.outputs, padding(batch))
+    directions = exact_directions(readout)
+    if directions is None:
+        keys = sample_keys(batch)
+        directions = [random_direction(readout, keys, stream(seed, "token weights", n)) for n in range(PROBES)]
+    roots = [run.watched[value] for value in values]
+    gradients = [
+        torch.autograd.grad(readout.values, roots, each.detach(), retain_graph=True, allow_unused=True)
+        for each in directions
+    ]
+    found = {}
+    for place, feature in enumerate(subject.features):
+        parts = [each[place] for each in gradients]
+        like = tokens_of(feature, roots[place], rows_of(batch))
+        along = [torch.zeros_like(like) if part is None else tokens_of(feature, part, rows_of(batch)) for part in parts]
+        norms = torch.linalg.vector_norm(torch.stack(along).double(), dim=(0, -1))  # (batch, tokens)
+        valid = padding(batch)
+        fits = valid is not None and valid.shape == norms.shape
+        real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)
+        mean = (norms * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        shares = torch.where(mean > 0, norms / mean, 1.0)
+        found[feature.value] = ((FLOOR + (1 - FLOOR) * shares) * real).detach().cpu()
+    return found
+
+
+def padding(batch: Batch) -> Tensor | None:
+    """Which tokens of a batch of texts are real, (batch, tokens); None where nothing tells."""
+    found = batch.get(PADDING)
+    return found if found is not None and found.dim() == 2 else None
+
+
+class Counts:
+    """What an error at each place of a value counts: nothing for padding, else the weight of its token."""
+
+    def __init__(self, subject: Subject, batches: Sequence[Batch], weights: TokenWeights | None) -> None:
+        self._subject, self._batches, self._weights = subject, batches, weights
+
+    def at(self, number: int, name: str, value: Tensor, node: int, *, behind: bool) -> Tensor:
+        """Return what places of a value of a batch count, as a tensor that broadcasts over it.
+
+        Args: behind: the tokens count as in the first feature that this node or a later one makes; else as in the last
+            one before it. Where no feature has the shape of the value, real tokens all count the same.
+        """
+        feature, counts = self._feature(name, node, behind), padding(self._batches[number])
+        if feature is not None and self._weights is not None:
+            counts = self._weights.of[feature.value][number]
+        none = value.new_ones([1] * value.dim(), dtype=torch.float32)
+        if counts is None or samples_axis(self._subject.structure, name) != 0:
+            return none
+        channels = feature.channels if feature is not None else value.dim() - 1
+        places = [size for position, size in enumerate(value.shape) if position != channels]
+        if math.prod(places) != counts.numel() or places[:1] not in ([len(counts)], [counts.numel()]):
+            return none
+        return counts.to(value.device).reshape(places).unsqueeze(channels)
+
+    def _feature(self, name: str, node: int, behind: bool) -> Feature | None:
+        shapes = self._subject.structure.shapes
+        alike = [each for each in self._subject.features if shapes.shape(each.value) == shapes.shape(name)]
+        if behind:
+            return next((each for each in alike if each.node >= node), None)
+        return next((each for each in reversed(alike) if each.node < node), None)

@@ -1,0 +1,338 @@
+"""Products with stored weights as matrices: a row for each output, a column for each input, whatever node multiplies.
+
+A convolution is a product of its kernel with patches; a weight may pass through operators that only move entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.operators.spatial import padded, window
+from optin_deploy.network.run import REAL_TYPES, Place
+from optin_deploy.network.tensors import torch_dtype
+from optin_deploy.structure.branches import Way, projection_of, way_from
+from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.stream import samples_axis
+
+MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+"""Operators between a stored tensor and where it is used that keep its entries."""
+BEHIND = ("GemmFastGelu", "FusedConv", "FusedGemm", "FusedMatMulActivation")
+"""Products with an activation in the same node."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file, and how it comes to the one node that reads it."""
+
+    name: str
+    shape: tuple[int, ...]
+    steps: tuple[Callable[[Tensor], Tensor], ...]
+    """Views, from the stored tensor on."""
+
+    def used(self, tensor: Tensor) -> Tensor:
+        """View a tensor that is stored so as it is used."""
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product of an activation with a stored matrix."""
+
+    node: Node
+    reads: str
+    gives: str
+    stored: Stored
+    place: int
+    """Of the weight."""
+    features: int
+    """Position of the axis of what it reads that is multiplied."""
+    outputs_axis: int
+    """Position of the outputs in what it gives."""
+    samples: tuple[int | None, int | None]
+    """Positions of the axes over samples in what it reads and gives."""
+    outputs: int
+    channels: int
+    """Entries of the multiplied axis."""
+    kernel: tuple[int, ...] = ()
+    """Sizes of a convolution's window."""
+    factor: float = 1.0
+    """By which the product is multiplied."""
+    seen: bool = True
+    """Whether what it gives is the product; else attention follows in the same node."""
+
+    @property
+    def taps(self) -> int:
+        """Columns of the matrix for each channel."""
+        return math.prod(self.kernel)
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the matrix."""
+        return self.channels * self.taps
+
+    @property
+    def plain(self) -> bool:
+        """Whether each output follows from one place of what is read, and all places have one."""
+        pads, strides = self.node.get("pads", (0,)), self.node.get("strides", (1,))
+        same = self.node.get("auto_pad", "NOTSET").startswith("SAME")
+        return not self.kernel or (self.taps == 1 and not any(pads) and set(strides) == {1} and not same)
+
+    @property
+    def fringed(self) -> bool:
+        """Whether zeros are put around what it reads."""
+        return bool(self.kernel) and (
+            any(self.node.get("pads", (0,))) or self.node.get("auto_pad", "NOTSET").startswith("SAME")
+        )
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View a tensor as it is stored as (outputs, inputs); what is written there is written to the tensor."""
+        return self.of_used(self.stored.used(tensor))
+
+    def of_used(self, tensor: Tensor) -> Tensor:
+        """The same for a tensor as it comes to the node."""
+        if self.kernel:
+            return tensor.view(self.outputs, self.inputs)
+        tensor = tensor.view(tensor.shape[-2:])
+        turned = bool(self.place) and not self.node.get("transB", 0)
+        return tensor.T if turned else tensor
+
+    def places(self, given: Tensor, samples: int) -> int:
+        """How many rows of the regression each sample has."""
+        return given.numel() // (samples * self.outputs)
+
+    def rows_in(self, read: Tensor, samples: int, chosen: Tensor | None = None) -> Tensor:
+        """What is multiplied, (samples, rows, inputs).
+
+        Args: chosen: which rows of each sample; None: all.
+        """
+        if self.plain:
+            return rows_of_value(read, self.features, self.samples[0], samples, chosen)
+        strides, dilations, pads = window(self.node, read, self.kernel)
+        windows = padded(read, pads)
+        for axis, (size, stride, dilation) in enumerate(zip(self.kernel, strides, dilations, strict=True), start=2):
+            windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        windows = windows.movedim(1, 1 + len(self.kernel))  # (samples, .. places, channels, .. taps)
+        places = windows.shape[1 : 1 + len(self.kernel)]
+        count = math.prod(places)
+        each = torch.arange(count, device=read.device) if chosen is None else chosen.to(read.device)
+        index: list[Any] = [slice(None), *torch.unravel_index(each, places)]
+        return windows[tuple(index)].reshape(samples, -1, self.inputs)
+
+    def rows_out(self, given: Tensor, samples: int, chosen: Tensor | None = None) -> Tensor:
+        """What comes out, or something of its shape, (samples, rows, outputs)."""
+        return rows_of_value(given, self.outputs_axis, self.samples[1], samples, chosen)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A vector that is added to what a product gives."""
+
+    place: Place
+    stored: Stored
+    value: str
+    """Name of the sum."""
+    factor: float = 1.0
+    """By which the vector is multiplied before."""
+
+
+@dataclass(frozen=True)
+class Solvable:
+    """A product whose weight can be solved for anew."""
+
+    linear: Linear
+    way: Way
+    shift: Shift | None
+
+
+def solvable(structure: Structure, index: int) -> Solvable:
+    """Return a node as a product with a matrix, and the vector that is added behind it.
+
+    Raises: Unsupported: it is none; says why.
+    """
+    linear, way = linear_of(structure, structure.network.nodes[index]), way_from(structure, index)
+    return Solvable(linear, way, _shift(structure, linear, way))
+
+
+def linear_of(structure: Structure, node: Node) -> Linear:
+    """Return a node as a product with a matrix.
+
+    Raises: Unsupported: it is none; says why.
+    """
+    projection = projection_of(structure, node)
+    if projection is None:
+        raise Unsupported("it multiplies no weight")
+    if node.op in BEHIND and node.get("activation", "Gelu"):
+        raise Unsupported("an activation follows in the same node")
+    form = FORMS.get((node.domain, node.op))
+    if form is None:
+        raise Unsupported(f"{node.op} is not known as a product with one matrix")
+    stored = stored_at(structure, node.inputs[projection.weight])
+    return form(structure, node, projection.weight, stored)
+
+
+def stored_at(structure: Structure, name: str) -> Stored:
+    """Return the stored tensor that a value is, from which nothing else is made.
+
+    Raises: Unsupported: it has other readers, is computed, or is not stored as real numbers of 16 bits or more.
+    """
+    network, nodes = structure.network, []
+    if len(network.consumers.get(name, ())) > 1:
+        raise Unsupported("several nodes read its weight")
+    while name not in network.weights:
+        node = network.producer[name]
+        if node.op not in MOVING:
+            raise Unsupported(f"its weight comes out of {node.op}")
+        nodes.append(node)
+        name = node.inputs[0]
+        if len(network.consumers[name]) > 1:
+            raise Unsupported("several nodes read its weight")
+    tensor = network.weights[name]
+    if int(tensor.dtype) not in REAL_TYPES:
+        raise Unsupported(f"its weight is stored as {tensor.dtype.name}")
+    found = Stored(name, tuple(tensor.shape.numpy()), tuple(_view(structure, node) for node in reversed(nodes)))
+    try:
+        found.used(torch.empty(found.shape, dtype=torch_dtype(tensor.dtype), device="meta"))
+    except RuntimeError as err:  # a Reshape behind a Transpose
+        raise Unsupported("its weight is rearranged on the way") from err
+    return found
+
+
+def _view(structure: Structure, node: Node) -> Callable[[Tensor], Tensor]:
+    if node.op == "Transpose":
+        order = node.get("perm")
+        return lambda tensor: tensor.permute(order or tuple(reversed(range(tensor.dim()))))
+    shape = structure.shapes.shape(node.outputs[0])
+    return lambda tensor: tensor if shape is None or tensor.shape == shape else tensor.view(shape)
+
+
+def _shift(structure: Structure, linear: Linear, way: Way) -> Shift | None:
+    """The vector behind a product; None where there is none, or where its entries are not the outputs."""
+    if way.bias is None:
+        return None
+    index, place = way.bias
+    node = structure.network.nodes[index]
+    try:
+        stored = stored_at(structure, node.inputs[place])
+    except Unsupported:
+        if node.inputs[place] not in structure.network.weights:
+            return None
+        tensor = structure.network.weights[node.inputs[place]]  # read elsewhere too: this place gets a copy
+        if int(tensor.dtype) not in REAL_TYPES:
+            return None
+        stored = Stored(node.inputs[place], tuple(tensor.shape.numpy()), ())
+    if math.prod(stored.shape) != linear.outputs:
+        return None
+    value = way.value if way.add is not None and index == way.add[0] else node.outputs[0]
+    out = structure.axes[linear.gives][linear.outputs_axis]
+    alike = any(tuple(axis.leaves()) == tuple(out.leaves()) for axis in structure.axes[value])
+    own = not linear.seen or (index == linear.node.index)
+    if not (own or alike):
+        return None
+    return Shift(way.bias, stored, value, node.get("beta", 1.0) if node.op == "Gemm" else 1.0)
+
+
+def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more: object) -> Linear:
+    reads, gives = node.inputs[1 - weight], node.outputs[0]
+    return Linear(
+        node=node,
+        reads=reads,
+        gives=gives,
+        stored=stored,
+        place=weight,
+        samples=(samples_axis(structure, reads), samples_axis(structure, gives)),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _product(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+    """MatMul, Gemm and FusedMatMul."""
+    read, given = (len(structure.shapes.shape(name) or ()) for name in (node.inputs[1 - weight], node.outputs[0]))
+    shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
+    if len(shape) < 2 or math.prod(shape[:-2]) > 1 or read < 2 or given < 2:
+        raise Unsupported("it multiplies more than one matrix, or a vector")
+    if node.get("transA", 0) or node.get("transBatchA", 0) or node.get("transBatchB", 0) or node.get("activation"):
+        raise Unsupported("what it reads is turned around in the same node")
+    if node.op != "MatMul" and not weight:
+        raise Unsupported("its weight is the first factor")
+    turned = bool(weight) and not node.get("transB", 0)
+    last = (read - 1, given - 1) if weight else (read - 2, given - 2)
+    return _made(
+        structure,
+        node,
+        weight,
+        stored,
+        features=last[0],
+        outputs_axis=last[1],
+        outputs=shape[-1] if turned else shape[-2],
+        channels=shape[-2] if turned else shape[-1],
+        factor=float(node.get("alpha", 1.0)),
+    )
+
+
+def _convolution(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+    shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
+    if node.get("group", 1) != 1:
+        raise Unsupported("it convolves groups of channels")
+    if samples_axis(structure, node.inputs[0]) not in (0, None):
+        raise Unsupported("samples do not lie along the first axis")
+    return _made(
+        structure,
+        node,
+        weight,
+        stored,
+        features=1,
+        outputs_axis=1,
+        outputs=shape[0],
+        channels=shape[1],
+        kernel=shape[2:],
+    )
+
+
+def _attention(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+    """ONNX Runtime's Attention: queries, keys and values are made of one value in the same node."""
+    shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
+    return _made(
+        structure,
+        node,
+        weight,
+        stored,
+        features=2,
+        outputs_axis=2,
+        outputs=shape[1],
+        channels=shape[0],
+        seen=False,
+    )
+
+
+FORMS: dict[tuple[str, str], Callable[[Structure, Node, int, Stored], Linear]] = {
+    ("", "MatMul"): _product,
+    ("", "Gemm"): _product,
+    ("com.microsoft", "FusedMatMul"): _product,
+    ("com.microsoft", "TransposeMatMul"): _product,
+    ("", "Conv"): _convolution,
+    ("com.microsoft", "Attention"): _attention,
+}
+
+
+def rows_of_value(
+    value: Tensor, features: int, along: int | None, samples: int, chosen: Tensor | None = None
+) -> Tensor:
+    """(.., features, ..) with the samples along one axis, each maybe in several parts -> (samples, rows, features).
+
+    Args: along: position of the samples; None: there is but one, or they lie along the first axis.
+    """
+    moved = value.movedim(features, -1)
+    if along is not None and along != features:
+        moved = moved.movedim(along - (along > features), 0)
+    rows = moved.reshape(samples, -1, value.shape[features])
+    return rows if chosen is None else rows[:, chosen.to(value.device)]
