@@ -10,9 +10,9 @@ from typing import Any
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.hashing import hash_of
 from optin_deploy.ownership import free_name
 from optin_deploy.planning.costs import costs_of, limits_within
-from optin_deploy.network.hashing import hash_of
 from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.plan import NetworkPlan, Origin, is_plan, plan_of
 from optin_deploy.planning.widths import Choice, choose

@@ -1,0 +1,260 @@
+"""`optin-export FILE.onnx`: an ONNX file made smaller by data, written, proven, measured beside the dense one, reported."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporters import exporter
+from exporters.base import Exporter
+from exporters.bench.measuring import check_threads, time_pair
+from optin_deploy.bench.environment import environment
+from optin_deploy.bench.report import Measurement, Report, to_markdown
+from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.data.ports import takes
+from optin_deploy.data.rows import Feeds, rows_of
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import Found, find_in
+from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, limits_of, prune_network
+from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
+from optin_deploy.network.graph import Network
+from optin_deploy.network.run import Program
+from optin_deploy.network.write import data_path, write
+from optin_deploy.ownership import Record
+from optin_deploy.progress import Progress, Stage, silent_stage
+from optin_deploy.quality import Quality
+from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.stage_memory import StageMemory
+from optin_deploy.storage import scratch_folder, sha256_file, write_json, write_tensors, write_text
+
+DENSE, PRUNED = "dense.onnx", "model.onnx"
+NAMES = (DENSE, PRUNED, "plan.json", "scores.safetensors", "samples.safetensors", "report.json", "report.md")
+"""What the output folder holds; weights of more than 2 GiB lie beside the ONNX files."""
+RECORDED = 8
+"""Rows kept with the outputs of both networks, for checks elsewhere."""
+ENGINES = ("onnx", "openvino")
+"""Those that run an ONNX file as it is."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one job."""
+
+    source: Path
+    calibration: Path
+    evaluation: Path | None = None
+    """Rows that judge; None: held-out calibration rows."""
+    preparation: Preparation = field(default_factory=Preparation)
+    drawing: Drawing = field(default_factory=Drawing)
+    recipe: Recipe = field(default_factory=Recipe)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Of free axes, by their names in the file, where it takes only some sizes."""
+    engine: str = "onnx"
+    batches: tuple[int, ...] = (1,)
+    """Rows at once, where both networks are measured."""
+    threads: int = 0
+
+
+def export_network(
+    request: Request, out: Path, *, force: bool = False, dry_run: bool = False, stage: Stage = silent_stage
+) -> Report | None:
+    """Do all of it; what is made lies in `out`. Finished scores are reused.
+
+    Args: dry_run: check what can be checked, and return None.
+    Raises: OptinError kinds: see errors.py.
+    """
+    target, clock, record = _target(request), _Clock(stage), Record(out)
+    record.reserve((*NAMES, *(data_path(Path(name)).name for name in (DENSE, PRUNED))), force=force, dry_run=dry_run)
+    with clock("load"):
+        found = find_in(request.source, sizes=request.sizes)
+        rows = _rows(found.network, request)
+        _check_batches(found.network, request.batches)
+        limits_of(found, rows.calibration, request.recipe)
+    if dry_run:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    record.begin()
+    pruned = prune_network(found, rows, request.recipe, known=_known(out), stage=clock)
+    with clock("export"):
+        errors = _written(found, pruned, request.source, out)
+        _record_samples(found, pruned, rows, out)
+    measured = _measured(target, request, pruned, rows.calibration, out, clock)
+    report = _report(request, found, pruned, rows, errors, measured, clock, out)
+    write_json(out / "report.json", report.to_json())
+    write_text(out / "report.md", to_markdown(report))
+    return report
+
+
+def _target(request: Request) -> Exporter:
+    if request.engine not in ENGINES:
+        raise BadInput(
+            f"--engine {request.engine} is not made from ONNX files yet; possible are {', '.join(ENGINES)}. For others "
+            "export the transformers model itself."
+        )
+    target = exporter(request.engine)
+    check_threads(request.threads)
+    target.threads(request.threads)
+    return target
+
+
+def _rows(network: Network, request: Request) -> Halves:
+    drawing = request.drawing
+    if request.evaluation is None:
+        return read_feeds(network, request.calibration, request.preparation, drawing)
+    found = read_feeds(network, request.calibration, request.preparation, Drawing(drawing.samples, 0.0, drawing.seed))
+    judging = read_judging(network, request.evaluation, found.calibration, request.preparation)
+    return Halves(found.calibration, judging)
+
+
+def _known(out: Path) -> UnitScores | None:
+    """Scores of an earlier run."""
+    try:
+        return UnitScores.read(out / "scores.safetensors")
+    except BadInput:
+        return None  # absent, or damaged: made again
+
+
+def _check_batches(network: Network, batches: Sequence[int]) -> None:
+    """Raises: BadInput: a network of a fixed number of rows cannot run at others."""
+    rows = takes(network).rows
+    wrong = [batch for batch in batches if rows is not None and batch != rows]
+    if wrong:
+        raise BadInput(f"--at batch={wrong[0]}: {network.source} takes {rows} rows at once and no others.")
+
+
+def _written(found: Found, pruned: PrunedNetwork, source: Path, out: Path) -> dict[str, float]:
+    """Write both networks, and the plan by which the smaller one is known; returns errors of ONNX Runtime."""
+    smaller = Network(pruned.network.model.clone(), pruned.network.source)
+    smaller.model.metadata_props[MARK] = json.dumps({"plan": pruned.plan.hash, "network": pruned.plan.network})
+    errors = {"masked_vs_cut": pruned.proof.masked}
+    with scratch_folder(out / PRUNED) as folder:
+        write(smaller, folder / PRUNED)
+        error = compare(smaller, found.network, folder / PRUNED, source, found.probes)
+    if error is not None:
+        errors["onnxruntime"] = error
+    pruned.scores.write(out / "scores.safetensors")
+    write(found.network, out / DENSE)
+    write(smaller, out / PRUNED)
+    pruned.plan.write(out / "plan.json")
+    return errors
+
+
+def _record_samples(found: Found, pruned: PrunedNetwork, rows: Halves, out: Path) -> None:
+    """Keep some rows that judged with the outputs of both networks, for checks elsewhere."""
+    feeds = rows.held_out or rows.calibration
+    batch = {name: value if name in feeds.shared else value[:RECORDED] for name, value in feeds.batches[0].items()}
+    tensors = {f"input.{name}": value.contiguous() for name, value in batch.items()}
+    for name, network in (("dense", found.network), ("pruned", pruned.network)):
+        with torch.inference_mode():
+            outputs = Program(network)({port.name: batch[port.name] for port in network.inputs}).outputs
+        tensors.update({f"{name}.{output}": value.contiguous() for output, value in outputs.items()})
+    write_tensors(out / "samples.safetensors", tensors, {"network": pruned.plan.network or ""})
+
+
+def _measured(
+    target: Exporter, request: Request, pruned: PrunedNetwork, rows: Feeds, out: Path, clock: Stage
+) -> list[Measurement]:
+    """Time both files by turns on calibration rows."""
+    cost = pruned.plan.cost
+    assert cost is not None
+    found = []
+    for batch in request.batches:
+        feeds = {name: value.numpy() for name, value in _some(rows, batch).items()}
+        length = next((value.shape[1] for value in feeds.values() if value.ndim == 2), None)
+        timing = time_pair(
+            target,
+            out / DENSE,
+            out / PRUNED,
+            feeds,
+            at=(batch, length),
+            precision=None,
+            threads=request.threads,
+            stage=clock,
+        )
+        ideal = cost.macs_dense / max(1, cost.macs_pruned)
+        found.append(Measurement(request.engine, batch, length or 0, target.threads(request.threads), ideal, timing))
+    return found
+
+
+def _some(rows: Feeds, count: int) -> dict[str, Tensor]:
+    """So many rows of the widest batch, from its start again where it has fewer."""
+    widest = max(rows.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+    places = torch.arange(count) % rows_of(widest)
+    return {name: value if name in rows.shared else value[places] for name, value in widest.items() if name != "unused"}
+
+
+def _report(
+    request: Request,
+    found: Found,
+    pruned: PrunedNetwork,
+    rows: Halves,
+    errors: Mapping[str, float],
+    latency: Sequence[Measurement],
+    clock: _Clock,
+    out: Path,
+) -> Report:
+    plan, cost = pruned.plan, pruned.plan.cost
+    assert cost is not None
+    files = {"dense": out / DENSE, "pruned": out / PRUNED}
+    kept = {group.name: len(plan.keep.get(group.name, range(group.units))) for group in found.layout.groups}
+    return Report(
+        quality=pruned.quality or Quality("not judged", 1.0, 1.0, 0),
+        params={"dense": cost.weights_dense, "pruned": cost.weights_pruned},
+        macs={"dense": cost.macs_dense, "pruned": cost.macs_pruned, "kept": cost.macs_pruned / max(1, cost.macs_dense)},
+        size_bytes={name: file_bytes(path) for name, path in files.items()},
+        parity=errors,
+        latency=latency,
+        heads=(),
+        neurons=(),
+        groups=[
+            {"name": group.name, "kind": group.kind, "kept": kept[group.name], "units": group.units}
+            for group in found.layout.groups
+        ],
+        environment=environment(),
+        hashes={
+            "plan": plan.hash,
+            "network": plan.network or "",
+            **{path.name: sha256_file(path) for path in files.values()},
+        },
+        seconds=clock.seconds,
+        memory=clock.memory.peaks,
+        settings={
+            "source": str(request.source),
+            "engine": request.engine,
+            "recipe": asdict(request.recipe),
+            "calibration_fingerprint": rows.calibration.fingerprint,
+        },
+        notes=_notes(pruned),
+    )
+
+
+def _notes(pruned: PrunedNetwork) -> list[str]:
+    """What was not done, in sentences."""
+    if pruned.compensation is None:
+        return ["Nothing was compensated (--no-compensation)."]
+    skipped = pruned.compensation.skipped
+    reasons = dict.fromkeys(each.why for each in skipped)
+    return [f"{len(skipped)} products could not be repaired: {'; '.join(reasons)}."] if skipped else []
+
+
+@dataclass
+class _Clock:
+    """Seconds of each stage and the most memory held in it, by title."""
+
+    stage: Stage
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: StageMemory = field(default_factory=StageMemory)
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[Progress]:
+        started = time.perf_counter()
+        with self.stage(title) as progress, self.memory(title):
+            yield progress
+        self.seconds[title] = round(time.perf_counter() - started, 2)

@@ -1,0 +1,144 @@
+"""Make a network of any kind smaller by what it computes on data: score, plan, compensate, cut and prove its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from optin_deploy.budget import Limits
+from optin_deploy.cutting.compensate import Compensation, compensated
+from optin_deploy.cutting.graph import cut
+from optin_deploy.cutting.proof import Proof, prove
+from optin_deploy.data.feeds import Halves, check_runs
+from optin_deploy.data.rows import Feeds
+from optin_deploy.jobs.networks import Found
+from optin_deploy.jobs.planning import given
+from optin_deploy.network.graph import Network
+from optin_deploy.network.hashing import hash_of, network_hash
+from optin_deploy.network.run import Program
+from optin_deploy.network_quality import NetworkJudge, readouts
+from optin_deploy.planning.costs import Limit, costs_of, limits_within
+from optin_deploy.planning.plan import NetworkPlan, Origin, plan_of
+from optin_deploy.planning.unit_curves import unit_curves
+from optin_deploy.planning.widths import Choice, Keep, choose
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.quality import Quality
+from optin_deploy.scoring.hearing import token_weights
+from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.unit_job import score_units
+from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.storage import sha256_json
+from optin_deploy.structure.find import find
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is made smaller."""
+
+    limits: Limits = field(default_factory=Limits)
+    """Of multiply-accumulates, parameters and bytes."""
+    choice: Choice = field(default_factory=Choice)
+    scoring: ScoreSettings = field(default_factory=ScoreSettings)
+    compensation: bool = True
+    output: str | None = None
+    """Which output is compared; None: see `scoring.reading.reading_of`."""
+    read_as: Kind | None = None
+    """How it is compared; None: by what makes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedNetwork:
+    """A smaller network, and how it came to be."""
+
+    network: Network
+    dense: Network
+    """What it was cut from, of the same shape as the given one, with the weights that were repaired."""
+    plan: NetworkPlan
+    scores: UnitScores
+    compensation: Compensation | None
+    proof: Proof
+    quality: Quality | None
+    """On rows that nothing learned from; None: there are none."""
+
+
+def prune_network(
+    found: Found, rows: Halves, recipe: Recipe, *, known: UnitScores | None = None, stage: Stage = silent_stage
+) -> PrunedNetwork:
+    """Make a network smaller; the given one is untouched.
+
+    Args:
+        found: the network with its groups, as `jobs.networks.find_in` returns it.
+        rows: calibration rows, and those that judge.
+        known: scores of an earlier run; they are taken if they were made of the same in the same way.
+    Raises: BadInput, InfeasibleBudget, NonFiniteActivation: data, budget or network do not fit. NotProven: our fault.
+    """
+    subject = Subject.of(found.layout, output=recipe.output, kind=recipe.read_as)
+    batches = rows.calibration.batches
+    check_runs(subject.program, rows.calibration)
+    limits = limits_of(found, rows.calibration, recipe)
+    key = sha256_json(
+        [network_hash(found.network), rows.calibration.fingerprint, asdict(recipe.scoring), recipe.choice.kinds]
+    )
+    with stage("score") as progress:
+        if known is None or known.provenance.get("key") != key:
+            known = score_units(subject, batches, recipe.scoring, kinds=recipe.choice.kinds, progress=progress)
+        scores = replace(known, provenance={**known.provenance, "key": key})
+    numbers = {name: values.numpy() for name, values in scores.scores.items()}
+    weights = token_weights(subject, batches) if recipe.compensation else None
+    curves = None
+    if recipe.choice.allocation == "curves":
+        with stage("curves") as progress:
+            curves = unit_curves(subject, scores.scores, batches, token_weights=weights, progress=progress)
+    keep = choose(found.layout, numbers, limits, recipe.choice, curves=curves)
+    repaired = None
+    if recipe.compensation:
+        with stage("compensate") as progress:
+            repaired = compensated(subject, keep, batches, token_weights=weights, progress=progress)
+    with stage("cut and prove"):
+        dense = found.network if repaired is None else repaired.network
+        layout = found.layout if repaired is None else find(dense, found.probes)
+        smaller = cut(layout, keep)
+        proof = prove(layout, keep, smaller, found.probes)
+    quality = None
+    if rows.held_out is not None:
+        with stage("judge"):
+            quality = _quality(subject, smaller, rows.held_out)
+    return PrunedNetwork(
+        smaller, dense, _plan(found, rows.calibration, keep, numbers, recipe), scores, repaired, proof, quality
+    )
+
+
+def limits_of(found: Found, rows: Feeds, recipe: Recipe) -> list[Limit]:
+    """The limits in amounts; multiply-accumulates are counted for one of the widest calibration rows.
+
+    Raises: InfeasibleBudget, BadInput.
+    """
+    return limits_within(costs_of(found.layout, sizes_of(found, rows)), recipe.limits)
+
+
+def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:
+    """Sizes of the free axes of the inputs for one of the widest rows; what follows from them is counted so too."""
+    widest = max(rows.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+    sizes: dict[Axis, int] = {}
+    for port in found.network.inputs:
+        for place, axis in enumerate(found.layout.structure.axes.get(port.name, ())):
+            free = port.shape is not None and isinstance(port.shape[place], str)
+            if free and axis.kind == "leaf":
+                sizes[axis.root] = widest[port.name].shape[place] if place else 1
+    return sizes
+
+
+def _quality(subject: Subject, smaller: Network, rows: Feeds) -> Quality:
+    judge = NetworkJudge(subject.program, subject.reading, rows)
+    return judge.of(readouts(Program(smaller), subject.reading, rows))
+
+
+def _plan(found: Found, rows: Feeds, keep: Keep, scores: Mapping[str, np.ndarray], recipe: Recipe) -> NetworkPlan:
+    settings: dict[str, Any] = {"limits": given(recipe.limits), **asdict(recipe.choice)}
+    origin = Origin(recipe.scoring.scorer, hash_of(scores))
+    return plan_of(found.layout, keep, settings, origin, sizes=sizes_of(found, rows))
