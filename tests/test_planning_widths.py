@@ -201,10 +201,11 @@ def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(least
         rng = np.random.default_rng(seed)
         curves = {name: falling(many, rng) for name, many in units.items()}
         start = {each.name: each.counts[0] for each in some}
-        for most in range(cost.of(start), cost.dense + 1, 3):
+        known = [(cost.of(each), summed(curves, each)) for each in every(some)]
+        for most in range(cost.of(start), cost.dense + 1, 7):
             widths = least_summed_error(some, curves, [Limit(cost, most, "")], start)
             assert cost.of(widths) <= most
-            expected = min(summed(curves, each) for each in every(some) if cost.of(each) <= most)
+            expected = min(error for spent, error in known if spent <= most)
             assert summed(curves, widths) == pytest.approx(expected, abs=1e-9), (seed, most)
 
 
@@ -240,9 +241,9 @@ def test_no_limit_is_ever_exceeded(family: str, data: st.DataObject) -> None:
     layout, costs = layout_of(family)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     shares = {
-        name: data.draw(st.none() | st.floats(0.02, 1).map(lambda x: round(x, 2))) for name in ("flops", "params")
+        name: data.draw(st.none() | st.floats(0.25, 1).map(lambda x: round(x, 2))) for name in ("flops", "params")
     }
-    size = data.draw(st.none() | st.floats(0.1, 1).map(lambda share: int(share * costs.size.dense)))
+    size = data.draw(st.none() | st.floats(0.4, 1).map(lambda share: int(share * costs.size.dense)))
     limits = limits_within(costs, Limits(**shares, size=size))
     scores = {
         group.name: rng.gamma(data.draw(st.sampled_from([0.2, 2.0])), size=group.units) for group in layout.groups
