@@ -1,4 +1,4 @@
-"""`optin-export FILE.onnx`: an ONNX file made smaller by data, written, proven, measured beside the dense one, reported."""
+"""`optin-export FILE.onnx`: make an ONNX file smaller by data, write it, prove it, measure it, report."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.rows import Feeds
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.planning import given
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of, network_hash
 from optin_deploy.network.run import Program

@@ -60,7 +60,27 @@ class Copies:
         cut = [any(widths[name] < whole[name] for name in names) for names in self.groups]
         stored = [self.ways[0].of(whole)] if not all(cut) else []
         stored += [entries.of(widths) for entries, changed in zip(self.ways, cut, strict=True) if changed]
-        return sum(entries if self.bits is None else -(-entries * self.bits // 8) for entries in stored)
+        return sum(int(self._counted(entries)) for entries in stored)
+
+    def along(self, name: str, counts: np.ndarray, widths: Widths, whole: Widths) -> np.ndarray:
+        """Return its entries or bytes if one group has each of these counts, (counts,)."""
+        found, all_cut = np.zeros(len(counts), dtype=np.int64), np.ones(len(counts), dtype=bool)
+        for entries, names in zip(self.ways, self.groups, strict=True):
+            others = any(widths[other] < whole[other] for other in names if other != name)
+            if name in names:
+                powers = entries.along(name, widths)
+                stored = entries.of({**widths, name: 0}) + values(powers, counts)
+                cut = np.full(len(counts), True) if others else counts < whole[name]
+                found += np.where(cut, self._counted(stored), 0)
+                all_cut &= cut
+            elif others:
+                found += self._counted(entries.of(widths))
+            else:
+                all_cut[:] = False
+        return found + np.where(all_cut, 0, self._counted(self.ways[0].of(whole)))
+
+    def _counted(self, entries: int | np.ndarray) -> int | np.ndarray:
+        return entries if self.bits is None else -(-entries * self.bits // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +104,10 @@ class Cost:
 
     def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
         """See `Resource.changes`."""
-        powers = self.polynomial.along(name, widths)
-        found = values(powers, np.array([widths[name], *counts], dtype=np.int64))
+        every = np.array([widths[name], *counts], dtype=np.int64)
+        found = values(self.polynomial.along(name, widths), every)
         for each in self._copies_of.get(name, ()):
-            found += [each.of({**widths, name: count}, self.whole) for count in (widths[name], *counts)]
+            found += each.along(name, every, widths, self.whole)
         changed: np.ndarray = found[1:] - found[0]
         return changed
 
@@ -116,9 +136,10 @@ class Costs:
         return {**self.macs.whole, **{name: len(units) for name, units in keep.items()}}
 
 
-def costs_of(layout: Layout) -> Costs:
+def costs_of(layout: Layout, sizes: Mapping[Axis, int] | None = None) -> Costs:
     """Find what plans cost.
 
+    Args: sizes: of axes of the inputs, other than those of the probe; they change the multiply-accumulates.
     A group without units costs nothing; what only its units read may go too, and is counted as if it stayed. Two ways
     to cut a weight count as two stored tensors, also where they happen to keep the same units.
     Raises: BadInput: numbers beyond 2^62.
@@ -126,9 +147,10 @@ def costs_of(layout: Layout) -> Costs:
     structure = layout.structure
     names = {group.leaf.root: group.name for group in layout.groups}
     whole = {group.name: group.units for group in layout.groups}
+    known = {**(sizes or {}), **names}
     terms: Terms = {}
     for _, axes in structure.products:
-        add(terms, terms_of(axes, names))
+        add(terms, terms_of(axes, known))
     macs = Cost("--flops", Polynomial(terms), (), whole)
     costs = Costs(
         macs, _stored(structure, names, whole, by_bytes=False), _stored(structure, names, whole, by_bytes=True)

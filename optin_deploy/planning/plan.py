@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.network.axes import Axis, size
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.storage import sha256_json, write_json
@@ -16,8 +17,6 @@ from optin_deploy.structure.keep import checked
 from optin_deploy.validation import STORED, holds, read_stored, validated
 
 SCHEMA_VERSION = 2
-BY_HAND = (1, SCHEMA_VERSION)
-"""Versions of plans that were made by hand: they name what stays, and nothing else."""
 HINT = (
     "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
     '{"schema_version": 2, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
@@ -81,8 +80,9 @@ class NetworkPlan:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        by_hand = self.network is None and self.cost is None and self.origin is None
-        if self.schema_version not in (BY_HAND if by_hand else (SCHEMA_VERSION,)):
+        if self.schema_version == 1 and self.network is None and self.cost is None:
+            object.__setattr__(self, "schema_version", SCHEMA_VERSION)  # made by hand, which means what it always did
+        if self.schema_version != SCHEMA_VERSION:
             raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
 
     @property
@@ -139,17 +139,23 @@ def plan_of(
     keep: Mapping[str, Sequence[int]],
     settings: Mapping[str, Any] | None = None,
     origin: Origin | None = None,
+    *,
+    sizes: Mapping[Axis, int] | None = None,
 ) -> NetworkPlan:
     """Make the plan that keeps these units.
 
+    Args: sizes: of axes of the inputs, at which multiply-accumulates are counted; None: those of the probe.
     Raises: BadInput: a group or unit is not there.
     """
     checked(layout, keep)
     structure = layout.structure
     units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
-    costs = costs_of(layout)
+    costs = costs_of(layout, sizes)
     widths = costs.widths(units)
-    inputs = {port.name: structure.shapes.shape(port.name) or () for port in structure.network.inputs}
+    inputs = {
+        port.name: tuple(size(axis, sizes or {}) for axis in structure.axes.get(port.name, ()))
+        for port in structure.network.inputs
+    }
     cost = PlanCost(
         *(costs.macs.dense, costs.macs.of(widths)),
         *(costs.params.dense, costs.params.of(widths)),

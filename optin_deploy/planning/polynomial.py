@@ -17,27 +17,27 @@ Terms = dict[tuple[str, ...], int]
 """How often each product of widths counts; a group that counts twice in a product is named twice, the names sorted."""
 
 
-def terms_of(axes: Iterable[Axis], names: Mapping[Axis, str]) -> Terms:
-    """Return the product of the sizes of axes.
+Known = Mapping[Axis, str | int]
+"""Of some leaves the name of the group whose width they have, or a size other than that of the probe."""
 
-    Args: names: of the leaves that may change; the others are numbers.
-    """
+
+def terms_of(axes: Iterable[Axis], known: Known) -> Terms:
+    """Return the product of the sizes of axes; leaves that are not known are numbers."""
     found: Terms = {(): 1}
     for axis in axes:
-        found = _product(found, _terms(axis.root, names))
+        found = _product(found, _terms(axis.root, known))
     return found
 
 
-def _terms(axis: Axis, names: Mapping[Axis, str]) -> Terms:
-    if axis in names:
-        return {(names[axis],): 1}
+def _terms(axis: Axis, known: Known) -> Terms:
     if axis.kind == "leaf":
-        return {(): axis.size}
+        here = known.get(axis, axis.size)
+        return {(here,): 1} if isinstance(here, str) else {(): here}
     if axis.kind == "product":
-        return terms_of(axis.parts, names)
+        return terms_of(axis.parts, known)
     found: Terms = {}
     for part in axis.parts:
-        add(found, _terms(part.root, names))
+        add(found, _terms(part.root, known))
     return found
 
 
