@@ -129,10 +129,9 @@ class Program:
             for name, value in zip(node.outputs, found, strict=False):
                 if name and value is not None:
                     values[name] = self._typed(value)
-            if cone is None:
-                for name in self._ends[node.index]:
-                    if name not in held:
-                        values.pop(name, None)
+            for name in self._ends[node.index]:
+                if name not in held:
+                    values.pop(name, None)
         return Values(
             {name: values[name] for name in outputs if name in values},
             {name: values[name] for name in watch if name in values},

@@ -99,19 +99,15 @@ def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Fea
 
 def _made(structure: Structure) -> Mapping[Axis, None]:
     """Leaves that lie on matrices: what projections make."""
-    return {
-        leaf: None
-        for use in structure.uses
-        if sum(axis.size > 1 for axis in use.axes) > 1 and rows_factors(structure.network.nodes[use.node])
-        for axis in use.axes
-        for leaf in axis.leaves()
-        if leaf.size > 1
-    }
-
-
-def rows_factors(node: Node) -> bool:
-    """Is this node a product?"""
-    return rows()[node.domain, node.op].factors is not None
+    network = structure.network
+    stored = {(use.node, use.place): use.axes for use in structure.uses}
+    found: dict[Axis, None] = {}
+    for node in network.nodes:
+        for place in rows()[node.domain, node.op].factors or ():
+            if node.inputs[place] in network.fixed:  # stored as it is, or transposed or dequantised before
+                axes = stored.get((node.index, place)) or structure.axes.get(node.inputs[place], ())
+                found.update({leaf: None for axis in axes for leaf in axis.leaves() if leaf.size > 1})
+    return found
 
 
 def _touches(axis: Axis, leaves: Mapping[Axis, None]) -> bool:
