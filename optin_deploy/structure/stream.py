@@ -75,12 +75,12 @@ def _last_of_sizes(layout: Layout) -> list[str]:
     """The last value before its sizes, but the features, change, of those that weights are contracted with."""
     structure = layout.structure
     sites = sorted({(s.node, s.place): s for g in layout.groups for s in g.sites if s.with_weight}.items())
+    if not sites:
+        return []
     read = [(structure.network.nodes[node].inputs[place], site) for (node, place), site in sites]
     sizes = [_others(structure, value, site) for value, site in read]
     found = [value for (value, _), one, other in zip(read, sizes, [*sizes[1:], None], strict=True) if one != other]
-    if sites:
-        found.append(structure.network.nodes[sites[-1][0][0]].outputs[0])
-    return found
+    return [*found, structure.network.nodes[sites[-1][0][0]].outputs[0]]
 
 
 def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, ...]:

@@ -1,0 +1,134 @@
+"""Error curves by group are the first edition's by branch, and what an own regression gives for convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tiny_networks import made
+from tiny_scoring import Batch, bare_bert, bert, image_batch, one_thread, text_batch, vit
+from torch import Tensor, nn
+
+from optin_deploy.arch.resolve import resolve
+from optin_deploy.curves import RIDGE, error_curves
+from optin_deploy.errors import BadInput
+from optin_deploy.network.read import read
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.planning.unit_curves import unit_curves
+from optin_deploy.scoring import Scores
+from optin_deploy.scoring.hearing import token_weights
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+
+def texts() -> list[Batch]:
+    found = [text_batch((3, 7, 5, 6, 9, 4, 8, 10), seed=i) for i in range(5)]
+    return [{**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in found]
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
+    "bert: post-LN": lambda: (bert(), texts()),
+    "bare bert: no logits": lambda: (bare_bert(), texts()),
+    "vit: pre-LN": lambda: (vit(), [image_batch(12, seed=0), image_batch(20, seed=1)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_get_the_curves_of_the_first_edition(case: str) -> None:
+    model, batches = CASES[case]()
+    layout = resolve(model)
+    subject = Subject.of(find(read(model)))
+    generator = torch.Generator().manual_seed(0)
+    random = {
+        group.name: torch.rand(group.units, generator=generator, dtype=torch.float64) for group in subject.layout.groups
+    }
+    heads, neurons = (
+        [group for group in subject.layout.groups if group.kind == kind][: len(layout.layers)]
+        for kind in ("heads", "neurons")
+    )
+    scores = Scores(*(tuple(random[group.name] for group in groups) for groups in (heads, neurons)), layout.hash, {})
+    expected = error_curves(model, layout, scores, batches)
+    found = unit_curves(subject, random, batches)
+    for groups, curves in ((heads, expected.heads), (neurons, expected.neurons)):
+        for group, curve in zip(groups, curves, strict=True):
+            assert found[group.name].counts == curve.counts
+            np.testing.assert_allclose(found[group.name].errors, curve.errors, rtol=1e-6, atol=1e-12)
+            assert curve.errors[0] > 1e-5
+
+
+class Convolved(nn.Module):
+    """Channels that a strided convolution reads, with a BatchNorm behind it and a second output that sees nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, stride=2, padding=1, bias=False)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 3)
+        self.other, self.last = nn.Linear(6, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pooled = self.norm(self.second(self.first(x).relu())).relu().mean((2, 3))
+        return {"logits": self.head(pooled), "more": self.last(self.other(pooled).tanh())}
+
+
+def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
+    module = made(Convolved).double()
+    x = torch.randn(24, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    group, other = (next(g for g in subject.layout.groups if g.units == units) for units in (8, 7))
+    scores = {each.name: torch.arange(each.units).double() for each in (group, other)}
+    found = unit_curves(subject, scores, [{"x": x[:10]}, {"x": x[10:]}])
+    assert found.keys() == scores.keys()
+    assert set(found[other.name].errors) == {0.0}, "what is compared does not hear of it"
+    judged = torch.arange(24) % 4 == 3
+    flat = module.second.weight.detach().flatten(1)
+    with torch.no_grad():
+        patches = nn.functional.unfold(module.first(x[~judged]).relu(), 3, padding=1, stride=2).transpose(1, 2)
+        dense = module(x[judged])["logits"].log_softmax(-1)
+    errors = []
+    for count in found[group.name].counts[:-1]:
+        kept = [9 * channel + tap for channel in range(8 - count, 8) for tap in range(9)]
+        cut = [column for column in range(72) if column not in kept]
+        a, y = (values.flatten(0, 1).numpy() for values in (patches[..., kept], patches[..., cut] @ flat[:, cut].T))
+        centred = a - a.mean(0)
+        spread = np.sqrt(RIDGE * centred.var(0).mean() * len(a)) if kept else 0.0
+        left = np.concatenate([centred, spread * np.eye(len(kept))])
+        right = np.concatenate([y - y.mean(0), np.zeros((len(kept), 6))])
+        w = np.linalg.lstsq(left, right, rcond=None)[0] if kept else np.zeros((0, 6))
+        changed = copy.deepcopy(module)
+        with torch.no_grad():
+            narrow = torch.zeros_like(flat)
+            narrow[:, kept] = flat[:, kept] + torch.from_numpy(w).T
+            changed.second.weight.copy_(narrow.view(6, 8, 3, 3))
+            scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
+            changed.norm.bias += scale * torch.from_numpy(y.mean(0) - a.mean(0) @ w)
+            after = changed(x[judged])["logits"].log_softmax(-1)
+        errors.append(float((dense.exp() * (dense - after)).sum(-1).mean()))
+    np.testing.assert_allclose(found[group.name].errors[:-1], np.minimum.accumulate(errors), rtol=1e-6, atol=1e-12)
+    assert errors[0] > 1e-5
+
+
+def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same() -> None:
+    model, batches = CASES["bert: post-LN"]()
+    subject = Subject.of(find(read(model)))
+    scores = {group.name: torch.arange(group.units).double() for group in subject.layout.groups}
+    weights = token_weights(subject, batches)
+    one, other, plain = (
+        unit_curves(subject, scores, batches, kinds=("neurons",), token_weights=each, budget_bytes=budget)
+        for each, budget in ((weights, None), (weights, 0), (None, None))
+    )
+    assert {subject.layout.by_name[name].kind for name in one} == {"neurons"}
+    for name, curve in one.items():
+        np.testing.assert_allclose(curve.errors, other[name].errors, rtol=1e-8)
+    assert any(not np.allclose(curve.errors, plain[name].errors, rtol=1e-3) for name, curve in one.items())
+
+
+def test_too_few_samples_are_refused() -> None:
+    model, batches = CASES["vit: pre-LN"]()
+    subject = Subject.of(find(read(model)))
+    with pytest.raises(BadInput, match="too few"):
+        unit_curves(subject, {}, [{"pixel_values": batches[0]["pixel_values"][:3]}])
