@@ -204,12 +204,12 @@ class _Reader:
             raise self.bad(f"{name} is {_told(given)}; it needs numbers")
         wide = np.dtype(np.float64 if array.dtype.kind == "f" else np.int64)
         plain = array.dtype in (np.bool_, np.uint8, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(array, array.dtype if plain else wide))
+        return torch.from_numpy(np.array(array, array.dtype if plain else wide, order="C"))
 
     def _labels(self, given: Any, rows: int) -> list[Label]:
         values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-            values = torch.from_numpy(np.ascontiguousarray(values))
+            values = torch.from_numpy(np.array(values, order="C"))
         if isinstance(values, np.ndarray) and values.dtype.kind not in "US":
             raise self.bad(f"its labels are {_told(given)}; possible are numbers and names of classes, one a row")
         return labels_of(values, rows, f"{self.where}: the labels")
