@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from optin_deploy.data.feeds import Drawing, feeds_of
+from optin_deploy.data.module_feeds import example_in
 from optin_deploy.errors import BadInput
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.run import Program
 
 
 class One(nn.Module):
@@ -204,3 +207,26 @@ def test_unequal_inputs_are_told() -> None:
         feeds_of(Two(), [(X, B[:5])])
     with pytest.raises(BadInput, match="batch 1: it has x, batch 0 has x, scale"):
         feeds_of(Optional(), [{"x": X, "scale": X}, {"x": X}])
+
+
+def test_an_example_frees_the_axes_whose_sizes_differ() -> None:
+    class Padded(nn.Module):
+        def forward(self, ids: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+            return (ids * mask).sum(1, keepdim=True) * weight.float()
+
+    def batch(rows: int, length: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, 9, (rows, length))
+        return {"ids": ids, "mask": torch.ones_like(ids), "weight": torch.randn(rows, 3)}
+
+    found = feeds_of(Padded(), [batch(12, 1), batch(20, 7), batch(9, 5)], ALL).calibration
+    example = example_in(found)
+    assert example.axes == {"ids": {0: "batch", 1: "size_1"}, "mask": {0: "batch", 1: "size_1"}, "weight": {0: "batch"}}
+    assert {name: tuple(value.shape) for name, value in example.inputs.items()} == {
+        "ids": (2, 7),
+        "mask": (2, 7),
+        "weight": (2, 3),
+    }
+    network = read_module(Padded(), example.inputs, axes=example.axes)
+    for each in found.batches:
+        ran = next(iter(Program(network)(each).outputs.values()))
+        assert torch.allclose(ran, Padded()(**each))
