@@ -83,6 +83,32 @@ def test_masks_of_any_type_are_ones_and_zeros(dtype: int) -> None:
     assert torch.equal(batch["attention_mask"].long(), (batch["input_ids"] != 0).long())
 
 
+def test_padding_on_the_left_moves_mask_and_positions(tmp_path: Path) -> None:
+    shutil.copy(tiny.bert() / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"padding_side": "left", "pad_token": "[PAD]"}))
+    names = ("input_ids", "attention_mask", "position_ids")
+    found = read_feeds(
+        text(*names), tiny.lines(), Preparation(str(tmp_path), seq_len=16), Drawing(held_out=0)
+    ).calibration
+    right = fed(text(*names), drawing=Drawing(held_out=0)).calibration
+    assert any(batch["attention_mask"][:, 0].min() == 0 for batch in found.batches)
+    for one, other in zip(found.batches, right.batches, strict=True):
+        mask = one["attention_mask"]
+        assert torch.equal(mask, other["attention_mask"].flip(1))
+        assert torch.equal(one["position_ids"], (mask.cumsum(1) - 1).clamp(min=0))
+    plain = [{name: each for name, each in batch.items() if name != "position_ids"} for batch in found.batches]
+    again = [{name: each for name, each in batch.items() if name != "position_ids"} for batch in right.batches]
+    assert [key for batch in plain for key in row_keys(batch)] == [key for batch in again for key in row_keys(batch)]
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pkl", ".npy", ".parquet", ""])
+def test_other_files_are_refused_with_what_is_possible(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data{ending}"
+    path.write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"Possible: texts \(.txt, .jsonl, .csv\), a folder of images, or .*\.npz"):
+        fed(text(), path)
+
+
 def test_a_fixed_length_is_filled_and_texts_are_cut_to_it() -> None:
     found = fed(text(shape=("batch", 12)), seq_len=None).calibration
     assert {batch["input_ids"].shape[1] for batch in found.batches} == {12}

@@ -79,7 +79,7 @@ class Arrays:
             array = npy.read_array(stream, allow_pickle=False)
             if array.dtype.kind in "US":
                 return array
-            return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+            return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
 
 
 _STEP = "Write it again with numpy.savez or safetensors, whole."

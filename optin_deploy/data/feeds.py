@@ -13,16 +13,18 @@ from torch import nn
 
 from optin_deploy.checkpoint.beside_graph import load_processor, load_tokenizer
 from optin_deploy.data.array_feeds import array_feeds, array_files
+from optin_deploy.data.arrays import ENDINGS
 from optin_deploy.data.bundled import bundled_samples
 from optin_deploy.data.calibration import split
 from optin_deploy.data.halves import MIN_SAMPLES, halves, most_held_out, too_few
 from optin_deploy.data.image_feeds import Pixels, image_feeds, image_input
+from optin_deploy.data.images import IMAGE_EXTENSIONS
 from optin_deploy.data.module_feeds import module_feeds
 from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.data.ports import Takes, takes
 from optin_deploy.data.repeats import distinct
 from optin_deploy.data.rows import Batching, Feeds, grouped, rows_of
-from optin_deploy.data.samples import Sample, read_samples
+from optin_deploy.data.samples import TEXT_EXTENSIONS, Sample, read_samples
 from optin_deploy.data.text_feeds import text_feeds, text_inputs
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
@@ -182,8 +184,14 @@ def _batching(inputs: Takes, preparation: Preparation) -> Batching:
 
 def _samples(inputs: Takes, source: Source, preparation: Preparation) -> tuple[Sample, ...]:
     if isinstance(source, str | PathLike):
+        path = Path(source)
+        if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *IMAGE_EXTENSIONS):
+            raise BadInput(
+                f"{path}: cannot read {path.suffix or 'it'}. Possible: texts ({', '.join(TEXT_EXTENSIONS)}), a"
+                f" folder of images, or every input by its name ({', '.join(ENDINGS)}). {inputs.as_arrays}"
+            )
         columns = {"text_column": preparation.text_column, "label_column": preparation.label_column}
-        return read_samples(Path(source), **columns, pair_column=preparation.pair_column)
+        return read_samples(path, **columns, pair_column=preparation.pair_column)
     if source is not None:
         return tuple(source)
     images = any(port.shape is not None and len(port.shape) == 4 for port in inputs.ports.values())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from optin_deploy.data.array_feeds import labels_of
 from optin_deploy.data.rows import Feeds, Label
 from optin_deploy.errors import BadInput
+from optin_deploy.network.examples import Example
 
 WHAT = (
     "A batch is a dict of tensors by the names of the forward's arguments, one row a sample, a tuple of them in that"
@@ -85,6 +86,24 @@ def module_feeds(model: nn.Module, given: Any, *, most: int, names: Sequence[str
     if not batches:
         raise BadInput(f"{_told(given)} gives no calibration batches. {WHAT} {arguments}.")
     return Feeds(tuple(batches), tuple(labels), f"a {type(given).__name__}")
+
+
+def example_in(feeds: Feeds) -> Example:
+    """Make inputs to trace a module with: two rows, and as free axes that of the rows and those whose sizes differ.
+
+    Axes whose sizes are the same in every batch, such as the tokens of ids and mask, have one name.
+    """
+    sizes: dict[tuple[int, ...], str] = {}
+    axes = {}
+    for name, value in feeds.batches[0].items():
+        axes[name] = {0: "batch"}
+        for axis in range(1, value.dim()):
+            found = tuple(batch[name].shape[axis] for batch in feeds.batches)
+            if len(set(found)) > 1:
+                axes[name][axis] = sizes.setdefault(found, f"size_{len(sizes) + 1}")
+    # A size of 1 would be taken for fixed.
+    batch = max(feeds.batches, key=lambda batch: min(batch[name].shape[axis] for name in axes for axis in axes[name]))
+    return Example({name: torch.cat([value, value])[:2] for name, value in batch.items()}, axes)
 
 
 def _each(given: Any) -> Iterator[Any]:
@@ -204,12 +223,12 @@ class _Reader:
             raise self.bad(f"{name} is {_told(given)}; it needs numbers")
         wide = np.dtype(np.float64 if array.dtype.kind == "f" else np.int64)
         plain = array.dtype in (np.bool_, np.uint8, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(array, array.dtype if plain else wide))
+        return torch.from_numpy(np.array(array, array.dtype if plain else wide, order="C"))
 
     def _labels(self, given: Any, rows: int) -> list[Label]:
         values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-            values = torch.from_numpy(np.ascontiguousarray(values))
+            values = torch.from_numpy(np.array(values, order="C"))
         if isinstance(values, np.ndarray) and values.dtype.kind not in "US":
             raise self.bad(f"its labels are {_told(given)}; possible are numbers and names of classes, one a row")
         return labels_of(values, rows, f"{self.where}: the labels")

@@ -59,7 +59,7 @@ def takes(network: Network) -> Takes:
     free = [name for name, size in first.items() if isinstance(size, str)]
     fixed = [size for size in first.values() if isinstance(size, int)]
     rows = None if free or not fixed else fixed[0]
-    shared = tuple(name for name, size in first.items() if not isinstance(size, str) and size != rows)
+    shared = tuple(name for name, size in first.items() if size is None or (isinstance(size, int) and size != rows))
     return Takes(network.source, ports, rows, shared, table_rows(network))
 
 

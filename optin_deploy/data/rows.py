@@ -30,7 +30,8 @@ class Feeds:
     """Inputs of a network in batches, on the CPU, with the labels in the order of the rows."""
 
     batches: tuple[Batch, ...]
-    """Each {input name: (rows, ...)}; inputs that all samples share stand last."""
+    """Each {input name: (rows, ...)}; inputs that all samples share stand last. `attention_mask` is there also where
+    the network calls it otherwise: run a network on those that it takes."""
     labels: tuple[Label, ...]
     """One a row, over all batches."""
     origin: str
