@@ -104,6 +104,8 @@ class Report:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
+    """Of a network cut in its graph: name, kind, kept and all units of each group; without heads and neurons."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that the process held, by stage."""
     schema_version: int = SCHEMA_VERSION
@@ -274,9 +276,15 @@ def to_markdown(report: Report) -> str:
             *machine_lines(report.latency),
         ]
     kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
+    if report.groups:
+        of_groups = [(g["name"], g["kind"], f"{g['kept']:,}", f"{g['units']:,}") for g in report.groups]
+        parts.append(to_table(("group", "kind", "kept", "of"), of_groups))
+    else:
+        parts += [
+            f"Of heads and FFN alone {report.macs['prunable_kept']:.1%} of the MACs stay.",
+            to_table(("layer", "heads", "neurons"), kept),
+        ]
     parts += [
-        f"Of heads and FFN alone {report.macs['prunable_kept']:.1%} of the MACs stay.",
-        to_table(("layer", "heads", "neurons"), kept),
         "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items()) + ".",
         *_stage_memory(report.memory),

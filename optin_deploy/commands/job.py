@@ -7,6 +7,17 @@ from typing import Any
 
 import typer
 
+from optin_deploy.commands.networks import Shape, Units
+from optin_deploy.commands.onnx_job import (
+    OF_NETWORKS,
+    Compared,
+    ImageSize,
+    Mean,
+    Preprocessor,
+    Std,
+    Tokenizer,
+    export_onnx,
+)
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
     Allocation,
@@ -77,6 +88,10 @@ Examples:
     optin-export ./my-bert --calibration texts.jsonl --latency 4.0ms --at batch=1,seq=128
 
     optin-export ./my-vit --calibration photos/ --engine trt --prepare-only
+
+    optin-export model.onnx --calibration texts.jsonl --tokenizer ./my-tokenizer --flops 0.6
+
+    optin-export model.onnx --calibration inputs.npz --at batch=1 --at batch=8
 """
 
 
@@ -119,12 +134,24 @@ def export(
     timing_cache: TimingCache = None,
     compatible: Compatible = None,
     weights: Weights = "fixed",
+    tokenizer: Tokenizer = None,
+    preprocessor: Preprocessor = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    units: Units = None,
+    compared: Compared = None,
+    shape: Shape = None,
     out: Out = None,
     force: Force = False,
     dry_run: DryRun = False,
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    if model.lower().endswith(".onnx"):
+        export_onnx(ctx, dict(ctx.params))
+        return
+    refuse_idle(ctx, *OF_NETWORKS, why="it is for ONNX files")
     from exporters.bench.measuring import Point, parse_points
     from exporters.job import export_model
     from exporters.ready import check_measured, describe, ready

@@ -135,7 +135,7 @@ def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:
 
 
 def _quality(subject: Subject, smaller: Network, rows: Feeds) -> Quality:
-    judge = NetworkJudge(subject.program, subject.reading, rows)
+    judge = NetworkJudge(readouts(subject.program, subject.reading, rows), rows)
     return judge.of(readouts(Program(smaller), subject.reading, rows))
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from optin_deploy.budget import Budget, Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis
-from optin_deploy.planning.polynomial import Polynomial, Terms, Widths, add, terms_of, values
+from optin_deploy.planning.polynomial import Known, Polynomial, Terms, Widths, add, terms_of, values
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import Way, way
@@ -147,7 +147,7 @@ def costs_of(layout: Layout, sizes: Mapping[Axis, int] | None = None) -> Costs:
     structure = layout.structure
     names = {group.leaf.root: group.name for group in layout.groups}
     whole = {group.name: group.units for group in layout.groups}
-    known = {**(sizes or {}), **names}
+    known: Known = {**(sizes or {}), **names}
     terms: Terms = {}
     for _, axes in structure.products:
         add(terms, terms_of(axes, known))

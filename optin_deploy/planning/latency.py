@@ -18,8 +18,8 @@ from typing import Any, Self
 import numpy as np
 
 from optin_deploy.errors import BadInput
-from optin_deploy.planning.costs import Cost
 from optin_deploy.network.hashing import network_hash
+from optin_deploy.planning.costs import Cost
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from optin_deploy.planning.costs import costs_of
 from optin_deploy.network.hashing import network_hash
+from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.ladder import Ladder
 from optin_deploy.planning.latency import LatencyTable, Steps, TimeCost
 from optin_deploy.planning.widths import Choice, Keep, ladders_of

@@ -19,8 +19,8 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
-from optin_deploy.scoring.noise import sample_keys, stream
-from optin_deploy.scoring.subject import PADDING, Subject, tokens_of
+from optin_deploy.scoring.noise import PADDING, sample_keys, stream
+from optin_deploy.scoring.subject import Subject, tokens_of
 from optin_deploy.structure.stream import Feature, samples_axis
 from optin_deploy.token_weights import FLOOR, PROBES
 
