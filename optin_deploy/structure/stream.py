@@ -91,10 +91,15 @@ def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, .
 def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Feature | None:
     """None: samples or features have no axis of their own, or there are no tokens."""
     axes = structure.axes.get(value, ())
-    if len(axes) < 3 or samples_axis(structure, value) != 0:
+    if len(axes) < 3 or (samples_axis(structure, value) != 0 and not _takes_one(structure)):
         return None
     held = [position for position, axis in enumerate(axes) if position and _touches(axis, made)]
     return Feature(value, structure.network.producer[value].index, held[-1]) if held else None
+
+
+def _takes_one(structure: Structure) -> bool:
+    """Whether a run has a single sample: an axis of one entry is the same nowhere."""
+    return all((structure.shapes.shape(port.name) or ())[:1] in ((), (1,)) for port in structure.network.inputs)
 
 
 def _made(structure: Structure) -> Mapping[Axis, None]:
