@@ -80,7 +80,8 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         name: torch_tensor(network.weights[name]).to(subject.program.device, copy=True).requires_grad_()
         for name in early
         if int(network.weights[name].dtype) in REAL_TYPES
-    }  # so that everything behind them is recorded
+        and sum(size > 1 for size in network.weights[name].shape.numpy()) > 1
+    }  # so that everything behind tables and matrices is recorded
     values = [feature.value for feature in subject.features]
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
