@@ -204,3 +204,10 @@ def test_a_stored_tensor_knows_its_type() -> None:
     linear = linear_of(structure, structure.network.nodes[-1])
     assert structure.network.weights[linear.stored.name].dtype == ir.DataType.FLOAT16
     assert (linear.outputs, linear.inputs) == (4, 6)
+
+
+def test_what_is_scaled_otherwise_from_place_to_place_is_refused() -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Mul", ["p", "places"], ["out"])]
+    structure = structure_of(nodes, {"w": real(6, 4), "places": real(5, 1)}, {"x": real(2, 5, 6)})
+    with pytest.raises(Unsupported, match="in other places"):
+        solvable(structure, 0)

@@ -40,7 +40,7 @@ from optin_deploy.scoring.hearing import Counts, TokenWeights
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import Solvable, rows_of_value
-from optin_deploy.structure.solving import Changes, apart, drawn, pulled, reach
+from optin_deploy.structure.solving import Changes, apart, drawn, pulled, reach, scales
 
 ROWS = 32
 """Samples at once."""
@@ -141,48 +141,38 @@ class _Work:
         scale afterwards gives the same product as dividing the targets."""
         linear, shift = repair.product.linear, repair.product.shift
         ridge = Ridge(len(repair.inputs), len(repair.outputs), centred=shift is not None)
-        ends = {repair.end} if shift is None else {repair.end, shift.value}
-        cone = self.pruned.spans.cone(repair.at + 1, ends)
-        residual = [] if repair.residual is None else [repair.residual]
-        scale = grown = torch.ones(linear.outputs)
+        cone = self.pruned.spans.cone(repair.at + 1, {repair.end} if shift is None else {repair.end, shift.value})
+        compared = [repair.end, *([] if repair.residual is None else [repair.residual])]
+        scale = scales(self.pruned, repair.product, repair.end, rows_of(self.batches[0]))
+        reached = reach(self.pruned, repair.product, rows_of(self.batches[0]))
+        inverse = torch.where(scale.abs() > LEAST, 1 / scale, 0)
+        loud = int(scale.abs().argmax())
         for number, batch in enumerate(self.batches):
             count = rows_of(batch)
-            wanted = {repair.end, *residual}
-            teacher = self.dense.look(number, wanted)
-            pupil = self.pruned.look(number, {linear.reads, linear.gives, *wanted, *cone.needs})
+            teacher = self.dense.look(number, compared)
+            pupil = self.pruned.look(number, {linear.reads, linear.gives, *compared, *cone.needs})
             end, given = pupil[repair.end], pupil[linear.gives]
-            gap = end.new_zeros(())
-            for name in (repair.end, *residual):
-                gap = gap + teacher[name] - pupil[name]
-            counts = self.counts.at(number, repair.end, end, repair.at, behind=True)
-            whole = torch.ones_like(end)
-            asked: list[tuple[str, Tensor | None]] = [
-                (repair.end, whole),
-                (repair.end, gap),
-                (repair.end, whole * counts.to(end)),
-            ]
-            if shift is not None:
-                asked.append((shift.value, None))
-            pulled_back = pulled(self.pruned.program, cone, {**self.changes.weights, **pupil}, linear.gives, asked)
+            gap = torch.stack([teacher[name] - pupil[name] for name in compared]).sum(0)
+            counts = self.counts.at(number, repair.end, end, repair.at, behind=True).to(end)
             chosen = drawn(linear.places(given, count))
-            ones, gaps, weighed, *passed = (linear.rows_out(each, count, chosen) for each in pulled_back)
-            if not number:
-                scale = ones[0, 0].double().cpu()
-                grown = passed[0][0, 0].double().cpu() if passed else grown
-            least = ones.abs() > LEAST
-            target = torch.where(least, gaps / ones, 0)
-            rows = weighed.double().abs().sum(-1) / ones.double().abs().sum(-1).clamp(min=LEAST)
-            ridge.add(
-                linear.rows_in(pupil[linear.reads], count, chosen)[..., repair.inputs],
-                target[..., repair.outputs],
-                rows,
+            gaps, counted = (
+                linear.rows_out(each, count, chosen)
+                for each in pulled(
+                    self.pruned.program,
+                    cone,
+                    {**self.changes.weights, **pupil},
+                    linear.gives,
+                    [(repair.end, gap), (repair.end, counts.expand(end.shape))],
+                )
             )
+            found = linear.rows_in(pupil[linear.reads], count, chosen)[..., repair.inputs]
+            wanted = (gaps * inverse.to(gaps))[..., repair.outputs]
+            ridge.add(found, wanted, counted[..., loud] * float(inverse[loud]))
         change, offset, told = _solved(ridge, linear.node, "output")
-        if told.ridge is None:
-            return told
-        inverse = torch.where(scale.abs() > LEAST, 1 / scale, 0)[repair.outputs]
-        self.changes.add(repair.product, repair.outputs, repair.inputs, (change * inverse).T)
-        self.changes.shift(repair.product, repair.outputs, offset * inverse * grown[repair.outputs])
+        if told.ridge is not None:
+            back = inverse[repair.outputs]
+            self.changes.add(repair.product, repair.outputs, repair.inputs, (change * back).T)
+            self.changes.shift(repair.product, repair.outputs, offset * back * reached[repair.outputs])
         return told
 
     def _inputs(self, repair: InputRepair) -> Repaired:

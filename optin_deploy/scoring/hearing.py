@@ -80,7 +80,8 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         name: torch_tensor(network.weights[name]).to(subject.program.device, copy=True).requires_grad_()
         for name in early
         if int(network.weights[name].dtype) in REAL_TYPES
-    }  # so that everything behind them is recorded
+        and sum(size > 1 for size in network.weights[name].shape.numpy()) > 1
+    }  # so that everything behind tables and matrices is recorded
     values = [feature.value for feature in subject.features]
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
@@ -89,17 +90,19 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
     if directions is None:
         keys = sample_keys(batch)
         directions = [random_direction(readout, keys, stream(seed, "token weights", n)) for n in range(PROBES)]
-    roots = [run.watched[value] for value in values]
-    gradients = [
-        torch.autograd.grad(readout.values, roots, each.detach(), retain_graph=True, allow_unused=True)
-        for each in directions
-    ]
+    live = {value: root for value, root in run.watched.items() if root.requires_grad}
+    gradients: dict[str, list[Tensor]] = {value: [] for value in values}
+    for each in directions if live else ():
+        back = torch.autograd.grad(
+            readout.values, list(live.values()), each.detach(), retain_graph=True, allow_unused=True
+        )
+        for value, gradient in zip(live, back, strict=True):
+            gradients[value] += [] if gradient is None else [gradient]
     found = {}
-    for place, feature in enumerate(subject.features):
-        parts = [each[place] for each in gradients]
-        like = tokens_of(feature, roots[place], rows_of(batch))
-        along = [torch.zeros_like(like) if part is None else tokens_of(feature, part, rows_of(batch)) for part in parts]
-        norms = torch.linalg.vector_norm(torch.stack(along).double(), dim=(0, -1))  # (batch, tokens)
+    for feature in subject.features:
+        along = gradients[feature.value] or [torch.zeros_like(run.watched[feature.value])]
+        tokens = torch.stack([tokens_of(feature, each, rows_of(batch)) for each in along])
+        norms = torch.linalg.vector_norm(tokens.double(), dim=(0, -1))  # (batch, tokens)
         valid = padding(batch)
         fits = valid is not None and valid.shape == norms.shape
         real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)

@@ -159,7 +159,11 @@ def solvable(structure: Structure, index: int) -> Solvable:
 
     Raises: Unsupported: it is none; says why.
     """
-    linear, way = linear_of(structure, structure.network.nodes[index]), way_from(structure, index)
+    network = structure.network
+    linear, way = linear_of(structure, network.nodes[index]), way_from(structure, index)
+    factors = [name for scale in way.scale for name in network.nodes[scale].inputs if name in network.fixed]
+    if any(math.prod(structure.shapes.shape(name) or ()) not in (1, linear.outputs) for name in factors):
+        raise Unsupported("what it gives is multiplied by other numbers in other places")
     return Solvable(linear, way, _shift(structure, linear, way))
 
 

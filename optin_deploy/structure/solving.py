@@ -84,18 +84,23 @@ def pulled(
     ]
 
 
-def reach(stream: Stream, product: Solvable, samples: int) -> Tensor:
-    """Return by how much an offset of each output of a product grows until the vector is added, in the first batch.
+def scales(stream: Stream, product: Solvable, end: str, samples: int) -> Tensor:
+    """Return by what each output of a product is multiplied on its way to a value, in the first batch.
 
     Args: samples: of the first batch.
     """
-    linear, shift = product.linear, product.shift
-    if shift is None or not product.way.scale or not linear.seen:
-        return torch.ones(linear.outputs, dtype=torch.float64)
-    cone = stream.spans.cone(linear.node.index + 1, {shift.value})
+    linear = product.linear
+    cone = stream.spans.cone(linear.node.index + 1, {end})
     values = stream.look(0, {linear.gives, *cone.needs})
-    back = pulled(stream.program, cone, {**stream.weights, **values}, linear.gives, [(shift.value, None)])[0]
+    back = pulled(stream.program, cone, {**stream.weights, **values}, linear.gives, [(end, None)])[0]
     return linear.rows_out(back, samples)[0, 0].double().cpu()
+
+
+def reach(stream: Stream, product: Solvable, samples: int) -> Tensor:
+    """Return the same for the value where the vector is added."""
+    if product.shift is None or not product.way.scale or not product.linear.seen:
+        return torch.ones(product.linear.outputs, dtype=torch.float64)
+    return scales(stream, product, product.shift.value, samples)
 
 
 def drawn(places: int) -> Tensor | None:
