@@ -152,6 +152,7 @@ def test_other_names_of_the_same_inputs_are_known() -> None:
     ("network", "told"),
     [
         (text("input_ids", "decoder_input_ids"), r"does not fill decoder_input_ids int64 \(batch, length\)\..*savez"),
+        (text("input_ids", *(f"past_key_values.{i}" for i in range(60))), r"past_key_values.7 .* and 52 others\."),
         (text("attention_mask"), "no input of .* takes ids"),
         (text("input_ids", shape=("batch", 3, LENGTH)), r"\(rows, tokens\); it takes input_ids int64"),
         (tiny_ports.image("batch", 3, 8, 8), "does not fill image float"),

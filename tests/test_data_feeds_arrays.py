@@ -175,6 +175,14 @@ def test_what_is_no_input_is_told_and_not_used(tmp_path: Path, caplog: pytest.Lo
     assert "not used, as they are no inputs of the network: 'notes'" in caplog.text
 
 
+def test_labels_of_other_kinds_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = fed(one(), stored(tmp_path / "data.npz", x=X, labels=np.zeros((ROWS, 2)))).calibration
+    assert set(found.labels) == {None}
+    assert "(2,) numbers a sample are no labels that are used" in caplog.text
+    places = fed(one(), stored(tmp_path / "data.npz", x=X, labels=np.zeros((ROWS, 2, 3), int))).calibration
+    assert all(isinstance(label, torch.Tensor) and label.shape == (6,) for label in places.labels)
+
+
 def changed(**more: Any) -> dict[str, Any]:
     return {"input_ids": IDS, "attention_mask": MASK} | more
 
@@ -193,7 +201,7 @@ WRONG: list[tuple[Callable[[], Network], Mapping[str, Any], str]] = [
     (both, changed(attention_mask=MASK * (np.arange(ROWS) != 3)[:, None]), "sample 3 has no token"),
     (both, changed(labels=np.arange(5)), r"labels has the shape \(5,\) for 40 samples"),
     (both, changed(labels=np.full(ROWS, np.nan)), "are no labels"),
-    (both, changed(labels=np.zeros((ROWS, 2))), "possible are one number a sample"),
+    (both, changed(labels=np.array([["a"]] * ROWS)), "names of classes have one axis"),
     (one, {"x": X[:, :4]}, r"x has the shape \(40, 4\); the network takes x float \(batch, 5\), numbers are fixed"),
     (one, {"x": np.where(X[7, 2] == X, np.nan, X)}, "x holds NaN or infinity, first in sample 7"),
     (one, {"x": X.astype(np.complex64)}, "x holds complex64 values"),

@@ -39,11 +39,11 @@ def values(feeds: Feeds) -> torch.Tensor:
     return found[found.double().flatten(1).sum(1).argsort()]
 
 
-def by_hand(size: int, pixels: Pixels, mode: str = "RGB") -> torch.Tensor:
-    rows = []
+def by_hand(size: int, pixels: Pixels, mode: str = "RGB", width: int | None = None) -> torch.Tensor:
+    rows, width = [], width or size
     for path in sorted(tiny.photos().rglob("*.png")):
-        array = np.asarray(Image.open(path).convert(mode).resize((size, size), Image.Resampling.BILINEAR), np.float64)
-        array = (array.reshape(size, size, -1) * pixels.scale - np.array(pixels.mean)) / np.array(pixels.std)
+        array = np.asarray(Image.open(path).convert(mode).resize((width, size), Image.Resampling.BILINEAR), np.float64)
+        array = (array.reshape(size, width, -1) * pixels.scale - np.array(pixels.mean)) / np.array(pixels.std)
         rows.append(torch.from_numpy(array.astype(np.float32)).movedim(-1, 0))
     found = torch.stack(rows)
     return found[found.double().flatten(1).sum(1).argsort()]
@@ -76,6 +76,13 @@ def test_channels_last_grey_and_other_types() -> None:
     bytes_ = values(fed(image("b", 24, 24, 3, dtype=TensorProto.UINT8)))
     assert bytes_.dtype == torch.uint8
     assert torch.equal(bytes_.movedim(-1, 1).float(), by_hand(24, Pixels(scale=1.0)))
+
+
+def test_height_comes_before_width() -> None:
+    fixed = values(fed(image("b", 3, 16, 40), pixels=IMAGENET))
+    assert torch.allclose(fixed, by_hand(16, IMAGENET, width=40), atol=1e-5)
+    free = values(fed(image("b", "h", "w", 3), pixels=IMAGENET, image_size=(16, 40)))
+    assert torch.equal(free.movedim(-1, 1), fixed)
 
 
 def test_blue_first_turns_the_channels_round() -> None:

@@ -122,13 +122,13 @@ def test_transformers_models_take_what_their_tokenizer_makes() -> None:
 def test_an_iterator_is_read_once_and_no_further_than_needed() -> None:
     read = 0
 
-    def endless() -> Iterator[Tensor]:
+    def many() -> Iterator[Tensor]:
         nonlocal read
-        while True:
+        for _ in range(50):
             read += 1
             yield torch.randn(10, 3, 8, 8)
 
-    found = feeds_of(One(), endless(), Drawing(samples=30))
+    found = feeds_of(One(), many(), Drawing(samples=30))
     assert found.held_out is not None
     assert (len(found.calibration), len(found.held_out)) == (30, 16)
     assert read == 5
@@ -157,6 +157,12 @@ def test_batches_of_other_sizes_stay_apart() -> None:
     assert sorted(len(batch["x"]) for batch in found.batches) == [8, 9, 16, 16]
 
 
+def test_labels_that_are_boxes_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    found = feeds_of(One(), [(X, [{"boxes": X}] * 40)], ALL).calibration
+    assert set(found.labels) == {None}
+    assert "which are not used" in caplog.text
+
+
 class Samples:
     """A map-style data set."""
 
@@ -170,7 +176,7 @@ class Samples:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (5, "the calibration batches are a int, 5"),
+        (5, "the calibration batches are an int, 5"),
         ("x.npz", "the calibration batches are a str"),
         ([], "gives no calibration batches"),
         (iter([]), "gives no calibration batches"),

@@ -65,7 +65,7 @@ def array_feeds(inputs: Takes, paths: Sequence[Path], origin: str) -> Feeds:
         batches.append(batch)
         rows = len(batch[inputs.samples[0]])
         given = LABELS in file.headers and LABELS not in inputs.ports
-        labels += labels_of(file.read(LABELS), rows, f"{file.path}: {LABELS}") if given else [None] * rows
+        labels += (labels_of(file.read(LABELS), rows, f"{file.path}: {LABELS}") if given else None) or [None] * rows
     if unused:
         log.warning("%s: not used, as they are no inputs of the network: %s", origin, short(", ".join(unused), 200))
     return Feeds(tuple(batches), tuple(labels), origin, inputs.shared)
@@ -87,9 +87,10 @@ def _numbers(file: Arrays, name: str) -> Tensor:
     return values
 
 
-def labels_of(values: Array, rows: int, where: str) -> list[Label]:
-    """Labels of rows, from an array: (rows,), (rows, 1) or (rows, positions).
+def labels_of(values: Array, rows: int, where: str) -> list[Label] | None:
+    """Labels of rows, from an array: (rows,), (rows, 1), or of classes of positions (rows, ...).
 
+    Returns: None: they are of a kind that is not used, of which a warning tells.
     Raises: BadInput: another number of rows, or values that are no labels.
     """
     shape = tuple(values.shape)
@@ -105,9 +106,7 @@ def labels_of(values: Array, rows: int, where: str) -> list[Label]:
         raise BadInput(f"{where} holds values that are no labels: complex numbers, NaN or infinity.")
     if values[0].numel() == 1:
         return [each.item() for each in values.reshape(rows)]
-    if values.is_floating_point() or values.dim() != 2:
-        raise BadInput(
-            f"{where} has the shape {shape} and type {values.dtype}; possible are one number a sample, or one class"
-            " for each position (samples, positions), negative where none counts."
-        )
-    return list(values.to(torch.int64))
+    if values.is_floating_point():
+        log.warning("%s: %s numbers a sample are no labels that are used; classes are whole numbers", where, shape[1:])
+        return None
+    return list(values.to(torch.int64).flatten(1))

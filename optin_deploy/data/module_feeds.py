@@ -7,6 +7,7 @@ inputs are told apart only where nothing else can be meant. An iterator is read 
 from __future__ import annotations
 
 import inspect
+import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from optin_deploy.data.array_feeds import labels_of
 from optin_deploy.data.rows import Feeds, Label
 from optin_deploy.errors import BadInput
 from optin_deploy.network.examples import Example
+
+log = logging.getLogger(__name__)
 
 WHAT = (
     "A batch is a dict of tensors by the names of the forward's arguments, one row a sample, a tuple of them in that"
@@ -146,7 +149,7 @@ class _Reader:
         count = next(iter(rows.values()))
         if count == 0:
             raise self.bad("it has no rows")
-        return batch, [None] * count if labels is None else self._labels(labels, count)
+        return batch, (None if labels is None else self._labels(labels, count)) or [None] * count
 
     def _apart(self, given: Any) -> tuple[Mapping[Any, Any], Any]:
         """(inputs by name, labels or None)."""
@@ -225,7 +228,11 @@ class _Reader:
         plain = array.dtype in (np.bool_, np.uint8, np.float32)
         return torch.from_numpy(np.array(array, array.dtype if plain else wide, order="C"))
 
-    def _labels(self, given: Any, rows: int) -> list[Label]:
+    def _labels(self, given: Any, rows: int) -> list[Label] | None:
+        """None: they are of a kind that is not used, such as boxes."""
+        if isinstance(given, Mapping) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping)):
+            log.warning("%s: its labels are %s, which are not used", self.where, _told(given))
+            return None
         values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
             values = torch.from_numpy(np.array(values, order="C"))
@@ -255,4 +262,5 @@ def _told(value: Any) -> str:
     """Type and size, or the value itself where it is short."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"an array of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
-    return f"a {type(value).__name__}, {_shown(value)}"
+    name = type(value).__name__
+    return f"a{'n' if name[0] in 'aeiouAEIOU' else ''} {name}, {_shown(value)}"

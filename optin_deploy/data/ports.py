@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,12 @@ class Takes:
 
     def __str__(self) -> str:
         """All inputs, as messages tell them."""
-        return ", ".join(map(told, self.ports.values()))
+        return few([told(port) for port in self.ports.values()])
 
     @property
     def as_arrays(self) -> str:
         """How to give all inputs in one file."""
-        return SAVE.format(names=", ".join(f"{name}=..." if name.isidentifier() else "..." for name in self.ports))
+        return SAVE.format(names=few([f"{name}=..." for name in self.ports]))
 
 
 def takes(network: Network) -> Takes:
@@ -68,6 +68,11 @@ def _first(port: Port) -> int | str | None:
     if port.shape is None:
         return "?"
     return port.shape[0] if port.shape else None
+
+
+def few(words: Sequence[str], most: int = 8) -> str:
+    """A list of words, cut short."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} others" if len(words) > most else "")
 
 
 def told(port: Port) -> str:
@@ -147,11 +152,16 @@ def typed(port: Port, values: Tensor, where: str, table: int | None = None) -> T
     if values.numel() and not values.is_floating_point():
         _check_whole(port, values, wanted, where, table)
     found = values.to(wanted)
-    if wanted.is_floating_point and not bool(torch.isfinite(found).all()):
-        row = next(i for i, each in enumerate(found if found.dim() else found[None]) if not each.isfinite().all())
-        cause = "" if not values.isfinite().all() else f" in {_name(found)}, the type that the network takes"
+    if wanted.is_floating_point and not bool(finite(found).all()):
+        row = next(i for i, each in enumerate(found if found.dim() else found[None]) if not finite(each).all())
+        cause = "" if not finite(values).all() else f" in {_name(found)}, the type that the network takes"
         raise BadInput(f"{where} holds NaN or infinity{cause}, first in sample {row}. Correct it, or leave it out.")
     return found
+
+
+def finite(values: Tensor) -> Tensor:
+    """Which values are neither NaN nor infinite; of 8 bits torch does not tell."""
+    return torch.isfinite(values.float() if values.dtype.itemsize == 1 else values)
 
 
 def type_of(port: Port) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optin_deploy.checkpoint.raw_tokenizer import warn_of_unknown
 from optin_deploy.data.calibration import Batches, encode_sample
-from optin_deploy.data.ports import Takes, fitted, told
+from optin_deploy.data.ports import Takes, few, fitted, told
 from optin_deploy.data.rows import MASK, Batch, Batching, Feeds, grouped
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
@@ -55,7 +55,7 @@ def text_inputs(inputs: Takes) -> TextInputs:
         roles |= {alone[0]: IDS} if len(alone) == 1 else {}
     others = [port for name, port in inputs.ports.items() if name not in roles]
     if others or IDS not in roles.values():
-        what = f"a text does not fill {', '.join(map(told, others))}" if others else f"no input of {inputs} takes ids"
+        what = f"a text does not fill {few(list(map(told, others)))}" if others else f"no input of {inputs} takes ids"
         raise BadInput(f"{inputs.source}: {what}. {inputs.as_arrays}")
     twice = [role for role in set(roles.values()) if list(roles.values()).count(role) > 1]
     flat = [inputs.ports[name] for name in roles if _rank(inputs, name) not in (None, 2) or name in inputs.shared]
