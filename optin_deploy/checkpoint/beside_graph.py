@@ -133,8 +133,9 @@ def _token(said: object) -> str | None:
 def _longest(said: Mapping[str, object]) -> int:
     """Most tokens of a text, by the settings."""
     longest = said.get("model_max_length")
-    told = isinstance(longest, int | float) and not isinstance(longest, bool) and 1 <= longest < UNLIMITED
-    return int(longest) if told else UNLIMITED  # type: ignore[call-overload]  # a number
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not 1 <= longest < UNLIMITED:
+        return UNLIMITED
+    return int(longest)
 
 
 def _checked(tokenizer: Any, where: str) -> Any:
