@@ -261,6 +261,32 @@ def test_damaged_tokenizers_are_refused(tmp_path: Path, name: str, content: str,
         load_tokenizer(hostile(tmp_path, name, content), "")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("model", "unk_token"), "nothing"),
+        (("post_processor", "special_tokens"), {}),
+        (("post_processor", "single"), [{"SpecialToken": {"id": "nothing", "type_id": 0}}]),
+    ],
+)
+def test_tokenizers_that_fail_on_texts_are_refused(tmp_path: Path, place: tuple[str, str], value: object) -> None:
+    tokenizer = json.loads((tiny.bert() / "tokenizer.json").read_text())
+    tokenizer[place[0]][place[1]] = value
+    with pytest.raises(BadInput, match=r"tokenizer\.json"):
+        load_tokenizer(hostile(tmp_path, "tokenizer.json", json.dumps(tokenizer)), "")
+
+
+@pytest.mark.parametrize("longest", ["x", [], {}, None, -1, 1e30, True])
+def test_an_odd_longest_text_is_no_limit(tmp_path: Path, longest: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": longest}))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(json.loads((tiny.bert() / "tokenizer.json").read_text())["model"]["vocab"])
+    )
+    assert load_tokenizer(str(tmp_path), "").model_max_length > 10**6
+    shutil.copy(tiny.bert() / "tokenizer.json", tmp_path)
+    assert load_tokenizer(str(tmp_path), "").model_max_length > 10**6
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "", "a/b/c"])
 def test_a_tokenizer_that_is_nowhere_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="no such file or folder"):

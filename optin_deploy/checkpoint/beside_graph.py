@@ -5,6 +5,7 @@ A graph has no config of transformers: tokenizer.json is taken as it is, and not
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +88,9 @@ def _tokenizer_in(folder: Path) -> Any:
     if found == ["vocab.txt"] and not _names_class(folder, settings):
         kind = transformers.BertTokenizer  # what writes this file
     with wall(f"{folder} has no usable tokenizer ({', '.join(found)})", TOKENIZER):
-        return _checked(kind.from_pretrained(folder, trust_remote_code=False), str(folder))
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.model_max_length = _longest(settings.get("tokenizer_config.json", {}))
+        return _checked(tokenizer, str(folder))
 
 
 def _names_class(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> bool:
@@ -99,20 +102,20 @@ def _tokenizer_of(folder: Path, name: str) -> Any:
     path = support_file(folder, name)
     assert path is not None
     content = path.read_bytes()
-    raw = raw_tokenizer(content, str(path))
     settings = check_settings(folder, TEXT_SETTINGS)
     said = {**settings.get("special_tokens_map.json", {}), **settings.get("tokenizer_config.json", {})}
     special = {each: _token(said.get(each)) for each in SPECIAL}
-    longest, side = said.get("model_max_length"), said.get("padding_side")
+    side = said.get("padding_side")
     like = SimpleNamespace(
         **special,
-        model_max_length=int(longest) if isinstance(longest, int | float) and 1 <= longest < UNLIMITED else UNLIMITED,
+        model_max_length=_longest(said),
         padding_side=side if side in ("left", "right") else "right",
         truncation_side="left" if said.get("truncation_side") == "left" else "right",
     )
     with wall(f"{path} cannot be used", TOKENIZER):
+        raw = raw_tokenizer(content, str(path))
         tokenizer = _checked(of_file(content, raw, like), str(path))
-    odd = first_difference(tokenizer, raw, [Sample(text=text) for text in PROBES])
+        odd = first_difference(tokenizer, raw, [Sample(text=text) for text in PROBES])
     if odd is not None:
         raise BadInput(
             f"{path}: transformers gives other ids than the file itself, first for {shown(odd.text)}. Save it"
@@ -127,7 +130,16 @@ def _token(said: object) -> str | None:
     return said if isinstance(said, str) and said else None
 
 
+def _longest(said: Mapping[str, object]) -> int:
+    """Most tokens of a text, by the settings."""
+    longest = said.get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not 1 <= longest < UNLIMITED:
+        return UNLIMITED
+    return int(longest)
+
+
 def _checked(tokenizer: Any, where: str) -> Any:
+    """A tokenizer that makes ids of texts."""
     known = tokenizer.get_vocab()
     ordinary = set(known) - set(tokenizer.all_special_tokens)
     if len(ordinary) < FEWEST:
@@ -135,6 +147,9 @@ def _checked(tokenizer: Any, where: str) -> Any:
             f"{where} knows {len(known)} tokens, {len(ordinary)} of them ordinary ones: files of the vocabulary are"
             f" missing. {TOKENIZER}"
         )
+    tried = copy.deepcopy(tokenizer)
+    for text in PROBES:
+        tried(text, text, truncation=True, max_length=16, return_attention_mask=True, return_token_type_ids=True)
     return tokenizer
 
 
