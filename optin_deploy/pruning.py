@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from optin_deploy.arch.resolve import resolve
+from optin_deploy.arch.resolve import resolve, served
 from optin_deploy.arch.spec import ArchSpec
 from optin_deploy.arguments import checked, whole
 from optin_deploy.budget import Limits
@@ -41,6 +41,9 @@ from optin_deploy.search import (
 from optin_deploy.storage import sha256_tensors
 from optin_deploy.token_weights import TokenWeights, measure_token_weights
 
+if TYPE_CHECKING:
+    from optin_deploy.jobs.modules import PrunedModule
+
 
 def prune(
     model: nn.Module,
@@ -56,15 +59,17 @@ def prune(
     compensation: bool = True,
     spec: ArchSpec | None = None,
     seed: int = 0,
-) -> PrunedModel:
-    """Make a smaller copy of a trained transformer, without retraining; the input is untouched.
+) -> PrunedModel | PrunedModule:
+    """Make a smaller copy of a trained model, without retraining; the input is untouched.
 
         pruned = optin_deploy.prune(model, batches, flops=0.6)
         pruned.save("smaller")
         model = optin_deploy.load("smaller")
 
+    Families of `optin_deploy.arch.table` are cut module by module, and can be saved and loaded as transformers models;
+    any other module by the graph that it is exported to: then only `model`, `network` and `plan` are returned.
     Args:
-        model: a transformers model, dense.
+        model: a transformers model or any torch module, dense.
         batches: calibration inputs, a list, a generator or a DataLoader of batches: dicts of tensors, arrays or lists
             by the names of the model's inputs, or tuples in their order. Labels are left out.
         flops: share of the dense MACs to keep, in (0, 1]; 0.6 if nothing is limited.
@@ -83,6 +88,11 @@ def prune(
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     seq_len, compensation = whole(seq_len, "seq_len"), bool(checked(compensation, bool, "compensation"))
     check_search(16 if align is None else align, allocation)
+    if spec is None and isinstance(model, nn.Module) and not served(model):
+        from optin_deploy.jobs.modules import prune_module
+
+        how = {"align": align, "allocation": allocation, "settings": settings, "compensation": compensation}
+        return prune_module(model, batches, limits=allowed, seed=seed, **how)  # type: ignore[arg-type]
     with working(model):
         layout = resolve(model, spec)
         align = default_align(layout) if align is None else align

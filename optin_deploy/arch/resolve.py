@@ -52,6 +52,11 @@ def resolve(model: nn.Module, spec: ArchSpec | None = None) -> ModelLayout:
     return ModelLayout(arch=spec.name, model_class=type(model).__name__, layers=layers)
 
 
+def served(model: nn.Module) -> bool:
+    """Whether a row of the table is for models of this type."""
+    return getattr(getattr(model, "config", None), "model_type", None) in supported_model_types()
+
+
 def supported_model_types() -> tuple[str, ...]:
     """All `config.model_type` values that a row serves, sorted."""
     return tuple(sorted(set().union(*(row.model_types for row in TABLE))))

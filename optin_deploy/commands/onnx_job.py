@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.networks import NETWORK, sizes_of
-from optin_deploy.commands.parsing import echo, limits_of, refuse_idle, scoring_settings
+from optin_deploy.commands.parsing import echo, limits_of, refuse_idle, scoring_settings, size_of
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_report, stage_bar
 
@@ -106,6 +106,7 @@ def export_onnx(ctx: typer.Context, given: Mapping[str, Any]) -> None:
         given["engine"],
         batches_of(given["at"]),
         given["threads"],
+        size_of(given["memory_budget"], "--memory-budget"),
     )
     out = given["out"] or Path(f"{Path(given['model']).stem}-{limits}")
     report = export_network(request, out, force=given["force"], dry_run=given["dry_run"], stage=stage_bar)

@@ -22,7 +22,7 @@ from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, limits_of, prune_network
+from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready
 from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
@@ -60,6 +60,8 @@ class Request:
     batches: tuple[int, ...] = (1,)
     """Rows at once, where both networks are measured."""
     threads: int = 0
+    memory_budget: int | None = None
+    """Bytes that scoring may take; None: most of what is free."""
 
 
 def export_network(
@@ -74,19 +76,18 @@ def export_network(
     record.reserve((*NAMES, *(data_path(Path(name)).name for name in (DENSE, PRUNED))), force=force, dry_run=dry_run)
     with clock("load"):
         found = find_in(request.source, sizes=request.sizes)
-        rows = _rows(found.network, request)
+        asked = ready(found, _rows(found.network, request), request.recipe)
         _check_batches(found.network, request.batches)
-        limits_of(found, rows.calibration, request.recipe)
     if dry_run:
         return None
     out.mkdir(parents=True, exist_ok=True)
     record.begin()
-    pruned = prune_network(found, rows, request.recipe, known=_known(out), stage=clock)
+    pruned = prune_network(asked, known=_known(out), memory_budget=request.memory_budget, stage=clock)
     with clock("export"):
         errors = _written(found, pruned, request.source, out)
-        _record_samples(found, pruned, rows, out)
-    measured = _measured(target, request, pruned, rows.calibration, out, clock)
-    report = _report(request, found, pruned, rows, errors, measured, clock, out)
+        _record_samples(found, pruned, asked.rows, out)
+    measured = _measured(target, request, pruned, asked.rows.calibration, out, clock)
+    report = _report(request, found, pruned, asked.rows, errors, measured, clock, out)
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
     return report

@@ -24,7 +24,7 @@ from optin_deploy.network_quality import NetworkJudge, readouts
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.plan import NetworkPlan, Origin, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.planning.widths import Choice, Keep, choose
+from optin_deploy.planning.widths import Choice, Keep, check_choice, choose
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.quality import Quality
 from optin_deploy.scoring.hearing import token_weights
@@ -67,35 +67,71 @@ class PrunedNetwork:
     """On rows that nothing learned from; None: there are none."""
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A network with its data and what is asked; everything checked that can be without the work."""
+
+    found: Found
+    rows: Halves
+    recipe: Recipe
+    subject: Subject
+    limits: tuple[Limit, ...]
+
+    @property
+    def key(self) -> str:
+        """Hash of all that scores depend on."""
+        recipe, fingerprint = self.recipe, self.rows.calibration.fingerprint
+        reading = asdict(self.subject.reading)
+        how = [asdict(recipe.scoring), recipe.choice.kinds, reading]
+        return sha256_json([network_hash(self.found.network), fingerprint, *how])
+
+
+def ready(found: Found, rows: Halves, recipe: Recipe) -> Ready:
+    """Check that network, data and budget fit together.
+
+    Args: found: the network with its groups, as `jobs.networks.find_in` returns it. rows: that teach, and that judge.
+    Raises: BadInput, InfeasibleBudget.
+    """
+    subject = Subject.of(found.layout, output=recipe.output, kind=recipe.read_as)
+    limits = tuple(limits_within(costs_of(found.layout, sizes_of(found, rows.calibration)), recipe.limits))
+    check_choice(found.layout, limits, recipe.choice)
+    check_runs(subject.program, rows.calibration)
+    return Ready(found, rows, recipe, subject, limits)
+
+
 def prune_network(
-    found: Found, rows: Halves, recipe: Recipe, *, known: UnitScores | None = None, stage: Stage = silent_stage
+    asked: Ready, *, known: UnitScores | None = None, memory_budget: int | None = None, stage: Stage = silent_stage
 ) -> PrunedNetwork:
     """Make a network smaller; the given one is untouched.
 
-    Args:
-        found: the network with its groups, as `jobs.networks.find_in` returns it.
-        rows: calibration rows, and those that judge.
-        known: scores of an earlier run; they are taken if they were made of the same in the same way.
-    Raises: BadInput, InfeasibleBudget, NonFiniteActivation: data, budget or network do not fit. NotProven: our fault.
+    Args: known: scores of an earlier run; they are taken if they were made of the same in the same way.
+        memory_budget: bytes that scoring may take; None: most of what is free.
+    Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
     """
-    subject = Subject.of(found.layout, output=recipe.output, kind=recipe.read_as)
+    found, rows, recipe, subject = asked.found, asked.rows, asked.recipe, asked.subject
     batches = rows.calibration.batches
-    check_runs(subject.program, rows.calibration)
-    limits = limits_of(found, rows.calibration, recipe)
-    key = sha256_json(
-        [network_hash(found.network), rows.calibration.fingerprint, asdict(recipe.scoring), recipe.choice.kinds]
-    )
     with stage("score") as progress:
-        if known is None or known.provenance.get("key") != key:
-            known = score_units(subject, batches, recipe.scoring, kinds=recipe.choice.kinds, progress=progress)
-        scores = replace(known, provenance={**known.provenance, "key": key})
+        if known is None or known.provenance.get("key") != asked.key:
+            known = score_units(
+                *(subject, batches, recipe.scoring),
+                kinds=recipe.choice.kinds,
+                memory_budget=memory_budget,
+                progress=progress,
+            )
+        scores = replace(known, provenance={**known.provenance, "key": asked.key})
     numbers = {name: values.numpy() for name, values in scores.scores.items()}
-    weights = token_weights(subject, batches) if recipe.compensation else None
+    by_curves = recipe.choice.allocation == "curves"
+    weights = token_weights(subject, batches) if recipe.compensation or by_curves else None
     curves = None
-    if recipe.choice.allocation == "curves":
+    if by_curves:
         with stage("curves") as progress:
-            curves = unit_curves(subject, scores.scores, batches, token_weights=weights, progress=progress)
-    keep = choose(found.layout, numbers, limits, recipe.choice, curves=curves)
+            curves = unit_curves(
+                *(subject, scores.scores, batches),
+                kinds=recipe.choice.kinds,
+                token_weights=weights,
+                progress=progress,
+            )
+    keep = choose(found.layout, numbers, asked.limits, recipe.choice, curves=curves)
     repaired = None
     if recipe.compensation:
         with stage("compensate") as progress:
@@ -109,17 +145,7 @@ def prune_network(
     if rows.held_out is not None:
         with stage("judge"):
             quality = _quality(subject, smaller, rows.held_out)
-    return PrunedNetwork(
-        smaller, dense, _plan(found, rows.calibration, keep, numbers, recipe), scores, repaired, proof, quality
-    )
-
-
-def limits_of(found: Found, rows: Feeds, recipe: Recipe) -> list[Limit]:
-    """The limits in amounts; multiply-accumulates are counted for one of the widest calibration rows.
-
-    Raises: InfeasibleBudget, BadInput.
-    """
-    return limits_within(costs_of(found.layout, sizes_of(found, rows)), recipe.limits)
+    return PrunedNetwork(smaller, dense, _plan(asked, keep, numbers), scores, repaired, proof, quality)
 
 
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:
@@ -139,7 +165,8 @@ def _quality(subject: Subject, smaller: Network, rows: Feeds) -> Quality:
     return judge.of(readouts(Program(smaller), subject.reading, rows))
 
 
-def _plan(found: Found, rows: Feeds, keep: Keep, scores: Mapping[str, np.ndarray], recipe: Recipe) -> NetworkPlan:
+def _plan(asked: Ready, keep: Keep, scores: Mapping[str, np.ndarray]) -> NetworkPlan:
+    recipe, layout = asked.recipe, asked.found.layout
     settings: dict[str, Any] = {"limits": given(recipe.limits), **asdict(recipe.choice)}
     origin = Origin(recipe.scoring.scorer, hash_of(scores))
-    return plan_of(found.layout, keep, settings, origin, sizes=sizes_of(found, rows))
+    return plan_of(layout, keep, settings, origin, sizes=sizes_of(asked.found, asked.rows.calibration))

@@ -219,7 +219,7 @@ class _Trade:
         rungs = left.shape[1]
         if rungs * len(wider) * len(self.ladders) ** 2 <= ALL:
             return range(rungs)
-        enough = (left[:, :, None] >= needed[:, None, :]).all(0)  # (rungs, widths)
+        enough = np.all(left[:, :, None] >= needed[:, None, :], axis=0)  # (rungs, widths)
         found = {rungs - 1 - int(column[::-1].argmax()) for column in enough.T if column.any()}
         return sorted({*range(max(0, rungs - REACH), rungs), *found})
 

@@ -64,10 +64,9 @@ def choose(
     Raises: InfeasibleBudget: even the least that can be kept is more. BadInput: nothing can be cut, or scores or curves
         are not those of the layout.
     """
-    ladders = ladders_of(layout, choice, emptying)
+    ladders = check_choice(layout, limits, choice, emptying)
     _check_scores(layout, ladders, scores)
     whole = {group.name: group.units for group in layout.groups}
-    _check_feasible(limits, narrowest(ladders, whole), choice)
     if choice.allocation == "curves":
         if curves is None:
             raise BadInput("--allocation curves needs error curves, which need data. Use uniform or paper.")
@@ -82,6 +81,18 @@ def choose(
     assert fits(limits, widths), "a plan is within its limits"
     names = [each.name for each in ladders if widths[each.name] < each.units]
     return {name: best(scores[name], widths[name]) for name in names}
+
+
+def check_choice(
+    layout: Layout, limits: Sequence[Limit], choice: Choice, emptying: Collection[str] = ()
+) -> list[Ladder]:
+    """Return the widths of all groups that may be cut.
+
+    Raises: BadInput: there is none. InfeasibleBudget: even the least that can be kept is more than the limits.
+    """
+    ladders = ladders_of(layout, choice, emptying)
+    _check_feasible(limits, narrowest(ladders, {group.name: group.units for group in layout.groups}), choice)
+    return ladders
 
 
 def ladders_of(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -> list[Ladder]:
