@@ -18,7 +18,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.network.probe import probes_of
 from optin_deploy.planning.costs import Costs, Limit
 from optin_deploy.planning.latency import HeldOut, LatencyTable, Steps, TimeCost
-from optin_deploy.planning.points import cells, table_of, keep_at
+from optin_deploy.planning.points import cells, keep_at, table_of
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.structure.branches import bypassed

@@ -60,8 +60,8 @@ OF_NETWORKS = ("tokenizer", "preprocessor", "image_size", "mean", "std", "units"
 
 def export_onnx(ctx: typer.Context, given: Mapping[str, Any]) -> None:
     """Do the job on the options of `optin-export`."""
+    from exporters.network_job import Request, export_network
     from optin_deploy.data.feeds import Drawing, Preparation
-    from optin_deploy.jobs.exporting import Request, export_network
     from optin_deploy.jobs.pruning import Recipe
     from optin_deploy.planning.widths import DEFAULT_ALIGN, DEFAULT_KINDS, Choice
 
