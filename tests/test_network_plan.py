@@ -20,8 +20,8 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.network.axes import Axis, kept, product, total, units_along
 from optin_deploy.network.graph import Network
-from optin_deploy.network.probe import probes_of
 from optin_deploy.network.hashing import network_hash
+from optin_deploy.network.probe import probes_of
 from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.planning.widths import Choice, best, choose

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -269,3 +270,11 @@ def test_what_cannot_be_scored_is_refused_with_the_next_step() -> None:
         score_units(subject(), batches(), kinds=("channels",))
     with pytest.raises(BadInput, match="'layers'"):
         score_units(subject(), batches(), kinds=("layers",))
+
+
+def test_a_network_for_exactly_two_samples_is_refused() -> None:
+    model = onnx.load(export("resnet", "torchscript").path)
+    for port in (*model.graph.input, *model.graph.output):
+        port.type.tensor_type.shape.dim[0].dim_value = 2
+    with pytest.raises(BadInput, match=r"takes 2 samples at once.*Export it with a free batch"):
+        score_units(Subject.of(find_in(model).layout), batches("resnet"))

@@ -315,5 +315,5 @@ def test_a_network_of_whole_numbers_whose_range_follows_from_a_batch_is_masked_a
                 o = o + moved("logits", dense[0], bent[0], None)
             assert float(terms.sums[group][OUTPUT, 0]) == pytest.approx(float(o), rel=1e-3)
             assert float(o) > 1e-6
-    with pytest.raises(BadInput, match="DynamicQuantizeLinear .* rounds to 8 bits.*--scorer exact"):
+    with pytest.raises(BadInput, match=r"DynamicQuantizeLinear .* rounds to 8 bits.*--scorer exact"):
         slope_terms(network, [batch], Projections(range(1), range(1)))
