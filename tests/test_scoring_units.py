@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.zoo.dialects import dialect
 from benchmarks.zoo.export import export
 from optin_deploy.cutting.masks import masks
+from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.run import Program
 from optin_deploy.scoring.features import PAPER, Features
@@ -312,4 +313,7 @@ def test_a_network_of_whole_numbers_whose_range_follows_from_a_batch_is_masked_a
                 one = {key: value[row : row + 1] for key, value in batch.items()}
                 dense, bent = (network.run(one, masks=m).outputs["logits"].double() for m in ({}, places))
                 o = o + moved("logits", dense[0], bent[0], None)
-            assert float(terms.sums[group][OUTPUT, 0]) == pytest.approx(float(o), rel=1e-3, abs=1e-9)
+            assert float(terms.sums[group][OUTPUT, 0]) == pytest.approx(float(o), rel=1e-3)
+            assert float(o) > 1e-6
+    with pytest.raises(BadInput, match=r"DynamicQuantizeLinear .* rounds to 8 bits.*--scorer exact"):
+        slope_terms(network, [batch], Projections(range(1), range(1)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.errors import BadInput
 from optin_deploy.masking import Batch, rows_of
 from optin_deploy.network.run import Place
 from optin_deploy.progress import Progress, silent
@@ -26,6 +27,9 @@ from optin_deploy.scoring.sketch import GAUSSIAN_SQUARES
 from optin_deploy.scoring.subject import Dense, Subject, dense_run, masks_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms
 from optin_deploy.structure.groups import UnitGroup
+
+ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+"""Operators by which activations become whole numbers; one of them is in every network that computes with these."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ def slope_terms(
         dtype: in which products are computed, such as bfloat16 where the hardware multiplies it; None: as they are.
             What is compared, and all sums, stay as they are.
     Returns: sums over samples and projections.
-    Raises: BadInput: an operator cannot be run in this type.
+    Raises: BadInput: an operator cannot be run in this type, or the network rounds on the way.
     """
+    check_smooth(subject)
     groups = subject.layout.groups if groups is None else groups
     terms = Terms.zeros(groups)
     terms.probes = len(projections.trajectory)
@@ -112,6 +117,20 @@ class _Recorded:
             terms.sums[group][row] += squares.sum(0).cpu()
             if not certain:
                 terms.sums[group][VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()
+
+
+def check_smooth(subject: Subject) -> None:
+    """Refuse networks that round on the way: no slope foretells what they do.
+
+    Raises: BadInput: names the first operator that does.
+    """
+    network = subject.structure.network
+    for node in network.nodes:
+        if node.op in ROUNDING and node.inputs[0] not in network.fixed:
+            raise BadInput(
+                f"{node} rounds to 8 bits, so that slopes say nothing of the units before it. Score this network with "
+                "--scorer exact, or score the one that it was quantised from."
+            )
 
 
 def _add_trajectory(recorded: _Recorded, projections: Projections, terms: Terms) -> None:

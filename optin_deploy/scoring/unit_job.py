@@ -209,8 +209,14 @@ def _batches(subject: Subject, given: Sequence[Batch]) -> tuple[Batch, ...]:
 
     Raises: BadInput: there are none, an input is missing, or inputs differ in rows.
     """
-    names = [port.name for port in subject.structure.network.inputs]
-    found = []
+    ports = subject.structure.network.inputs
+    fixed = [port.shape[0] for port in ports if port.shape and port.shape[0] != 1 and isinstance(port.shape[0], int)]
+    if fixed:
+        raise BadInput(
+            f"this network takes {fixed[0]} samples at once, no more and no less, but units are scored for each sample "
+            "alone. Export it with a free batch, or for one sample."
+        )
+    names, found = [port.name for port in ports], []
     for number, batch in enumerate(given):
         missing = [name for name in names if name not in batch]
         if missing:

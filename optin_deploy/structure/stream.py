@@ -110,7 +110,7 @@ def _made(structure: Structure) -> Mapping[Axis, None]:
     for node in network.nodes:
         for place in rows()[node.domain, node.op].factors or ():
             if node.inputs[place] in network.fixed:  # stored as it is, or transposed or dequantised before
-                axes = stored.get((node.index, place), structure.axes.get(node.inputs[place], ()))
+                axes = stored.get((node.index, place), structure.axes.get(node.inputs[place], []))
                 found.update({leaf: None for axis in axes for leaf in axis.leaves() if leaf.size > 1})
     return found
 
