@@ -216,7 +216,7 @@ def test_ids_that_a_file_hands_through_are_not_what_is_compared() -> None:
     ]
     outputs = [value("ids_out", "b", "n", dtype=INT64), value("states", "b", "n", 4, dtype=FLOAT)]
     network = read(model_of(nodes, [value("input_ids", "b", "n", dtype=INT64)], outputs, [weight("words", 9, 4)]))
-    assert reading_of(network, {"ids_out": 2, "states": 3}).output == "states"
+    assert reading_of(network, {"ids_out": (2, 7), "states": (2, 7, 8)}).output == "states"
 
 
 def test_as_many_labels_as_rows() -> None:

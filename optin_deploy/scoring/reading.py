@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,11 +72,11 @@ class Reading:
 
 
 def reading_of(
-    network: Network, ranks: Mapping[str, int | None], *, output: str | None = None, kind: Kind | None = None
+    network: Network, shapes: Mapping[str, Sequence[int] | None], *, output: str | None = None, kind: Kind | None = None
 ) -> Reading:
     """Choose what is compared: the output that is named so, or called logits, or the first of real numbers.
 
-    Args: ranks: numbers of axes of the outputs.
+    Args: shapes: of the outputs; None: not known.
     Raises: BadInput: there is no such output.
     """
     names = [port.name for port in network.outputs]
@@ -85,18 +85,24 @@ def reading_of(
     named = [name for name in names if "logits" in name.lower()]
     real = [port.name for port in network.outputs if port.dtype.is_floating_point()]  # some files put out their inputs
     chosen = output or (named or real or names)[0]
-    return Reading(chosen, kind or _kind(network, chosen, ranks.get(chosen)))
+    return Reading(chosen, kind or _kind(network, chosen, shapes.get(chosen)))
 
 
-def _kind(network: Network, output: str, rank: int | None) -> Kind:
+def _kind(network: Network, output: str, shape: Sequence[int] | None) -> Kind:
     maker = _maker(network, output)
+    if shape is not None and len(shape) < 3 and shape[-1:] == (1,):
+        return "regression"  # one class alone says nothing
     if maker is not None and maker.op in ("Softmax", "Sigmoid"):
         return "probabilities" if maker.op == "Softmax" else "regression"
     if maker is not None and maker.op == "LogSoftmax":
         return "logits"
     if "logits" in output.lower():
         return "logits"
-    return "logits" if rank == 2 and maker is not None and _adds_bias(network, maker) else "embedding"
+    return (
+        "logits"
+        if shape is not None and len(shape) == 2 and maker is not None and _adds_bias(network, maker)
+        else "embedding"
+    )
 
 
 def _maker(network: Network, output: str) -> Node | None:

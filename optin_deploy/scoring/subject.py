@@ -106,8 +106,7 @@ class Subject:
         """
         network = layout.structure.network
         shapes = {port.name: layout.structure.shapes.shape(port.name) for port in network.outputs}
-        ranks = {name: None if shape is None else len(shape) for name, shape in shapes.items()}
-        reading = reading_of(network, ranks, output=output, kind=kind)
+        reading = reading_of(network, shapes, output=output, kind=kind)
         return cls(layout, Program(network, device=device, dtype=dtype), reading)
 
     @property
