@@ -22,12 +22,14 @@ from benchmarks.zoo.real import REAL, Unavailable, exported_by_torchscript
 from exporters.bench.comparing import settle
 from optin_deploy.bench.gate import Limit
 from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
+from optin_deploy.planning.costs import costs_of, limits_within
 from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Choice, choose
@@ -72,7 +74,8 @@ def row(name: str, flops: float, threads: int, folder: Path) -> dict[str, Any]:
     dense, smaller = folder / "dense.onnx", folder / "smaller.onnx"
     write(fixed(read(real.path()), sized), dense)
     found = find_in(dense)
-    keep = choose(found.layout, magnitudes(found.layout), Choice(flops))
+    limits = limits_within(costs_of(found.layout), Limits(flops))
+    keep = choose(found.layout, magnitudes(found.layout), limits, Choice(one_measure=False))
     network = cut(found.layout, keep)
     proof = prove(found.layout, keep, network, found.probes)
     cost = plan_of(found.layout, keep).cost

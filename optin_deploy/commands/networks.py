@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from optin_deploy.commands.parsing import echo
 from optin_deploy.errors import BadInput
 from optin_deploy.numbers import si, size
 from optin_deploy.terminal import print_table, stage_bar, warn
+
+if TYPE_CHECKING:
+    from optin_deploy.budget import Limits
 
 INSPECT_EXAMPLES = """
 Examples:
@@ -113,7 +116,7 @@ def inspect(
 def plan_network(
     network: str,
     *,
-    flops: float | None,
+    limits: Limits,
     align: int | None,
     allocation: str | None,
     units: str | None,
@@ -123,7 +126,6 @@ def plan_network(
     dry_run: bool,
 ) -> None:
     """Plan a network by magnitude."""
-    from optin_deploy.budget import DEFAULT_FLOPS
     from optin_deploy.jobs.planning import plan_network as plan
     from optin_deploy.planning.widths import ALLOCATIONS, DEFAULT_ALIGN, DEFAULT_KINDS, Choice
 
@@ -131,12 +133,11 @@ def plan_network(
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
     kinds = DEFAULT_KINDS if units is None else tuple(kind.strip() for kind in units.split(","))
     choice = Choice(
-        DEFAULT_FLOPS if flops is None else flops,
         kinds,
         DEFAULT_ALIGN if align is None else align,
         ALLOCATIONS[0] if allocation is None else allocation,
     )
-    found, layout = plan(network, out, choice, sizes=sizes_of(shape), force=force, dry_run=dry_run)
+    found, layout = plan(network, out, limits, choice, sizes=sizes_of(shape), force=force, dry_run=dry_run)
     rows = [
         (group.name, f"{len(found.keep.get(group.name, range(group.units))):,}", f"{group.units:,}")
         for group in layout.groups
@@ -185,7 +186,8 @@ def cost_line(plan: Any) -> str:
     cost = plan.cost
     return (
         f"keeps {cost.macs_pruned / max(1, cost.macs_dense):.1%} of {si(cost.macs_dense)} MACs, "
-        f"{si(cost.weights_dense)} -> {si(cost.weights_pruned)} weights"
+        f"{si(cost.weights_dense)} -> {si(cost.weights_pruned)} weights, "
+        f"{size(cost.bytes_dense)} -> {size(cost.bytes_pruned)}"
     )
 
 

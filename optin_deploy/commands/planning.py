@@ -51,7 +51,7 @@ Examples:
 
     optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
-OF_JOBS = ("params", "size", "max_drop", "evaluation", "compensation")
+OF_JOBS = ("max_drop", "evaluation", "compensation")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
 """Those that it has none for."""
@@ -81,10 +81,10 @@ def plan(
     ONNX file or a model without scores; writes --out.
     """
     if magnitude:
-        refuse_idle(ctx, *OF_JOBS, why="a plan by --magnitude is made without data, under --flops alone")
+        refuse_idle(ctx, *OF_JOBS, why="a plan by --magnitude is made without data")
         plan_network(
             str(folder),
-            flops=flops,
+            limits=limits_of(flops, params, size, None),
             align=align if given(ctx, "align") else None,
             allocation=allocation if given(ctx, "allocation") else None,
             units=units,

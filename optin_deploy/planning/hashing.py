@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,3 +62,12 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:
     if tensor.dtype == ir.DataType.STRING:
         return repr(tensor.numpy().tolist()).encode()
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
+
+
+def hash_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the sha256 (hex) of numbers by name, such as scores of groups; in whichever order."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        values = np.ascontiguousarray(array, dtype="<f8")
+        digest.update(f"{name!r} {values.shape}\n".encode() + values.tobytes())
+    return digest.hexdigest()

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.hashing import network_hash
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
-from optin_deploy.structure.macs import macs, weight_entries
 from optin_deploy.validation import STORED, holds, read_stored, validated
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+BY_HAND = (1, SCHEMA_VERSION)
+"""Versions of plans that were made by hand: they name what stays, and nothing else."""
 HINT = (
     "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
-    '{"schema_version": 1, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
+    '{"schema_version": 2, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
 )
 
 
@@ -33,12 +35,33 @@ class PlanCost:
     weights_dense: int
     """Entries of stored tensors that the network reads."""
     weights_pruned: int
+    """More than before where a weight that many nodes share is cut by some of them, and little else goes."""
+    bytes_dense: int
+    """Of these tensors, in the types in which they are stored."""
+    bytes_pruned: int
     inputs: Mapping[str, tuple[int, ...]]
     """Shapes of the inputs at which multiply-accumulates are counted."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.macs_pruned <= self.macs_dense and 0 <= self.weights_pruned <= self.weights_dense):
+        counts = (self.weights_dense, self.weights_pruned, self.bytes_dense, self.bytes_pruned)
+        if not 0 <= self.macs_pruned <= self.macs_dense or min(counts) < 0:
             raise BadInput("a cut network costs more than the dense one, or less than nothing")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which scores ranked the units, and which curves and latency table the widths follow."""
+
+    __pydantic_config__ = STORED
+
+    scores: str
+    """How they were made, such as magnitude."""
+    scores_hash: str
+    """`hash_of` all scores by name of group."""
+    curves_hash: str | None = None
+    """Of the error curves; None: they were not needed."""
+    latency_hash: str | None = None
+    """Of the latency table; None: no time was asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,14 @@ class NetworkPlan:
     network: str | None = None
     """`planning.hashing.network_hash` of what it was made for; None: made by hand, for whatever has these groups."""
     cost: PlanCost | None = None
+    origin: Origin | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was made."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
+        by_hand = self.network is None and self.cost is None and self.origin is None
+        if self.schema_version not in (BY_HAND if by_hand else (SCHEMA_VERSION,)):
             raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
 
     @property
@@ -110,7 +135,10 @@ def is_plan(path: Path) -> bool:
 
 
 def plan_of(
-    layout: Layout, keep: Mapping[str, Sequence[int]], settings: Mapping[str, Any] | None = None
+    layout: Layout,
+    keep: Mapping[str, Sequence[int]],
+    settings: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
 ) -> NetworkPlan:
     """Make the plan that keeps these units.
 
@@ -119,12 +147,13 @@ def plan_of(
     checked(layout, keep)
     structure = layout.structure
     units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
-    sizes = {leaf: len(kept) for leaf, kept in layout.leaves(units).items()}
+    costs = costs_of(layout)
+    widths = costs.widths(units)
+    inputs = {port.name: structure.shapes.shape(port.name) or () for port in structure.network.inputs}
     cost = PlanCost(
-        macs(structure),
-        macs(structure, sizes),
-        weight_entries(structure),
-        weight_entries(structure, sizes),
-        {port.name: structure.shapes.shape(port.name) or () for port in structure.network.inputs},
+        *(costs.macs.dense, costs.macs.of(widths)),
+        *(costs.params.dense, costs.params.of(widths)),
+        *(costs.size.dense, costs.size.of(widths)),
+        inputs,
     )
-    return NetworkPlan(units, network_hash(structure.network), cost, dict(settings or {}))
+    return NetworkPlan(units, network_hash(structure.network), cost, origin, dict(settings or {}))

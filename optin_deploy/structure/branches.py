@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from optin_deploy.network.graph import Node
 from optin_deploy.network.run import Place
 from optin_deploy.structure.flow import Contraction, Structure
-from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.makers import Roles
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
@@ -141,3 +141,11 @@ def _next(structure: Structure, value: str) -> tuple[Node, int, tuple[int, ...]]
 
 def _is_vector(structure: Structure, name: str) -> bool:
     return sum(size > 1 for size in structure.shapes.shape(name) or (2, 2)) < 2
+
+
+def bypassed(layout: Layout) -> frozenset[str]:
+    """Return the names of the groups that a residual stream goes around: they may lose all of their units.
+
+    A network without any unit of another group, such as the channels of a stage, computes nothing from there on.
+    """
+    return frozenset(group.name for group in layout.groups if all(branches(layout.structure, group)))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from optin_deploy.network.axes import Axis, size
+from optin_deploy.network.axes import Axis, size, touched
 from optin_deploy.structure.flow import Structure
+
+Way = tuple[object, ...] | Axis | int
+"""How an axis is cut, as something to compare by."""
 
 
 def macs(structure: Structure, sizes: Mapping[Axis, int] | None = None) -> int:
@@ -16,10 +19,43 @@ def macs(structure: Structure, sizes: Mapping[Axis, int] | None = None) -> int:
 
 
 def weight_entries(structure: Structure, sizes: Mapping[Axis, int] | None = None) -> int:
-    """Return the entries of all stored weights that nodes read, each stored tensor counted once."""
+    """Return the entries of all stored weights that nodes read, each stored tensor counted once.
+
+    A weight that several nodes cut differently is stored once for each of them.
+    """
     sizes = sizes or {}
-    found: dict[tuple[str, tuple[int, ...]], int] = {}
+    cut = {leaf: None for leaf, left in sizes.items() if left != leaf.size}
+    found: dict[tuple[str, tuple[Way, ...]], int] = {}
     for use in structure.uses:
-        shape = tuple(size(axis, sizes) for axis in use.axes)
-        found[use.weight, shape] = math.prod(shape)
+        ways = tuple(way(axis, cut) for axis in use.axes)
+        found[use.weight, ways] = math.prod(size(axis, sizes) for axis in use.axes)
     return sum(found.values())
+
+
+def way(axis: Axis, cut: Mapping[Axis, object]) -> Way:
+    """Return the same for two axes of a weight exactly if the same of their entries stay, whichever units of leaves go.
+
+    Args: cut: the leaves that lose units.
+    """
+    axis = axis.root
+    if not touched(axis, cut):
+        return axis.size
+    if axis.kind == "leaf":
+        return axis
+    found: list[Way] = []
+    for part in _flat(axis):
+        one = way(part, cut)
+        if found and isinstance(one, int) and isinstance(before := found[-1], int):
+            found[-1] = before * one if axis.kind == "product" else before + one
+        else:
+            found.append(one)
+    return axis.kind, *found
+
+
+def _flat(axis: Axis) -> Iterator[Axis]:
+    """Parts, with the parts of those that are of the same kind."""
+    for part in axis.parts:
+        if part.kind == axis.kind:
+            yield from _flat(part.root)
+        else:
+            yield part.root

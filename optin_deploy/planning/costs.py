@@ -1,0 +1,204 @@
+"""What any plan of a network costs, exactly: multiply-accumulates, parameters and bytes, as its algebra tells them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from optin_deploy.budget import Budget, Limits
+from optin_deploy.errors import BadInput
+from optin_deploy.network.axes import Axis
+from optin_deploy.planning.polynomial import Polynomial, Terms, Widths, add, terms_of, values
+from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.macs import Way, way
+
+MOST = 2**62
+"""Of any cost, so that sums fit into 64 bits."""
+
+
+class Resource(Protocol):
+    """What a plan spends, in whole numbers."""
+
+    @property
+    def option(self) -> str:
+        """What the user calls it, such as --flops."""
+
+    @property
+    def dense(self) -> int:
+        """Of the network as it is."""
+
+    def of(self, widths: Widths) -> int:
+        """Return the exact cost at these widths of all groups."""
+
+    def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
+        """Return what the cost changes by if one group has each of these counts, and the others stay as they are.
+
+        Returns: (counts,) whole numbers.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """A weight that is stored once for each way in which nodes cut it, or whose entries share bytes."""
+
+    ways: tuple[Polynomial, ...]
+    groups: tuple[frozenset[str], ...]
+    """Of each way, the groups that are cut along it."""
+    bits: int | None
+    """Of an entry; None: entries are counted."""
+
+    def of(self, widths: Widths, whole: Widths) -> int:
+        """Return its entries or bytes."""
+        cut = [any(widths[name] < whole[name] for name in names) for names in self.groups]
+        stored = [self.ways[0].of(whole)] if not all(cut) else []
+        stored += [entries.of(widths) for entries, changed in zip(self.ways, cut, strict=True) if changed]
+        return sum(entries if self.bits is None else -(-entries * self.bits // 8) for entries in stored)
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """A `Resource` that is a polynomial, but for a few weights."""
+
+    option: str
+    polynomial: Polynomial
+    copies: tuple[Copies, ...]
+    whole: Widths
+    """Units of all groups."""
+
+    @cached_property
+    def dense(self) -> int:
+        """See `Resource.dense`."""
+        return self.of(self.whole)
+
+    def of(self, widths: Widths) -> int:
+        """See `Resource.of`."""
+        return self.polynomial.of(widths) + sum(each.of(widths, self.whole) for each in self.copies)
+
+    def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
+        """See `Resource.changes`."""
+        powers = self.polynomial.along(name, widths)
+        found = values(powers, np.array([widths[name], *counts], dtype=np.int64))
+        for each in self._copies_of.get(name, ()):
+            found += [each.of({**widths, name: count}, self.whole) for count in (widths[name], *counts)]
+        changed: np.ndarray = found[1:] - found[0]
+        return changed
+
+    @cached_property
+    def _copies_of(self) -> Mapping[str, list[Copies]]:
+        found: dict[str, list[Copies]] = {}
+        for each in self.copies:
+            for name in frozenset().union(*each.groups):
+                found.setdefault(name, []).append(each)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """All that the algebra knows of a network's plans."""
+
+    macs: Cost
+    """Multiply-accumulates of the probe's inputs."""
+    params: Cost
+    """Entries of the stored weights that nodes read."""
+    size: Cost
+    """Bytes of these, in the types in which they are stored."""
+
+    def widths(self, keep: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Return the widths of all groups, of which some keep these units."""
+        return {**self.macs.whole, **{name: len(units) for name, units in keep.items()}}
+
+
+def costs_of(layout: Layout) -> Costs:
+    """Find what plans cost.
+
+    A group without units costs nothing; what only its units read may go too, and is counted as if it stayed. Two ways
+    to cut a weight count as two stored tensors, also where they happen to keep the same units.
+    Raises: BadInput: numbers beyond 2^62.
+    """
+    structure = layout.structure
+    names = {group.leaf.root: group.name for group in layout.groups}
+    whole = {group.name: group.units for group in layout.groups}
+    terms: Terms = {}
+    for _, axes in structure.products:
+        add(terms, terms_of(axes, names))
+    macs = Cost("--flops", Polynomial(terms), (), whole)
+    costs = Costs(
+        macs, _stored(structure, names, whole, by_bytes=False), _stored(structure, names, whole, by_bytes=True)
+    )
+    if max(costs.macs.dense, costs.size.dense) >= MOST:
+        raise BadInput(
+            f"{structure.network.source}: {costs.macs.dense:.1e} multiply-accumulates and {costs.size.dense:.1e} bytes "
+            "are more than can be planned for. Give smaller inputs by --shape."
+        )
+    return costs
+
+
+def _stored(structure: Structure, names: Mapping[Axis, str], whole: Widths, *, by_bytes: bool) -> Cost:
+    """Entries or bytes of all weights."""
+    ways: dict[str, dict[tuple[Way, ...], tuple[Axis, ...]]] = {}
+    for use in structure.uses:
+        ways.setdefault(use.weight, {})[tuple(way(axis, names) for axis in use.axes)] = use.axes
+    terms: Terms = {}
+    copies = []
+    for weight, found in ways.items():
+        bits = _bits(structure.network.weights[weight].dtype)
+        each = [terms_of(axes, names) for axes in found.values()]
+        if len(each) == 1 and (bits % 8 == 0 or not by_bytes):
+            add(terms, each[0], bits // 8 if by_bytes else 1)
+            continue
+        groups = [frozenset(name for key in one for name in key) for one in each]
+        copies.append(Copies(tuple(map(Polynomial, each)), tuple(groups), bits if by_bytes else None))
+    return Cost("--size" if by_bytes else "--params", Polynomial(terms), tuple(copies), whole)
+
+
+def _bits(dtype: ir.DataType) -> int:
+    """Of an entry; a string, which is never cut, counts a byte."""
+    return 8 if dtype == ir.DataType.STRING else dtype.bitwidth
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """A resource, and the most that a plan may spend of it."""
+
+    resource: Resource
+    most: int
+    asked: str
+    """As the user said it, such as --flops 0.6."""
+    relative: bool = False
+    """Whether the user gave a share of the dense network."""
+
+    def told(self, amount: int) -> str:
+        """Return the option with which this amount is allowed, rounded up."""
+        option = self.resource.option
+        if self.relative:
+            return f"{option} {-(-(10**4) * amount // self.resource.dense) / 10**4:g}"
+        return (
+            f"{option} {-(-amount // 2**10)}KiB"
+            if option == "--size"
+            else f"{option} {math.ceil(amount / 1000) / 1000:g}ms"
+        )
+
+
+def limits_within(costs: Costs, limits: Limits) -> list[Limit]:
+    """Return the limits of multiply-accumulates, parameters and bytes that a user set; time is measured elsewhere."""
+    resources = {cost.option: cost for cost in (costs.macs, costs.params, costs.size)}
+    return [_limit(resources[budget.option], budget) for budget in limits.budgets()]
+
+
+def _limit(resource: Resource, budget: Budget) -> Limit:
+    # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
+    most = math.floor(Fraction(str(budget.limit)) * resource.dense) if budget.relative else int(budget.limit)
+    return Limit(resource, most, str(budget), budget.relative)
+
+
+def fits(limits: Sequence[Limit], widths: Widths) -> bool:
+    """Return whether widths stay within all limits."""
+    return all(limit.resource.of(widths) <= limit.most for limit in limits)

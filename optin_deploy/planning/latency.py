@@ -1,0 +1,217 @@
+"""The latency table: what the widths of groups take on one engine and device, measured inside the whole network.
+
+A group's share of the time cannot be timed by itself: engines fuse, overlap and keep things in caches. So whole
+networks are timed in which all groups of one shape have the same width, and the difference to the dense network is
+divided among them. The time of a plan is the dense time less what its groups save; between the measured widths it is
+interpolated. Where groups meet in a product, the second to be cut saves less than it would alone: by the part that its
+multiply-accumulates tell, on the average over both orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from optin_deploy.errors import BadInput
+from optin_deploy.planning.costs import Cost
+from optin_deploy.planning.hashing import network_hash
+from optin_deploy.planning.polynomial import Widths
+from optin_deploy.storage import sha256_json, write_json
+from optin_deploy.structure.groups import Layout
+from optin_deploy.validation import STORED, read_stored, validated
+
+SCHEMA_VERSION = 2
+HINT = "Measure it again with `optin profile`."
+MOST_NS = 10**15
+"""Eleven days."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What one group takes at a few widths."""
+
+    __pydantic_config__ = STORED
+
+    counts: tuple[int, ...]
+    """Kept units, rising; the last one is all."""
+    ns: tuple[int, ...]
+    """Nanoseconds less than the dense network takes; noise can make them rise or negative; 0 at the end."""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.counts, self.counts[1:], strict=False))
+        whole = len(self.counts) == len(self.ns) > 0 and self.counts[0] >= 0 == self.ns[-1] and rising
+        if not whole or max(map(abs, self.ns)) > MOST_NS:
+            raise BadInput(f"latency table: give a time for each width, 0 for all units: {self.counts}, {self.ns}.")
+
+    def saved(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return nanoseconds less for each count; a narrower group saves no less, and never less than nothing.
+
+        Below the least measured width no more is known to be saved.
+        """
+        falling = np.maximum.accumulate(np.maximum(self.ns, 0)[::-1])[::-1]
+        found: np.ndarray = np.interp(np.asarray(counts), self.counts, falling)
+        return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A plan that the table was not made from."""
+
+    __pydantic_config__ = STORED
+
+    widths: Mapping[str, int]
+    predicted_ns: int
+    measured_ns: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.measured_ns <= MOST_NS or not 0 <= self.predicted_ns <= MOST_NS:
+            raise BadInput(f"latency table: a plan of {self.predicted_ns} ns predicted, {self.measured_ns} measured")
+
+    @property
+    def error(self) -> float:
+        """Relative to the measured time; above 0: predicted too long."""
+        return self.predicted_ns / self.measured_ns - 1
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Times of one network on one engine, device and size of input."""
+
+    __pydantic_config__ = STORED
+
+    dense_ns: int
+    """Median of a batch through the dense network."""
+    groups: Mapping[str, Steps]
+    """By name; a group that is not there takes what it takes at any width."""
+    network: str
+    """`planning.hashing.network_hash` of what was measured."""
+    setting: Mapping[str, str | int]
+    """Engine, precision, shapes, threads, and the device and versions it was measured with."""
+    held_out: tuple[HeldOut, ...] = ()
+    """Plans that were measured to see how wrong the table is."""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
+        if not 0 < self.dense_ns <= MOST_NS:
+            raise BadInput(f"latency table: the dense network takes {self.dense_ns} ns")
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return sha256_json(self.to_json())
+
+    def check(self, layout: Layout, setting: Mapping[str, str | int] | None = None) -> None:
+        """Make sure that it is of this network, in this setting.
+
+        Raises: BadInput: names what differs.
+        """
+        units = {name: steps.counts[-1] for name, steps in self.groups.items()}
+        other = [
+            name for name, all_ in units.items() if name not in layout.by_name or layout.by_name[name].units != all_
+        ]
+        if other:
+            raise BadInput(
+                f"latency table: {layout.structure.network.source} has no group {other[0]!r} of that size. {HINT}"
+            )
+        if self.network != network_hash(layout.structure.network):
+            raise BadInput(f"latency table: of another network than {layout.structure.network.source}. {HINT}")
+        told = [
+            f"{key} is {self.setting.get(key)!r}, not {value!r}"
+            for key, value in (setting or {}).items()
+            if self.setting.get(key) != value
+        ]
+        if told:
+            raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(told)}. {HINT}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    def write(self, path: Path) -> None:
+        """Write a file, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises: BadInput: a field is missing, unknown or of the wrong type.
+        """
+        return validated(cls, data, "latency table: not one of optin-deploy", HINT)
+
+    @classmethod
+    def read(cls, path: Path) -> LatencyTable:
+        """Read a stored table.
+
+        Raises: BadInput: absent, damaged, or of another version.
+        """
+        return read_stored(LatencyTable, path, HINT, what="a latency table of optin-deploy")
+
+
+@dataclass(frozen=True, eq=False)
+class TimeCost:
+    """A `planning.costs.Resource` in nanoseconds, by a table."""
+
+    table: LatencyTable
+    macs: Cost
+    """Of the same network: they tell what groups that meet save together."""
+    option: str = "--latency"
+
+    @property
+    def dense(self) -> int:
+        """See `Resource.dense`."""
+        return self.table.dense_ns
+
+    def of(self, widths: Widths) -> int:
+        """See `Resource.of`; noise may lead below 0."""
+        cut = [name for name in self.table.groups if widths[name] < self.macs.whole[name]]
+        return self.table.dense_ns - sum(int(self._saved(name, widths[name], self._last(name, widths))) for name in cut)
+
+    def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
+        """See `Resource.changes`."""
+        every = np.array([widths[name], *counts], dtype=np.int64)
+        all_ = self.macs.whole[name]
+        saved = np.zeros(len(every), dtype=np.int64)
+        if name in self.table.groups:
+            more = self.macs.changes(name, [all_, *every.tolist()], widths)
+            saved += self._saved(name, every, more[0] - more[1:])
+        for other in self.macs.polynomial.meets(name) & self.table.groups.keys():
+            if widths[other] < self.macs.whole[other]:
+                whole = {**widths, other: self.macs.whole[other]}
+                counted = every.tolist()
+                more = self.macs.changes(name, counted, whole) - self.macs.changes(name, counted, widths)
+                saved += self._saved(other, widths[other], self._last(other, widths) + more)
+        changed: np.ndarray = saved[0] - saved[1:]
+        return changed
+
+    def part(self, name: str, widths: Widths) -> float:
+        """Return the part of what a group saves alone that it saves beside these widths of the others."""
+        alone = float(self._alone[name][widths[name]])
+        return (alone + self._last(name, widths)) / (2 * alone) if alone else 1.0
+
+    def _saved(self, name: str, counts: int | np.ndarray, last: int | np.ndarray) -> np.ndarray:
+        """Nanoseconds that a group saves, whole; `last`: what it saves of multiply-accumulates after all others."""
+        alone = np.maximum(self._alone[name][counts], 1)
+        found: np.ndarray = np.floor(self._steps[name][counts] * (alone + last) / (2 * alone)).astype(np.int64)
+        return found
+
+    def _last(self, name: str, widths: Widths) -> int:
+        return int(self.macs.changes(name, [self.macs.whole[name]], widths)[0])
+
+    @cached_property
+    def _alone(self) -> Mapping[str, np.ndarray]:
+        """Multiply-accumulates that each group saves at each width, while all others are whole."""
+        whole = self.macs.whole
+        return {name: -self.macs.changes(name, range(whole[name] + 1), whole) for name in self.table.groups}
+
+    @cached_property
+    def _steps(self) -> Mapping[str, np.ndarray]:
+        """Nanoseconds that each group saves at each width, while all others are whole."""
+        return {name: steps.saved(np.arange(steps.counts[-1] + 1)) for name, steps in self.table.groups.items()}

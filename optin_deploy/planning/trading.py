@@ -1,0 +1,184 @@
+"""Widths by error curves: the least summed error of all groups within all limits, where groups' costs may multiply.
+
+A multiple-choice knapsack solves it where costs add up. Where groups meet, costs are linearised around the widths in
+hand and solved again: such costs are convex in logarithms, so that the linear limit holds what the exact one allows
+around a point on it. Every answer is then corrected and improved by exact costs, and the best one is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Protocol
+
+import numpy as np
+
+from optin_deploy.allocate import Options, least_error
+from optin_deploy.errors import BadInput
+from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.ladder import Ladder
+from optin_deploy.planning.polynomial import Widths
+
+ROUNDS = 8
+"""Of linearising; it mostly stands still after three."""
+REACH = 3
+"""Rungs that a group gives up at once so that another can grow, where there are too many groups to try all."""
+ALL = 20_000
+"""Pairs of widths of two groups that are still tried all."""
+LEAST_GAIN = 1e-12
+"""Of the error of the narrowest network: what gains less is rounding."""
+
+
+class Curve(Protocol):
+    """The error of a network in which one group alone gets narrower, such as `optin_deploy.curves.Curve`."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Widths that were measured, ascending; the last one is all units."""
+
+    def at(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return errors, never rising with the width."""
+
+
+def check_curves(ladders: Sequence[Ladder], curves: Mapping[str, Curve]) -> None:
+    """Make sure that there is a curve for each group.
+
+    Raises: BadInput.
+    """
+    for each in ladders:
+        if each.name not in curves:
+            raise BadInput(f"--allocation curves: there is no error curve of {each.name}. Measure it, or leave it out.")
+        if curves[each.name].counts[-1] != each.units:
+            raise BadInput(
+                f"--allocation curves: the error curve of {each.name} is of {curves[each.name].counts[-1]} units, but "
+                f"the group has {each.units}. Measure the curves of this network."
+            )
+
+
+def least_summed_error(
+    ladders: Sequence[Ladder], curves: Mapping[str, Curve], limits: Sequence[Limit], start: Widths
+) -> dict[str, int]:
+    """Return the widths of all groups.
+
+    Args: start: widths that fit.
+    """
+    trade = _Trade(ladders, [curves[each.name].at(each.counts) for each in ladders], limits)
+    around: dict[str, int] | None = dict(start)
+    seen: list[dict[str, int]] = []
+    found = []
+    while around is not None and around not in seen and len(seen) < ROUNDS:
+        seen.append(around)
+        found.append(trade.grown(trade.corrected(around, start)))
+        around = trade.solved(around)
+    return trade.exchanged(min(found, key=trade.error))
+
+
+@dataclass(frozen=True, eq=False)
+class _Trade:
+    """Groups, what each of their widths costs in quality, and what may be spent."""
+
+    ladders: Sequence[Ladder]
+    errors: Sequence[np.ndarray]
+    limits: Sequence[Limit]
+
+    def error(self, widths: Widths) -> float:
+        """Summed over groups."""
+        pairs = zip(self.ladders, self.errors, strict=True)
+        return sum(float(errors[each.rung[widths[each.name]]]) for each, errors in pairs)
+
+    def solved(self, around: Widths) -> dict[str, int] | None:
+        """Find the best widths as if costs were linear; None: nothing fits then."""
+        options = []
+        room = self._room(around)
+        for each, errors in zip(self.ladders, self.errors, strict=True):
+            costs = self._changes(each, each.counts, around)
+            least = costs.min(1)
+            room -= least
+            options.append(Options(np.array(each.counts), errors, costs - least[:, None]))
+        found = least_error(options, room.tolist()) if room.min() >= 0 else None
+        if found is None:
+            return None
+        return {**around, **{each.name: count for each, count in zip(self.ladders, found, strict=True)}}
+
+    def corrected(self, widths: Widths, start: Widths) -> dict[str, int]:
+        """Take steps away, those of the least error for what is spent too much, until the exact costs fit."""
+        now = dict(widths)
+        while True:
+            over = np.maximum(-self._room(now), 0)
+            if not over.any():
+                return now
+            steps = []
+            for each, errors in zip(self.ladders, self.errors, strict=True):
+                rung = each.rung[now[each.name]]
+                if rung == 0:
+                    continue
+                saved = -self._changes(each, each.counts[rung - 1 : rung], now)[:, 0]
+                share = float(np.minimum(saved / np.maximum(over, 1), 1)[over > 0].sum())
+                if share > 0:
+                    steps.append((float(errors[rung - 1] - errors[rung]) / share, each.name, each.counts[rung - 1]))
+            if not steps:
+                return dict(start)
+            _, name, count = min(steps)
+            now[name] = count
+
+    def grown(self, widths: Widths) -> dict[str, int]:
+        """Give steps to groups, of those that fit the one of the largest gain first."""
+        now, room = dict(widths), self._room(widths)
+        open_ = dict(enumerate(self.ladders))
+        while open_:
+            steps = []
+            for number, each in list(open_.items()):
+                rung = each.rung[now[each.name]] + 1
+                cost = self._changes(each, each.counts[rung : rung + 1], now)
+                if rung == len(each.counts) or (cost[:, 0] > room).any():
+                    del open_[number]  # what does not fit now will not fit later
+                    continue
+                steps.append((float(self.errors[number][rung] - self.errors[number][rung - 1]), number))
+            if steps:
+                _, number = min(steps)
+                each = self.ladders[number]
+                now[each.name] = each.counts[each.rung[now[each.name]] + 1]
+                room = self._room(now)
+        return now
+
+    def exchanged(self, widths: Widths) -> dict[str, int]:
+        """Let groups give up units where another gains more by that, as long as the summed error falls."""
+        now = dict(widths)
+        least = LEAST_GAIN * sum(float(errors[0]) for errors in self.errors)
+        while True:
+            before = self.error(now)
+            for one, other in permutations(range(len(self.ladders)), 2):
+                self._exchange(one, other, now, least)
+            if self.error(now) >= before - least:
+                return self.grown(now)
+
+    def _exchange(self, less: int, more: int, now: dict[str, int], least: float) -> None:
+        """Let one group give up units for another, if that gains."""
+        giving, taking = self.ladders[less], self.ladders[more]
+        rung, taken = giving.rung[now[giving.name]], taking.rung[now[taking.name]]
+        lost = self.errors[less] - self.errors[less][rung]
+        gained = self.errors[more][taken] - self.errors[more]
+        few = len(giving.counts) * len(taking.counts) * len(self.ladders) ** 2 <= ALL
+        best, chosen = least, None
+        room: np.ndarray | None = None
+        for given in range(rung - 1, -1 if few else max(-1, rung - 1 - REACH), -1):
+            if lost[given] + best >= gained[-1]:
+                break
+            room = self._room(now) if room is None else room
+            then = {**now, giving.name: giving.counts[given]}
+            left = room - self._changes(giving, giving.counts[given : given + 1], now)[:, 0]
+            wider = taking.counts[taken + 1 :]
+            fitting = np.flatnonzero((self._changes(taking, wider, then) <= left[:, None]).all(0))
+            if len(fitting) and gained[taken + 1 + fitting[-1]] - lost[given] > best:
+                best, chosen = float(gained[taken + 1 + fitting[-1]] - lost[given]), (given, wider[fitting[-1]])
+        if chosen is not None:
+            now[giving.name], now[taking.name] = giving.counts[chosen[0]], chosen[1]
+
+    def _room(self, widths: Widths) -> np.ndarray:
+        """What is left of each limit, (limits,); below 0: it is exceeded."""
+        return np.array([limit.most - limit.resource.of(widths) for limit in self.limits], dtype=np.int64)
+
+    def _changes(self, each: Ladder, counts: Sequence[int], widths: Widths) -> np.ndarray:
+        """What each limited cost changes by, (limits, counts)."""
+        return np.array([limit.resource.changes(each.name, counts, widths) for limit in self.limits], dtype=np.int64)
