@@ -60,7 +60,27 @@ class Copies:
         cut = [any(widths[name] < whole[name] for name in names) for names in self.groups]
         stored = [self.ways[0].of(whole)] if not all(cut) else []
         stored += [entries.of(widths) for entries, changed in zip(self.ways, cut, strict=True) if changed]
-        return sum(entries if self.bits is None else -(-entries * self.bits // 8) for entries in stored)
+        return sum(int(self._counted(entries)) for entries in stored)
+
+    def along(self, name: str, counts: np.ndarray, widths: Widths, whole: Widths) -> np.ndarray:
+        """Return its entries or bytes if one group has each of these counts, (counts,)."""
+        found, all_cut = np.zeros(len(counts), dtype=np.int64), np.ones(len(counts), dtype=bool)
+        for entries, names in zip(self.ways, self.groups, strict=True):
+            others = any(widths[other] < whole[other] for other in names if other != name)
+            if name in names:
+                powers = entries.along(name, widths)
+                stored = entries.of({**widths, name: 0}) + values(powers, counts)
+                cut = np.full(len(counts), True) if others else counts < whole[name]
+                found += np.where(cut, self._counted(stored), 0)
+                all_cut &= cut
+            elif others:
+                found += self._counted(entries.of(widths))
+            else:
+                all_cut[:] = False
+        return found + np.where(all_cut, 0, self._counted(self.ways[0].of(whole)))
+
+    def _counted(self, entries: int | np.ndarray) -> int | np.ndarray:
+        return entries if self.bits is None else -(-entries * self.bits // 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +104,10 @@ class Cost:
 
     def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
         """See `Resource.changes`."""
-        powers = self.polynomial.along(name, widths)
-        found = values(powers, np.array([widths[name], *counts], dtype=np.int64))
+        every = np.array([widths[name], *counts], dtype=np.int64)
+        found = values(self.polynomial.along(name, widths), every)
         for each in self._copies_of.get(name, ()):
-            found += [each.of({**widths, name: count}, self.whole) for count in (widths[name], *counts)]
+            found += each.along(name, every, widths, self.whole)
         changed: np.ndarray = found[1:] - found[0]
         return changed
 

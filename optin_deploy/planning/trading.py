@@ -19,6 +19,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.planning.costs import Limit
 from optin_deploy.planning.ladder import Ladder
 from optin_deploy.planning.polynomial import Widths
+from optin_deploy.planning.promising import bound
 
 ROUNDS = 8
 """Of linearising; it mostly stands still after three."""
@@ -26,6 +27,8 @@ REACH = 3
 """Rungs that a group gives up at once so that another can grow, where there are too many groups to try all."""
 ALL = 20_000
 """Pairs of widths of two groups that are still tried all."""
+MANY = 200
+"""Options of which no more are left to an exact solution: it would take long, and gain little in so large a network."""
 LEAST_GAIN = 1e-12
 """Of the error of the narrowest network: what gains less is rounding."""
 
@@ -70,8 +73,14 @@ def least_summed_error(
     while around is not None and around not in seen and len(seen) < ROUNDS:
         seen.append(around)
         found.append(trade.grown(trade.corrected(around, start)))
-        around = trade.solved(around)
-    return trade.exchanged(min(found, key=trade.error))
+        around = trade.rounded(around)
+    best = trade.exchanged(min(found, key=trade.error))
+    for _ in range(ROUNDS):
+        better = trade.exchanged(trade.grown(trade.corrected(trade.solved(best), best)))
+        if trade.error(better) >= trade.error(best):
+            break
+        best = better
+    return best
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +96,25 @@ class _Trade:
         pairs = zip(self.ladders, self.errors, strict=True)
         return sum(float(errors[each.rung[widths[each.name]]]) for each, errors in pairs)
 
-    def solved(self, around: Widths) -> dict[str, int] | None:
-        """Find the best widths as if costs were linear; None: nothing fits then."""
+    def rounded(self, around: Widths) -> dict[str, int] | None:
+        """Find nearly the best widths as if costs were linear; None: nothing fits then."""
+        options, room = self._linear(around)
+        found = bound(options, room) if min(room) >= 0 else None
+        return None if found is None else self._named(around, found.rounded)
+
+    def solved(self, known: Widths) -> dict[str, int]:
+        """Find the best widths as if costs were linear, or return the known ones, which fit, if that takes long."""
+        options, room = self._linear(known)
+        found = bound(options, room)
+        if found is None:
+            return dict(known)
+        options = found.promising(options, self.error(known), [known[each.name] for each in self.ladders])
+        if sum(len(each.counts) for each in options) > MANY:
+            return dict(known)
+        return self._named(known, least_error(options, room) or [known[each.name] for each in self.ladders])
+
+    def _linear(self, around: Widths) -> tuple[list[Options], list[int]]:
+        """What each width costs while all others stay, and what may be spent on them."""
         options = []
         room = self._room(around)
         for each, errors in zip(self.ladders, self.errors, strict=True):
@@ -96,10 +122,10 @@ class _Trade:
             least = costs.min(1)
             room -= least
             options.append(Options(np.array(each.counts), errors, costs - least[:, None]))
-        found = least_error(options, room.tolist()) if room.min() >= 0 else None
-        if found is None:
-            return None
-        return {**around, **{each.name: count for each, count in zip(self.ladders, found, strict=True)}}
+        return options, room.tolist()
+
+    def _named(self, widths: Widths, counts: Sequence[int]) -> dict[str, int]:
+        return {**widths, **{each.name: count for each, count in zip(self.ladders, counts, strict=True)}}
 
     def corrected(self, widths: Widths, start: Widths) -> dict[str, int]:
         """Take steps away, those of the least error for what is spent too much, until the exact costs fit."""
@@ -147,13 +173,14 @@ class _Trade:
         now = dict(widths)
         least = LEAST_GAIN * sum(float(errors[0]) for errors in self.errors)
         while True:
-            before = self.error(now)
+            before, room = self.error(now), self._room(now)
             for one, other in permutations(range(len(self.ladders)), 2):
-                self._exchange(one, other, now, least)
+                if self._exchange(one, other, now, room, least):
+                    room = self._room(now)
             if self.error(now) >= before - least:
                 return self.grown(now)
 
-    def _exchange(self, less: int, more: int, now: dict[str, int], least: float) -> None:
+    def _exchange(self, less: int, more: int, now: dict[str, int], room: np.ndarray, least: float) -> bool:
         """Let one group give up units for another, if that gains."""
         giving, taking = self.ladders[less], self.ladders[more]
         rung, taken = giving.rung[now[giving.name]], taking.rung[now[taking.name]]
@@ -161,19 +188,19 @@ class _Trade:
         gained = self.errors[more][taken] - self.errors[more]
         few = len(giving.counts) * len(taking.counts) * len(self.ladders) ** 2 <= ALL
         best, chosen = least, None
-        room: np.ndarray | None = None
         for given in range(rung - 1, -1 if few else max(-1, rung - 1 - REACH), -1):
             if lost[given] + best >= gained[-1]:
                 break
-            room = self._room(now) if room is None else room
             then = {**now, giving.name: giving.counts[given]}
             left = room - self._changes(giving, giving.counts[given : given + 1], now)[:, 0]
             wider = taking.counts[taken + 1 :]
             fitting = np.flatnonzero((self._changes(taking, wider, then) <= left[:, None]).all(0))
             if len(fitting) and gained[taken + 1 + fitting[-1]] - lost[given] > best:
                 best, chosen = float(gained[taken + 1 + fitting[-1]] - lost[given]), (given, wider[fitting[-1]])
-        if chosen is not None:
-            now[giving.name], now[taking.name] = giving.counts[chosen[0]], chosen[1]
+        if chosen is None:
+            return False
+        now[giving.name], now[taking.name] = giving.counts[chosen[0]], chosen[1]
+        return True
 
     def _room(self, widths: Widths) -> np.ndarray:
         """What is left of each limit, (limits,); below 0: it is exceeded."""
