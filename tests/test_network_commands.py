@@ -63,6 +63,19 @@ def test_a_plan_by_magnitude_keeps_within_the_budget(shell: Shell, text: Path, t
     assert {name.split(": ")[1] for name in plan.keep} <= {"heads", "neurons"}
 
 
+def test_a_plan_by_magnitude_keeps_within_parameters_and_bytes(shell: Shell, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    ran = shell("optin", "plan", text, "--magnitude", "--params", 0.7, "--size", "40KiB", "--out", out)
+    assert ran.code == 0, ran.err
+    plan = NetworkPlan.read(out)
+    assert plan.cost is not None
+    assert plan.cost.weights_pruned <= 0.7 * plan.cost.weights_dense
+    assert 30 * 2**10 < plan.cost.bytes_pruned <= 40 * 2**10
+    assert plan.settings["limits"] == {"params": 0.7, "size": 40 * 2**10}
+    assert plan.origin is not None
+    assert plan.origin.scores == "magnitude"
+
+
 def test_only_the_kinds_that_are_named_are_cut(shell: Shell, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     options = ("--magnitude", "--flops", 0.9, "--units", "v-width,qk-width", "--align", 2, "--out", out)
@@ -92,8 +105,11 @@ def test_a_plan_is_written_over_earlier_plans_alone(shell: Shell, text: Path, tm
         (("--magnitude",), "--out PLAN.json is missing"),
         (("--magnitude", "--out", "p.json", "--flops", "0.01"), "Use --flops 0."),
         (("--magnitude", "--out", "p.json", "--units", "toes"), "possible are heads"),
-        (("--magnitude", "--out", "p.json", "--allocation", "curves"), "possible here are uniform, paper"),
-        (("--magnitude", "--out", "p.json", "--params", "0.5"), "--params would do nothing"),
+        (("--magnitude", "--out", "p.json", "--allocation", "curves"), "Use uniform or paper"),
+        (("--magnitude", "--out", "p.json", "--params", "0.01"), "Use --params 0."),
+        (("--magnitude", "--out", "p.json", "--flops", "0.01", "--size", "1KiB"), "--size "),
+        (("--magnitude", "--out", "p.json", "--params", "2"), "--params 2.0: give the share to keep"),
+        (("--magnitude", "--out", "p.json", "--max-drop", "1"), "--max-drop would do nothing"),
         (("--magnitude", "--out", "p.json", "--no-compensation"), "--no-compensation would do nothing"),
     ],
 )

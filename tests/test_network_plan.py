@@ -6,6 +6,7 @@ import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,20 +17,27 @@ from hypothesis import strategies as st
 from tiny_networks import HEAD, HEADS, NEURONS, Image, Text, made, read
 from torch import nn
 
+from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.network.axes import Axis, kept, product, total, units_along
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
-from optin_deploy.planning.hashing import network_hash
+from optin_deploy.planning.costs import costs_of, limits_within
+from optin_deploy.planning.hashing import hash_of, network_hash
+from optin_deploy.planning.ladder import best
 from optin_deploy.planning.magnitude import magnitudes
-from optin_deploy.planning.plan import NetworkPlan, plan_of
-from optin_deploy.planning.widths import Choice, best, choose
+from optin_deploy.planning.plan import NetworkPlan, Origin, plan_of
+from optin_deploy.planning.widths import Choice, Keep, choose
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries
 from optin_deploy.structure.shares import shares
 
+COST = {
+    **{"macs_dense": 1, "macs_pruned": 1, "weights_dense": 1, "weights_pruned": 1, "bytes_dense": 4, "bytes_pruned": 4},
+    "inputs": {},
+}
 HEADS_0, NEURONS_0 = "layers.0.attention: heads", "layers.0.mlp: neurons"
 
 
@@ -52,7 +60,8 @@ def channels() -> Layout:
 
 
 def test_a_plan_is_read_back_as_it_was_written(layout: Layout, tmp_path: Path) -> None:
-    plan = plan_of(layout, {HEADS_0: [5, 0, 2], NEURONS_0: range(7)}, {"by": "hand"})
+    origin = Origin("magnitude", hash_of(magnitudes(layout)))
+    plan = plan_of(layout, {HEADS_0: [5, 0, 2], NEURONS_0: range(7)}, {"by": "hand"}, origin)
     plan.write(tmp_path / "plan.json")
     found = NetworkPlan.read(tmp_path / "plan.json")
     assert found == plan
@@ -69,6 +78,7 @@ def test_the_cost_of_a_plan_is_that_of_the_cut_network(layout: Layout) -> None:
     assert cost.macs_pruned == macs(find(smaller, probes_of(network)).structure)
     assert cost.macs_dense == macs(layout.structure)
     assert cost.weights_dense - cost.weights_pruned == reals(network) - reals(smaller)
+    assert cost.bytes_dense - cost.bytes_pruned == 4 * (reals(network) - reals(smaller))
 
 
 def reals(network: Network) -> int:
@@ -76,9 +86,10 @@ def reals(network: Network) -> int:
     return sum(weight.size for weight in network.weights.values() if weight.dtype == ir.DataType.FLOAT)
 
 
-def test_a_plan_made_by_hand_needs_only_what_stays(layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [{}, {"schema_version": 1}, {"schema_version": 2}])
+def test_a_plan_made_by_hand_needs_only_what_stays(layout: Layout, tmp_path: Path, version: dict[str, int]) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"schema_version": 1, "keep": {HEADS_0: [0, 1, 2]}}))
+    path.write_text(json.dumps({**version, "keep": {HEADS_0: [0, 1, 2]}}))
     plan = NetworkPlan.read(path)
     plan.check(layout)
     assert plan.keep == {HEADS_0: (0, 1, 2)}
@@ -87,7 +98,10 @@ def test_a_plan_made_by_hand_needs_only_what_stays(layout: Layout, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"schema_version": 2, "keep": {}}, "schema_version 2"),
+        ({"schema_version": 3, "keep": {}}, "schema_version 3"),
+        ({"schema_version": 1, "keep": {}, "network": "0" * 64}, "schema_version 1"),
+        ({"keep": {}, "origin": {"scores": "magnitude"}}, "scores_hash"),
+        ({"keep": {}, "origin": {"scores": "magnitude", "scores_hash": "0", "by": 1}}, "by"),
         ({"keep": {HEADS_0: "all"}}, "keep"),
         ({"keep": {HEADS_0: [0.5]}}, "keep"),
         ({"keep": {}, "heads": []}, "heads"),
@@ -95,10 +109,12 @@ def test_a_plan_made_by_hand_needs_only_what_stays(layout: Layout, tmp_path: Pat
         (
             {
                 "keep": {},
-                "cost": {"macs_dense": 1, "macs_pruned": 2, "weights_dense": 1, "weights_pruned": 1, "inputs": {}},
+                "cost": {**COST, "macs_pruned": 2},
             },
             "more",
         ),
+        ({"keep": {}, "cost": {**COST, "bytes_pruned": -1}}, "less than nothing"),
+        ({"keep": {}, "cost": {**COST, "weights_dense": 0.5}}, "weights_dense"),
     ],
 )
 def test_what_is_no_plan_of_a_network_is_refused(content: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -192,7 +208,20 @@ def test_units_along_an_axis_are_those_that_a_cut_keeps(sizes: list[int], data: 
         assert set(np.flatnonzero(units != unit)) == set(kept(axis, {leaf: stay}))
 
 
+def test_scores_have_a_hash_of_what_they_are(layout: Layout) -> None:
+    scores = magnitudes(layout)
+    before = hash_of(scores)
+    assert hash_of(dict(reversed(scores.items()))) == before
+    changed = {**scores, HEADS_0: scores[HEADS_0] + np.eye(6)[2] * 1e-9}
+    assert len({before, hash_of(changed), hash_of({**scores, "x": scores[HEADS_0]})}) == 3
+
+
 # widths
+
+
+def by_magnitude(layout: Layout, flops: float, **options: Any) -> Keep:
+    limits = limits_within(costs_of(layout), Limits(flops))
+    return choose(layout, magnitudes(layout), limits, Choice(**options, one_measure=False))
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "paper"])
@@ -204,11 +233,11 @@ def test_a_budget_is_never_exceeded_and_what_is_impossible_says_what_is_not(
     for each in (layout, channels):
         dense, scores = macs(each.structure), magnitudes(each)
         try:
-            keep = choose(each, scores, Choice(flops, align=align, allocation=allocation))
+            keep = by_magnitude(each, flops, align=align, allocation=allocation)
         except InfeasibleBudget as refused:
             least = float(str(refused).split("Use --flops ")[1].split()[0])
             assert flops < least
-            keep = choose(each, scores, Choice(least, align=align, allocation=allocation))
+            keep = by_magnitude(each, least, align=align, allocation=allocation)
             flops_asked = least
         else:
             flops_asked = flops
@@ -223,8 +252,7 @@ def test_a_budget_is_never_exceeded_and_what_is_impossible_says_what_is_not(
 
 
 def test_uniform_widths_are_the_widest_that_brute_force_finds(layout: Layout) -> None:
-    scores = magnitudes(layout)
-    keep = choose(layout, scores, Choice(0.7, kinds=("heads", "neurons"), align=8))
+    keep = by_magnitude(layout, 0.7, kinds=("heads", "neurons"), align=8)
     dense = macs(layout.structure)
     found = []
     for percent in range(1, 1001):
@@ -246,37 +274,35 @@ def test_uniform_widths_are_the_widest_that_brute_force_finds(layout: Layout) ->
 def test_ranked_units_are_the_weakest_of_all_layers(layout: Layout) -> None:
     scores = dict(magnitudes(layout))
     scores[NEURONS_0] = scores[NEURONS_0] + 100  # a layer that must stay
-    keep = choose(layout, scores, Choice(0.9, kinds=("neurons",), align=8, allocation="paper"))
+    limits = limits_within(costs_of(layout), Limits(0.9))
+    keep = choose(layout, scores, limits, Choice(kinds=("neurons",), align=8, allocation="paper"))
     assert NEURONS_0 not in keep
     assert len(keep["layers.1.mlp: neurons"]) < NEURONS
 
 
 def test_with_the_whole_budget_everything_stays(layout: Layout) -> None:
     for allocation in ("uniform", "paper"):
-        assert choose(layout, magnitudes(layout), Choice(1.0, allocation=allocation)) == {}
+        assert by_magnitude(layout, 1.0, allocation=allocation) == {}
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"flops": 0.0}, "--flops"),
-        ({"flops": 1.5}, "--flops"),
-        ({"flops": float("nan")}, "--flops"),
         ({"kinds": ("head",)}, "possible are heads, groups"),
         ({"align": 0}, "--align"),
-        ({"allocation": "curves"}, "possible here are uniform, paper"),
+        ({"allocation": "best"}, "possible are uniform, paper, curves"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        Choice(**{"flops": 0.5, **options})  # type: ignore[arg-type]
+        Choice(**options)  # type: ignore[arg-type]
 
 
 def test_nothing_to_cut_is_said_with_what_there_is(layout: Layout) -> None:
     with pytest.raises(BadInput, match="This network has groups of: heads, neurons, qk-width, v-width"):
-        choose(layout, magnitudes(layout), Choice(0.5, kinds=("channels",)))
+        by_magnitude(layout, 0.5, kinds=("channels",))
     with pytest.raises(BadInput, match="more units than --align 64"):
-        choose(layout, magnitudes(layout), Choice(0.5, kinds=("neurons",), align=64))
+        by_magnitude(layout, 0.5, kinds=("neurons",), align=64)
 
 
 # shares
