@@ -16,8 +16,6 @@ from optin_deploy.structure.keep import checked
 from optin_deploy.validation import STORED, holds, read_stored, validated
 
 SCHEMA_VERSION = 2
-BY_HAND = (1, SCHEMA_VERSION)
-"""Versions of plans that were made by hand: they name what stays, and nothing else."""
 HINT = (
     "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
     '{"schema_version": 2, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
@@ -81,8 +79,9 @@ class NetworkPlan:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        by_hand = self.network is None and self.cost is None and self.origin is None
-        if self.schema_version not in (BY_HAND if by_hand else (SCHEMA_VERSION,)):
+        if self.schema_version == 1 and self.network is None and self.cost is None:
+            object.__setattr__(self, "schema_version", SCHEMA_VERSION)  # made by hand, which means what it always did
+        if self.schema_version != SCHEMA_VERSION:
             raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
 
     @property
