@@ -1,0 +1,325 @@
+"""Widths are the best that enumerating all of them finds, those of the search by layers, and never over a limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_scoring import toy_layout
+
+from benchmarks.zoo.export import export
+from optin_deploy.budget import Limits
+from optin_deploy.cost.units import UnitCost
+from optin_deploy.curves import Curve, Curves
+from optin_deploy.errors import BadInput, InfeasibleBudget
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.planning.costs import Cost, Costs, Limit, costs_of, fits, limits_within
+from optin_deploy.planning.ladder import Ladder, best
+from optin_deploy.planning.polynomial import Polynomial, Terms
+from optin_deploy.planning.pools import by_score, by_share, filled, largest_total, together, widths_of
+from optin_deploy.planning.trading import least_summed_error
+from optin_deploy.planning.widths import ALLOCATIONS, Choice, choose
+from optin_deploy.scoring import Scores
+from optin_deploy.search import search_within
+from optin_deploy.structure.branches import bypassed
+from optin_deploy.structure.find import find
+from optin_deploy.structure.groups import Layout
+
+FAMILIES = ("bert", "llama", "resnet", "mobilenet-v2", "swin")
+
+
+@cache
+def layout_of(family: str) -> tuple[Layout, Costs]:
+    layout = find(read_file(export(family, "torchscript").path))
+    return layout, costs_of(layout)
+
+
+def toy(terms: Terms, units: Mapping[str, int], option: str = "--flops") -> Cost:
+    return Cost(option, Polynomial(terms), (), dict(units))
+
+
+def ladders(units: Mapping[str, int], step: int = 1, least: int = 1) -> list[Ladder]:
+    return [Ladder(name, name[0], (*range(0 if not least else step, many, step), many)) for name, many in units.items()]
+
+
+def every(some: Sequence[Ladder]) -> Iterator[dict[str, int]]:
+    """All widths."""
+    for counts in itertools.product(*(each.counts for each in some)):
+        yield {each.name: count for each, count in zip(some, counts, strict=True)}
+
+
+def worth(scores: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> float:
+    return sum(float(np.sort(scores[name])[::-1][:count].sum()) for name, count in widths.items())
+
+
+def falling(units: int, rng: np.random.Generator) -> Curve:
+    """An error curve with a few bends."""
+    inner = sorted(rng.choice(np.arange(1, units), size=min(3, units - 1), replace=False).tolist()) if units > 1 else []
+    errors = np.sort(rng.random(len(inner) + 1))[::-1].tolist()
+    return Curve((0, *inner, units), (*errors, 0.0))
+
+
+# uniform and paper
+
+
+MEETING: Terms = {(): 3, ("h0",): 5, ("n0",): 2, ("h0", "n0"): 3}
+"""Two groups whose costs multiply."""
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "paper"])
+def test_two_groups_have_the_pair_of_largest_total_score(allocation: str) -> None:
+    units = {"h0": 4, "n0": 7}
+    cost, some = toy(MEETING, units), ladders(units)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        scores = {name: rng.random(many) * (3 if name == "h0" else 1) for name, many in units.items()}
+        for most in range(cost.of({"h0": 1, "n0": 1}), cost.dense + 1, 2):
+            limits = [Limit(cost, most, "")]
+            pools = [
+                by_share([each], scores) if allocation == "uniform" else by_score([each], scores, limits, units)
+                for each in some
+            ]
+            widths = filled(pools, largest_total(pools, limits, units), limits, units)
+            expected = max(worth(scores, each) for each in every(some) if cost.of(each) <= most)
+            assert cost.of(widths) <= most
+            assert worth(scores, widths) == pytest.approx(expected, rel=1e-12)
+
+
+def test_three_kinds_have_the_largest_total_score_that_two_at_a_time_find() -> None:
+    units = {"a0": 4, "b0": 6, "c0": 9}
+    cost = toy({(): 1, ("a0",): 9, ("b0",): 4, ("c0",): 1, ("a0", "c0"): 1}, units)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        scores = {name: rng.random(many) * (units["c0"] / many) for name, many in units.items()}
+        for most in range(cost.of(dict.fromkeys(units, 1)), cost.dense + 1, 5):
+            limits = [Limit(cost, most, "")]
+            pools = [by_share([each], scores) for each in ladders(units)]
+            widths = widths_of(pools, largest_total(pools, limits, units), units)
+            even = widths_of(pools, together(pools, limits, units), units)
+            assert fits(limits, widths)
+            assert worth(scores, widths) >= worth(scores, even)
+            for one, other in itertools.combinations(units, 2):  # no two kinds alone can do better
+                for widths_, total in ((w, worth(scores, w)) for w in every(ladders(units))):
+                    if all(widths_[name] == widths[name] for name in units if name not in (one, other)):
+                        assert total <= worth(scores, widths) + 1e-12 or cost.of(widths_) > most
+
+
+def test_one_share_for_all_groups_of_a_kind() -> None:
+    units = {"n0": 8, "n1": 16, "n2": 3}
+    cost = toy({("n0",): 1, ("n1",): 1, ("n2",): 1}, units)
+    scores = {name: np.arange(many, dtype=float) for name, many in units.items()}
+    found = []
+    for most in range(3, 28):
+        pools = [by_share(ladders(units), scores)]
+        limits = [Limit(cost, most, "")]
+        found.append(widths_of(pools, together(pools, limits, units), units))
+    assert {"n0": 4, "n1": 8, "n2": 2} in found
+    for widths in found:
+        share = widths["n1"] / 16
+        assert all(abs(widths[name] - share * many) <= 1 for name, many in units.items())
+
+
+# the same widths as the search by layers
+
+
+def by_layers(
+    cost: UnitCost, scores: Sequence[Sequence[np.ndarray]], most: int, allocation: str, **more: object
+) -> list[int]:
+    """Kept heads of all layers and then neurons, by the search over layers of one form."""
+    heads, neurons = scores
+    layout = toy_layout(tuple(map(len, heads)), tuple(map(len, neurons)))
+    as_scores = Scores(*(tuple(map(torch.from_numpy, part)) for part in scores), layout.hash, {})
+    masks = search_within(as_scores, layout, [(cost, most)], allocation=allocation, **more)  # type: ignore[arg-type]
+    return [sum(keep) for keep in (*masks.heads, *masks.neurons)]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_network_of_heads_and_neurons_has_the_widths_of_the_search_by_layers(allocation: str) -> None:
+    layout, costs = layout_of("bert")
+    kinds = [[group for group in layout.groups if group.kind == kind] for kind in ("heads", "neurons")]
+    kinds[1] = [group for group in kinds[1] if group.name in bypassed(layout)]  # not the pooler
+    assert [len(kind) for kind in kinds] == [2, 2]
+    macs, rng = costs.macs, np.random.default_rng(0)
+    powers = [[macs.polynomial.along(group.name, macs.whole)[1] for group in kind] for kind in kinds]
+    gone = {**macs.whole, **{group.name: 0 for kind in kinds for group in kind}}
+    cost = UnitCost(macs.of(gone), tuple(powers[0]), tuple(powers[1]), macs.dense)
+    groups = [group for kind in kinds for group in kind]
+    curves = {group.name: falling(group.units, rng) for group in groups}
+    scores = {group.name: rng.random(group.units) * (20 if group.kind == "heads" else 1) for group in groups}
+    of_layers = [[scores[group.name] for group in kind] for kind in kinds]
+    pairs = [tuple(curves[group.name] for group in kind) for kind in kinds]
+    checked = 0
+    for most in np.linspace(cost.fixed, cost.dense, 40).astype(int).tolist():
+        more: dict[str, object] = {"align": 4}
+        if allocation == "curves":
+            hash_ = toy_layout(*(tuple(map(len, part)) for part in of_layers)).hash
+            more["curves"] = Curves(*pairs, hash_)
+        expected = by_layers(cost, of_layers, most, allocation, **more)
+        some = [
+            Ladder(group.name, group.kind, (*range(0, group.units, 4 if group.kind == "neurons" else 1), group.units))
+            for group in groups
+        ]
+        limits = [Limit(macs, most, "")]
+        if allocation == "curves":
+            found = least_summed_error(some, curves, limits, gone)
+        else:
+            parts = (some[:2], some[2:])
+            pools = (
+                [by_share(part, scores) for part in parts]
+                if allocation == "uniform"
+                else [by_score(part, scores, limits, macs.whole) for part in parts]
+            )
+            found = widths_of(pools, largest_total(pools, limits, macs.whole), macs.whole)
+        counts = [found[group.name] for group in groups]
+        if allocation == "curves":
+            errors = [
+                sum(float(curves[group.name].at([n])[0]) for group, n in zip(groups, some_, strict=True))
+                for some_ in (counts, expected)
+            ]
+            assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-12
+        else:
+            assert counts == expected
+        checked += 1
+    assert checked == 40
+
+
+# error curves
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(least: int) -> None:
+    units = {"c0": 9, "c1": 7}
+    cost = toy({(): 5, ("c0",): 2, ("c1",): 3, ("c0", "c1"): 4}, units)
+    some = ladders(units, least=least)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        curves = {name: falling(many, rng) for name, many in units.items()}
+        start = {each.name: each.counts[0] for each in some}
+        for most in range(cost.of(start), cost.dense + 1, 3):
+            widths = least_summed_error(some, curves, [Limit(cost, most, "")], start)
+            assert cost.of(widths) <= most
+            expected = min(summed(curves, each) for each in every(some) if cost.of(each) <= most)
+            assert summed(curves, widths) == pytest.approx(expected, abs=1e-9), (seed, most)
+
+
+def test_curves_within_two_limits_have_the_least_error_of_all_widths() -> None:
+    units = {"c0": 6, "c1": 5, "c2": 7}
+    cost = toy({("c0", "c1"): 4, ("c1", "c2"): 3, ("c2",): 1}, units)
+    other = toy({("c0",): 9, ("c1",): 2, ("c2", "c2"): 1}, units, "--params")
+    some, worst = ladders(units), []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        curves = {name: falling(many, rng) for name, many in units.items()}
+        for share in (0.2, 0.35, 0.5, 0.7, 0.9):
+            limits = [Limit(cost, int(share * cost.dense), ""), Limit(other, int(0.8 * other.dense), "")]
+            widths = least_summed_error(some, curves, limits, dict.fromkeys(units, 1))
+            assert fits(limits, widths)
+            expected = min(summed(curves, each) for each in every(some) if fits(limits, each))
+            worst.append(summed(curves, widths) / max(expected, 1e-9))
+    assert np.median(worst) == pytest.approx(1, abs=1e-9)
+    assert max(worst) < 1.2
+
+
+def summed(curves: Mapping[str, Curve], widths: Mapping[str, int]) -> float:
+    return sum(float(curves[name].at([count])[0]) for name, count in widths.items())
+
+
+# whole networks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_no_limit_is_ever_exceeded(family: str, data: st.DataObject) -> None:
+    layout, costs = layout_of(family)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    shares = {
+        name: data.draw(st.none() | st.floats(0.02, 1).map(lambda x: round(x, 2))) for name in ("flops", "params")
+    }
+    size = data.draw(st.none() | st.floats(0.1, 1).map(lambda share: int(share * costs.size.dense)))
+    limits = limits_within(costs, Limits(**shares, size=size))
+    scores = {
+        group.name: rng.gamma(data.draw(st.sampled_from([0.2, 2.0])), size=group.units) for group in layout.groups
+    }
+    curves = {group.name: falling(group.units, rng) for group in layout.groups}
+    kinds = data.draw(
+        st.sampled_from([Choice().kinds, ("heads", "groups", "channels"), ("neurons", "channels", "v-width")])
+    )
+    align, one = data.draw(st.sampled_from([1, 4, 8])), data.draw(st.booleans())
+    choice = Choice(kinds, align, data.draw(st.sampled_from(ALLOCATIONS)), one_measure=one)
+    emptying = data.draw(st.sampled_from([frozenset[str](), bypassed(layout)]))
+    try:
+        keep = choose(layout, scores, limits, choice, curves=curves, emptying=emptying)
+    except InfeasibleBudget:
+        return
+    widths = costs.widths(keep)
+    for limit in limits:
+        assert limit.resource.of(widths) <= limit.most
+    for name, units in keep.items():
+        group = layout.by_name[name]
+        assert group.kind in kinds
+        assert units == best(scores[name], len(units))
+        assert len(units) > 0 or name in emptying
+        assert group.kind in ("heads", "groups", "queries") or len(units) % align == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("allocation", ["paper", "curves"])
+def test_what_is_allowed_is_spent(family: str, allocation: str) -> None:
+    layout, costs = layout_of(family)
+    rng = np.random.default_rng(1)
+    scores = {group.name: rng.random(group.units) for group in layout.groups}
+    curves = {group.name: falling(group.units, rng) for group in layout.groups}
+    for flops in (0.5, 0.8):
+        limits = limits_within(costs, Limits(flops))
+        keep = choose(layout, scores, limits, Choice(align=1, allocation=allocation), curves=curves)
+        widths = costs.widths(keep)
+        left = limits[0].most - costs.macs.of(widths)
+        for group in layout.groups:  # no group could keep one unit more
+            if group.name in keep:
+                assert costs.macs.changes(group.name, [widths[group.name] + 1], widths)[0] > left
+
+
+def test_an_impossible_limit_names_the_least_that_is_possible() -> None:
+    layout, costs = layout_of("resnet")
+    scores = {group.name: np.ones(group.units) for group in layout.groups}
+    limits = limits_within(costs, Limits(0.001, 0.9, 100))
+    with pytest.raises(InfeasibleBudget, match=r"--flops 0.001 and --size 0.00MiB") as refused:
+        choose(layout, scores, limits, Choice(align=1))
+    words = str(refused.value).split("Use ")[1].split()
+    flops, size = float(words[1]), int(words[3].removesuffix("KiB")) * 2**10
+    assert choose(layout, scores, limits_within(costs, Limits(flops, 0.9, size)), Choice(align=1))
+    with pytest.raises(InfeasibleBudget):
+        choose(layout, scores, limits_within(costs, Limits(round(flops - 0.0001, 6), 0.9, size)), Choice(align=1))
+
+
+def test_scores_and_curves_of_something_else_are_refused() -> None:
+    layout, costs = layout_of("bert")
+    limits = limits_within(costs, Limits(0.8))
+    scores = {group.name: np.ones(group.units) for group in layout.groups}
+    name = next(group.name for group in layout.groups if group.kind == "heads")
+    for wrong in ({}, {**scores, name: np.ones(2)}, {**scores, name: scores[name] * np.nan}):
+        with pytest.raises(BadInput, match=r"scores of .* is needed"):
+            choose(layout, wrong, limits, Choice())
+    curves = {group.name: falling(group.units, np.random.default_rng(0)) for group in layout.groups}
+    with pytest.raises(BadInput, match="needs error curves"):
+        choose(layout, scores, limits, Choice(allocation="curves"))
+    with pytest.raises(BadInput, match="there is no error curve of"):
+        choose(layout, scores, limits, Choice(allocation="curves"), curves={})
+    with pytest.raises(BadInput, match="is of 2 units"):
+        choose(layout, scores, limits, Choice(allocation="curves"), curves={**curves, name: Curve((0, 2), (1.0, 0.0))})
+
+
+def test_groups_may_be_emptied_where_a_residual_stream_goes_around_them() -> None:
+    for family in ("bert", "resnet", "mobilenet-v2"):
+        layout, _ = layout_of(family)
+        names = bypassed(layout)
+        assert names
+        stages = [group for group in layout.groups if group.kind == "channels" and len(group.sites) > 3]
+        assert names.isdisjoint(group.name for group in stages)
