@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from one_cut import graph, tensors
 from onnx.helper import make_node as node
 from tiny_networks import Image, Text, inputs, made, read
+from tiny_plans import layout_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.zoo.export import export
 from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_module
@@ -33,18 +32,6 @@ from optin_deploy.structure.macs import macs, weight_entries
 
 FAMILIES = ("bert", "llama", "resnet", "mobilenet-v2", "swin", "efficientnet")
 """Heads and neurons, K/V groups, channels over stages, depthwise, windows, squeeze-and-excite."""
-
-
-@cache
-def layout_of(family: str) -> Layout:
-    return find(read_file(family))
-
-
-@cache
-def read_file(family: str) -> Network:
-    from optin_deploy.network.read_onnx import read_file as read_onnx
-
-    return read_onnx(export(family, "torchscript").path)
 
 
 def drawn(layout: Layout, rng: np.random.Generator) -> dict[str, list[int]]:
