@@ -18,7 +18,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.network.probe import probes_of
 from optin_deploy.planning.costs import Costs, Limit
 from optin_deploy.planning.latency import HeldOut, LatencyTable, Steps, TimeCost
-from optin_deploy.planning.points import cells, table_of, widths_at
+from optin_deploy.planning.points import cells, table_of, keep_at
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.structure.branches import bypassed
@@ -43,7 +43,7 @@ def by_products(costs: Costs, step: int = 1) -> Clock:
 
 
 def measured(layout: Layout, costs: Costs, clock: Clock, emptying: frozenset[str] = frozenset()) -> LatencyTable:
-    times = {cell: clock(costs.widths(widths_at(layout, cell))) for cell in cells(layout, CHOICE, emptying)}
+    times = {cell: clock(costs.widths(keep_at(layout, cell))) for cell in cells(layout, CHOICE, emptying)}
     return table_of(layout, clock(costs.macs.whole), times, SETTING)
 
 
@@ -75,7 +75,7 @@ def test_groups_of_other_shapes_do_not() -> None:
 def test_a_point_is_cut_from_the_layout() -> None:
     layout, costs = layout_of("resnet"), costs_in("resnet")
     for cell in cells(layout, CHOICE)[:4]:
-        keep = widths_at(layout, cell)
+        keep = keep_at(layout, cell)
         again = find(cut(layout, keep), probes_of(layout.structure.network))
         assert macs(again.structure) == costs.macs.of(costs.widths(keep))
 

@@ -63,7 +63,7 @@ def _shapes(layout: Layout) -> dict[str, object]:
     return found
 
 
-def widths_at(layout: Layout, cell: Cell) -> Keep:
+def keep_at(layout: Layout, cell: Cell) -> Keep:
     """Return what to keep for a point: times do not depend on which units these are."""
     return {name: tuple(range(cell.count)) for name in cell.groups}
 
@@ -77,7 +77,7 @@ def table_of(
     for cell, ns in measured.items():
         alone = {name: Steps((cell.count, layout.by_name[name].units), (0, 0)) for name in cell.groups}
         guess = TimeCost(LatencyTable(dense_ns, alone, "", {}), costs.macs)
-        widths = costs.widths(widths_at(layout, cell))
+        widths = costs.widths(keep_at(layout, cell))
         saved = (dense_ns - ns) / sum(guess.part(name, widths) for name in cell.groups)
         for name in cell.groups:
             found.setdefault(name, {})[cell.count] = round(saved)

@@ -24,7 +24,7 @@ from optin_deploy.planning.promising import bound
 ROUNDS = 8
 """Of linearising; it mostly stands still after three."""
 REACH = 3
-"""Rungs that a group gives up at once so that another can grow, where there are too many groups to try all."""
+"""Rungs that a group goes down or up at once where there are too many groups to try all."""
 ALL = 20_000
 """Pairs of widths of two groups that are still tried all."""
 MANY = 200
@@ -79,7 +79,9 @@ def least_summed_error(
         better = trade.exchanged(trade.grown(trade.corrected(trade.solved(best), best)))
         if trade.error(better) >= trade.error(best):
             break
-        best = better
+        linear, best = trade.alike(best, better), better
+        if linear:  # the same problem would be solved again
+            break
     return best
 
 
@@ -112,6 +114,11 @@ class _Trade:
         if sum(len(each.counts) for each in options) > MANY:
             return dict(known)
         return self._named(known, least_error(options, room) or [known[each.name] for each in self.ladders])
+
+    def alike(self, one: Widths, other: Widths) -> bool:
+        """Return whether costs are the same around two points, as they are everywhere where no groups meet."""
+        pairs = zip(self._linear(one)[0], self._linear(other)[0], strict=True)
+        return all(np.array_equal(these.costs, those.costs) for these, those in pairs)
 
     def _linear(self, around: Widths) -> tuple[list[Options], list[int]]:
         """What each width costs while all others stay, and what may be spent on them."""
@@ -186,21 +193,35 @@ class _Trade:
         rung, taken = giving.rung[now[giving.name]], taking.rung[now[taking.name]]
         lost = self.errors[less] - self.errors[less][rung]
         gained = self.errors[more][taken] - self.errors[more]
-        few = len(giving.counts) * len(taking.counts) * len(self.ladders) ** 2 <= ALL
+        if rung == 0 or lost[rung - 1] + least >= gained[-1]:
+            return False
+        fewer, wider = giving.counts[:rung], taking.counts[taken + 1 :]
+        left = room[:, None] - self._changes(giving, fewer, now)  # (limits, fewer)
         best, chosen = least, None
-        for given in range(rung - 1, -1 if few else max(-1, rung - 1 - REACH), -1):
+        for given in self._gives(left, self._changes(taking, wider[:REACH], now), wider):
             if lost[given] + best >= gained[-1]:
-                break
-            then = {**now, giving.name: giving.counts[given]}
-            left = room - self._changes(giving, giving.counts[given : given + 1], now)[:, 0]
-            wider = taking.counts[taken + 1 :]
-            fitting = np.flatnonzero((self._changes(taking, wider, then) <= left[:, None]).all(0))
+                continue
+            costs = self._changes(taking, wider, {**now, giving.name: fewer[given]})
+            fitting = np.flatnonzero((costs <= left[:, given, None]).all(0))
             if len(fitting) and gained[taken + 1 + fitting[-1]] - lost[given] > best:
                 best, chosen = float(gained[taken + 1 + fitting[-1]] - lost[given]), (given, wider[fitting[-1]])
         if chosen is None:
             return False
-        now[giving.name], now[taking.name] = giving.counts[chosen[0]], chosen[1]
+        now[giving.name], now[taking.name] = fewer[chosen[0]], chosen[1]
         return True
+
+    def _gives(self, left: np.ndarray, needed: np.ndarray, wider: Sequence[int]) -> Sequence[int]:
+        """The rungs to which a group may go down: all, or in a large network the next ones and the highest that let
+        the other group have one of its next widths, if costs add up.
+
+        Args: left: what is left of each limit then, (limits, rungs). needed: for these widths, (limits, widths).
+        """
+        rungs = left.shape[1]
+        if rungs * len(wider) * len(self.ladders) ** 2 <= ALL:
+            return range(rungs)
+        enough = (left[:, :, None] >= needed[:, None, :]).all(0)  # (rungs, widths)
+        found = {rungs - 1 - int(column[::-1].argmax()) for column in enough.T if column.any()}
+        return sorted({*range(max(0, rungs - REACH), rungs), *found})
 
     def _room(self, widths: Widths) -> np.ndarray:
         """What is left of each limit, (limits,); below 0: it is exceeded."""
