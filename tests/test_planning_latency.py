@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_cut import graph, tensors
+from onnx.helper import make_node as node
 from tiny_plans import costs_in, falling, layout_of
 
 from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget
+from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
-from optin_deploy.planning.costs import Costs, Limit
+from optin_deploy.planning.costs import Costs, Limit, costs_of
 from optin_deploy.planning.latency import HeldOut, LatencyTable, Steps, TimeCost
-from optin_deploy.planning.points import cells, table_of, keep_at
+from optin_deploy.planning.points import cells, keep_at, table_of
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.structure.branches import bypassed
@@ -81,6 +85,26 @@ def test_a_point_is_cut_from_the_layout() -> None:
 
 
 # what a table tells
+
+
+def test_groups_of_one_shape_that_meet_share_what_they_save_together() -> None:
+    rng = np.random.default_rng(0)
+    sizes = (6, 8, 8, 8, 8, 6)
+    names = [f"w{n}" for n in range(len(sizes) - 1)]
+    weights = {name: rng.random((sizes[n], sizes[n + 1])).astype(np.float32) for n, name in enumerate(names)}
+    nodes = [
+        node("MatMul", [f"v{n}" if n else "in", name], ["out" if n == 4 else f"v{n + 1}"])
+        for n, name in enumerate(names)
+    ]
+    probes = [{"in": rng.random((length, 6)).astype(np.float32)} for length in (3, 5)]
+    layout = find(Network(ir.from_proto(graph(nodes, weights, probes[0])), "a test"), [tensors(one) for one in probes])
+    costs = costs_of(layout)
+    assert 2 in {len(cell.groups) for cell in cells(layout, CHOICE)}
+    clock = by_products(costs)
+    table = measured(layout, costs, clock)
+    for name, steps in table.groups.items():
+        alone = [clock(costs.macs.whole) - clock({**costs.macs.whole, name: count}) for count in steps.counts]
+        assert list(steps.ns) == alone
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "resnet", "mobilenet-v2", "swin"])

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from tiny_plans import costs_in, falling, layout_of
 from tiny_scoring import toy_layout
 
+from optin_deploy.allocate import Options
 from optin_deploy.budget import Limits
 from optin_deploy.cost.units import UnitCost
 from optin_deploy.curves import Curve, Curves
 from optin_deploy.errors import BadInput, InfeasibleBudget
+from optin_deploy.planning import trading
 from optin_deploy.planning.costs import Cost, Limit, fits, limits_within
 from optin_deploy.planning.ladder import Ladder, best
 from optin_deploy.planning.polynomial import Polynomial, Terms
 from optin_deploy.planning.pools import by_score, by_share, filled, largest_total, together, widths_of
+from optin_deploy.planning.promising import bound
 from optin_deploy.planning.trading import least_summed_error
 from optin_deploy.planning.widths import ALLOCATIONS, Choice, choose
 from optin_deploy.scoring import Scores
@@ -122,6 +125,32 @@ def by_layers(
     return [sum(keep) for keep in (*masks.heads, *masks.neurons)]
 
 
+@pytest.mark.parametrize("costs", [[[7, 7], [2, 2]], [[9, 4], [1, 3]]], ids=["alike", "unlike"])
+def test_unlike_layers_are_ranked_as_the_search_by_layers_ranks_them(costs: list[list[int]]) -> None:
+    """By score per cost; what still fits of later steps comes on top, so that the total is no smaller."""
+    units, more = {"h0": 3, "h1": 4, "n0": 5, "n1": 8}, 0
+    heads, neurons = costs
+    prices = dict(zip(units, (*heads, *neurons), strict=True))
+    cost = toy({(): 5, **{(name,): price for name, price in prices.items()}}, units)
+    of_layers = UnitCost(5, tuple(heads), tuple(neurons), cost.dense)
+    some = ladders(units, least=0)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        scores = {name: rng.random(many) * (3 if name[0] == "h" else 1) for name, many in units.items()}
+        pairs = [[scores["h0"], scores["h1"]], [scores["n0"], scores["n1"]]]
+        for most in range(5, cost.dense + 1):
+            limits = [Limit(cost, most, "")]
+            pools = [by_score(part, scores, limits, units) for part in (some[:2], some[2:])]
+            sizes = largest_total(pools, limits, units)
+            assert list(widths_of(pools, sizes, units).values()) == by_layers(of_layers, pairs, most, "paper", align=1)
+            full = filled(pools, sizes, limits, units)
+            assert cost.of(full) <= most
+            gained = worth(scores, full) - worth(scores, widths_of(pools, sizes, units))
+            assert gained >= 0
+            more += gained > 0
+    assert (more > 5) == (costs[0][0] != costs[0][1])
+
+
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_a_network_of_heads_and_neurons_has_the_widths_of_the_search_by_layers(allocation: str) -> None:
     layout, costs = layout_of("bert"), costs_in("bert")
@@ -175,8 +204,12 @@ def test_a_network_of_heads_and_neurons_has_the_widths_of_the_search_by_layers(a
 # error curves
 
 
-@pytest.mark.parametrize("least", [0, 1])
-def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(least: int) -> None:
+@pytest.mark.parametrize(("least", "many"), [(0, 200), (1, 200), (1, 0)])
+def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(
+    least: int, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are too many options for an exact solution of each step."""
+    monkeypatch.setattr(trading, "MANY", many)
     units = {"c0": 9, "c1": 7}
     cost = toy({(): 5, ("c0",): 2, ("c1",): 3, ("c0", "c1"): 4}, units)
     some = ladders(units, least=least)
@@ -190,6 +223,33 @@ def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(least
             assert cost.of(widths) <= most
             expected = min(error for spent, error in known if spent <= most)
             assert summed(curves, widths) == pytest.approx(expected, abs=1e-9), (seed, most)
+
+
+def test_what_a_bound_leaves_out_is_in_no_better_choice() -> None:
+    rng, fewer = np.random.default_rng(0), 0
+    for _ in range(60):
+        sizes = rng.integers(2, 5, 4)
+        options = [
+            Options(np.arange(n), np.sort(rng.random(n))[::-1], np.sort(rng.integers(0, 30, (2, n)), axis=1))
+            for n in sizes
+        ]
+        limits = [int(rng.integers(20, 90)), int(rng.integers(20, 90))]
+        found = [
+            (sum(float(each.errors[n]) for each, n in zip(options, places, strict=True)), places)
+            for places in itertools.product(*map(range, sizes))
+            if (sum(each.costs[:, n] for each, n in zip(options, places, strict=True)) <= limits).all()
+        ]
+        bounded = bound(options, limits)
+        if not found or bounded is None:
+            assert not found
+            continue
+        assert bounded.least <= min(found)[0] + 1e-9
+        error, known = sorted(found)[len(found) // 4]
+        left = bounded.promising(options, error, known)
+        fewer += sum(map(int, sizes)) - sum(len(each.counts) for each in left)
+        for better in (places for total, places in found if total < error - 1e-7):
+            assert all(n in each.counts for n, each in zip(better, left, strict=True))
+    assert fewer > 60
 
 
 def test_curves_within_two_limits_have_the_least_error_of_all_widths() -> None:
