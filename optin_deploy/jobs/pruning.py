@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from optin_deploy.budget import Limits
+from optin_deploy.curves import Curve
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof, prove
 from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.rows import Feeds
+from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.planning import given
 from optin_deploy.network.axes import Axis
@@ -34,6 +36,7 @@ from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.storage import sha256_json
+from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 
 
@@ -131,7 +134,7 @@ def prune_network(
                 token_weights=weights,
                 progress=progress,
             )
-    keep = choose(found.layout, numbers, asked.limits, recipe.choice, curves=curves)
+    keep = _kept(asked, numbers, curves)
     repaired = None
     if recipe.compensation:
         with stage("compensate") as progress:
@@ -146,6 +149,21 @@ def prune_network(
         with stage("judge"):
             quality = _quality(subject, smaller, rows.held_out)
     return PrunedNetwork(smaller, dense, _plan(asked, keep, numbers), scores, repaired, proof, quality)
+
+
+def _kept(asked: Ready, scores: Mapping[str, np.ndarray], curves: Mapping[str, Curve] | None) -> Keep:
+    """What stays; by curves a branch that the stream goes around may go as a whole, where a cut can do that."""
+    layout, limits, choice = asked.found.layout, asked.limits, asked.recipe.choice
+    if curves is None:
+        return choose(layout, scores, limits, choice)
+    keep = choose(layout, scores, limits, choice, curves=curves, emptying=bypassed(layout))
+    if all(keep.values()):
+        return keep
+    try:
+        cut(layout, keep)
+    except BadInput:
+        return choose(layout, scores, limits, choice, curves=curves)
+    return keep
 
 
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:

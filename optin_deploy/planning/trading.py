@@ -219,8 +219,8 @@ class _Trade:
         rungs = left.shape[1]
         if rungs * len(wider) * len(self.ladders) ** 2 <= ALL:
             return range(rungs)
-        enough = np.all(left[:, :, None] >= needed[:, None, :], axis=0)  # (rungs, widths)
-        found = {rungs - 1 - int(column[::-1].argmax()) for column in enough.T if column.any()}
+        enough: np.ndarray = np.all(left[:, :, None] >= needed[:, None, :], axis=0)  # (rungs, widths)
+        found = {int(np.flatnonzero(column)[-1]) for column in enough.T if column.any()}
         return sorted({*range(max(0, rungs - REACH), rungs), *found})
 
     def _room(self, widths: Widths) -> np.ndarray:
