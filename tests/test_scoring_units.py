@@ -35,6 +35,7 @@ NETWORKS = {
     "groups of queries": ("llama", "dynamo"),
     "windows folded into the batch": ("swin", "dynamo"),
     "samples in several parts": ("mobilevit", "torchscript"),
+    "places of words counted over the batch": ("clip-text", "dynamo"),
     "channels over a stage": ("resnet", "dynamo"),
 }
 
@@ -68,11 +69,11 @@ def batch_of(name: str, seed: int = 0, **sizes: int) -> Batch:
 
 
 def some_units(layout: Layout) -> dict[UnitGroup, list[int]]:
-    """Two of every third group, and of one of each kind."""
+    """Two of every sixth group, and of one of each kind."""
     kinds: dict[str, UnitGroup] = {}
     for group in layout.groups:
         kinds.setdefault(group.kind, group)
-    chosen = [group for n, group in enumerate(layout.groups) if n % 3 == 0 or group in kinds.values()]
+    chosen = [group for n, group in enumerate(layout.groups) if n % 6 == 0 or group in kinds.values()]
     return {group: [0, group.units - 1] for group in chosen}
 
 
@@ -102,7 +103,7 @@ def other_text(subject: Subject) -> set[str]:
 
 def moved(kind: str, dense: Tensor, bent: Tensor, real: Tensor | None) -> Tensor:
     if kind == "embedding":
-        pooled = [(x[real] if real is not None else x).mean(0) for x in (dense, bent)]
+        pooled = [x if x.dim() == 1 else (x if real is None else x[real]).mean(0) for x in (dense, bent)]
         return (pooled[0] / pooled[0].norm() - pooled[1] / pooled[1].norm()).square().sum()
     p, q = ((x if x.dim() == 2 else x[None]).softmax(-1) for x in (dense, bent))
     each = (p * (p / q).log()).sum(-1)
@@ -115,20 +116,20 @@ def by_full_runs(subject: Subject, batches: Sequence[Batch], units: Mapping[Unit
     program = Program(network, dtype=torch.float64)
     names = [port.name for port in network.inputs]
     watch = [feature.value for feature in subject.features]
+    output = subject.reading.output
+    samples = [{name: b[name][row : row + 1] for name in names} for b in batches for row in range(len(b[names[0]]))]
+    dense = [program(one, watch=watch) for one in samples]
     for group, some in units.items():
         for unit in some:
             places = masks(subject.layout, {group.name: [u for u in range(group.units) if u != unit]})
             d = o = torch.zeros(())
-            for batch in batches:
-                for row in range(len(batch[names[0]])):
-                    one = {name: batch[name][row : row + 1] for name in names}
-                    real = one["attention_mask"][0].bool() if "attention_mask" in one else None
-                    dense, bent = program(one, watch=watch), program(one, watch=watch, masks=places)
-                    pairs = zip(*(looked_at(subject, run.watched, real) for run in (dense, bent)), strict=True)
-                    d = d + sum((a - b).square().sum() for a, b in pairs)
-                    output = subject.reading.output
-                    spoken = None if output in other_text(subject) else real
-                    o = o + moved(subject.reading.kind, dense.outputs[output][0], bent.outputs[output][0], spoken)
+            for one, before in zip(samples, dense, strict=True):
+                real = one["attention_mask"][0].bool() if "attention_mask" in one else None
+                after = program(one, watch=watch, masks=places)
+                pairs = zip(*(looked_at(subject, run.watched, real) for run in (before, after)), strict=True)
+                d = d + sum((a - b).square().sum() for a, b in pairs)
+                spoken = None if output in other_text(subject) else real
+                o = o + moved(subject.reading.kind, before.outputs[output][0], after.outputs[output][0], spoken)
             yield group, unit, float(d), float(o)
 
 
