@@ -110,6 +110,7 @@ def test_a_scaled_branch_solves_the_regression_of_its_docstring(bias: bool) -> N
     assert np.allclose(weight(done, "down.weight"), expected, atol=1e-9)
     if bias:
         assert np.allclose(weight(done, "down.bias"), module.down.bias.detach().numpy() + b / scale, atol=1e-9)
+    assert np.array_equal(weight(subject.structure.network, "down.weight"), module.down.weight.detach().numpy())
     first = done.repaired[0]
     assert first.side == "output"
     assert first.after < first.before
