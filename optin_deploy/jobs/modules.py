@@ -12,13 +12,13 @@ from torch import nn
 from optin_deploy.budget import Limits
 from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.torch import cut_module
-from optin_deploy.data.feeds import Drawing, Halves, feeds_of
-from optin_deploy.data.rows import Feeds
-from optin_deploy.errors import BadInput
+from optin_deploy.data.feeds import Drawing, feeds_of
+from optin_deploy.data.module_feeds import example_in
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.jobs.pruning import Recipe, prune_network, ready
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice
@@ -55,38 +55,17 @@ def prune_module(
     Raises: BadInput and its kinds; see errors.py.
     """
     rows = feeds_of(model, batches, Drawing(held_out=0.0, seed=seed))
-    found = find_in(model, example(rows.calibration))
+    example = example_in(rows.calibration)
+    found = find_in(read_module(model, example.inputs, axes=example.axes))
     choice = Choice(allocation=allocation) if align is None else Choice(align=align, allocation=allocation)
     recipe = Recipe(limits, choice, settings or ScoreSettings(seed=seed), compensation)
-    fitting = named_as(found.network, rows)
-    pruned = prune_network(ready(found, fitting, recipe))
+    pruned = prune_network(ready(found, rows, recipe))
     repaired = with_weights_of(model, pruned.dense, found.network)
     if repaired is None:
         smaller: nn.Module = NetworkModule(pruned.network)
     else:
         smaller = cut_module(repaired, find(pruned.dense, found.probes), pruned.plan.keep, found.probes)
     return PrunedModule(smaller, pruned.network, pruned.plan, pruned.proof)
-
-
-def example(rows: Feeds) -> dict[str, torch.Tensor]:
-    """Two rows to export a module with."""
-    batch = rows.batches[0]
-    return {name: value if name in rows.shared else value[:2] for name, value in batch.items()}
-
-
-def named_as(network: Network, rows: Halves) -> Halves:
-    """The same rows under the names of the graph's inputs.
-
-    Raises: BadInput: the graph takes others.
-    """
-    names = {port.name for port in network.inputs}
-    missing = names - set(rows.calibration.batches[0])
-    if missing:
-        raise BadInput(
-            f"{network.source}: its graph takes {', '.join(sorted(names))}, and the batches hold "
-            f"{', '.join(rows.calibration.batches[0])}. Give batches as dicts by the names of forward's arguments."
-        )
-    return rows
 
 
 def with_weights_of(model: nn.Module, repaired: Network, before: Network) -> nn.Module | None:
