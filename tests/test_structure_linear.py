@@ -18,7 +18,8 @@ from optin_deploy.network.read_onnx import read_proto
 from optin_deploy.network.run import Program
 from optin_deploy.structure.find import find
 from optin_deploy.structure.flow import Structure
-from optin_deploy.structure.linear import linear_of, solvable
+from optin_deploy.structure.linear import linear_of
+from optin_deploy.structure.solvable import solvable
 
 RNG = np.random.default_rng(0)
 Arrays = Mapping[str, np.ndarray]

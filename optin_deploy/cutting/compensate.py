@@ -39,7 +39,8 @@ from optin_deploy.regression import Ridge
 from optin_deploy.scoring.hearing import Counts, TokenWeights
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.structure.linear import Solvable, rows_of_value
+from optin_deploy.structure.linear import rows_of_value
+from optin_deploy.structure.solvable import Solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, pulled, reach, scales
 
 ROWS = 32

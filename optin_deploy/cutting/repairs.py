@@ -15,7 +15,8 @@ from optin_deploy.regression import MOST_INPUTS
 from optin_deploy.structure.branches import projection_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.linear import Linear, Solvable, solvable
+from optin_deploy.structure.linear import Linear
+from optin_deploy.structure.solvable import Solvable, solvable
 
 
 @dataclass(frozen=True)

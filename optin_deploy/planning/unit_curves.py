@@ -29,7 +29,7 @@ from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import UnitGroup
-from optin_deploy.structure.linear import Solvable, solvable
+from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, reach
 
 

@@ -16,32 +16,13 @@ from torch import Tensor
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
-from optin_deploy.network.run import REAL_TYPES, Place
-from optin_deploy.network.tensors import torch_dtype
-from optin_deploy.structure.branches import Way, projection_of, way_from
+from optin_deploy.structure.branches import projection_of
 from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
 
-MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
-"""Operators between a stored tensor and where it is used that keep its entries."""
 BEHIND = ("GemmFastGelu", "FusedConv", "FusedGemm", "FusedMatMulActivation")
 """Products with an activation in the same node."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the file, and how it comes to the one node that reads it."""
-
-    name: str
-    shape: tuple[int, ...]
-    steps: tuple[Callable[[Tensor], Tensor], ...]
-    """Views, from the stored tensor on."""
-
-    def used(self, tensor: Tensor) -> Tensor:
-        """View a tensor that is stored so as it is used."""
-        for step in self.steps:
-            tensor = step(tensor)
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -133,40 +114,6 @@ class Linear:
         return rows_of_value(given, self.outputs_axis, self.samples[1], samples, chosen)
 
 
-@dataclass(frozen=True)
-class Shift:
-    """A vector that is added to what a product gives."""
-
-    place: Place
-    stored: Stored
-    value: str
-    """Name of the sum."""
-    factor: float = 1.0
-    """By which the vector is multiplied before."""
-
-
-@dataclass(frozen=True)
-class Solvable:
-    """A product whose weight can be solved for anew."""
-
-    linear: Linear
-    way: Way
-    shift: Shift | None
-
-
-def solvable(structure: Structure, index: int) -> Solvable:
-    """Return a node as a product with a matrix, and the vector that is added behind it.
-
-    Raises: Unsupported: it is none; says why.
-    """
-    network = structure.network
-    linear, way = linear_of(structure, network.nodes[index]), way_from(structure, index)
-    factors = [name for scale in way.scale for name in network.nodes[scale].inputs if name in network.fixed]
-    if any(math.prod(structure.shapes.shape(name) or ()) not in (1, linear.outputs) for name in factors):
-        raise Unsupported("what it gives is multiplied by other numbers in other places")
-    return Solvable(linear, way, _shift(structure, linear, way))
-
-
 def linear_of(structure: Structure, node: Node) -> Linear:
     """Return a node as a product with a matrix.
 
@@ -182,67 +129,6 @@ def linear_of(structure: Structure, node: Node) -> Linear:
         raise Unsupported(f"{node.op} is not known as a product with one matrix")
     stored = stored_at(structure, node.inputs[projection.weight])
     return form(structure, node, projection.weight, stored)
-
-
-def stored_at(structure: Structure, name: str) -> Stored:
-    """Return the stored tensor that a value is, from which nothing else is made.
-
-    Raises: Unsupported: it has other readers, is computed, or is not stored as real numbers of 16 bits or more.
-    """
-    network, nodes = structure.network, []
-    if len(network.consumers.get(name, ())) > 1:
-        raise Unsupported("several nodes read its weight")
-    while name not in network.weights:
-        node = network.producer[name]
-        if node.op not in MOVING:
-            raise Unsupported(f"its weight comes out of {node.op}")
-        nodes.append(node)
-        name = node.inputs[0]
-        if len(network.consumers[name]) > 1:
-            raise Unsupported("several nodes read its weight")
-    tensor = network.weights[name]
-    if int(tensor.dtype) not in REAL_TYPES:
-        raise Unsupported(f"its weight is stored as {tensor.dtype.name}")
-    found = Stored(name, tuple(tensor.shape.numpy()), tuple(_view(structure, node) for node in reversed(nodes)))
-    try:
-        found.used(torch.empty(found.shape, dtype=torch_dtype(tensor.dtype), device="meta"))
-    except RuntimeError as err:  # a Reshape behind a Transpose
-        raise Unsupported("its weight is rearranged on the way") from err
-    return found
-
-
-def _view(structure: Structure, node: Node) -> Callable[[Tensor], Tensor]:
-    if node.op == "Transpose":
-        order = node.get("perm")
-        return lambda tensor: tensor.permute(order or tuple(reversed(range(tensor.dim()))))
-    shape = structure.shapes.shape(node.outputs[0])
-    return lambda tensor: tensor if shape is None or tensor.shape == shape else tensor.view(shape)
-
-
-def _shift(structure: Structure, linear: Linear, way: Way) -> Shift | None:
-    """The vector behind a product; None where there is none, or where its entries are not the outputs."""
-    if way.bias is None:
-        return None
-    index, place = way.bias
-    node = structure.network.nodes[index]
-    try:
-        stored = stored_at(structure, node.inputs[place])
-    except Unsupported:
-        if node.inputs[place] not in structure.network.weights:
-            return None
-        tensor = structure.network.weights[node.inputs[place]]  # read elsewhere too: this place gets a copy
-        if int(tensor.dtype) not in REAL_TYPES:
-            return None
-        stored = Stored(node.inputs[place], tuple(tensor.shape.numpy()), ())
-    if math.prod(stored.shape) != linear.outputs:
-        return None
-    value = way.value if way.add is not None and index == way.add[0] else node.outputs[0]
-    out = structure.axes[linear.gives][linear.outputs_axis]
-    alike = any(tuple(axis.leaves()) == tuple(out.leaves()) for axis in structure.axes[value])
-    own = not linear.seen or (index == linear.node.index)
-    if not (own or alike):
-        return None
-    return Shift(way.bias, stored, value, node.get("beta", 1.0) if node.op == "Gemm" else 1.0)
 
 
 def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more: object) -> Linear:

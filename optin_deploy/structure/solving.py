@@ -12,7 +12,7 @@ from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.network.weights import separated
-from optin_deploy.structure.linear import Solvable
+from optin_deploy.structure.solvable import Solvable
 
 MOST_PLACES = 512
 """Rows of a regression for each sample: of pictures with more places so many are drawn, the same in all samples."""

@@ -1,0 +1,69 @@
+"""Stored tensors, and how each comes to the one node that reads it: by views, through which changes are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.run import REAL_TYPES
+from optin_deploy.network.tensors import torch_dtype
+from optin_deploy.structure.flow import Structure
+
+MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+"""Operators between a stored tensor and where it is used that keep its entries."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file, and how it comes to the one node that reads it."""
+
+    name: str
+    shape: tuple[int, ...]
+    steps: tuple[Callable[[Tensor], Tensor], ...]
+    """Views, from the stored tensor on."""
+
+    def used(self, tensor: Tensor) -> Tensor:
+        """View a tensor that is stored so as it is used."""
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+
+def stored_at(structure: Structure, name: str) -> Stored:
+    """Return the stored tensor that a value is, from which nothing else is made.
+
+    Raises: Unsupported: it has other readers, is computed, or is not stored as real numbers of 16 bits or more.
+    """
+    network, nodes = structure.network, []
+    if len(network.consumers.get(name, ())) > 1:
+        raise Unsupported("several nodes read its weight")
+    while name not in network.weights:
+        node = network.producer[name]
+        if node.op not in MOVING:
+            raise Unsupported(f"its weight comes out of {node.op}")
+        nodes.append(node)
+        name = node.inputs[0]
+        if len(network.consumers[name]) > 1:
+            raise Unsupported("several nodes read its weight")
+    tensor = network.weights[name]
+    if int(tensor.dtype) not in REAL_TYPES:
+        raise Unsupported(f"its weight is stored as {tensor.dtype.name}")
+    found = Stored(name, tuple(tensor.shape.numpy()), tuple(_view(structure, node) for node in reversed(nodes)))
+    try:
+        found.used(torch.empty(found.shape, dtype=torch_dtype(tensor.dtype), device="meta"))
+    except RuntimeError as err:  # a Reshape behind a Transpose
+        raise Unsupported("its weight is rearranged on the way") from err
+    return found
+
+
+def _view(structure: Structure, node: Node) -> Callable[[Tensor], Tensor]:
+    if node.op == "Transpose":
+        order = node.get("perm")
+        return lambda tensor: tensor.permute(order or tuple(reversed(range(tensor.dim()))))
+    shape = structure.shapes.shape(node.outputs[0])
+    return lambda tensor: tensor if shape is None or tensor.shape == shape else tensor.view(shape)
