@@ -147,7 +147,7 @@ def test_the_unsafe_patterns_find_what_they_are_for(pattern: str, example: str) 
     assert re.search(pattern, example)
 
 
-ROOMS = ("network", "structure", "planning", "cutting", "reporting", "jobs", "commands")
+ROOMS = ("network", "structure", "scoring", "planning", "cutting", "reporting", "jobs", "commands")
 """Folders of the library from the lowest to the highest; the older ones beside them are not in order yet."""
 
 

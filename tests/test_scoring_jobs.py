@@ -23,6 +23,7 @@ from optin_deploy.scoring.features import Features
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.scoring.slopes import Projections, slope_terms
+from optin_deploy.scoring.stability import rank_correlation
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY
 from optin_deploy.scoring.unit_job import score_units
@@ -148,6 +149,33 @@ def test_branches_before_the_residual_are_compared_where_the_paper_is_followed()
     blocks = score_units(subject(), batches(), replace(EXACT, kl_weight=0.0))
     assert found.provenance["values"] == blocks.provenance["values"] == 4
     assert not torch.allclose(flat(found), flat(blocks))
+
+
+@pytest.mark.parametrize(("family", "faster"), [("bert", True), ("deberta-v2", False)])
+def test_a_faster_type_is_taken_only_where_it_ranks_alike(
+    family: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeBERTa writes the least number of float32 where there is padding: in bfloat16 that is minus infinity."""
+    monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: torch.bfloat16)
+    network = Subject.of(find_in(export(family, "torchscript").path).layout)
+    found = score_units(network, batches(), ONE_ROUND)
+    assert found.provenance["pass_dtype"] == ("bfloat16" if faster else "float32")
+    monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: like.dtype)
+    plain = score_units(network, batches(), ONE_ROUND)
+    close = rank_correlation(flat(found), flat(plain))
+    assert close > 0.999 if faster else close == 1
+
+
+def test_an_operator_that_does_not_mix_types_keeps_the_own_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, dtype: torch.dtype | None, **more: Any) -> Any:
+        if dtype is not None:
+            raise BadInput("expected scalar type Float but found BFloat16")
+        return slope_terms(*args, dtype=dtype, **more)
+
+    monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: torch.bfloat16)
+    monkeypatch.setattr(unit_parts, "slope_terms", refuse)
+    network = Subject.of(find_in(export("bert", "torchscript").path).layout)
+    assert score_units(network, batches(), ONE_ROUND).provenance["pass_dtype"] == "float32"
 
 
 # --- parts ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def enough(
     return high
 
 
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's rank correlation of two scores of the same units; ties are broken as they come."""
+    return _correlation(_ranks(one), _ranks(other))
+
+
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort().argsort().double()
 
