@@ -22,20 +22,19 @@ from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready
+from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready, scored
 from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import data_path, write
 from optin_deploy.ownership import Record
 from optin_deploy.progress import Progress, Stage, silent_stage
-from optin_deploy.quality import Quality
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.stage_memory import StageMemory
 from optin_deploy.storage import scratch_folder, sha256_file, write_json, write_tensors, write_text
 
-DENSE, PRUNED = "dense.onnx", "model.onnx"
-NAMES = (DENSE, PRUNED, "plan.json", "scores.safetensors", "samples.safetensors", "report.json", "report.md")
+DENSE, PRUNED, SCORES = "dense.onnx", "model.onnx", "scores.safetensors"
+NAMES = (DENSE, PRUNED, SCORES, "plan.json", "samples.safetensors", "report.json", "report.md")
 """What the output folder holds; weights of more than 2 GiB lie beside the ONNX files."""
 RECORDED = 8
 """Rows kept with the outputs of both networks, for checks elsewhere."""
@@ -82,7 +81,10 @@ def export_network(
         return None
     out.mkdir(parents=True, exist_ok=True)
     record.begin()
-    pruned = prune_network(asked, known=_known(out), memory_budget=request.memory_budget, stage=clock)
+    with clock("score") as progress:
+        scores = scored(asked, _known(out), memory_budget=request.memory_budget, progress=progress)
+        scores.write(out / SCORES)
+    pruned = prune_network(asked, scores, stage=clock)
     with clock("export"):
         errors = _written(found, pruned, request.source, out)
         _record_samples(found, pruned, asked.rows, out)
@@ -117,7 +119,7 @@ def _rows(network: Network, request: Request) -> Halves:
 def _known(out: Path) -> UnitScores | None:
     """Scores of an earlier run."""
     try:
-        return UnitScores.read(out / "scores.safetensors")
+        return UnitScores.read(out / SCORES)
     except BadInput:
         return None  # absent, or damaged: made again
 
@@ -140,7 +142,6 @@ def _written(found: Found, pruned: PrunedNetwork, source: Path, out: Path) -> di
         error = compare(smaller, found.network, folder / PRUNED, source, found.probes)
     if error is not None:
         errors["onnxruntime"] = error
-    pruned.scores.write(out / "scores.safetensors")
     write(found.network, out / DENSE)
     write(smaller, out / PRUNED)
     pruned.plan.write(out / "plan.json")
@@ -167,7 +168,8 @@ def _measured(
     assert cost is not None
     found = []
     for batch in request.batches:
-        feeds = {name: value.numpy() for name, value in _some(rows, batch).items()}
+        some = _some(rows, batch)
+        feeds = {port.name: some[port.name].numpy() for port in pruned.network.inputs}
         length = next((value.shape[1] for value in feeds.values() if value.ndim == 2), None)
         timing = time_pair(
             target,
@@ -188,7 +190,7 @@ def _some(rows: Feeds, count: int) -> dict[str, Tensor]:
     """So many rows of the widest batch, from its start again where it has fewer."""
     widest = max(rows.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
     places = torch.arange(count) % rows_of(widest)
-    return {name: value if name in rows.shared else value[places] for name, value in widest.items() if name != "unused"}
+    return {name: value if name in rows.shared else value[places] for name, value in widest.items()}
 
 
 def _report(
@@ -203,10 +205,11 @@ def _report(
 ) -> Report:
     plan, cost = pruned.plan, pruned.plan.cost
     assert cost is not None
+    assert pruned.quality is not None
     files = {"dense": out / DENSE, "pruned": out / PRUNED}
     kept = {group.name: len(plan.keep.get(group.name, range(group.units))) for group in found.layout.groups}
     return Report(
-        quality=pruned.quality or Quality("not judged", 1.0, 1.0, 0),
+        quality=pruned.quality,
         params={"dense": cost.weights_dense, "pruned": cost.weights_pruned},
         macs={"dense": cost.macs_dense, "pruned": cost.macs_pruned, "kept": cost.macs_pruned / max(1, cost.macs_dense)},
         size_bytes={name: file_bytes(path) for name, path in files.items()},

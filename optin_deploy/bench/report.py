@@ -116,21 +116,28 @@ class Report:
         return {**plain, "quality": asdict(self.quality), "latency": [m.to_json() for m in self.latency]}
 
 
+AGREEMENT = {
+    "cosine_to_dense": ("Mean cosine to the dense embeddings", "no labels"),
+    "same_prediction": ("Same prediction as dense", "no labels"),
+    "same_prediction_per_token": ("Same prediction as dense, of all tokens", "no labels"),
+    "correlation_with_dense": ("Correlation with the dense predictions", "labels are not used"),
+}
+"""Metrics that compare with the dense model: what they are called, and what became of labels."""
+
+
 def quality_lines(report: Report) -> list[str]:
     """The sentence that a report opens with, and a warning if agreement is low."""
     q = report.quality
-    if q.metric == "accuracy":
+    if q.metric in ("accuracy", "accuracy_per_token"):
+        what = "Accuracy" if q.metric == "accuracy" else "Accuracy of all tokens"
         change = 100 * (q.pruned - q.dense)
-        return [
-            f"Accuracy {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."
-        ]
-    what = {
-        "cosine_to_dense": "Mean cosine to the dense embeddings",
-        "same_prediction": "Same prediction as dense",
-        "correlation_with_dense": "Correlation with the dense predictions",
-    }
-    labels = "labels are not used" if q.metric == "correlation_with_dense" else "no labels"
-    lines = [f"{what[q.metric]}: {q.pruned:.3f} ({q.samples} held-out rows, {labels})."]
+        return [f"{what} {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."]
+    if q.metric == "perplexity":
+        return [f"Perplexity {q.dense:.3f} dense, {q.pruned:.3f} pruned ({q.samples} held-out rows)."]
+    if q.metric == "relative_error":
+        return [f"The outputs differ from the dense ones by {q.pruned:.2%} of their size ({q.samples} held-out rows)."]
+    what, labels = AGREEMENT[q.metric]
+    lines = [f"{what}: {q.pruned:.3f} ({q.samples} held-out rows, {labels})."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
     return lines

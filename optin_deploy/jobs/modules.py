@@ -15,7 +15,7 @@ from optin_deploy.cutting.torch import cut_module
 from optin_deploy.data.feeds import Drawing, feeds_of
 from optin_deploy.data.module_feeds import example_in
 from optin_deploy.jobs.networks import find_in
-from optin_deploy.jobs.pruning import Recipe, prune_network, ready
+from optin_deploy.jobs.pruning import Recipe, prune_network, ready, scored
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
@@ -59,7 +59,8 @@ def prune_module(
     found = find_in(read_module(model, example.inputs, axes=example.axes))
     choice = Choice(allocation=allocation) if align is None else Choice(align=align, allocation=allocation)
     recipe = Recipe(limits, choice, settings or ScoreSettings(seed=seed), compensation)
-    pruned = prune_network(ready(found, rows, recipe))
+    asked = ready(found, rows, recipe)
+    pruned = prune_network(asked, scored(asked))
     repaired = with_weights_of(model, pruned.dense, found.network)
     if repaired is None:
         smaller: nn.Module = NetworkModule(pruned.network)

@@ -27,7 +27,7 @@ from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.plan import NetworkPlan, Origin, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.planning.widths import Choice, Keep, check_choice, choose
-from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.quality import Quality
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.reading import Kind
@@ -102,26 +102,31 @@ def ready(found: Found, rows: Halves, recipe: Recipe) -> Ready:
     return Ready(found, rows, recipe, subject, limits)
 
 
-def prune_network(
-    asked: Ready, *, known: UnitScores | None = None, memory_budget: int | None = None, stage: Stage = silent_stage
-) -> PrunedNetwork:
+def scored(
+    asked: Ready, known: UnitScores | None = None, *, memory_budget: int | None = None, progress: Progress = silent
+) -> UnitScores:
+    """Score the units.
+
+    Args: known: scores of an earlier run; they are returned if they were made of the same in the same way.
+        memory_budget: bytes that scoring may take; None: most of what is free.
+    Raises: BadInput, NonFiniteActivation: data and network do not fit.
+    """
+    if known is not None and known.provenance.get("key") == asked.key:
+        return known
+    recipe, batches = asked.recipe, asked.rows.calibration.batches
+    how = {"kinds": recipe.choice.kinds, "memory_budget": memory_budget, "progress": progress}
+    found = score_units(asked.subject, batches, recipe.scoring, **how)  # type: ignore[arg-type]
+    return replace(found, provenance={**found.provenance, "key": asked.key})
+
+
+def prune_network(asked: Ready, scores: UnitScores, *, stage: Stage = silent_stage) -> PrunedNetwork:
     """Make a network smaller; the given one is untouched.
 
-    Args: known: scores of an earlier run; they are taken if they were made of the same in the same way.
-        memory_budget: bytes that scoring may take; None: most of what is free.
+    Args: scores: what `scored` returns.
     Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
     """
     found, rows, recipe, subject = asked.found, asked.rows, asked.recipe, asked.subject
     batches = rows.calibration.batches
-    with stage("score") as progress:
-        if known is None or known.provenance.get("key") != asked.key:
-            known = score_units(
-                *(subject, batches, recipe.scoring),
-                kinds=recipe.choice.kinds,
-                memory_budget=memory_budget,
-                progress=progress,
-            )
-        scores = replace(known, provenance={**known.provenance, "key": asked.key})
     numbers = {name: values.numpy() for name, values in scores.scores.items()}
     by_curves = recipe.choice.allocation == "curves"
     weights = token_weights(subject, batches) if recipe.compensation or by_curves else None
