@@ -12,7 +12,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from tiny_graphs import WIDTH, chain
 from torch import Tensor
 
 from benchmarks.zoo.export import export
@@ -149,6 +151,20 @@ def test_branches_before_the_residual_are_compared_where_the_paper_is_followed()
     blocks = score_units(subject(), batches(), replace(EXACT, kl_weight=0.0))
     assert found.provenance["values"] == blocks.provenance["values"] == 4
     assert not torch.allclose(flat(found), flat(blocks))
+
+
+def test_a_network_without_tokens_is_scored_by_its_output_alone() -> None:
+    network = Subject.of(find_in(chain()).layout)
+    assert network.features == ()
+    (group,), x = network.layout.groups, torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = score_units(network, [{"x": x}], EXACT)
+    w, v = (torch.from_numpy(numpy_helper.to_array(each)) for each in chain().graph.initializer)
+    hidden = (x @ w).relu()
+    outputs = [(hidden * (torch.arange(WIDTH) != unit)) @ v for unit in (0, WIDTH - 1)]
+    dense, *bent = (torch.nn.functional.normalize(y) for y in (hidden @ v, *outputs))
+    expected = [float((dense - y).square().sum(1).mean()) for y in bent]
+    assert found.scores[group.name][[0, -1]].tolist() == pytest.approx(expected, rel=1e-4)
+    assert min(expected) > 0
 
 
 @pytest.mark.parametrize(("family", "faster"), [("bert", True), ("deberta-v2", False)])

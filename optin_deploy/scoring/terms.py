@@ -108,14 +108,18 @@ def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayou
 
 
 def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:
-    """The lambda at which the mean output term is `KL_SHARE` of the mean trajectory term; 0 where no output moves.
+    """The lambda at which the mean output term is `KL_SHARE` of the mean trajectory term.
+
+    It is 0 where no output moves, and 1 where there is no trajectory, so that the output counts alone.
 
     Args: shares: what the trajectory terms count.
     """
     pairs = [(share, terms.sums[units]) for units, share in shares]
     trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
     output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
-    return KL_SHARE * trajectory / output if output > 0 else 0.0
+    if trajectory == 0 or output == 0:
+        return float(output > 0)
+    return KL_SHARE * trajectory / output
 
 
 def mean_scores(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:
