@@ -22,12 +22,14 @@ from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready, scored
+from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready, scored, sizes_of
 from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import data_path, write
 from optin_deploy.ownership import Record
+from optin_deploy.planning.costs import costs_of
+from optin_deploy.planning.plan import PlanCost
 from optin_deploy.progress import Progress, Stage, silent_stage
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.stage_memory import StageMemory
@@ -211,7 +213,7 @@ def _report(
     return Report(
         quality=pruned.quality,
         params={"dense": cost.weights_dense, "pruned": cost.weights_pruned},
-        macs={"dense": cost.macs_dense, "pruned": cost.macs_pruned, "kept": cost.macs_pruned / max(1, cost.macs_dense)},
+        macs=_shares(found, rows.calibration, cost),
         size_bytes={name: file_bytes(path) for name, path in files.items()},
         parity=errors,
         latency=latency,
@@ -237,6 +239,19 @@ def _report(
         },
         notes=_notes(pruned),
     )
+
+
+def _shares(found: Found, rows: Feeds, cost: PlanCost) -> dict[str, float]:
+    """Multiply-accumulates, what part of them stays, and what part of those that any group could lose."""
+    costs = costs_of(found.layout, sizes_of(found, rows)).macs
+    fixed = costs.of({group.name: 0 for group in found.layout.groups})
+    dense, pruned = cost.macs_dense, cost.macs_pruned
+    return {
+        "dense": dense,
+        "pruned": pruned,
+        "kept": pruned / max(1, dense),
+        "prunable_kept": (pruned - fixed) / max(1, dense - fixed),
+    }
 
 
 def _notes(pruned: PrunedNetwork) -> list[str]:
