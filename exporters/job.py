@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from exporters.bench.measuring import Point, measure
 from exporters.bench.time_budget import Round, judged, plan_in_time
 from exporters.bench.yardstick import yardstick
 from exporters.building import Built, build, int8_samples
+from exporters.clock import Clock
 from exporters.onnx_artifact import WITH_SHAPES
 from exporters.proving import EngineModel, check_engine
 from exporters.ready import check_measured, ready
@@ -31,13 +30,13 @@ from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.errors import PlanMismatch, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.masking import inference, rows_of
-from optin_deploy.progress import Progress, Stage, silent_stage
+from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.pruned import PrunedModel, load_pruned, read_saved
 from optin_deploy.quality import Quality
 from optin_deploy.rewrite.verify import main_output
 from optin_deploy.scoring import ScoreSettings
 from optin_deploy.search import default_align
-from optin_deploy.stage_memory import StageMemory, over_budget, resident_bytes
+from optin_deploy.stage_memory import over_budget, resident_bytes
 from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
 from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
 from optin_deploy.sweep import planned
@@ -85,7 +84,7 @@ def export_model(
         stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
-    clock, limits = _Clock(stage), limits or Limits()
+    clock, limits = Clock(stage), limits or Limits()
     check_measured(limits, points, dense=dense)
     with clock("load"):
         target, spec, prepared = ready(
@@ -223,7 +222,7 @@ def _report(
     quality: Quality,
     parity: Mapping[str, float],
     latency: Sequence[Measurement],
-    clock: _Clock,
+    clock: Clock,
     settings: Mapping[str, Any],
 ) -> Report:
     plan, source = pruned.plan, prepared.source
@@ -279,22 +278,6 @@ def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Q
     elif built.obstacle is not None:
         notes.append(f"{built.pairs[-1].pruned.path.name} was built but not run here: {built.obstacle}.")
     return notes
-
-
-@dataclass
-class _Clock:
-    """Seconds of each stage and the most memory held in it, by title."""
-
-    stage: Stage
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: StageMemory = field(default_factory=StageMemory)
-
-    @contextmanager
-    def __call__(self, title: str) -> Iterator[Progress]:
-        started = time.perf_counter()
-        with self.stage(title) as progress, self.memory(title):
-            yield progress
-        self.seconds[title] = round(time.perf_counter() - started, 2)
 
 
 def _over_budget(memory: Mapping[str, int], before: int, budget: int | None) -> list[str]:

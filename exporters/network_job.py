@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from exporters import exporter
 from exporters.base import Exporter
 from exporters.bench.measuring import check_threads, time_pair
+from exporters.clock import Clock
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
 from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
@@ -30,9 +29,8 @@ from optin_deploy.network.write import data_path, write
 from optin_deploy.ownership import Record
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import PlanCost
-from optin_deploy.progress import Progress, Stage, silent_stage
+from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.stage_memory import StageMemory
 from optin_deploy.storage import scratch_folder, sha256_file, write_json, write_tensors, write_text
 
 DENSE, PRUNED, SCORES = "dense.onnx", "model.onnx", "scores.safetensors"
@@ -73,7 +71,7 @@ def export_network(
     Args: dry_run: check what can be checked, and return None.
     Raises: OptinError kinds: see errors.py.
     """
-    target, clock, record = _target(request), _Clock(stage), Record(out)
+    target, clock, record = _target(request), Clock(stage), Record(out)
     record.reserve((*NAMES, *(data_path(Path(name)).name for name in (DENSE, PRUNED))), force=force, dry_run=dry_run)
     with clock("load"):
         found = find_in(request.source, sizes=request.sizes)
@@ -202,7 +200,7 @@ def _report(
     rows: Halves,
     errors: Mapping[str, float],
     latency: Sequence[Measurement],
-    clock: _Clock,
+    clock: Clock,
     out: Path,
 ) -> Report:
     plan, cost = pruned.plan, pruned.plan.cost
@@ -261,19 +259,3 @@ def _notes(pruned: PrunedNetwork) -> list[str]:
     skipped = pruned.compensation.skipped
     reasons = dict.fromkeys(each.why for each in skipped)
     return [f"{len(skipped)} products could not be repaired: {'; '.join(reasons)}."] if skipped else []
-
-
-@dataclass
-class _Clock:
-    """Seconds of each stage and the most memory held in it, by title."""
-
-    stage: Stage
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: StageMemory = field(default_factory=StageMemory)
-
-    @contextmanager
-    def __call__(self, title: str) -> Iterator[Progress]:
-        started = time.perf_counter()
-        with self.stage(title) as progress, self.memory(title):
-            yield progress
-        self.seconds[title] = round(time.perf_counter() - started, 2)
