@@ -13,7 +13,7 @@ from optin_deploy.stage_memory import StageMemory
 
 @dataclass
 class Clock:
-    """Seconds of each stage and the most memory held in it, by title."""
+    """Seconds of each stage and the most memory held in it, by title; a `Stage` itself."""
 
     stage: Stage
     seconds: dict[str, float] = field(default_factory=dict)
@@ -21,6 +21,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, title: str) -> Iterator[Progress]:
+        """Stand around one stage."""
         started = time.perf_counter()
         with self.stage(title) as progress, self.memory(title):
             yield progress
