@@ -1,10 +1,10 @@
-"""`optin-export FILE.onnx`: make an ONNX file smaller by data, write it, prove it, measure it, report."""
+"""`optin-export` of what is cut in its graph: make it smaller by data, write it, prove it, measure it, report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, re
 from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import Found, find_in
+from optin_deploy.jobs.networks import Found, find_in, is_file
 from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready, scored, sizes_of
 from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
 from optin_deploy.network.graph import Network
@@ -46,8 +46,10 @@ ENGINES = ("onnx", "openvino")
 class Request:
     """What is asked of one job."""
 
-    source: Path
-    calibration: Path
+    source: str
+    """An ONNX file, or folder or hub id of a transformers model."""
+    calibration: Path | None
+    """None: the small bundled set."""
     evaluation: Path | None = None
     """Rows that judge; None: held-out calibration rows."""
     preparation: Preparation = field(default_factory=Preparation)
@@ -86,7 +88,7 @@ def export_network(
         scores.write(out / SCORES)
     pruned = prune_network(asked, scores, stage=clock)
     with clock("export"):
-        errors = _written(found, pruned, request.source, out)
+        errors = _written(found, pruned, out)
         _record_samples(found, pruned, asked.rows, out)
     measured = _measured(target, request, pruned, asked.rows.calibration, out, clock)
     report = _report(request, found, pruned, asked.rows, errors, measured, clock, out)
@@ -98,8 +100,7 @@ def export_network(
 def _target(request: Request) -> Exporter:
     if request.engine not in ENGINES:
         raise BadInput(
-            f"--engine {request.engine} is not made from ONNX files yet; possible are {', '.join(ENGINES)}. For others "
-            "export the transformers model itself."
+            f"--engine {request.engine} does not run what is cut in its graph yet; possible are {', '.join(ENGINES)}."
         )
     target = exporter(request.engine)
     check_threads(request.threads)
@@ -108,11 +109,18 @@ def _target(request: Request) -> Exporter:
 
 
 def _rows(network: Network, request: Request) -> Halves:
-    drawing = request.drawing
+    drawing, preparation = request.drawing, request.preparation
+    if not is_file(request.source):  # tokenizer and image processor lie in the model's folder
+        preparation = replace(
+            preparation,
+            tokenizer=preparation.tokenizer or request.source,
+            preprocessor=preparation.preprocessor
+            or (None if preparation.pixels or preparation.image_size else request.source),
+        )
     if request.evaluation is None:
-        return read_feeds(network, request.calibration, request.preparation, drawing)
-    found = read_feeds(network, request.calibration, request.preparation, Drawing(drawing.samples, 0.0, drawing.seed))
-    judging = read_judging(network, request.evaluation, found.calibration, request.preparation)
+        return read_feeds(network, request.calibration, preparation, drawing)
+    found = read_feeds(network, request.calibration, preparation, Drawing(drawing.samples, 0.0, drawing.seed))
+    judging = read_judging(network, request.evaluation, found.calibration, preparation)
     return Halves(found.calibration, judging)
 
 
@@ -132,17 +140,17 @@ def _check_batches(network: Network, batches: Sequence[int]) -> None:
         raise BadInput(f"--at batch={wrong[0]}: {network.source} takes {rows} rows at once and no others.")
 
 
-def _written(found: Found, pruned: PrunedNetwork, source: Path, out: Path) -> dict[str, float]:
+def _written(found: Found, pruned: PrunedNetwork, out: Path) -> dict[str, float]:
     """Write both networks, and the plan by which the smaller one is known; returns errors of ONNX Runtime."""
     smaller = Network(pruned.network.model.clone(), pruned.network.source)
     smaller.model.metadata_props[MARK] = json.dumps({"plan": pruned.plan.hash, "network": pruned.plan.network})
     errors = {"masked_vs_cut": pruned.proof.masked}
+    write(found.network, out / DENSE)
     with scratch_folder(out / PRUNED) as folder:
         write(smaller, folder / PRUNED)
-        error = compare(smaller, found.network, folder / PRUNED, source, found.probes)
+        error = compare(smaller, found.network, folder / PRUNED, out / DENSE, found.probes)
     if error is not None:
         errors["onnxruntime"] = error
-    write(found.network, out / DENSE)
     write(smaller, out / PRUNED)
     pruned.plan.write(out / "plan.json")
     return errors
@@ -182,7 +190,7 @@ def _measured(
             stage=clock,
         )
         ideal = cost.macs_dense / max(1, cost.macs_pruned)
-        found.append(Measurement(request.engine, batch, length or 0, target.threads(request.threads), ideal, timing))
+        found.append(Measurement(request.engine, batch, length, target.threads(request.threads), ideal, timing))
     return found
 
 
@@ -230,7 +238,7 @@ def _report(
         seconds=clock.seconds,
         memory=clock.memory.peaks,
         settings={
-            "source": str(request.source),
+            "source": request.source,
             "engine": request.engine,
             "recipe": asdict(request.recipe),
             "calibration_fingerprint": rows.calibration.fingerprint,

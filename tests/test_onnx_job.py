@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny_checkpoint import Shell
+from tiny_checkpoint import Shell, photos
 from tiny_checkpoint import run as job
 from tiny_networks import VOCABULARY, Image, Text, export, made
 
@@ -152,7 +153,7 @@ def test_images_as_arrays_and_channels(tmp_path: Path, shell: Shell) -> None:
     [
         ((), "--calibration is missing"),
         (("--calibration", "IDS", "--latency", "4ms"), "--latency would do nothing"),
-        (("--calibration", "IDS", "--engine", "trt"), "--engine trt is not made from ONNX files yet"),
+        (("--calibration", "IDS", "--engine", "trt"), "--engine trt does not run what is cut in its graph yet"),
         (("--calibration", "IDS", "--at", "batch=1,seq=64"), "give --seq-len"),
         (("--calibration", "IDS", "--flops", "0.01"), "--flops"),
         (("--calibration", "IDS", "--compare-output", "nothing"), "outputs are"),
@@ -181,4 +182,27 @@ def test_a_dry_run_writes_nothing(text: Path, ids: Path, tmp_path: Path, shell: 
 def test_options_of_onnx_files_are_refused_elsewhere(tmp_path: Path, shell: Shell) -> None:
     ran = shell("optin-export", tmp_path, "--tokenizer", "x", "--out", tmp_path / "out")
     assert ran.code == 2
-    assert "--tokenizer would do nothing: it is for ONNX files" in ran.err
+    assert "--tokenizer would do nothing: it is for models that are cut in their graph" in ran.err
+
+
+def test_a_checkpoint_that_no_row_serves_is_made_smaller_by_its_graph(tmp_path: Path, shell: Shell) -> None:
+    model, out = tmp_path / "swin", tmp_path / "out"
+    sizes = {"image_size": 32, "patch_size": 4, "window_size": 4}
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(**sizes, embed_dim=24, depths=[1, 1], num_heads=[3, 6], num_labels=5)
+    transformers.SwinForImageClassification(config).save_pretrained(model)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings))
+    ran = shell(
+        *("optin-export", model, "--calibration", photos(), "--samples", 16, "--flops", 0.7, "--align", 4),
+        *("--allocation", "uniform", "--out", out),
+    )
+    assert ran.code == 0, ran.err
+    told = report(out)
+    assert told["macs"]["kept"] <= 0.7
+    assert told["latency"][0]["seq_len"] is None
+    samples = load_file(out / "samples.safetensors")
+    reloaded = transformers.SwinForImageClassification.from_pretrained(model).eval()
+    with torch.no_grad():
+        wanted = reloaded(pixel_values=samples["input.pixel_values"]).logits
+    torch.testing.assert_close(samples["dense.logits"], wanted, rtol=1e-4, atol=1e-5)

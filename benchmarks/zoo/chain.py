@@ -47,7 +47,7 @@ def row(real: Real, setting: Setting, folder: Path) -> dict[str, Any]:
     calibration = write_calibration(articles[:CALIBRATION], folder / "calibration.jsonl")
     judging = write_calibration(articles[-HELD_OUT:], folder / "judging.jsonl")
     request = Request(
-        real.path(),
+        str(real.path()),
         calibration,
         judging,
         Preparation(tokenizer=str(minilm_folder()), seq_len=SEQ_LEN),

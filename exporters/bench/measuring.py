@@ -285,7 +285,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
     return measure_device_time(
         lambda cuda_graph: target.open_device(case.dense, precision=at.precision, cuda_graph=cuda_graph),
         lambda cuda_graph: target.open_device(case.smaller, precision=at.precision, cuda_graph=cuda_graph),
-        example_feeds(case.pruned.model, at.batch, at.seq_len),
+        example_feeds(case.pruned.model, at.batch, at.seq_len or 1),
         stage=stage,
     )
 
@@ -293,7 +293,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
     from exporters.bench.peak_memory import peak_of
 
-    feeds = example_feeds(case.pruned.model, at.batch, at.seq_len)
+    feeds = example_feeds(case.pruned.model, at.batch, at.seq_len or 1)
     found = {}
     for name, path, task in (("dense", case.dense, case.task), ("pruned", case.smaller, None)):
         with stage(f"memory {name}"):

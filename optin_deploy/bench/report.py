@@ -23,8 +23,8 @@ class Measurement:
 
     engine: str
     batch: int
-    seq_len: int
-    """Tokens a sample."""
+    seq_len: int | None
+    """Tokens a sample; None: its inputs have no length."""
     threads: int
     """Intra-op threads; 0: it does not compute on the CPU."""
     ideal: float

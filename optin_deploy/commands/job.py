@@ -16,7 +16,8 @@ from optin_deploy.commands.onnx_job import (
     Preprocessor,
     Std,
     Tokenizer,
-    export_onnx,
+    by_graph,
+    export_by_graph,
 )
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
@@ -148,10 +149,10 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    if model.lower().endswith(".onnx"):
-        export_onnx(ctx, dict(ctx.params))
+    if by_graph(model):
+        export_by_graph(ctx, ctx.params)
         return
-    refuse_idle(ctx, *OF_NETWORKS, why="it is for ONNX files")
+    refuse_idle(ctx, *OF_NETWORKS, why="it is for models that are cut in their graph, such as ONNX files")
     from exporters.bench.measuring import Point, parse_points
     from exporters.job import export_model
     from exporters.ready import check_measured, describe, ready

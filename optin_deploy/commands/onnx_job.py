@@ -1,4 +1,4 @@
-"""`optin-export FILE.onnx`: the whole job on a network of any kind."""
+"""`optin-export` of ONNX files, and of checkpoints that no row of the table serves: the whole job on the graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.networks import NETWORK, sizes_of
-from optin_deploy.commands.parsing import echo, limits_of, refuse_idle, scoring_settings, size_of
+from optin_deploy.commands.parsing import echo, limits_of, refuse_idle, scoring_settings, size_of, warn_if_bundled
 from optin_deploy.errors import BadInput
 from optin_deploy.terminal import print_report, stage_bar
 
@@ -58,15 +58,32 @@ OF_NETWORKS = ("tokenizer", "preprocessor", "image_size", "mean", "std", "units"
 """Those that they have none for."""
 
 
-def export_onnx(ctx: typer.Context, given: Mapping[str, Any]) -> None:
+def is_file(model: str) -> bool:
+    """Is this an ONNX file, as far as the name tells?"""
+    return model.lower().endswith(".onnx")
+
+
+def by_graph(model: str) -> bool:
+    """Is this an ONNX file, or a transformers checkpoint of a type that no row of the table serves?"""
+    if is_file(model):
+        return True
+    from optin_deploy.arch.resolve import supported_model_types
+    from optin_deploy.checkpoint.config import model_type_of
+
+    kind = model_type_of(model)
+    return kind is not None and kind not in supported_model_types()
+
+
+def export_by_graph(ctx: typer.Context, given: Mapping[str, Any]) -> None:
     """Do the job on the options of `optin-export`."""
     from exporters.network_job import Request, export_network
     from optin_deploy.data.feeds import Drawing, Preparation
     from optin_deploy.jobs.pruning import Recipe
     from optin_deploy.planning.widths import DEFAULT_ALIGN, DEFAULT_KINDS, Choice
 
-    refuse_idle(ctx, *OF_MODELS, why="ONNX files have no use for it yet")
-    if given["calibration"] is None:
+    of_file = is_file(given["model"])
+    refuse_idle(ctx, *OF_MODELS, why="models that are cut in their graph have no use for it yet")
+    if of_file and given["calibration"] is None:
         raise BadInput(
             f"--calibration is missing: rows that {given['model']} is run on, as text (with --tokenizer), a folder of "
             "images, or .npz with its inputs by name. Without data: `optin plan FILE.onnx --magnitude`."
@@ -76,7 +93,7 @@ def export_onnx(ctx: typer.Context, given: Mapping[str, Any]) -> None:
     settings = scoring_settings(given["scorer"], given["paper"], given["weighting"], given["kl_weight"])
     units = given["units"]
     request = Request(
-        Path(given["model"]),
+        given["model"],
         given["calibration"],
         given["evaluation"],
         Preparation(
@@ -108,7 +125,9 @@ def export_onnx(ctx: typer.Context, given: Mapping[str, Any]) -> None:
         given["threads"],
         size_of(given["memory_budget"], "--memory-budget"),
     )
-    out = given["out"] or Path(f"{Path(given['model']).stem}-{limits}")
+    warn_if_bundled(given["calibration"])
+    name = Path(given["model"]).resolve().name if Path(given["model"]).exists() else given["model"].split("/")[-1]
+    out = given["out"] or Path(f"{Path(name).stem if of_file else name}-{limits}")
     report = export_network(request, out, force=given["force"], dry_run=given["dry_run"], stage=stage_bar)
     if report is None:
         echo([f"would write {out}"])
