@@ -60,16 +60,24 @@ def check_model(model: Any) -> None:
 
     Raises: BadInput: no module, no config, or weights without values.
     """
+    check_module(model)
+    if getattr(model, "config", None) is None:
+        raise BadInput(f"{type(model).__name__} has no `config`: give a transformers model.")
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no module with weights that can be worked on.
+
+    Raises: BadInput: no module, a wrapper around a transformers model, or weights without values.
+    """
     if not isinstance(model, nn.Module):
         raise BadInput(
             f"the model is a {type(model).__name__}: give a loaded transformers model, such as "
             "AutoModel.from_pretrained(folder) makes."
         )
-    inner = next((name for name in WRAPPED if isinstance(getattr(model, name, None), nn.Module)), None)
+    inner = next((name for name in WRAPPED if hasattr(getattr(model, name, None), "config")), None)
     if inner is not None:
         raise BadInput(f"the model is a {type(model).__name__} around another one: give that one, its .{inner}.")
-    if getattr(model, "config", None) is None:
-        raise BadInput(f"{type(model).__name__} has no `config`: give a transformers model.")
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if not any(isinstance(tensor, nn.Parameter) for _, tensor in tensors):
         raise BadInput(f"{type(model).__name__} has no parameters: there is nothing to prune.")

@@ -18,7 +18,7 @@ from optin_deploy.cost.params import count_params, param_cost
 from optin_deploy.curves import error_curves
 from optin_deploy.data.batches import make_batches
 from optin_deploy.errors import BadInput
-from optin_deploy.guard import working
+from optin_deploy.guard import alone, check_module, working
 from optin_deploy.judging import judged_samples
 from optin_deploy.layout import ModelLayout, check_layout
 from optin_deploy.masking import Batch
@@ -88,11 +88,13 @@ def prune(
     settings = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     seq_len, compensation = whole(seq_len, "seq_len"), bool(checked(compensation, bool, "compensation"))
     check_search(16 if align is None else align, allocation)
-    if spec is None and isinstance(model, nn.Module) and not served(model):
+    check_module(model)
+    if spec is None and not served(model):
         from optin_deploy.jobs.modules import prune_module
 
         how = {"align": align, "allocation": allocation, "settings": settings, "compensation": compensation}
-        return prune_module(model, batches, limits=allowed, seed=seed, **how)  # type: ignore[arg-type]
+        with alone(model):
+            return prune_module(model, batches, limits=allowed, seed=seed, **how)  # type: ignore[arg-type]
     with working(model):
         layout = resolve(model, spec)
         align = default_align(layout) if align is None else align

@@ -100,7 +100,7 @@ def made_in_inference_mode() -> nn.Module:
 NO_MODELS: list[tuple[Callable[[], Any], str]] = [
     (lambda: "bert-base-uncased", "the model is a str"),
     (lambda: None, "the model is a NoneType"),
-    (lambda: nn.Linear(2, 2), "Linear has no `config`"),
+    (nn.Identity, "Identity has no parameters"),
     (on_meta, "embeddings.word_embeddings.weight lies on the meta device"),
     (made_in_inference_mode, "was made under torch.inference_mode"),
 ]

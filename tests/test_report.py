@@ -67,7 +67,7 @@ def test_the_fields_are_those_of_the_contract() -> None:
     contract = {"schema_version", "quality", "params", "macs", "size_bytes", "parity", "latency", "heads", "neurons"}
     contract |= {"environment", "hashes", "seconds"}
     assert contract <= set(data)
-    assert set(data) - contract == {"settings", "notes", "memory"}  # every output file says what made it
+    assert set(data) - contract == {"settings", "notes", "memory", "groups"}  # every output file says what made it
     assert set(data["quality"]) == {"metric", "dense", "pruned", "samples"}
     assert set(data["params"]) == {"dense", "pruned"}
     assert set(data["macs"]) == {"dense", "pruned", "kept", "prunable_kept"}
