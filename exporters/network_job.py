@@ -13,6 +13,8 @@ from torch import Tensor
 from exporters import exporter
 from exporters.base import Exporter
 from exporters.bench.measuring import check_threads, time_pair
+from exporters.bench.network_time import Yardstick, table_at, within_time
+from exporters.bench.time_budget import Round, judged
 from exporters.clock import Clock
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
@@ -21,7 +23,7 @@ from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found, find_in, is_file
-from optin_deploy.jobs.pruning import PrunedNetwork, Recipe, prune_network, ready, scored, sizes_of
+from optin_deploy.jobs.pruning import Pick, PrunedNetwork, Ready, Recipe, prune_network, ready, scored, sizes_of
 from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
@@ -29,12 +31,14 @@ from optin_deploy.network.write import data_path, write
 from optin_deploy.ownership import Record
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import PlanCost
+from optin_deploy.planning.widths import Keep
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.storage import scratch_folder, sha256_file, write_json, write_tensors, write_text
 
 DENSE, PRUNED, SCORES = "dense.onnx", "model.onnx", "scores.safetensors"
-NAMES = (DENSE, PRUNED, SCORES, "plan.json", "samples.safetensors", "report.json", "report.md")
+LATENCY = "latency.json"
+NAMES = (DENSE, PRUNED, SCORES, LATENCY, "plan.json", "samples.safetensors", "report.json", "report.md")
 """What the output folder holds; weights of more than 2 GiB lie beside the ONNX files."""
 RECORDED = 8
 """Rows kept with the outputs of both networks, for checks elsewhere."""
@@ -86,15 +90,42 @@ def export_network(
     with clock("score") as progress:
         scores = scored(asked, _known(out), memory_budget=request.memory_budget, progress=progress)
         scores.write(out / SCORES)
-    pruned = prune_network(asked, scores, stage=clock)
+    target_time, rounds = request.recipe.limits.time, list[Round]()
+    write(found.network, out / DENSE)
+
+    def in_time(pick: Pick) -> Keep:
+        assert target_time is not None
+        yard = _yardstick(target, request, asked, out)
+        with clock("profile") as progress:
+            table = table_at(out / LATENCY, yard, request.recipe.choice, progress=progress)
+        keep, tried = within_time(target_time, table, yard, pick, stage=clock)
+        rounds.extend(tried)
+        return keep
+
+    pruned = prune_network(asked, scores, chosen=None if target_time is None else in_time, stage=clock)
     with clock("export"):
         errors = _written(found, pruned, out)
         _record_samples(found, pruned, asked.rows, out)
     measured = _measured(target, request, pruned, asked.rows.calibration, out, clock)
     report = _report(request, found, pruned, asked.rows, errors, measured, clock, out)
+    verdict = None if target_time is None else judged(target_time, measured[0])
+    if verdict is not None:
+        told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
+        note = f"Planned for `{target_time}` by a latency table; plans that were measured took {told} ms."
+        report = replace(report, notes=(*report.notes, note, verdict.sentence))
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
+    if verdict is not None:
+        verdict.check()
     return report
+
+
+def _yardstick(target: Exporter, request: Request, asked: Ready, out: Path) -> Yardstick:
+    """The engine with rows of the first batch size."""
+    batch = request.batches[0]
+    some = _some(asked.rows.calibration, batch)
+    feeds = {port.name: some[port.name].numpy() for port in asked.found.network.inputs}
+    return Yardstick(asked.found.layout, target, feeds, batch, request.threads, out / DENSE)
 
 
 def _target(request: Request) -> Exporter:
@@ -145,7 +176,6 @@ def _written(found: Found, pruned: PrunedNetwork, out: Path) -> dict[str, float]
     smaller = Network(pruned.network.model.clone(), pruned.network.source)
     smaller.model.metadata_props[MARK] = json.dumps({"plan": pruned.plan.hash, "network": pruned.plan.network})
     errors = {"masked_vs_cut": pruned.proof.masked}
-    write(found.network, out / DENSE)
     with scratch_folder(out / PRUNED) as folder:
         write(smaller, folder / PRUNED)
         error = compare(smaller, found.network, folder / PRUNED, out / DENSE, found.probes)

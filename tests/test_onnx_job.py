@@ -152,7 +152,7 @@ def test_images_as_arrays_and_channels(tmp_path: Path, shell: Shell) -> None:
     ("arguments", "words"),
     [
         ((), "--calibration is missing"),
-        (("--calibration", "IDS", "--latency", "4ms"), "--latency would do nothing"),
+        (("--calibration", "IDS", "--pool", "mean"), "--pool would do nothing"),
         (("--calibration", "IDS", "--engine", "trt"), "--engine trt does not run what is cut in its graph yet"),
         (("--calibration", "IDS", "--at", "batch=1,seq=64"), "give --seq-len"),
         (("--calibration", "IDS", "--flops", "0.01"), "--flops"),

@@ -127,7 +127,7 @@ def plan_within_time(
         least = min(each.measured_ms for each in rounds)
         raise InfeasibleBudget(
             f"{target} is {goal:.3g} ms a batch; the fastest of {len(rounds)} plans took {least:.3g} ms on "
-            f"{yard.target.engine}. Use {_as_asked(target, least, table.dense_ms, batch)}."
+            f"{yard.target.engine}. Use {as_asked(target, least, table.dense_ms, batch)}."
         )
     best = min(within, key=lambda each: abs(each.measured_ms - AIM * goal))
     noted = {"measured": asdict(best), "table": dict(table.setting)}
@@ -177,13 +177,13 @@ def _check(target: TimeTarget, goal: float, table: LatencyTable, batch: int, *, 
     if goal < fixed:
         raise InfeasibleBudget(
             f"{target} is {goal:.3g} ms a batch, but what cannot be cut takes {fixed:.3g} ms of the dense model's "
-            f"{table.dense_ms:.3g}. Use {_as_asked(target, fixed / LEAST, table.dense_ms, batch)}, at the least."
+            f"{table.dense_ms:.3g}. Use {as_asked(target, fixed / LEAST, table.dense_ms, batch)}, at the least."
         )
     if alone:
         target.check_needed(table.dense_ms, batch)
 
 
-def _as_asked(target: TimeTarget, ms: float, dense_ms: float, batch: int) -> str:
+def as_asked(target: TimeTarget, ms: float, dense_ms: float, batch: int) -> str:
     """The option with which a time could be met, rounded to the safe side."""
     told = {
         "--latency": f"{math.ceil(ms * 1000) / 1000:.3f}ms or more",

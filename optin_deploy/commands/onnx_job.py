@@ -50,7 +50,7 @@ Compared = Annotated[
     ),
 ]
 OF_MODELS = (
-    *("task", "max_drop", "latency", "speedup", "throughput", "latency_table", "precision", "pool", "dense"),
+    *("task", "max_drop", "latency_table", "precision", "pool", "dense"),
     *("profile", "workspace", "timing_cache", "compatible", "weights", "prepare_only"),
 )
 """Options of `optin-export` that only transformers models have a use for so far."""
@@ -88,7 +88,8 @@ def export_by_graph(ctx: typer.Context, given: Mapping[str, Any]) -> None:
             f"--calibration is missing: rows that {given['model']} is run on, as text (with --tokenizer), a folder of "
             "images, or .npz with its inputs by name. Without data: `optin plan FILE.onnx --magnitude`."
         )
-    limits = limits_of(given["flops"], given["params"], given["size"], None)
+    times = {name: given[name] for name in ("latency", "speedup", "throughput")}
+    limits = limits_of(given["flops"], given["params"], given["size"], None, **times)
     output, kind = compared(given["compared"])
     settings = scoring_settings(given["scorer"], given["paper"], given["weighting"], given["kl_weight"])
     units = given["units"]

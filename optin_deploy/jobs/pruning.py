@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -119,10 +120,17 @@ def scored(
     return replace(found, provenance={**found.provenance, "key": asked.key})
 
 
-def prune_network(asked: Ready, scores: UnitScores, *, stage: Stage = silent_stage) -> PrunedNetwork:
+Pick = Callable[[Sequence[Limit]], Keep]
+"""What stays within more limits, beside those that hold anyway."""
+
+
+def prune_network(
+    asked: Ready, scores: UnitScores, *, chosen: Callable[[Pick], Keep] | None = None, stage: Stage = silent_stage
+) -> PrunedNetwork:
     """Make a network smaller; the given one is untouched.
 
     Args: scores: what `scored` returns.
+        chosen: picks what stays, for limits of its own such as time; None: within the recipe's.
     Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
     """
     found, rows, recipe, subject = asked.found, asked.rows, asked.recipe, asked.subject
@@ -139,7 +147,8 @@ def prune_network(asked: Ready, scores: UnitScores, *, stage: Stage = silent_sta
                 token_weights=weights,
                 progress=progress,
             )
-    keep = _kept(asked, numbers, curves)
+    pick = partial(_kept, asked, numbers, curves)
+    keep = pick(()) if chosen is None else chosen(pick)
     repaired = None
     if recipe.compensation:
         with stage("compensate") as progress:
@@ -156,9 +165,11 @@ def prune_network(asked: Ready, scores: UnitScores, *, stage: Stage = silent_sta
     return PrunedNetwork(smaller, dense, _plan(asked, keep, numbers), scores, repaired, proof, quality)
 
 
-def _kept(asked: Ready, scores: Mapping[str, np.ndarray], curves: Mapping[str, Curve] | None) -> Keep:
+def _kept(
+    asked: Ready, scores: Mapping[str, np.ndarray], curves: Mapping[str, Curve] | None, more: Sequence[Limit]
+) -> Keep:
     """What stays; by curves a branch that the stream goes around may go as a whole, where a cut can do that."""
-    layout, limits, choice = asked.found.layout, asked.limits, asked.recipe.choice
+    layout, limits, choice = asked.found.layout, (*asked.limits, *more), asked.recipe.choice
     if curves is None:
         return choose(layout, scores, limits, choice)
     keep = choose(layout, scores, limits, choice, curves=curves, emptying=bypassed(layout))
