@@ -145,7 +145,7 @@ class Units:
         return f"Which {self.kind} stay. {'; '.join(row.name for row in self.rows)}."
 
 
-def units_chart(kind: str, layers: Keep, *, cells: bool) -> Units:
+def units_chart(kind: str, layers: Keep, names: Sequence[str], *, cells: bool) -> Units:
     """Which units stay; layers may differ in length. `cells`: they are few enough to be drawn and named one by one."""
     most = max(map(len, layers))
     pitch = min(BAR + 4, (UNITS_RIGHT - UNITS_LEFT) / most)
@@ -155,7 +155,7 @@ def units_chart(kind: str, layers: Keep, *, cells: bool) -> Units:
         units = ", ".join(str(unit) for unit, stays in enumerate(keep) if stays) or "none"
         rows.append(
             Row(
-                name=f"layer {index}: {units if cells else f'{sum(keep):,} of {len(keep):,}'}",
+                name=f"{names[index]}: {units if cells else f'{sum(keep):,} of {len(keep):,}'}",
                 y=ROW * index + (ROW - BAR) / 2,
                 units=len(keep),
                 kept=sum(keep),

@@ -14,7 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from optin_deploy.bench.report import beside, quality_lines
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.plan import Masks
+from optin_deploy.plan import Keep
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruned import read_saved
 from optin_deploy.quality import Quality
 from optin_deploy.storage import sha256_file
@@ -110,7 +111,7 @@ class LatencyRow:
     engine: str
     precision: str
     batch: PositiveInt
-    seq_len: PositiveInt
+    seq_len: PositiveInt | None
     threads: int
     dense: Side
     pruned: Side
@@ -133,6 +134,17 @@ class LatencyRow:
 
 
 @dataclass(frozen=True)
+class StoredGroup:
+    """Units of one group of a network that was cut in its graph."""
+
+    __pydantic_config__ = LENIENT
+
+    name: str
+    kind: str
+    units: Annotated[int, Field(ge=1, le=2**24)]
+
+
+@dataclass(frozen=True)
 class StoredReport:
     """What is read of report.json; the fields are those of bench.report.Report."""
 
@@ -152,6 +164,8 @@ class StoredReport:
     notes: tuple[str, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
     """Highest resident bytes of each stage; absent in reports of earlier versions."""
+    groups: tuple[StoredGroup, ...] = ()
+    """Of a network that was cut in its graph."""
 
     def __post_init__(self) -> None:
         check_readable(self.schema_version)
@@ -167,8 +181,8 @@ class StoredReport:
 
     @property
     def model(self) -> str:
-        """Folder or hub id of the dense model."""
-        return str(self.settings.get("model", "a model"))
+        """Folder or hub id of the dense model, or its ONNX file."""
+        return str(self.settings.get("model") or self.settings.get("source") or "a model")
 
 
 @dataclass(frozen=True)
@@ -204,13 +218,23 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Units of one kind: which of them stay."""
+
+    names: tuple[str, ...]
+    """Of layers or groups."""
+    stay: Keep
+    """One row a name."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that is known about a finished output folder."""
 
     report: StoredReport
     report_sha256: str
-    kept: Masks
-    """Which units of the dense model are in the pruned one."""
+    kept: Mapping[str, Kept]
+    """Which units of the dense model are in the pruned one, by kind."""
     bench: Bench | None
     """Measured again by `optin bench`."""
     sweep: tuple[SweepRow, ...]
@@ -256,16 +280,37 @@ def _export(folder: Path) -> str:
     return f"Make it with `optin-export MODEL --out {folder}`."
 
 
-def _kept(folder: Path, report: StoredReport) -> Masks:
+def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
     """Of the plan inside model/: that one was cut; DIR/plan.json may be newer than the model and its report."""
+    if report.groups:
+        return _kept_of_groups(folder, report)
     model = folder / "model"
     _, layout, plan = read_saved(model)
-    if report.hashes.get("plan") != plan.hash:
+    _check_plan(folder, report, plan.hash, model)
+    masks = plan.masks(layout)
+    names = tuple(f"layer {index}" for index in range(len(layout.layers)))
+    return {"heads": Kept(names, masks.heads), "neurons": Kept(names, masks.neurons)}
+
+
+def _kept_of_groups(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
+    path = folder / "plan.json"
+    plan = NetworkPlan.read(path)
+    _check_plan(folder, report, plan.hash, path)
+    found: dict[str, tuple[list[str], list[tuple[bool, ...]]]] = {}
+    for group in report.groups:
+        kept = set(plan.keep.get(group.name, range(group.units)))
+        names, stay = found.setdefault(group.kind, ([], []))
+        names.append(group.name)
+        stay.append(tuple(unit in kept for unit in range(group.units)))
+    return {kind: Kept(tuple(names), tuple(stay)) for kind, (names, stay) in found.items()}
+
+
+def _check_plan(folder: Path, report: StoredReport, found: str, where: Path) -> None:
+    if report.hashes.get("plan") != found:
         raise PlanMismatch(
-            f"{folder}/report.json is about plan {report.hashes.get('plan', '-')[:12]}, but {model} was cut by "
-            f"{plan.hash[:12]}. Run `optin-export MODEL --out {folder}` again."
+            f"{folder}/report.json is about plan {report.hashes.get('plan', '-')[:12]}, but {where} was cut by "
+            f"{found[:12]}. Run `optin-export MODEL --out {folder}` again."
         )
-    return plan.masks(layout)
 
 
 def _read_sweep(path: Path, hint: str) -> tuple[SweepRow, ...]:

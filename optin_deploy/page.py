@@ -22,6 +22,8 @@ from optin_deploy.storage import write_text
 GENERATOR = '<meta name="generator" content="optin-deploy">'
 """In the head of the template: by it a page of ours is known."""
 PAGE_HEAD_BYTES = 2**16
+FEW = ("heads", "groups", "queries")
+"""Kinds whose units are drawn one by one."""
 FOLDERS = re.compile(r"(?<![\w.:/~@=-])(?:[A-Za-z]:[\\/]|/)(?:[^\\/\s`'\",;:()<>|]+[\\/])+")
 """The folders of an absolute path within a text."""
 
@@ -70,10 +72,7 @@ def render(found: Findings) -> str:
         report=report,
         title=named(report.model) or report.model,
         sizes=size_rows(report),
-        units=[
-            units_chart("heads", found.kept.heads, cells=True),
-            units_chart("neurons", found.kept.neurons, cells=False),
-        ],
+        units=[units_chart(kind, of.stay, of.names, cells=kind in FEW) for kind, of in found.kept.items()],
         measured=[(title, _points(rows), facts) for title, rows, facts in measured if rows],
         sweep=found.sweep,
         sweep_chart=sweep_chart(found.sweep, report.macs.kept) if found.sweep else None,

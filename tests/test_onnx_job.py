@@ -138,6 +138,16 @@ def test_finished_scores_are_reused_and_others_are_not(
     assert len(calls) == 1
 
 
+def test_the_page_shows_every_kind_of_units(done: Path, tmp_path: Path, shell: Shell) -> None:
+    page = tmp_path / "page.html"
+    ran = shell("optin", "report", done, "--out", page)
+    assert ran.code == 0, ran.err
+    html = page.read_text()
+    for group in report(done)["groups"]:
+        assert f"{group['name']}: " in html
+    assert "text.onnx" in html
+
+
 def test_images_as_arrays_and_channels(tmp_path: Path, shell: Shell) -> None:
     network, data, out = export(made(Image), tmp_path / "image.onnx"), tmp_path / "rows.npz", tmp_path / "out"
     np.savez(data, pixels=np.random.default_rng(0).standard_normal((40, 3, 12, 12), dtype=np.float32))

@@ -695,7 +695,8 @@ def test_any_sweep_is_drawn_inside(points: list[tuple[float, float]], kept: floa
 @settings(deadline=None, derandomize=True)
 @given(layers=st.lists(st.lists(st.booleans(), min_size=1, max_size=70), min_size=1, max_size=5), cells=st.booleans())
 def test_any_masks_are_drawn_as_they_are(layers: list[list[bool]], cells: bool) -> None:
-    chart = units_chart("heads", tuple(map(tuple, layers)), cells=cells)
+    names = [f"layer {index}" for index in range(len(layers))]
+    chart = units_chart("heads", tuple(map(tuple, layers)), names, cells=cells)
     assert (chart.kept, chart.units) == (sum(map(sum, layers)), sum(map(len, layers)))
     for row, keep in zip(chart.rows, layers, strict=True):
         assert units_of(row.runs, len(keep)) == "".join("01"[stays] for stays in keep)
