@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found, find_in, is_file
 from optin_deploy.jobs.pruning import Pick, PrunedNetwork, Ready, Recipe, prune_network, ready, scored, sizes_of
-from optin_deploy.jobs.rewriting import MARK, compare, file_bytes
+from optin_deploy.jobs.rewriting import compare, file_bytes
+from optin_deploy.jobs.stored import marked
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import data_path, write
@@ -173,8 +173,7 @@ def _check_batches(network: Network, batches: Sequence[int]) -> None:
 
 def _written(found: Found, pruned: PrunedNetwork, out: Path) -> dict[str, float]:
     """Write both networks, and the plan by which the smaller one is known; returns errors of ONNX Runtime."""
-    smaller = Network(pruned.network.model.clone(), pruned.network.source)
-    smaller.model.metadata_props[MARK] = json.dumps({"plan": pruned.plan.hash, "network": pruned.plan.network})
+    smaller = marked(pruned.network, pruned.plan)
     errors = {"masked_vs_cut": pruned.proof.masked}
     with scratch_folder(out / PRUNED) as folder:
         write(smaller, folder / PRUNED)

@@ -170,8 +170,13 @@ def read_saved(folder: Path) -> tuple[Saved, ModelLayout, PruningPlan]:
 def load(folder: str | Path) -> Any:
     """A pruned model, ready for `transformers.pipeline`: the original class with smaller layers.
 
+    Of a network that was cut in its graph: the graph as a torch module, which returns a dict of its outputs.
     Raises: BadInput, PlanMismatch: as `load_pruned`.
     """
+    from optin_deploy.jobs import stored
+
+    if stored.is_stored(path := _folder(folder)):
+        return stored.load(path)
     return load_pruned(folder).model
 
 

@@ -17,6 +17,7 @@ from tiny_checkpoint import Shell, photos
 from tiny_checkpoint import run as job
 from tiny_networks import VOCABULARY, Image, Text, export, made
 
+import optin_deploy
 from optin_deploy.network.read import read
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.structure.find import find
@@ -136,6 +137,13 @@ def test_finished_scores_are_reused_and_others_are_not(
     assert not calls
     assert shell(*same, "--flops", 0.7, "--weighting", "output").code == 0
     assert len(calls) == 1
+
+
+def test_the_folder_is_loaded_as_a_torch_module(done: Path, ids: Path) -> None:
+    feeds = np.load(ids)["ids"][:9]
+    with torch.no_grad():
+        (found,) = optin_deploy.load(done)(torch.from_numpy(feeds)).values()
+    np.testing.assert_allclose(run(done / "model.onnx", {"ids": feeds}), found.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_page_shows_every_kind_of_units(done: Path, tmp_path: Path, shell: Shell) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import optin_deploy
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.jobs.modules import PrunedModule
 from optin_deploy.network.run import Program
 from optin_deploy.planning.magnitude import magnitudes
@@ -54,6 +56,22 @@ def test_the_graph_beside_a_module_computes_the_same() -> None:
     with torch.no_grad():
         found = Program(pruned.network)({pruned.network.inputs[0].name: rows}).outputs
         torch.testing.assert_close(pruned.model(rows), next(iter(found.values())), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_saved_is_loaded_as_the_graph(tmp_path: Path) -> None:
+    pruned = optin_deploy.prune(made(Text), [texts()], flops=0.6, align=4, allocation="uniform")
+    assert isinstance(pruned, PrunedModule)
+    folder = pruned.save(tmp_path / "smaller")
+    rows = texts(9, seed=2)
+    with torch.no_grad():
+        (found,) = optin_deploy.load(folder)(rows).values()
+        torch.testing.assert_close(found, pruned.model(rows), rtol=1e-4, atol=1e-5)
+    plan = json.loads((folder / "plan.json").read_text())
+    name = next(iter(plan["keep"]))
+    plan["keep"][name] = plan["keep"][name][1:]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanMismatch, match="was cut by plan"):
+        optin_deploy.load(folder)
 
 
 def test_scores_and_compensation_are_nearer_to_dense_than_norms() -> None:

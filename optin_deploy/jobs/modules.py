@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from optin_deploy.data.feeds import Drawing, feeds_of
 from optin_deploy.data.module_feeds import example_in
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.jobs.pruning import Recipe, prune_network, ready, scored
+from optin_deploy.jobs.stored import save
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
@@ -36,6 +38,14 @@ class PrunedModule:
     """Its graph, which `network.write.write` stores as an ONNX file."""
     plan: NetworkPlan
     proof: Proof
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the graph to a folder, whole or not at all; `optin_deploy.load` reads it as a torch module.
+
+        Returns: the folder.
+        Raises: BadInput: the folder holds something else.
+        """
+        return save(self.network, self.plan, Path(folder))
 
 
 def prune_module(

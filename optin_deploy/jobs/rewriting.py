@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof, difference, prove
 from optin_deploy.errors import BadInput, MissingDependency, ParityFailure
 from optin_deploy.jobs.networks import as_plan, find_in
+from optin_deploy.jobs.stored import MARK, marked
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
@@ -29,8 +29,6 @@ from optin_deploy.storage import scratch_folder
 
 log = logging.getLogger(__name__)
 
-MARK = "optin_deploy"
-"""Entry of a file's metadata that names the plan; by it a file of ours is known."""
 TOLERANCES = {
     ir.DataType.FLOAT16: 2e-2,
     ir.DataType.BFLOAT16: 6e-2,
@@ -80,16 +78,15 @@ def rewrite_file(
     with stage("cut and prove"):
         smaller = cut(found.layout, chosen.keep)
         proof = prove(found.layout, chosen.keep, smaller, found.probes)
-    marked = Network(smaller.model.clone(), smaller.source)
-    marked.model.metadata_props[MARK] = json.dumps({"plan": chosen.hash, "network": chosen.network})
+    named = marked(smaller, chosen)
     with stage("compare"), scratch_folder(out) as folder:
-        write(marked, folder / out.name)
-        error = compare(marked, found.network, folder / out.name, source, found.probes)
+        write(named, folder / out.name)
+        error = compare(named, found.network, folder / out.name, source, found.probes)
     if dry_run:
         return Rewritten(chosen, proof, file_bytes(source), None, error)
     free_name(out, is_ours, force=force)
     free_name(data_path(out), lambda _: is_ours(out), force=force)
-    write(marked, out)
+    write(named, out)
     return Rewritten(chosen, proof, file_bytes(source), file_bytes(out), error)
 
 
