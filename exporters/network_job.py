@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from exporters import exporter
 from exporters.base import Exporter
@@ -123,8 +123,7 @@ def export_network(
 def _yardstick(target: Exporter, request: Request, asked: Ready, out: Path) -> Yardstick:
     """The engine with rows of the first batch size."""
     batch = request.batches[0]
-    some = _some(asked.rows.calibration, batch)
-    feeds = {port.name: some[port.name].numpy() for port in asked.found.network.inputs}
+    feeds = _feeds(asked.found.network, asked.rows.calibration, batch)
     return Yardstick(asked.found.layout, target, feeds, batch, request.threads, out / DENSE)
 
 
@@ -205,8 +204,7 @@ def _measured(
     assert cost is not None
     found = []
     for batch in request.batches:
-        some = _some(rows, batch)
-        feeds = {port.name: some[port.name].numpy() for port in pruned.network.inputs}
+        feeds = _feeds(pruned.network, rows, batch)
         length = next((value.shape[1] for value in feeds.values() if value.ndim == 2), None)
         timing = time_pair(
             target,
@@ -223,11 +221,12 @@ def _measured(
     return found
 
 
-def _some(rows: Feeds, count: int) -> dict[str, Tensor]:
+def _feeds(network: Network, rows: Feeds, count: int) -> dict[str, np.ndarray]:
     """So many rows of the widest batch, from its start again where it has fewer."""
-    widest = max(rows.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+    widest = rows.widest
     places = torch.arange(count) % rows_of(widest)
-    return {name: value if name in rows.shared else value[places] for name, value in widest.items()}
+    some = {name: value if name in rows.shared else value[places] for name, value in widest.items()}
+    return {port.name: some[port.name].numpy() for port in network.inputs}
 
 
 def _report(

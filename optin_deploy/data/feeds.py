@@ -149,7 +149,7 @@ def check_runs(program: Program, feeds: Feeds) -> None:
 
     Raises: BadInput: with the network's own words, and its inputs.
     """
-    largest = max(feeds.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+    largest = feeds.widest
     network = program.network
     inputs = takes(network)
     rows = inputs.rows or 1

@@ -56,6 +56,11 @@ class Feeds:
         return tuple(key for batch in self.batches for key in row_keys(batch, self.shared))
 
     @property
+    def widest(self) -> Batch:
+        """The batch whose rows hold the most numbers."""
+        return max(self.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over the names, dtypes, shapes and bytes of all tensors, batch by batch; not the labels."""
         named = {f"{i} {name}": tensor for i, batch in enumerate(self.batches) for name, tensor in batch.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.planning import given
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
-from optin_deploy.network.hashing import hash_of, network_hash
+from optin_deploy.network.hashing import hash_of
 from optin_deploy.network.run import Program
 from optin_deploy.network_quality import NetworkJudge, readouts
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
@@ -81,13 +81,13 @@ class Ready:
     subject: Subject
     limits: tuple[Limit, ...]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of all that scores depend on."""
         recipe, fingerprint = self.recipe, self.rows.calibration.fingerprint
         reading = asdict(self.subject.reading)
         how = [asdict(recipe.scoring), recipe.choice.kinds, reading]
-        return sha256_json([network_hash(self.found.network), fingerprint, *how])
+        return sha256_json([self.subject.hash, fingerprint, *how])
 
 
 def ready(found: Found, rows: Halves, recipe: Recipe) -> Ready:
@@ -184,7 +184,7 @@ def _kept(
 
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:
     """Sizes of the free axes of the inputs for one of the widest rows; what follows from them is counted so too."""
-    widest = max(rows.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+    widest = rows.widest
     sizes: dict[Axis, int] = {}
     for port in found.network.inputs:
         for place, axis in enumerate(found.layout.structure.axes.get(port.name, ())):

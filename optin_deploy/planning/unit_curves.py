@@ -23,10 +23,10 @@ from optin_deploy.network.spans import Stream
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import MOST_INPUTS, Moments
-from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights, padding
+from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
-from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
@@ -168,7 +168,7 @@ class _Bench:
         return total / sum(map(rows_of, self.judged))
 
     def _read(self, outputs: Mapping[str, Tensor], batch: Batch) -> Readout:
-        return self.subject.reading.read(outputs, padding(batch))
+        return self.subject.reading.read(outputs, valid_of(batch))
 
 
 def _products(structure: Structure, group: UnitGroup) -> Iterator[tuple[Contraction, Solvable]]:

@@ -19,8 +19,8 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
-from optin_deploy.scoring.noise import PADDING, sample_keys, stream
-from optin_deploy.scoring.subject import Subject, tokens_of
+from optin_deploy.scoring.noise import sample_keys, stream
+from optin_deploy.scoring.subject import Subject, tokens_of, valid_of
 from optin_deploy.structure.stream import Feature, samples_axis
 from optin_deploy.token_weights import FLOOR, PROBES
 
@@ -85,7 +85,7 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
     values = [feature.value for feature in subject.features]
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
-        readout = subject.reading.read(run.outputs, padding(batch))
+        readout = subject.reading.read(run.outputs, valid_of(batch))
     directions = exact_directions(readout)
     if directions is None:
         keys = sample_keys(batch)
@@ -103,19 +103,13 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         along = gradients[feature.value] or [torch.zeros_like(run.watched[feature.value])]
         tokens = torch.stack([tokens_of(feature, each, rows_of(batch)) for each in along])
         norms = torch.linalg.vector_norm(tokens.double(), dim=(0, -1))  # (batch, tokens)
-        valid = padding(batch)
+        valid = valid_of(batch)
         fits = valid is not None and valid.shape == norms.shape
         real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)
         mean = (norms * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
         shares = torch.where(mean > 0, norms / mean, 1.0)
         found[feature.value] = ((FLOOR + (1 - FLOOR) * shares) * real).detach().cpu()
     return found
-
-
-def padding(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch of texts are real, (batch, tokens); None where nothing tells."""
-    found = batch.get(PADDING)
-    return found if found is not None and found.dim() == 2 else None
 
 
 class Counts:
@@ -130,7 +124,7 @@ class Counts:
         Args: behind: the tokens count as in the first feature that this node or a later one makes; else as in the last
             one before it. Where no feature has the shape of the value, real tokens all count the same.
         """
-        feature, counts = self._feature(name, node, behind), padding(self._batches[number])
+        feature, counts = self._feature(name, node, behind), valid_of(self._batches[number])
         if feature is not None and self._weights is not None:
             counts = self._weights.of[feature.value][number]
         none = value.new_ones([1] * value.dim(), dtype=torch.float32)
