@@ -13,28 +13,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import Point
+from exporters.bench.points import Point
 from exporters.job import export_model
+from exporters.ready import Request
 from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
-from optin_deploy.budget import Budget, Limits
-from optin_deploy.data.calibration import Batches, Sample, text_batches
-from optin_deploy.inputs import input_names
-from optin_deploy.pruned import load_pruned
-from optin_deploy.pruning import cut
-from optin_deploy.quality import outputs_of
-from optin_deploy.search import make_plan, search
-from optin_deploy.stages import Prepared, prepare
+from optin_deploy.budget import Limits
+from optin_deploy.data.ports import takes
+from optin_deploy.data.rows import Batching, Feeds
+from optin_deploy.data.samples import Sample
+from optin_deploy.data.text_feeds import text_feeds, text_inputs
+from optin_deploy.jobs.pruning import make
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.network_quality import readouts
+from optin_deploy.planning.widths import Choice
+from optin_deploy.stages import Planner, Prepared, prepare
 from optin_deploy.terminal import print_table, quiet_libraries, stage_bar
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.workspace import PRUNED, Source, Workspace
 
 CALIBRATION, HELD_OUT = 256, 64
 PROBE_TRAIN, PROBE_TEST = 500, 500
-FLOPS = 0.6
+FLOPS, ALIGN = 0.6, 16
 OTHERS = ("uniform", "paper")
 """Allocations that the exported one is compared with."""
 THREADS = 2
@@ -58,14 +64,9 @@ def main() -> None:
         calibration=str(write_calibration(rows[:seen], options.out / "calibration.jsonl")),
         samples=CALIBRATION,
     )
-    report = export_model(
-        source,
-        options.out / "pruned",
-        limits=Limits(flops=FLOPS),
-        points=(Point(batch=1), Point(batch=8)),
-        threads=THREADS,
-        stage=stage_bar,
-    )
+    points = (Point(batch=1), Point(batch=8))
+    asked = Request(source, Limits(flops=FLOPS), align=ALIGN, points=points, threads=THREADS)
+    report = export_model(asked, options.out / "pruned", stage=stage_bar)
     unseen = rows[seen : seen + PROBE_TRAIN + PROBE_TEST]
     quality = judge(options.out / "pruned", source, unseen)
     header = ("keeping 60% of the MACs", "dense", "pruned", *(f"--allocation {name}" for name in OTHERS))
@@ -85,43 +86,36 @@ def main() -> None:
 
 def judge(folder: Path, source: Source, articles: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Probe accuracy and cosine to the dense embeddings: of the dense model, the pruned one, and other allocations."""
-    prepared = prepare(source)
+    prepared = prepare(source, folder)
+    ready = prepared.ready
     texts = tuple(Sample(text=text, label=label) for text, label in articles)
-    data = text_batches(
-        texts, prepared.loaded.preprocessor, seq_len=source.seq_len, inputs=input_names(prepared.loaded.model)
-    )
-    models = {
-        "dense": prepared.loaded.model,
-        "pruned": load_pruned(folder).model,
+    how: dict[str, Any] = {"seq_len": prepared.dense.seq_len(None), "batching": Batching(), "origin": "articles"}
+    data = text_feeds(text_inputs(takes(ready.network)), texts, prepared.dense.tokenizer, **how)
+    networks = {
+        "dense": ready.network,
+        "pruned": read_file(folder / PRUNED),
         **{name: by(name, folder, prepared) for name in OTHERS},
     }
     embeddings: dict[str, Embeddings] = {}
     with stage_bar("embed articles") as progress:
-        for done, (name, model) in enumerate(models.items()):
-            embeddings[name] = outputs_of(model, data.batches).numpy()
-            progress(done + 1, len(models))
+        for done, (name, network) in enumerate(networks.items()):
+            found = [each.values[:, 0].numpy() for each in readouts(Program(network), ready.subject.reading, data)]
+            embeddings[name] = np.concatenate(found)
+            progress(done + 1, len(networks))
     return {
         name: {"probe": probe(found, data), "cosine": cosine(found, embeddings["dense"])}
         for name, found in embeddings.items()
     }
 
 
-def by(allocation: str, folder: Path, prepared: Prepared):  # type: ignore[no-untyped-def]  # a transformers model
+def by(allocation: str, folder: Path, prepared: Prepared) -> Network:
     """The same scores and budget, compensated too, but with another allocation."""
-    scores, layout, cost, *_ = Workspace(folder).read_scores()
-    masks = search(scores, layout, cost, Budget(FLOPS), allocation=allocation)
+    planner = Planner(Workspace(folder), prepared, Choice(align=ALIGN, allocation=allocation))
     with stage_bar(f"rewrite ({allocation})") as progress:
-        return cut(
-            prepared.loaded.model,
-            layout,
-            make_plan(masks, layout, cost),
-            prepared.calibration.batches,
-            token_weights=prepared.token_weights(progress),
-            progress=progress,
-        ).model
+        return make(prepared.ready, planner.plan(Limits(flops=FLOPS)), progress=progress).network
 
 
-def probe(embeddings: Embeddings, data: Batches) -> float:
+def probe(embeddings: Embeddings, data: Feeds) -> float:
     """Accuracy of a logistic regression, trained on one part of the articles and tested on the other."""
     from sklearn.linear_model import LogisticRegression
 

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import Bench, Point, bench_folder
+from exporters.bench.measuring import Bench, bench_folder
 from exporters.bench.operator_times import RUNS, explain_folder
+from exporters.bench.points import Point
 from optin_deploy.bench.diagnosis import OPERATOR_HEADER, explained, operator_rows
 from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, to_table
-from optin_deploy.pruned import load_pruned
+from optin_deploy.findings import read_findings
 from optin_deploy.terminal import stage_bar
 
 
@@ -47,14 +48,9 @@ def main() -> None:
         ]
     page = "\n\n".join(parts)
     print(page)
-    plan = load_pruned(options.folder).plan
+    report = read_findings(options.folder).report
     data = {
-        "plan": {
-            "hash": plan.hash,
-            "kept": plan.kept,
-            "heads": [*map(len, plan.heads)],
-            "neurons": [*map(len, plan.neurons)],
-        },
+        "plan": {"hash": report.hashes["plan"], "kept": report.macs.kept},
         "latency": [m.to_json() for m in measured],
         "operators": profiles,
     }

@@ -1,21 +1,37 @@
-"""What every engine's exporter does: model in, artifact out, and open the artifact again."""
+"""What every engine's exporter does: a network in, an artifact out, and open the artifact again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from torch import nn
+import numpy as np
 
 from exporters.tensorrt_plan import EngineOptions
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import gives_logits
-from optin_deploy.masking import Batch
-from optin_deploy.pooling import POOLINGS, pooling_of
 from optin_deploy.processors import default_threads
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
+
+if TYPE_CHECKING:
+    from optin_deploy.network.graph import Network
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A network as artifacts are made of it."""
+
+    graph: Path
+    """Its float32 ONNX file, sealed."""
+    network: Network
+    """The same, read."""
+    module: Path | None = None
+    """Folder of the transformers model that computes the same; None: there is none."""
+    task: str | None = None
+    """Of that model, where it is a dense one."""
+    longest: int | None = None
+    """Tokens that its table of positions holds; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,10 @@ class ExportSpec:
     """`mean` or `cls`: add the mean over real tokens, or the first of them, as output `sentence_embedding`."""
     options: EngineOptions = field(default_factory=EngineOptions)
     """How TensorRT builds its plan."""
-    calibration: Sequence[Batch] = ()
-    """Samples on which int8 measures the range of activations."""
+    calibration: Sequence[Mapping[str, np.ndarray]] = ()
+    """Inputs by name on which int8 measures the range of activations."""
+    of_module: bool = False
+    """Is the artifact made of the torch module, not of the ONNX file?"""
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,14 @@ class Exporter(Protocol):
         Raises: BadInput.
         """
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
-        """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder."""
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
+        """Names in the output folder of the pruned and of the dense artifact; None: the dense model's own folder.
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Write the artifact of a dense or pruned model to `out`, atomically; a finished one is reused.
+        Args: folder: that output folder, where names depend on what lies there.
+        """
+
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
+        """Write the artifact of a dense or pruned network to `out`, atomically; a finished one is reused.
 
         Raises: CannotBuildHere: this machine cannot build the engine; says what to run where.
         """
@@ -142,12 +163,6 @@ class WithoutPlan:
         return None
 
 
-TOLERANCES = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 6e-2, "int8": 0.5}
-"""Engine against the float32 torch model, largest error over largest output. Fused kernels sum in another order; the
-16-bit types round each product to 11 and 8 bits. int8 is a loss to be judged by quality: its limit, on the mean square
-error over real samples, only finds nonsense."""
-
-
 def graph_precision(precision: str) -> str:
     """The precision whose graph is run: TF32 is a way to compute float32 products, not a type."""
     return "fp32" if precision == "tf32" else precision
@@ -157,22 +172,3 @@ def typed_name(stem: str, precision: str, suffix: str) -> str:
     """`model.onnx` in float32, `model.fp16.onnx` in another type."""
     graph = graph_precision(precision)
     return f"{stem}{suffix}" if graph == "fp32" else f"{stem}.{graph}{suffix}"
-
-
-POOLED = "sentence_embedding"
-
-
-def output_names(model: nn.Module, pool: str | None) -> tuple[str, ...]:
-    """Names of an exported model's outputs.
-
-    Raises: BadInput: unknown pooling, another than the model is judged by, or pooling of a model with logits.
-    """
-    if pool is not None and pool not in POOLINGS:
-        raise BadInput(f"unknown --pool {pool!r}; possible: {', '.join(POOLINGS)}.")
-    if gives_logits(model) and pool is not None:
-        raise BadInput(f"--pool {pool} is for feature-extraction; {type(model).__name__} gives logits.")
-    own = pooling_of(model)
-    if pool not in (None, own):
-        why = "its modules.json says so" if own != POOLINGS[0] else f"no modules.json beside it says {pool}"
-        raise BadInput(f"--pool {pool}: this model is scored and judged by its {own} ({why}). Give --pool {own}.")
-    return ("logits",) if gives_logits(model) else ("last_hidden_state", *((POOLED,) if pool else ()))

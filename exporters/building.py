@@ -1,7 +1,8 @@
-"""Export the pruned and the dense model to an engine, and to what that engine is built from."""
+"""Export the pruned and the dense network to an engine, and to what that engine is built from."""
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,20 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from exporters import exporter
-from exporters.base import Artifact, Exporter, ExportSpec, graph_precision
-from exporters.onnx_artifact import data_path
-from optin_deploy.errors import CannotBuildHere
-from optin_deploy.masking import Batch, rows_of
+from exporters.base import Artifact, Exporter, ExportSpec, Form, graph_precision
+from exporters.passes.pooled import pooled
+from optin_deploy.checkpoint.config import longest_in
+from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.sealed import DATA, KEY, SEAL, finished, store
+from optin_deploy.network.unused import tidied
+from optin_deploy.network.write import data_path
 from optin_deploy.ownership import RECORD
-from optin_deploy.storage import atomic_file, read_json, write_json
-from optin_deploy.workspace import Workspace
+from optin_deploy.pooling import POOLED
+from optin_deploy.storage import atomic_file, json_text, read_json, write_json
+from optin_deploy.workspace import DENSE, PRUNED, Workspace
 
+POOL = "optin.pool"
+"""Metadata entry: how the pooled output of a file is made."""
 INT8_ROWS = 64
 """Calibration samples for int8: ranges change little after some dozens."""
-OWN_FILES = ("model.safetensors", "plan.json", "layout.json", "optin.json")
+OWN_FILES = ("model.safetensors", "plan.json", "optin.json")
 """What model/ holds besides config and tokenizer or processor."""
 
 
@@ -61,7 +69,9 @@ class Built:
         return str(self.problem) if self.problem else self.pairs[-1].obstacle
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the last pair, as `pruned` and `dense`."""
+        """Bytes of the last pair, as `pruned` and `dense`; none where nothing could be built here."""
+        if not self.pairs:
+            return {}
         return {name: artifact.size_bytes for name, artifact in self.pairs[-1].artifacts().items()}
 
     def hashes(self) -> dict[str, str]:
@@ -70,18 +80,65 @@ class Built:
         return {name: sha256 for a in every for name, sha256 in {a.path.name: a.sha256, **a.data}.items()}
 
 
-def build(
-    workspace: Workspace, target: Exporter, spec: ExportSpec, pruned: nn.Module, dense: nn.Module | None
-) -> Built:
+@dataclass(frozen=True, eq=False)
+class Forms:
+    """The pruned and the dense network of an output folder."""
+
+    pruned: Form
+    dense: Form | None
+    """None: not asked for."""
+
+
+def forms_in(workspace: Workspace, pool: str | None, *, dense: bool = True) -> Forms:
+    """The networks of an output folder, with the pooled output that is asked for.
+
+    Raises: BadInput: a file is missing or was changed, or there is nothing to be pooled.
+    """
+    source, module = workspace.source(), workspace.model_folder
+    module_or_none = module if module.is_dir() else None
+    longest = longest_in(module)
+    pruned = Form(workspace.root / PRUNED, _pooled(workspace.root / PRUNED, pool), module_or_none, None, longest)
+    if not dense:
+        for name in (DENSE, data_path(Path(DENSE)).name):
+            workspace.record.remove(name)
+        return Forms(pruned, None)
+    whole = _pooled(workspace.root / DENSE, pool)
+    return Forms(
+        pruned,
+        Form(workspace.root / DENSE, whole, None if source.is_file else Path(source.model), source.task, longest),
+    )
+
+
+def _pooled(path: Path, pool: str | None) -> Any:
+    """The network of a float32 file, which is written anew where its pooled output is not the one that is asked for."""
+    known = finished(path)
+    if known is None:
+        told = "was changed after it was written" if path.is_file() else "does not exist"
+        raise BadInput(f"{path} {told}. Make it with `optin rewrite {path.parent}`.")
+    network = read_file(path)
+    if known.said.get(POOL) == pool:
+        return network
+    if POOLED in known.outputs:
+        network = tidied(network, without=POOLED)
+    if pool is not None:
+        network = pooled(network, pool)
+    entries = {name: value for name, value in known.said.items() if name not in (KEY, DATA, POOL, SEAL)}
+    store(network, path, known.key, entries | ({} if pool is None else {POOL: pool}), anew=True)
+    return network
+
+
+def build(workspace: Workspace, target: Exporter, spec: ExportSpec, forms: Forms) -> Built:
     """Export pruned and dense to an engine; what it is built from is exported, kept and proven too."""
-    _copy_support_files(workspace)
     pairs: list[Pair] = []
+    problem: CannotBuildHere | None = None
     for engine, precision in _steps(target, spec.precision or target.precisions[0]):
         try:
-            pairs.append(_pair(workspace, engine, precision, spec, pruned, dense))
-        except CannotBuildHere as problem:
-            return Built(tuple(pairs), problem)
-    return Built(tuple(pairs))
+            pairs.append(_pair(workspace, engine, replace(spec, precision=precision), forms))
+        except CannotBuildHere as err:
+            problem = err
+            break
+    _copy_support_files(workspace)
+    return Built(tuple(pairs), problem)
 
 
 def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
@@ -94,20 +151,13 @@ def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
     return steps if target.engine == onnx.engine else [*steps, (target, precision)]
 
 
-def _pair(
-    workspace: Workspace,
-    engine: Exporter,
-    precision: str,
-    spec: ExportSpec,
-    pruned: nn.Module,
-    dense: nn.Module | None,
-) -> Pair:
-    spec = replace(spec, precision=precision)
-    name, dense_name = engine.file_names(precision)
-    smaller = engine.export(pruned, spec, workspace.root / name)
+def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, forms: Forms) -> Pair:
+    precision = spec.precision or engine.precisions[0]
+    name, dense_name = engine.file_names(precision, workspace.root)
+    smaller = engine.export(forms.pruned, spec, workspace.root / name)
     original: Artifact | None = None
-    if dense_name is not None and dense is not None:
-        original = engine.export(dense, spec, workspace.root / dense_name)
+    if dense_name is not None and forms.dense is not None:
+        original = engine.export(forms.dense, spec, workspace.root / dense_name)
     elif dense_name is not None:
         for each in (dense_name, data_path(Path(dense_name)).name):  # of an earlier run: perhaps of another model
             workspace.record.remove(each)
@@ -118,10 +168,13 @@ def _copy_support_files(workspace: Workspace) -> None:
     """Config, tokenizer and modules beside the ONNX file, where Optimum and others look for them."""
     for file in (path for path in workspace.model_folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(workspace.model_folder))
+        out = workspace.root / name
         if name == "tokenizer_config.json":
-            write_json(workspace.root / name, _for_transformers_4(read_json(file, "Run the export again.")))
-        elif name not in (*OWN_FILES, RECORD):
-            with atomic_file(workspace.root / name) as temporary:
+            config = _for_transformers_4(read_json(file, "Run the export again."))
+            if not out.is_file() or out.read_text(encoding="utf-8") != json_text(config):
+                write_json(out, config)
+        elif name not in (*OWN_FILES, RECORD) and not (out.is_file() and filecmp.cmp(file, out, shallow=False)):
+            with atomic_file(out) as temporary:
                 shutil.copyfile(file, temporary)
 
 
@@ -135,7 +188,11 @@ def _for_transformers_4(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def int8_samples(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The first calibration batches that hold enough rows to measure the range of activations."""
+def int8_samples(batches: Sequence[Batch], inputs: Sequence[str]) -> Sequence[dict[str, np.ndarray]]:
+    """The first calibration batches that hold enough rows to measure the range of activations.
+
+    Args: inputs: names of the network's inputs.
+    """
     rows = np.cumsum([rows_of(batch) for batch in batches])
-    return batches[: int(np.searchsorted(rows, INT8_ROWS)) + 1]
+    some = batches[: int(np.searchsorted(rows, INT8_ROWS)) + 1]
+    return [{name: batch[name].numpy() for name in inputs} for batch in some]

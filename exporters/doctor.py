@@ -19,9 +19,9 @@ from exporters.checks.half_range import check_constants
 from exporters.checks.machine import check_machine
 from exporters.checks.preflight import build_ahead
 from exporters.checks.support import Parser, check_support, find_parser
-from exporters.onnx_artifact import was_changed
 from optin_deploy.bench.machine import Machine, examine
 from optin_deploy.errors import BadInput, OptinError
+from optin_deploy.network.sealed import was_changed
 from optin_deploy.onnx_data import all_tensors, external_fault, read_onnx, remedy
 from optin_deploy.storage import read_tensors
 

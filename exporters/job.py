@@ -9,162 +9,130 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from exporters import check_precision, exporter
-from exporters.base import ExportSpec, output_names
+from exporters.base import ExportSpec
 from exporters.bench.float32_dense import measure_beside_float32
-from exporters.bench.measuring import Point, measure
-from exporters.bench.time_budget import Round, judged, plan_in_time
-from exporters.bench.yardstick import yardstick
-from exporters.building import Built, build, int8_samples
+from exporters.bench.measuring import inputs_in, measure
+from exporters.bench.points import Point
+from exporters.bench.profiling import read_table, table_at
+from exporters.bench.time_budget import Planning
+from exporters.bench.time_rounds import LastWord, Round, judged
+from exporters.bench.yardstick import inputs_of, yardstick
+from exporters.building import Built, build, forms_in, int8_samples
 from exporters.clock import Clock
-from exporters.onnx_artifact import WITH_SHAPES
-from exporters.proving import EngineModel, check_engine
-from exporters.ready import check_measured, ready
+from exporters.origin import check_origin
+from exporters.passes.pooled import check_pool
+from exporters.proving import check_engine
+from exporters.ready import Asked, Request, ready
 from exporters.tensorrt_plan import EngineOptions
 from exporters.to_onnx import check_size
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, Report, to_markdown
-from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.errors import PlanMismatch, QualityLimit
-from optin_deploy.loading import load_dense
-from optin_deploy.masking import inference, rows_of
+from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
+from optin_deploy.data.rows import MASK, Feeds, rows_of
+from optin_deploy.errors import QualityLimit
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.network.sealed import finished
+from optin_deploy.network.unused import tidied
+from optin_deploy.planning.plan import PlanCost
+from optin_deploy.pooling import POOLED, pooling_in
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.pruned import PrunedModel, load_pruned, read_saved
 from optin_deploy.quality import Quality
-from optin_deploy.rewrite.verify import main_output
-from optin_deploy.scoring import ScoreSettings
-from optin_deploy.search import default_align
+from optin_deploy.scoring.losses import Readout
 from optin_deploy.stage_memory import over_budget, resident_bytes
-from optin_deploy.stages import Prepared, prepare, rewrite_stage, score_stage
-from optin_deploy.storage import sha256_tensors, write_json, write_tensors, write_text
-from optin_deploy.sweep import planned
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.stages import Planner, Prepared, Rewritten, dense_stage, prepare, rewrite_stage, score_stage
+from optin_deploy.storage import read_tensors, write_json, write_tensors, write_text
+from optin_deploy.sweep import measure_curves, planned
+from optin_deploy.workspace import DENSE, PRUNED, Workspace
 
 log = logging.getLogger(__name__)
 
+INPUT = "input."
+"""Start of the names of recorded inputs."""
 RECORDED = 8
 """Samples kept with their outputs, for parity on the target."""
+LATENCY = "latency.json"
+"""The latency table of an output folder."""
 
 
-def export_model(
-    source: Source,
-    out: Path,
-    *,
-    limits: Limits | None = None,
-    engine: str = "onnx",
-    precision: str | None = None,
-    align: int | None = None,
-    allocation: str = "curves",
-    scoring: ScoreSettings | None = None,
-    memory_budget: int | None = None,
-    compensation: bool = True,
-    points: Sequence[Point] = (Point(),),
-    threads: int = 0,
-    table: Path | None = None,
-    pool: str | None = None,
-    options: EngineOptions | None = None,
-    dense: bool = True,
-    force: bool = False,
-    stage: Stage = silent_stage,
-) -> Report:
-    """Prune a model end to end; everything it makes lies in `out`, finished stages are reused.
+def export_model(request: Request, out: Path, *, force: bool = False, stage: Stage = silent_stage) -> Report:
+    """Prune a network end to end; everything it makes lies in `out`, finished stages are reused.
 
-    Args:
-        limits: what may stay; default: 60% of the MACs.
-        align: neurons in multiples of this; default: what the engine likes.
-        scoring: how units are scored.
-        memory_budget: bytes that scoring may take beyond the model; default: most of what is free. Of the other stages
-            the report says which took more.
-        points: where dense and pruned are measured against each other; none if `dense` is False.
-        threads: intra-op threads of the engine; 0 = its default.
-        table: latency table for `limits.time`; default: latency.json in `out`, measured if need be.
-        options: how TensorRT builds its plan.
-        stage: draws progress.
+    Args: stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
-    clock, limits = Clock(stage), limits or Limits()
-    check_measured(limits, points, dense=dense)
+    clock, limits = Clock(stage), request.limits
     with clock("load"):
-        target, spec, prepared = ready(
-            source,
-            limits=limits,
-            engine=engine,
-            precision=precision,
-            align=align,
-            allocation=allocation,
-            points=points,
-            threads=threads,
-            table=table,
-            pool=pool,
-            options=options,
-        )
-        workspace = Workspace.claim(out, source, force=force)
-    loaded_bytes = resident_bytes()
-    scoring = replace(scoring or ScoreSettings(), seed=source.seed)
+        asked = ready(request, out)
+        workspace = Workspace.claim(out, request.source, force=force)
+    prepared, loaded_bytes = asked.prepared, resident_bytes()
     with clock("score") as progress:
-        score_stage(workspace, prepared, scoring, memory_budget=memory_budget, progress=progress)
-    align = default_align(prepared.layout, target.align) if align is None else align
-    how: dict[str, Any] = {"align": align, "allocation": allocation, "compensation": compensation}
-    rounds: list[Round] = []
+        dense_stage(workspace, prepared)
+        budget = request.memory_budget
+        score_stage(workspace, prepared, request.scoring, memory_budget=budget, progress=progress)
+    planner, rounds = Planner(workspace, prepared, asked.choice), list[Round]()
     if limits.time is None:
-        planned(workspace, prepared, limits, **how, stage=clock)
+        planned(planner, limits, compensation=request.compensation, stage=clock)
     else:
-        with yardstick(prepared, target, spec, points[0], threads=threads, align=align, home=workspace.root) as yard:
-            rounds = plan_in_time(
-                workspace, limits, yard, table, allocation=allocation, compensation=compensation, stage=clock
-            )
+        rounds = _plan_in_time(asked, planner, clock)
     with clock("rewrite") as progress:
-        pruned, _ = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
+        made = rewrite_stage(workspace, prepared, compensation=request.compensation, progress=progress)
     with clock("export"):
-        built = build(workspace, target, spec, pruned.model, prepared.loaded.model if dense else None)
+        forms = forms_in(workspace, request.pool, dense=request.dense)
+        built = build(workspace, asked.target, asked.spec, forms)
     with clock("check"):
-        samples = spec.calibration
-        parity = check_engine(built, pruned.model, prepared.loaded.model, seq_len=source.seq_len, samples=samples)
-        quality = _quality(prepared, pruned.model, built)
-        saved, _, _ = read_saved(workspace.model_folder)
-        record_samples(workspace, prepared, pruned.model, saved.weights_sha256)
-    asked = built.pairs[-1]
-    measured_at = points if dense and built.obstacle is None else ()
-    latency = measure(
-        asked.engine,
-        asked.dense.path if asked.dense else Path(source.model),
-        asked.pruned.path,
-        pruned,
-        measured_at,
-        precision=asked.precision,
-        threads=threads,
-        task=source.task,
-        stage=clock,
-    )
-    latency += measure_beside_float32(built, pruned, source, measured_at, threads=threads, stage=clock)
-    settings = {
-        **asdict(limits),
-        "engine": engine,
-        "precision": spec.precision,
-        "scoring": asdict(scoring),
-        **how,
-        "rounds": [asdict(each) for each in rounds],
-        "onnx_shapes": WITH_SHAPES,
-    }
+        parity = check_engine(built, forms, prepared.ready.rows.calibration.batches)
+        quality = _quality(prepared, made.network, built)
+        record_samples(workspace, prepared, made.network)
+    latency = _measured(asked, built, made, clock)
     verdict = None if limits.time is None else judged(limits.time, latency[0])
-    report = _report(prepared, pruned, built, quality, parity, latency, clock, settings)
-    report = replace(report, notes=(*report.notes, *_over_budget(report.memory, loaded_bytes, memory_budget)))
+    parity = {"masked_vs_rewritten": made.error, **parity}
+    notes = [*_notes(asked, made, built, rounds, quality), *_over_budget(clock, loaded_bytes, budget)]
+    report = _report(asked, made, built, quality, parity, latency, clock, workspace.model_folder)
     if verdict is not None:
-        report = replace(report, notes=(*report.notes, verdict.sentence))
+        tried = [asdict(each) for each in rounds]
+        report = replace(report, settings={**report.settings, "rounds": tried})
+        notes.append(verdict.sentence)
+    report = replace(report, notes=notes)
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
-    if built.problem is not None:
-        raise built.problem
-    if verdict is not None:
-        verdict.check()
-    if limits.max_drop is not None and not quality.holds(limits.max_drop):  # the engine's own precision costs more
-        raise QualityLimit(
-            f"--max-drop {limits.max_drop:g}: the model held it, but {engine} in {asked.precision} does not "
-            f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
-        )
+    _last_word(request, built, quality, verdict)
     return report
+
+
+def _plan_in_time(asked: Asked, planner: Planner, clock: Clock) -> list[Round]:
+    """Write the plan whose time was measured, and what was tried on the way."""
+    request, workspace = asked.request, planner.workspace
+    measure_curves(planner, clock)
+    with yardstick(asked.prepared, asked.target, asked.spec, request.points[0], threads=request.threads) as yard:
+        if request.table is not None:
+            table = read_table(request.table, yard, asked.choice)
+        else:
+            with clock("profile") as progress:
+                table = table_at(workspace.root / LATENCY, yard, asked.choice, progress=progress)
+        plan, rounds = Planning(planner, yard, request.limits, request.compensation, clock).within(table)
+    plan.write(workspace.root / "plan.json")
+    return rounds
+
+
+def _measured(asked: Asked, built: Built, made: Rewritten, clock: Clock) -> list[Measurement]:
+    """Dense against pruned at all points, where the engine runs here."""
+    request, pair = asked.request, built.pairs[-1] if built.pairs else None
+    if pair is None or built.obstacle is not None or not request.dense:
+        return []
+    inputs = replace(inputs_of(asked.prepared), plan=made.plan)
+    how: dict[str, Any] = {"threads": request.threads, "stage": clock}
+    dense = pair.dense.path if pair.dense else Path(request.source.model)
+    found = measure(
+        *(pair.engine, dense, pair.pruned.path, inputs, request.points),
+        precision=pair.precision,
+        task=request.source.task,
+        **how,
+    )
+    return found + measure_beside_float32(built, inputs, request.source, request.points, **how)
 
 
 def build_folder(
@@ -177,7 +145,7 @@ def build_folder(
     dense: bool = True,
     dry_run: bool = False,
 ) -> Built | None:
-    """Export the model in an output folder and prove the artifacts; the dense model is loaded from its source.
+    """Export the networks in an output folder and prove the artifacts.
 
     Args: dry_run: only check that it could be done; returns None.
     """
@@ -186,93 +154,170 @@ def build_folder(
     options = options or EngineOptions()
     target.check(options, pool)
     workspace = Workspace(folder)
-    source = workspace.source()
-    pruned = load_pruned(folder)
-    output_names(pruned.model, pool)
+    workspace.read_plan()
+    path = workspace.root / PRUNED
+    network = read_file(path)
+    check_origin(path, "pruned")
+    if pool is not None:
+        check_pool(tidied(network, without=POOLED), pool, pooling_in(workspace.model_folder))
     if target.reads_onnx:
-        check_size(pruned.model, precision)
-    original = load_dense(source.model, source.task).model if dense else None
-    if original is not None and sha256_tensors(original.state_dict()) != pruned.report.get("dense_weights"):
-        raise PlanMismatch(
-            f"{folder}/model was not cut from {source.model}. Run `optin rewrite {folder}` first, or give --no-dense."
-        )
+        check_size(network, precision)
+    samples = _int8_samples(workspace) if precision == "int8" else ()
+    if dense and finished(folder / DENSE) is None:
+        prepared = prepare(workspace.source(), folder)
+        if not dry_run:
+            dense_stage(workspace, prepared)
     if dry_run:
         return None
-    samples = int8_samples(prepare(source).calibration.batches) if precision == "int8" else ()
-    spec = ExportSpec(precision, pool, options, samples)
-    built = build(workspace, target, spec, pruned.model, original)
-    check_engine(built, pruned.model, original, seq_len=source.seq_len, samples=samples)
+    spec = ExportSpec(precision, pool, options, samples, of_module=not target.reads_onnx)
+    forms = forms_in(workspace, pool, dense=dense)
+    built = build(workspace, target, spec, forms)
+    check_engine(built, forms, [recorded(workspace)])
     return built
 
 
-def _quality(prepared: Prepared, pruned: nn.Module, built: Built) -> Quality:
-    """Of the asked engine's own outputs where it runs here in any shape, else of the torch model's."""
-    pair, judge = built.pairs[-1], prepared.judge
-    if built.obstacle is not None or pair.pruned.shapes:
-        return judge.of(pruned)
-    with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
-        shipped = EngineModel(runtime, pair.pruned.outputs[0]).eval()
-        return judge.of(shipped)
+def _int8_samples(workspace: Workspace) -> Sequence[Any]:
+    """Calibration rows of a job; they and the dense network must be there."""
+    ready = prepare(workspace.source(), workspace.root).ready
+    return int8_samples(ready.rows.calibration.batches, [port.name for port in ready.network.inputs])
+
+
+def recorded(workspace: Workspace) -> dict[str, torch.Tensor]:
+    """The inputs in samples.safetensors; where a stage before them was the last, random ones."""
+    path = workspace.root / "samples.safetensors"
+    if path.is_file():
+        tensors = read_tensors(path, f"Write it with `optin-export MODEL --out {workspace.root}`.")
+        return {name.removeprefix(INPUT): value for name, value in tensors.items() if name.startswith(INPUT)}
+    inputs = inputs_in(workspace)
+    return {name: torch.from_numpy(value) for name, value in inputs.feeds(Point(RECORDED)).items()}
+
+
+def _quality(prepared: Prepared, smaller: Network, built: Built) -> Quality:
+    """Of the asked engine's own outputs where it runs here in any shape, else of our own run."""
+    pair, ready = built.pairs[-1] if built.pairs else None, prepared.ready
+    if pair is None or built.obstacle is not None or pair.pruned.shapes:
+        return ready.quality_of(smaller)
+    held_out, reading = ready.rows.held_out, ready.subject.reading
+    assert held_out is not None, "rows that judge were asked for"
+    names = [port.name for port in smaller.inputs]
+
+    def readouts(rows: Feeds) -> Any:
+        with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
+            for batch in rows.batches:
+                found = runtime.run({name: batch[name].numpy() for name in names})
+                values = {name: torch.from_numpy(value) for name, value in found.items()}
+                mask = batch.get(MASK)
+                readout: Readout = reading.read(values, mask if mask is not None and mask.dim() == 2 else None)
+                yield readout
+
+    return ready.judge.of(readouts(held_out))
 
 
 def _report(
-    prepared: Prepared,
-    pruned: PrunedModel,
+    asked: Asked,
+    made: Rewritten,
     built: Built,
     quality: Quality,
     parity: Mapping[str, float],
     latency: Sequence[Measurement],
     clock: Clock,
-    settings: Mapping[str, Any],
+    folder: Path,
 ) -> Report:
-    plan, source = pruned.plan, prepared.source
-    weights = {"plan": plan.hash, "layout": plan.layout_hash, "dense_weights": prepared.weights_sha256}
-    macs = {"dense": plan.macs_dense, "pruned": plan.macs_pruned}
+    plan, ready, request = made.plan, asked.prepared.ready, asked.request
+    cost = plan.cost
+    assert cost is not None, "plans of jobs tell what they cost"
+    kept = {group.name: len(plan.keep.get(group.name, range(group.units))) for group in ready.layout.groups}
+    groups = [
+        {"name": group.name, "kind": group.kind, "kept": kept[group.name], "units": group.units}
+        for group in ready.layout.groups
+    ]
+    settings = {
+        **asdict(request.source),
+        **asdict(request.limits),
+        "engine": request.engine,
+        "precision": asked.spec.precision,
+        "scoring": {**asdict(request.scoring), "seed": request.source.seed},
+        **asdict(asked.choice),
+        "compensation": request.compensation,
+        "calibration_fingerprint": ready.rows.calibration.fingerprint,
+    }
     return Report(
         quality=quality,
-        params=pruned.report["params"],
-        macs={**macs, "kept": plan.kept, "prunable_kept": plan.prunable_kept},
+        params=_params(folder, cost),
+        macs=_macs(asked.prepared, cost),
         size_bytes=built.sizes(),
-        parity={**pruned.report["parity"], **parity},
+        parity=parity,
         latency=latency,
-        heads=[len(kept) for kept in plan.heads],
-        neurons=[len(kept) for kept in plan.neurons],
+        heads=[kept[group.name] for group in ready.layout.groups if group.kind in ("heads", "groups")],
+        neurons=[kept[group.name] for group in ready.layout.groups if group.kind == "neurons"],
+        groups=groups,
         environment=environment(),
-        hashes={**weights, **built.hashes()},
+        hashes={"plan": plan.hash, "network": plan.network or "", **built.hashes()},
         seconds=clock.seconds,
         memory=clock.memory.peaks,
-        settings={**asdict(source), **settings, "calibration_fingerprint": prepared.calibration.fingerprint},
-        notes=_notes(source, built, settings, quality),
+        settings=settings,
     )
 
 
-def record_samples(workspace: Workspace, prepared: Prepared, pruned: nn.Module, weights_sha256: str) -> None:
-    """Keep 8 held-out inputs with the outputs of both models, for parity on the target.
-
-    Args: weights_sha256: of model/, noted beside them.
-    """
-    largest = max(prepared.held_out.batches, key=rows_of)
-    batch = {name: rows[:RECORDED] for name, rows in largest.items()}
-    tensors = {f"input.{name}": rows for name, rows in batch.items()}
-    for name, model in (("dense", prepared.loaded.model), ("pruned", pruned)):
-        with inference(model), torch.inference_mode():
-            tensors[f"{name}.output"] = main_output(model(**batch))
-    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": weights_sha256})
+def _params(folder: Path, cost: PlanCost) -> dict[str, int]:
+    """Parameters of the transformers model in model/, else entries of the tensors that the graph reads."""
+    if (folder / MANIFEST).is_file():
+        return asdict(read_saved(folder)[0].params)
+    return {"dense": cost.weights_dense, "pruned": cost.weights_pruned}
 
 
-def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Quality) -> list[str]:
-    notes = []
-    if settings["max_drop"] is not None:
+def _macs(prepared: Prepared, cost: PlanCost) -> dict[str, float]:
+    """Multiply-accumulates, what part of them stays, and what part of those that any group could lose."""
+    macs = prepared.ready.costs.macs
+    fixed = macs.of({group.name: 0 for group in prepared.ready.layout.groups})
+    dense, pruned = cost.macs_dense, cost.macs_pruned
+    return {
+        "dense": dense,
+        "pruned": pruned,
+        "kept": pruned / max(1, dense),
+        "prunable_kept": (pruned - fixed) / max(1, dense - fixed),
+    }
+
+
+def record_samples(workspace: Workspace, prepared: Prepared, smaller: Network) -> None:
+    """Keep 8 inputs that judge with the outputs of both networks, for parity on the target."""
+    rows = prepared.ready.rows.held_out or prepared.ready.rows.calibration
+    most = max(rows.batches, key=lambda batch: min(rows_of(batch), RECORDED))  # the last one may be short
+    batch = {name: value if name in rows.shared else value[:RECORDED] for name, value in most.items()}
+    networks = {"dense": prepared.ready.network, "pruned": smaller}
+    names = [port.name for port in smaller.inputs]
+    tensors = {f"{INPUT}{name}": batch[name].contiguous() for name in names}
+    for role, network in networks.items():
+        with torch.inference_mode():
+            outputs = Program(network)({name: batch[name] for name in names}).outputs
+        tensors |= {f"{role}.{name}": value.contiguous() for name, value in outputs.items()}
+    known = finished(workspace.root / PRUNED)
+    assert known is not None, "the rewrite stage wrote it"
+    output = prepared.ready.subject.reading.output
+    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": known.key, "output": output})
+
+
+def _notes(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round], quality: Quality) -> list[str]:
+    notes, request = [], asked.request
+    if request.limits.max_drop is not None:
         notes.append(
-            f"The budget was chosen by `--max-drop {settings['max_drop']:g}` on the rows that quality is told of; one "
-            f"of the {quality.samples} rows is {100 / quality.samples:.2f} points."
+            f"The budget was chosen by `--max-drop {request.limits.max_drop:g}` on the rows that quality is told of; "
+            f"one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
         )
-    if settings["rounds"]:
-        told = ", ".join(f"{each['measured_ms']:.3g}" for each in settings["rounds"])
-        target = TimeTarget(**settings["time"])
-        notes.append(f"Planned for `{target}` by a latency table; plans that were measured took {told} ms.")
-    if source.calibration is None:
+    if rounds:
+        told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
+        notes.append(
+            f"Planned for `{request.limits.time}` by a latency table; plans that were measured took {told} ms."
+        )
+    if request.source.calibration is None:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
+    if not request.compensation:
+        notes.append("Nothing was compensated (--no-compensation).")
+    elif made.skipped:
+        told = "; ".join(made.skipped)
+        notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
+    if made.why_graph:
+        notes.append(f"There is no `model/`: {made.why_graph}. `optin_deploy.load` gives the graph as a torch module.")
     if built.problem is not None:
         notes.append(f"The engine could not be built here. {built.problem}")
     elif built.obstacle is not None:
@@ -280,9 +325,9 @@ def _notes(source: Source, built: Built, settings: Mapping[str, Any], quality: Q
     return notes
 
 
-def _over_budget(memory: Mapping[str, int], before: int, budget: int | None) -> list[str]:
+def _over_budget(clock: Clock, before: int, budget: int | None) -> list[str]:
     """The sentence for stages that took more than `--memory-budget` beyond the loaded model, if there were any."""
-    over = over_budget(memory, before, budget)
+    over = over_budget(clock.memory.peaks, before, budget)
     if budget is None or not over:
         return []
     told = ", ".join(f"{title} {size / 2**20:.0f} MiB" for title, size in over.items())
@@ -291,3 +336,17 @@ def _over_budget(memory: Mapping[str, int], before: int, budget: int | None) -> 
     )
     log.warning(sentence)
     return [sentence]
+
+
+def _last_word(request: Request, built: Built, quality: Quality, verdict: LastWord | None) -> None:
+    """Raise what was found wrong, when all that can be written is written."""
+    if built.problem is not None:
+        raise built.problem
+    if verdict is not None:
+        verdict.check()
+    drop = request.limits.max_drop
+    if drop is not None and not quality.holds(drop):  # the engine's own precision costs more
+        raise QualityLimit(
+            f"--max-drop {drop:g}: the model held it, but {request.engine} in {built.pairs[-1].precision} does not "
+            f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
+        )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
-from exporters.base import Artifact, ExportSpec, graph_precision
+from exporters.base import Artifact, ExportSpec, Form, graph_precision
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import CannotBuildHere
 
@@ -18,13 +16,13 @@ class OnnxEngineExporter(OnnxExporter):
     extra: str
     """Of the packages that run it: pip install 'optin-deploy[extra]'."""
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Write the ONNX file, or find it finished.
 
         Raises: CannotBuildHere: the engine cannot open it on this machine.
         """
         precision = spec.precision or self.precisions[0]
-        graph = super().export(model, replace(spec, precision=graph_precision(precision)), out)
+        graph = super().export(form, replace(spec, precision=graph_precision(precision)), out)
         obstacle = self.obstacle(precision)
         if obstacle is not None:
             raise CannotBuildHere(

@@ -1,21 +1,22 @@
-"""Which model an artifact was made from: its ONNX file says it, and model/ beside it must be that one."""
+"""What an artifact was made from: its ONNX file says it, and must be of the plan and the network in its folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.onnx_artifact import was_changed, weights_of
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.jobs.stored import MARK, told
+from optin_deploy.network.sealed import MADE_FROM, was_changed
 from optin_deploy.onnx_data import read_onnx, remedy
-from optin_deploy.pruned import MANIFEST, REWRITE_HINT, read_saved
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.runtimes.record import read_record
-from optin_deploy.storage import read_tensors, sha256_file, sha256_tensors
+from optin_deploy.storage import sha256_file
 
-MODEL = "model"
+PLAN = "plan.json"
 
 
 def check_origin(path: Path, role: str) -> bool:
-    """Refuse an artifact that the model in its output folder did not make.
+    """Refuse an artifact that the networks in its output folder did not make.
 
     Args: role: `dense` or `pruned`.
     Returns: False if nothing tells: it is of an earlier version, or of an engine that is built without ONNX.
@@ -33,27 +34,18 @@ def check_origin(path: Path, role: str) -> bool:
     proto = read_onnx(graph)
     if was_changed(graph, proto):
         raise BadInput(f"{graph}, or the file with its weights, is not as it was written. {remedy(graph)}")
-    made_from, expected = weights_of(proto), _weights(path.parent / MODEL, role)
-    if made_from is None or expected is None:
+    said = {entry.key: entry.value for entry in proto.metadata_props}
+    if MADE_FROM in said:
+        source = graph.with_name(f"{graph.name.partition('.')[0]}.onnx")
+        if not source.is_file() or sha256_file(source) != said[MADE_FROM]:
+            raise PlanMismatch(f"{graph} was not made from {source} as it is now. {remedy(graph)}")
+        return check_origin(source, role)
+    made, plan_path = told(said.get(MARK)), path.parent / PLAN
+    if made is None or not plan_path.is_file():
         return False
-    if made_from != expected:
-        other = path.parent / MODEL if role == "pruned" else f"the dense model of {path.parent / MODEL}"
-        raise PlanMismatch(f"{graph} was not made from {other}, but from another model. {remedy(graph)}")
+    plan = NetworkPlan.read(plan_path)
+    expected = {"plan": plan.hash if role == "pruned" else None, "network": plan.network}
+    if made != expected:
+        whose = f"the plan {plan_path}" if role == "pruned" else f"the network that {plan_path} is of"
+        raise PlanMismatch(f"{graph} does not belong to {whose}. {remedy(graph)}")
     return True
-
-
-def _weights(folder: Path, role: str) -> str | None:
-    """sha256 of the tensors of the pruned model in a folder, or of the dense one that it was cut from, if it says so.
-
-    Raises: BadInput, PlanMismatch: the folder is damaged.
-    """
-    if not (folder / MANIFEST).is_file():
-        return None
-    saved, _, _ = read_saved(folder)
-    if role == "dense":
-        return saved.report.get("dense_weights")
-    path = folder / "model.safetensors"
-    tensors = read_tensors(path, REWRITE_HINT)
-    if sha256_file(path) != saved.weights_sha256:
-        raise PlanMismatch(f"{path} is not the file that was saved there. {REWRITE_HINT}")
-    return sha256_tensors(tensors)

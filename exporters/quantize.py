@@ -1,13 +1,15 @@
 """Turn a float32 ONNX file into an int8 one with Q/DQ pairs, which TensorRT and ONNX Runtime both read.
 
 Weights per output channel, activations per tensor, both symmetric (TensorRT takes nothing else); only products with
-constant weights are quantised, so the attention products stay in float. A product whose activations lose too much, as
-those after a GELU often do, stays in float too: each one's own damage to the output is measured first.
+constant weights are quantised, so the attention products stay in float. What follows from weights alone is folded
+first, so that a weight behind a Transpose is one too. A product whose activations lose too much, as those after a GELU
+often do, stays in float too: each one's own damage to the output is measured first.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,36 +18,52 @@ from typing import Any
 
 import numpy as np
 
+from exporters.passes.folded import folded
+from exporters.passes.opset import raised
 from optin_deploy.errors import BadInput
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.write import write
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
 
 NEEDS_SAMPLES = "int8 needs calibration samples to measure the range of activations; none were given."
-PRODUCTS = ("MatMul", "Gemm")
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 NOISE_LIMIT = 0.003
 """Share of the output's variance that rounding activations may add in all; the most harmful ones stay in float.
 (all-MiniLM-L6-v2, mean cosine to float32: every product in int8 0.84, under this limit 0.99.)"""
 ROWS = 8
 """Samples on which the damage is measured."""
 STEPS = 127
+OPSET = 13
+"""The first in which weights have a scale for each channel."""
 SETTINGS = {
     "ActivationSymmetric": True,
     "WeightSymmetric": True,
     "QuantizeBias": False,  # TensorRT dequantises no int32
     "OpTypesToExcludeOutputQuantization": list(PRODUCTS),  # sums stay in float until the bias is added
+    "DefaultTensorType": 1,  # float32: what ONNX cannot infer behind operators that are not its own
 }
 
 
 def quantize_int8(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
     """Measure the range of every quantised tensor on the feeds and write the Q/DQ graph.
 
-    Raises: BadInput: no feeds. MissingDependency: no ONNX Runtime, whose quantiser does the work.
+    Raises: BadInput: no feeds, or a source that is no ONNX file. MissingDependency: no ONNX Runtime, whose quantiser
+        does the work.
     """
-    import onnx
-
     if not feeds:
         raise BadInput(NEEDS_SAMPLES)
     import_onnxruntime()
+    network = folded(raised(read_file(source), OPSET, "int8"))
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "folded.onnx"
+        write(network, whole)
+        _quantize(whole, out, [{port.name: feed[port.name] for port in network.inputs} for feed in feeds])
+
+
+def _quantize(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
+    import onnx
+
     proto = onnx.load(source)
     readers = _readers(proto.graph)
     weighted = {name for names in readers.values() for name in names}
@@ -77,13 +95,20 @@ def quantize_int8(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
 
 def _fragile(proto: Any, readers: Mapping[str, Sequence[str]], feed: Feeds) -> list[str]:
     """Names of the products that stay in float, so that all others together stay under NOISE_LIMIT."""
-    few = {name: values[:ROWS] for name, values in feed.items()}
+    free = {port.name for port in proto.graph.input if port.type.tensor_type.shape.dim[:1] and not _rows(port)}
+    few = {name: values[:ROWS] if name in free else values for name, values in feed.items()}
     kept_noise, fragile = 0.0, list[str]()
     for tensor, noise in sorted(_damage(proto, readers, few).items(), key=lambda item: item[1]):
         kept_noise += noise
         if not kept_noise <= NOISE_LIMIT:
             fragile += readers[tensor]
     return fragile
+
+
+def _rows(port: Any) -> int:
+    """Size of the first axis of an input; 0: it is free."""
+    size: int = port.type.tensor_type.shape.dim[0].dim_value
+    return size
 
 
 def _readers(graph: Any) -> dict[str, list[str]]:

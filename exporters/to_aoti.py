@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from exporters.base import Artifact, ExportSpec, WithoutPlan, output_names, typed_name
-from exporters.graph import DTYPES, Traced, graph_key, quiet_export
-from optin_deploy.errors import CannotBuildHere
-from optin_deploy.inputs import input_names
-from optin_deploy.masking import inference
+from exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from exporters.precisions import DTYPES
+from exporters.to_torch import module_of
+from optin_deploy.data.rows import MASK
+from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.network.graph import Network
+from optin_deploy.network.probe import probes_of
+from optin_deploy.network.read_torch import FAILURES, Traced, prepared, quiet
+from optin_deploy.network.sealed import finished as sealed
+from optin_deploy.pooling import POOLED, pooled_states
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
-from optin_deploy.storage import atomic_file, sha256_file
+from optin_deploy.storage import atomic_file, sha256_file, sha256_json
 
 
 class AotiExporter(WithoutPlan):
@@ -30,27 +35,29 @@ class AotiExporter(WithoutPlan):
     precisions = ("fp32", "fp16", "bf16")
     reads_onnx = False
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
         return typed_name("model", precision, ".pt2"), typed_name("dense", precision, ".pt2")
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Trace, compile and package for the device that is here.
 
-        Raises: CannotBuildHere: no C++ compiler.
+        Raises: CannotBuildHere: no C++ compiler, or torch.export cannot trace the module.
         """
         precision = spec.precision or self.precisions[0]
         device = current_gpu() or torch.device("cpu")
-        key = graph_key(model, precision, spec.pool, torch.__version__, describe_device(device))
+        graph = sealed(form.graph)
+        assert graph is not None, "the float32 file was written by an earlier stage"
+        key = sha256_json([graph.sha256, precision, spec.pool, torch.__version__, describe_device(device)])
         record = finished(out, key)
         if record is None:
-            record = _compile(model, spec.pool, precision, device, out, key)
+            record = _compile(form, spec.pool, precision, device, out, key)
         return Artifact(
             path=out,
             engine=self.engine,
             precision=precision,
-            inputs=input_names(model),
-            outputs=output_names(model, spec.pool),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
             sha256=record.sha256,
             size_bytes=record.size_bytes,
             versions={"torch": record.version},
@@ -69,25 +76,25 @@ class AotiExporter(WithoutPlan):
         return AotiRuntime(path, threads=threads)
 
 
-def _compile(
-    model: nn.Module, pool: str | None, precision: str, device: torch.device, out: Path, key: str
-) -> EngineRecord:
+def _compile(form: Form, pool: str | None, precision: str, device: torch.device, out: Path, key: str) -> EngineRecord:
     obstacle = missing_compiler()
     if obstacle is not None:
         raise CannotBuildHere(
             f"no {out.name}: {obstacle}, then run: optin build {out.parent} --engine aoti --precision {precision}"
         )
-    own = copy.deepcopy(model).to(device, DTYPES[precision])
-    traced = Traced(own, pool)
-    with tempfile.TemporaryDirectory() as temporary, inference(own), torch.no_grad(), exact_float32(), quiet_export():
-        program = torch.export.export(traced, traced.example(), dynamic_shapes=traced.dynamic_shapes())
+    module = module_of(form.module or form.graph, form.task).to(device, DTYPES[precision])
+    with tempfile.TemporaryDirectory() as temporary, exact_float32(), quiet():
+        try:
+            program, outputs = traced_of(module, form, precision, pool)
+        except (BadInput, *FAILURES) as err:
+            said = (str(err).splitlines() or [""])[0]
+            raise CannotBuildHere(
+                f"no {out.name}: torch.export cannot trace this network ({type(err).__name__}: {said}). "
+                "Use --engine onnx, openvino or torch."
+            ) from err
         inductor: Any = torch._inductor
-        settings = {
-            "aot_inductor.metadata": {
-                "inputs": ",".join(traced.inputs),
-                "outputs": ",".join(traced.outputs),
-            }
-        }
+        inputs = ",".join(port.name for port in form.network.inputs)
+        settings = {"aot_inductor.metadata": {"inputs": inputs, "outputs": ",".join(outputs)}}
         package = inductor.aoti_compile_and_package(
             program, package_path=str(Path(temporary) / "package.pt2"), inductor_configs=settings
         )
@@ -106,3 +113,66 @@ def _compile(
     )
     write_record(out, record)
     return record
+
+
+def traced_of(
+    module: torch.nn.Module, form: Form, precision: str, pool: str | None
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """Trace the module of a form for every size of its free axes.
+
+    Returns: the program, and the names of its outputs.
+    Raises: BadInput, or one of `FAILURES`: it cannot be traced.
+    """
+    weight = next(module.parameters(), torch.empty(0))
+    example = example_of(form.network, weight.device)
+    typed = Typed(module, tuple(example), DTYPES[precision], pool)
+    with prepared(module), torch.no_grad():
+        typed(*example.values())  # notes the names of the outputs
+        program = torch.export.export(typed, tuple(example.values()), dynamic_shapes=(dynamic_shapes(form),))
+    return program, typed.found_names.all
+
+
+class Typed(Traced):
+    """Takes and gives float32 whatever the weights are; with pooling, one more output."""
+
+    def __init__(
+        self, module: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype, pool: str | None = None
+    ) -> None:
+        super().__init__(module, names)
+        self.dtype, self.pool = dtype, pool
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """See `Traced`."""
+        found = super().forward(*(v.to(self.dtype) if v.is_floating_point() else v for v in values))
+        found = tuple(v.float() if v.is_floating_point() else v for v in found)
+        if self.pool is None:
+            return found
+        states, mask = found[0], dict(zip(self.names, values, strict=True)).get(MASK)
+        valid = torch.ones(states.shape[:2]) if mask is None else mask
+        self.found_names.all = (*self.found_names.all, POOLED)
+        return (*found, pooled_states(states, valid.to(states), self.pool))
+
+
+def example_of(network: Network, device: torch.device) -> Mapping[str, Tensor]:
+    """Inputs to trace with: no free size is 1, which torch would take for a constant."""
+    probe = probes_of(network)[0]
+    return {port.name: probe[port.name].to(device) for port in network.inputs}
+
+
+def dynamic_shapes(form: Form) -> tuple[dict[int, Any], ...]:
+    """Free axes of the inputs; those of one name have one size, and lengths end where the table of positions does."""
+    sizes: dict[str, Any] = {}
+    found = []
+    for port in form.network.inputs:
+        free = {axis: size for axis, size in enumerate(port.shape or ()) if isinstance(size, str)}
+        for axis, size in free.items():
+            # torch treats a length of 1 as a case of its own.
+            bounds = {"min": 2, "max": form.longest} if axis else {"min": 1}
+            sizes.setdefault(size, torch.export.Dim(_plain(size), **bounds))
+        found.append({axis: sizes[size] for axis, size in free.items()})
+    return tuple(found)
+
+
+def _plain(size: str) -> str:
+    """A name that Python takes."""
+    return "".join(letter if letter.isalnum() else "_" for letter in f"size_{size}")

@@ -1,33 +1,28 @@
-"""Export dense and pruned models to ONNX with torch's exporter: dynamic batch and length, large weights beside it."""
+"""ONNX files of dense and pruned networks: the float32 graph as it was cut, and passes over it for other types."""
 
 from __future__ import annotations
 
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import onnx
-import torch
-from torch import nn
-
-from exporters import onnx_artifact
-from exporters.base import Artifact, ExportSpec, WithoutPlan, typed_name
-from exporters.graph import DTYPES, Traced, graph_key, quiet_export, typed_copy
+from exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from exporters.passes.folded import folded
+from exporters.passes.pooled import pooled
+from exporters.passes.typed import typed
 from exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
-from optin_deploy.cost.macs import eager_attention
 from optin_deploy.errors import BadInput
-from optin_deploy.masking import inference
+from optin_deploy.network.graph import Network
+from optin_deploy.network.hashing import hash_of
+from optin_deploy.network.sealed import KEY, MADE_FROM, Finished, complete, finished, install, store
+from optin_deploy.network.unused import tidied
+from optin_deploy.network.write import SINGLE_FILE_BYTES
+from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.storage import scratch_folder, sha256_tensors
+from optin_deploy.storage import scratch_folder, sha256_json
 
-OPSET, BF16_OPSET = 20, 22
-"""Below 23, whose fp32 Attention node TensorRT does not build; Gelu is a node from 20, Conv takes bfloat16 from 22."""
-PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
-"""What a graph depends on besides the model; part of its key and of the artifact's `versions`."""
-SINGLE_FILE_BYTES = 2**31 - 2**26
-"""protobuf holds 2 GiB; larger weights lie in a second file."""
+PACKAGES = ("torch", "onnx", "onnxruntime")
+"""What made a file; part of the artifact's `versions`."""
 
 
 class OnnxExporter(WithoutPlan):
@@ -37,35 +32,20 @@ class OnnxExporter(WithoutPlan):
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8")
     reads_onnx = True
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
         return typed_name("model", precision, ".onnx"), typed_name("dense", precision, ".onnx")
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """See `Exporter.export`; weights that one file does not hold lie beside it in `model.onnx.data`.
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
+        """See `Exporter.export`; the float32 file is there already, weights that one file does not hold lie beside it.
 
-        Raises: BadInput: pooling of a model with logits; int8 without samples, or too large.
+        Raises: BadInput: int8 without samples, or too large.
         """
         precision = spec.precision or self.precisions[0]
-        settings: list[object] = [precision, spec.pool, _opset(precision), [version(name) for name in PACKAGES]]
-        settings += [onnx_artifact.WITH_SHAPES]
-        if precision == "int8":
-            settings += [
-                version("onnxruntime"),
-                NOISE_LIMIT,
-                SETTINGS,
-                [sha256_tensors(batch) for batch in spec.calibration],
-            ]
-        key = graph_key(model, *settings)
-        found = onnx_artifact.finished(out)
-        if found is None or found.key != key:
-            check_size(model, precision)
-            with scratch_folder(out) as folder:
-                _draft(model, spec, precision, folder / out.name)
-                onnx_artifact.complete(folder / out.name, key, sha256_tensors(model.state_dict()))
-                onnx_artifact.install(folder / out.name, out)
-            found = onnx_artifact.finished(out)
-            assert found is not None, "the file was written just now"
+        found = finished(form.graph)
+        assert found is not None, "the float32 file was written by an earlier stage"
+        if precision != "fp32":
+            found = _typed(form, found, precision, spec, out)
         return Artifact(
             path=out,
             engine=self.engine,
@@ -87,61 +67,38 @@ class OnnxExporter(WithoutPlan):
         return OrtRuntime(path, threads=threads)
 
 
-def check_size(model: nn.Module, precision: str) -> None:
+def _typed(form: Form, source: Finished, precision: str, spec: ExportSpec, out: Path) -> Finished:
+    """The same graph in another type."""
+    entries = {MADE_FROM: source.sha256}
+    if precision != "int8":
+        key = sha256_json([source.sha256, precision, version("onnx")])
+        plain = typed(folded(tidied(form.network, without=POOLED)), precision)
+        return store(plain if spec.pool is None else pooled(plain, spec.pool), out, key, entries)
+    key = sha256_json(
+        [source.sha256, precision, version("onnxruntime"), NOISE_LIMIT, SETTINGS, [*map(hash_of, spec.calibration)]]
+    )
+    known = finished(out)
+    if known is None or known.key != key:
+        if not spec.calibration:
+            raise BadInput(NEEDS_SAMPLES)
+        check_size(form.network, precision)
+        with scratch_folder(out) as folder:
+            quantize_int8(form.graph, folder / out.name, spec.calibration)
+            complete(folder / out.name, {KEY: key, **entries})
+            install(folder / out.name, out)
+        known = finished(out)
+        assert known is not None, "the file was written just now"
+    return known
+
+
+def check_size(network: Network, precision: str | None) -> None:
     """Refuse int8 where the float32 weights that it is made from are more than one file holds.
 
     Raises: BadInput.
     """
-    if precision == "int8" and _weights_bytes(model, "fp32") > SINGLE_FILE_BYTES:
-        size_gib = _weights_bytes(model, "fp32") / 2**30
+    size_bytes = sum(weight.nbytes for weight in network.weights.values())
+    if precision == "int8" and size_bytes > SINGLE_FILE_BYTES:
         raise BadInput(
-            f"--precision int8: the float32 weights are {size_gib:.2f} GiB, and the quantiser takes models of one ONNX "
-            "file, which holds 2 GiB. Use --precision fp16, bf16 or fp32, or a smaller model."
+            f"--precision int8: the float32 weights are {size_bytes / 2**30:.2f} GiB, and the quantiser takes models "
+            "of one ONNX file, which holds 2 GiB. Use --precision fp16, bf16 or fp32, or a smaller model."
         )
-
-
-def _weights_bytes(model: nn.Module, precision: str) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) * DTYPES[precision].itemsize
-
-
-def _draft(model: nn.Module, spec: ExportSpec, precision: str, out: Path) -> None:
-    """Write the graph as its exporter makes it; large weights from the model's own memory, without a copy."""
-    if precision == "int8":
-        _int8(model, spec, out)
-        return
-    program = trace(model, spec.pool, precision)
-    if _weights_bytes(model, precision) > SINGLE_FILE_BYTES:
-        program.save(out, external_data=True)
-    else:
-        onnx.save(program.model_proto, out)
-
-
-def trace(model: nn.Module, pool: str | None, precision: str) -> Any:
-    """The ONNX program of a model in the type of a precision, as torch's exporter gives it."""
-    model = typed_copy(model, precision)
-    with inference(model), eager_attention(model), torch.no_grad(), quiet_export():
-        traced = Traced(model, pool)
-        return torch.onnx.export(
-            traced,
-            traced.example(),
-            dynamo=True,
-            opset_version=_opset(precision),
-            input_names=list(traced.inputs),
-            output_names=list(traced.outputs),
-            dynamic_shapes=traced.dynamic_shapes(),
-            verbose=False,
-        )
-
-
-def _int8(model: nn.Module, spec: ExportSpec, out: Path) -> None:
-    if not spec.calibration:
-        raise BadInput(NEEDS_SAMPLES)
-    feeds = [{name: values.numpy() for name, values in batch.items()} for batch in spec.calibration]
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "fp32.onnx"
-        onnx.save(trace(model, spec.pool, "fp32").model_proto, source)
-        quantize_int8(source, out, feeds)
-
-
-def _opset(precision: str) -> int:
-    return BF16_OPSET if precision == "bf16" else OPSET

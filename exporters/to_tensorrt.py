@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from exporters.base import Artifact, ExportSpec, graph_precision, typed_name
+from exporters.base import Artifact, ExportSpec, Form, graph_precision, typed_name
 from exporters.checks.preflight import build_ahead
 from exporters.tensorrt_plan import EngineOptions, build_engine
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
-from optin_deploy.inputs import example_inputs, longest_text
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, finished, read_record, write_record
@@ -41,11 +39,11 @@ class TensorRTExporter:
     has_profiles = True
     keeps_timings = True
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
         return "model.engine", "dense.engine"
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Build the plan of the typed ONNX file, which is exported beside it.
 
         Raises: CannotBuildHere: no TensorRT, no GPU, or the builder refused; the ONNX file lies beside `out`.
@@ -54,13 +52,13 @@ class TensorRTExporter:
         stem = out.name.partition(".")[0]
         onnx_precision = graph_precision(precision)
         source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
-        graph = OnnxExporter().export(model, replace(spec, precision=onnx_precision), source)
-        profiles = tuple(profile.up_to(longest_text(model.config)) for profile in spec.options.profiles)
+        graph = OnnxExporter().export(form, replace(spec, precision=onnx_precision), source)
+        profiles = tuple(profile.up_to(form.longest) for profile in spec.options.profiles)
         options = replace(spec.options, profiles=profiles)
         missing = self.cannot_build()
         if missing is not None:
             preflight = _preflight(source, options) if self.engine == "trt" else ""
-            raise CannotBuildHere(f"{_instructions(model, source, precision, options, missing)}{preflight}")
+            raise CannotBuildHere(f"{_instructions(form, source, precision, options, missing)}{preflight}")
         trt: Any = import_tensorrt(self.engine)
         gpu = current_gpu()
         device = ("", "") if gpu is None else describe_device(gpu)
@@ -168,7 +166,7 @@ class RtxExporter(TensorRTExporter):
     engine = "trt-rtx"
     keeps_timings = False
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
         """Other names than TensorRT's, whose plans it cannot load."""
         return "model.rtx.engine", "dense.rtx.engine"
 
@@ -213,7 +211,7 @@ def _preflight(source: Path, options: EngineOptions) -> str:
     return "" if said is None else f"\nPreflight passed: {said}"
 
 
-def _instructions(model: nn.Module, source: Path, precision: str, options: EngineOptions, missing: str) -> str:
+def _instructions(form: Form, source: Path, precision: str, options: EngineOptions, missing: str) -> str:
     folder = source.parent
     lines = [
         f"{source} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there",
@@ -222,7 +220,7 @@ def _instructions(model: nn.Module, source: Path, precision: str, options: Engin
         "or, for a plan that only other tools read,",
         f"  trtexec --stronglyTyped --onnx={folder.name}/{source.name} --saveEngine={folder.name}/trtexec.engine"
         + ("" if precision != "fp32" else " --noTF32")
-        + _trtexec_shapes(model, options),
+        + _trtexec_shapes(form, options),
     ]
     return "\n".join(lines)
 
@@ -236,10 +234,16 @@ def _flags(options: EngineOptions) -> str:
     return " ".join(typed)
 
 
-def _trtexec_shapes(model: nn.Module, options: EngineOptions) -> str:
+def _trtexec_shapes(form: Form, options: EngineOptions) -> str:
     shapes = ""
     for name, (batch, tokens) in zip(("min", "opt", "max"), options.profiles[0].corners(), strict=True):
-        example = example_inputs(model, batch=batch, seq_len=tokens)
-        sizes = ",".join(f"{entry}:{'x'.join(map(str, value.shape))}" for entry, value in example.items())
+        sized = {
+            port.name: [
+                size if isinstance(size, int) else tokens if axis else batch
+                for axis, size in enumerate(port.shape or ())
+            ]
+            for port in form.network.inputs
+        }
+        sizes = ",".join(f"{entry}:{'x'.join(map(str, shape))}" for entry, shape in sized.items())
         shapes += f" --{name}Shapes={sizes}"
     return shapes

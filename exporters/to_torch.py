@@ -1,4 +1,4 @@
-"""The torch engines: the artifact is the saved transformers model itself, run eagerly or compiled."""
+"""The torch engines: the artifact is the saved transformers model, or the graph as a module; eager or compiled."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, WithoutPlan, output_names
-from exporters.graph import DTYPES
+from exporters.base import Artifact, ExportSpec, Form, WithoutPlan
+from exporters.precisions import DTYPES
 from exporters.tensorrt_plan import EngineOptions
+from optin_deploy.checkpoint.reloading import load
+from optin_deploy.checkpoint.smaller import MANIFEST, check_weights
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import input_names
 from optin_deploy.loading import load_dense
-from optin_deploy.pruned import MANIFEST, load
+from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.read_onnx import read_file
 from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, missing_compiler
 from optin_deploy.runtimes.torch import TorchRuntime
 from optin_deploy.storage import sha256_file
 
+MODULE = "model"
+"""Folder of the transformers model in an output folder."""
 SHAPES = 64
 """Input shapes that are compiled for one model class in a process."""
 
@@ -32,9 +36,10 @@ class TorchExporter(WithoutPlan):
     precisions = ("fp32", "fp16", "bf16")
     reads_onnx = False
 
-    def file_names(self, precision: str) -> tuple[str, str | None]:
+    def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
         """See `Exporter.file_names`."""
-        return "model", None
+        is_graph = folder is not None and not (folder / MODULE).is_dir() and (folder / f"{MODULE}.onnx").is_file()
+        return (f"{MODULE}.onnx", "dense.onnx") if is_graph else (MODULE, None)
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
@@ -44,16 +49,16 @@ class TorchExporter(WithoutPlan):
                 f"--pool needs a graph: use --engine onnx; the {self.engine} engine is the transformers model itself."
             )
 
-    def export(self, model: nn.Module, spec: ExportSpec, out: Path) -> Artifact:
-        """Describe the folder that the rewrite stage wrote; nothing more is needed."""
+    def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
+        """Describe what the rewrite stage wrote; nothing more is needed."""
         self.check(spec.options, spec.pool)
-        weights = out / "model.safetensors"
+        weights = form.graph if form.module is None or out.suffix == ".onnx" else check_weights(form.module)
         return Artifact(
             path=out,
             engine=self.engine,
             precision=spec.precision or self.precisions[0],
-            inputs=input_names(model),
-            outputs=output_names(model, spec.pool),
+            inputs=tuple(port.name for port in form.network.inputs),
+            outputs=tuple(port.name for port in form.network.outputs),
             sha256=sha256_file(weights),
             size_bytes=weights.stat().st_size,
             versions={name: version(name) for name in ("torch", "transformers")},
@@ -64,13 +69,23 @@ class TorchExporter(WithoutPlan):
         return asked or torch_threads()
 
     def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
-        """A pruned or dense transformers model."""
+        """A pruned or dense transformers model, or the graph of an ONNX file."""
         return TorchRuntime(self._prepared(path, precision, task), engine=self.engine, threads=threads)
 
     def _prepared(self, path: Path, precision: str | None, task: str | None) -> Any:
-        pruned = any((folder / MANIFEST).is_file() for folder in (path, path / "model"))
-        model: nn.Module = load(path) if pruned else load_dense(str(path), task).model
-        return model.to(current_gpu() or "cpu", DTYPES[precision or "fp32"])
+        return module_of(path, task).to(current_gpu() or "cpu", DTYPES[precision or "fp32"])
+
+
+def module_of(path: Path, task: str | None = None) -> nn.Module:
+    """The torch module in a file or folder.
+
+    Args: task: of a dense transformers model.
+    Raises: BadInput: see `load_dense` and `read_file`.
+    """
+    if path.suffix == ".onnx":
+        return NetworkModule(read_file(path)).eval()
+    model: nn.Module = load(path) if (path / MANIFEST).is_file() else load_dense(str(path), task).model
+    return model
 
 
 class CompiledTorchExporter(TorchExporter):

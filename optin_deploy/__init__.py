@@ -14,50 +14,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optin_deploy.arch.resolve import resolve
-    from optin_deploy.arch.spec import ArchSpec
     from optin_deploy.errors import OptinError
+    from optin_deploy.jobs.modules import PrunedModel, load, prune
     from optin_deploy.jobs.networks import cut, inspect
-    from optin_deploy.layout import ModelLayout
-    from optin_deploy.plan import Masks, PruningPlan
     from optin_deploy.planning.plan import NetworkPlan
-    from optin_deploy.pruned import PrunedModel, load
-    from optin_deploy.pruning import prune
-    from optin_deploy.scoring.scores import Scores
+    from optin_deploy.scoring.unit_scores import UnitScores
+    from optin_deploy.structure.groups import Layout
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ArchSpec": "optin_deploy.arch.spec",
-    "Masks": "optin_deploy.plan",
-    "ModelLayout": "optin_deploy.layout",
+    "Layout": "optin_deploy.structure.groups",
     "NetworkPlan": "optin_deploy.planning.plan",
     "OptinError": "optin_deploy.errors",
-    "PrunedModel": "optin_deploy.pruned",
-    "PruningPlan": "optin_deploy.plan",
-    "Scores": "optin_deploy.scoring.scores",
+    "PrunedModel": "optin_deploy.jobs.modules",
+    "UnitScores": "optin_deploy.scoring.unit_scores",
     "cut": "optin_deploy.jobs.networks",
     "inspect": "optin_deploy.jobs.networks",
-    "load": "optin_deploy.pruned",
-    "prune": "optin_deploy.pruning",
-    "resolve": "optin_deploy.arch.resolve",
+    "load": "optin_deploy.jobs.modules",
+    "prune": "optin_deploy.jobs.modules",
 }
 """Public name -> module; imported when first used, so that `import optin_deploy` and `--help` stay quick."""
 
 __all__ = [
-    "ArchSpec",
-    "Masks",
-    "ModelLayout",
+    "Layout",
     "NetworkPlan",
     "OptinError",
     "PrunedModel",
-    "PruningPlan",
-    "Scores",
+    "UnitScores",
     "cut",
     "inspect",
     "load",
     "prune",
-    "resolve",
 ]
 
 

@@ -6,12 +6,9 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Integral
 
 from optin_deploy.arguments import checked, number
-from optin_deploy.cost.params import BYTES
-from optin_deploy.cost.units import Cost, UnitCost
 from optin_deploy.errors import BadInput, InfeasibleBudget
 
 DEFAULT_FLOPS = 0.6
@@ -36,22 +33,6 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.option} {self.limit:g}" if self.relative else f"{self.option} {self.limit / 2**20:.2f}MiB"
 
-    def within(self, cost: Cost) -> int:
-        """The limit in units of a cost.
-
-        Raises: InfeasibleBudget: below what the unprunable layers cost.
-        """
-        # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
-        limit = math.floor(Fraction(str(self.limit)) * cost.dense) if self.relative else int(self.limit)
-        if limit < cost.fixed:
-            share = f"{-(-100 * cost.fixed // cost.dense) / 100:.2f}"
-            least = share if self.relative else f"{-(-cost.fixed // 2**10)}KiB"
-            raise InfeasibleBudget(
-                f"{self} is {limit / cost.dense:.3f} of the dense model, but the unprunable "
-                f"layers alone are {cost.fixed / cost.dense:.3f}. Use {self.option} {least} or more."
-            )
-        return limit
-
 
 def _plain(value: float, option: str) -> float:
     """As given if it is Python's own, else the same value as a float.
@@ -66,10 +47,6 @@ def _plain(value: float, option: str) -> float:
     with suppress(ValueError):  # a float32 of 0.6 was meant as 0.6
         return float(str(value))
     return found
-
-
-Limit = tuple[Cost, int]
-"""A cost, and the most that it may be."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +136,6 @@ class Limits:
         elif not 0 <= self.max_drop < 100:
             raise BadInput(f"--max-drop {self.max_drop}: give points to lose, 0 or more and under 100, such as 1.0.")
         self.budgets()  # what is impossible is refused at once
-
-    def within(self, macs: UnitCost, params: UnitCost) -> list[Limit]:
-        """The costs that are limited, and the most that each may be.
-
-        Raises: InfeasibleBudget.
-        """
-        costs = {"--flops": macs, "--params": params, "--size": params.times(BYTES)}
-        return [(costs[budget.option], budget.within(costs[budget.option])) for budget in self.budgets()]
 
     def budgets(self) -> list[Budget]:
         """One for each limit.

@@ -11,16 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from optin_deploy.findings import LatencyRow, SweepRow
 from optin_deploy.numbers import milliseconds
-from optin_deploy.plan import Keep
 
 WIDTH, HEIGHT = 360, 210
 """Of a chart: about as wide as a phone, so that text is readable there and larger elsewhere."""
 LEFT, RIGHT, TOP, BOTTOM = 50, 322, 34, 168
 """Edges of the plot inside a chart; around it are the texts of ticks, axes and rules."""
 UNITS_LEFT, BARS_RIGHT, UNITS_RIGHT = 34, 244, 356
-"""Bars and cells begin right of the layer's number; right of the bars their count is written."""
+"""Bars and cells begin right of the row's number; right of the bars their count is written."""
 ROW, BAR = 20, 12
-"""Height of a layer, and of what is drawn of it."""
+"""Height of a group, and of what is drawn of it."""
 CURVE_POINTS = 200
 """Steps of a distribution curve."""
 SHOWN_PERCENT = 99
@@ -92,8 +91,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Row:
-    """One layer in a chart of units."""
+    """One group in a chart of units."""
 
+    group: str
+    """Its name."""
     name: str
     """Which units stay, or how many."""
     y: float
@@ -112,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Units:
-    """One kind of unit in all layers."""
+    """One kind of unit in all its groups."""
 
     kind: str
     rows: tuple[Row, ...]
@@ -136,8 +137,8 @@ class Units:
     @property
     def counts(self) -> str:
         """The bars in words."""
-        layers = (f"layer {i}: {row.kept:,} of {row.units:,}" for i, row in enumerate(self.rows))
-        return f"{self.kind} that stay. {'; '.join(layers)}."
+        groups = (f"{row.group}: {row.kept:,} of {row.units:,}" for row in self.rows)
+        return f"{self.kind} that stay. {'; '.join(groups)}."
 
     @property
     def places(self) -> str:
@@ -145,16 +146,17 @@ class Units:
         return f"Which {self.kind} stay. {'; '.join(row.name for row in self.rows)}."
 
 
-def units_chart(kind: str, layers: Keep, names: Sequence[str], *, cells: bool) -> Units:
-    """Which units stay; layers may differ in length. `cells`: they are few enough to be drawn and named one by one."""
-    most = max(map(len, layers))
+def units_chart(kind: str, groups: Sequence[Sequence[bool]], names: Sequence[str], *, cells: bool) -> Units:
+    """Which units stay; groups may differ in length. `cells`: they are few enough to be drawn and named one by one."""
+    most = max(map(len, groups))
     pitch = min(BAR + 4, (UNITS_RIGHT - UNITS_LEFT) / most)
     rows = []
-    for index, keep in enumerate(layers):
+    for index, keep in enumerate(groups):
         full = (BARS_RIGHT - UNITS_LEFT) * len(keep) / most
         units = ", ".join(str(unit) for unit, stays in enumerate(keep) if stays) or "none"
         rows.append(
             Row(
+                group=names[index],
                 name=f"{names[index]}: {units if cells else f'{sum(keep):,} of {len(keep):,}'}",
                 y=ROW * index + (ROW - BAR) / 2,
                 units=len(keep),

@@ -28,10 +28,6 @@ class BadInput(OptinError, ValueError):
     """A value, file or folder from the user cannot be used."""
 
 
-class UnknownArchitecture(BadInput):
-    """No row of the architecture table fits the model."""
-
-
 class InfeasibleBudget(BadInput):
     """The budget lies below what the unprunable layers alone cost."""
 
@@ -66,10 +62,6 @@ class TooUnstable(OptinError):
     """A measurement contradicts itself: nothing can be decided by it."""
 
     exit_code = 4
-
-
-class RefusedRewrite(OptinError):
-    """A layer cannot be cut without changing what it computes; names the layer and the reason."""
 
 
 class ParityFailure(OptinError):

@@ -14,9 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from optin_deploy.bench.report import beside, quality_lines
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.plan import Keep
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.pruned import read_saved
 from optin_deploy.quality import Quality
 from optin_deploy.storage import sha256_file
 from optin_deploy.validation import read_stored, validated
@@ -141,6 +139,7 @@ class StoredGroup:
 
     name: str
     kind: str
+    kept: Annotated[int, Field(ge=0, le=2**24)]
     units: Annotated[int, Field(ge=1, le=2**24)]
 
 
@@ -223,7 +222,7 @@ class Kept:
 
     names: tuple[str, ...]
     """Of layers or groups."""
-    stay: Keep
+    stay: tuple[tuple[bool, ...], ...]
     """One row a name."""
 
 
@@ -281,21 +280,8 @@ def _export(folder: Path) -> str:
 
 
 def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
-    """Of the plan inside model/: that one was cut; DIR/plan.json may be newer than the model and its report."""
-    if report.groups:
-        return _kept_of_groups(folder, report)
-    model = folder / "model"
-    _, layout, plan = read_saved(model)
-    _check_plan(folder, report, plan.hash, model)
-    masks = plan.masks(layout)
-    names = tuple(f"layer {index}" for index in range(len(layout.layers)))
-    return {"heads": Kept(names, masks.heads), "neurons": Kept(names, masks.neurons)}
-
-
-def _kept_of_groups(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
-    path = folder / "plan.json"
-    plan = NetworkPlan.read(path)
-    _check_plan(folder, report, plan.hash, path)
+    """Of the plan that the report is about."""
+    plan = _plan_of(folder, report)
     found: dict[str, tuple[list[str], list[tuple[bool, ...]]]] = {}
     for group in report.groups:
         kept = set(plan.keep.get(group.name, range(group.units)))
@@ -305,12 +291,21 @@ def _kept_of_groups(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
     return {kind: Kept(tuple(names), tuple(stay)) for kind, (names, stay) in found.items()}
 
 
-def _check_plan(folder: Path, report: StoredReport, found: str, where: Path) -> None:
-    if report.hashes.get("plan") != found:
-        raise PlanMismatch(
-            f"{folder}/report.json is about plan {report.hashes.get('plan', '-')[:12]}, but {where} was cut by "
-            f"{found[:12]}. Run `optin-export MODEL --out {folder}` again."
-        )
+def _plan_of(folder: Path, report: StoredReport) -> NetworkPlan:
+    """The plan that a report is about: that of the folder, or of model/ where a newer one lies in the folder.
+
+    Raises: PlanMismatch: none is.
+    """
+    first = NetworkPlan.read(folder / "plan.json")
+    saved = folder / "model" / "plan.json"
+    plans = [first, NetworkPlan.read(saved)] if saved.is_file() else [first]
+    for plan in plans:
+        if plan.hash == report.hashes.get("plan"):
+            return plan
+    raise PlanMismatch(
+        f"{folder / 'report.json'} is about plan {report.hashes.get('plan', '-')[:12]}, but {folder / 'plan.json'} is "
+        f"{first.hash[:12]}. {_export(folder).replace('Make it', 'Make both')}"
+    )
 
 
 def _read_sweep(path: Path, hint: str) -> tuple[SweepRow, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -17,6 +17,14 @@ _LOCKS: Any = WeakIdKeyDictionary()
 _REGISTRY = threading.Lock()
 WRAPPED = ("_orig_mod", "module")
 """Where torch.compile, DataParallel and the like keep the model."""
+SWITCHES = {
+    "use_cache": False,
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "_output_attentions": False,  # where transformers keeps it; its own property refuses some values
+}
+"""Entries of a config that change what a forward returns, and what they are while we work."""
 
 
 @contextmanager
@@ -25,7 +33,7 @@ def working(model: nn.Module) -> Iterator[None]:
 
     Raises: BadInput: the model has no weights to work with.
     """
-    check_model(model)
+    check_module(model)
     with ExitStack() as stack:
         stack.enter_context(alone(model))
         stack.enter_context(torch.inference_mode(False))
@@ -53,6 +61,34 @@ def alone(model: nn.Module) -> Iterator[None]:
         for lock in sorted(locks.values(), key=id):  # in one order, so that no two threads wait for each other
             stack.enter_context(lock)
         yield
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, parameters without gradients, outputs by name, no cache of keys and values; all restored.
+
+    Meanwhile other threads wait: see `guard.alone`.
+    """
+    with alone(model), ExitStack() as stack:
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            stack.callback(_switched, config, _switched(config, SWITCHES))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+
+
+def _switched(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set those of these entries that the config has; returns what they were."""
+    entries = getattr(config, "__dict__", {})
+    before = {name: entries[name] for name in values if name in entries and entries[name] is not values[name]}
+    entries.update({name: values[name] for name in before})
+    return before
 
 
 def check_model(model: Any) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
+from optin_deploy.network.examples import IMAGE_SIZE as ANY_SIZE
+from optin_deploy.network.examples import SERVED_SIZE as IMAGE_SIZE
 
-IMAGE_SIZE = "inference_image_size"
-"""Our entry in a config: height and width of the images that the model is served with."""
+LOGITS = ("Classification", "CausalLM", "MaskedLM", "LMHead")
+"""Parts of the names of classes that put out logits."""
 VOLATILE = ("architectures", "dtype", "transformers_version")
 """Entries of a config that may differ between a model in memory and the same model read back."""
 
@@ -26,8 +28,8 @@ def input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def gives_logits(model: nn.Module) -> bool:
-    """Does the model classify (output `logits`), or give states (`last_hidden_state`)?"""
-    return "Classification" in type(model).__name__
+    """Does the model put out `logits`, of a row or of each token, or states (`last_hidden_state`)?"""
+    return any(words in type(model).__name__ for words in LOGITS)
 
 
 def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ def set_image_size(config: Any, height: int, width: int) -> None:
 
     DINOv2 checkpoints are built for 518 pixels and served at 224; everything is counted and measured as served.
     """
-    size = config.image_size
+    size = getattr(config, "image_size", None) or ANY_SIZE
     if [height, width] != (list(size) if isinstance(size, (tuple, list)) else [size, size]):
         setattr(config, IMAGE_SIZE, [height, width])
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.errors import BadInput
-from optin_deploy.masking import Batch, rows_of
 
 JUDGED_EVERY = 4
 """Every fourth sample measures the error, of a large calibration set fewer; the others fit the compensation."""

@@ -15,19 +15,28 @@ from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
 from optin_deploy.checkpoint.preprocessor import load_beside
+from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
+from optin_deploy.guard import inference
 from optin_deploy.inputs import example_inputs, longest_text
-from optin_deploy.masking import inference
-from optin_deploy.pruned import MANIFEST
 
 AUTO_CLASSES = {
     "feature-extraction": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
 }
-"""Task -> transformers auto class. A new task is a line here and an output kind in scoring/losses.py."""
+"""Task -> transformers auto class. A new task is a line here."""
+CLASSIFICATION = ("text-classification", "image-classification", "token-classification")
+"""Tasks whose config names the classes."""
 ENDINGS = {
+    "ForTokenClassification": "token-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
@@ -147,7 +156,7 @@ def _check_config(source: Path, config: Any, task: str) -> None:
                 f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
                 "Give an encoder, or a decoder alone."
             )
-    if task == "feature-extraction":
+    if task not in CLASSIFICATION:
         return
     labels = config.id2label or {}
     if not labels or set(labels) != set(range(len(labels))):
@@ -199,7 +208,7 @@ def infer_task(config: Any) -> str:
     """
     name = (getattr(config, "architectures", None) or [""])[0]
     for ending, task in ENDINGS.items():
-        if name.endswith(ending) and not name.endswith(OTHER_HEADS):
+        if name.endswith(ending) and (ending != "Model" or not name.endswith(OTHER_HEADS)):
             return task
     head = "" if not name else " Feature extraction takes such a model without its head."
     raise BadInput(

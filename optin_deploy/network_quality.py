@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -74,7 +73,8 @@ class NetworkJudge:
             names: of the classes, in their order.
             metric: `perplexity`: of the next token; None: what fits the output, and the labels if there are any.
             ids: the input with the tokens.
-            strict: refuse labels that the network does not know; else they are left out, with a warning.
+            strict: refuse labels that the network does not know, and rows without one beside others; else these are
+                left out, with a warning.
 
         Raises: BadInput: labels by which the network is no better than guessing, or no language model for perplexity.
         """
@@ -159,12 +159,14 @@ class NetworkJudge:
         given = sum(label is not None for label in self.rows.labels)
         if not given:
             return None
+        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
+        if strict and given < len(self.rows):
+            raise BadInput(f"{left}. Label all rows, or none.")
         if 2 * given < len(self.rows):
-            log.warning(
-                "%s: %d of %d rows have a label, too few to measure accuracy: agreement is measured",
-                *(self.rows.origin, given, len(self.rows)),
-            )
+            log.warning("%s: too few have one to measure accuracy, agreement is measured", left)
             return None
+        if given < len(self.rows):
+            log.warning("%s: quality is that of the others", left)
         found, start = [], 0
         try:
             for note, batch in zip(self._dense, self.rows.batches, strict=True):
@@ -204,8 +206,7 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
             f"the label {label!r} is a name, and the order of the classes is not known: give their numbers (0 to"
             f" {note.classes - 1}), or config.json with id2label beside the network."
         )
-    known = dict(enumerate(names or [f"class {i}" for i in range(note.classes)]))
-    return torch.tensor([class_index(label, SimpleNamespace(id2label=known, num_labels=note.classes))])
+    return torch.tensor([class_index(label, names or [f"class {i}" for i in range(note.classes)])])
 
 
 def _ordered(values: Tensor, batch: Batch) -> Tensor:

@@ -46,8 +46,9 @@ def remedy(path: Path) -> str:
     """How an ONNX file that cannot be used is made again."""
     if not path.with_name(OURS).is_file():
         return "Give an .onnx file, or the output folder of `optin-export`."
-    precision = path.name.split(".")[1] if path.name.count(".") > 1 else "fp32"
-    return f"Make it again with `optin build {path.parent} --engine onnx --precision {precision}`."
+    if path.name.count(".") < 2:  # what all others are made from
+        return f"Make it again with `optin rewrite {path.parent}`, then `optin build {path.parent}`."
+    return f"Make it again with `optin build {path.parent} --engine onnx --precision {path.name.split('.')[1]}`."
 
 
 def data_files(path: Path) -> tuple[Path, ...]:

@@ -16,6 +16,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.findings import Findings, LatencyRow, StoredReport, read_findings
 from optin_deploy.numbers import figures, milliseconds, si, size
 from optin_deploy.ownership import free_name
+from optin_deploy.reporting.kept import KeptGroup, kept_lines, kept_rows
 from optin_deploy.score_table import told
 from optin_deploy.storage import write_text
 
@@ -67,12 +68,17 @@ def render(found: Findings) -> str:
     measured = [("", report.latency, report.environment)]
     if bench is not None:
         measured.append(("Measured again with optin bench", bench.latency, bench.environment))
+    groups = [KeptGroup(group.name, group.kind, group.kept, group.units) for group in report.groups]
+    cut = {group.kind for group in groups if not group.whole}
+    drawn = {kind: of for kind, of in found.kept.items() if kind in cut or not cut}
     return environment.get_template("report.html").render(
         c=charts,
         report=report,
         title=named(report.model) or report.model,
         sizes=size_rows(report),
-        units=[units_chart(kind, of.stay, of.names, cells=kind in FEW) for kind, of in found.kept.items()],
+        units=[units_chart(kind, of.stay, of.names, cells=kind in FEW) for kind, of in drawn.items()],
+        kept_lines=kept_lines(groups),
+        kept_rows=kept_rows(groups),
         measured=[(title, _points(rows), facts) for title, rows, facts in measured if rows],
         sweep=found.sweep,
         sweep_chart=sweep_chart(found.sweep, report.macs.kept) if found.sweep else None,

@@ -1,15 +1,15 @@
-"""Pictures: the scores of heads and neurons, and quality against cost."""
+"""Pictures: the scores of units, and quality against cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from optin_deploy.score_table import LIGHT, colour_levels, colour_range, told
+from optin_deploy.score_table import LIGHT, colour_levels, colour_range, parted, shortened, told
 from optin_deploy.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -17,38 +17,45 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from optin_deploy.quality import Quality
-    from optin_deploy.scoring.scores import Scores
+    from optin_deploy.scoring.unit_scores import UnitScores
 
 DPI = 120
 ANNOTATED_COLUMNS = 16
-"""Up to this many heads a layer, each cell says its rank."""
+"""Up to this many units in every small group, each cell says its rank."""
 CELL_INCHES, SMALL_CELL_INCHES = 0.36, 0.2
 """Side of a cell with and without its rank."""
 CURVES_INCHES = 5.0
-"""Width of the curves, and their height for a deep model."""
+"""Width of the curves, and their height where there are many groups."""
 TITLE = ("scorer", "weighting", "samples", "probes", "rank_stability")
-HEAD_COLOURS, LAYER_COLOURS = "viridis", "plasma"
+UNIT_COLOURS, GROUP_COLOURS = "viridis", "plasma"
 """Both rise evenly in lightness: the same to colour-blind people, and in grey."""
 LIGHTEST_LINE = 0.87
-"""Share of LAYER_COLOURS that lines use: its yellow end does not show on white."""
+"""Share of GROUP_COLOURS that lines use: its yellow end does not show on white."""
 
 
-def draw_scores(scores: Scores, path: Path) -> None:
-    """Write a PNG: heads (layers x heads) by colour, neurons as one curve a layer."""
+def draw_scores(scores: UnitScores, path: Path) -> None:
+    """Write a PNG: small groups (groups x units) by colour, large ones as one curve each."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    rows, columns = len(scores.heads), max(map(len, scores.heads))
-    cell = CELL_INCHES if columns <= ANNOTATED_COLUMNS else SMALL_CELL_INCHES
-    heads_wide, heads_high = max(3.0, cell * columns), cell * rows
-    widths = (heads_wide + 1.1, CURVES_INCHES + 1.6)
-    figure = Figure((sum(widths), max(3.2, heads_high) + 1.2), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=widths)
-    _draw_heads(left, scores.heads)
-    _draw_neurons(right, scores.neurons)
-    if heads_high > CURVES_INCHES:
-        right.set_box_aspect(1)  # a deep model makes the heatmap long, not the curves
-    for axes in (left, right):
+    named, many = parted(scores)[0], [*parted(scores)[1].values()]
+    few = [*named.values()]
+    sizes: list[tuple[float, float]] = []
+    draw: list[Callable[[Axes], None]] = []
+    if few:
+        columns = max(map(len, few))
+        cell = CELL_INCHES if columns <= ANNOTATED_COLUMNS else SMALL_CELL_INCHES
+        sizes.append((max(3.0, cell * columns) + 1.1, cell * len(few)))
+        draw.append(lambda axes: _draw_few(axes, [*named], few))
+    if many:
+        sizes.append((CURVES_INCHES + 1.6, 3.2))
+        draw.append(lambda axes: _draw_many(axes, many))
+    widths, highest = [width for width, _ in sizes], max(height for _, height in sizes)
+    figure = Figure((sum(widths), max(3.2, highest) + 1.2), dpi=DPI, layout="constrained")
+    for axes, drawn in zip(figure.subplots(1, len(draw), width_ratios=widths, squeeze=False)[0], draw, strict=True):
+        drawn(axes)
         axes.set_anchor("N")
+    if many and highest > CURVES_INCHES:
+        figure.axes[len(draw) - 1].set_box_aspect(1)  # many groups make the heatmap long, not the curves
     figure.suptitle(", ".join(f"{name} {value}" for name, value in told(scores.provenance, TITLE)), fontsize=10)
     save_figure(figure, path)
 
@@ -84,39 +91,39 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
 
 
-def _draw_heads(axes: Axes, layers: Sequence[Tensor]) -> None:
+def _draw_few(axes: Axes, names: Sequence[str], groups: Sequence[Tensor]) -> None:
     from matplotlib.ticker import MaxNLocator
     from numpy.ma import masked_invalid
 
-    low, high = colour_range(layers)
-    levels = _grid(colour_levels(layers))
+    low, high = colour_range(groups)
+    levels = _grid(colour_levels(groups))
     rows, columns = levels.shape
     annotated = columns <= ANNOTATED_COLUMNS
     mesh = axes.pcolormesh(
         masked_invalid((low + levels * (high - low)).numpy()),
-        cmap=HEAD_COLOURS,
+        cmap=UNIT_COLOURS,
         vmin=low,
         vmax=high if high > low else low + 1,
         edgecolors="white",
         linewidth=0.8 if annotated else 0.3,
     )
-    title = f"{sum(map(len, layers)):,} heads" + (", numbered by rank" if annotated else "")
-    axes.set(title=title, xlabel="head", ylabel="layer", ylim=(rows, 0), aspect="equal")
-    for axis, count in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        units = range(0, count, 1 if annotated else 4)
-        axis.set_ticks([unit + 0.5 for unit in units], [str(unit) for unit in units])
+    title = f"{sum(map(len, groups)):,} units of small groups" + (", numbered by rank" if annotated else "")
+    axes.set(title=title, xlabel="unit", ylim=(rows, 0), aspect="equal")
+    units = range(0, columns, 1 if annotated else 4)
+    axes.xaxis.set_ticks([unit + 0.5 for unit in units], [str(unit) for unit in units])
+    axes.yaxis.set_ticks([row + 0.5 for row in range(rows)], [shortened(name) for name in names], fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if annotated:
-        ranks = _grid(_ranks(layers))
+        ranks = _grid(_ranks(groups))
         for row, column in levels.isfinite().nonzero().tolist():
             colour = "black" if levels[row, column] > LIGHT else "white"
             rank = f"{ranks[row, column]:.0f}"
             axes.text(column + 0.5, row + 0.5, rank, ha="center", va="center", fontsize=7, color=colour)
     if high == low:
-        axes.set_title(_all_equal(layers))
+        axes.set_title(_all_equal(groups))
         return
-    below = any(bool((values.log10() < low).any()) for values in layers)
+    below = any(bool((values.log10() < low).any()) for values in groups)
     bar = axes.figure.colorbar(
         mesh,
         cax=_beside(axes),
@@ -128,22 +135,22 @@ def _draw_heads(axes: Axes, layers: Sequence[Tensor]) -> None:
     bar.outline.set_visible(False)
 
 
-def _draw_neurons(axes: Axes, layers: Sequence[Tensor]) -> None:
+def _draw_many(axes: Axes, groups: Sequence[Tensor]) -> None:
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.ticker import PercentFormatter
 
-    low, high = colour_range(layers)
-    depth, counts = len(layers), sorted({len(values) for values in layers})
-    colours = matplotlib.colormaps[LAYER_COLOURS](torch.linspace(0, LIGHTEST_LINE, depth).numpy())
-    for values, colour in zip(layers, colours, strict=True):
+    low, high = colour_range(groups)
+    depth, counts = len(groups), sorted({len(values) for values in groups})
+    colours = matplotlib.colormaps[GROUP_COLOURS](torch.linspace(0, LIGHTEST_LINE, depth).numpy())
+    for values, colour in zip(groups, colours, strict=True):
         best_first = values.sort(descending=True).values.cpu()
-        share = torch.arange(1, len(values) + 1) / len(values)  # layers of other widths on one axis
+        share = torch.arange(1, len(values) + 1) / len(values)  # groups of other widths on one axis
         axes.plot(share.numpy(), best_first.numpy(), color=colour, linewidth=1.2)
     many = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    axes.set(title=f"{sum(map(len, layers)):,} neurons", xlim=(0, 1), ylabel="score")
-    axes.set_xlabel(f"share of the {many} neurons of a layer, best first")
+    axes.set(title=f"{sum(map(len, groups)):,} units of large groups", xlim=(0, 1), ylabel="score")
+    axes.set_xlabel(f"share of the {many} units of a group, best first")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     plain(axes)
     if high > low:
@@ -151,14 +158,16 @@ def _draw_neurons(axes: Axes, layers: Sequence[Tensor]) -> None:
         axes.set_ylim(10 ** (low - margin), 10 ** (high + margin))
         axes.set_yscale("log", nonpositive="mask")  # a curve ends where its scores are 0
     else:
-        axes.set_title(_all_equal(layers))
+        axes.set_title(_all_equal(groups))
     if depth > 1:
         key = ScalarMappable(BoundaryNorm(torch.arange(depth + 1).sub(0.5).tolist(), depth), ListedColormap(colours))
-        bar = axes.figure.colorbar(key, cax=_beside(axes), label="layer", ticks=range(0, depth, -(-depth // 16)))
+        bar = axes.figure.colorbar(
+            key, cax=_beside(axes), label="group, in the order of work", ticks=range(0, depth, -(-depth // 16))
+        )
         bar.outline.set_visible(False)
         bar.minorticks_off()
         bar.ax.tick_params(length=0)
-        bar.ax.invert_yaxis()  # as in the heatmap: the first layer on top
+        bar.ax.invert_yaxis()  # as in the heatmap: the first group on top
 
 
 def _beside(axes: Axes) -> Axes:
@@ -166,20 +175,20 @@ def _beside(axes: Axes) -> Axes:
     return axes.inset_axes((1.04, 0, 0.04, 1))
 
 
-def _all_equal(layers: Sequence[Tensor]) -> str:
-    return f"all scores are {float(layers[0][0]):.3g}"
+def _all_equal(groups: Sequence[Tensor]) -> str:
+    return f"all scores are {float(groups[0][0]):.3g}"
 
 
-def _grid(layers: Sequence[Tensor]) -> Tensor:
-    """(layers, most heads) in float64 on the CPU; NaN where a layer has fewer."""
+def _grid(groups: Sequence[Tensor]) -> Tensor:
+    """(groups, most units) in float64 on the CPU; NaN where a group has fewer."""
     from torch.nn.utils.rnn import pad_sequence
 
-    return pad_sequence([values.cpu().double() for values in layers], batch_first=True, padding_value=torch.nan)
+    return pad_sequence([values.cpu().double() for values in groups], batch_first=True, padding_value=torch.nan)
 
 
-def _ranks(layers: Sequence[Tensor]) -> list[Tensor]:
-    """1 for the highest score of all layers."""
-    order = torch.cat(tuple(layers)).argsort(descending=True, stable=True)
+def _ranks(groups: Sequence[Tensor]) -> list[Tensor]:
+    """1 for the highest score of all groups."""
+    order = torch.cat(tuple(groups)).argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(1, len(order) + 1, device=order.device)
-    return list(torch.split(ranks, [len(values) for values in layers]))
+    return list(torch.split(ranks, [len(values) for values in groups]))

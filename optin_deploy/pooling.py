@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
+from optin_deploy.storage import read_json
 
 POOLINGS = ("mean", "cls")
 """`mean` over real tokens; `cls`: the first real token."""
+POOLED = "sentence_embedding"
+"""Name of the pooled output of a graph."""
 POOLING = "sentence_pooling"
 """Our entry in a config, where it is not the mean: it stays with the model when that is saved."""
 
@@ -23,6 +27,17 @@ def pooling_of(model: nn.Module) -> str:
     if found not in POOLINGS:
         raise BadInput(f"config.json: {POOLING} is {found!r}; possible: {', '.join(POOLINGS)}.")
     return str(found)
+
+
+def pooling_in(folder: Path) -> str | None:
+    """How the config.json in a folder says that states are pooled; None: there is none.
+
+    Raises: BadInput: it is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    return str(read_json(path, "Run the export again.").get(POOLING, POOLINGS[0]))
 
 
 def set_pooling(config: Any, pooling: str) -> None:

@@ -125,7 +125,7 @@ def _check(name: str, value: Any) -> None:
 
 def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
     from exporters.bench.comparing import settle
-    from exporters.bench.measuring import parse_point
+    from exporters.bench.points import parse_point
     from optin_deploy.bench.gate import limit_of
 
     for name, value in {"candidate": candidate, **settings}.items():

@@ -1,4 +1,4 @@
-"""Scores in the terminal: heads as a heatmap, neurons as one row a layer, and where they came from."""
+"""Scores in the terminal: small groups as a heatmap, large ones as a row each, and where they came from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from optin_deploy.terminal import output_console, print_table
 
 if TYPE_CHECKING:
-    from optin_deploy.scoring.scores import Scores
+    from optin_deploy.scoring.unit_scores import UnitScores
 
 DECADES = 6.0
 """Span of the colours: one dead head at 1e-15 must not leave a single colour for all others."""
@@ -25,56 +25,77 @@ PALETTE = (
 """Viridis in ten steps, lowest first: the colours of scores.png."""
 LIGHT = 0.45
 """Colours above this level need dark text."""
-LABEL_WIDTH, CELL_WIDTH = 6, 5
+LABEL_WIDTH, CELL_WIDTH = 40, 5
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-def print_scores(scores: Scores) -> None:
-    """All heads, the neurons of each layer, and the provenance."""
-    console = output_console()
-    for line in head_heatmap(scores.heads, width=console.width):
-        console.print(line, soft_wrap=True)
-    if scores.head_errors:
-        error = relative_error(torch.cat(scores.heads), torch.cat(scores.head_errors))
-        typer.echo(f"relative standard error of the median head: {error}")
-    typer.echo("\nNeurons: scores in each layer; higher = keep")
-    print_table(*neuron_table(scores))
+MOST_CELLS = 64
+"""Units of a group that are shown one by one; those of larger groups as a distribution."""
+
+
+def print_scores(scores: UnitScores) -> None:
+    """Small groups unit by unit, large ones by how their scores spread, and the provenance."""
+    console, few, many = output_console(), *parted(scores)
+    if few:
+        for line in heatmap([*few.values()], [*few], width=console.width):
+            console.print(line, soft_wrap=True)
+        errors = torch.cat([scores.errors[name] for name in few])
+        if bool(errors.any()):
+            told_error = relative_error(torch.cat([*few.values()]), errors)
+            typer.echo(f"relative standard error of the median unit: {told_error}")
+    if many:
+        typer.echo("\nScores in each large group; higher = keep")
+        print_table(*spread_table(many, scores.errors))
     print_provenance(scores)
 
 
-def print_provenance(scores: Scores) -> None:
+def parted(scores: UnitScores) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Groups of few units, and those of many."""
+    few = {name: values for name, values in scores.scores.items() if len(values) <= MOST_CELLS}
+    return few, {name: values for name, values in scores.scores.items() if name not in few}
+
+
+def print_provenance(scores: UnitScores) -> None:
     """How many units were scored, and how."""
-    heads, neurons = (sum(map(len, layers)) for layers in (scores.heads, scores.neurons))
     facts = list(told(scores.provenance))
-    typer.echo(f"{len(scores.heads)} layers, {heads:,} heads and {neurons:,} neurons scored{':' if facts else ''}")
+    units = sum(map(len, scores.scores.values()))
+    typer.echo(f"{len(scores.scores)} groups, {units:,} units scored{':' if facts else ''}")
     width = max((len(name) for name, _ in facts), default=0)
     for name, value in facts:
         typer.echo(f"  {name:<{width}}  {value}")
 
 
-def head_heatmap(layers: Sequence[Tensor], *, width: int) -> list[Text]:
-    """Lines of a table, layers x heads, of scores relative to the mean of all heads; coloured by log10 of the score.
+def heatmap(groups: Sequence[Tensor], names: Sequence[str], *, width: int) -> list[Text]:
+    """Lines of a table, groups x units, of scores relative to the mean of all; coloured by log10 of the score.
 
-    Args: layers: per layer, (heads,); counts may differ. width: characters a line; more heads go into further blocks.
+    Args: groups: each (units,); counts may differ. width: characters a line; more units go into further blocks.
     """
-    count = sum(map(len, layers))
-    mean = float(torch.cat(tuple(layers)).mean())
+    count = sum(map(len, groups))
+    mean = float(torch.cat(tuple(groups)).mean())
     scale = f"score relative to the mean of all {count:,} ({mean:.1e} = 1.0)" if mean > 0 else "all scores are 0"
-    levels = colour_levels(layers)
-    most = max(map(len, layers))
-    blocks = -(-most // max(1, (width - LABEL_WIDTH) // CELL_WIDTH))
+    levels, labels = colour_levels(groups), [shortened(name) for name in names]
+    label_width = max(map(len, labels)) + 1
+    most = max(map(len, groups))
+    blocks = -(-most // max(1, (width - label_width) // CELL_WIDTH))
     step = -(-most // blocks)
-    lines = [Text(f"Heads: {scale}; higher = keep")]
+    lines = [Text(f"Units: {scale}; higher = keep")]
     for start in range(0, most, step):
         columns = range(start, min(start + step, most))
-        lines.append(Text("layer".ljust(LABEL_WIDTH) + "".join(f"{head:>{CELL_WIDTH - 1}} " for head in columns)))
-        for index, (values, shades) in enumerate(zip(layers, levels, strict=True)):
-            line = Text(f"{index:>{LABEL_WIDTH - 1}} ")
-            for head in columns[: max(0, len(values) - start)]:
-                cell = compact(float(values[head]) / mean) if mean > 0 else "0"
-                line.append(f"{cell:>{CELL_WIDTH - 1}} ", _style(float(shades[head])))
+        lines.append(Text("group".ljust(label_width) + "".join(f"{unit:>{CELL_WIDTH - 1}} " for unit in columns)))
+        for label, values, shades in zip(labels, groups, levels, strict=True):
+            if len(values) <= start:
+                continue
+            line = Text(label.ljust(label_width))
+            for unit in columns[: len(values) - start]:
+                cell = compact(float(values[unit]) / mean) if mean > 0 else "0"
+                line.append(f"{cell:>{CELL_WIDTH - 1}} ", _style(float(shades[unit])))
             lines.append(line)
     return lines
+
+
+def shortened(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= LABEL_WIDTH else f"...{name[3 - LABEL_WIDTH :]}"
 
 
 def compact(ratio: float) -> str:
@@ -91,17 +112,18 @@ def compact(ratio: float) -> str:
     return f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
 
 
-def neuron_table(scores: Scores) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a layer: how many neurons, and how their scores spread."""
-    header = ["layer", "neurons", "mean", "5%", "median", "95%"]
+def spread_table(groups: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a group: how many units, and how their scores spread."""
+    header = ["group", "units", "mean", "5%", "median", "95%"]
     rows = []
-    for index, values in enumerate(scores.neurons):
+    for name, values in groups.items():
         points = values.quantile(torch.tensor(QUANTILES, dtype=values.dtype, device=values.device))
-        rows.append([str(index), f"{len(values):,}", *(f"{x:.1e}" for x in (float(values.mean()), *points.tolist()))])
-    if scores.neuron_errors:
+        spread = (f"{x:.1e}" for x in (float(values.mean()), *points.tolist()))
+        rows.append([shortened(name), f"{len(values):,}", *spread])
+    if any(bool(errors[name].any()) for name in groups):
         header.append("relative standard error")
-        for row, values, errors in zip(rows, scores.neurons, scores.neuron_errors, strict=True):
-            row.append(relative_error(values, errors))
+        for row, (name, values) in zip(rows, groups.items(), strict=True):
+            row.append(relative_error(values, errors[name]))
     return header, rows
 
 

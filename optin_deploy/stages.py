@@ -5,180 +5,128 @@ A finished stage is recognised by the hash of everything that went into it and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.budget import Limit, Limits
-from optin_deploy.checkpoint.raw_tokenizer import as_in_file, warn_of_unknown
-from optin_deploy.checkpoint.wall import wall
-from optin_deploy.cost.macs import MacCost, mac_cost
-from optin_deploy.cost.params import param_cost
-from optin_deploy.cost.units import UnitCost
-from optin_deploy.curves import error_curves
-from optin_deploy.data.calibration import (
-    Batches,
-    Sample,
-    bundled_samples,
-    image_batches,
-    read_samples,
-    split,
-    text_batches,
-)
-from optin_deploy.data.held_out import not_in, unseen
-from optin_deploy.data.labels import check_labels, classifies, known_labels, labelled_rows
+from optin_deploy.budget import Limits
+from optin_deploy.checkpoint.reloading import differs
+from optin_deploy.checkpoint.smaller import fits, intact, save
+from optin_deploy.cutting.torch import cut_and_tell
+from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.data.image_feeds import Pixels
 from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import check_seq_len, config_settings, input_names, set_image_size
-from optin_deploy.layout import ModelLayout
-from optin_deploy.loading import LoadedModel, load_dense
-from optin_deploy.masking import inference
-from optin_deploy.plan import PruningPlan
+from optin_deploy.jobs.dense import Dense, dense_of
+from optin_deploy.jobs.modules import with_weights_of
+from optin_deploy.jobs.networks import Found
+from optin_deploy.jobs.pruning import Cut, Ready, check_plan, curves_of, make, pick, planned, ready_of, score, score_key
+from optin_deploy.jobs.stored import mark
+from optin_deploy.network.graph import Network
+from optin_deploy.network.probe import Given, probes_of
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.sealed import finished, store
+from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.progress import Progress, silent
-from optin_deploy.proof import prove
-from optin_deploy.pruned import MANIFEST, PrunedModel, load_pruned
-from optin_deploy.pruning import cut
-from optin_deploy.quality import Judge
-from optin_deploy.scoring import ScoreSettings, Worker, score
-from optin_deploy.scoring.parts import FolderStore
-from optin_deploy.search import check_align, check_plan, make_plan, search_within
-from optin_deploy.storage import read_json, sha256_json, sha256_tensors
-from optin_deploy.token_weights import TokenWeights, measure_token_weights
-from optin_deploy.workspace import ARTIFACTS, Source, Workspace
+from optin_deploy.scoring.parts import FolderStore, Worker
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.storage import sha256_json
+from optin_deploy.structure.find import find
+from optin_deploy.workspace import ARTIFACTS, DENSE, PRUNED, Source, Workspace
+
+log = logging.getLogger(__name__)
 
 MADE_FROM_MODEL = (
     *(name for name in ARTIFACTS if name.startswith("model.")),
     *("samples.safetensors", "measurements.json", "operators.json"),
     *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
-"""What in the output folder a new model/ makes stale: artifacts of every engine, and what was measured. Names that the
-user gave, such as `optin report --out model.html`, are none of these."""
-REMAKE_HINT = "It will be made again."
+"""What in the output folder a new model.onnx makes stale: artifacts of every engine, and what was measured. Names that
+the user gave, such as `optin report --out model.html`, are none of these."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The dense model and its data: what every computing stage needs."""
+    """The dense network and its data: what every computing stage needs."""
 
     source: Source
-    loaded: LoadedModel
-    layout: ModelLayout
-    cost: MacCost
-    params: UnitCost
-    calibration: Batches
-    held_out: Batches
-    """Rows that no stage learns from."""
-    weights_sha256: str
-    text_pairs: bool = False
-    """Are there pairs of texts among the rows?"""
-    _measured: list[TokenWeights | None] = field(default_factory=list, init=False, repr=False)
-
-    def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
-        """What each calibration token counts in the compensation: the same for every plan, measured once."""
-        if not self._measured:
-            model, batches, seed = self.loaded.model, self.calibration.batches, self.source.seed
-            self._measured.append(measure_token_weights(model, self.layout, batches, seed=seed, progress=progress))
-        return self._measured[0]
+    dense: Dense
+    ready: Ready
 
     @cached_property
-    def judge(self) -> Judge:
-        """Compares pruned models with the dense one on the held-out rows.
-
-        Raises: BadInput: by its labels the dense model is no better than guessing.
-        """
-        origin = self.source.evaluation or self.source.calibration or "the labels"
-        return Judge(self.loaded.model, self.held_out, origin=origin)
+    def key(self) -> str:
+        """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
+        return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
 
     @property
-    def key(self) -> str:
-        """Hash of all that a stage's result depends on besides its own options: model, data, cost, versions."""
-        versions = [version(name) for name in ("optin-deploy", "torch", "transformers")]
-        model = [self.weights_sha256, self.layout.hash, config_settings(self.loaded.model), asdict(self.cost)]
-        return sha256_json([*model, self.calibration.fingerprint, versions])
+    def origin(self) -> str:
+        """Name of the dense network, for messages."""
+        return self.source.model
 
 
-def prepare(source: Source) -> Prepared:
-    """Load model and calibration data, and check that they fit together.
+def prepare(source: Source, home: Path | None = None) -> Prepared:
+    """Load network and data, and check that they fit together.
 
+    Args: home: an output folder, whose dense.onnx is read where it is of this very model.
     Raises: BadInput and its kinds: see errors.py.
     """
-    loaded = load_dense(source.model, source.task)
-    layout = resolve(loaded.model)
-    if loaded.is_text:
-        check_seq_len(loaded.model.config, source.seq_len)
-    samples = bundled_samples("text" if loaded.is_text else "image")
-    if source.calibration is not None:
-        samples = _samples(source, source.calibration)
-    if source.evaluation is None:
-        chosen, held = split(known_labels(samples, loaded.model), samples_limit=source.samples, seed=source.seed)
-        held = labelled_rows(held, loaded.model)
-    else:
-        chosen, _ = split(samples, samples_limit=source.samples, seed=source.seed)
-        held = unseen(_samples(source, source.evaluation), chosen, source.evaluation)
-        check_labels(held, loaded.model)
-    loaded = _as_in_file(loaded, source.model, (*chosen, *held))
-    calibration, held_out = (_batches(loaded, some, source.seq_len) for some in (chosen, held))
-    held_out = not_in(held_out, calibration)
-    if loaded.is_text:
-        warn_of_unknown(loaded.preprocessor, calibration)
-    if not loaded.is_text:
-        set_image_size(loaded.model.config, *calibration.batches[0]["pixel_values"].shape[-2:])
-    try:
-        cost = mac_cost(loaded.model, layout, seq_len=source.seq_len)
-    except ValueError as err:
-        raise BadInput(f"{source.model} does not take what its own preprocessor makes: {err}") from err
-    _try_two(loaded, calibration)
-    pairs = any(row.text_pair is not None for row in (*chosen, *held))
-    params, weights = param_cost(loaded.model, layout), sha256_tensors(loaded.model.state_dict())
-    prepared = Prepared(source, loaded, layout, cost, params, calibration, held_out, weights, pairs)
-    if classifies(loaded.model) and None not in held_out.labels:
-        _ = prepared.judge  # refuses labels in another order before the long work
+    dense = dense_of(source, home)
+    network = dense.network
+    probes = probes_of(network, given=Given(source.sizes, {}))
+    found = Found(find(network, probes), tuple(probes))
+    ready = ready_of(
+        found,
+        _rows(dense, source),
+        output=source.output,
+        read_as=source.read_as,
+        pooling=dense.pooling,
+        kinds=source.units,
+        names=dense.class_names,
+        strict=source.evaluation is not None,
+        metric="perplexity" if dense.task == "text-generation" else None,
+        seed=source.seed,
+    )
+    prepared = Prepared(source, dense, ready)
+    if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
+        _ = ready.judge  # refuses labels in another order before the long work
     return prepared
 
 
-def _try_two(loaded: LoadedModel, calibration: Batches) -> None:
-    """Some classifiers take one sample at a time unless their config names a padding token.
-
-    Raises: BadInput.
-    """
-    two = {name: values[:2] for name, values in calibration.batches[0].items()}
-    try:
-        with inference(loaded.model), torch.no_grad():
-            loaded.model(**two)
-    except ValueError as err:
-        step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
-        if not loaded.is_text:
-            step = "Check preprocessor_config.json: it makes other images than this model takes."
-        raise BadInput(f"{type(loaded.model).__name__} does not take two samples at once: {err} {step}") from err
-
-
-def _as_in_file(loaded: LoadedModel, name: str, rows: Sequence[Sample]) -> LoadedModel:
-    """The model with a tokenizer that gives the ids of tokenizer.json, where there is one, on these rows."""
-    content = loaded.files.get("tokenizer.json")
-    if content is None:
-        return loaded
-    where, config = f"{name}: tokenizer.json", loaded.model.config
-    with wall(
-        f"{where} cannot be used on the calibration texts", "Save the tokenizer of this model beside its weights."
-    ):
-        return replace(loaded, preprocessor=as_in_file(loaded.preprocessor, content, rows, config, where))
+def _rows(dense: Dense, source: Source) -> Halves:
+    """Rows that teach and rows that judge."""
+    pixels = None
+    if source.mean is not None or source.std is not None:
+        pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
+    explicit = pixels is not None or source.image_size is not None
+    preparation = Preparation(
+        tokenizer=source.tokenizer or dense.tokenizer,
+        preprocessor=source.preprocessor or (None if explicit else dense.processor),
+        pixels=pixels,
+        image_size=source.image_size,
+        seq_len=dense.seq_len(source.seq_len),
+        text_column=source.text_column,
+        label_column=source.label_column,
+        pair_column=source.pair_column,
+    )
+    found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))
+    if source.evaluation is None:
+        return found
+    judging = read_judging(dense.network, source.evaluation, found.calibration, preparation)
+    return replace(found, held_out=judging)
 
 
-def _samples(source: Source, path: str) -> tuple[Sample, ...]:
-    columns = {name: getattr(source, name) for name in ("text_column", "label_column", "pair_column")}
-    return read_samples(Path(path), **columns)
-
-
-def _batches(loaded: LoadedModel, samples: Sequence[Sample], seq_len: int) -> Batches:
-    if loaded.is_text:
-        return text_batches(samples, loaded.preprocessor, seq_len=seq_len, inputs=input_names(loaded.model))
-    return image_batches(samples, loaded.preprocessor, channels=getattr(loaded.model.config, "num_channels", 3))
+def dense_stage(workspace: Workspace, prepared: Prepared) -> None:
+    """Write dense.onnx, unless it is there."""
+    dense = prepared.dense
+    store(dense.network, workspace.root / DENSE, dense.key, mark(prepared.ready.subject.hash))
 
 
 def score_stage(
@@ -190,35 +138,24 @@ def score_stage(
     worker: Worker | None = None,
     progress: Progress = silent,
 ) -> bool:
-    """Write scores.safetensors and scores.json; True if finished ones were reused.
+    """Write scores.safetensors; True if finished ones were reused.
 
     Parts that are finished lie in parts/ until the scores are written: by whichever worker finds all of them there.
     Raises: PartsLeft: this worker's are done, others' are not.
     """
-    settings = replace(settings or ScoreSettings(), seed=prepared.source.seed)
-    key = sha256_json([prepared.key, asdict(settings)])
-    branches = [branch for layer in prepared.layout.layers for branch in layer.branches]
-    store = FolderStore(workspace.parts_folder / key[:16], branches)
-    if workspace.has_scores(key) and not store.folder.exists():
+    settings, ready = replace(settings or ScoreSettings(), seed=prepared.source.seed), prepared.ready
+    key = score_key(ready, settings)
+    parts = FolderStore(workspace.parts_folder / key[:16], ready.layout.groups)
+    if workspace.has_scores(key) and not parts.folder.exists():
         return True
-    with store.shared(finished=lambda: workspace.has_scores(key)) as finished:
-        if finished:
+    with parts.shared(finished=lambda: workspace.has_scores(key)) as done:
+        if done:
             return True
-        prove(prepared.loaded.model, prepared.layout, prepared.calibration.batches)
-        scores = score(
-            prepared.loaded.model,
-            prepared.layout,
-            prepared.calibration.batches,
-            settings,
-            memory_budget=memory_budget,
-            store=store,
-            worker=worker,
-            progress=progress,
-        )
-        with store.claimed("scores", wait=True):
+        scores = score(ready, settings, memory_budget=memory_budget, store=parts, worker=worker, progress=progress)
+        with parts.claimed("scores", wait=True):
             if not workspace.has_scores(key):
-                fingerprint = prepared.calibration.fingerprint
-                workspace.write_scores(scores, prepared.layout, prepared.cost, prepared.params, key, fingerprint)
+                dense_stage(workspace, prepared)
+                workspace.write_scores(scores)
     return False
 
 
@@ -233,9 +170,9 @@ class ScoreRequest:
     force: bool = False
 
     def run(self, worker: Worker | None = None, progress: Progress = silent) -> bool:
-        """Load model and data, then `score_stage`."""
+        """Load network and data, then `score_stage`."""
         with Workspace.at_work(self.out, self.source, force=self.force, shared=True) as workspace:
-            prepared = prepare(self.source)
+            prepared = prepare(self.source, self.out)
             workspace.take(self.source, force=self.force)
             return score_stage(
                 workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
@@ -244,85 +181,123 @@ class ScoreRequest:
 
 def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
     """Write curves.json, by which `--allocation curves` plans; True if a finished one was reused."""
-    scored = workspace.read_scores()
-    key = sha256_json([prepared.key, scored.key])
+    scores = workspace.scores_of(prepared.ready.layout)
+    key = sha256_json([prepared.key, scores.provenance.get("key")])
     try:
         if workspace.read_curves()[1] == key:
             return True
     except BadInput:
         pass  # absent or damaged: measured again
-    curves = error_curves(
-        prepared.loaded.model,
-        prepared.layout,
-        scored.scores,
-        prepared.calibration.batches,
-        token_weights=prepared.token_weights(progress),
-        progress=progress,
-    )
-    workspace.write_curves(curves, key)
+    workspace.write_curves(curves_of(prepared.ready, scores, progress), key)
     return False
 
 
-def plan_stage(
-    workspace: Workspace,
-    limits: Limits | None = None,
-    *,
-    align: int = 16,
-    allocation: str = "uniform",
-    latency: Limit | None = None,
-    emptying: bool = True,
-    noted: Mapping[str, Any] | None = None,
-    write: bool = True,
-) -> PruningPlan:
-    """Make masks.json and plan.json from stored scores (and curves); `write=False` only tells what they would be.
+ABOUT = "optin.about"
+"""Entry of the metadata of model.onnx: how it was made, as JSON."""
 
-    Args:
-        latency: a table and the nanoseconds that it allows.
-        emptying: see `search_within`.
-        noted: more settings for masks.json, such as the loss of quality by which the limits were found.
-    """
-    limits = limits or Limits()
-    if limits.time is not None and latency is None:
-        raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
-    scores, layout, macs, params, key = workspace.read_scores()
-    check_align(align, layout)
-    curves = workspace.read_curves()[0] if allocation == "curves" else None
-    within = [*limits.within(macs, params), *([] if latency is None else [latency])]
-    masks = search_within(scores, layout, within, align=align, allocation=allocation, curves=curves, emptying=emptying)
-    plan = check_plan(make_plan(masks, layout, macs))
-    if write:
-        how = {"align": align, "allocation": allocation, "scores_key": key}
-        settings = {**asdict(limits), **how, **(noted or {})}
-        workspace.write_plan(plan, masks, settings)
-    return plan
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A cut network in its output folder."""
+
+    network: Network
+    plan: NetworkPlan
+    error: float
+    """Largest difference between the cut and the masked network, as a part of the largest output."""
+    skipped: Mapping[str, int]
+    """Products that could not be repaired, by why."""
+    why_graph: str
+    """Why there is no model/ of a transformers class; empty: there is one, or the network came as a graph."""
+    compensated: bool = True
+    reused: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Plans from stored scores and curves, within any limits."""
+
+    workspace: Workspace
+    prepared: Prepared
+    choice: Choice
+
+    @cached_property
+    def _scores(self) -> Any:
+        return self.workspace.scores_of(self.prepared.ready.layout)
+
+    @cached_property
+    def _curves(self) -> Any:
+        return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
+
+    def limits(self, limits: Limits) -> list[Limit]:
+        """Of multiply-accumulates, parameters and bytes."""
+        return limits_within(self.prepared.ready.costs, limits)
+
+    def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
+        """Choose what stays; see `jobs.pruning.pick`.
+
+        Raises: BadInput, InfeasibleBudget.
+        """
+        return pick(self.prepared.ready, self._scores, limits, self.choice, self._curves, emptying=emptying)
+
+    def plan(self, limits: Limits, keep: Keep | None = None, noted: Mapping[str, Any] | None = None) -> NetworkPlan:
+        """The plan within these limits.
+
+        Args: keep: what stays, where it was chosen already. noted: more to write down of how it was found.
+        Raises: BadInput, InfeasibleBudget.
+        """
+        if limits.time is not None and keep is None:
+            raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
+        chosen = self.keep(self.limits(limits)) if keep is None else keep
+        settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
+        return planned(self.prepared.ready, chosen, self._scores, settings)
 
 
 def rewrite_stage(
     workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
-) -> tuple[PrunedModel, bool]:
-    """Write model/ from the stored plan; the flag is True if a finished one was reused."""
-    plan = workspace.read_plan()
-    plan.check(prepared.layout)
-    key = sha256_json([prepared.key, plan.hash, compensation])
-    folder = workspace.model_folder
-    try:
-        if read_json(folder / MANIFEST, REMAKE_HINT).get("key") == key:
-            return load_pruned(folder), True
-    except BadInput:
-        pass  # absent or damaged: made again
-    loaded = prepared.loaded
-    pruned = cut(
-        loaded.model,
-        prepared.layout,
-        plan,
-        prepared.calibration.batches,
-        compensation=compensation,
-        token_weights=prepared.token_weights(progress) if compensation else None,
-        preprocessor=loaded.preprocessor,
-        progress=progress,
-    )
-    pruned = replace(pruned, files=loaded.files, report={**pruned.report, TEXT_PAIRS: prepared.text_pairs})
+) -> Rewritten:
+    """Write model.onnx from the stored plan, and model/ where a transformers class holds it."""
+    plan, ready = workspace.read_plan(), prepared.ready
+    check_plan(ready, plan)
+    key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED
+    dense_stage(workspace, prepared)
+    known = finished(path)
+    if known is not None and known.key == key:
+        told = json.loads(known.said[ABOUT])
+        if prepared.dense.loaded is None or told["why_graph"] or intact(workspace.model_folder, plan.hash):
+            return Rewritten(network=read_file(path), plan=plan, reused=True, **told)
+    made = make(ready, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
         workspace.record.remove(name)
-    pruned.save(folder, key=key)
-    return pruned, False
+    skipped = () if made.compensation is None else made.compensation.skipped
+    told = {
+        "error": made.proof.masked,
+        "skipped": dict(Counter(each.why for each in skipped)),
+        "why_graph": _write_module(workspace, prepared, made),
+        "compensated": compensation,
+    }
+    store(made.network, path, key, {**mark(ready.subject.hash, plan.hash), ABOUT: json.dumps(told)}, anew=True)
+    return Rewritten(network=made.network, plan=plan, **told)
+
+
+def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
+    """Write model/, the cut network as a transformers class. Returns: why there is none; empty where there is."""
+    loaded, ready = prepared.dense.loaded, prepared.ready
+    if loaded is None:
+        workspace.record.remove("model")
+        return ""
+    name = type(loaded.model).__name__
+    repaired = with_weights_of(loaded.model, made.dense, ready.network)
+    why = f"what was repaired is no weight of {name}"
+    if repaired is not None:
+        probes = ready.found.probes
+        smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)
+        why = smaller.why_graph or ("" if fits(smaller.module) else f"{name} is no class of transformers")
+        if not why:
+            about = {TEXT_PAIRS: ready.rows.pairs}
+            how: dict[str, Any] = {"preprocessor": loaded.preprocessor, "files": loaded.files, "about": about}
+            save(smaller.module, smaller.attributes, made.plan, workspace.model_folder, **how)
+            why = differs(workspace.model_folder, made.network, probes)
+    if why:
+        workspace.record.remove("model")
+        log.warning("there is no model/: %s. model.onnx is there, and optin_deploy.load reads it.", why)
+    return why

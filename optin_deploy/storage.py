@@ -145,9 +145,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write JSON atomically, indented, lists of numbers on one line, NaN refused."""
+    """Write JSON atomically; NaN is refused."""
+    write_text(path, json_text(data))
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """JSON as it is written: indented, lists of numbers on one line, NaN refused."""
     text = json.dumps(data, indent=1, allow_nan=False)
-    write_text(path, NUMBER_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    return NUMBER_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def read_json(path: Path, hint: str, *, ours: bool = False) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from typing import Any
 
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
+from optin_deploy.jobs.pruning import make
 from optin_deploy.pictures import draw_sweep
-from optin_deploy.plan import PruningPlan
+from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import check_choice
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.pruning import cut
 from optin_deploy.quality import Quality
-from optin_deploy.search import check_units
-from optin_deploy.stages import Prepared, curve_stage, plan_stage
+from optin_deploy.stages import Planner, curve_stage
 from optin_deploy.storage import sha256_json, write_json, write_text
 from optin_deploy.validation import STORED, read_stored
-from optin_deploy.workspace import Workspace
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Of the MACs, if nothing else is asked."""
@@ -68,10 +68,7 @@ class _Stored:
 class Trials:
     """Models of one workspace at any budget, judged on the held-out rows; those in sweep.json are not made again."""
 
-    workspace: Workspace
-    prepared: Prepared
-    align: int = 16
-    allocation: str = "curves"
+    planner: Planner
     compensation: bool = True
     stage: Stage = silent_stage
 
@@ -83,30 +80,25 @@ class Trials:
         if flops not in self._points:
             if not self._points:  # a table and a picture of models that were made in another way
                 for name in ("sweep.csv", "sweep.png"):
-                    self.workspace.record.remove(name)
+                    self.planner.workspace.record.remove(name)
             self._points[flops] = self._made(flops)
             points = sorted(self._points.values(), key=lambda point: -point.flops)
             write_json(self._path, asdict(_Stored(self._key, self._settings, tuple(points))))
         return self._points[flops]
 
     def _made(self, flops: float) -> Point:
-        limits = Limits(flops=flops)
-        plan = plan_stage(self.workspace, limits, align=self.align, allocation=self.allocation, write=False)
+        ready = self.planner.prepared.ready
+        plan = self.planner.plan(Limits(flops=flops))
+        cost = plan.cost
+        assert cost is not None, "plans of jobs tell what they cost"
         with self.stage(f"try {flops:g}") as progress:
-            token_weights = self.prepared.token_weights(progress) if self.compensation else None
+            if self.compensation:
+                ready.token_weights(progress)
             started = time.perf_counter()
-            pruned = cut(
-                self.prepared.loaded.model,
-                self.prepared.layout,
-                plan,
-                self.prepared.calibration.batches,
-                compensation=self.compensation,
-                token_weights=token_weights,
-                progress=progress,
-            )
-            quality = self.prepared.judge.of(pruned.model)
+            made = make(ready, plan, compensation=self.compensation, progress=progress)
+            quality = ready.quality_of(made.network)
         seconds = round(time.perf_counter() - started, 2)
-        return Point(flops, plan.kept, pruned.report["params"]["pruned"], quality, seconds)
+        return Point(flops, cost.macs_pruned / max(1, cost.macs_dense), cost.weights_pruned, quality, seconds)
 
     @cached_property
     def _points(self) -> dict[float, Point]:
@@ -118,43 +110,41 @@ class Trials:
 
     @cached_property
     def _key(self) -> str:
-        rows = [self.prepared.held_out.fingerprint, self.prepared.held_out.labels]
-        return sha256_json([self.prepared.key, self.workspace.read_scores().key, rows, self._settings])
+        prepared, held_out = self.planner.prepared, self.planner.prepared.ready.rows.held_out
+        assert held_out is not None, "rows that judge were asked for"
+        rows = [held_out.fingerprint, [repr(label) for label in held_out.labels]]
+        scores = self.planner.workspace.read_scores().provenance.get("key")
+        return sha256_json([prepared.key, scores, rows, self._settings])
 
     @property
     def _settings(self) -> dict[str, Any]:
-        how = {"align": self.align, "allocation": self.allocation, "compensation": self.compensation}
-        return {**how, "evaluation": self.prepared.source.evaluation}
+        evaluation = self.planner.prepared.source.evaluation
+        return {**asdict(self.planner.choice), "compensation": self.compensation, "evaluation": evaluation}
 
     @property
     def _path(self) -> Path:
-        return self.workspace.root / "sweep.json"
+        return self.planner.workspace.root / "sweep.json"
 
 
 def planned(
-    workspace: Workspace,
-    prepared: Prepared,
-    limits: Limits,
-    *,
-    align: int = 16,
-    allocation: str = "curves",
-    compensation: bool = True,
-    stage: Stage = silent_stage,
-) -> tuple[PruningPlan, Point | None]:
-    """`plan_stage`, after the curves that it needs, and after the search for the budget if a loss of quality is given.
+    planner: Planner, limits: Limits, *, compensation: bool = True, stage: Stage = silent_stage
+) -> tuple[NetworkPlan, Point | None]:
+    """Write the plan, after the curves that it needs, and after the search for the budget if a loss is given instead.
 
-    Returns: the plan, and what its model is worth if that was looked for.
+    Returns: the plan, and what its network is worth if that was looked for.
     Raises: BadInput, InfeasibleBudget, QualityLimit.
     """
-    measure_curves(workspace, prepared, allocation, stage)
-    best, drop, cost = None, limits.max_drop, prepared.cost
+    measure_curves(planner, stage)
+    best, drop, macs = None, limits.max_drop, planner.prepared.ready.costs.macs
+    noted = {}
     if drop is not None:
-        trials = Trials(workspace, prepared, align, allocation, compensation, stage)
-        best = smallest_within(drop, cost.fixed / cost.dense, trials.at)
-        limits = Limits(flops=best.flops)
+        fixed = macs.of({group.name: 0 for group in planner.prepared.ready.layout.groups})
+        best = smallest_within(drop, fixed / max(1, macs.dense), Trials(planner, compensation, stage).at)
+        limits, noted = Limits(flops=best.flops), {"max_drop": drop}
     with stage("plan"):
-        noted = {"max_drop": drop}
-        return plan_stage(workspace, limits, align=align, allocation=allocation, noted=noted), best
+        plan = planner.plan(limits, noted=noted)
+        plan.write(planner.workspace.root / "plan.json")
+    return plan, best
 
 
 def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> Point:
@@ -192,45 +182,38 @@ def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> 
 
 
 def sweep(
-    workspace: Workspace,
-    prepared: Prepared,
-    shares: Sequence[float] = SHARES,
-    *,
-    align: int = 16,
-    allocation: str = "curves",
-    compensation: bool = True,
-    stage: Stage = silent_stage,
+    planner: Planner, shares: Sequence[float] = SHARES, *, compensation: bool = True, stage: Stage = silent_stage
 ) -> list[Point]:
-    """Make and judge a model at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
+    """Make and judge a network at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
 
     Raises: BadInput, InfeasibleBudget.
     """
-    check_shares(prepared, shares, align=align, allocation=allocation)
-    measure_curves(workspace, prepared, allocation, stage)
-    trials = Trials(workspace, prepared, align, allocation, compensation, stage)
+    check_shares(planner, shares)
+    measure_curves(planner, stage)
+    trials, root = Trials(planner, compensation, stage), planner.workspace.root
     points = [trials.at(share) for share in shares]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
-    write_text(workspace.root / "sweep.csv", text.getvalue())
-    draw_sweep([p.kept for p in points], [p.quality for p in points], workspace.root / "sweep.png")
+    write_text(root / "sweep.csv", text.getvalue())
+    draw_sweep([p.kept for p in points], [p.quality for p in points], root / "sweep.png")
     return points
 
 
-def measure_curves(workspace: Workspace, prepared: Prepared, allocation: str, stage: Stage) -> None:
+def measure_curves(planner: Planner, stage: Stage) -> None:
     """`curve_stage`, if this allocation needs it."""
-    if allocation == "curves":
+    if planner.choice.allocation == "curves":
         with stage("curves") as progress:
-            curve_stage(workspace, prepared, progress=progress)
+            curve_stage(planner.workspace, planner.prepared, progress=progress)
 
 
-def check_shares(prepared: Prepared, shares: Sequence[float], *, align: int, allocation: str) -> None:
+def check_shares(planner: Planner, shares: Sequence[float]) -> None:
     """Refuse what is impossible before the long work.
 
     Raises: BadInput, InfeasibleBudget.
     """
+    ready = planner.prepared.ready
     for share in shares:
-        limits = Limits(flops=share).within(prepared.cost, prepared.params)
-        check_units(limits, prepared.layout, prepared.cost, align=align, allocation=allocation)
+        check_choice(ready.layout, limits_within(ready.costs, Limits(flops=share)), planner.choice)
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

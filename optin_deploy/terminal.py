@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from optin_deploy.bench.report import Measurement, Report
-    from optin_deploy.plan import PruningPlan
+    from optin_deploy.planning.plan import NetworkPlan
     from optin_deploy.progress import Progress
 
 LOG_WIDTH = 120
@@ -70,14 +70,28 @@ def warn(text: str) -> None:
     typer.secho(f"warning: {text}", fg="yellow", err=True)
 
 
-def print_plan(plan: PruningPlan) -> None:
-    """What a plan keeps: the share, and the counts a layer."""
-    typer.echo(
-        f"keeps {plan.kept:.1%} of {plan.macs_dense / 1e9:.3f} GMACs at {plan.tokens} tokens "
-        f"({plan.prunable_kept:.1%} of heads and FFN)"
-    )
-    rows = [(str(i), str(len(h)), str(len(n))) for i, (h, n) in enumerate(zip(plan.heads, plan.neurons, strict=True))]
-    print_table(("layer", "heads", "neurons"), rows)
+def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = True) -> None:
+    """What a plan keeps: the shares, and a row for each block of the network.
+
+    Args: units: of all groups, by name, as far as they are known. table: False: only the shares.
+    """
+    from optin_deploy.reporting.kept import HEADER, kept_lines, kept_of, kept_rows
+
+    cost = plan.cost
+    if cost is not None:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in cost.inputs.items())
+        typer.echo(
+            f"keeps {cost.macs_pruned / max(1, cost.macs_dense):.1%} of {cost.macs_dense / 1e9:.3f} GMACs at {shapes}, "
+            f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
+        )
+    if not table:
+        return
+    groups = kept_of(plan.keep, units)
+    for line in kept_lines(groups):
+        typer.echo(line)
+    rows = kept_rows(groups)
+    if rows:
+        print_table(HEADER, rows)
 
 
 def print_report(report: Report, folder: Path) -> None:
@@ -119,10 +133,11 @@ def print_latency(latency: Sequence[Measurement]) -> None:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
     """A table on the terminal; wide enough for all columns where there is none (a log)."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*header, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names from files may hold what rich takes for markup
     output_console().print(table)
 
 

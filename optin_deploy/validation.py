@@ -18,8 +18,6 @@ STORED = {"extra": "forbid", "strict": True}
 """`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
 OPEN = {"extra": "ignore", "strict": True}
 """The same, of what other versions may have added fields to."""
-ANY_FIELD = {"extra": "allow", "strict": True}
-"""The same, of what is open to any field."""
 
 
 def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this version") -> T:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from optin_deploy.cost.macs import MacCost
-from optin_deploy.cost.units import UnitCost
-from optin_deploy.curves import HINT as CURVES_HINT
-from optin_deploy.curves import Curves
 from optin_deploy.data.pairs import PAIR_COLUMN
-from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.layout import ModelLayout
+from optin_deploy.errors import BadInput
 from optin_deploy.locking import ATTEMPTS, Lock, opened
 from optin_deploy.ownership import Record
-from optin_deploy.plan import Masks, PruningPlan
-from optin_deploy.scoring.scores import Scores
-from optin_deploy.storage import read_metadata, read_tensors, write_json, write_tensors
-from optin_deploy.validation import INT32, OPEN, STORED, UINT64, read_stored, whole_number
+from optin_deploy.planning.curve import Curve
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import DEFAULT_KINDS
+from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.storage import write_json
+from optin_deploy.structure.groups import Layout
+from optin_deploy.validation import INT32, STORED, UINT64, read_stored, whole_number
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""One edition of models by layer came before."""
 MOST_TOKENS = 2**20
 """Longer than any position table."""
-SCORE_TENSORS = ("heads", "neurons", "head_errors", "neuron_errors")
-MADE_FROM_SCORES = ("curves.json", "masks.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
+SCORES, DENSE, PRUNED = "scores.safetensors", "dense.onnx", "model.onnx"
+MADE_FROM_SCORES = ("curves.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
 LOCK = ".optin.lock"
 PAUSE_SECONDS = 0.05
 SUPPORT_FILES = (
@@ -57,12 +53,13 @@ ARTIFACTS = tuple(
     )
 )
 NAMES = (
-    *("source.json", "scores.safetensors", "scores.json", *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
+    *("source.json", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
     *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
     *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """All that any command writes into an output folder: what others have put there is found before the work begins."""
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
+CURVES_HINT = "Measure them with `optin plan DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
 
 
@@ -73,29 +70,55 @@ class Source:
     __pydantic_config__ = STORED
 
     model: str
-    """Folder or hub id of the dense model."""
+    """The dense network: an ONNX file, or folder or hub id of a transformers model."""
     task: str | None = None
     calibration: str | None = None
-    """File or image folder; None = the bundled set."""
+    """File or folder; None = the bundled set."""
     text_column: str = "text"
     label_column: str = "label"
-    seq_len: int = 128
-    """Longest calibration text in tokens, and the length at which MACs are counted."""
+    seq_len: int | None = None
+    """Longest calibration text in tokens; None = what the network fixes, or 128 at the most."""
     samples: int = 512
     seed: int = 0
     evaluation: str | None = None
-    """File or image folder whose rows judge the models; None = rows held out of the calibration set."""
+    """File or folder whose rows judge the networks; None = rows held out of the calibration set."""
     pair_column: str = PAIR_COLUMN
     """Column of the second text of pairs."""
+    tokenizer: str | None = None
+    """Folder, tokenizer.json or hub id; None = what lies beside the network."""
+    preprocessor: str | None = None
+    """Folder, preprocessor_config.json or hub id; None = what lies beside the network."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, where the network leaves them free."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """Of channels, in place of a preprocessor: pixels become (pixel / 255 - mean) / std."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Of free axes, by their names in the file, where it takes only some sizes."""
+    units: tuple[str, ...] = DEFAULT_KINDS
+    """Kinds of units that may be cut."""
+    output: str | None = None
+    """Output that is compared; None = found."""
+    read_as: Kind | None = None
+    """How it is compared; None = by what makes it."""
 
     def __post_init__(self) -> None:
-        whole_number(max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128.")  # the model says more
+        if self.seq_len is not None:
+            whole_number(
+                max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128."
+            )  # the model says more
         whole_number(self.samples, "--samples", 1, INT32, "The default is 512.")
         whole_number(self.seed, "--seed", -(2**63), UINT64, "The default is 0.")
+
+    @property
+    def is_file(self) -> bool:
+        """Is this an ONNX file, not a transformers model?"""
+        return self.model.lower().endswith(".onnx")
 
     def inputs(self) -> dict[str, str]:
         """What a job reads, by what it is."""
         read = {"model": self.model, "calibration data": self.calibration, "data of --eval": self.evaluation}
+        read |= {"tokenizer": self.tokenizer, "preprocessor": self.preprocessor}
         return {what: path for what, path in read.items() if path is not None}
 
 
@@ -109,28 +132,13 @@ class _StoredSource(Source):
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version reads schema_version {SCHEMA_VERSION}")
-        if self.seq_len < 1 or self.samples < 1:
+            again = f"optin-export {shlex.quote(self.model)} --out DIR --force"
+            raise BadInput(
+                f"schema_version {self.schema_version}: an earlier version of optin-deploy made this folder, and this "
+                f"one reads schema_version {SCHEMA_VERSION}. Make it again: {again}"
+            )
+        if (self.seq_len is not None and self.seq_len < 1) or self.samples < 1:
             raise BadInput(f"seq_len {self.seq_len} and samples {self.samples} must be above zero")
-
-
-@dataclass(frozen=True)
-class _StoredScores:
-    """What is read of scores.json."""
-
-    __pydantic_config__ = OPEN
-
-    schema_version: int
-    layout_hash: str
-    key: str
-    provenance: Mapping[str, Any]
-    cost: MacCost
-    params: UnitCost
-    layout: ModelLayout
-
-    def __post_init__(self) -> None:
-        self.cost.check(self.layout)
-        self.params.check(self.layout)
 
 
 @dataclass(frozen=True)
@@ -139,19 +147,13 @@ class _StoredCurves:
 
     __pydantic_config__ = STORED
 
+    schema_version: int
     key: str
-    curves: Curves
+    curves: Mapping[str, Curve]
 
-
-class Scored(NamedTuple):
-    """Scores, and all that planning needs beside them."""
-
-    scores: Scores
-    layout: ModelLayout
-    macs: MacCost
-    params: UnitCost
-    key: str
-    """Of the settings that made them."""
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise BadInput(f"schema_version {self.schema_version}; this version reads schema_version {SCHEMA_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -278,84 +280,47 @@ class Workspace:
         stored = asdict(read_stored(_StoredSource, self.source_path, SCORE_HINT))
         return Source(**{name: value for name, value in stored.items() if name != "schema_version"})
 
-    def write_scores(
-        self,
-        scores: Scores,
-        layout: ModelLayout,
-        macs: MacCost,
-        params: UnitCost,
-        key: str,
-        fingerprint: str | None = None,
-    ) -> None:
-        """Store scores, and with them what planning needs: layout and costs. What came of other scores goes.
-
-        Args: fingerprint: of the calibration data.
-        """
+    def write_scores(self, scores: UnitScores) -> None:
+        """Store scores. What came of other scores goes."""
         for name in MADE_FROM_SCORES:
             self.record.remove(name)
-        tensors = {f"{kind}.{i}": t for kind in SCORE_TENSORS for i, t in enumerate(getattr(scores, kind))}
-        about = {"schema_version": str(scores.schema_version), "layout_hash": scores.layout_hash, "key": key}
-        write_tensors(self.root / "scores.safetensors", tensors, about)
-        write_json(
-            self.root / "scores.json",
-            {
-                "schema_version": scores.schema_version,
-                "layout_hash": scores.layout_hash,
-                "key": key,
-                "calibration_fingerprint": fingerprint,
-                "provenance": dict(scores.provenance),
-                "versions": {name: version(name) for name in ("optin-deploy", "torch", "transformers")},
-                "cost": asdict(macs),
-                "params": asdict(params),
-                "layout": layout.to_json(),
-            },
-        )
+        scores.write(self.root / SCORES)
 
-    def read_scores(self) -> Scored:
-        """Scores, layout, costs, and the key of the settings that made them.
+    def read_scores(self) -> UnitScores:
+        """The scores.
 
-        Raises: BadInput, PlanMismatch: files missing, damaged, or of different runs.
+        Raises: BadInput: missing or damaged.
         """
-        path = self.root / "scores.safetensors"
-        stored = self._stored_scores()
-        tensors, metadata = read_tensors(path, SCORE_HINT), read_metadata(path, SCORE_HINT)
-        layers: dict[str, tuple[Tensor, ...]] = {}
-        for kind, branches in zip(SCORE_TENSORS, (0, 1, 0, 1), strict=True):
-            if kind in SCORE_TENSORS[2:] and f"{kind}.0" not in tensors:
-                continue  # nothing was estimated
-            shapes = [(layer.branches[branches].units,) for layer in stored.layout.layers]
-            found = [tensors.get(f"{kind}.{i}") for i in range(len(shapes))]
-            if [None if each is None else tuple(each.shape) for each in found] != shapes:
-                raise PlanMismatch(f"{path}: {kind} do not fit the layout in scores.json. {SCORE_HINT}")
-            if any(each is None or not each.is_floating_point() for each in found):
-                raise BadInput(f"{path}: {kind} are no decimal numbers. {SCORE_HINT}")
-            layers[kind] = tuple(each.to(torch.float64) for each in found if each is not None)
-        scores = Scores(
-            layout_hash=stored.layout_hash,
-            provenance=stored.provenance,
-            schema_version=stored.schema_version,
-            **layers,
-        )
-        scores.check(stored.layout)
-        if metadata.get("key") != stored.key:
-            raise BadInput(f"scores.json and scores.safetensors in {self.root} are of different runs. {SCORE_HINT}")
-        return Scored(scores, stored.layout, stored.cost, stored.params, stored.key)
+        path = self.root / SCORES
+        if not path.is_file():
+            raise BadInput(f"{path} does not exist. {SCORE_HINT}")
+        return UnitScores.read(path)
 
-    def _stored_scores(self) -> _StoredScores:
-        return read_stored(_StoredScores, self.root / "scores.json", SCORE_HINT)
+    def scores_of(self, layout: Layout) -> UnitScores:
+        """The scores, which must be of this network.
+
+        Raises: BadInput, PlanMismatch: missing, damaged, or of another network.
+        """
+        scores = self.read_scores()
+        try:
+            scores.check(layout)
+        except BadInput as err:
+            raise type(err)(f"{self.root / SCORES}: {err}") from err
+        return scores
 
     def has_scores(self, key: str) -> bool:
         """Are finished scores here that these very settings made?"""
         try:
-            return self.read_scores().key == key
+            return self.read_scores().provenance.get("key") == key
         except BadInput:
             return False
 
-    def write_curves(self, curves: Curves, key: str) -> None:
+    def write_curves(self, curves: Mapping[str, Curve], key: str) -> None:
         """Store error curves and the key of what they were measured with."""
-        write_json(self.root / "curves.json", {"key": key, "curves": curves.to_json()})
+        named = {name: asdict(curve) for name, curve in curves.items()}
+        write_json(self.root / "curves.json", {"schema_version": SCHEMA_VERSION, "key": key, "curves": named})
 
-    def read_curves(self) -> tuple[Curves, str]:
+    def read_curves(self) -> tuple[Mapping[str, Curve], str]:
         """Error curves, and the key of what they were measured with.
 
         Raises: BadInput: missing or damaged.
@@ -363,26 +328,15 @@ class Workspace:
         stored = read_stored(_StoredCurves, self.root / "curves.json", CURVES_HINT)
         return stored.curves, stored.key
 
-    def write_plan(self, plan: PruningPlan, masks: Masks, settings: Mapping[str, Any]) -> None:
-        """Store masks (with the settings of the search) and plan."""
-        write_json(self.root / "masks.json", {**masks.to_json(), "settings": dict(settings)})
-        write_json(self.root / "plan.json", plan.to_json())
+    def read_plan(self) -> NetworkPlan:
+        """The plan.
 
-    def read_plan(self) -> PruningPlan:
-        """The plan, checked by the layout and the costs in scores.json where that is there.
-
-        Raises: BadInput, PlanMismatch: missing, damaged, edited, or of another model.
+        Raises: BadInput: missing, damaged or edited.
         """
         path = self.root / "plan.json"
-        stored = self._stored_scores() if (self.root / "scores.json").is_file() else None
-        plan = PruningPlan.read(path, PLAN_HINT, None if stored is None else stored.layout)
-        if stored is not None:
-            cost = stored.cost
-            pruned = cost.of([len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons])
-            told = (plan.macs_pruned, plan.macs_dense, plan.macs_fixed, plan.tokens)
-            if told != (pruned, cost.dense, cost.fixed, cost.tokens):
-                raise PlanMismatch(f"{path}: its MACs are not those of the units that it keeps. {PLAN_HINT}")
-        return plan
+        if not path.is_file():
+            raise BadInput(f"{path} does not exist. {PLAN_HINT}")
+        return NetworkPlan.read(path)
 
 
 def is_job(folder: Path) -> bool:

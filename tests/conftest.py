@@ -1,7 +1,4 @@
-"""Tiny models of every architecture, their batches and random plans: what the invariant tests run on.
-
-A new row of optin_deploy/arch/table.py needs a line in FAMILIES; every invariant test then runs on it.
-"""
+"""Tiny transformers models of many architectures and their batches: what the tests of whole jobs run on."""
 
 from __future__ import annotations
 
@@ -11,22 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
-from optin_deploy.cost.macs import mac_cost
-from optin_deploy.layout import ModelLayout
-from optin_deploy.plan import Masks, PruningPlan
-from optin_deploy.search import make_plan
-
 if TYPE_CHECKING:
     from tiny_checkpoint import Shell
-
-SEQ_LEN = 24
-"""Tokens at which the plans of text models count MACs."""
 
 # initializer_range: about 1 / sqrt(hidden). With transformers' 0.02 a tiny model hardly depends on its weights.
 SIZES = {
@@ -130,51 +118,6 @@ def probes(model: Any) -> list[dict[str, Tensor]]:
     return [tiny_batch(model, batch=3, seq_len=16, seed=3), tiny_batch(model, batch=1, seq_len=7, seed=4)]
 
 
-def random_plan(
-    model: Any,
-    layout: ModelLayout,
-    *,
-    seed: int = 0,
-    no_heads: Collection[int] = (),
-    no_neurons: Collection[int] = (),
-) -> PruningPlan:
-    """Another number of units in every layer, not neighbours; the named layers lose all of a kind."""
-    rng = np.random.default_rng(seed)
-    heads = [
-        _some(rng, layer.heads, 0 if i in no_heads else count)
-        for i, (layer, count) in enumerate(zip(layout.layers, rng.permutation([1, 3, 4]), strict=True))
-    ]
-    neurons = [
-        _some(rng, layer.neurons, 0 if i in no_neurons else count)
-        for i, (layer, count) in enumerate(zip(layout.layers, rng.permutation([17, 31, 50]), strict=True))
-    ]
-    cost = mac_cost(model, layout, seq_len=SEQ_LEN)
-    return make_plan(Masks(tuple(heads), tuple(neurons), layout.hash), layout, cost)
-
-
-def _some(rng: np.random.Generator, units: int, count: int) -> tuple[bool, ...]:
-    while True:
-        kept = np.sort(rng.choice(units, count, replace=False))
-        if count < 2 or np.diff(kept).max() > 1:
-            return tuple(bool(unit in kept) for unit in range(units))
-
-
-def zeroed(model: nn.Module, layout: ModelLayout, plan: PruningPlan) -> Any:
-    """The dense-shaped model without its cut units: their columns of the output projections are zero.
-
-    Independent of optin_deploy.masking and of the rewriting: no hooks, no slices, only the dense forward.
-    """
-    reference = copy.deepcopy(model)
-    with torch.no_grad():
-        for i, layer in enumerate(layout.layers):
-            for branch, kept in ((layer.attention, plan.heads[i]), (layer.ffn, plan.neurons[i])):
-                projection: Any = reference.get_submodule(branch.output)
-                weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T  # Conv1D
-                for unit in set(range(branch.units)) - set(kept):
-                    weight[:, unit * branch.unit_width : (unit + 1) * branch.unit_width] = 0
-    return reference
-
-
 def outputs(model: Any, batch: Mapping[str, Tensor], *, states: bool = True) -> dict[str, Tensor]:
     """Everything a model puts out, by name; with `states` also the hidden states after each layer."""
     with torch.no_grad():
@@ -185,7 +128,7 @@ def outputs(model: Any, batch: Mapping[str, Tensor], *, states: bool = True) -> 
     return flat
 
 
-def main_name(found: Mapping[str, Any]) -> str:
+def main_name(found: Collection[str]) -> str:
     """`logits` or `last_hidden_state`, by CONTRACT."""
     return "logits" if "logits" in found else "last_hidden_state"
 

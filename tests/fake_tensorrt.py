@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -254,6 +254,7 @@ class ICudaEngine:
         self._graph = onnx.load_from_string(model).graph
         self._values = {v.name: v for v in (*self._graph.input, *self._graph.output)}
         self._session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+        self._inferred: dict[Any, Mapping[str, tuple[int, ...]]] = {}
 
     @property
     def num_io_tensors(self) -> int:
@@ -280,6 +281,16 @@ class ICudaEngine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         shapes: list[list[int]] = self._profiles[profile_index][name]
         return shapes
+
+    def _output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the outputs, as TensorRT itself infers them; here by a run."""
+        key = tuple(shapes.items())
+        if key not in self._inferred:
+            zeros = {name: np.zeros(shape, NUMPY[self.get_tensor_dtype(name)]) for name, shape in shapes.items()}
+            found = self._session.run(None, zeros)
+            names = (value.name for value in self._graph.output)
+            self._inferred[key] = {name: array.shape for name, array in zip(names, found, strict=True)}
+        return self._inferred[key]
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()
@@ -323,12 +334,7 @@ class IExecutionContext:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self._shapes:
             return self._shapes[name]
-        named: dict[str, int] = {}
-        for value in self._engine._graph.input:
-            dims = value.type.tensor_type.shape.dim
-            named |= {d.dim_param: s for d, s in zip(dims, self._shapes[value.name], strict=True) if d.dim_param}
-        dims = self._engine._values[name].type.tensor_type.shape.dim
-        return tuple(named[d.dim_param] if d.dim_param else d.dim_value for d in dims)
+        return self._engine._output_shapes(self._shapes)[name]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory

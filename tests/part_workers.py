@@ -23,14 +23,15 @@ import pytest
 import tiny_scoring
 import torch
 
-import optin_deploy.scoring
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.cost.macs import mac_cost
-from optin_deploy.cost.params import param_cost
-from optin_deploy.data.calibration import Batches
-from optin_deploy.loading import LoadedModel
+from optin_deploy.data.feeds import Halves
+from optin_deploy.data.rows import Feeds
+from optin_deploy.jobs import pruning
+from optin_deploy.jobs.dense import Dense
+from optin_deploy.jobs.modules import example_for
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.read_torch import read_module
 from optin_deploy.progress import Progress
-from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, job
+from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, unit_job, unit_parts
 from optin_deploy.scoring.memory import Memory
 from optin_deploy.scoring.parts import FolderStore, Part, Store, run_parts
 from optin_deploy.stages import Prepared, score_stage
@@ -39,7 +40,8 @@ from optin_deploy.workspace import Source, Workspace
 LEFT = 10
 """Exit code of a worker that left parts to others."""
 PATIENCE_S = 60
-SMALL_PARTS = {"UNITS_A_PART": 3, "ESTIMATES": 12, "MOST_PROBES": 4, "HEAD_SAMPLES": 4, "HEAD_CHUNK": 3}
+SMALL_ROUNDS = {"ESTIMATES": 12, "MOST_PROBES": 4, "HEAD_SAMPLES": 4}
+SMALL_PARTS = {"UNITS_A_PART": 6, "HEAD_CHUNK": 3}
 """Constants of the job, so that a tiny scoring has many parts, and a sketch more than one round of them."""
 EXACT = ScoreSettings("exact")
 SETTINGS = {"exact": EXACT, "sketch": ScoreSettings("sketch")}
@@ -53,11 +55,11 @@ def prepared() -> Prepared:
     batches = tuple(
         tiny_scoring.text_batch(lengths, seed=seed) for seed, lengths in enumerate([(3, 7, 5), (6, 2), (8, 4, 4), (7,)])
     )
-    data = Batches(batches, (None,) * sum(len(batch["input_ids"]) for batch in batches))
-    layout = resolve(model)
-    cost, params = mac_cost(model, layout, seq_len=8), param_cost(model, layout)
-    loaded = LoadedModel(model, "text-classification", None)
-    return Prepared(SOURCE, loaded, layout, cost, params, data, data, "0" * 64)
+    rows = Feeds(batches, (None,) * sum(len(batch["input_ids"]) for batch in batches), "the tests")
+    example = example_for(model, rows)
+    found = find_in(read_module(model, example.inputs, axes=example.axes, dynamo=False))
+    ready = pruning.ready_of(found, Halves(rows, None))
+    return Prepared(SOURCE, Dense(ready.network, "0" * 64), ready)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def watched(log: Log, pause_s: float = 0.0) -> Iterator[None]:
         return run_parts([slow(part, store) for part in parts], LoggedStore(store, log), worker, progress, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "run_parts", run)
+        patch.setattr(unit_job, "run_parts", run)
         yield
 
 
@@ -131,9 +133,10 @@ def watched(log: Log, pause_s: float = 0.0) -> Iterator[None]:
 def small_parts() -> Iterator[None]:
     """In this process, scorings have many parts, and do not measure their memory: that takes longer than a part."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL_PARTS.items():
-            patch.setattr(job, name, value)
-        patch.setattr(job, "measured", lambda work, device, budget: Memory(2**30, 2**10))
+        for module, constants in ((unit_job, SMALL_ROUNDS), (unit_parts, SMALL_PARTS)):
+            for name, value in constants.items():
+                patch.setattr(module, name, value)
+        patch.setattr(unit_parts, "measured", lambda work, device, budget: Memory(2**30, 2**10))
         yield
 
 
@@ -202,7 +205,7 @@ class Workers:
 def main() -> None:
     torch.set_num_threads(1)
     # What a first scoring imports and builds; no backward pass, which on some devices forbids to fork.
-    optin_deploy.scoring.score(prepared().loaded.model, prepared().layout, prepared().calibration.batches, EXACT)
+    pruning.score(prepared().ready, EXACT)
     running: set[int] = set()
     for line in sys.stdin:
         command = json.loads(line)

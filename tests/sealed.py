@@ -7,18 +7,18 @@ from pathlib import Path
 
 import onnx
 
-from exporters import onnx_artifact
+from optin_deploy.network.sealed import SEAL, _seal
 from optin_deploy.storage import sha256_file
 
 
 def put_artifact(proto: onnx.ModelProto, job: Path) -> None:
     """Make a model the pruned artifact of a job, sealed and known to its report."""
     path = job / "model.onnx"
-    entries = [entry for entry in proto.metadata_props if entry.key != onnx_artifact.SEAL]
+    entries = [entry for entry in proto.metadata_props if entry.key != SEAL]
     del proto.metadata_props[:]
     proto.metadata_props.extend(entries)
     onnx.save(proto, path)
-    onnx_artifact._seal(path)
+    _seal(path)
     report = json.loads((job / "report.json").read_text())
     report["hashes"]["model.onnx"] = sha256_file(path)
     (job / "report.json").write_text(json.dumps(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -26,8 +25,12 @@ from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, v
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import __main__ as module
+from benchmarks.accuracy import case as case_module
+from benchmarks.accuracy import rival
 from benchmarks.accuracy.__main__ import cells
-from benchmarks.accuracy.methods import METHODS, Case
+from benchmarks.accuracy.case import OUTPUT, Case
+from benchmarks.accuracy.methods import METHODS, importance
+from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
@@ -36,7 +39,12 @@ from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import Task, judged
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import find_in
 from optin_deploy.loading import load_dense
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read import read
+from optin_deploy.network.run import Program
+from optin_deploy.structure.find import find
 
 FLOPS = 0.5
 
@@ -58,43 +66,87 @@ def task_of(kind: str) -> Task:
 @pytest.fixture(scope="module", params=["text", "image"], name="case")
 def _case(request: pytest.FixtureRequest) -> Case:
     task = task_of(request.param)
-    return Case(task.model, task.seq_len, task.batches(task.calibration), seed=0)
+    return Case(task.name, task.model, find_in(task.model), task.seq_len, task.batches(task.calibration), seed=0)
+
+
+def made(case: Case, method: str) -> Any:
+    if method == "onnxsim":
+        pytest.importorskip("onnxsim")
+    return METHODS[method](case, FLOPS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: Case, method: str) -> None:
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
-    pruned = METHODS[method](case, FLOPS)
+    pruned = made(case, method)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
-    batch = {name: value[:1] for name, value in case.calibration.batches[-1].items()}
-    counts = []
-    for each in (case.model, pruned):
-        model: Any = copy.deepcopy(each).requires_grad_(False)
-        model.set_attn_implementation("eager")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**batch)
-        counts.append(counter.get_total_flops())
+    dense, rows = case.found.network, case.batches[0]
+    if method == "onnxsim":
+        dense = case.shared("export", lambda: pytest.fail("made before"))
+        assert rival.macs(pruned) / rival.macs(dense) == pytest.approx(FLOPS, rel=0.25)
+        assert rival.macs(pruned) <= FLOPS * rival.macs(dense)
+        return
+    counts = [multiplied(network, rows) for network in (dense, pruned)]
     assert 0.3 < counts[1] / counts[0] <= FLOPS
+
+
+def multiplied(network: Network, rows: Any) -> int:
+    """Multiply-accumulates of a run on one row, counted by torch."""
+    program = Program(network)
+    feeds = {port.name: rows[port.name][:1] for port in network.inputs}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        program(feeds)
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("flops", [0.8, 0.5, 0.3])
 def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flops: float) -> None:
-    scores = case.rival("magnitude")
-    plan = case.equal_shares(scores, flops, 1)
-    assert 0.98 * flops < plan.kept <= flops
-    for values, kept in zip((*scores.heads, *scores.neurons), (*plan.heads, *plan.neurons), strict=True):
-        assert abs(len(kept) / len(values) - plan.prunable_kept) <= 1 / min(map(len, scores.heads))
-        gone = sorted(set(range(len(values))) - set(kept))
-        assert values[list(kept)].min() >= values[gone].max()
-    assert {len(kept) for kept in plan.heads} == {len(plan.heads[0])}
+    scores = importance("magnitude", case)
+    keep = case.equal_shares(scores, flops)
+    groups = case.found.layout.by_name
+    shares = {name: len(units) / groups[name].units for name, units in keep.items()}
+    assert max(shares.values()) - min(shares.values()) <= 1 / min(groups[name].units for name in keep)
+    for name, units in keep.items():
+        gone = sorted(set(range(groups[name].units)) - set(units))
+        assert scores[name][list(units)].min() >= scores[name][gone].max()
+    heads = {len(units) for name, units in keep.items() if groups[name].kind == "heads"}
+    assert len(heads) == 1
 
 
 def test_methods_differ(case: Case) -> None:
-    batch = case.calibration.batches[0]
-    with torch.no_grad():
-        outputs = [METHODS[method](case, FLOPS)(**batch)["logits"] for method in METHODS]
+    peers = [method for method in METHODS if method != "onnxsim"]
+    outputs = [outputs_of(made(case, method), OUTPUT, case.batches[:1], case.seq_len) for method in peers]
     for i, j in product(range(len(outputs)), repeat=2):
-        assert i >= j or not torch.allclose(outputs[i], outputs[j]), (list(METHODS)[i], list(METHODS)[j])
+        assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])
+
+
+def test_a_file_of_fixed_sizes_is_judged_on_every_row_as_a_free_one(case: Case) -> None:
+    pytest.importorskip("onnxsim")
+    dense = case.shared("export", lambda: rival.exported(case.model, rival.arrays(case.batches, case.seq_len)[0]))
+    found = outputs_of(dense, OUTPUT, case.batches, case.seq_len)
+    torch.testing.assert_close(found, outputs_of(case.found.network, OUTPUT, case.batches, case.seq_len))
+    kept = rival.cut(dense, rival.Ranking(), 0.5, [])
+    layout = find(read(dense))
+    groups = [group for group in layout.groups if group.kind in ("heads", "neurons")]
+    smaller = {group.name: group.units for group in find(read(kept)).groups}
+    assert all(smaller[group.name] == group.units // 2 for group in groups)
+
+
+def test_the_ridge_brings_the_rival_nearer_to_the_dense_outputs(case: Case) -> None:
+    pytest.importorskip("onnxsim")
+    rows = rival.arrays(case.batches, case.seq_len)
+    dense = case.shared("export", lambda: rival.exported(case.model, rows[0]))
+    kept = rival.cut(dense, rival.Ranking(wanda=True), 0.5, rows)
+    wanted, plain, repaired = (
+        outputs_of(each, OUTPUT, case.batches, case.seq_len)
+        for each in (dense, kept, rival.repaired(dense, kept, rows))
+    )
+    assert (repaired - wanted).norm() < (plain - wanted).norm()
+
+
+def test_the_least_part_that_goes_is_found() -> None:
+    found = rival.least_sparsity(lambda part: 10.0 - int(10 * part), 6.5)
+    assert 0.4 <= found <= 0.4 + 2**-rival.STEPS
 
 
 def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +174,19 @@ def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pyt
     assert most["text", -1, DENSE, 1.0]["calibration_rows"] == len(task.calibration) // 2
 
 
+def test_scores_are_made_once_for_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, read = task_of("text"), find_in(task_of("text").model)
+    wanted = module.made_case(task, read, 0, 12, tmp_path / "scores.safetensors").scores
+    again = module.made_case(task, read, 0, 12, tmp_path / "scores.safetensors")
+    monkeypatch.setattr(case_module, "score_units", lambda *args, **options: pytest.fail("scored again"))
+    assert all(torch.equal(values, again.scores[name]) for name, values in wanted.items())
+    assert again.seconds["scores"] > 0
+
+
 def test_calibration_rows_are_drawn_by_the_seed_and_never_from_the_test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("text")
-    drawn = [module._case(task, seed, 12).calibration.fingerprint for seed in (0, 0, 1)]
+    read = find_in(task.model)
+    drawn = [module.made_case(task, read, seed, 12).calibration.fingerprint for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert not {row.text for row in task.calibration} & {row.text for row in task.test}
 
@@ -320,9 +382,9 @@ def test_only_regular_files_of_bounded_size_leave_an_archive(monkeypatch: pytest
     with pytest.raises(BadInput, match="no file x"):
         from_zip(wheel("a/b.txt", b"abc"), "x")
     monkeypatch.setattr(files, "SIZE_LIMIT_BYTES", 2)
-    for read, archive in ((from_zip, wheel("a", b"abc")), (from_tar, tar("a", b"abc"))):
+    for unpacked, archive in ((from_zip, wheel("a", b"abc")), (from_tar, tar("a", b"abc"))):
         with pytest.raises(BadInput, match="at most 2 bytes"):
-            read(archive, "a")
+            unpacked(archive, "a")
 
 
 def test_an_archive_is_downloaded_once_and_only_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,10 +481,10 @@ def test_draws_are_averaged_figure_by_figure() -> None:
 
 def test_exact_scores_are_taken_from_a_result_on_the_same_samples_alone(tmp_path: Path) -> None:
     path, settings = tmp_path / "result.json", {"samples": 8, "seq_len": 4, "neurons": 2, "seed": 0}
-    exact = {"heads": [[1.0, 2.0]], "neurons": [[3.0]], "seconds": 5.0, "all_forwards": 7.0, "date": "today"}
+    exact = {"scores": {"0.heads": [1.0, 2.0], "0.ffn": [3.0]}, "seconds": 5.0, "all_forwards": 7.0, "date": "today"}
     path.write_text(json.dumps({"settings": settings, "exact": exact}))
     found = scores_benchmark.earlier(path, settings)
-    assert [[t.tolist() for t in kind] for kind in found.importance] == [[[1.0, 2.0]], [[3.0]]]
+    assert found.scores == exact["scores"]
     assert found.all_forwards == 7.0
     with pytest.raises(BadInput, match="'samples': 8"):
         scores_benchmark.earlier(path, {**settings, "samples": 9})

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import error, outputs, random_plan, tiny_batch, tiny_model
+from conftest import error, outputs, tiny_batch
+from tiny_forms import Tiny, form_of, module_in, tiny
 
 from exporters import exporter, to_aoti, to_torch
-from exporters.base import POOLED, Artifact, ExportSpec
-from optin_deploy.arch.resolve import resolve
+from exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.pruned import MANIFEST
-from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes import aoti
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.record import read_record
@@ -29,37 +29,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = ExportSpec(pool="mean")
 
 
+def case() -> Tiny:
+    """One layer lost all heads."""
+    return tiny("bert", no_neurons=())
+
+
 def pruned_bert() -> Any:
-    model = tiny_model("bert")
-    layout = resolve(model)
-    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,)))
-
-
-def state_of(model: Any) -> dict[str, Any]:
-    return {
-        "training": {path: module.training for path, module in model.named_modules()},
-        "hooks": {path: len(m._forward_hooks) + len(m._forward_pre_hooks) for path, m in model.named_modules()},
-        "parameters": {path: (p.dtype, p.device, p.requires_grad) for path, p in model.named_parameters()},
-        "weights": {name: value.sum().item() for name, value in model.state_dict().items()},
-        "attention": model.config._attn_implementation,
-    }
+    return case().reference
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, dict[str, Any], dict[str, Any]]:
-    """The one package of this file, which takes half a minute; and the model's state before and after."""
-    model = pruned_bert()
-    model.train()
-    model.encoder.layer[0].eval()
-    before = state_of(model)
-    artifact = exporter("aoti").export(model, SPEC, tmp_path_factory.mktemp("aoti") / "model.pt2")
-    return artifact, before, state_of(model)
+def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
+    folder = tmp_path_factory.mktemp("form")
+    about = {"module": module_in(case(), folder / "model"), "longest": 64}
+    return form_of(case().network, folder / "model.onnx", pool="mean", **about)
+
+
+@pytest.fixture(scope="module")
+def compiled(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The one package of this file, which takes half a minute."""
+    return exporter("aoti").export(form, SPEC, tmp_path_factory.mktemp("aoti") / "model.pt2")
 
 
 @pytest.fixture
-def package(compiled: tuple[Artifact, Any, Any], tmp_path: Path) -> Path:
+def package(compiled: Artifact, tmp_path: Path) -> Path:
     """A copy of the package with its record."""
-    shutil.copytree(compiled[0].path.parent, tmp_path / "copy")
+    shutil.copytree(compiled.path.parent, tmp_path / "copy")
     return tmp_path / "copy" / "model.pt2"
 
 
@@ -101,7 +96,7 @@ def test_a_package_computes_what_the_model_computes_at_other_sizes(package: Path
 
 
 def test_pruning_shows_in_the_package(package: Path) -> None:
-    model = tiny_model("bert")
+    model = case().model
     inputs = tiny_batch(model, batch=2, seq_len=16)
     with AotiRuntime(package) as runtime:
         found = runtime.run({name: value.numpy() for name, value in inputs.items()})["last_hidden_state"]
@@ -117,12 +112,6 @@ def test_read_only_and_strided_feeds_in_any_order_run_without_a_warning(package:
     with AotiRuntime(package) as runtime:
         found = runtime.run({**feeds, "unknown": np.zeros(1)})["last_hidden_state"]
     assert error(outputs(model, inputs, states=False)["last_hidden_state"], torch.from_numpy(found)) < 1e-5
-
-
-def test_compiling_leaves_the_model_as_it_was(compiled: tuple[Artifact, Any, Any]) -> None:
-    _, before, after = compiled
-    assert after == before
-    assert len(set(before["training"].values())) == 2  # both modes were there
 
 
 def test_a_missing_input_is_named(package: Path) -> None:
@@ -144,8 +133,8 @@ def test_threads_are_set_inside_and_restored_after_an_error(package: Path) -> No
 # ---- the record, and what must not be loaded
 
 
-def test_the_record_says_what_the_package_fits(compiled: tuple[Artifact, Any, Any]) -> None:
-    artifact = compiled[0]
+def test_the_record_says_what_the_package_fits(compiled: Artifact) -> None:
+    artifact = compiled
     assert sorted(path.name for path in artifact.path.parent.iterdir()) == ["engine.json", "model.pt2"]
     record = read_record(artifact.path)
     assert (record.engine, record.precision, record.version) == ("aoti", "fp32", torch.__version__)
@@ -202,54 +191,60 @@ def test_an_exchanged_or_unknown_package_is_refused_before_it_is_loaded(package:
 
 
 @pytest.mark.usefixtures("no_compiling")
-def test_a_finished_package_is_not_compiled_again(package: Path) -> None:
+def test_a_finished_package_is_not_compiled_again(package: Path, form: Form) -> None:
     before = package.stat().st_mtime_ns
-    artifact = exporter("aoti").export(pruned_bert(), SPEC, package)
+    artifact = exporter("aoti").export(form, SPEC, package)
     assert artifact.sha256 == sha256_file(package)
     assert package.stat().st_mtime_ns == before
 
 
-def other_weights(model: Any) -> None:
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.bias[3] += 1
-
-
 @pytest.mark.usefixtures("no_compiling")
-@pytest.mark.parametrize(
-    ("change", "spec"),
-    [
-        (other_weights, SPEC),
-        (lambda model: None, ExportSpec()),
-        (lambda model: None, ExportSpec("fp16", pool="mean")),
-        (lambda model: setattr(model.config, "hidden_act", "relu"), SPEC),
-    ],
-    ids=["weights", "no pooling", "precision", "config"],
-)
-def test_what_changes_the_package_compiles_it_again(
-    package: Path, change: Callable[[Any], None], spec: ExportSpec
-) -> None:
-    model = pruned_bert()
-    change(model)
+@pytest.mark.parametrize("spec", [ExportSpec(), ExportSpec("fp16", pool="mean")], ids=["no pooling", "precision"])
+def test_other_settings_compile_it_again(package: Path, form: Form, spec: ExportSpec) -> None:
     before = package.read_bytes()
     with pytest.raises(Loading):
-        exporter("aoti").export(model, spec, package)
+        exporter("aoti").export(form, spec, package)
     assert package.read_bytes() == before  # a failed compilation leaves the old one
 
 
 @pytest.mark.usefixtures("no_compiling")
-def test_another_device_compiles_it_again(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_aoti, "describe_device", lambda device: ("Other CPU", "NO AVX"))
+def test_another_network_compiles_it_again(package: Path, tmp_path: Path) -> None:
+    other = form_of(tiny("bert").network, tmp_path / "model.onnx", pool="mean")
     with pytest.raises(Loading):
-        exporter("aoti").export(pruned_bert(), SPEC, package)
+        exporter("aoti").export(other, SPEC, package)
 
 
 @pytest.mark.usefixtures("no_compiling")
-def test_a_failed_compilation_leaves_the_model_as_it_was_and_writes_nothing(tmp_path: Path) -> None:
-    model = pruned_bert().train()
-    before = state_of(model)
+def test_another_device_compiles_it_again(package: Path, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_aoti, "describe_device", lambda device: ("Other CPU", "NO AVX"))
     with pytest.raises(Loading):
-        exporter("aoti").export(model, SPEC, tmp_path / "out" / "model.pt2")
-    assert state_of(model) == before
+        exporter("aoti").export(form, SPEC, package)
+
+
+@pytest.mark.usefixtures("no_compiling")
+def test_a_failed_compilation_writes_nothing(form: Form, tmp_path: Path) -> None:
+    with pytest.raises(Loading):
+        exporter("aoti").export(form, SPEC, tmp_path / "out" / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_without_a_module_is_not_traced_and_the_other_engines_are_named(tmp_path: Path) -> None:
+    """Its sizes are tensors, on which torch.export cannot build."""
+    graph = form_of(tiny("bert").network, tmp_path / "model.onnx")
+    with pytest.raises(CannotBuildHere, match=r"torch\.export cannot trace.*--engine onnx, openvino or torch"):
+        exporter("aoti").export(graph, ExportSpec(), tmp_path / "model.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_cannot_be_traced_is_told_and_writes_nothing(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("data-dependent\nmuch more")
+
+    monkeypatch.setattr(torch.export, "export", refused)
+    with pytest.raises(CannotBuildHere, match=r"cannot trace.*RuntimeError: data-dependent\).*--engine onnx"):
+        exporter("aoti").export(form, SPEC, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -259,17 +254,17 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_compiler", "no_compiling")
-def test_without_a_compiler_nothing_is_written_and_the_next_step_is_said(tmp_path: Path) -> None:
+def test_without_a_compiler_nothing_is_written_and_the_next_step_is_said(form: Form, tmp_path: Path) -> None:
     with pytest.raises(CannotBuildHere, match=r"C\+\+ compiler.*optin build .* --engine aoti --precision fp16"):
-        exporter("aoti").export(pruned_bert(), ExportSpec("fp16"), tmp_path / "model.fp16.pt2")
+        exporter("aoti").export(form, ExportSpec("fp16"), tmp_path / "model.fp16.pt2")
     assert not list(tmp_path.iterdir())
     assert "C++ compiler" in str(exporter("aoti").cannot_build())
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_a_finished_package_needs_no_compiler(package: Path) -> None:
+def test_a_finished_package_needs_no_compiler(package: Path, form: Form) -> None:
     assert exporter("aoti").obstacle("fp32") is None
-    assert exporter("aoti").export(pruned_bert(), SPEC, package).path == package
+    assert exporter("aoti").export(form, SPEC, package).path == package
     with AotiRuntime(package) as runtime:
         runtime.run({name: value.numpy() for name, value in tiny_batch(pruned_bert(), batch=1, seq_len=4).items()})
 
@@ -294,7 +289,7 @@ def compile_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, 
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Passes for the folder of a pruned model."""
     (tmp_path / MANIFEST).touch()
-    monkeypatch.setattr(to_torch, "load", lambda path: pruned_bert().eval())
+    monkeypatch.setattr(to_torch, "load", lambda path: pruned_bert())
     return tmp_path
 
 
@@ -381,16 +376,10 @@ def test_past_the_limit_is_an_error_not_an_eager_run(
     assert len(quick_compiler) == 2
 
 
-def test_both_torch_engines_refuse_pooling(tmp_path: Path) -> None:
+def test_both_torch_engines_refuse_pooling(form: Form, tmp_path: Path) -> None:
     for engine in ("torch", "torch-compile"):
         with pytest.raises(BadInput, match="--pool needs a graph"):
-            exporter(engine).export(pruned_bert(), SPEC, tmp_path)
-
-
-def test_aoti_refuses_unknown_pooling_before_it_compiles(tmp_path: Path, no_compiling: None) -> None:
-    with pytest.raises(BadInput, match="'max'"):
-        exporter("aoti").export(pruned_bert(), ExportSpec(pool="max"), tmp_path / "model.pt2")
-    assert not list(tmp_path.iterdir())
+            exporter(engine).export(form, SPEC, tmp_path)
 
 
 def test_the_record_is_json_that_a_person_can_read(package: Path) -> None:

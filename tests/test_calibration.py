@@ -16,25 +16,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_ports import TEXT as BERT_INPUTS
+from tiny_ports import image_rows, text_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from optin_deploy.checkpoint.preprocessor import check_tokenizer
 from optin_deploy.data import files as data_files
-from optin_deploy.data.calibration import (
-    Batches,
-    Sample,
-    bundled_samples,
-    image_batches,
-    read_samples,
-    split,
-    text_batches,
-)
+from optin_deploy.data.bundled import bundled_samples
+from optin_deploy.data.halves import split
 from optin_deploy.data.repeats import distinct
+from optin_deploy.data.rows import Feeds
+from optin_deploy.data.samples import Sample, read_samples
+from optin_deploy.data.text_feeds import encoded
 from optin_deploy.errors import BadInput
 
-BERT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+MASKED = ("input_ids", "attention_mask")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
@@ -355,7 +353,7 @@ def test_a_split_out_of_range_is_refused(options: dict[str, float]) -> None:
 
 
 def test_rows_are_sorted_by_length_cut_and_padded_per_batch_with_their_labels() -> None:
-    got = text_batches(texts(50, 3, 1, 3), make_tokenizer(), seq_len=8, batch_size=2)
+    got = text_rows(texts(50, 3, 1, 3), make_tokenizer(), *MASKED, seq_len=8, batch_size=2)
     assert got.labels == (2, 1, 3, 0)
     assert [tuple(batch["input_ids"].shape) for batch in got.batches] == [(2, 5), (2, 8)]
     assert got.batches[0]["input_ids"].tolist() == [[2, 4, 3, 0, 0], [2, 4, 5, 6, 3]]
@@ -366,53 +364,59 @@ def test_rows_are_sorted_by_length_cut_and_padded_per_batch_with_their_labels() 
 def test_padding_is_what_the_tokenizer_itself_would_do() -> None:
     pairs = [Sample(text="w1 w2", text_pair="w3"), Sample(text="w1"), Sample(text="w4 w5 w6", text_pair="w7 w8 w9")]
     tokenizer = make_tokenizer(padding_side="left")
-    (got,) = text_batches(pairs, tokenizer, seq_len=8, pad_to=12, inputs=BERT_INPUTS).batches
+    (got,) = text_rows(pairs, tokenizer, *BERT_INPUTS, seq_len=8).batches
     for row, sample in zip(range(3), (pairs[1], pairs[0], pairs[2]), strict=True):
         options = {"padding": "max_length", "return_tensors": "pt", "return_token_type_ids": True}
         cut = {"truncation": True, "max_length": 8} if row == 2 else {"max_length": 12}
         wanted = tokenizer(sample.text, sample.text_pair, **options, **cut)
         for name in BERT_INPUTS:
             width = wanted[name].shape[1]
-            assert torch.equal(got[name][row, 12 - width :], wanted[name][0])
+            assert torch.equal(got[name][row], wanted[name][0, width - 8 :])
             assert got[name].dtype == torch.int64
 
 
 def test_the_tokenizer_is_left_as_it_was() -> None:
     tokenizer = make_tokenizer()
     before = tokenizer.backend_tokenizer.to_str()
-    text_batches(texts(3, 30), tokenizer, seq_len=8)
+    text_rows(texts(3, 30), tokenizer, *MASKED, seq_len=8)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_without_a_padding_token_the_end_token_pads_under_the_mask() -> None:
     tokenizer = make_tokenizer(eos_token="[SEP]")
     tokenizer.pad_token = None
-    (batch,) = text_batches(texts(1, 2), tokenizer, seq_len=8).batches
+    (batch,) = text_rows(texts(1, 2), tokenizer, *MASKED, seq_len=8).batches
     assert batch["input_ids"].tolist() == [[2, 4, 3, 3], [2, 4, 5, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    with pytest.raises(BadInput, match=r"no padding token.*pad_token"):
-        text_batches(texts(1, 2), tokenizer, seq_len=8, inputs=("input_ids",))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 2}, r"seq_len=2 leaves no room.*2 special tokens.*--seq-len 3"),
-        ({"seq_len": 8, "pad_to": 4}, r"pad_to=4 is below seq_len=8.*pad_to=8"),
+        ({"seq_len": 2}, r"2 tokens a text leave no room.*2 special tokens.*--seq-len 3"),
         ({"seq_len": 8, "batch_size": 0}, r"batch_size=0: it must be 1 or more"),
-        ({"seq_len": 8, "inputs": ("input_ids", "bbox")}, r"does not make bbox \(it makes input_ids.*saved with this"),
     ],
 )
-def test_a_wrong_option_of_text_batches_is_refused(options: dict[str, object], message: str) -> None:
+def test_a_wrong_option_of_texts_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        text_batches(texts(3), make_tokenizer(), **options)  # type: ignore[arg-type]
+        text_rows(texts(3), make_tokenizer(), *MASKED, **options)
+
+
+def test_an_input_that_the_tokenizer_does_not_make_is_named() -> None:
+    made = make_tokenizer()
+
+    def without_types(*args: Any, return_token_type_ids: bool, **options: Any) -> Any:
+        return made(*args, **options)
+
+    with pytest.raises(BadInput, match=r"does not make .*\(it makes input_ids.*saved with this"):
+        encoded(texts(3), without_types, ["attention_mask", "token_type_ids"], 8)
 
 
 def test_a_sample_of_the_wrong_kind_is_named() -> None:
-    with pytest.raises(BadInput, match=r"bundled image 0: no text.*\.jsonl"):
-        text_batches(bundled_samples("image")[:1], make_tokenizer(), seq_len=8)
+    with pytest.raises(BadInput, match=r"bundled image 0: no text in this sample"):
+        text_rows(bundled_samples("image")[:1], make_tokenizer(), *MASKED, seq_len=8)
     with pytest.raises(BadInput, match=r"t:0: no image in this sample.*folder of images"):
-        image_batches(texts(3), ViTImageProcessorPil())
+        image_rows(texts(3), ViTImageProcessorPil())
 
 
 # Image batches
@@ -427,9 +431,9 @@ def test_images_of_every_mode_and_size_become_pixel_values(tmp_path: Path, mode:
     save_image(tmp_path / "cat" / "a.png", (40, 30), mode)
     save_image(tmp_path / "dog" / "b.png", (20, 70), mode)
     save_image(tmp_path / "dog" / "c.png", (9, 9), mode)
-    got = image_batches(read_samples(tmp_path), processor(), batch_size=2)
-    assert [tuple(batch["pixel_values"].shape) for batch in got.batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
-    assert (got.labels, got.batches[0]["pixel_values"].dtype) == (("cat", "dog", "dog"), torch.float32)
+    got = image_rows(read_samples(tmp_path), processor(), batch_size=2)
+    assert [tuple(batch["image"].shape) for batch in got.batches] == [(2, 3, 16, 16), (1, 3, 16, 16)]
+    assert (got.labels, got.batches[0]["image"].dtype) == (("cat", "dog", "dog"), torch.float32)
 
 
 def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
@@ -438,12 +442,12 @@ def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
-    assert batch["pixel_values"][0, :, :8].max() < 0 < batch["pixel_values"][0, :, 8:].min()
+    (batch,) = image_rows(read_samples(tmp_path), processor()).batches
+    assert batch["image"][0, :, :8].max() < 0 < batch["image"][0, :, 8:].min()
 
 
 def test_bundled_images_pass_through_the_processor() -> None:
-    assert len(image_batches(bundled_samples("image")[:5], processor(), batch_size=2)) == 5
+    assert len(image_rows(bundled_samples("image")[:5], processor(), batch_size=2)) == 5
 
 
 def broken_images() -> dict[str, bytes]:
@@ -461,7 +465,7 @@ def broken_images() -> dict[str, bytes]:
 def test_an_image_that_does_not_open_is_named(tmp_path: Path, case: str) -> None:
     write(tmp_path / "bad.png", broken_images()[case])
     with pytest.raises(BadInput, match=r"bad\.png: this image does not open.*png, jpg.*delete it"):
-        image_batches(read_samples(tmp_path), processor())
+        image_rows(read_samples(tmp_path), processor())
 
 
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
@@ -469,7 +473,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(path)
     write(path, path.read_bytes()[:-400])
     with pytest.raises(BadInput, match=r"cut\.jpg: this image does not open.*truncated"):
-        image_batches(read_samples(tmp_path), processor())
+        image_rows(read_samples(tmp_path), processor())
 
 
 @pytest.mark.parametrize("limit", [50, 80])  # PIL raises above twice the limit, and only warns above it
@@ -477,14 +481,14 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     save_image(tmp_path / "bomb.png", (11, 11))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(BadInput, match=r"bomb\.png: too many pixels.*Shrink it"):
-        image_batches(read_samples(tmp_path), processor())
+        image_rows(read_samples(tmp_path), processor())
 
 
 def test_an_image_file_above_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_image(tmp_path / "a.png")
     monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 10)
     with pytest.raises(BadInput, match=r"a\.png: .*at most 2 GiB"):
-        image_batches(read_samples(tmp_path), processor())
+        image_rows(read_samples(tmp_path), processor())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -492,7 +496,7 @@ def test_a_processor_that_leaves_unequal_sizes_is_refused(tmp_path: Path, batch_
     save_image(tmp_path / "a.png", (10, 10))
     save_image(tmp_path / "b.png", (20, 10))
     with pytest.raises(BadInput, match=r"b\.png: the image processor does not fit.*do_resize"):
-        image_batches(read_samples(tmp_path), processor(do_resize=False), batch_size=batch_size)
+        image_rows(read_samples(tmp_path), processor(do_resize=False), batch_size=batch_size)
 
 
 # Fingerprints
@@ -500,7 +504,7 @@ def test_a_processor_that_leaves_unequal_sizes_is_refused(tmp_path: Path, batch_
 
 def test_reading_again_gives_the_same_fingerprint(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "w1 w2\nw3\nw4 w5 w6\n")
-    first, second = (text_batches(read_samples(path), make_tokenizer(), seq_len=8) for _ in range(2))
+    first, second = (text_rows(read_samples(path), make_tokenizer(), *MASKED, seq_len=8) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert len(first.fingerprint) == 64
 
@@ -510,7 +514,7 @@ def test_one_flipped_bit_changes_the_fingerprint(dtype: torch.dtype) -> None:
     tensor = torch.zeros(2, 3, dtype=dtype)
     flipped = tensor.clone()
     flipped.view(torch.uint8)[1, 2] ^= 1
-    one, other = (Batches(({"x": value},), (None, None)) for value in (tensor, flipped))
+    one, other = (Feeds(({"x": value},), (None, None), "here") for value in (tensor, flipped))
     assert one.fingerprint != other.fingerprint
 
 
@@ -523,13 +527,13 @@ def test_name_shape_dtype_and_batching_are_in_the_fingerprint_and_labels_are_not
         ({"x": zeros.to(torch.int32)},),
         ({"x": zeros[:1]}, {"x": zeros[1:]}),
     ]
-    assert len({Batches(batches, (0, 1)).fingerprint for batches in variants}) == len(variants)
-    assert Batches(variants[0], (0, 1)).fingerprint == Batches(variants[0], ("a", None)).fingerprint
+    assert len({Feeds(batches, (0, 1), "here").fingerprint for batches in variants}) == len(variants)
+    assert Feeds(variants[0], (0, 1), "here").fingerprint == Feeds(variants[0], ("a", None), "there").fingerprint
 
 
 def test_labels_that_do_not_match_the_rows_are_refused() -> None:
     with pytest.raises(BadInput, match="1 labels for 2 rows"):
-        Batches(({"x": torch.zeros(2, 3)},), (None,))
+        Feeds(({"x": torch.zeros(2, 3)},), (None,), "here")
 
 
 # Tokenizer

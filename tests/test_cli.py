@@ -45,6 +45,8 @@ from tiny_checkpoint import (
 import optin_deploy
 from optin_deploy.cli import app
 from optin_deploy.errors import EXIT_CODES
+from optin_deploy.network.hashing import network_hash
+from optin_deploy.network.read_onnx import read_file
 
 COMMANDS = tuple(typer.main.get_group(app).commands)
 READ_ONLY = ("doctor",)
@@ -168,34 +170,26 @@ def test_the_output_folder_holds_the_files_of_the_contract() -> None:
     out = finished_job()
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert {"model.onnx", "dense.onnx", "report.json", "report.md", "samples.safetensors"} <= files
-    assert {"plan.json", "masks.json", "scores.safetensors", "scores.json"} <= files
-    assert {f"model/{name}" for name in ("model.safetensors", "config.json", "plan.json", "layout.json")} <= files
+    assert {"plan.json", "scores.safetensors", "curves.json"} <= files
+    assert {f"model/{name}" for name in ("model.safetensors", "config.json", "plan.json", "optin.json")} <= files
     assert {"model/tokenizer.json", "model/tokenizer_config.json"} <= files
     assert temporary_files(out) == []
 
 
-@pytest.mark.parametrize("name", ["plan.json", "masks.json", "scores.json", "model/plan.json", "report.json"])
-def test_a_json_file_carries_its_schema_version_and_a_hash(name: str) -> None:
+@pytest.mark.parametrize("name", ["plan.json", "model/plan.json", "report.json"])
+def test_a_json_file_carries_its_schema_version_and_the_hash_of_the_network(name: str) -> None:
     data = json.loads((finished_job() / name).read_text())
-    assert data["schema_version"] == (2 if name in ("scores.json", "report.json") else 1)
-    hashes = data.get("hashes", data)
-    found = hashes.get("layout_hash", hashes.get("layout"))
-    assert re.fullmatch("[0-9a-f]{64}", found)
+    assert data["schema_version"] == 2
+    found = data.get("hashes", data)["network"]
+    assert found == network_hash(read_file(finished_job() / "dense.onnx"))
 
 
-def test_the_scores_carry_their_schema_version_and_hashes() -> None:
+def test_the_scores_carry_their_schema_version_and_the_hash_of_the_network() -> None:
     with safetensors.safe_open(finished_job() / "scores.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert metadata["schema_version"] == "2"
-    data = json.loads((finished_job() / "scores.json").read_text())
-    assert {name: metadata[name] for name in ("layout_hash", "key")} == {n: data[n] for n in ("layout_hash", "key")}
-
-
-def test_the_layout_hash_is_the_same_in_every_file() -> None:
-    out = finished_job()
-    names = ("plan.json", "masks.json", "scores.json", "model/plan.json")
-    found = {json.loads((out / name).read_text())["layout_hash"] for name in names}
-    assert found == {json.loads((out / "report.json").read_text())["hashes"]["layout"]}
+        about = json.loads(file.metadata()["about"])
+    assert about["schema_version"] == 3
+    assert about["network"] == network_hash(read_file(finished_job() / "dense.onnx"))
+    assert re.fullmatch("[0-9a-f]{64}", about["provenance"]["key"])
 
 
 def test_labels_make_accuracy_the_metric() -> None:
@@ -219,7 +213,8 @@ def test_the_exported_model_is_smaller_in_every_form() -> None:
     assert sum(p.numel() for p in model.parameters()) == report["params"]["pruned"]
     queries = [getattr(layer.attention.self, "query", None) for layer in model.bert.encoder.layer]  # none without heads
     assert report["heads"] == [query.out_features // 8 if query else 0 for query in queries]  # heads are 8 wide
-    assert report["neurons"] == [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    neurons = [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    assert report["neurons"] == [*neurons, model.bert.pooler.dense.out_features]
 
 
 def test_folder_and_model_folder_load_to_the_same_original_class() -> None:
@@ -245,8 +240,8 @@ def test_the_recorded_samples_are_what_the_artifacts_compute() -> None:
     assert set(feeds) == {"input_ids", "attention_mask", "token_type_ids"}
     for name, file in (("pruned", "model.onnx"), ("dense", "dense.onnx")):
         found = run_onnx(finished_job() / file, feeds)["logits"]
-        np.testing.assert_allclose(found, samples[f"{name}.output"].numpy(), atol=1e-4, rtol=0)
-    assert not torch.allclose(samples["pruned.output"], samples["dense.output"], atol=1e-4)
+        np.testing.assert_allclose(found, samples[f"{name}.logits"].numpy(), atol=1e-4, rtol=0)
+    assert not torch.allclose(samples["pruned.logits"], samples["dense.logits"], atol=1e-4)
 
 
 def test_tokenizer_and_config_lie_beside_the_onnx_file_too() -> None:
@@ -314,7 +309,6 @@ def test_without_labels_agreement_is_the_metric(shell: Shell, tmp_path: Path) ->
         assert quality["dense"] == 1.0
         assert -1 <= quality["pruned"] < 1.0
         assert [row["engine"] for row in report["latency"]] == ["torch"]
-        assert not list(out.glob("*.onnx"))
         assert report["size_bytes"]["pruned"] == (out / "model" / "model.safetensors").stat().st_size
 
 
@@ -346,11 +340,11 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
     ran = shell("optin", "score", bert(), *options)
     assert ran.code == 0, ran.err
     assert f"optin plan {work}" in ran.out
-    assert set(snapshot(work)) == {"source.json", "scores.json", "scores.safetensors"}
+    assert set(snapshot(work)) == {"source.json", "dense.onnx", "scores.safetensors"}
     written = snapshot(work)
     ran = shell("optin", "score", bert(), *options)
     assert "Found finished" in ran.out
-    assert not changed(written, snapshot(work)) & {"scores.json", "scores.safetensors"}
+    assert not changed(written, snapshot(work)) & {"dense.onnx", "scores.safetensors"}
 
     ran = shell("optin", "plan", work, "--flops", 0.5, "--dry-run")
     assert "nothing was written" in ran.out
@@ -360,20 +354,17 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
     assert f"optin rewrite {work}" in ran.out
     assert (work / "curves.json").exists()
     plan = json.loads((work / "plan.json").read_text())
-    assert 0.4 < plan["macs_pruned"] / plan["macs_dense"] <= 0.5
-    masks = json.loads((work / "masks.json").read_text())
-    for kind in ("heads", "neurons"):
-        assert [[i for i, bit in enumerate(bits) if bit == "1"] for bits in masks[kind]] == plan[kind]
-
-    assert masks["settings"]["allocation"] == "curves"
+    cost = plan["cost"]
+    assert 0.4 < cost["macs_pruned"] / cost["macs_dense"] <= 0.5
+    assert plan["settings"]["allocation"] == "curves"
     uniform = tmp_path / "uniform"
     shutil.copytree(work, uniform)
     ran = shell("optin", "plan", uniform, "--allocation", "uniform", "--flops", 0.5, "--align", 8)
     assert ran.code == 0, ran.err
-    assert json.loads((uniform / "masks.json").read_text())["settings"]["allocation"] == "uniform"
     told = json.loads((uniform / "plan.json").read_text())
-    assert told["macs_pruned"] / told["macs_dense"] <= 0.5
-    assert len(set(map(len, told["neurons"]))) == 1
+    assert told["settings"]["allocation"] == "uniform"
+    assert told["cost"]["macs_pruned"] / told["cost"]["macs_dense"] <= 0.5
+    assert len({len(units) for name, units in told["keep"].items() if name.endswith("neurons")}) == 1
 
     ran = shell("optin", "rewrite", work)
     assert ran.code == 0, ran.err
@@ -409,7 +400,7 @@ def test_the_stages_meet_in_files(shell: Shell, tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     assert str(bert()) in ran.out
     assert str(lines()) in ran.out
-    assert f"keeps {plan['macs_pruned'] / plan['macs_dense']:.1%}" in ran.out
+    assert f"keeps {cost['macs_pruned'] / cost['macs_dense']:.1%}" in ran.out
     assert temporary_files(work) == []
 
 
@@ -454,8 +445,8 @@ def test_another_budget_redoes_only_what_depends_on_it(shell: Shell, finished: P
     ran = export_again(shell, finished, "--flops", 0.4)
     assert ran.code == 0, ran.err
     different = changed(before, snapshot(finished))
-    assert not different & {"scores.safetensors", "scores.json", "dense.onnx"}
-    assert {"plan.json", "masks.json", "model/model.safetensors", "model.onnx"} <= different
+    assert not different & {"scores.safetensors", "dense.onnx"}
+    assert {"plan.json", "model/model.safetensors", "model.onnx"} <= different
     report = json.loads((finished / "report.json").read_text())
     assert report["macs"]["kept"] <= 0.4
     assert report["settings"]["flops"] == 0.4
@@ -464,7 +455,7 @@ def test_another_budget_redoes_only_what_depends_on_it(shell: Shell, finished: P
 @pytest.mark.parametrize(
     ("flags", "kept", "made"),
     [
-        (["--no-compensation"], {"scores.safetensors"}, {"model/model.safetensors"}),
+        (["--no-compensation"], {"scores.safetensors"}, {"model.onnx", "model/model.safetensors"}),
         (["--scorer", "exact"], set(), {"scores.safetensors"}),
         (["--seed", 1], set(), {"scores.safetensors", "model/model.safetensors"}),
     ],

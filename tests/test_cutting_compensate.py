@@ -1,18 +1,31 @@
-"""Weights repaired on the graph: least squares on activations that are computed by hand, and the first edition's."""
+"""Weights repaired on the graph: least squares on activations that are computed by hand, or by hooks on modules."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
+from own_regression import best_ridge, images, inputs_of, texts
 from tiny_networks import Image, made
-from tiny_scoring import Batch, bert, dinov2, image_batch, one_thread, text_batch, vit
+from tiny_scoring import (
+    BERT,
+    DINOV2,
+    LAYERS,
+    SWIGLU,
+    VIT,
+    Batch,
+    Family,
+    bert,
+    dinov2,
+    image_batch,
+    one_thread,
+    vit,
+)
 from torch import Tensor, nn
 
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.compensate import compensate
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
@@ -22,12 +35,10 @@ from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.plan import PruningPlan
 from optin_deploy.regression import RIDGES
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
-from optin_deploy.token_weights import measure_token_weights
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -48,31 +59,7 @@ def weight(done: Compensation | Network, name: str) -> np.ndarray:
     return torch_tensor(network.weights[name]).double().numpy()
 
 
-# --- the independent regression ---------------------------------------------------------------------------------------
-
-
-def ridge(a: np.ndarray, y: np.ndarray, strength: float, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """argmin mean |y - a w - b|^2 + strength * (mean variance of a) * |w|^2, as one least squares."""
-    mean_a, mean_y = (each.mean(0) if centred else np.zeros(each.shape[1]) for each in (a, y))
-    spread = np.sqrt(strength * ((a - mean_a) ** 2).mean(0).mean() * len(a))
-    left = np.concatenate([a - mean_a, spread * np.eye(a.shape[1])])
-    right = np.concatenate([y - mean_y, np.zeros((a.shape[1], y.shape[1]))])
-    w = np.linalg.lstsq(left, right, rcond=None)[0]
-    return w, mean_y - mean_a @ w
-
-
-def best_ridge(a: np.ndarray, y: np.ndarray, centred: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """The same from all samples, by the ridge of least error on every fifth; a, y: (samples, rows, ..)."""
-    judged = np.arange(len(a)) % 5 == 4
-
-    def flat(values: np.ndarray) -> np.ndarray:
-        return values.reshape(-1, values.shape[-1])
-
-    def error(strength: float) -> float:
-        w, b = ridge(flat(a[~judged]), flat(y[~judged]), strength, centred)
-        return float(((flat(y[judged]) - flat(a[judged]) @ w - b) ** 2).sum())
-
-    return ridge(flat(a), flat(y), min(RIDGES, key=error), centred)
+# --- modules ----------------------------------------------------------------------------------------------------------
 
 
 class Scaled(nn.Module):
@@ -102,7 +89,7 @@ def test_a_scaled_branch_solves_the_regression_of_its_docstring(bias: bool) -> N
         lost = hidden.clone()
         lost[..., KEPT] = 0
         target = module.scale * (lost @ module.down.weight.T)
-        w, b = best_ridge(hidden[..., KEPT].numpy(), target.numpy(), bias)
+        w, b = best_ridge(hidden[..., KEPT].numpy(), target.numpy(), RIDGES, bias)
     scale = module.scale.detach().numpy()
     expected = module.down.weight.detach().numpy().copy()
     expected[:, KEPT] += (w / scale).T
@@ -129,7 +116,7 @@ def test_what_a_later_product_reads_is_brought_back_by_its_weight() -> None:
         half.down.bias.copy_(torch.from_numpy(weight(done, "down.bias")))
         half.down.weight[:, [unit for unit in range(9) if unit not in KEPT]] = 0
         dense, found = ((x + m.scale * m.down(m.up(x).tanh())).mean(1).numpy() for m in (module, half))
-        w, b = best_ridge(found[:, None], (dense - found)[:, None])
+        w, b = best_ridge(found[:, None], (dense - found)[:, None], RIDGES)
     old = module.head.weight.detach().numpy()
     told = done.repaired[-1]
     assert (len(done.repaired), told.side) == (2, "input")
@@ -166,7 +153,7 @@ def test_a_convolution_solves_for_patches_in_the_scale_of_its_batch_norm_and_shi
         flat = module.second.weight.flatten(1)
         scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
         target = (patches[..., other] @ flat[:, other].T) * scale
-        w, b = best_ridge(patches[..., columns].numpy(), target.numpy())
+        w, b = best_ridge(patches[..., columns].numpy(), target.numpy(), RIDGES)
         expected = flat.clone()
         expected[:, columns] += torch.from_numpy(w / scale.numpy()).T
         shift = module.norm.bias + torch.from_numpy(b)
@@ -198,7 +185,7 @@ def test_where_nothing_is_added_a_product_follows_its_own_dense_output() -> None
         flat = module.second.weight.flatten(1)
         scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
         target = (hidden[..., [2, 3, 5]] @ flat[:, [2, 3, 5]].T) * scale
-        w, b = best_ridge(hidden[..., kept].numpy(), target.numpy())
+        w, b = best_ridge(hidden[..., kept].numpy(), target.numpy(), RIDGES)
     group = next(group for group in subject.layout.groups if group.units == 8)
     done = compensated(subject, {group.name: kept}, [{"x": x}])
     expected = flat.detach().numpy().copy()
@@ -210,38 +197,62 @@ def test_where_nothing_is_added_a_product_follows_its_own_dense_output() -> None
 # --- the same by other ways -------------------------------------------------------------------------------------------
 
 
-def texts() -> list[Batch]:
-    found = [text_batch((3, 7, 5, 6, 9, 4, 8, 10), seed=i) for i in range(5)]
-    return [{**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in found]
-
-
-CASES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
-    "bert: post-LN": lambda: (bert(), texts()),
-    "vit: pre-LN": lambda: (vit(), [image_batch(12, seed=0), image_batch(20, seed=1)]),
-    "dinov2: LayerScale": lambda: (dinov2(), [image_batch(12, seed=0), image_batch(20, seed=1)]),
-    "dinov2: gated FFN": lambda: (dinov2(gated=True), [image_batch(42, seed=0), image_batch(50, seed=1)]),
+CASES: dict[str, Callable[[], tuple[nn.Module, Family, list[Batch]]]] = {
+    "bert: post-LN": lambda: (bert(), BERT, texts()),
+    "vit: pre-LN": lambda: (vit(), VIT, images()),
+    "dinov2: LayerScale": lambda: (dinov2(), DINOV2, images()),
+    "dinov2: gated FFN": lambda: (dinov2(gated=True), SWIGLU, [image_batch(42, seed=0), image_batch(50, seed=1)]),
 }
+BETWEEN = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2", SWIGLU: "norm2"}
+"""Of a block: what reads the stream behind its attention."""
 
 
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_get_the_weights_of_the_first_edition(case: str) -> None:
-    model, batches = CASES[case]()
-    layout = resolve(model)
+def test_every_branch_of_a_transformer_brings_the_stream_back(case: str, kind: str) -> None:
+    """Its projection gives what the dense branch gave, and what the stream before it lacks."""
+    model, family, batches = CASES[case]()
     subject = Subject.of(find(read(model)))
-    groups = [group for group in subject.layout.groups if group.kind in ("heads", "neurons")][: 2 * len(layout.layers)]
-    neurons = tuple(range(0, layout.layers[0].neurons, 2))
-    keep = {group.name: (0, 2) if group.kind == "heads" else neurons for group in groups}
-    plan = PruningPlan(((0, 2),) * len(layout.layers), (neurons,) * len(layout.layers), layout.hash, 100, 60, 10, 8)
-    expected = compensate(model, layout, plan, batches)
+    groups = [group for group in subject.layout.groups if group.kind in ("heads", "neurons")][: 2 * LAYERS]
+    keep = {group.name: (0, 2) if group.kind == "heads" else tuple(range(0, group.units, 2)) for group in groups}
     done = compensated(subject, keep, batches)
-    assert all(told.ridge is not None for told in done.repaired[: 4 * len(layout.layers) - 1]), "none is left as it was"
-    moved = 0
-    for name, tensor in expected.items():
-        before = model.state_dict()[name].numpy()
-        rows = (tensor.numpy() != before).reshape(len(before), -1).any(1)  # those of cut units stay as they were
-        assert np.allclose(weight(done, name)[rows], tensor.numpy()[rows], atol=1e-8), name
-        moved += bool(rows.any())
-    assert moved > 6 * len(layout.layers)
+    student = copy.deepcopy(model)
+    student.load_state_dict(
+        {
+            name: torch.tensor(weight(done, name)) if name in done.network.weights else old
+            for name, old in model.state_dict().items()
+        }
+    )
+    columns: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        layer = number // 2
+        for unit in keep[group.name]:
+            path, some = family.columns(layer, group.kind, unit)
+            columns.setdefault(path, []).extend(some)
+    for path, some in columns.items():
+        linear = student.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data[:, np.setdiff1d(np.arange(linear.in_features), some)] = 0
+    for layer in range(LAYERS):
+        path, block = family.columns(layer, kind, 0)[0], f"{family.blocks}.{layer}"
+        before = block if kind == "heads" else f"{block}.{BETWEEN[family]}"
+        a, a_student = (inputs_of(each, path, batches) for each in (model, student))
+        x, x_student = (inputs_of(each, before, batches) for each in (model, student))
+        dense = model.get_submodule(path)
+        old, bias = dense.weight.detach().numpy(), dense.bias.detach().numpy()
+        scale = np.ones(len(old))
+        if family in (DINOV2, SWIGLU):
+            number = 1 if kind == "heads" else 2
+            scale = model.get_parameter(f"{block}.layer_scale{number}.lambda1").detach().numpy()
+        some = columns[path]
+        lost = [
+            scale * (v @ old.T - v_[:, some] @ old[:, some].T) + r - r_
+            for v, v_, r, r_ in zip(a, a_student, x, x_student, strict=True)
+        ]
+        w, b = best_ridge([each[:, some] for each in a_student], lost, RIDGES)
+        np.testing.assert_allclose(weight(done, f"{path}.weight")[:, some], old[:, some] + (w / scale).T, atol=1e-7)
+        np.testing.assert_allclose(weight(done, f"{path}.bias"), bias + b / scale, atol=1e-7)
+        assert float(np.abs(b).max()) > 1e-3, "there was something to solve"
 
 
 class Windowed(nn.Module):
@@ -398,17 +409,6 @@ def test_a_vector_that_several_places_read_is_repaired_for_one_of_them_alone() -
     prove(layout, both, cut(layout, both), probes_of(done.network))
 
 
-def test_a_matrix_that_several_products_read_is_left_alone_and_told() -> None:
-    torch.manual_seed(0)
-    module = Twice().double()
-    module.two = module.one
-    x = torch.randn(10, 4, 6, dtype=torch.float64)
-    subject = subject_of(module, x)
-    done = compensated(subject, {subject.layout.groups[0].name: KEPT}, [{"x": x}])
-    assert done.repaired == ()
-    assert {each.why for each in done.skipped} == {"several nodes read its weight"}
-
-
 def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same() -> None:
     module = made(Image).double()
     x = torch.randn(10, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -420,19 +420,6 @@ def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same()
         assert np.allclose(weight(one, name), weight(other, name), atol=1e-9), name
 
 
-@pytest.mark.parametrize("case", ["bert: post-LN", "vit: pre-LN"])
-def test_tokens_count_as_in_the_first_edition(case: str) -> None:
-    model, batches = CASES[case]()
-    subject = Subject.of(find(read(model)))
-    expected, found = measure_token_weights(model, resolve(model), batches), token_weights(subject, batches)
-    assert expected is not None
-    assert found is not None
-    ends = [feature.value for feature in subject.features][1::2]  # behind both branches of a layer
-    for layer, end in zip(expected, ends, strict=False):
-        for one, other in zip(layer, found.of[end], strict=True):
-            assert torch.allclose(one.cpu(), other, atol=1e-6)
-
-
 def test_tokens_of_an_embedding_count_the_same() -> None:
-    model, batches = CASES["dinov2: LayerScale"]()
+    model, _, batches = CASES["dinov2: LayerScale"]()
     assert token_weights(Subject.of(find(read(model)), kind="embedding"), batches) is None

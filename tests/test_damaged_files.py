@@ -6,30 +6,30 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
-from conftest import tiny_model
 from made_timings import FakeMeasuring, made
 from onnx import TensorProto, helper, numpy_helper
 from tiny_checkpoint import finished_job
 
-from exporters import exporter, onnx_artifact
+from exporters import exporter
 from exporters.base import Artifact
 from exporters.bench import measuring
 from exporters.bench.float32_dense import float32_dense, measure_beside_float32
-from exporters.bench.measuring import Point
+from exporters.bench.measuring import inputs_in
+from exporters.bench.points import Point
 from exporters.building import Built, Pair
 from exporters.doctor import check_file
 from optin_deploy.bench.report import latency_rows
 from optin_deploy.errors import BadInput
-from optin_deploy.pruned import load_pruned
-from optin_deploy.workspace import Workspace
+from optin_deploy.network import sealed
+from optin_deploy.network.write import write
+from optin_deploy.workspace import Source, Workspace
 
 if TYPE_CHECKING:
     from tiny_checkpoint import Shell
@@ -111,21 +111,20 @@ def test_bench_and_gate_name_the_file_and_the_command(
         assert ran.code == 2
         assert "Traceback" not in ran.err
         assert str(finished / "model.onnx") in ran.err.replace("\n", "")
-        assert (
-            f"optin build {finished} --engine onnx --precision fp32" in ran.err + caplog.text
-        )  # a warning, or the error
+        assert f"optin build {finished}" in ran.err + caplog.text
 
 
-def test_build_makes_damaged_files_again_and_above_the_limit_with_data(
+def test_rewrite_and_build_make_damaged_files_again_and_above_the_limit_with_data(
     finished: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole chain above the limit: build, check, doctor, bench and gate give what one file gives."""
+    """The whole chain above the limit: rewrite, build, check, doctor, bench and gate give what one file gives."""
     one_file = {name: (finished / name).stat().st_size for name in ("model.onnx", "dense.onnx")}
     truncated(finished / "model.onnx")
     empty(finished / "dense.onnx")
-    monkeypatch.setattr("exporters.to_onnx.SINGLE_FILE_BYTES", 1000)
-    ran = shell("optin", "build", finished)
-    assert ran.code == 0, ran.err
+    monkeypatch.setattr(sealed, "write", partial(write, single_file_bytes=1000))
+    for command in ("rewrite", "build"):
+        ran = shell("optin", command, finished)
+        assert ran.code == 0, ran.err
     for name, size_bytes in one_file.items():
         files = [finished / name, finished / f"{name}.data"]
         assert 0.9 < sum(file.stat().st_size for file in files) / size_bytes < 1.1
@@ -209,18 +208,18 @@ def test_the_float32_dense_model_is_one_that_is_there(
     engine: str, precision: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
     everything = built(engine, precision, tmp_path, onnx_too=engine not in ("torch", "aoti"))
-    found, path = float32_dense(everything, cast("Any", SimpleNamespace(model="hub/model")))
+    found, path = float32_dense(everything, Source("hub/model"))
     assert (found.engine, str(path).removeprefix(f"{tmp_path}/")) == expected
 
 
 def test_a_typed_artifact_is_measured_beside_the_float32_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     job, source = finished_job(), Workspace(finished_job()).source()
-    pruned, everything = load_pruned(job), built("onnx", "int8", job)
+    inputs, everything = inputs_in(Workspace(job)), built("onnx", "int8", job)
     typed = everything.pairs[-1]  # the float32 file stands for the int8 one
     pair = replace(typed, pruned=replace(typed.pruned, path=job / "model.onnx"))
     fake = FakeMeasuring([made(0.5)] * 2)
     monkeypatch.setattr(measuring, "measure_pair", fake)
-    (row,) = measure_beside_float32(Built((*everything.pairs[:-1], pair)), pruned, source, [Point(2, 8)])
+    (row,) = measure_beside_float32(Built((*everything.pairs[:-1], pair)), inputs, source, [Point(2, 8)])
     ((dense, smaller),) = fake.outputs
     (feeds,) = fake.feeds
     for name, found in (("dense.onnx", dense), ("model.onnx", smaller)):
@@ -233,27 +232,13 @@ def test_a_typed_artifact_is_measured_beside_the_float32_dense_model(monkeypatch
     ((name, *figures),) = latency_rows([row])
     assert name == "2 x 8, beside fp32 dense"
     assert figures[3].startswith("2.00x")
-    assert measure_beside_float32(built("onnx", "fp32", job), pruned, source, [Point(2, 8)]) == []
-
-
-def test_the_typed_copy_of_a_model_is_the_same_model_in_that_type() -> None:
-    from exporters.graph import typed_copy
-
-    model = tiny_model("bert")
-    model.pooler.dense.weight = model.encoder.layer[0].attention.self.query.weight
-    copied = typed_copy(model, "fp16")
-    assert copied.pooler.dense.weight is copied.encoder.layer[0].attention.self.query.weight
-    found, expected = copied.state_dict(), {name: value.half() for name, value in model.named_parameters()}
-    assert all(found[name].dtype == torch.half and (found[name] == value).all() for name, value in expected.items())
-    assert found.keys() == model.state_dict().keys()
-    assert all(value.dtype == torch.float for value in model.parameters())
-    assert typed_copy(model, "fp32") is model
+    assert measure_beside_float32(built("onnx", "fp32", job), inputs, source, [Point(2, 8)]) == []
 
 
 def test_a_seal_covers_every_byte(tmp_path: Path) -> None:
     path = Path(shutil.copy(finished_job() / "model.onnx", tmp_path))
     whole = path.read_bytes()
-    assert onnx_artifact.finished(path) is not None
+    assert sealed.finished(path) is not None
     for place in (0, 1, len(whole) // 3, len(whole) - 70, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        assert onnx_artifact.finished(path) is None
+        assert sealed.finished(path) is None

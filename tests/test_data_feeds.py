@@ -17,9 +17,7 @@ from tiny_graphs import INT64, value
 from tiny_ports import LENGTH, text
 
 from optin_deploy.checkpoint.beside_graph import class_names, load_tokenizer
-from optin_deploy.data.calibration import text_batches
 from optin_deploy.data.feeds import Drawing, Halves, Preparation, check_runs, read_feeds, read_judging
-from optin_deploy.data.halves import halves
 from optin_deploy.data.rows import Batching, Feeds, grouped, row_keys, rows_of
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
@@ -51,17 +49,6 @@ def test_texts_are_tokenised_as_transformers_does() -> None:
     for batch in found.calibration.batches:
         assert list(batch) == list(tiny_ports.TEXT)
         assert torch.equal(batch["attention_mask"], (batch["input_ids"] != 0).long())
-
-
-def test_batches_are_those_of_the_first_edition() -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert())
-    found = fed(text(), drawing=Drawing(held_out=0), batch_size=8).calibration
-    samples = [Sample(text=text) for text in tiny.texts()]
-    order, _ = halves(len(samples), limit=512, held_out=0, seed=0)
-    before = text_batches([samples[i] for i in order], tokenizer, seq_len=16, batch_size=8, inputs=tiny_ports.TEXT)
-    rows = [{name: values[i : i + 1] for name, values in b.items()} for b in before.batches for i in range(rows_of(b))]
-    assert {key for row in rows for key in row_keys(row)} == set(found.keys)
-    assert sum(b["input_ids"].numel() for b in before.batches) == sum(b["input_ids"].numel() for b in found.batches)
 
 
 def test_only_what_the_network_takes_is_made_in_its_type() -> None:

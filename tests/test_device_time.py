@@ -18,7 +18,8 @@ from tiny_checkpoint import Shell
 from torch import Tensor
 
 from exporters import ENGINES, exporter
-from exporters.bench.measuring import Bench, Point, device_exporter
+from exporters.bench.measuring import Bench, device_exporter
+from exporters.bench.points import Point
 from exporters.bench.suites import read_suite
 from optin_deploy.bench.device_clock import MAX_RUNS, stretch_runs
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time

@@ -11,17 +11,18 @@ import pytest
 from conftest import tiny_batch, tiny_model
 from tiny_checkpoint import LAYERS, Shell
 
-from exporters.base import ExportSpec
 from exporters.bench.operator_times import RUNS, WARMUP, operator_times, summed
-from exporters.to_onnx import OnnxExporter
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators, explained, layer_rows, operator_rows
+from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators, Width, explained, layer_rows, operator_rows
+from optin_deploy.network.read import read
+from optin_deploy.network.write import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DENSE = Operators(10.0, {"MatMul": 8.0, "Softmax": 0.5, "SkipLayerNormalization": 1.0}, {"0": 5.0, "1": 4.5})
 GOOD = Operators(5.5, {"MatMul": 4.0, "Softmax": 0.3, "SkipLayerNormalization": 0.5}, {"0": 2.5, "1": 2.3})
-CUT = Cut(kept=0.5, heads=[6, 5], neurons=[32, 64], align=16, rows=128)
+WIDTHS = [Width("0", "heads", 6, 6), Width("0", "neurons", 32, 96), Width("1", "heads", 5, 6)]
+WIDTHS += [Width("1", "neurons", 64, 96), Width(OUTSIDE, "neurons", 50, 50)]
+CUT = Cut(kept=0.5, widths=WIDTHS, align=16, rows=128)
 
 
 def slower(**operators: float) -> Operators:
@@ -40,9 +41,9 @@ def test_time_that_fell_with_the_macs_needs_no_explanation() -> None:
         (replace(GOOD, wall_ms=9.0), CUT, "Launch bound: 47% of the pruned model's time is between operators"),
         (
             slower(MatMul=6.0),
-            replace(CUT, neurons=[32, 70, 90]),
-            "Misaligned widths: MACs fell to 50%, the time of matrix products to 75%; 1 of 3 layers keep "
-            "neurons that are no multiple of 16 (layer 1: 70). Use --align 16.",
+            replace(CUT, widths=[*WIDTHS, Width("2", "neurons", 70, 96)]),
+            "Misaligned widths: MACs fell to 50%, the time of matrix products to 75%; 1 of 4 groups keep "
+            "units that are no multiple of 16 (block 2: 70 neurons). Use --align 16.",
         ),
         (slower(MatMul=6.0), replace(CUT, rows=8), "Memory bound: MACs fell to 50%"),
         (slower(MatMul=6.0), CUT, "Small products: MACs fell to 50%"),
@@ -69,7 +70,13 @@ def test_where_no_reason_is_found_that_is_said() -> None:
 
 def test_tables_have_every_block_and_add_up() -> None:
     rows = layer_rows(DENSE, GOOD, CUT)
-    assert rows == [("0", "6", "32", "5.00", "2.50", "0.50"), ("1", "5", "64", "4.50", "2.30", "0.51")]
+    assert rows == [
+        ("0", "6 heads, 32 neurons", "5.00", "2.50", "0.50"),
+        ("1", "5 heads, 64 neurons", "4.50", "2.30", "0.51"),
+    ]
+    outside = {OUTSIDE: 1.0}
+    rows = layer_rows(replace(DENSE, by_layer=outside), replace(GOOD, by_layer=outside), CUT)
+    assert rows[-1] == (OUTSIDE, "50 neurons", "1.00", "1.00", "1.00")
     rows = operator_rows(DENSE, GOOD)
     assert rows[0] == ("MatMul", "8.00", "4.00", "0.50")
     assert rows[-2:] == [("between operators", "0.50", "0.70", "1.40"), ("all", "10.00", "5.50", "0.55")]
@@ -108,11 +115,10 @@ def test_fused_nodes_count_for_the_block_before_them_and_warm_up_is_left_out() -
 
 @pytest.mark.parametrize("name", ["bert+head", "vit", "gpt2"])
 def test_a_real_profile_finds_every_block(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    layout = resolve(model)
-    OnnxExporter().export(model, ExportSpec(), tmp_path / "model.onnx")
+    model, path = tiny_model(name), tmp_path / "model.onnx"
+    write(read(model), path)
     feeds = {key: value.numpy() for key, value in tiny_batch(model, batch=2).items()}
-    found = operator_times(tmp_path / "model.onnx", feeds, layout, threads=1)
+    found = operator_times(path, feeds, threads=1)
     assert set(found.by_layer) == {"0", "1", "2", OUTSIDE}
     assert all(ms > 0 for ms in found.by_layer.values())
     assert 0 < found.busy_ms < found.wall_ms
@@ -125,7 +131,8 @@ def test_bench_prints_layers_operators_and_keeps_them(shell: Shell, finished: Pa
     assert "by ONNX Runtime's profiler" in ran.out
     stored = json.loads((finished / "operators.json").read_text())
     assert [(point["batch"], point["seq_len"]) for point in stored["points"]] == [(1, 16), (2, 8)]
-    assert len(stored["points"][0]["cut"]["heads"]) == LAYERS
+    widths = stored["points"][0]["cut"]["widths"]
+    assert {each["block"] for each in widths if each["kind"] == "neurons"} >= set(map(str, range(LAYERS)))
     assert stored["points"][1]["dense"]["by_operator"]["MatMul"] > 0
     assert {"environment", "precision", "threads"} <= set(stored)
 

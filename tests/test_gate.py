@@ -15,7 +15,7 @@ from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
 from exporters.bench.comparing import settle
-from exporters.bench.measuring import Point
+from exporters.bench.points import Point
 from optin_deploy.bench import timing as timing_module
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge, limit_of
 from optin_deploy.bench.timing import PairTiming
@@ -255,7 +255,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(shell: Shell, finish
         (["{job}", "{job}", "--max-ratio", "-1"], "--max-ratio -1"),
         (["{job}", "{job}/none.onnx", "--max-ratio", "1.05"], "none.onnx does not exist"),
         (["{job}/none", "{job}", "--max-ratio", "1.05"], "none does not exist"),
-        (["{job}", "{job}/model", "--max-ratio", "1.05"], "optin build"),
+        (["{job}", "{job}/model", "--max-ratio", "1.05"], "output folder of `optin-export`"),
         (["{job}", "{job}/report.md", "--max-ratio", "1.05"], "report.md"),
         (["{job}", "{job}", "--max-ratio", "1.05", "--engine", "bogus"], "bogus"),
         (["{job}", "{job}", "--max-ratio", "1.05", "--engine", "torch"], "possible: onnx,"),

@@ -5,39 +5,45 @@ Needs the checkout, torch, transformers and onnx; the engines that are not insta
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import main_name, outputs, random_plan, tiny_batch, tiny_batches, tiny_model
+from conftest import main_name, outputs, tiny_batch, tiny_batches, tiny_model
+from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor
 
 from exporters import ENGINES, exporter
-from exporters.base import TOLERANCES, Artifact, ExportSpec
+from exporters.base import Artifact, ExportSpec
+from exporters.precisions import TOLERANCES
 from exporters.profiles import Profile
+from exporters.proving import relative_error
 from exporters.tensorrt_plan import EngineOptions
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.device_time import measure_device_time
 from optin_deploy.bench.timing import measure_pair
-from optin_deploy.cost.macs import mac_cost
+from optin_deploy.checkpoint.smaller import MANIFEST
+from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import MissingDependency
-from optin_deploy.plan import Masks
-from optin_deploy.pruned import MANIFEST
-from optin_deploy.rewrite.torch import rewrite_torch
-from optin_deploy.rewrite.verify import relative_error
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.examples import example_of
+from optin_deploy.network.probe import probes_of
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.unused import tidied
 from optin_deploy.runtimes import tensorrt as tensorrt_runtime
 from optin_deploy.runtimes.device import NO_GPU, exact_float32
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
-from optin_deploy.scoring import ScoreSettings, score
-from optin_deploy.search import make_plan
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.unit_job import score_units
+from optin_deploy.structure.find import find
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,16 +75,24 @@ def cases() -> Iterator[Any]:
 
 
 @cache
+def tiny_of(name: str) -> Tiny:
+    """A model on the CPU in float32, and what of it stays; shared, not to be changed."""
+    return wide() if name == "wide" else tiny(name, no_neurons=())
+
+
+@cache
 def model_of(name: str) -> Any:
-    """A pruned model on the CPU in float32; shared, not to be changed."""
-    if name == "wide":
-        return wide()
-    model = tiny_model(name)
-    layout = resolve(model)
-    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,))).eval()
+    """What engines are compared with: the dense-shaped model in which all weights of the units that go are 0."""
+    return tiny_of(name).reference
 
 
-def wide() -> Any:
+def cut_of(name: str) -> Any:
+    """The smaller torch module."""
+    of = tiny_of(name)
+    return cut_and_tell(of.model, of.layout, of.keep).module.eval()
+
+
+def wide() -> Tiny:
     """Two layers as wide as those of small released models, cut to widths that fit no kernel's tile."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -90,16 +104,19 @@ def wide() -> Any:
         max_position_embeddings=128,
         initializer_range=1 / 16,  # with transformers' 0.02 the output hardly depends on the layers
     )
-    model = transformers.BertModel(config).eval()
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.4 * torch.rand_like(parameter) - 0.2
-    layout = resolve(model)
-    heads = ((True, False, True, True), (False, False, True, False))
-    neurons = tuple(tuple(unit % 3 != layer for unit in range(1024)) for layer in (0, 1))  # 682 and 683
-    plan = make_plan(Masks(heads, neurons, layout.hash), layout, mac_cost(model, layout, seq_len=64))
-    return rewrite_torch(model, layout, plan).eval()
+    example = example_of(model)
+    network = tidied(read_module(model, example.inputs, axes=example.axes, dynamo=False))
+    layout = find(network, probes_of(network))
+    heads = iter(((0, 2, 3), (2,)))
+    neurons = iter([unit for unit in range(1024) if unit % 3 != layer] for layer in (0, 1))  # 682 and 683
+    units = {"heads": heads, "neurons": neurons}
+    some = [group for group in layout.groups if group.kind in units]
+    return Tiny(model, layout, {group.name: next(units[group.kind]) for group in some})
 
 
 def feeds_of(model: Any, batch: int, seq_len: int, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -143,12 +160,15 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     @cache
     def built(engine: str, name: str, precision: str, options: EngineOptions | None = None) -> Artifact:
-        chosen, model = exporter(engine), model_of(name)
+        chosen = exporter(engine)
         folder = root / f"{engine}-{name}-{precision}-{len(list(root.iterdir()))}"
-        samples = tiny_batches(model) if precision == "int8" else ()
+        folder.mkdir()
         given = options or (OPTIONS if engine in PLANS else EngineOptions())
-        spec = ExportSpec(precision, options=given, calibration=samples)
-        return chosen.export(model, spec, folder / chosen.file_names(precision)[0])
+        fed = samples(tiny_of(name).model) if precision == "int8" else ()
+        spec = ExportSpec(precision, options=given, calibration=fed)
+        form = form_of(tiny_of(name).network, folder / "model.onnx", longest=128 if name == "wide" else 64)
+        with patch("exporters.to_aoti.module_of", lambda path, task: cut_of(name)):
+            return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
 
     return built
 
@@ -163,7 +183,7 @@ def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         if engine in TORCH:
             # Stands for a saved model, which only pydantic could read; type and device are the exporter's work.
             (tmp_path / MANIFEST).touch()
-            monkeypatch.setattr("exporters.to_torch.load", lambda path: copy.deepcopy(model_of(name)))
+            monkeypatch.setattr("exporters.to_torch.load", lambda path: cut_of(name))
             path = tmp_path
         else:
             path = build(engine, name, precision).path
@@ -371,15 +391,16 @@ def copied(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", ["bert", "bert+head", "vit+head"])
 def test_scores_on_the_gpu_are_those_on_the_cpu(name: str, scorer: str) -> None:
     model = tiny_model(name)
-    layout, batches, settings = resolve(model), tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
-    expected = score(model, layout, batches, settings)
+    example = example_of(model)
+    layout = find_in(tidied(read_module(model, example.inputs, axes=example.axes, dynamo=False))).layout
+    batches, settings = tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
+    expected = score_units(Subject.of(layout), batches, settings)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
     with exact_float32():  # else the image patches are rounded to TF32
-        found = score(copy.deepcopy(model).to(DEVICE), layout, there, settings)
+        found = score_units(Subject.of(layout, device=DEVICE), there, settings)
     assert found.provenance["kl_weight"] == pytest.approx(expected.provenance["kl_weight"], rel=1e-3)
-    for kind in ("heads", "neurons"):
-        for a, b in zip(getattr(expected, kind), getattr(found, kind), strict=True):
-            check_scores(a, b)
+    for group, values in expected.scores.items():
+        check_scores(values, found.scores[group])
 
 
 def check_scores(expected: Tensor, found: Tensor) -> None:

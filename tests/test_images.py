@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_calibration import processor, save_image, write
+from tiny_ports import image_rows
 
-from optin_deploy.data.calibration import image_batches, read_samples
 from optin_deploy.data.images import eight_bit, open_image
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 
 
@@ -38,7 +39,7 @@ def test_images_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.Log
     found = read_samples(tmp_path)
     assert sorted(Path(sample.source).name for sample in found) == sorted(names)
     assert "4 files are not used (2 x .heic, 1 x .eps, 1 x no extension)" in caplog.text
-    assert len(image_batches(found, processor())) == len(names)
+    assert len(image_rows(found, processor())) == len(names)
 
 
 GREY = np.array([[0, 200, 256], [5000, 32768, 65535]], np.uint16)
@@ -106,17 +107,17 @@ def test_animations_give_their_first_picture_and_a_word(tmp_path: Path, caplog: 
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("white", "black", "black")]
     for name in ("a.gif", "b.png", "c.webp", "d.tif"):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
-    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
-    assert batch["pixel_values"].min() == 1  # white
+    (batch,) = image_rows(read_samples(tmp_path), processor()).batches
+    assert batch["image"].min() == 1  # white
     assert "4 images hold several pictures" in caplog.text
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (40, 3), (3, 3)])
 def test_tiny_images_are_prepared_as_others(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
-    (batch,) = image_batches(read_samples(tmp_path), processor()).batches
-    assert batch["pixel_values"].shape == (1, 3, 16, 16)
-    assert [float(value) for value in batch["pixel_values"].mean((0, 2, 3))] == pytest.approx([1, -1, -1])
+    (batch,) = image_rows(read_samples(tmp_path), processor()).batches
+    assert batch["image"].shape == (1, 3, 16, 16)
+    assert [float(value) for value in batch["image"].mean((0, 2, 3))] == pytest.approx([1, -1, -1])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.bmp", "a.ppm"])

@@ -26,7 +26,7 @@ HEAVY = (
     "transformers",
 )
 UNSAFE = {
-    r"torch\.load\s*\(": "x = torch" + ".load(path, weights_only=True)",
+    r"torch\.load\s*\((?!.*weights_only=True)": "x = torch" + ".load(path)",
     r"pickle\.load": "x = pickle" + ".loads(data)",
     r"trust_remote_code\s*=\s*True": "AutoModel.from_pretrained(name, trust_remote_code" + "=True)",
 }

@@ -17,7 +17,7 @@ import optin_deploy
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting import network_picture
 from optin_deploy.reporting.network_picture import blocks_of, draw, joined
-from optin_deploy.structure.groups import KINDS
+from optin_deploy.structure.labels import KINDS
 from optin_deploy.structure.shares import shares
 
 

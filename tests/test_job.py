@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,18 +31,24 @@ from tiny_checkpoint import (
 
 import optin_deploy
 from exporters import ENGINES, check_precision, exporter
-from exporters.base import TOLERANCES, Artifact
+from exporters.base import Artifact
 from exporters.bench import measuring
-from exporters.bench.measuring import Point
-from exporters.building import Built, Pair
+from exporters.bench.points import Point
+from exporters.building import Built, Forms, Pair, forms_in
 from exporters.job import export_model, record_samples
+from exporters.precisions import TOLERANCES
 from exporters.proving import check_engine
+from exporters.ready import Request
 from optin_deploy.budget import Limits
-from optin_deploy.data.calibration import Batches, read_samples, split
+from optin_deploy.data.halves import split
+from optin_deploy.data.rows import Batch, Feeds
+from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_dense
-from optin_deploy.pruned import load_pruned
-from optin_deploy.runtimes.base import Feeds
+from optin_deploy.network.examples import BATCH, LENGTH
+from optin_deploy.network.sealed import store
+from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.runtimes.base import Feeds as Arrays
 from optin_deploy.stages import prepare
 from optin_deploy.workspace import Source, Workspace
 
@@ -51,9 +57,10 @@ def text_source() -> Source:
     return Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN)
 
 
-def run_job(out: Path, source: Source, **options: Any) -> Any:
+def run_job(out: Path, source: Source, stage: Stage = silent_stage, **options: Any) -> Any:
+    how: dict[str, Any] = {"engine": "torch", "align": 8, "dense": False, **options}
     with one_thread():
-        return export_model(source, out, **{"engine": "torch", "align": 8, "dense": False, **options})
+        return export_model(Request(source, **how), out, stage=stage)
 
 
 # what the report says is true
@@ -76,18 +83,19 @@ def test_the_reported_accuracy_is_that_of_the_loaded_models() -> None:
 
 
 def test_the_held_out_rows_are_not_calibrated_on() -> None:
-    prepared = prepare(text_source())
-    fitted, held_out = (set(map(str, _token_rows(part))) for part in (prepared.calibration, prepared.held_out))
+    rows = prepare(text_source()).ready.rows
+    assert rows.held_out is not None
+    fitted, held_out = (set(map(str, _token_rows(part))) for part in (rows.calibration, rows.held_out))
     assert fitted
     assert held_out
     assert not fitted & held_out
-    assert len(prepared.calibration) + len(prepared.held_out) == len(texts())
+    assert len(rows.calibration) + len(rows.held_out) == len(texts())
 
 
-def _token_rows(batches: Batches) -> list[list[int]]:
+def _token_rows(feeds: Feeds) -> list[list[int]]:
     return [
         [token for token, real in zip(row.tolist(), mask.tolist(), strict=True) if real]
-        for batch in batches.batches
+        for batch in feeds.batches
         for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
 
@@ -171,7 +179,7 @@ class Bent:
     def __exit__(self, *exception: Any) -> None:
         self.inner.__exit__(*exception)
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return {name: self.bend(value) for name, value in self.inner.run(feeds).items()}
 
     def synchronize(self) -> None:
@@ -196,32 +204,32 @@ def test_a_bent_engine_output_fails_the_job(
     for ran in (shell("optin-export", classifier(), *options), shell("optin", "build", finished)):
         assert ran.code == 1
         assert "model.onnx" in ran.err
-        assert "differs from its torch model" in ran.err
+        assert "differs from what it was made of" in ran.err
         assert "Traceback" not in ran.err
     assert not (finished / "report.json").exists()  # a failed run is no row
     assert temporary_files(finished) == []
 
 
 def test_rounding_passes_the_parity_check(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = _built(finished)
-    found = check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
+    built, forms, samples = _built(finished), _forms(finished), _samples(finished)
+    found = check_engine(built, forms, samples)
+    assert set(found) == {"torch_vs_engine", "torch_vs_engine_dense"}
     assert max(found.values()) <= 1e-5
     (pair,) = built.pairs
     honest = pair.engine.open
     monkeypatch.setattr(pair.engine, "open", lambda *args, **options: Bent(honest(*args, **options), 5e-5), False)
     alone = Built((replace(pair, dense=None),))
-    bent = check_engine(alone, load_pruned(finished).model, None, seq_len=SEQ_LEN)
+    bent = check_engine(alone, forms, samples)
     assert max(bent.values()) == pytest.approx(5e-5, rel=0.2)
 
 
 def test_an_artifact_of_the_wrong_model_fails(finished: Path) -> None:
-    built = _built(finished)
-    pruned = load_pruned(finished).model
-    with pytest.raises(ParityFailure, match="dense"):  # dense.onnx against the pruned model
-        check_engine(built, pruned, pruned, seq_len=SEQ_LEN)
+    pruned = _forms(finished).pruned
+    with pytest.raises(ParityFailure, match="dense"):  # dense.onnx against the pruned network
+        check_engine(_built(finished), Forms(pruned, pruned), _samples(finished))
 
 
-def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_is_checked_on_padded_rows_of_untraced_sizes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = _built(finished)
     seen: list[Any] = []
     engine = built.pairs[0].engine
@@ -231,7 +239,7 @@ def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkey
         runtime = honest(path, **options)
         run = runtime.run
 
-        def spy(feeds: Feeds) -> dict[str, np.ndarray]:
+        def spy(feeds: Arrays) -> dict[str, np.ndarray]:
             seen.append(feeds["attention_mask"])
             found: dict[str, np.ndarray] = run(feeds)
             return found
@@ -240,10 +248,19 @@ def test_parity_is_checked_at_untraced_sizes_with_padding(finished: Path, monkey
         return runtime
 
     monkeypatch.setattr(engine, "open", watched, False)
-    check_engine(built, load_pruned(finished).model, load_dense(str(classifier())).model, seq_len=SEQ_LEN)
-    assert {mask.shape for mask in seen} >= {(1, SEQ_LEN), (3, 6)}
-    assert (2, 16) not in {mask.shape for mask in seen}
-    assert all(mask.min() == 0 for mask in seen)
+    check_engine(built, _forms(finished), _samples(finished))
+    assert (8, SEQ_LEN) in {mask.shape for mask in seen}
+    assert (BATCH, LENGTH) not in {mask.shape for mask in seen}
+    assert any(mask.min() == 0 for mask in seen)
+
+
+def _forms(folder: Path) -> Forms:
+    return forms_in(Workspace(folder), None)
+
+
+@cache
+def _samples(folder: Path) -> tuple[Batch, ...]:
+    return prepare(Workspace(folder).source(), folder).ready.rows.calibration.batches
 
 
 def _built(folder: Path) -> Built:
@@ -258,11 +275,13 @@ def _built(folder: Path) -> Built:
 
 def test_eight_samples_are_recorded_even_if_the_last_batch_is_short(tmp_path: Path) -> None:
     prepared = prepare(text_source())
-    (batch,) = prepared.held_out.batches
-    parts = tuple({name: rows[:size] for name, rows in batch.items()} for size in (9, 1))
-    held_out = Batches(parts, (None,) * 10)
-    fake: Any = SimpleNamespace(loaded=prepared.loaded, held_out=held_out)
-    record_samples(Workspace(tmp_path), fake, prepared.loaded.model, "0" * 64)
+    ready = prepared.ready
+    assert ready.rows.held_out is not None
+    (batch,) = ready.rows.held_out.batches
+    parts = ({name: rows[:9, :12] for name, rows in batch.items()}, {name: rows[:1] for name, rows in batch.items()})
+    rows = replace(ready.rows, held_out=Feeds(parts, (None,) * 10, "the tests"))
+    store(ready.network, tmp_path / "model.onnx", "0" * 64)
+    record_samples(Workspace(tmp_path), replace(prepared, ready=replace(ready, rows=rows)), ready.network)
     tensors = load_file(tmp_path / "samples.safetensors")
     assert {len(rows) for rows in tensors.values()} == {8}
 
@@ -292,13 +311,13 @@ def test_every_engine_of_the_table_follows_the_protocol() -> None:
             assert len(set(names)) == 2
 
 
-def test_image_points_have_the_length_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_points_have_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = measuring.measure_pair
     monkeypatch.setattr(measuring, "measure_pair", lambda *args, **options: real(*args, **options, blocks=2))
     source = Source(str(vit()), calibration=str(photos()))
     report = run_job(tmp_path / "out", source, dense=True, points=(Point(batch=2), Point(batch=1)))
-    assert [(m.batch, m.seq_len) for m in report.latency] == [(2, 17), (1, 17)]  # 16 patches and the class token
-    with pytest.raises(BadInput, match="seq=999: images have a size of their own"):
+    assert [(m.batch, m.seq_len) for m in report.latency] == [(2, None), (1, None)]
+    with pytest.raises(BadInput, match="seq=999: the inputs of ViTForImageClassification have fixed sizes"):
         run_job(tmp_path / "other", source, dense=True, points=(Point(batch=1, seq=999),))
 
 

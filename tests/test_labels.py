@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import shutil
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise, permutations
@@ -13,36 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.stats import binom, binomtest
 from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 from torch import nn
 
-from optin_deploy.data.calibration import Batches, Sample
 from optin_deploy.data.label_order import at_least, check_order, compared, upper_bound
-from optin_deploy.data.labels import check_labels, class_index, known_labels, labelled_rows
+from optin_deploy.data.labels import class_index, classifies
+from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput, QualityLimit
 from optin_deploy.loading import load_dense
 from optin_deploy.quality import Quality
 from optin_deploy.stages import prepare
 from optin_deploy.sweep import Point, smallest_within
 from optin_deploy.workspace import Source
-
-
-class ToyForSequenceClassification(nn.Module):
-    """Only its config matters."""
-
-    def __init__(self, names: tuple[str, ...] = CLASSES, **config: Any) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(num_labels=len(names), id2label=dict(enumerate(names)), **config)
-
-
-def rows(*labels: str | int | None) -> list[Sample]:
-    return [Sample(text=f"w{i}", label=label, source=f"rows.csv:{i + 2}") for i, label in enumerate(labels)]
-
-
-def labels_of(samples: tuple[Sample, ...]) -> list[str | int | None]:
-    return [sample.label for sample in samples]
-
 
 # What a label stands for
 
@@ -60,77 +47,47 @@ def labels_of(samples: tuple[Sample, ...]) -> list[str | int | None]:
     ],
 )
 def test_a_label_is_a_name_or_else_an_index(names: tuple[str, ...], label: str | int, index: int) -> None:
-    assert class_index(label, ToyForSequenceClassification(names).config) == index
+    assert class_index(label, names) == index
 
 
 @pytest.mark.parametrize("label", [0, 4, "0"])
 def test_where_all_names_are_numbers_other_numbers_are_no_indices(label: str | int) -> None:
     """Of labels 0, 1, 2 beside the names 1, 2, 3, the 0 was taken as an index, and the others as names."""
     with pytest.raises(BadInput, match=r"not one of the model's \(1, 2, 3\)\.") as refused:
-        class_index(label, ToyForSequenceClassification(("1", "2", "3")).config)
+        class_index(label, ("1", "2", "3"))
     assert repr(label) in str(refused.value)
 
 
-def test_a_refused_label_names_its_row() -> None:
-    model = ToyForSequenceClassification()
-    with pytest.raises(BadInput, match=r"rows\.csv:4: label 'politics' is not .*\(arts, business, sport; or 0 to 2\)"):
-        check_labels(rows("arts", 1, "politics", 7), model)
-    check_labels(rows("arts", 1, None), model)
-
-
-def test_words_as_labels_of_a_regression_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
-    model = ToyForSequenceClassification(problem_type="regression")
-    with pytest.raises(BadInput, match=r"rows\.csv:3: the model puts out a number, and label 'good' is none"):
-        check_labels(rows("3,5", "good", 4), model)
-    assert labels_of(known_labels(rows("3,5", "good", 4, None), model)) == ["3,5", None, 4, None]
-    assert "rows.csv:3" in caplog.text
-    assert "1 of 4 rows" in caplog.text
-    assert labelled_rows(rows(1, None, None), model) == tuple(rows(1, None, None))  # labels are not used there
-
-
-@pytest.mark.parametrize("label", ["nan", "NaN", "inf", "-inf", "1e999"])
-def test_a_label_of_a_regression_is_a_finite_number(label: str) -> None:
-    with pytest.raises(BadInput, match="the model puts out a number"):
-        check_labels(rows("3,5", label), ToyForSequenceClassification(problem_type="regression"))
-
-
-def test_a_name_that_two_classes_share_is_no_label() -> None:
-    config = ToyForSequenceClassification(("arts", "other", "other")).config
-    with pytest.raises(BadInput, match="'other' is the name of 2 classes"):
-        class_index("other", config)
-    assert [class_index(label, config) for label in ("arts", 1, 2)] == [0, 1, 2]
-
-
-def test_unknown_labels_are_dropped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    found = known_labels(rows("arts", "n01440764", "sport", "n01440764", None), ToyForSequenceClassification())
-    assert labels_of(found) == ["arts", None, "sport", None, None]
-    assert len(caplog.records) == 1
-    for part in ("rows.csv:3: label 'n01440764'", "arts, business, sport", "2 of 5 rows", "those labels are not used"):
-        assert part in caplog.text
-
-
-def test_a_number_beyond_the_classes_makes_all_labels_doubtful(caplog: pytest.LogCaptureFixture) -> None:
-    assert labels_of(known_labels(rows(1, 2, 3), ToyForSequenceClassification())) == [None] * 3  # numbered from 1
-    assert "rows.csv:4: label 3" in caplog.text
-    assert "no label of the file is used" in caplog.text
+def test_a_refused_label_is_told_with_the_possible_ones() -> None:
+    with pytest.raises(BadInput, match=r"label 'politics' is not .*\(arts, business, sport; or 0 to 2\)"):
+        class_index("politics", CLASSES)
 
 
 @pytest.mark.parametrize(
-    ("given", "kept", "says"),
-    [
-        (("arts", None, "sport", 1), ["arts", "sport", 1], "1 of the 4 held-out rows have no label: quality is that"),
-        (("arts", None, None, 1), ["arts", 1], "2 of the 4"),
-        (("arts", None, None), [None] * 3, "2 of the 3 held-out rows have no label: too few"),
-        ((None, None), [None] * 2, ""),
-        (("arts", 1), ["arts", 1], ""),
-    ],
+    ("entries", "classes"), [({}, True), ({"problem_type": "regression"}, False), ({"num_labels": 1}, False)]
 )
-def test_rows_without_label_are_told(
-    caplog: pytest.LogCaptureFixture, given: tuple[str | int | None, ...], kept: list[str | int | None], says: str
-) -> None:
-    assert labels_of(labelled_rows(rows(*given), ToyForSequenceClassification())) == kept
-    assert says in caplog.text
-    assert bool(caplog.text) == bool(says)
+def test_one_number_or_several_of_a_regression_are_no_classes(entries: dict[str, Any], classes: bool) -> None:
+    class ToyForSequenceClassification(nn.Module):
+        """Only its config matters."""
+
+        config = SimpleNamespace(**{"num_labels": 3, **entries})
+
+    assert classifies(ToyForSequenceClassification()) == classes
+
+
+def test_a_multi_label_classifier_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(classifier(), tmp_path / "model"))
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**entries, "problem_type": "multi_label_classification"}))
+    with pytest.raises(BadInput, match="multi-label classifier; possible are single-label, regression"):
+        prepare(replace(source(), model=str(folder)))
+
+
+def test_a_name_that_two_classes_share_is_no_label() -> None:
+    names = ("arts", "other", "other")
+    with pytest.raises(BadInput, match="'other' is the name of 2 classes"):
+        class_index("other", names)
+    assert [class_index(label, names) for label in ("arts", 1, 2)] == [0, 1, 2]
 
 
 # Another order
@@ -283,18 +240,30 @@ def test_calibration_labels_in_another_order_are_refused_too(tmp_path: Path) -> 
         prepare(source(calibration=path))
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_labels_that_the_model_does_not_know_do_not_stop_calibration(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [json.loads(line) for line in labelled().read_text().splitlines()]
     path = written(tmp_path / "own.jsonl", [row | {"label": f"n{i}"} for i, row in enumerate(data)])
-    found = prepare(source(calibration=path))
-    assert set(found.held_out.labels) == {None}
-    assert len(caplog.records) == 1
-    assert "own.jsonl:1: label 'n0' is not one of the model's (arts, business, sport" in caplog.text
-    assert "60 of 60 rows" in caplog.text
-    with pytest.raises(BadInput, match=r"own\.jsonl:\d+: label 'n\d+' is not one"):
+    found = prepare(source(calibration=path)).ready
+    assert found.quality_of(found.network) == Quality("same_prediction", 1.0, 1.0, 12)
+    (told,) = warnings(caplog)
+    assert re.search(r"own\.jsonl: label 'n\d+' is not one of the model's \(arts, business, sport", told)
+    assert "No label is used: agreement is measured" in told
+    with pytest.raises(BadInput, match=r"own\.jsonl: label 'n\d+' is not one"):
         prepare(source(evaluation=path))
+
+
+def test_numbers_from_one_are_other_classes_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = [json.loads(line) for line in labelled().read_text().splitlines()]
+    path = written(tmp_path / "own.jsonl", [row | {"label": 5 + CLASSES.index(row["label"])} for row in data])
+    found = prepare(source(calibration=path)).ready
+    assert found.quality_of(found.network).metric == "same_prediction"
+    assert re.search(r"label [567] is not one of the model's", caplog.text)
 
 
 def test_half_labelled_rows_are_judged_by_those_that_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -303,10 +272,29 @@ def test_half_labelled_rows_are_judged_by_those_that_are(tmp_path: Path, caplog:
     found = prepare(source(calibration=written(tmp_path / "some.jsonl", some)))
     whole = prepare(source(calibration=str(labelled())))
     assert found.key == whole.key  # calibrated on the same rows
-    assert None not in found.held_out.labels
-    assert 0 < len(found.held_out) < len(whole.held_out) == 12
-    assert f"{12 - len(found.held_out)} of the 12 held-out rows have no label" in caplog.text
-    assert found.judge.of(found.loaded.model) == Quality("accuracy", 1.0, 1.0, len(found.held_out))
+    held_out = found.ready.rows.held_out
+    assert held_out is not None
+    left = held_out.labels.count(None)
+    assert 0 < left < len(held_out) == 12
+    assert f"{left} of the 12 rows that judge have no label: quality is that of the others" in caplog.text
+    assert found.ready.quality_of(found.ready.network) == Quality("accuracy", 1.0, 1.0, 12 - left)
+
+
+def test_too_few_labels_are_no_measure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = [json.loads(line) for line in labelled().read_text().splitlines()]
+    few = [row if i % 4 == 0 else {"text": row["text"]} for i, row in enumerate(data)]
+    found = prepare(source(calibration=written(tmp_path / "few.jsonl", few))).ready
+    assert found.quality_of(found.network).metric == "same_prediction"
+    assert "too few have one to measure accuracy" in caplog.text
+
+
+def test_labels_of_a_regression_are_not_used(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(classifier(), num_labels=1)
+    folder = Path(shutil.copytree(classifier(), tmp_path / "model"))
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    data = [{"text": row["text"], "label": "good"} for row in judging()]
+    found = prepare(replace(source(evaluation=written(tmp_path / "a.jsonl", data)), model=str(folder))).ready
+    assert found.quality_of(found.network).metric == "correlation_with_dense"
 
 
 def test_identical_rows_are_refused(tmp_path: Path) -> None:
@@ -328,14 +316,17 @@ def test_texts_that_differ_only_after_the_last_token_do_not_judge(
 
     found = prepare(data(30))
 
-    def ids(part: Batches) -> set[tuple[int, ...]]:
+    def ids(part: Feeds | None) -> set[tuple[int, ...]]:
+        assert part is not None
         return {tuple(row) for batch in part.batches for row in batch["input_ids"].tolist()}
 
-    calibration, held = ids(found.calibration), ids(found.held_out)  # all are cut at SEQ_LEN
+    rows = found.ready.rows
+    calibration, held = ids(rows.calibration), ids(rows.held_out)  # all are cut at SEQ_LEN
     assert not calibration & held
-    assert len(held) == len(found.held_out) == len(found.held_out.labels)
-    assert f"{12 - len(held)} held-out rows give the model the inputs of a calibration row" in caplog.text
-    with pytest.raises(BadInput, match=r"All 12 held-out rows give the model the same inputs.*--seq-len"):
+    assert rows.held_out is not None
+    assert len(held) == len(rows.held_out) == len(rows.held_out.labels)
+    assert f"{12 - len(held)} rows that should judge equal a calibration row and do not count" in caplog.text
+    with pytest.raises(BadInput, match=r"all 12 rows that should judge give the network the same inputs.*--seq-len"):
         prepare(data(0))
 
 
@@ -350,9 +341,10 @@ def test_eval_images_that_calibration_has_under_another_name_do_not_judge(
         for folder in ("a", "b") if index < 8 else ("b",):
             (tmp_path / folder).mkdir(exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / folder / f"{folder}{index}.png")
-    found = prepare(Source(str(vit()), calibration=str(tmp_path / "a"), evaluation=str(tmp_path / "b")))
+    found = prepare(Source(str(vit()), calibration=str(tmp_path / "a"), evaluation=str(tmp_path / "b"))).ready.rows
+    assert found.held_out is not None
     assert len(found.held_out) == 16 - len(found.calibration)
-    assert f"{len(found.calibration)} rows are calibration rows and do not count" in caplog.text
+    assert f"{len(found.calibration)} rows that should judge equal a calibration row and do not count" in caplog.text
 
 
 def test_at_random_the_classifier_of_the_tests_is_not_one_sided() -> None:

@@ -11,22 +11,20 @@ import torch
 from oracle_scoring import drawn_tokens, key_of, signs_of, splitmix, stream_of
 from tiny_scoring import Batch, image_batch, one_thread, padded, rows, text_batch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring import PAPER, Features
 from optin_deploy.scoring import losses as losses_module
-from optin_deploy.scoring.features import draw_tokens, trajectory_distance, valid_tokens
+from optin_deploy.scoring.features import draw_tokens, trajectory_distance
 from optin_deploy.scoring.losses import (
     FEW_CLASSES,
     Readout,
     exact_directions,
     output_distance,
-    output_kind,
     random_direction,
-    read_out,
 )
 from optin_deploy.scoring.noise import drawn, sample_keys, signs, stream, uniform_order
+from optin_deploy.scoring.reading import Reading
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -44,34 +42,13 @@ def readout(kind: Any, values: Tensor, valid: Tensor | None = None) -> Readout:
 # --- what an output is compared by ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("logits", "problem", "kind"),
-    [
-        ((2, 3), None, "logits"),
-        ((2, 3), "single_label_classification", "logits"),
-        ((2, 1), None, "regression"),
-        ((2, 3), "regression", "regression"),
-        ((2, 5, 40), None, "logits"),
-        (None, None, "embedding"),
-    ],
-)
-def test_the_kind_of_an_output_follows_from_its_logits_and_problem(
-    logits: tuple[int, ...] | None, problem: str | None, kind: str
-) -> None:
-    output = SequenceClassifierOutput(logits=torch.zeros(logits)) if logits else BaseModelOutput(torch.zeros(2, 5, 4))
-    assert output_kind(output, problem) == kind
-    found = read_out(output, torch.ones(2, 5), problem)
-    assert found.kind == kind
-    assert found.values.shape[:2] == found.valid.shape == ((2, 5) if logits == (2, 5, 40) else (2, 1))
-
-
 def test_real_tokens_come_first_wherever_the_padding_is() -> None:
     logits, right, left = randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]), torch.zeros(2, 4)
     turned = torch.zeros_like(logits)
     for i, count in enumerate((2, 3)):
         left[i, -count:] = 1
         turned[i, -count:] = logits[i, :count]
-    read = [read_out(SequenceClassifierOutput(logits=x), v) for x, v in ((logits, right), (turned, left))]
+    read = [Reading("y", "logits").read({"y": x}, v) for x, v in ((logits, right), (turned, left))]
     for found in read:
         assert found.valid.tolist() == right.tolist()
         for i, count in enumerate((2, 3)):
@@ -80,7 +57,7 @@ def test_real_tokens_come_first_wherever_the_padding_is() -> None:
 
 def test_embeddings_are_the_unit_mean_of_real_tokens() -> None:
     states = torch.tensor([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]])
-    found = read_out(BaseModelOutput(states), torch.tensor([[1, 1, 0]]))
+    found = Reading("y", "embedding").read({"y": states}, torch.tensor([[1, 1, 0]]))
     torch.testing.assert_close(found.values, torch.tensor([[[0.6, 0.8]]]))
 
 
@@ -192,7 +169,7 @@ def test_random_directions_leave_padding_out_and_are_finite_for_certain_classes(
 def test_grams_hold_cosines_over_the_token_count_and_zeros_for_padding() -> None:
     features = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [5.0, 5.0]]])
     batch = {"input_ids": torch.tensor([[7, 8, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    tokens = draw_tokens(Features(), batch, valid_tokens(batch, features), 0)
+    tokens = draw_tokens(Features(), batch, batch["attention_mask"].float(), 0)
     wanted = torch.tensor([[[0.5, 0.4, 0.0], [0.4, 0.5, 0.0], [0.0, 0.0, 0.0]]])
     torch.testing.assert_close(tokens.gram(features), wanted)
     torch.testing.assert_close(tokens.gram(torch.cat([features, 2 * features])), wanted.repeat(2, 1, 1))
@@ -217,7 +194,7 @@ def test_the_same_tokens_are_compared_in_the_same_order_wherever_the_padding_is(
     batch = text_batch((3, 6, 5))
     for other in (batch, padded(batch, 2), left(batch), left(padded(batch, 3))):
         words = other["input_ids"].unsqueeze(-1).double()
-        tokens = draw_tokens(Features(tokens=count), other, valid_tokens(other, words), 4)
+        tokens = draw_tokens(Features(tokens=count), other, other["attention_mask"].double(), 4)
         groups = words if tokens.places is None else words.reshape(-1, 1)[tokens.places]
         for i, length in enumerate((3, 6, 5)):
             shown = [w for w, real in zip(groups[i, :, 0].tolist(), tokens.valid[i].tolist(), strict=True) if real]
@@ -322,9 +299,17 @@ def test_other_names_in_a_batch_are_drawn_along() -> None:
     assert found["token_type_ids"].tolist() == [[3, 4, 5], [6, 7, 8]]
 
 
-def test_valid_tokens_take_the_dtype_of_the_features() -> None:
-    features = torch.zeros(2, 5, 3, dtype=torch.float64)
-    assert torch.equal(valid_tokens({"pixel_values": torch.zeros(2, 3, 8, 8)}, features), torch.ones(2, 5).double())
-    found = valid_tokens({"attention_mask": torch.tensor([[1, 0]])}, features)
-    assert found.dtype == torch.float64
-    assert found.tolist() == [[1, 0]]
+@pytest.mark.parametrize("count", [None, 3])
+def test_the_gradient_of_a_gram_is_autograds(count: int | None) -> None:
+    batch = text_batch((4, 6, 2), seed=3)
+    valid = batch["attention_mask"].double()
+    tokens = draw_tokens(Features(tokens=count), batch, valid, 0)
+    features = randn(3, 6, 5, seed=1).requires_grad_()
+    gram = tokens.gram(features)
+    weights = [randn(*gram.shape, seed=seed) for seed in (2, 3)]
+    with torch.no_grad():
+        found = tokens.pulled(features, weights)
+    for each, weight in zip(found, weights, strict=True):
+        (expected,) = torch.autograd.grad(gram, features, weight, retain_graph=True)
+        torch.testing.assert_close(each, expected, rtol=1e-9, atol=1e-12)
+        assert bool(each.any())

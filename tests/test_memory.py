@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,31 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from oracle_scoring import IMAGES, TEXT, Case, case
-from tiny_scoring import bert, image_batch, one_thread, text_batch
-from torch import nn
+from tiny_scoring import bert, image_batch, masked_lm, one_thread, subject_of, text_batch, vit
 
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput
-from optin_deploy.scoring import Features, Scores, ScoreSettings, score
+from optin_deploy.scoring import Features, ScoreSettings, UnitScores, score_units
 from optin_deploy.scoring import memory as memory_module
 from optin_deploy.scoring.memory import SHARE, Memory, PeakBytes, free_bytes, measured, micro_batches, peak_bytes
+from optin_deploy.scoring.subject import Subject
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 CPU = torch.device("cpu")
+TEXT = [text_batch((3, 7, 5)), text_batch((6, 2), padding=1, seed=1)]
+MODELS: dict[str, Callable[[], Any]] = {
+    "3 classes": bert,
+    "12 classes": lambda: bert(labels=12),
+    "words": masked_lm,
+    "images": vit,
+}
+
+
+@cache
+def subject(name: str = "3 classes") -> Subject:
+    return subject_of(MODELS[name]())
+
+
 KIB = 1024
 
 
@@ -155,12 +168,12 @@ def test_micro_batches_hold_the_same_samples_in_order() -> None:
 
 @pytest.mark.parametrize("scorer", ["exact", "sketch"])
 def test_a_budget_below_one_sample_is_refused_with_what_one_takes(scorer: str) -> None:
-    model = bert()
-    before = score(model, resolve(model), TEXT, ScoreSettings(scorer, probes=2)).provenance["memory"]["row_bytes"]
+    settings = ScoreSettings(scorer, probes=2)
+    before = score_units(subject(), TEXT, settings).provenance["memory"]["row_bytes"]
     with pytest.raises(BadInput, match=r"one sample takes \d\.\d MiB, but the memory budget is \d\.\d MiB") as caught:
-        score(model, resolve(model), TEXT, ScoreSettings(scorer, probes=2), memory_budget=before - 1)
+        score_units(subject(), TEXT, settings, memory_budget=before - 1)
     assert "Give --memory-budget 1MiB or more, or a smaller --seq-len" in str(caught.value)
-    score(model, resolve(model), TEXT, ScoreSettings(scorer, probes=2), memory_budget=before)
+    score_units(subject(), TEXT, settings, memory_budget=before)
 
 
 def test_the_advised_budget_is_enough() -> None:
@@ -172,40 +185,38 @@ def test_the_advised_budget_is_enough() -> None:
 
 def test_a_batch_whose_tokens_are_drawn_together_is_never_divided() -> None:
     """With `--paper` a smaller batch would be another draw, and other scores."""
-    model = bert()
-    layout, settings = resolve(model), ScoreSettings("exact", features=Features("ffn", 6, across=True))
+    settings = ScoreSettings("exact", features=Features("ffn", 6, across=True))
     batch = text_batch((6, 5, 4, 6))
-    free = score(model, layout, [batch], settings)
+    free = score_units(subject(), [batch], settings)
     row = free.provenance["memory"]["row_bytes"]
     with pytest.raises(BadInput, match="scoring 4 samples at once takes"):
-        score(model, layout, [batch], settings, memory_budget=3 * row)
-    found = score(model, layout, [batch], settings, memory_budget=4 * row)
+        score_units(subject(), [batch], settings, memory_budget=3 * row)
+    found = score_units(subject(), [batch], settings, memory_budget=4 * row)
     for a, b in zip(all_of(found), all_of(free), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-18)
 
 
-def all_of(found: Scores) -> list[torch.Tensor]:
-    return [*found.heads, *found.neurons, *found.head_errors, *found.neuron_errors]
+def all_of(found: UnitScores) -> list[torch.Tensor]:
+    return [*found.scores.values(), *found.errors.values()]
 
 
 MANY: list[tuple[str, list[Any]]] = [
     ("3 classes", [text_batch((7, 4)), text_batch((5,), seed=1)]),
     ("words", [text_batch((6, 4))]),
-    ("images, 3 classes", [image_batch(2)]),
+    ("images", [image_batch(2)]),
 ]
 
 
 @pytest.mark.parametrize("scorer", ["exact", "sketch"])
 @pytest.mark.parametrize(("name", "batches"), MANY, ids=[name for name, _ in MANY])
 def test_a_tight_budget_is_kept_and_changes_no_score(name: str, batches: list[Any], scorer: str) -> None:
-    model: nn.Module = case(name).model
-    layout, settings = resolve(model), ScoreSettings(scorer, features=Features(tokens=4), probes=3)
-    free = score(model, layout, batches, settings)
+    settings = ScoreSettings(scorer, features=Features(tokens=4), probes=3)
+    free = score_units(subject(name), batches, settings)
     row = free.provenance["memory"]["row_bytes"]
     data = sum(value.nbytes for batch in batches for value in batch.values())
     for samples in (1, 2):
         with PeakBytes() as peak:
-            found = score(model, layout, batches, settings, memory_budget=samples * row)
+            found = score_units(subject(name), batches, settings, memory_budget=samples * row)
         told = found.provenance["memory"]
         assert (told["budget_bytes"], told["row_bytes"], told["rows"]) == (samples * row, row, samples)
         for a, b in zip(all_of(found), all_of(free), strict=True):
@@ -215,21 +226,20 @@ def test_a_tight_budget_is_kept_and_changes_no_score(name: str, batches: list[An
 
 
 def test_without_a_budget_most_of_what_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = case("images, 3 classes").model
     monkeypatch.setattr("optin_deploy.scoring.memory.free_bytes", lambda device: 10**9)
-    told = score(model, resolve(model), IMAGES, ScoreSettings("exact")).provenance["memory"]
+    told = score_units(subject("images"), [image_batch(2)], ScoreSettings("exact")).provenance["memory"]
     assert told["budget_bytes"] == 0.8 * 10**9
     assert told["rows"] == told["budget_bytes"] // told["row_bytes"]
     assert told["peak_bytes"] >= 2**20
 
 
-def test_a_sample_is_measured_on_the_longest_text_with_all_its_probes() -> None:
-    def row(subject: Case, batches: list[Any], **options: Any) -> int:
-        found = score(subject.model, resolve(subject.model), batches, ScoreSettings(**options))
+def test_a_sample_is_measured_on_the_longest_text() -> None:
+    def row(batches: list[Any], **options: Any) -> int:
+        found = score_units(subject("12 classes"), batches, ScoreSettings(**options))
         return int(found.provenance["memory"]["row_bytes"])
 
-    subject, short, long = case("12 classes"), text_batch((4,)), text_batch((16,))
-    assert row(subject, [short, long], probes=1) == row(subject, [long, short, short], probes=1)
-    assert row(subject, [long], probes=1) > row(subject, [short], probes=1)
-    assert row(subject, [long], probes=12) > row(subject, [long], probes=1)
-    assert row(subject, [long], scorer="exact") < row(subject, [long], probes=1)
+    short, long = text_batch((4,)), text_batch((16,))
+    assert row([short, long], probes=1) == row([long, short, short], probes=1)
+    assert row([long], probes=1) > row([short], probes=1)
+    assert row([long], probes=12) > row([long], probes=1), "all projections of one sample at once"
+    assert row([long], scorer="exact") < row([long], probes=1)

@@ -290,7 +290,7 @@ def test_with_the_whole_budget_everything_stays(layout: Layout) -> None:
     [
         ({"kinds": ("head",)}, "possible are heads, groups"),
         ({"align": 0}, "--align"),
-        ({"allocation": "best"}, "possible are uniform, paper, curves"),
+        ({"allocation": "best"}, "possible are curves, uniform, paper"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:

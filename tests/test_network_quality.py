@@ -112,7 +112,7 @@ def test_labels_in_another_order_are_refused() -> None:
 def test_few_labels_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
     values = drawn(ROWS, CLASSES)
     assert judged("logits", values, values, rows([1, *[None] * (ROWS - 1)])).metric == "same_prediction"
-    assert "1 of 40 rows have a label, too few" in caplog.text
+    assert "39 of the 40 rows that judge have no label: too few" in caplog.text
 
 
 @pytest.mark.parametrize("mask", [RIGHT, LEFT])

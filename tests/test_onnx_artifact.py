@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,33 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import error, outputs, tiny_batch, tiny_model
+from conftest import error, outputs, tiny_batch
 from onnx import numpy_helper
+from tiny_forms import Tiny, form_of, samples, tiny
 
-from exporters import exporter, onnx_artifact
-from exporters.base import Artifact, ExportSpec
+from exporters import exporter
+from exporters.base import Artifact, ExportSpec, Form
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput
+from optin_deploy.network import sealed
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.write import data_path, write
 from optin_deploy.onnx_data import data_files
 from optin_deploy.storage import sha256_file
-
-NAME = "distilbert"
-LIMIT = "exporters.to_onnx.SINGLE_FILE_BYTES"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Exporting(Exception):
+def case() -> Tiny:
+    return tiny("dense distilbert")
+
+
+class Writing(Exception):
     """Raised where the long work would begin."""
 
 
-def no_export(*args: object, **kwargs: object) -> None:
-    raise Exporting
+def no_writing(*args: object, **kwargs: object) -> None:
+    raise Writing
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str], 
     @cache
     def export(large: bool, precision: str = "fp32") -> Artifact:
         folder = tmp_path_factory.mktemp("large" if large else "small")
+        source = tmp_path_factory.mktemp("source") if precision != "fp32" else folder
         with pytest.MonkeyPatch.context() as patch:
             if large:
-                patch.setattr(LIMIT, 1000)
+                patch.setattr(sealed, "write", partial(write, single_file_bytes=1000))
+            form = form_of(case().network, source / "model.onnx")
             name, _ = OnnxExporter().file_names(precision)
-            return OnnxExporter().export(tiny_model(NAME), ExportSpec(precision), folder / name)
+            return OnnxExporter().export(form, ExportSpec(precision), folder / name)
 
     return export
 
@@ -63,7 +70,7 @@ def copied(artifact: Artifact, folder: Path) -> Path:
 
 
 def answers(path: Path, engine: str = "onnx", precision: str = "fp32") -> Any:
-    batch = {k: v.numpy() for k, v in tiny_batch(tiny_model(NAME), batch=3, seq_len=11).items()}
+    batch = {k: v.numpy() for k, v in tiny_batch(case().model, batch=3, seq_len=11).items()}
     with exporter(engine).open(path, precision=precision, threads=1) as runtime:
         return runtime.run(batch)["last_hidden_state"]
 
@@ -107,12 +114,13 @@ def test_a_changed_file_is_made_again_though_its_key_is_intact(
     change: Callable[[Path], None], exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(exported(False), tmp_path)
-    assert onnx_artifact.finished(path) is not None
+    known = sealed.finished(path)
+    assert known is not None
     change(path)
-    assert onnx_artifact.finished(path) is None
-    monkeypatch.setattr(torch.onnx, "export", no_export)
-    with pytest.raises(Exporting):
-        OnnxExporter().export(tiny_model(NAME), ExportSpec(), path)
+    assert sealed.finished(path) is None
+    monkeypatch.setattr(sealed, "write", no_writing)
+    with pytest.raises(Writing):
+        sealed.store(case().network, path, known.key)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -120,10 +128,14 @@ def test_an_untouched_file_is_reused(
     large: bool, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, path = exported(large), copied(exported(large), tmp_path)
-    before = path.stat().st_mtime_ns
-    monkeypatch.setattr(torch.onnx, "export", no_export)
-    assert OnnxExporter().export(tiny_model(NAME), ExportSpec(), path) == replace(first, path=path)
+    before, known = path.stat().st_mtime_ns, sealed.finished(path)
+    assert known is not None
+    monkeypatch.setattr(sealed, "write", no_writing)
+    assert sealed.store(case().network, path, known.key) == known
+    assert OnnxExporter().export(Form(path, case().network), ExportSpec(), path) == replace(first, path=path)
     assert path.stat().st_mtime_ns == before
+    with pytest.raises(Writing):
+        sealed.store(case().network, path, known.key, anew=True)
 
 
 @pytest.mark.parametrize("change", [lambda path: flipped(path, 4000), cut_short, bytes_added, Path.unlink])
@@ -131,15 +143,44 @@ def test_changed_or_missing_data_is_noticed(
     change: Callable[[Path], None], exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copied(exported(True), tmp_path)
-    change(onnx_artifact.data_path(path))
-    monkeypatch.setattr(torch.onnx, "export", no_export)
-    with pytest.raises(Exporting):
-        OnnxExporter().export(tiny_model(NAME), ExportSpec(), path)
+    known = sealed.finished(path)
+    assert known is not None
+    change(data_path(path))
+    monkeypatch.setattr(sealed, "write", no_writing)
+    with pytest.raises(Writing):
+        sealed.store(case().network, path, known.key)
+
+
+def test_a_changed_file_of_another_type_is_made_again(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Form(exported(False).path, case().network)
+    path = copied(exported(False, "fp16"), tmp_path)
+    monkeypatch.setattr(sealed, "write", no_writing)
+    assert OnnxExporter().export(form, ExportSpec("fp16"), path).sha256 == exported(False, "fp16").sha256
+    flipped(path, 5000)
+    with pytest.raises(Writing):
+        OnnxExporter().export(form, ExportSpec("fp16"), path)
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.onnx")
-    assert onnx_artifact.finished(tmp_path / "model.onnx") is None
+    assert sealed.finished(tmp_path / "model.onnx") is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_what_is_made_of_a_read_file_says_each_thing_once(precision: str, tmp_path: Path) -> None:
+    first = form_of(case().network, tmp_path / "first.onnx")
+    form = Form(first.graph, read_file(first.graph))
+    path = tmp_path / f"second.{precision}.onnx"
+    if precision == "fp32":
+        sealed.store(form.network, path, "another", {"said": "more"})
+    else:
+        OnnxExporter().export(form, ExportSpec(precision, calibration=samples(case().model)), path)
+    keys = [entry.key for entry in onnx.load(path).metadata_props]
+    assert len(keys) == len(set(keys))
+    assert {sealed.KEY, sealed.SEAL, "said" if precision == "fp32" else sealed.MADE_FROM} <= set(keys)
+    assert sealed.finished(path) is not None
 
 
 # ---- weights beside the graph
@@ -149,7 +190,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None
 def test_large_weights_lie_beside_the_graph_and_compute_the_same(
     precision: str, tolerance: float, exported: Any
 ) -> None:
-    large, model = exported(True, precision), tiny_model(NAME)
+    large, model = exported(True, precision), case().model
     (name, sha256), *more = large.data.items()
     data = large.path.with_name(name)
     assert (name, more, exported(False).data) == (f"{large.path.name}.data", [], {})
@@ -181,11 +222,11 @@ def draft_of(artifact: Artifact, folder: Path) -> Path:
 
 def test_data_that_is_no_longer_needed_goes_and_foreign_data_stays(exported: Any, tmp_path: Path) -> None:
     path = copied(exported(True), tmp_path)
-    onnx_artifact.install(draft_of(exported(False), tmp_path / "first"), path)
+    sealed.install(draft_of(exported(False), tmp_path / "first"), path)
     assert path.read_bytes() == exported(False).path.read_bytes()
     assert not (tmp_path / "model.onnx.data").exists()
     (tmp_path / "model.onnx.data").write_text("notes")
-    onnx_artifact.install(draft_of(exported(False), tmp_path / "second"), path)
+    sealed.install(draft_of(exported(False), tmp_path / "second"), path)
     assert (tmp_path / "model.onnx.data").read_text() == "notes"
 
 
@@ -194,7 +235,7 @@ def test_an_interrupted_replacement_leaves_no_graph_beside_other_weights(
     moves: int, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, other = copied(exported(True), tmp_path), exported(True, "fp16")
-    move, done = onnx_artifact._move, list[Path]()
+    move, done = sealed._move, list[Path]()
 
     def interrupted(draft: Path, out: Path) -> None:
         if len(done) == moves:
@@ -202,22 +243,23 @@ def test_an_interrupted_replacement_leaves_no_graph_beside_other_weights(
         done.append(out)
         move(draft, out)
 
-    monkeypatch.setattr(onnx_artifact, "_move", interrupted)
+    monkeypatch.setattr(sealed, "_move", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
-        onnx_artifact.install(draft_of(other, tmp_path / "draft"), path)
+        sealed.install(draft_of(other, tmp_path / "draft"), path)
     left = {each.name: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()}
     whose = exported(True) if moves == 0 else other
-    assert left.pop("model.onnx.data") == onnx_artifact.data_path(whose.path).read_bytes()
+    assert left.pop("model.onnx.data") == data_path(whose.path).read_bytes()
     assert left == ({"model.onnx": other.path.read_bytes()} if moves == 2 else {})
 
 
 def test_int8_of_large_weights_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LIMIT, 1000)
-    monkeypatch.setattr(torch.onnx, "export", no_export)
-    model = tiny_model(NAME)
+    form = form_of(case().network, tmp_path / "model.onnx")
+    monkeypatch.setattr("exporters.to_onnx.SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setattr("exporters.to_onnx.quantize_int8", no_writing)
+    spec = ExportSpec("int8", calibration=samples(case().model))
     with pytest.raises(BadInput, match=r"--precision int8: the float32 weights are .* GiB.*--precision fp16"):
-        OnnxExporter().export(model, ExportSpec("int8", calibration=[tiny_batch(model, batch=2)]), tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
+        OnnxExporter().export(form, spec, tmp_path / "model.int8.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 # ---- shapes
@@ -228,27 +270,3 @@ def test_no_shapes_of_intermediate_values_are_written(exported: Any) -> None:
         graph = onnx.load(exported(large).path).graph
         assert not graph.value_info
         assert all(value.type.tensor_type.HasField("shape") for value in (*graph.input, *graph.output))
-
-
-def test_shapes_are_written_where_the_switch_says_so(
-    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = copied(exported(False), tmp_path)
-    proto = onnx.shape_inference.infer_shapes(onnx.load(path))
-    del proto.metadata_props[:]
-    for written in (True, False):
-        monkeypatch.setattr(onnx_artifact, "WITH_SHAPES", written)
-        onnx.save(proto, path)
-        onnx_artifact.complete(path, "key", "weights")
-        assert bool(onnx.load(path).graph.value_info) == written
-        np.testing.assert_allclose(answers(path), answers(exported(False).path), atol=1e-5)
-
-
-def test_a_file_of_the_other_switch_is_made_again(
-    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = copied(exported(False), tmp_path)
-    monkeypatch.setattr(torch.onnx, "export", no_export)
-    monkeypatch.setattr(onnx_artifact, "WITH_SHAPES", True)
-    with pytest.raises(Exporting):
-        OnnxExporter().export(tiny_model(NAME), ExportSpec(), path)

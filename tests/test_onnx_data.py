@@ -79,5 +79,5 @@ def test_data_that_cannot_be_read_is_bad_input(folder: Path, location: str, offs
 def test_the_next_step_is_the_command_that_makes_the_file(folder: Path) -> None:
     assert "Give an .onnx file" in remedy(folder / "model.onnx")
     (folder / "source.json").write_text("{}")
-    assert f"optin build {folder} --engine onnx --precision fp32`" in remedy(folder / "model.onnx")
+    assert f"`optin rewrite {folder}`, then `optin build {folder}`" in remedy(folder / "model.onnx")
     assert "--precision fp16`" in remedy(folder / "dense.fp16.onnx")

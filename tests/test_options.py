@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_checkpoint import (
     FFN,
+    HIDDEN,
     POSITIONS,
     SEQ_LEN,
     Shell,
@@ -23,18 +24,18 @@ from tiny_checkpoint import (
 )
 
 from exporters.bench import room
-from exporters.bench.measuring import Point, length_of, parse_point
-from exporters.bench.room import activation_bytes, check_room, least_bytes
+from exporters.bench.measuring import inputs_in
+from exporters.bench.points import Point, parse_point
+from exporters.bench.room import check_room, least_bytes, widest
 from exporters.bench.suites import read_suite
 from optin_deploy import __version__
 from optin_deploy.budget import TimeTarget
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_dense
-from optin_deploy.pruned import load_pruned
-from optin_deploy.search import check_align
+from optin_deploy.network.run import Program
+from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.stages import prepare
 from optin_deploy.validation import parse_size, positive_number, whole_number
-from optin_deploy.workspace import Source
+from optin_deploy.workspace import Source, Workspace
 
 
 def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:
@@ -68,7 +69,7 @@ def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:
         ("--samples", "3", "3 calibration samples are too few for error curves: give at least 4 (--samples)"),
         ("--samples", "99999999999999999999999", "--samples"),
         ("--seed", str(2**64), f"--seed {2**64}: possible are {-(2**63)} to {2**64 - 1}"),
-        ("--align", "10000", f"--align 10000: the widest FFN of this model has {FFN} neurons"),
+        ("--align", "10000", f"--align 10000: the widest group that is cut in multiples has {FFN} units"),
         ("--align", str(FFN + 1), f"Give --align {FFN} or less"),
         ("--size", "99999999999999999999", "--size '99999999999999999999'"),
         ("--size", "²MiB", "--size '²MiB'"),
@@ -175,12 +176,12 @@ def test_bounds_are_in_the_error() -> None:
 
 
 def test_a_batch_is_held_against_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    pruned = load_pruned(finished_job())
-    dense = load_dense(str(classifier()), None).model
-    layer = pruned.layout.layers[0]
-    each = least_bytes(dense, pruned.layout, tokens=SEQ_LEN, precision="fp32")
-    assert each == SEQ_LEN * (3 * 8 + 4 * (2 * layer.hidden + FFN))  # three inputs of 8 bytes
-    assert activation_bytes(pruned.layout, tokens=10, precision="fp16") == 10 * 2 * (2 * layer.hidden + FFN)
+    inputs = inputs_in(Workspace(finished_job()))
+    feeds = inputs.feeds(Point(1))
+    each = least_bytes(inputs.network, feeds, "fp32")
+    assert each == SEQ_LEN * (3 * 8 + 4 * (HIDDEN + FFN))  # three inputs of 8 bytes, and both sides of the FFN
+    assert least_bytes(inputs.network, feeds, "fp16") == SEQ_LEN * (3 * 8 + 2 * (HIDDEN + FFN))
+    assert widest(inputs.network) == HIDDEN + FFN
     monkeypatch.setattr(room, "current_gpu", lambda: None)
     monkeypatch.setattr(room, "free_bytes", lambda device: 7 * each + 1)
     check_room(each, "--at batch=7", 7)
@@ -191,28 +192,33 @@ def test_a_batch_is_held_against_the_memory_that_is_free(monkeypatch: pytest.Mon
 def test_the_estimate_is_less_than_what_a_forward_takes() -> None:
     import torch
 
-    from optin_deploy.inputs import example_inputs
     from optin_deploy.scoring.memory import PeakBytes
 
-    for folder, data, seq in ((bert(), lines(), SEQ_LEN), (vit(), photos(), Source.seq_len)):
+    for folder, data, seq in ((bert(), lines(), SEQ_LEN), (vit(), photos(), None)):
         prepared = prepare(Source(str(folder), calibration=str(data), seq_len=seq))
-        model, tokens = prepared.loaded.model, prepared.cost.tokens
-        inputs = example_inputs(model, batch=8, seq_len=tokens)
+        network = prepared.dense.network
+        batch = {port.name: prepared.ready.rows.calibration.widest[port.name][:8] for port in network.inputs}
+        estimate = sum(
+            least_bytes(network, {name: value[row : row + 1].numpy() for name, value in batch.items()}, "fp32")
+            for row in range(8)
+        )
+        program = Program(network)
         with torch.inference_mode(), PeakBytes() as peak:
-            model(**inputs)
-        given = sum(each.nbytes for each in inputs.values())
-        estimate = 8 * least_bytes(model, prepared.layout, tokens=tokens, precision="fp32")
-        assert given < estimate <= peak.most + given
+            program(batch)
+        given = sum(each.nbytes for each in batch.values())
+        assert given <= estimate <= peak.most + given
 
 
 def test_images_have_no_length(shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for wrong in (("--at", "batch=1,seq=8"), ("--seq-len", "16")):
+    for wrong, says in (
+        (("--at", "batch=1,seq=8"), "seq=8: the inputs of ViTForImageClassification have fixed sizes"),
+        (("--seq-len", "16"), "--seq-len 16: images have a size of their own"),
+    ):
         ran = shell("optin", "export", vit(), "--calibration", photos(), "--out", out, *wrong)
         assert ran.code == 2
-        assert f"{' '.join(wrong)}: images have a size of their own" in ran.err
+        assert says in ran.err
         assert not out.exists()
-    assert length_of(Point(4), load_dense(str(vit()), None).model, 17) == 17
 
 
 @pytest.mark.parametrize(
@@ -242,11 +248,13 @@ def test_a_suite_of_too_many_threads_or_a_length_for_nothing_is_refused(shell: S
         refused(shell, tmp_path / "out", ["bench", finished_job(), "--suite", file], says)
 
 
-def test_an_alignment_that_no_layer_holds_is_refused_by_the_search_itself() -> None:
-    layout = load_pruned(finished_job()).layout
-    check_align(FFN, layout)
-    with pytest.raises(BadInput, match=f"{FFN} neurons.*Give --align {FFN} or less"):
-        check_align(FFN + 1, layout)
+def test_an_alignment_that_no_group_holds_is_refused() -> None:
+    layout = prepare(Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN)).ready.layout
+    assert aligned(layout, Choice(), FFN).align == FFN
+    with pytest.raises(BadInput, match=f"{FFN} units.*Give --align {FFN} or less"):
+        aligned(layout, Choice(), FFN + 1)
+    assert aligned(layout, Choice(kinds=("heads",)), FFN + 1), "heads are whole"
+    assert aligned(layout, Choice(align=FFN + 1), None).align <= FFN
 
 
 # --- options that would do nothing

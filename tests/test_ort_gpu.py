@@ -17,11 +17,12 @@ from tiny_checkpoint import Shell, classifier, finished_job, labelled, text_opti
 
 from exporters import exporter
 from exporters.base import ExportSpec
+from exporters.building import forms_in
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
-from optin_deploy.pruned import load_pruned
 from optin_deploy.runtimes import ort as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.storage import sha256_file
+from optin_deploy.workspace import Workspace
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {"ort-cuda": CUDA, "ort-trt": TENSORRT}
@@ -110,7 +111,7 @@ def test_export_writes_the_onnx_file_and_says_what_to_run_on_the_target(engine: 
     out = finished / "model.onnx"
     before = sha256_file(out)
     with pytest.raises(CannotBuildHere) as caught:
-        exporter(engine).export(load_pruned(finished).model, ExportSpec(PRECISION[engine]), out)
+        exporter(engine).export(forms_in(Workspace(finished), None).pruned, ExportSpec(PRECISION[engine]), out)
     assert sha256_file(out) == before  # the same file as engine onnx's, found finished
     said = str(caught.value)
     assert f"{out} is written, but {engine} does not run here" in said
@@ -118,12 +119,10 @@ def test_export_writes_the_onnx_file_and_says_what_to_run_on_the_target(engine: 
     assert f"optin bench finished --engine {engine} --precision {PRECISION[engine]}" in said
 
 
-def test_export_in_fp16_writes_a_typed_file(tmp_path: Path) -> None:
-    from conftest import tiny_model
-
-    out = tmp_path / "model.fp16.onnx"
+def test_export_in_fp16_writes_a_typed_file(finished: Path) -> None:
+    out = finished / "model.fp16.onnx"
     with pytest.raises(CannotBuildHere, match="--precision fp16"):
-        exporter("ort-cuda").export(tiny_model("vit"), ExportSpec("fp16"), out)
+        exporter("ort-cuda").export(forms_in(Workspace(finished), None).pruned, ExportSpec("fp16"), out)
     assert onnx.TensorProto.FLOAT16 in {weight.data_type for weight in onnx.load(out).graph.initializer}
 
 

@@ -204,10 +204,11 @@ def test_a_forced_job_loses_no_file_of_others(shell: Shell, tmp_path: Path) -> N
 
 def test_stale_artifacts_go_and_own_files_beside_them_stay(shell: Shell, tmp_path: Path) -> None:
     options = [*text_options(lines(), tmp_path / "u"), "--no-dense"]
-    assert shell("optin-export", bert(), *options, "--flops", 0.6).code == 0
+    assert shell("optin-export", bert(), *options, "--flops", 0.6, "--precision", "fp16").code == 0
+    assert (tmp_path / "u" / "model.fp16.onnx").exists()
     mine = filled(tmp_path / "u", ("model.notes.md", "model.pt", "model.d/w"))
     assert shell("optin-export", bert(), *options, "--engine", "torch", "--flops", 0.5).code == 0
-    assert not (tmp_path / "u" / "model.onnx").exists()
+    assert not (tmp_path / "u" / "model.fp16.onnx").exists()
     assert {name: content for name, content in mine.items() if name.startswith("model.")}.items() >= {
         name: content for name, content in tree(tmp_path / "u").items() if name in ("model.notes.md", "model.pt")
     }.items()
@@ -241,7 +242,7 @@ def _job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FOREIGN = {
     "sweep": ("sweep", "--flops", "0.9", "--allocation", "uniform", "sweep.png"),
-    "plan": ("plan", "--allocation", "uniform", "masks.json"),
+    "plan": ("plan", "--allocation", "uniform", "plan.json"),
     "rewrite": ("rewrite", "model/notes.md"),
     "build": ("build", "--precision", "fp16", "model.fp16.onnx"),
     "bench": ("bench", "measurements.json"),
@@ -397,10 +398,11 @@ def test_results_under_names_of_the_user_stay_when_the_model_is_made_again(shell
     folder = copy_of(finished_job(), tmp_path / "work")
     assert shell("optin", "report", folder, "--out", folder / "model.july.html").code == 0
     page = (folder / "model.july.html").read_bytes()
+    assert shell("optin", "build", folder, "--precision", "fp16").code == 0
     assert shell("optin", "plan", folder, "--allocation", "uniform", "--flops", 0.4).code == 0
     assert shell("optin", "rewrite", folder).code == 0
     assert (folder / "model.july.html").read_bytes() == page
-    assert not (folder / "model.onnx").exists()
+    assert not (folder / "model.fp16.onnx").exists()
 
 
 def test_every_artifact_of_every_engine_is_known_by_name() -> None:

@@ -31,6 +31,7 @@ from optin_deploy.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_c
 from optin_deploy.findings import LatencyRow, Samples, Side, SweepRow, read_findings
 from optin_deploy.numbers import figures, milliseconds, si, size
 from optin_deploy.page import render
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.sweep import HEADER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,9 +272,16 @@ def test_the_result_is_that_of_the_report(finished: Path) -> None:
     assert page.all("title")[0].text == "Pruning report: classifier"
 
 
+def kept_in(report: Path) -> list[str]:
+    """Lines of the table of what stays."""
+    head, _, *rows = report.read_text().partition("| where |")[1:][1].partition("\n\n")[0].splitlines()
+    return [f"| where |{head}", *rows]
+
+
 def test_the_tables_are_those_of_the_report(finished: Path) -> None:
     data, page = stored(finished), page_of(finished)
-    sizes, latency = (table.rows() for table in page.all("table"))
+    sizes, kept, latency = (table.rows() for table in page.all("table"))
+    assert kept == [[cell.strip() for cell in line.split("|")[1:3]] for line in kept_in(finished / "report.md")]
     params, macs, files = data["params"], data["macs"], data["size_bytes"]
     assert sizes[1:] == [
         ["parameters", si(params["dense"]), si(params["pruned"]), f"{params['pruned'] / params['dense']:.1%}"],
@@ -312,29 +320,54 @@ def test_settings_environment_and_hashes_are_folded_away(finished: Path) -> None
     assert [float(x) for x in facts("Seconds").values()] == pytest.approx(list(data["seconds"].values()), rel=1e-3)
 
 
+def groups_of(finished: Path, kind: str) -> list[tuple[str, str]]:
+    """Name of each group of a kind, and which of its units stay, as a mask."""
+    keep = json.loads((finished / "plan.json").read_text())["keep"]
+    return [
+        (
+            each["name"],
+            "".join("01"[unit in keep.get(each["name"], range(each["units"]))] for unit in range(each["units"])),
+        )
+        for each in stored(finished)["groups"]
+        if each["kind"] == kind
+    ]
+
+
 def test_bars_and_cells_are_those_of_the_plan(finished: Path) -> None:
-    data, page = stored(finished), page_of(finished)
-    plan = json.loads((finished / "plan.json").read_text())
-    masks = json.loads((finished / "masks.json").read_text())
-    assert max(map(len, plan["heads"])) < len(masks["neurons"][0])
+    page = page_of(finished)
     for kind, chart in zip(("heads", "neurons"), page.all("svg", "bars"), strict=True):
-        units = [len(bits) for bits in masks[kind]]
+        masks = [mask for _, mask in groups_of(finished, kind)]
+        units, stay = [len(mask) for mask in masks], [mask.count("1") for mask in masks]
         full, kept = ([x.number("width") for x in chart.all("rect", of)] for of in ("full", "bar"))
         assert len(full) == len(kept) == len(units)
         assert full == pytest.approx([width * max(full) / max(units) for width in units], abs=0.01)
         shares = [a / b for a, b in zip(kept, full, strict=True)]
-        assert shares == pytest.approx([n / of for n, of in zip(data[kind], units, strict=True)], abs=1e-3)
-        assert [x.text for x in chart.all("text")][1::2] == [
-            f"{n} of {of}" for n, of in zip(data[kind], units, strict=True)
-        ]
+        assert shares == pytest.approx([n / of for n, of in zip(stay, units, strict=True)], abs=1e-3)
+        assert [x.text for x in chart.all("text")][1::2] == [f"{n} of {of}" for n, of in zip(stay, units, strict=True)]
+        assert [x.all("title")[0].text for x in chart.all("g")] == [name for name, _ in groups_of(finished, kind)]
     heads, neurons = page.all("svg", "places")
-    for layer, bits in zip(heads.all("g"), masks["heads"], strict=True):
-        cells = layer.all("rect")
+    for row, (name, bits) in zip(heads.all("g"), groups_of(finished, "heads"), strict=True):
+        cells = row.all("rect")
         assert "".join("1" if x.attributes["class"] == "kept" else "0" for x in cells) == bits
         assert [x.number("x") for x in cells] == sorted(x.number("x") for x in cells)
-    for strip, bits in zip(neurons.all("svg", "strip"), masks["neurons"], strict=True):
+        assert row.all("title")[0].text.startswith(f"{name}: ")
+    for strip, (_, bits) in zip(neurons.all("svg", "strip"), groups_of(finished, "neurons"), strict=True):
         assert strip.attributes["viewbox"] == f"0 0 {len(bits)} 2"
         assert units_of(strip.all("path")[0].attributes["d"], len(bits)) == bits
+
+
+def test_kinds_of_which_nothing_was_cut_are_told_and_not_drawn(finished: Path) -> None:
+    page = page_of(finished)
+    assert len(page.all("svg", "places")) == 2
+    assert "Nothing was cut in 6 other groups: 2 of qk-width, 2 of v-width, 1 of heads, 1 of neurons." in page.text
+    with_nothing_cut = json.loads((finished / "plan.json").read_text()) | {"keep": {}}
+    (finished / "plan.json").write_text(json.dumps(with_nothing_cut))
+    report = stored(finished)
+    report["groups"] = [each | {"kept": each["units"]} for each in report["groups"]]
+    report["hashes"]["plan"] = NetworkPlan.read(finished / "plan.json").hash
+    (finished / "report.json").write_text(json.dumps(report))
+    page = page_of(finished)
+    assert len(page.all("svg", "places")) == 4, "of all kinds, where there is nothing else"
 
 
 def units_of(path: str, units: int) -> str:
@@ -460,7 +493,7 @@ def test_what_bench_measured_stands_there_too(finished: Path) -> None:
     add_bench(finished)
     page = page_of(finished)
     assert [x.text for x in page.all("h3")] == ["Measured again with optin bench"]
-    assert [table.rows()[1][0] for table in page.all("table")[1:]] == ["batch 1, 16 tokens", "batch 7, 16 tokens"]
+    assert [table.rows()[1][0] for table in page.all("table")[2:]] == ["batch 1, 16 tokens", "batch 7, 16 tokens"]
     assert "another CPU, 3 cores" in page.text
     assert len(page.all("svg", "plot")) == 4
 
@@ -527,7 +560,7 @@ def test_the_page_names_files_but_none_of_their_folders(finished: Path, root: st
     assert not re.search("jane|secret|home|Users", render(read_findings(finished)))
     line = page.all("bdi")[0].parent
     assert line is not None
-    assert line.text == f"my-bert, weights {stored(finished)['hashes']['dense_weights'][:12]}"
+    assert line.text == f"my-bert, network {stored(finished)['hashes']['network'][:12]}"
     assert page.all("title")[0].text == "Pruning report: my-bert"
     assert "calibration.jsonl" in page.text
     assert "Copy work to the target; see https://example.org/a/b and model/plan.json." in page.text
@@ -594,8 +627,7 @@ def test_a_report_that_makes_no_sense_is_refused(shell: Shell, finished: Path, d
     [
         ("report.json", "optin-export MODEL"),
         ("measurements.json", "optin bench"),
-        ("model/plan.json", "optin rewrite"),
-        ("model/layout.json", "optin rewrite"),
+        ("plan.json", "optin plan"),
         ("sweep.csv", "optin sweep"),
     ],
 )

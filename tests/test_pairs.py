@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,9 @@ from tiny_checkpoint import Shell
 
 from exporters.serving.shipments import Order
 from exporters.serving.shipping import ship_folder
+from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.pruned import MANIFEST, load_pruned
 from optin_deploy.stages import prepare
 from optin_deploy.workspace import Source, Workspace
 
@@ -45,10 +45,10 @@ def test_pairs_are_read_from_the_column_that_is_named(
     prepared = prepare(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert())
     expected = {tuple(tokenizer(*row, truncation=True, max_length=16)["input_ids"]) for row in ROWS}
-    found = {tuple(row.tolist()) for batch in prepared.calibration.batches for row in batch["input_ids"]}
+    found = {tuple(row.tolist()) for batch in prepared.ready.rows.calibration.batches for row in batch["input_ids"]}
     assert found <= expected
-    assert prepared.text_pairs
-    assert not caplog.text
+    assert prepared.ready.rows.pairs
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,6 @@ def test_a_pair_column_that_is_not_there_or_the_text_itself_is_refused(tmp_path:
         read_samples(tmp_path / "b.jsonl", text_column="premise", pair_column="hypothesis")
 
 
-def test_a_source_without_the_column_is_read_as_before(tmp_path: Path) -> None:
-    stored = {name: value for name, value in asdict(Source("bert", samples=9)).items() if name != "pair_column"}
-    (tmp_path / "source.json").write_text(json.dumps({"schema_version": 1, **stored}))
-    assert Workspace(tmp_path).source() == Source("bert", samples=9, pair_column="text_pair")
-
-
 @pytest.mark.parametrize("program", ["optin score", "optin-export"])
 def test_every_command_that_reads_texts_takes_the_pair_column(program: str, shell: Shell, tmp_path: Path) -> None:
     path, out = table(tmp_path / "a.jsonl"), tmp_path / "out"
@@ -105,16 +99,16 @@ def test_every_command_that_reads_texts_takes_the_pair_column(program: str, shel
     assert "may be the second text" not in ran.err
     assert Workspace(out).source().pair_column == "hypothesis"
     if whole:
-        assert load_pruned(out).report["text_pairs"] is True
+        assert read_saved(out / "model")[0].about["text_pairs"] is True
 
 
 def test_a_model_of_pairs_is_not_shipped_as_one_of_single_texts(finished: Path, shell: Shell, tmp_path: Path) -> None:
-    assert load_pruned(finished).report["text_pairs"] is False
+    assert read_saved(finished / "model")[0].about["text_pairs"] is False
     order = Order("triton", tmp_path / "repo", "tiny", text=True)
     ship_folder(finished, order, dry_run=True)
     manifest = finished / "model" / MANIFEST
     data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**data, "report": {**data["report"], "text_pairs": True}}))
+    manifest.write_text(json.dumps({**data, "about": {**data["about"], "text_pairs": True}}))
     with pytest.raises(BadInput, match=r"--text: tiny takes pairs of texts.*Leave out --text"):
         ship_folder(finished, order, dry_run=True)
 

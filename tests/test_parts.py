@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
-from optin_deploy.layout import Branch
+from optin_deploy.jobs.pruning import score
 from optin_deploy.ownership import RECORD
-from optin_deploy.scoring import PartsLeft, Scores, ScoreSettings, Terms, Worker, score
+from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, UnitScores, Worker
 from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, run_parts, worker_of
 from optin_deploy.scoring.terms import ROWS
 from optin_deploy.stages import score_stage
 from optin_deploy.workspace import LOCK, Workspace
 
-KINDS = ("heads", "neurons", "head_errors", "neuron_errors")
-FIRST, SECOND = Branch(("q",), "o", "block", None, 3, 2), Branch(("up",), "down", "norm", None, 4, 1)
+
+@dataclass(frozen=True)
+class Few:
+    """What has units."""
+
+    name: str
+    units: int
+
+
+FIRST, SECOND = Few("o", 3), Few("down", 4)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +71,7 @@ def workers() -> Iterator[Workers]:
     started.close()
 
 
-def some_terms(*branches: Branch, seed: int = 0) -> Terms:
+def some_terms(*branches: Few, seed: int = 0) -> Terms:
     generator = torch.Generator().manual_seed(seed)
     sums = {b: torch.rand(ROWS, b.units, generator=generator, dtype=torch.float64) for b in branches}
     return Terms(sums, samples=3, probes=4, output_probes=2, forward_seconds=0.5, seconds=1.5, peak_bytes=1000)
@@ -509,10 +517,10 @@ def test_a_folder_in_which_no_lock_can_be_made_is_told(tmp_path: Path) -> None:
 
 
 @cache
-def single(scorer: str) -> Scores:
+def single(scorer: str) -> UnitScores:
     """What one process finds, with no files."""
     with small_parts():
-        return score(prepared().loaded.model, prepared().layout, prepared().calibration.batches, SETTINGS[scorer])
+        return score(prepared().ready, SETTINGS[scorer])
 
 
 def claim(folder: Path) -> Workspace:
@@ -528,11 +536,12 @@ def shard(workspace: Workspace, scorer: str, log: Log, worker: Worker | None = N
 
 def check(workspace: Workspace, scorer: str, *, killed: int = 0) -> None:
     """The scores are written, and are those of one process to the last bit; nothing else is left."""
-    found, expected = workspace.read_scores().scores, single(scorer)
-    for kind in KINDS:
-        pairs = zip(getattr(found, kind), getattr(expected, kind), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    for name in ("samples", "probes", "output_probes", "head_samples", "kl_weight", "rank_stability"):
+    found, expected = workspace.read_scores(), single(scorer)
+    assert list(found.scores) == list(expected.scores)
+    for name in found.scores:
+        assert torch.equal(found.scores[name], expected.scores[name])
+        assert torch.equal(found.errors[name], expected.errors[name])
+    for name in ("samples", "probes", "output_probes", "masked_samples", "kl_weight", "rank_stability"):
         assert found.provenance[name] == expected.provenance[name]
     # A killed process cannot remove its hidden temporary file.
     ours = (RECORD, LOCK)
@@ -541,14 +550,14 @@ def check(workspace: Workspace, scorer: str, *, killed: int = 0) -> None:
         for path in workspace.root.iterdir()
         if path.name not in ours and (killed == 0 or not path.name.endswith(".tmp"))
     )
-    assert names == ["scores.json", "scores.safetensors", "source.json"]
+    assert names == ["dense.onnx", "scores.safetensors", "source.json"]
 
 
 def test_the_scorings_of_these_tests_have_many_parts_and_the_sketch_a_second_round(tmp_path: Path, log: Log) -> None:
     for scorer in SETTINGS:
         assert shard(claim(tmp_path / scorer), scorer, log) is False
     assert len(log.parts()) == len(set(log.parts())) > 30
-    for started in ("sketch-0000-probes-0-", "sketch-0000-probes-2-", "heads-0003-0004", "heads-0003-0006"):
+    for started in ("sketch-0000-probes-0-", "sketch-0000-probes-2-", "masked-0003-0004", "masked-0003-0006"):
         assert any(f"/{started}" in part for part in log.parts())
 
 
@@ -599,8 +608,8 @@ def test_a_second_run_finds_the_finished_scores(tmp_path: Path, log: Log, worker
 def test_a_second_run_clears_away_what_a_killed_one_no_longer_could(tmp_path: Path, log: Log) -> None:
     workspace = claim(tmp_path)
     shard(workspace, "exact", log)
-    store = FolderStore(workspace.parts_folder / workspace.read_scores().key[:16], [])
-    store.put("exact-0000-heads", some_terms(FIRST))
+    store = FolderStore(workspace.parts_folder / workspace.read_scores().provenance["key"][:16], [])
+    store.put("exact-0000-units-000000", some_terms(FIRST))
     assert shard(workspace, "exact", log) is True
     check(workspace, "exact")
 
@@ -637,9 +646,9 @@ def test_the_file_of_another_part_under_a_wrong_name_is_not_trusted(tmp_path: Pa
     workspace = claim(tmp_path)
     assert shard(workspace, "exact", log, Worker(0, 2, helps=False)) is None
     (folder,) = (path for path in workspace.parts_folder.iterdir() if path.is_dir())
-    missing = folder / "exact-0000-layer-000-neurons-000000.safetensors"
+    missing = folder / "exact-0000-units-000006.safetensors"
     assert not missing.exists()
-    shutil.copyfile(folder / "exact-0000-layer-000-neurons-000003.safetensors", missing)
+    shutil.copyfile(folder / "exact-0000-units-000000.safetensors", missing)
     assert shard(workspace, "exact", log, Worker(1, 2, helps=False)) is False
     check(workspace, "exact")
 
@@ -665,9 +674,9 @@ def test_parts_of_other_settings_are_not_used(tmp_path: Path, log: Log, other: S
 def test_the_seed_of_the_source_is_that_of_the_scores(tmp_path: Path, log: Log) -> None:
     workspace = claim(tmp_path)
     score_stage(workspace, replace(prepared(), source=replace(SOURCE, seed=5)), SETTINGS["sketch"])
-    found = workspace.read_scores().scores
+    found, other = workspace.read_scores(), single("sketch")
     assert found.provenance["seed"] == 5
-    assert not torch.equal(found.neurons[0], single("sketch").neurons[0])
+    assert not all(torch.equal(found.scores[name], other.scores[name]) for name in found.scores)
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------

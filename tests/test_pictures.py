@@ -16,19 +16,31 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from optin_deploy.pictures import ANNOTATED_COLUMNS, draw_scores
-from optin_deploy.scoring.scores import Scores
+from optin_deploy.score_table import MOST_CELLS
+from optin_deploy.scoring.unit_scores import UnitScores
 
 LOWEST, MIDDLE, HIGHEST, WHITE = (68, 1, 84), (33, 145, 140), (253, 231, 37), (255, 255, 255)
 """Viridis at 0, 0.5 and 1, as published; and paper."""
 NEURONS = [[4.0, 0.5, 2.0], [0.1, 0.3, 0.2]]
 
 
-def scores_of(heads: list[list[float]], neurons: list[list[float]] | None = None, **provenance: Any) -> Scores:
-    layers = [[torch.tensor(x, dtype=torch.float64) for x in kind] for kind in (heads, neurons or NEURONS)]
-    return Scores(tuple(layers[0]), tuple(layers[1]), "hash", provenance)
+def scores_of(heads: list[list[float]], neurons: list[list[float]] | None = None, **provenance: Any) -> UnitScores:
+    """`heads` are small groups; `neurons` make large ones, in which each number is that of many units."""
+    both = {"heads": heads, "neurons": [[x for x in layer for _ in range(many(layer))] for layer in neurons or NEURONS]}
+    scores = {
+        f"layer.{n}: {kind}": torch.tensor(x, dtype=torch.float64)
+        for kind, layers in both.items()
+        for n, x in enumerate(layers)
+    }
+    return UnitScores(scores, {name: torch.zeros_like(x) for name, x in scores.items()}, "hash", provenance)
 
 
-def log_normal(layers: int, heads: int, neurons: int) -> Scores:
+def many(layer: list[float]) -> int:
+    """How often each number of a layer stands in a group that is too large for cells."""
+    return MOST_CELLS // len(layer) + 1
+
+
+def log_normal(layers: int, heads: int, neurons: int) -> UnitScores:
     rng = np.random.default_rng(0)
     drawn = [[list(np.exp(rng.normal(-i, 2, n))) for i in range(layers)] for n in (heads, neurons)]
     return scores_of(*drawn, scorer="sketch")
@@ -102,6 +114,13 @@ def test_cells_tell_the_rank_among_all_heads(tmp_path: Path, monkeypatch: pytest
     assert found == {(column + 0.5, row + 0.5): rank for (row, column), rank in ranks.items()}
 
 
+def test_rows_bear_the_names_of_their_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with drawn_figures(monkeypatch) as figures:
+        draw_scores(scores_of([[3, 1], [2, 5, 0]]), tmp_path / "scores.png")
+    labels = [text.get_text() for text in figures[0].axes[0].get_yticklabels()]
+    assert labels == ["layer.0: heads", "layer.1: heads"]
+
+
 @pytest.mark.parametrize(("heads", "texts"), [(ANNOTATED_COLUMNS, 2 * ANNOTATED_COLUMNS), (ANNOTATED_COLUMNS + 1, 0)])
 def test_many_heads_have_colours_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, texts: int) -> None:
     with drawn_figures(monkeypatch) as figures:
@@ -109,13 +128,17 @@ def test_many_heads_have_colours_only(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(figures[0].axes[0].texts) == texts
 
 
-def test_neurons_are_one_falling_curve_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_group_is_one_falling_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with drawn_figures(monkeypatch) as figures:
         draw_scores(scores_of([[1, 2], [3, 4]], [[4.0, 0.5, 2.0], [0.1, 0.3]]), tmp_path / "scores.png")
     curves = figures[0].axes[1]
     assert curves.get_yscale() == "log"
-    assert [line.get_ydata().tolist() for line in curves.lines] == [[4.0, 2.0, 0.5], [0.3, 0.1]]
-    assert [line.get_xdata().tolist() for line in curves.lines] == [pytest.approx([1 / 3, 2 / 3, 1]), [0.5, 1]]
+    found = [np.array(line.get_data()) for line in curves.lines]  # each (2, units)
+    steps = many([1, 2, 3]), many([1, 2])
+    assert found[0][1].tolist() == [score for score in (4.0, 2.0, 0.5) for _ in range(steps[0])]
+    assert found[1][1].tolist() == [score for score in (0.3, 0.1) for _ in range(steps[1])]
+    for line in found:
+        assert line[0] == pytest.approx(np.arange(1, line.shape[1] + 1) / line.shape[1])
     assert len({to_hex(line.get_color()) for line in curves.lines}) == 2
 
 
@@ -138,7 +161,7 @@ def test_the_title_says_how_the_scores_were_made(tmp_path: Path, monkeypatch: py
     ],
     ids=["zero", "equal", "single", "extreme", "6x12", "40x40"],
 )
-def test_any_scores_give_a_whole_picture_and_no_warning(tmp_path: Path, scores: Scores) -> None:
+def test_any_scores_give_a_whole_picture_and_no_warning(tmp_path: Path, scores: UnitScores) -> None:
     draw_scores(scores, tmp_path / "scores.png")
     image = pixels(tmp_path / "scores.png")
     assert 250 < image.shape[0] < 2000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +18,14 @@ from tiny_plans import layout_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.zoo.export import quiet
 from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_module
+from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.jobs.pruning import sizes_of
 from optin_deploy.network.axes import Axis, product, size, total
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
@@ -201,3 +206,24 @@ def test_a_network_of_impossible_size_is_refused() -> None:
     layout.structure.products.append((0, (axis, Axis(2**40), Axis(2**40))))
     with pytest.raises(BadInput, match="more than can be planned for"):
         costs_of(layout)
+
+
+def test_pictures_larger_than_the_probes_cost_what_they_compute_behind_strides_too(tmp_path: Path) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 1)
+    )
+    file = tmp_path / "free.onnx"
+    free = {"x": {0: "rows", 2: "height", 3: "width"}}
+    with quiet():
+        torch.onnx.export(
+            *(module, (torch.zeros(2, 3, 20, 24),), file),
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes=free,
+            dynamo=False,
+        )
+    found = find_in(file)
+    rows = Feeds(({"x": torch.zeros(5, 3, 41, 63)},), (None,) * 5, "zeros")
+    assert costs_of(found.layout, sizes_of(found, rows)).macs.dense == (
+        41 * 63 * 8 * 3 * 9 + 20 * 31 * 6 * 8 * 9 + 20 * 31 * 4 * 6
+    )

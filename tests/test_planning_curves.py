@@ -1,4 +1,4 @@
-"""Error curves by group are the first edition's by branch, and what an own regression gives for convolutions."""
+"""Error curves are what an own regression and a forward of the changed module give, of any product."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from own_regression import distance, images, inputs_of, judged_rows, ridge, texts
 from tiny_networks import made
-from tiny_scoring import Batch, bare_bert, bert, image_batch, one_thread, text_batch, vit
+from tiny_scoring import (
+    BARE_BERT,
+    BERT,
+    LAYERS,
+    SWIGLU,
+    VIT,
+    Batch,
+    Family,
+    bare_bert,
+    bert,
+    dinov2,
+    one_thread,
+    vit,
+)
 from torch import Tensor, nn
 
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.curves import RIDGE, error_curves
 from optin_deploy.errors import BadInput
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
-from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.scoring import Scores
+from optin_deploy.planning.unit_curves import RIDGE, unit_curves
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
@@ -26,39 +37,45 @@ from optin_deploy.structure.find import find
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
-def texts() -> list[Batch]:
-    found = [text_batch((3, 7, 5, 6, 9, 4, 8, 10), seed=i) for i in range(5)]
-    return [{**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in found]
-
-
-CASES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
-    "bert: post-LN": lambda: (bert(), texts()),
-    "bare bert: no logits": lambda: (bare_bert(), texts()),
-    "vit: pre-LN": lambda: (vit(), [image_batch(12, seed=0), image_batch(20, seed=1)]),
+Case = tuple[nn.Module, Family, list[Batch]]
+CASES: dict[str, Callable[[], Case]] = {
+    "bert: post-LN": lambda: (bert(), BERT, texts()),
+    "bare bert: no logits": lambda: (bare_bert(), BARE_BERT, texts()),
+    "vit: pre-LN": lambda: (vit(), VIT, images()),
+    "dinov2: gated FFN": lambda: (dinov2(gated=True), SWIGLU, images()),
 }
 
 
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_get_the_curves_of_the_first_edition(case: str) -> None:
-    model, batches = CASES[case]()
-    layout = resolve(model)
+def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(case: str, kind: str) -> None:
+    model, family, batches = CASES[case]()
     subject = Subject.of(find(read(model)))
     generator = torch.Generator().manual_seed(0)
     random = {
         group.name: torch.rand(group.units, generator=generator, dtype=torch.float64) for group in subject.layout.groups
     }
-    heads, neurons = (
-        [group for group in subject.layout.groups if group.kind == kind][: len(layout.layers)]
-        for kind in ("heads", "neurons")
-    )
-    scores = Scores(*(tuple(random[group.name] for group in groups) for groups in (heads, neurons)), layout.hash, {})
-    expected = error_curves(model, layout, scores, batches)
     found = unit_curves(subject, random, batches)
-    for groups, curves in ((heads, expected.heads), (neurons, expected.neurons)):
-        for group, curve in zip(groups, curves, strict=True):
-            assert found[group.name].counts == curve.counts
-            np.testing.assert_allclose(found[group.name].errors, curve.errors, rtol=1e-6, atol=1e-12)
-            assert curve.errors[0] > 1e-5
+    groups = [group for group in subject.layout.groups if group.kind == kind][:LAYERS]
+    for layer, group in enumerate(groups):
+        path, order = family.columns(layer, kind, 0)[0], random[group.name].argsort(descending=True).tolist()
+        a = np.concatenate(inputs_of(model, path, judged_rows(batches, False)))
+        errors = []
+        for count in found[group.name].counts[:-1]:
+            kept = [c for unit in sorted(order[:count]) for c in family.columns(layer, kind, unit)[1]]
+            cut = [c for c in range(a.shape[1]) if c not in kept]
+            changed = copy.deepcopy(model)
+            linear = changed.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            weight = linear.weight.detach().numpy().copy()
+            w, b = ridge(a[:, kept], a[:, cut] @ weight[:, cut].T, RIDGE)
+            weight[:, kept] += w.T
+            weight[:, cut] = 0
+            linear.weight.data, linear.bias.data = torch.tensor(weight), linear.bias.data + torch.tensor(b)
+            errors.append(distance(changed, model, judged_rows(batches, True)))
+        assert max(errors) > 1e-6, "the branch matters"
+        assert found[group.name].counts[-1] == group.units
+        np.testing.assert_allclose(found[group.name].errors, [*np.minimum.accumulate(errors), 0], rtol=1e-6, atol=1e-12)
 
 
 class Convolved(nn.Module):
@@ -113,7 +130,7 @@ def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
 
 
 def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same() -> None:
-    model, batches = CASES["bert: post-LN"]()
+    model, _, batches = CASES["bert: post-LN"]()
     subject = Subject.of(find(read(model)))
     scores = {group.name: torch.arange(group.units).double() for group in subject.layout.groups}
     weights = token_weights(subject, batches)
@@ -128,7 +145,7 @@ def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same()
 
 
 def test_too_few_samples_are_refused() -> None:
-    model, batches = CASES["vit: pre-LN"]()
+    model, _, batches = CASES["vit: pre-LN"]()
     subject = Subject.of(find(read(model)))
     with pytest.raises(BadInput, match="too few"):
         unit_curves(subject, {}, [{"pixel_values": batches[0]["pixel_values"][:3]}])

@@ -1,4 +1,4 @@
-"""Widths are the best that enumerating all of them finds, those of the search by layers, and never over a limit."""
+"""Widths are the best that enumerating all of them finds, and never over a limit."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_plans import costs_in, falling, layout_of
-from tiny_scoring import toy_layout
 
 from optin_deploy.allocate import Options
 from optin_deploy.budget import Limits
-from optin_deploy.cost.units import UnitCost
-from optin_deploy.curves import Curve, Curves
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning import trading
 from optin_deploy.planning.costs import Cost, Limit, fits, limits_within
+from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import Ladder, best
 from optin_deploy.planning.polynomial import Polynomial, Terms
 from optin_deploy.planning.pools import by_score, by_share, filled, largest_total, together, widths_of
 from optin_deploy.planning.promising import bound
 from optin_deploy.planning.trading import least_summed_error
 from optin_deploy.planning.widths import ALLOCATIONS, Choice, choose
-from optin_deploy.scoring import Scores
-from optin_deploy.search import search_within
 from optin_deploy.structure.branches import bypassed
 
 FAMILIES = ("bert", "llama", "resnet", "mobilenet-v2", "swin")
@@ -111,94 +106,41 @@ def test_one_share_for_all_groups_of_a_kind() -> None:
         assert all(abs(widths[name] - share * many) <= 1 for name, many in units.items())
 
 
-# the same widths as the search by layers
+# one ranking of all units of a kind
 
 
-def by_layers(
-    cost: UnitCost, scores: Sequence[Sequence[np.ndarray]], most: int, allocation: str, **more: object
-) -> list[int]:
-    """Kept heads of all layers and then neurons, by the search over layers of one form."""
-    heads, neurons = scores
-    layout = toy_layout(tuple(map(len, heads)), tuple(map(len, neurons)))
-    as_scores = Scores(*(tuple(map(torch.from_numpy, part)) for part in scores), layout.hash, {})
-    masks = search_within(as_scores, layout, [(cost, most)], allocation=allocation, **more)  # type: ignore[arg-type]
-    return [sum(keep) for keep in (*masks.heads, *masks.neurons)]
-
-
-@pytest.mark.parametrize("costs", [[[7, 7], [2, 2]], [[9, 4], [1, 3]]], ids=["alike", "unlike"])
-def test_unlike_layers_are_ranked_as_the_search_by_layers_ranks_them(costs: list[list[int]]) -> None:
-    """By score per cost; what still fits of later steps comes on top, so that the total is no smaller."""
+@pytest.mark.parametrize("prices", [[7, 7, 2, 2], [9, 4, 1, 3]], ids=["alike", "unlike"])
+def test_units_of_a_kind_are_ranked_by_score_per_cost(prices: list[int]) -> None:
+    """Each kind keeps the first units of its ranking; what still fits of later ones comes on top."""
     units, more = {"h0": 3, "h1": 4, "n0": 5, "n1": 8}, 0
-    heads, neurons = costs
-    prices = dict(zip(units, (*heads, *neurons), strict=True))
-    cost = toy({(): 5, **{(name,): price for name, price in prices.items()}}, units)
-    of_layers = UnitCost(5, tuple(heads), tuple(neurons), cost.dense)
+    price = dict(zip(units, prices, strict=True))
+    cost = toy({(): 5, **{(name,): each for name, each in price.items()}}, units)
     some = ladders(units, least=0)
     for seed in range(5):
         rng = np.random.default_rng(seed)
         scores = {name: rng.random(many) * (3 if name[0] == "h" else 1) for name, many in units.items()}
-        pairs = [[scores["h0"], scores["h1"]], [scores["n0"], scores["n1"]]]
+        firsts = [firsts_of(kind, scores, price) for kind in (("h0", "h1"), ("n0", "n1"))]
         for most in range(5, cost.dense + 1):
             limits = [Limit(cost, most, "")]
             pools = [by_score(part, scores, limits, units) for part in (some[:2], some[2:])]
             sizes = largest_total(pools, limits, units)
-            assert list(widths_of(pools, sizes, units).values()) == by_layers(of_layers, pairs, most, "paper", align=1)
+            pairs = [{**one, **other} for one, other in itertools.product(*firsts)]
+            expected = max((each for each in pairs if cost.of(each) <= most), key=lambda each: worth(scores, each))
+            assert widths_of(pools, sizes, units) == expected
             full = filled(pools, sizes, limits, units)
             assert cost.of(full) <= most
-            gained = worth(scores, full) - worth(scores, widths_of(pools, sizes, units))
+            gained = worth(scores, full) - worth(scores, expected)
             assert gained >= 0
             more += gained > 0
-    assert (more > 5) == (costs[0][0] != costs[0][1])
+    assert (more > 5) == (prices[0] != prices[1])
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-def test_a_network_of_heads_and_neurons_has_the_widths_of_the_search_by_layers(allocation: str) -> None:
-    layout, costs = layout_of("bert"), costs_in("bert")
-    kinds = [[group for group in layout.groups if group.kind == kind] for kind in ("heads", "neurons")]
-    kinds[1] = [group for group in kinds[1] if group.name in bypassed(layout)]  # not the pooler
-    assert [len(kind) for kind in kinds] == [2, 2]
-    macs, rng = costs.macs, np.random.default_rng(0)
-    powers = [[macs.polynomial.along(group.name, macs.whole)[1] for group in kind] for kind in kinds]
-    gone = {**macs.whole, **{group.name: 0 for kind in kinds for group in kind}}
-    cost = UnitCost(macs.of(gone), tuple(powers[0]), tuple(powers[1]), macs.dense)
-    groups = [group for kind in kinds for group in kind]
-    curves = {group.name: falling(group.units, rng) for group in groups}
-    scores = {group.name: rng.random(group.units) * (20 if group.kind == "heads" else 1) for group in groups}
-    of_layers = [[scores[group.name] for group in kind] for kind in kinds]
-    pairs = [tuple(curves[group.name] for group in kind) for kind in kinds]
-    checked = 0
-    for most in np.linspace(cost.fixed, cost.dense, 40).astype(int).tolist():
-        more: dict[str, object] = {"align": 4}
-        if allocation == "curves":
-            hash_ = toy_layout(*(tuple(map(len, part)) for part in of_layers)).hash
-            more["curves"] = Curves(*pairs, hash_)
-        expected = by_layers(cost, of_layers, most, allocation, **more)
-        some = [
-            Ladder(group.name, group.kind, (*range(0, group.units, 4 if group.kind == "neurons" else 1), group.units))
-            for group in groups
-        ]
-        limits = [Limit(macs, most, "")]
-        if allocation == "curves":
-            found = least_summed_error(some, curves, limits, gone)
-        else:
-            parts = (some[:2], some[2:])
-            pools = (
-                [by_share(part, scores) for part in parts]
-                if allocation == "uniform"
-                else [by_score(part, scores, limits, macs.whole) for part in parts]
-            )
-            found = widths_of(pools, largest_total(pools, limits, macs.whole), macs.whole)
-        counts = [found[group.name] for group in groups]
-        if allocation == "curves":
-            errors = [
-                sum(float(curves[group.name].at([n])[0]) for group, n in zip(groups, some_, strict=True))
-                for some_ in (counts, expected)
-            ]
-            assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-12
-        else:
-            assert counts == expected
-        checked += 1
-    assert checked == 40
+def firsts_of(names: Sequence[str], scores: Mapping[str, np.ndarray], price: Mapping[str, int]) -> list[dict[str, int]]:
+    """Widths that the first units by score per cost make, for each number of them."""
+    ranked = sorted(((score / price[name], name) for name in names for score in scores[name]), reverse=True)
+    return [
+        {name: sum(other == name for _, other in ranked[:many]) for name in names} for many in range(len(ranked) + 1)
+    ]
 
 
 # error curves

@@ -14,27 +14,29 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import error, main_name, outputs, random_plan, tiny_batch, tiny_batches, tiny_model
+from conftest import error, main_name, outputs, tiny_batch, tiny_batches
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
 from tiny_checkpoint import Shell
+from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor, nn
 
-from exporters.base import POOLED, TOLERANCES, Artifact, ExportSpec, typed_name
-from exporters.building import Built, Pair
+from exporters.base import Artifact, ExportSpec, Form, typed_name
+from exporters.building import Built, Forms, Pair
+from exporters.precisions import TOLERANCES
 from exporters.proving import check_engine
 from exporters.to_onnx import OnnxExporter
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput, ParityFailure
-from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.loading import load_model
+from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.torch import TorchRuntime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = ("bert", "bert+head", "vit+head", "dense vit+head")
-"""An export takes seconds. `bert` is exported with pooling; all but the last are pruned."""
+"""`bert` is exported with pooling; all but the last are pruned."""
 PRUNED = CASES[:-1]
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 ORT_REFUSES = (NotImplemented, InvalidGraph)
@@ -42,35 +44,46 @@ INT8_TOLERANCE = 0.15
 """Largest error; up to 0.05 was measured, and on other inputs up to 0.1. The dense model's is above 0.4."""
 
 
-@cache
-def model_of(name: str) -> Any:
-    """Shared: not to be changed."""
-    model = tiny_model(name.removeprefix("dense "))
-    if name.startswith("dense "):
-        return model
-    layout = resolve(model)
-    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,), no_neurons=(2,))).eval()
-
-
-def spec_of(model: Any, precision: str, *, pool: str | None = None) -> ExportSpec:
-    return ExportSpec(precision, pool, calibration=tiny_batches(model) if precision == "int8" else ())
+def spec_of(name: str, precision: str) -> ExportSpec:
+    pool = "mean" if name == "bert" else None
+    return ExportSpec(precision, pool, calibration=samples(tiny(name).model) if precision == "int8" else ())
 
 
 Exported = Callable[[str, str], Artifact]
+Formed = Callable[[str], Form]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """(case, precision) -> artifact, exported once."""
+def formed(tmp_path_factory: pytest.TempPathFactory) -> Formed:
+    """Case -> what its exports start from."""
     folder = tmp_path_factory.mktemp("precisions")
 
     @cache
+    def form(name: str) -> Form:
+        (folder / name).mkdir()
+        return form_of(tiny(name).network, folder / name / "model.onnx", pool=spec_of(name, "fp32").pool)
+
+    return form
+
+
+@pytest.fixture(scope="module")
+def exported(formed: Formed) -> Exported:
+    """(case, precision) -> artifact, exported once."""
+
+    @cache
     def export(name: str, precision: str) -> Artifact:
-        model = model_of(name)
-        spec = spec_of(model, precision, pool="mean" if name == "bert" else None)
-        return OnnxExporter().export(model, spec, folder / name / typed_name("model", precision, ".onnx"))
+        form = formed(name)
+        return OnnxExporter().export(
+            form, spec_of(name, precision), form.graph.with_name(typed_name("model", precision, ".onnx"))
+        )
 
     return export
+
+
+@cache
+def model_of(name: str) -> Any:
+    """What torch computes; shared, and not to be changed."""
+    return tiny(name).reference
 
 
 def run(path: Path, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,7 +163,7 @@ def test_sixteen_bits_inside_and_the_contract_outside(name: str, precision: str,
     assert crossing
     assert all(set(pair) & set(types_outside(proto)) for pair in crossing), crossing
     stored = sum(len(numpy_helper.to_array(w).tobytes()) for w in proto.graph.initializer if w.data_type == typed)
-    assert stored <= 2 * 1.05 * sum(p.numel() for p in model_of(name).parameters())
+    assert stored <= 2 * 1.05 * tiny(name).kept_parameters
 
 
 def test_mean_pooling_in_fp16_averages_the_real_tokens(exported: Exported) -> None:
@@ -231,16 +244,18 @@ class Quantised:
 
     def weight_of(self, product: Any) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Stored int8 weight, scales and channel axis of a product; None: both sides are activations."""
-        node = self.dequantised_by(product.input[1]) if product.op_type in ("MatMul", "Gemm") else None
+        node = self.dequantised_by(product.input[1]) if product.op_type in ("MatMul", "Gemm", "Conv") else None
         if node is None or node.input[0] not in self.stored:
             return None
         axis = {a.name: a.i for a in node.attribute}.get("axis", 1)
         return self.stored[node.input[0]], self.stored[node.input[1]], axis
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
-    """Those that the exported graph runs: a base model's pooler is not."""
-    return [m for path, m in model.named_modules() if isinstance(m, nn.Linear) and (path != "pooler.dense")]
+def linears(case: Tiny) -> list[np.ndarray]:
+    """Weights, (out, in), of the linear layers that are left."""
+    names = {f"{path}.weight" for path, module in case.model.named_modules() if isinstance(module, nn.Linear)}
+    weights = case.network.weights
+    return [weight.numpy() for name, weight in weights.items() if name.partition(".cut")[0] in names]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -259,7 +274,7 @@ def test_products_with_stored_weights_are_quantised_on_both_sides(name: str, exp
     products = graph.nodes("MatMul", "Gemm")
     quantised = [node for node in products if graph.weight_of(node) is not None]
     in_float = [node for node in products if node.input[1] in graph.stored]  # too much would be lost
-    assert len(quantised) + len(in_float) == len(linears(model_of(name)))
+    assert len(quantised) + len(in_float) == len(linears(tiny(name)))
     assert len(quantised) >= 3
     assert all(graph.dequantised_by(node.input[0]) is not None for node in quantised)
 
@@ -272,9 +287,10 @@ def test_nothing_but_products_with_stored_weights_is_quantised(name: str, export
         for value in node.input:
             readers.setdefault(value, []).append(node)
     rounded = [node.output[0] for node in graph.nodes("DequantizeLinear")]
-    others = {node.op_type for value in rounded for node in readers[value] if graph.weight_of(node) is None}
+    others = {node.op_type for value in rounded for node in readers[value] if graph.weight_of(node) is None} - {"Shape"}
     # Where the normalisation comes last (BERT), the residual reads the same rounded value as the products.
-    assert others <= ({"Add"} if "bert" in name else set())
+    # A Shape reads no entry.
+    assert others - {"Shape"} <= ({"Add"} if "bert" in name else set())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -300,7 +316,7 @@ def test_int8_nodes_are_those_that_tensorrt_reads(name: str, exported: Exported)
 def test_int8_weights_are_those_of_the_model_to_half_a_step_of_each_channel(name: str, exported: Exported) -> None:
     graph = Quantised.load(exported(name, "int8").path)
     found = [graph.weight_of(node) for node in graph.nodes("MatMul", "Gemm")]
-    left = [linear.weight.detach().numpy() for linear in linears(model_of(name))]  # (out, in)
+    left = linears(tiny(name))
     for stored in filter(None, found):
         matching = [i for i, weight in enumerate(left) if _is(stored, weight)]
         assert matching, stored[0].shape
@@ -318,9 +334,9 @@ def _is(stored: tuple[np.ndarray, np.ndarray, int], weight: np.ndarray) -> bool:
     return close and bool((np.abs(values * found[:, None] - weight) <= 0.502 * found[:, None]).all())
 
 
-def test_int8_without_samples_is_refused(tmp_path: Path) -> None:
+def test_int8_without_samples_is_refused(formed: Formed, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="needs calibration samples"):
-        OnnxExporter().export(model_of("vit+head"), ExportSpec("int8"), tmp_path / "model.int8.onnx")
+        OnnxExporter().export(formed("vit+head"), ExportSpec("int8"), tmp_path / "model.int8.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -328,37 +344,46 @@ class Exporting(Exception):
     """Raised where the long work would begin."""
 
 
-def no_trace(*args: object) -> None:
+def no_work(*args: object, **kwargs: object) -> None:
     raise Exporting
+
+
+@pytest.fixture
+def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optin_deploy.network.sealed.write", no_work)
+    monkeypatch.setattr("exporters.to_onnx.quantize_int8", no_work)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_same_settings_find_the_file_finished(
-    exported: Exported, precision: str, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, formed: Formed, precision: str, nothing_is_made: None
 ) -> None:
     artifact = exported("vit+head", precision)
     before = artifact.path.stat().st_mtime_ns
-    monkeypatch.setattr("exporters.to_onnx.trace", no_trace)
-    model = copy.deepcopy(model_of("vit+head"))
-    assert OnnxExporter().export(model, spec_of(model, precision), artifact.path) == artifact
+    assert OnnxExporter().export(formed("vit+head"), spec_of("vit+head", precision), artifact.path) == artifact
     assert artifact.path.stat().st_mtime_ns == before
 
 
-def test_other_samples_make_another_int8_file(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, artifact = model_of("vit+head"), exported("vit+head", "int8")
-    first, second = tiny_batches(model)
-    louder = {name: value * 1.5 for name, value in second.items()}
-    monkeypatch.setattr("exporters.to_onnx.trace", no_trace)
-    for samples in ((first,), (first, louder), (second, first, first)):
+@pytest.fixture
+def int8(exported: Exported) -> Artifact:
+    return exported("vit+head", "int8")
+
+
+def test_other_samples_make_another_int8_file(int8: Artifact, formed: Formed, nothing_is_made: None) -> None:
+    first, second = samples(tiny("vit+head").model)
+    louder = {name: value * np.float32(1.5) for name, value in second.items()}
+    for given in ((first,), (first, louder), (second, first, first)):
         with pytest.raises(Exporting):
-            OnnxExporter().export(model, ExportSpec("int8", calibration=samples), artifact.path)
+            OnnxExporter().export(formed("vit+head"), ExportSpec("int8", calibration=given), int8.path)
 
 
-def test_samples_set_the_range_of_activations(exported: Exported, tmp_path: Path) -> None:
-    model = model_of("vit+head")
-    louder = [{name: value * 4 for name, value in batch.items()} for batch in tiny_batches(model)]
-    other = OnnxExporter().export(model, ExportSpec("int8", calibration=louder), tmp_path / "model.int8.onnx")
-    first, second = (activation_scales(path) for path in (exported("vit+head", "int8").path, other.path))
+def test_samples_set_the_range_of_activations(int8: Artifact, formed: Formed, tmp_path: Path) -> None:
+    louder = [
+        {name: value * np.float32(4) for name, value in batch.items()} for batch in samples(tiny("vit+head").model)
+    ]
+    spec = ExportSpec("int8", calibration=louder)
+    other = OnnxExporter().export(formed("vit+head"), spec, tmp_path / "model.int8.onnx")
+    first, second = (activation_scales(path) for path in (int8.path, other.path))
     assert max(abs(second[name] / first[name] - 1) for name in first.keys() & second.keys()) > 0.05
 
 
@@ -367,33 +392,36 @@ def activation_scales(path: Path) -> dict[str, float]:
     return {node.input[0]: float(graph.stored[node.input[1]]) for node in graph.nodes("QuantizeLinear")}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_one_precision_is_not_taken_for_another(
-    exported: Exported, precision: str, monkeypatch: pytest.MonkeyPatch
+    exported: Exported, formed: Formed, precision: str, nothing_is_made: None
+) -> None:
+    other = {"fp16": "bf16", "bf16": "fp16"}[precision]
+    path = exported("vit+head", precision).path
+    with pytest.raises(Exporting):
+        OnnxExporter().export(formed("vit+head"), ExportSpec(other), path)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_another_network_was_made_into_is_made_again(
+    exported: Exported, formed: Formed, precision: str, nothing_is_made: None
 ) -> None:
     path = exported("vit+head", precision).path
-    monkeypatch.setattr("exporters.to_onnx.trace", no_trace)
     with pytest.raises(Exporting):
-        OnnxExporter().export(model_of("vit+head"), ExportSpec("fp32"), path)
+        OnnxExporter().export(formed("dense vit+head"), spec_of("dense vit+head", precision), path)
 
 
 # ---- models that come in another type
 
 
-def test_weights_trained_in_bfloat16_are_exported_as_float32_in_fp32(tmp_path: Path) -> None:
-    model = tiny_model("vit+head").bfloat16()
-    artifact = OnnxExporter().export(model, ExportSpec("fp32"), tmp_path / "model.onnx")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}  # the model stays as it was
-    assert types_inside(onnx.load(artifact.path)) == ({TensorProto.FLOAT}, {TensorProto.FLOAT})
+def test_weights_that_were_trained_in_bfloat16_are_read_as_float32(tmp_path: Path) -> None:
+    model = tiny("vit+head").model
+    low = copy.deepcopy(model).bfloat16()
+    low.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     batch = tiny_batch(model, batch=3)
-    expected = outputs(copy.deepcopy(model).float(), batch, states=False)["logits"]
-    assert error(expected, run(artifact.path, batch)["logits"]) < 1e-5
-
-
-def test_int8_of_half_precision_weights_is_made_from_float32(tmp_path: Path) -> None:
-    model = tiny_model("vit+head").half()
-    artifact = OnnxExporter().export(model, spec_of(model, "int8"), tmp_path / "model.int8.onnx")
-    assert types_inside(onnx.load(artifact.path)) == ({TensorProto.FLOAT}, {TensorProto.FLOAT})
+    assert error(outputs(low.float(), batch)["logits"], outputs(loaded, batch)["logits"]) < 1e-6
 
 
 # ---- names and tolerances
@@ -446,9 +474,11 @@ class BentEngine(OnnxExporter):
         return Bent(self._open(path), self._share, all_values=precision == "int8")
 
 
-def check(engine: BentEngine, precision: str, path: Path, model: Any) -> float:
+def check(engine: BentEngine, precision: str, path: Path, name: str) -> float:
     artifact = Artifact(path, engine.engine, precision, (), ("logits",), "", 0)
-    (found,) = check_engine(Built((Pair(engine, precision, artifact, None),)), model, None, seq_len=16).values()
+    forms = Forms(Form(path, tiny(name).network), None)
+    built = Built((Pair(engine, precision, artifact, None),))
+    (found,) = check_engine(built, forms, tiny_batches(tiny(name).model)).values()
     return found
 
 
@@ -456,23 +486,24 @@ def check(engine: BentEngine, precision: str, path: Path, model: Any) -> float:
 def test_each_tolerance_lets_rounding_pass_and_refuses_more(precision: str, tmp_path: Path) -> None:
     model, limit = model_of("bert+head"), TOLERANCES[precision]
     passing, failing = (BentEngine(lambda path: TorchRuntime(model), share * limit) for share in (0.8, 1.2))
-    assert check(passing, precision, tmp_path / "x", model) == pytest.approx(0.8 * limit, rel=0.01)
+    assert check(passing, precision, tmp_path / "x", "bert+head") == pytest.approx(0.8 * limit, rel=0.01)
     with pytest.raises(ParityFailure, match=rf"x differs .*allowed in {precision}: {limit:.0e}"):
-        check(failing, precision, tmp_path / "x", model)
+        check(failing, precision, tmp_path / "x", "bert+head")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_bent_file_is_refused(precision: str, exported: Exported) -> None:
-    path, model = exported("bert+head", precision).path, model_of("bert+head")
-    assert check(BentEngine(OnnxExporter().open, 0.0), precision, path, model) < TOLERANCES[precision] / 4
+    path = exported("bert+head", precision).path
+    assert check(BentEngine(OnnxExporter().open, 0.0), precision, path, "bert+head") < TOLERANCES[precision] / 4
     with pytest.raises(ParityFailure, match=f"allowed in {precision}"):
-        check(BentEngine(OnnxExporter().open, 1.3 * TOLERANCES[precision]), precision, path, model)
+        check(BentEngine(OnnxExporter().open, 1.3 * TOLERANCES[precision]), precision, path, "bert+head")
 
 
 def test_a_file_that_cannot_run_here_is_not_called_proven(exported: Exported) -> None:
     artifact = exported("bert+head", "bf16")
     built = Built((Pair(OnnxExporter(), "bf16", artifact, None),))
-    assert check_engine(built, model_of("bert+head"), None, seq_len=16) == {}
+    forms = Forms(Form(artifact.path, tiny("bert+head").network), None)
+    assert check_engine(built, forms, tiny_batches(tiny("bert+head").model)) == {}
     assert "bfloat16" in str(built.obstacle)
 
 

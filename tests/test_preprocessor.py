@@ -13,6 +13,7 @@ import pytest
 import tiny_checkpoint as tiny
 import transformers
 from tiny_folders import model_with, uncut
+from tiny_ports import text_rows
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
@@ -21,7 +22,7 @@ from exporters.serving.texts import tokenizer_files
 from optin_deploy.checkpoint.preprocessor import load_preprocessor
 from optin_deploy.checkpoint.raw_tokenizer import as_in_file, warn_of_unknown
 from optin_deploy.checkpoint.wall import wall
-from optin_deploy.data.calibration import Sample, text_batches
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.workspace import Workspace
@@ -97,8 +98,7 @@ def test_ids_are_those_of_tokenizer_json_however_the_class_is_named(
 
 def prepare_batches(loaded: LoadedModel) -> Any:
     rows = [Sample(text=text) for text in MIXED]
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return text_batches(rows, loaded.preprocessor, seq_len=16, inputs=names).batches
+    return text_rows(rows, loaded.preprocessor).batches
 
 
 @pytest.mark.parametrize("case", [None, "unigram-without-a-class", "byte-bpe", "wordpiece-by-roberta"])
@@ -143,7 +143,7 @@ def test_many_unknown_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert())
     for texts, told in ((["東京 は 日本", "the river"], True), (["the river"] * 4, False)):
         caplog.clear()
-        warn_of_unknown(tokenizer, text_batches([Sample(text=text) for text in texts], tokenizer, seq_len=16))
+        warn_of_unknown(tokenizer, tokenizer(texts)["input_ids"])
         assert ("unknown to the tokenizer ([UNK])" in caplog.text) == told
 
 
@@ -152,7 +152,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_named() -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
     rows = [Sample(text="river", source="a.txt:1"), Sample(text="bridge", source="a.txt:2")]
     with pytest.raises(BadInput, match=r"a\.txt:2: the tokenizer cannot take this text"):
-        text_batches(rows, tokenizer, seq_len=4)
+        text_rows(rows, tokenizer, "input_ids", "attention_mask", seq_len=4)
 
 
 # files that are not what they should be

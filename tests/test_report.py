@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_checkpoint import HEADS, LAYERS, finished_job
-from torch import nn
 
 from optin_deploy.bench.report import Measurement, Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.bench.timing import PairTiming
-from optin_deploy.data.calibration import Batches, Sample
-from optin_deploy.data.labels import check_labels
-from optin_deploy.errors import BadInput
-from optin_deploy.quality import Judge, Quality
+from optin_deploy.quality import Quality, correlation
+from optin_deploy.reporting.kept import KeptGroup, kept_lines, kept_of, kept_rows
 
 TIMING = PairTiming(
     dense_ms=((6.0, 6.0, 8.0), (6.0,)),
@@ -37,6 +32,11 @@ ENVIRONMENT = {
     "platform": "Linux",
     "versions": {"torch": "2"},
 }
+GROUPS = [
+    {"name": f"encoder.{layer}: {kind}", "kind": kind, "kept": kept, "units": units}
+    for layer, *both in ((0, ("heads", 3, 3), ("neurons", 16, 32)), (1, ("heads", 0, 3), ("neurons", 32, 32)))
+    for kind, kept, units in both
+]
 REPORT = Report(
     quality=Quality("cosine_to_dense", 1.0, 0.97, 12),
     params={"dense": 4_000_000, "pruned": 3_000_000},
@@ -46,6 +46,7 @@ REPORT = Report(
     latency=[MEASURED],
     heads=[3, 0],
     neurons=[16, 32],
+    groups=GROUPS,
     environment=ENVIRONMENT,
     hashes={"plan": "0123456789abcdef"},
     seconds={"score": 1.0},
@@ -108,12 +109,12 @@ def test_the_macs_of_a_stored_report_by_hand() -> None:
     macs, data = stored()["macs"], stored()
     head = 4 * 16 * 48 * 8 + 2 * 16 * 16 * 8  # 4 n d h + 2 n^2 h
     neuron = 2 * 16 * 48  # 2 n d
-    fixed = 48 * 48 + 48 * 3  # pooler and classifier, one token
-    assert macs["dense"] == fixed + LAYERS * (HEADS * head + 96 * neuron)
-    kept = sum(data["heads"]) * head + sum(data["neurons"]) * neuron
-    assert macs["pruned"] == fixed + kept
+    of_pooler = 48 + 3  # of each of its neurons, for one token: its row, and the classifier's column
+    assert macs["dense"] == LAYERS * (HEADS * head + 96 * neuron) + 48 * of_pooler
+    *in_layers, pooler = data["neurons"]
+    assert macs["pruned"] == sum(data["heads"]) * head + sum(in_layers) * neuron + pooler * of_pooler
     assert macs["kept"] == macs["pruned"] / macs["dense"]
-    assert macs["prunable_kept"] == pytest.approx(kept / (macs["dense"] - fixed))
+    assert macs["prunable_kept"] == macs["kept"], "every product lies on a group"
 
 
 def test_parity_errors_are_small_numbers() -> None:
@@ -125,7 +126,7 @@ def test_parity_errors_are_small_numbers() -> None:
 def test_a_report_names_its_machine_and_its_artifacts_but_no_owner() -> None:
     data = stored()
     assert {"date", "cpu_model", "platform", "versions", "python"} <= set(data["environment"])
-    assert {"plan", "layout", "dense_weights", "model.onnx", "dense.onnx"} <= set(data["hashes"])
+    assert {"plan", "network", "model.onnx", "dense.onnx"} <= set(data["hashes"])
     assert all(len(value) == 64 for value in data["hashes"].values())
     assert {"load", "score", "plan", "rewrite", "export", "check"} <= set(data["seconds"])
     assert data["memory"].keys() == data["seconds"].keys()
@@ -224,8 +225,10 @@ def test_the_tables_by_hand() -> None:
 def test_the_page_holds_every_part() -> None:
     page = to_markdown(replace(REPORT, notes=("A note.",)))
     for part in (
-        "| 0 | 3 | 16 |",
-        "| 1 | 0 | 32 |",
+        "There stay 16 of 32 neurons, 0 of 3 heads.",
+        "Nothing was cut in 2 other groups: 1 of heads, 1 of neurons.",
+        "| encoder.0 | 16 of 32 neurons |",
+        "| encoder.1 | 0 of 3 heads |",
         "45.0%",
         "masked_vs_rewritten 1.0e-16",
         "A note.",
@@ -237,129 +240,45 @@ def test_the_page_holds_every_part() -> None:
     assert "Latency" not in to_markdown(replace(REPORT, latency=[]))
 
 
-# quality of outputs
+def kept(*groups: tuple[str, int, int]) -> list[KeptGroup]:
+    """Groups by name, with kept and all units."""
+    return [KeptGroup(name, name.partition(": ")[2], stay, units) for name, stay, units in groups]
 
 
-class ToyForSequenceClassification(nn.Module):
-    """Logits are the inputs themselves."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.config = SimpleNamespace(**config)
-
-    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.scale * pixel_values}
+def test_blocks_in_a_row_that_keep_the_same_share_a_line() -> None:
+    names = [f"encoder.layer.{n}.{part}" for n in range(11) for part in ("attention: heads", "mlp: neurons")]
+    found = kept(*((name, 2, 4) for name in names))
+    assert kept_rows(found) == [("encoder.layer.0 to 10", "2 of 4 heads, 2 of 4 neurons")]
+    found[8] = KeptGroup(names[8], "heads", 4, 4)  # of layer 4
+    assert [where for where, _ in kept_rows(found)] == [f"encoder.layer.{n}" for n in ("0 to 3", "4", "5 to 10")]
+    assert kept_rows(found)[1][1] == "2 of 4 neurons"
 
 
-class Toy(nn.Module):
-    """Hidden states are the inputs times a diagonal."""
-
-    def __init__(self, *diagonal: float) -> None:
-        super().__init__()
-        self.diagonal = nn.Parameter(torch.tensor(diagonal))
-
-    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"last_hidden_state": states * self.diagonal}
+def test_two_groups_of_a_kind_in_a_block_are_told_apart() -> None:
+    names = ("stages.0.blocks.0.conv1: channels", "stages.0.blocks.0.conv2: channels", "stages.0.blocks.0: channels")
+    rows = kept_rows(kept(*((name, 1, 2) for name in names)))
+    assert rows == [("stages.0.blocks.0", "conv1: 1 of 2 channels, conv2: 1 of 2 channels, 1 of 2 channels")]
 
 
-LOGITS = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 5.0], [1.0, 0.0, 0.5]])  # predicts 0, 1, 2, 0
-NAMES = {"arts": 0, "business": 1, "sport": 2}
+def test_lines_say_all_units_of_each_kind_and_how_many_groups_are_whole() -> None:
+    found = kept(("a.0: heads", 2, 4), ("a.1: heads", 4, 4), ("a.0: neurons", 1000, 3000), ("a.1: neurons", 500, 3000))
+    assert kept_lines(found) == [
+        "There stay 2 of 4 heads, 1,500 of 6,000 neurons.",
+        "Nothing was cut in 1 other group: 1 of heads.",
+    ]
+    assert kept_lines(kept(("a: heads", 4, 4))) == ["Nothing was cut in 1 group: 1 of heads."]
+    assert kept_lines([]) == kept_rows([]) == []
 
 
-def rows(labels: tuple[str | int | None, ...]) -> Batches:
-    return Batches(({"pixel_values": LOGITS[:3]}, {"pixel_values": LOGITS[3:]}), labels)
+def test_groups_of_a_plan_have_their_kinds_by_name_also_where_their_units_are_not_known() -> None:
+    found = kept_of({"a.0: heads": [0, 2], "a: qk-width 2": [1], "mine": [3]}, {"a.1: neurons": 8})
+    assert [(group.kind, group.kept, group.units) for group in found] == [
+        ("neurons", 8, 8),
+        *(("heads", 2, None), ("qk-width", 1, None), ("units", 1, None)),
+    ]
+    assert kept_lines(found)[0] == "There stay 2 heads, 1 qk-width, 1 units."
 
 
-def judged(dense: nn.Module, pruned: nn.Module, rows: Batches) -> Quality:
-    return Judge(dense, rows).of(pruned)
-
-
-def dense_and_pruned(names: dict[str, int] = NAMES, **config: Any) -> tuple[nn.Module, nn.Module]:
-    """The pruned one predicts 2, 0, 0, 1: the smallest logit."""
-    known = {"num_labels": 3, "label2id": names, "id2label": {index: name for name, index in names.items()}}
-    both = [ToyForSequenceClassification(**{**known, **config}) for _ in range(2)]
-    with torch.no_grad():
-        both[1].scale.fill_(-1)
-    return both[0], both[1]
-
-
-@pytest.mark.parametrize(
-    ("labels", "dense", "pruned"),
-    [
-        (("arts", "business", "sport", "arts"), 1.0, 0.0),
-        ((0, 1, 2, 0), 1.0, 0.0),
-        (("arts", 1, "arts", 1), 0.5, 0.5),
-        (("sport", "arts", "arts", "business"), 0.0, 1.0),
-    ],
-)
-def test_accuracy_takes_names_and_numbers(labels: tuple[str | int, ...], dense: float, pruned: float) -> None:
-    assert judged(*dense_and_pruned(), rows(labels)) == Quality("accuracy", dense, pruned, 4)
-
-
-def test_one_output_number_is_compared_by_correlation() -> None:
-    """argmax over one column would call every cut perfect."""
-    dense, pruned = dense_and_pruned(num_labels=3, problem_type="regression")
-    found = judged(dense, pruned, rows((1, 2, None, 4)))
-    assert (found.metric, found.dense) == ("correlation_with_dense", 1.0)
-    assert found.pruned == pytest.approx(-1.0)  # the pruned one gives the negative
-    check_labels([Sample(label=label) for label in (3, "7.5", "7,5", None, 4)], dense)
-
-
-def test_a_multi_label_classifier_is_refused() -> None:
-    dense, _ = dense_and_pruned(problem_type="multi_label_classification")
-    with pytest.raises(BadInput, match="multi-label"):
-        check_labels([], dense)
-
-
-def test_names_that_are_numbers_are_names() -> None:
-    # Star ratings 1 to 3 in the data are read as integers; here class 1 is index 0.
-    models = dense_and_pruned({"1": 0, "2": 1, "3": 2})
-    assert judged(*models, rows((1, 2, 3, 1))).dense == 1.0
-
-
-def test_a_config_with_names_in_one_direction_only() -> None:
-    # transformers leaves label2id None if config.json has only id2label.
-    models = dense_and_pruned(label2id=None)
-    assert judged(*models, rows(("arts", "business", "sport", "arts"))).dense == 1.0
-    assert judged(*models, rows((0, 1, 2, 0))).dense == 1.0
-
-
-@pytest.mark.parametrize("label", ["politics", 3, -1, "Arts"])
-def test_an_unknown_label_is_refused_with_the_known_ones(label: str | int) -> None:
-    with pytest.raises(BadInput, match=r"arts, business, sport; or 0 to 2") as refused:
-        judged(*dense_and_pruned(), rows(("arts", 1, label, 0)))
-    assert repr(label) in str(refused.value)
-
-
-def test_one_missing_label_makes_agreement_the_metric() -> None:
-    dense, pruned = dense_and_pruned()
-    assert judged(dense, pruned, rows(("arts", None, "sport", "arts"))) == Quality("same_prediction", 1.0, 0.0, 4)
-    assert judged(dense, dense, rows((None,) * 4)).pruned == 1.0
-
-
-def test_labels_of_a_feature_extractor_do_not_matter_and_padding_does_not_count() -> None:
-    states = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 1.0], [9.0, -9.0]]])  # (2, tokens, hidden)
-    mask = torch.tensor([[1, 1], [1, 0]])
-    batches = Batches(({"states": states, "attention_mask": mask},), ("arts", 1))
-    found = judged(Toy(1.0, 1.0), Toy(1.0, 0.0), batches)
-    assert (found.metric, found.dense, found.samples) == ("cosine_to_dense", 1.0, 2)
-    assert found.pruned == pytest.approx((1 + 1 / math.sqrt(2)) / 2)
-
-
-def test_a_correlation_that_is_undefined_counts_as_none() -> None:
-    batches = Batches(({"states": torch.ones(3, 1)},), (None,) * 3)
-    config = SimpleNamespace(num_labels=1, problem_type="regression")
-    numbers = iter((torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [2.0], [2.0]])))
-
-    class NumbersClassification(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config, self.values = config, next(numbers)
-
-        def forward(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"logits": self.values}
-
-    dense = NumbersClassification()
-    assert judged(dense, dense, batches).pruned == pytest.approx(1.0)
-    assert judged(dense, NumbersClassification(), batches).pruned == 0.0
+@pytest.mark.parametrize("values", [([1.0, 2.0, 3.0], [2.0, 2.0, 2.0]), ([5.0, 5.0], [5.0, 5.0])])
+def test_a_correlation_that_is_undefined_counts_as_none(values: tuple[list[float], list[float]]) -> None:
+    assert correlation(*map(torch.tensor, values)) == 0.0

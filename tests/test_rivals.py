@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,13 +33,28 @@ from tiny_scoring import (
 )
 from torch import Tensor, nn
 
-from benchmarks.scoring.rivals import RIVALS, Importance, Loss, Rival, fisher, magnitude, random, torch_pruning_taylor
-from optin_deploy.arch.resolve import resolve
+from benchmarks.scoring.rivals import (
+    KINDS,
+    RIVALS,
+    Importance,
+    Loss,
+    Rival,
+    fisher,
+    magnitude,
+    random,
+    torch_pruning_taylor,
+)
 from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.network.read import read
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
-TEXT = [text_batch((3, 7, 5)), text_batch((6, 2), padding=1, seed=1)]
+TEXT = [
+    {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+    for batch in (text_batch((3, 7, 5)), text_batch((6, 2), padding=1, seed=1))
+]
 LABELS = [torch.tensor([0, 2, 1]), torch.tensor([2, 0])]
 IMAGES = [image_batch(2), image_batch(1, seed=1)]
 INPUTS = {
@@ -53,12 +69,12 @@ INPUTS[BARE_BERT] = INPUTS[BERT]
 
 
 def cross_entropy(output: Any, index: int) -> Tensor:
-    return nn.functional.cross_entropy(output.logits, LABELS[index], reduction="none")
+    return nn.functional.cross_entropy(output["logits"], LABELS[index], reduction="none")
 
 
 def first_token(output: Any, index: int) -> Tensor:
     """A loss for models without logits: how far the first token's state is from a fixed direction."""
-    states: Tensor = output.last_hidden_state[:, 0]
+    states: Tensor = output["last_hidden_state"][:, 0]
     return (states - torch.linspace(-1, 1, states.shape[1], dtype=states.dtype)).square().mean(1)
 
 
@@ -70,9 +86,14 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+@cache
+def made(name: str) -> Case:
+    return CASES[name]()
+
+
 @pytest.fixture(params=CASES, name="case")
 def _case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]()
+    return made(request.param)
 
 
 @pytest.fixture(params=RIVALS, name="rival")
@@ -105,9 +126,16 @@ def weights_of(model: nn.Module, family: Family, kind: str, layer: int, unit: in
     return [(output.T, columns), *((weight, columns) for weight in others)]
 
 
+@cache
+def subject(model: nn.Module) -> Subject:
+    """Made once: no test changes a model afterwards."""
+    return Subject.of(find(read(model)))
+
+
 def flat(found: Importance) -> Tensor:
-    heads, neurons = found
-    return torch.cat([*heads, *neurons])
+    """In the order of `places`; a pooler is none of the layers that these tests know."""
+    kinds = ([values for name, values in found.items() if kind in name and "layer" in name] for kind in KINDS)
+    return torch.cat([values for some in kinds for values in some])
 
 
 def same(a: Importance, b: Importance) -> bool:
@@ -119,10 +147,11 @@ def same(a: Importance, b: Importance) -> bool:
 
 def test_every_rival_scores_every_unit_above_zero_in_float64(rival: Rival, case: Case) -> None:
     model, _, batches, loss = case
-    heads, neurons = rival(model, resolve(model), batches, loss)
-    sizes = [(len(h), len(n)) for h, n in zip(heads, neurons, strict=True)]
-    assert sizes == [(HEADS, len(places(model)) // LAYERS - HEADS)] * LAYERS
-    for values in (*heads, *neurons):
+    scored = subject(model)
+    found = rival(model, scored, batches, loss)
+    assert {n: len(v) for n, v in found.items()} == {g.name: g.units for g in scored.layout.groups if g.kind in KINDS}
+    assert len(flat(found)) == len(places(model))
+    for values in found.values():
         assert values.dtype == torch.float64
         assert not values.requires_grad
         assert bool(torch.isfinite(values).all())
@@ -132,13 +161,13 @@ def test_every_rival_scores_every_unit_above_zero_in_float64(rival: Rival, case:
 @pytest.mark.parametrize("training", [False, True])
 def test_no_rival_changes_the_model_nor_needs_anything_of_its_state(rival: Rival, training: bool) -> None:
     model = bert()
-    layout = resolve(model)
-    expected = rival(model, layout, TEXT, cross_entropy)
+    scored = subject(model)
+    expected = rival(model, scored, TEXT, cross_entropy)
     model.train(training)
     model.bert.embeddings.requires_grad_(False)
     before = state_of(model)
     with torch.no_grad():
-        found = rival(model, layout, TEXT, cross_entropy)
+        found = rival(model, scored, TEXT, cross_entropy)
     assert state_of(model) == before
     assert same(found, expected), "dropout, frozen weights and no_grad of the caller do not matter"
 
@@ -156,7 +185,7 @@ def test_the_model_is_left_as_it_was_after_an_error_too(name: str) -> None:
         return cross_entropy(output, index)
 
     with pytest.raises(ValueError, match="another task"):
-        RIVALS[name](model, resolve(model), TEXT, broken)
+        RIVALS[name](model, subject(model), TEXT, broken)
     assert state_of(model) == before
 
 
@@ -169,7 +198,7 @@ def test_a_dead_unit_scores_zero(name: str, kind: str, unit: int) -> None:
     # Columns of the output projection alone make it dead, except for the norm of all weights.
     for weight, at in weights_of(model, BERT, kind, 1, unit)[: None if name == "magnitude" else 1]:
         weight[at] = 0
-    scores = flat(RIVALS[name](model, resolve(model), TEXT, cross_entropy))
+    scores = flat(RIVALS[name](model, subject(model), TEXT, cross_entropy))
     assert [place for place, score in zip(places(model), scores, strict=True) if score == 0] == [(kind, 1, unit)]
 
 
@@ -182,7 +211,7 @@ def test_magnitude_is_the_norm_of_all_weights_of_the_unit(case: Case) -> None:
         sum(float(weight[at].square().sum()) for weight, at in weights_of(model, family, *place)) ** 0.5
         for place in places(model)
     ]
-    found = flat(magnitude(model, resolve(model), batches, loss))
+    found = flat(magnitude(model, subject(model), batches, loss))
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -190,17 +219,18 @@ def test_magnitude_counts_the_gate_of_a_gated_feed_forward() -> None:
     model = tiny_model("dinov2-swiglu")
     mlp = model.encoder.layer[2].mlp
     weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T], 1)  # (neurons, 3 * hidden)
-    _, neurons = magnitude(model, resolve(model), [], first_token)
-    torch.testing.assert_close(neurons[2], weights.double().norm(dim=1), rtol=1e-6, atol=0)
+    found = magnitude(model, subject(model), [], first_token)
+    (neurons,) = (values for name, values in found.items() if "neurons" in name and "layer.2" in name)
+    torch.testing.assert_close(neurons, weights.double().norm(dim=1), rtol=1e-6, atol=0)
 
 
 def test_random_scores_depend_on_seed_and_layout_alone() -> None:
     one, other = bert(), bert(seed=5)
-    first = random(one, resolve(one), TEXT, cross_entropy, seed=3)
-    assert same(first, random(other, resolve(other), [], first_token, seed=3))
-    assert not same(first, random(one, resolve(one), TEXT, cross_entropy, seed=4))
+    first = random(one, subject(one), TEXT, cross_entropy, seed=3)
+    assert same(first, random(other, subject(other), [], first_token, seed=3))
+    assert not same(first, random(one, subject(one), TEXT, cross_entropy, seed=4))
     assert same(
-        RIVALS["random"](one, resolve(one), [], first_token), random(one, resolve(one), [], first_token, seed=0)
+        RIVALS["random"](one, subject(one), [], first_token), random(one, subject(one), [], first_token, seed=0)
     )
     assert len(flat(first).unique()) == LAYERS * (HEADS + NEURONS)
 
@@ -218,25 +248,25 @@ def test_fisher_is_the_squared_derivative_of_each_samples_loss_by_finite_differe
                 bent.get_parameter(f"{path}.weight")[:, columns] *= scale
                 sides.append(torch.cat([loss(bent(**batch), index) for index, batch in enumerate(batches)]))
         expected[at] = ((sides[0] - sides[1]) / (2 * step)).square().sum()
-    found = flat(fisher(model, resolve(model), batches, loss))
+    found = flat(fisher(model, subject(model), batches, loss))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_fisher_keeps_samples_apart_whatever_the_batches() -> None:
     model = bert()
-    layout = resolve(model)
-    together = flat(fisher(model, layout, TEXT, cross_entropy))
+    scored = subject(model)
+    together = flat(fisher(model, scored, TEXT, cross_entropy))
     singles = [rows(batch, [i]) for batch in TEXT for i in range(len(batch["input_ids"]))]
     labels = torch.cat(LABELS)
 
     def one_label(output: Any, index: int) -> Tensor:
-        return nn.functional.cross_entropy(output.logits, labels[index : index + 1], reduction="none")
+        return nn.functional.cross_entropy(output["logits"], labels[index : index + 1], reduction="none")
 
     alone = [
-        flat(fisher(model, layout, [single], lambda o, _, i=i: one_label(o, i))) for i, single in enumerate(singles)
+        flat(fisher(model, scored, [single], lambda o, _, i=i: one_label(o, i))) for i, single in enumerate(singles)
     ]
     torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-9, atol=0)
-    torch.testing.assert_close(together, flat(fisher(model, layout, singles, one_label)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(together, flat(fisher(model, scored, singles, one_label)), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -245,7 +275,7 @@ def test_torch_prunings_taylor_is_the_sum_of_w_dw_of_the_channels_over_the_mean_
 ) -> None:
     model, family, batches, loss = case
     model.set_attn_implementation(attention)
-    found = flat(taylor(model, resolve(model), batches, loss))
+    found = flat(taylor(model, subject(model), batches, loss))
     twin = copy.deepcopy(model)
     torch.stack([loss(twin(**batch), index).sum() for index, batch in enumerate(batches)]).sum().backward()
     products = copy.deepcopy(model)
@@ -268,25 +298,26 @@ def test_torch_pruning_groups_the_same_layers_as_the_layout(taylor: Rival, name:
     model = tiny_model(name)
 
     def loss(output: Any, index: int) -> Tensor:
-        return output[0].flatten(1).square().mean(1)
+        return next(iter(output.values())).flatten(1).square().mean(1)
 
-    heads, neurons = taylor(model, resolve(model), tiny_batches(model), loss)
-    for values in (*heads, *neurons):
-        assert bool((values > 0).all())
+    for name, values in taylor(model, subject(model), tiny_batches(model), loss).items():
+        assert "layer" not in name or bool((values > 0).all())  # a ReLU behind them may be dead
         assert float(values.mean()) == pytest.approx(1, rel=1e-5)
 
 
 def test_a_group_of_other_layers_than_the_layouts_is_refused(taylor: Rival) -> None:
     model = bert()
-    layout = resolve(model)
-    first = layout.layers[0]
-    partial = replace(first, attention=replace(first.attention, inputs=first.attention.inputs[:2]))
+    scored = subject(model)
+    first = next(group for group in scored.layout.groups if group.kind == "heads")
+    without = tuple(part for part in first.slices if "query" not in part.weight)
+    others = [group for group in scored.layout.groups if group is not first]
+    layout = replace(scored.layout, groups=(replace(first, slices=without), *others))
     with pytest.raises(BadInput, match=r"4 layers with weights where the layout has 3"):
-        taylor(model, replace(layout, layers=(partial, *layout.layers[1:])), TEXT, cross_entropy)
+        taylor(model, replace(scored, layout=layout), TEXT, cross_entropy)
 
 
 def test_without_torch_pruning_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     model = bert()
     with pytest.raises(MissingDependency, match=r"optin-deploy\[peers\]"):
-        torch_pruning_taylor(model, resolve(model), TEXT, cross_entropy)
+        torch_pruning_taylor(model, subject(model), TEXT, cross_entropy)

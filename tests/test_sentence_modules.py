@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from tiny_checkpoint import Shell
 from tiny_folders import prepared_of, sentence_model, uncut
 from torch import Tensor
 
-from exporters.base import ExportSpec, output_names
-from exporters.to_onnx import OnnxExporter
+import optin_deploy
+from exporters.passes.pooled import check_pool, pooled
 from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
+from optin_deploy.network.read import read
+from optin_deploy.network.write import write
 from optin_deploy.pooling import pooled_states, pooling_of
-from optin_deploy.pruned import load_pruned
-from optin_deploy.quality import Judge, outputs_of
-from optin_deploy.scoring.dense import dense_pass, pulled_back
 from optin_deploy.scoring.features import ALL_TOKENS
+from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.subject import dense_run, valid_of
 
 FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
@@ -40,34 +42,32 @@ def first_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def test_scores_and_quality_are_of_the_first_token_where_the_folder_pools_by_it(tmp_path: Path) -> None:
     prepared = prepared_of(sentence_model(tmp_path / "model"))
-    model, batch = prepared.loaded.model, prepared.calibration.batches[0]
+    ready, model = prepared.ready, prepared.dense.model
+    batch = ready.rows.calibration.batches[0]
     expected = first_tokens(model, batch)
-    assert pooling_of(model) == "cls"
-    assert torch.allclose(outputs_of(model, (batch,)), expected, atol=1e-6)
-    dense = dense_pass(model, prepared.layout, batch, ALL_TOKENS, 0)
-    assert torch.allclose(dense.readout.values[:, 0], expected, atol=1e-6)
-    (pulled,) = pulled_back(model, prepared.layout, batch, dense, [torch.ones_like(dense.readout.values)])
-    assert (pulled[:, 1:] == 0).all()
-    assert (pulled[:, 0] != 0).any(dim=1).all()
+    assert pooling_of(model) == ready.subject.reading.pooling == "cls"
+    dense = dense_run(ready.subject, batch, ALL_TOKENS, 0)
+    assert torch.allclose(dense.readout.values[:, 0], expected, atol=1e-5)
+    assert ready.rows.held_out is not None
 
-    class Others(torch.nn.Module):
-        """An engine that has all tokens but the first right."""
+    def readouts(sign: int, others: int) -> Iterator[Readout]:
+        """An engine whose first tokens, or whose others, are turned round."""
+        assert ready.rows.held_out is not None
+        for rows in ready.rows.held_out.batches:
+            with torch.no_grad():
+                states = model(**rows).last_hidden_state.clone()
+            states[:, 0] *= sign
+            states[:, 1:] *= others
+            yield ready.subject.reading.read({ready.subject.reading.output: states}, valid_of(rows))
 
-        def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-            states = model(**inputs).last_hidden_state.clone()
-            states[:, 0] *= -1
-            return {"last_hidden_state": states}
-
-    judge = Judge(model, prepared.held_out)
-    assert judge.of(Others().eval()).pruned == pytest.approx(-1)
-    assert judge.of(model).pruned == pytest.approx(1)
+    assert ready.judge.of(readouts(-1, 1)).pruned == pytest.approx(-1)
+    assert ready.judge.of(readouts(1, -1)).pruned == pytest.approx(1)
 
 
 @pytest.mark.parametrize("pooling", ["mean", {"pooling_mode": "mean"}, {}])
 def test_a_folder_that_pools_by_the_mean_is_judged_as_before(pooling: Any, tmp_path: Path) -> None:
     model, plain = load_dense(str(sentence_model(tmp_path / "m", pooling))).model, load_dense(str(tiny.bert())).model
-    batch = {"input_ids": torch.arange(10, 34).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
-    assert torch.equal(outputs_of(model, (batch,)), outputs_of(plain, (batch,)))
+    assert pooling_of(model) == pooling_of(plain) == "mean"
     assert model.config.to_dict().keys() == plain.config.to_dict().keys()
 
 
@@ -83,7 +83,7 @@ def test_the_folders_own_files_travel_and_sentence_transformers_loads_them(pooli
     saved = uncut(folder).save(tmp_path / "saved")
     for name in FILES:
         assert (saved / name).read_bytes() == (folder / name).read_bytes()
-    reloaded = load_pruned(saved).model
+    reloaded = optin_deploy.load(saved)
     assert pooling_of(reloaded) == "cls"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     expected = first_tokens(reloaded, tokenizer(["the river"], return_tensors="pt"))
@@ -114,8 +114,10 @@ def test_pooling_inside_of_the_graph_is_the_models_own(tmp_path: Path) -> None:
     import onnxruntime
 
     model = load_dense(str(sentence_model(tmp_path / "model"))).model
-    artifact = OnnxExporter().export(model, ExportSpec(pool="cls"), tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(artifact.path)
+    network = read(model)
+    check_pool(network, "cls", pooling_of(model))
+    write(pooled(network, "cls"), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     batch = {"input_ids": torch.arange(10, 34).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     batch["attention_mask"][0, :3] = 0
@@ -130,7 +132,7 @@ def test_another_pooling_than_the_models_own_is_refused(shell: Shell, tmp_path: 
     assert "--pool mean: this model is scored and judged by its cls" in ran.err
     assert "Give --pool cls" in ran.err
     with pytest.raises(BadInput, match=r"--pool cls: .* judged by its mean .*Give --pool mean"):
-        output_names(load_dense(str(tiny.bert())).model, "cls")
+        check_pool(read(load_dense(str(tiny.bert())).model), "cls", "mean")
 
 
 def test_a_job_of_a_folder_by_the_first_token(shell: Shell, tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_job_of_a_folder_by_the_first_token(shell: Shell, tmp_path: Path) -> N
     ran = shell("optin-export", folder, *tiny.text_options(tiny.lines(), out), "--engine", "torch", "--no-dense")
     assert ran.code == 0, ran.err
     recorded = load_file(out / "samples.safetensors")
-    pairs = [recorded[f"{name}.output"][:, 0] for name in ("dense", "pruned")]
+    pairs = [recorded[f"{name}.last_hidden_state"][:, 0] for name in ("dense", "pruned")]
     cosine = float(torch.cosine_similarity(*pairs).mean())
     told = json.loads((out / "report.json").read_text())["quality"]
     assert told["metric"] == "cosine_to_dense"

@@ -412,8 +412,8 @@ def test_a_foreign_folder_of_that_name_is_left_alone(job: Path, repo: Path) -> N
 
 
 def test_an_artifact_that_the_report_does_not_describe_is_refused(job: Path, repo: Path) -> None:
-    (job / "model.onnx").write_bytes((job / "dense.onnx").read_bytes())
-    with pytest.raises(BadInput, match=r"not the file that report.json describes"):
+    (job / "dense.onnx").write_bytes((job / "model.onnx").read_bytes())
+    with pytest.raises(BadInput, match=r"dense.onnx is not the file that report.json describes"):
         ship_folder(job, order(repo))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,21 +18,19 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from rich.console import Console
 from tiny_checkpoint import copy_of, finished_job
-from tiny_scoring import toy_layout
 
-from optin_deploy.cost.macs import MacCost
-from optin_deploy.cost.units import UnitCost
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.score_table import (
     PALETTE,
     colour_levels,
     compact,
-    head_heatmap,
-    neuron_table,
+    heatmap,
     print_scores,
     relative_error,
+    spread_table,
     told,
 )
-from optin_deploy.scoring.scores import Scores
+from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.workspace import Source, Workspace
 
 if TYPE_CHECKING:
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
 HEADS = [[6.0, 0.06, 3.0], [0.0, 0.94]]
 CELLS = [["3.0", ".03", "1.5"], ["0", ".47"]]
 """HEADS / 2, their mean."""
-NEURONS = [[1e-3, 2e-3, 3e-3, 4e-3, 5e-3], [0.0, 0.0]]
+NAMES = ["layer.0: heads", "layer.1: heads"]
+LARGE = ["layer.0: neurons", "layer.1: neurons"]
+NEURONS = [[1e-3 * (1 + unit % 5) for unit in range(75)], [0.0] * 70]
 PROVENANCE = {"scorer": "sketch", "samples": 1024, "probes": None, "seconds": 12.3456, "seed": 0}
 
 
@@ -48,17 +49,18 @@ def tensors(layers: Sequence[Sequence[float]]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(x, dtype=torch.float64) for x in layers)
 
 
-def some_scores(**fields: Any) -> Scores:
-    layout = toy_layout((3, 2), (5, 2))
-    return Scores(tensors(HEADS), tensors(NEURONS), layout.hash, PROVENANCE, **fields)
+def some_scores(*, share: float = 0.0) -> UnitScores:
+    """Of two layers; errors are this share of the scores of neurons, and four fifths of it of heads."""
+    scores = dict(zip(NAMES, tensors(HEADS), strict=True)) | dict(zip(LARGE, tensors(NEURONS), strict=True))
+    errors = {name: values * share * (0.8 if name in NAMES else 1.0) for name, values in scores.items()}
+    return UnitScores(scores, errors, "hash", PROVENANCE)
 
 
 @pytest.fixture(name="work")
 def _work(tmp_path: Path) -> Path:
     """An output folder as `optin score` leaves it."""
     workspace = Workspace.claim(tmp_path / "work", Source("some-bert"))
-    cost = MacCost(fixed=10, head=(5, 5), neuron=(3, 3), dense=56, tokens=4)
-    workspace.write_scores(some_scores(), toy_layout((3, 2), (5, 2)), cost, UnitCost(1, (5, 5), (3, 3), 47), "key")
+    workspace.write_scores(some_scores())
     return workspace.root
 
 
@@ -68,14 +70,14 @@ def names(folder: Path) -> list[str]:
 
 def cells(text: str) -> list[list[str]]:
     """The numbers of a heatmap's rows."""
-    return [line.split()[1:] for line in text.splitlines() if re.match(r" +\d+ ", line)]
+    return [line.split()[2:] for line in text.splitlines() if re.match(r"layer\.\d: heads", line)]
 
 
 # the heatmap
 
 
-def test_a_head_is_shown_relative_to_the_mean_of_all_heads() -> None:
-    lines = head_heatmap(tensors(HEADS), width=80)
+def test_a_unit_is_shown_relative_to_the_mean_of_all() -> None:
+    lines = heatmap(tensors(HEADS), NAMES, width=80)
     assert cells("\n".join(line.plain for line in lines)) == CELLS
     assert "mean of all 5 (2.0e+00 = 1.0)" in lines[0].plain
     assert "higher = keep" in lines[0].plain
@@ -100,16 +102,16 @@ def test_a_compact_ratio_is_right_to_its_digits_and_fits() -> None:
 
 
 def test_all_zero_scores_are_said_to_be_zero() -> None:
-    lines = head_heatmap(tensors([[0.0, 0.0], [0.0]]), width=80)
+    lines = heatmap(tensors([[0.0, 0.0], [0.0]]), NAMES, width=80)
     assert "all scores are 0" in lines[0].plain
     assert cells("\n".join(line.plain for line in lines)) == [["0", "0"], ["0"]]
 
 
 def test_more_heads_than_fit_go_into_further_blocks() -> None:
     heads = [[float(i + 1) for i in range(30)], [1.0] * 25]
-    lines = [line.plain for line in head_heatmap(tensors(heads), width=80)][1:]
+    lines = [line.plain for line in heatmap(tensors(heads), NAMES, width=80)][1:]
     assert max(map(len, lines)) <= 80
-    headers = [line.split()[1:] for line in lines if line.startswith("layer")]
+    headers = [line.split()[1:] for line in lines if line.startswith("group")]
     assert [int(head) for header in headers for head in header] == list(range(30))
     assert list(map(len, headers)) == [10, 10, 10], "of like width, not 14, 14 and 2"
     rows = cells("\n".join(lines))
@@ -117,7 +119,7 @@ def test_more_heads_than_fit_go_into_further_blocks() -> None:
 
 
 def test_colours_on_a_terminal_are_those_of_the_picture() -> None:
-    lines = head_heatmap(tensors([[1.0, 10.0], [100.0]]), width=80)
+    lines = heatmap(tensors([[1.0, 10.0], [100.0]]), NAMES, width=80)
     shown = {}
     for kind, system in (("terminal", "truecolor"), ("log", None)):
         out = io.StringIO()
@@ -138,7 +140,7 @@ def test_text_can_be_read_on_every_colour() -> None:
         return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
     scores = tensors([[10 ** (i / 9) for i in range(10)]])
-    line = head_heatmap(scores, width=80)[2]
+    line = heatmap(scores, NAMES[:1], width=80)[2]
     for span in line.spans:
         style: Any = span.style
         light, dark = sorted((luminance(style.color.name), luminance(style.bgcolor.name)), reverse=True)
@@ -156,14 +158,15 @@ def test_levels_are_the_logarithm_between_lowest_and_highest() -> None:
 # neurons, errors, provenance
 
 
-def test_neurons_are_summarised_by_layer() -> None:
+def test_large_groups_are_summarised() -> None:
     rng = np.random.default_rng(0)
-    neurons = [list(np.exp(rng.normal(0, 3, n))) for n in (101, 40)]
-    header, rows = neuron_table(Scores(tensors(HEADS), tensors(neurons), "hash", {}))
-    assert header == ["layer", "neurons", "mean", "5%", "median", "95%"]
-    for index, (row, values) in enumerate(zip(rows, neurons, strict=True)):
+    neurons = [list(np.exp(rng.normal(0, 3, n))) for n in (101, 70)]
+    groups = dict(zip(LARGE, tensors(neurons), strict=True))
+    header, rows = spread_table(groups, {name: torch.zeros_like(values) for name, values in groups.items()})
+    assert header == ["group", "units", "mean", "5%", "median", "95%"]
+    for name, row, values in zip(groups, rows, neurons, strict=True):
         expected = [np.mean(values), *np.quantile(values, [0.05, 0.5, 0.95])]
-        assert row == [str(index), str(len(values)), *(f"{x:.1e}" for x in expected)]
+        assert row == [name, str(len(values)), *(f"{x:.1e}" for x in expected)]
 
 
 def test_the_relative_error_is_that_of_the_median_unit_with_a_score() -> None:
@@ -175,11 +178,22 @@ def test_the_relative_error_is_that_of_the_median_unit_with_a_score() -> None:
 def test_errors_are_shown_where_they_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     print_scores(some_scores())
     assert "standard error" not in capsys.readouterr().out
-    fifth = [x / 5 for x in tensors(HEADS)], [x / 4 for x in tensors(NEURONS)]
-    print_scores(some_scores(head_errors=tuple(fifth[0]), neuron_errors=tuple(fifth[1])))
+    print_scores(some_scores(share=0.25))
     out = capsys.readouterr().out
-    assert "relative standard error of the median head: 20.0%" in out
-    assert [line.split()[-2] for line in out.splitlines() if re.match(r"│ \d", line)] == ["25.0%", "-"]
+    assert "relative standard error of the median unit: 20.0%" in out
+    assert [line.split()[-2] for line in out.splitlines() if re.match(r"│ layer", line)] == ["25.0%", "-"]
+
+
+def test_a_group_with_fewer_units_takes_no_line_where_it_has_none() -> None:
+    lines = [line.plain for line in heatmap(tensors([[1.0] * 2, [1.0] * 40]), NAMES, width=80)][1:]
+    assert [line.split()[0] for line in lines] == ["group", "layer.0:", *["layer.1:", "group"] * 3, "layer.1:"]
+
+
+def test_long_names_are_shown_by_their_end() -> None:
+    line = heatmap(tensors([[1.0, 2.0]]), ["model." * 20 + "attention: heads"], width=80)[2].plain
+    assert line.startswith("...")
+    assert "attention: heads" in line
+    assert len(line) <= 80
 
 
 def test_provenance_is_told_in_words() -> None:
@@ -264,7 +278,7 @@ def test_before_a_plan_show_tells_what_was_scored_and_the_next_step(shell: Shell
     before = names(work)
     ran = shell("optin", "show", work)
     assert ran.code == 0, ran.err
-    assert "2 layers, 5 heads and 7 neurons" in ran.out
+    assert "4 groups, 150 units scored" in ran.out
     assert re.search(r"scorer +sketch\n", ran.out)
     assert f"Next: optin plan {work}" in ran.out
     assert f"optin show scores {work}" in ran.out
@@ -272,16 +286,30 @@ def test_before_a_plan_show_tells_what_was_scored_and_the_next_step(shell: Shell
 
 
 def test_with_a_plan_show_prints_the_plan(shell: Shell, work: Path) -> None:
-    assert shell("optin", "plan", work, "--flops", "0.7", "--align", "1", "--allocation", "uniform").code == 0
+    NetworkPlan({"layer.0: heads": (0, 2), "layer.1: neurons": tuple(range(40))}).write(work / "plan.json")
     ran = shell("optin", "show", work)
     assert ran.code == 0, ran.err
-    assert ran.out.count("keeps ") == 1
+    assert "There stay 2 of 3 heads, 40 of 70 neurons." in ran.out
+    assert "Nothing was cut in 2 other groups: 1 of heads, 1 of neurons." in ran.out
+    found = [re.split(r" *│ *", line)[1:3] for line in ran.out.splitlines() if line.startswith("│")]
+    assert found == [["layer.0", "2 of 3 heads"], ["layer.1", "40 of 70 neurons"]]
     assert "Next" not in ran.out
 
 
+def test_a_finished_job_tells_what_stays_once(shell: Shell, finished: Path) -> None:
+    ran = shell("optin", "show", finished)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("keeps ") == ran.out.count("There stay ") == ran.out.count("# Pruning report") == 1
+    plan = json.loads((finished / "plan.json").read_text())
+    plan["keep"]["bert.encoder.layer.0: neurons"].pop()
+    (finished / "plan.json").write_text(json.dumps(plan))
+    newer = shell("optin", "show", finished).out
+    assert newer.count("There stay ") == 2, "the report is about another plan"
+
+
 @pytest.mark.parametrize("words", [[], ["scores"]])
-@pytest.mark.parametrize("name", ["scores.json", "scores.safetensors"])
-def test_damaged_scores_are_refused_and_nothing_is_drawn(shell: Shell, work: Path, words: list[str], name: str) -> None:
+def test_damaged_scores_are_refused_and_nothing_is_drawn(shell: Shell, work: Path, words: list[str]) -> None:
+    name = "scores.safetensors"
     (work / name).write_text("{")
     ran = shell("optin", "show", *words, work)
     assert ran.code == 2

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from oracle_scoring import case
-from tiny_scoring import one_thread, text_batch
+from tiny_scoring import bert, one_thread, subject_of, text_batch
 from torch import Tensor
 
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.scoring import Scores, ScoreSettings, score
-from optin_deploy.scoring import job as job_module
+from optin_deploy.scoring import ScoreSettings, UnitScores, score_units, unit_parts
+from optin_deploy.scoring import unit_job as job_module
 from optin_deploy.scoring.parts import MemoryStore
 from optin_deploy.scoring.stability import enough, rank_stability
+from optin_deploy.scoring.subject import Subject
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -118,16 +118,27 @@ def test_errors_of_a_whole_population_are_nothing() -> None:
     assert enough(values(), relative(0.3), 2, 100, 0.999, without_replacement=True) < 100
 
 
-# --- the stop rule of `score` ---------------------------------------------------------------------------------
+# --- the stop rule of `score_units` ---------------------------------------------------------------------------------
 
 
-def scored(batches: Any = None, store: MemoryStore | None = None, **options: Any) -> Scores:
-    model = case("3 classes").model
-    return score(model, resolve(model), batches or [text_batch((4, 7, 5))], ScoreSettings(**options), store=store)
+@cache
+def subject(labels: int = 3) -> Subject:
+    return subject_of(bert(labels=labels))
 
 
-def ranking(found: Scores, units: str) -> float:
+def scored(batches: Any = None, store: MemoryStore | None = None, **options: Any) -> UnitScores:
+    settings = ScoreSettings(**options)
+    return score_units(subject(), batches or [text_batch((4, 7, 5))], settings, kinds=("heads", "neurons"), store=store)
+
+
+def ranking(found: UnitScores, units: str) -> float:
     return float(found.provenance["rank_stability"][units])
+
+
+def same(found: UnitScores, other: UnitScores, kind: str) -> None:
+    for group in subject().layout.groups:
+        if group.kind == kind:
+            torch.testing.assert_close(found.scores[group.name], other.scores[group.name], rtol=1e-12, atol=0)
 
 
 def test_probes_are_added_until_the_ranking_of_neurons_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +157,7 @@ def test_probes_are_added_until_the_ranking_of_neurons_is_stable(monkeypatch: py
     assert len(rounds) > 1
     assert [last for _, last in rounds] == [*(first for first, _ in rounds[1:]), found.provenance["probes"]]
     assert ranking(found, "neurons") >= target > ranking(first, "neurons")
-    for a, b in zip(found.neurons, scored(probes=found.provenance["probes"]).neurons, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)  # rounds add up to what one would have been
+    same(found, scored(probes=found.provenance["probes"]), "neurons")  # rounds add up to what one would have been
 
 
 @pytest.mark.parametrize("samples", [3, 5, 12])
@@ -177,29 +187,28 @@ def test_a_given_number_of_probes_is_taken_whatever_the_ranking(monkeypatch: pyt
 def test_samples_under_masks_are_added_until_the_ranking_of_heads_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:
     many = [text_batch((3, 7, 5, 4, 6, 2, 8, 3, 5, 4, 6, 7))]
     monkeypatch.setattr(job_module, "HEAD_SAMPLES", 2)
-    monkeypatch.setattr(job_module, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(unit_parts, "HEAD_CHUNK", 3)
     first = scored(many, probes=1, head_samples=2)
     assert 0 < ranking(first, "heads") < 1
     target = (3 + ranking(first, "heads")) / 4
     monkeypatch.setattr(job_module, "STABLE_HEADS", target)
     found = scored(many, probes=1)
-    assert 2 < found.provenance["head_samples"] < 12
+    assert 2 < found.provenance["masked_samples"] < 12
     assert ranking(found, "heads") >= target
-    again = scored(many, probes=1, head_samples=found.provenance["head_samples"])
-    for a, b in zip(found.heads, again.heads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    again = scored(many, probes=1, head_samples=found.provenance["masked_samples"])
+    same(found, again, "heads")
     monkeypatch.setattr(job_module, "STABLE_HEADS", 1.0)
     whole = scored(many, probes=1)
-    assert whole.provenance["head_samples"] == 12
+    assert whole.provenance["masked_samples"] == 12
     assert ranking(whole, "heads") == 1
-    assert scored(many, probes=1, head_samples=5).provenance["head_samples"] == 5, "as many as asked for"
-    assert scored(many, probes=1, head_samples=99).provenance["head_samples"] == 12, "all there are"
+    assert scored(many, probes=1, head_samples=5).provenance["masked_samples"] == 5, "as many as asked for"
+    assert scored(many, probes=1, head_samples=99).provenance["masked_samples"] == 12, "all there are"
 
 
 def test_exact_output_terms_alone_need_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "ESTIMATES", 1)
-    for name, probes, output_probes in (("3 classes", 0, 1), ("12 classes", 0, 16)):
-        model = case(name).model
-        told = score(model, resolve(model), [text_batch((4, 7))], ScoreSettings(weighting="output")).provenance
-        assert (told["probes"], told["output_probes"]) == (probes, output_probes)
-        assert (told["rank_stability"]["neurons"] == 1.0) == (name == "3 classes")
+    for classes, output_probes in ((3, 1), (12, 16)):
+        settings = ScoreSettings(weighting="output")
+        told = score_units(subject(classes), [text_batch((4, 7))], settings).provenance
+        assert (told["probes"], told["output_probes"]) == (0, output_probes)
+        assert (told["rank_stability"]["neurons"] == 1.0) == (classes == 3)

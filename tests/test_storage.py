@@ -6,27 +6,24 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_scoring import toy_layout
 
 from optin_deploy import storage
-from optin_deploy.cost.macs import MacCost
-from optin_deploy.cost.units import UnitCost
-from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.errors import BadInput
 from optin_deploy.ownership import RECORD
-from optin_deploy.plan import Masks
-from optin_deploy.scoring import Scores
-from optin_deploy.search import make_plan
+from optin_deploy.planning.curve import Curve
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.storage import (
     atomic_file,
     atomic_folder,
     read_json,
+    read_metadata,
     read_tensors,
     sha256_file,
     sha256_json,
@@ -270,17 +267,13 @@ def test_the_hash_of_json_does_not_see_the_order_of_keys_and_that_of_a_file_sees
 
 # --- workspace ------------------------------------------------------------------------------------------------
 
-LAYOUT = toy_layout((2, 3), (4, 5))
-COST = MacCost(5, (3, 3), (1, 1), 5 + 15 + 9, 4)
-PARAMS = UnitCost(7, (2, 2), (1, 1), 7 + 10 + 9)
 
-
-def some_scores(seed: int = 0) -> Scores:
+def some_scores(seed: int = 0) -> UnitScores:
     generator = torch.Generator().manual_seed(seed)
-    values = [torch.rand(n, generator=generator, dtype=torch.float64) for n in (2, 3, 4, 5)]
-    errors = [value / 10 for value in values]
-    about = {"scorer": "exact", "seed": seed}
-    return Scores(tuple(values[:2]), tuple(values[2:]), LAYOUT.hash, about, tuple(errors[:2]), tuple(errors[2:]))
+    sizes = {"layer.0: heads": 2, "layer.1: heads": 3, "layer.0: neurons": 70}
+    scores = {name: torch.rand(n, generator=generator, dtype=torch.float64) for name, n in sizes.items()}
+    about = {"scorer": "exact", "seed": seed, "key": "key"}
+    return UnitScores(scores, {name: value / 10 for name, value in scores.items()}, "0" * 64, about)
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -305,7 +298,7 @@ def test_a_foreign_folder_is_refused_unless_forced_and_keeps_its_files(tmp_path:
 
 def test_an_own_folder_is_taken_again_and_its_stages_stay(tmp_path: Path) -> None:
     workspace = Workspace.claim(tmp_path / "out", Source("bert"))
-    workspace.write_scores(some_scores(), LAYOUT, COST, PARAMS, "key")
+    workspace.write_scores(some_scores())
     again = Workspace.claim(tmp_path / "out", Source("bert", samples=9))
     assert again.source().samples == 9
     assert again.has_scores("key")
@@ -341,7 +334,12 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"schema_version": 2}, "schema_version 1"), ({"colour": "red"}, "colour"), ({"model": ...}, "model")],
+    [
+        ({"schema_version": 1}, "schema_version 2"),
+        ({"schema_version": 3}, "schema_version 2"),
+        ({"colour": "red"}, "colour"),
+        ({"model": ...}, "model"),
+    ],
 )
 def test_a_source_of_another_version_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     workspace = Workspace.claim(tmp_path / "out", Source("bert"))
@@ -359,28 +357,24 @@ def test_a_folder_without_source_says_what_to_run(tmp_path: Path) -> None:
 @pytest.fixture(name="scored")
 def _scored(tmp_path: Path) -> Workspace:
     workspace = Workspace.claim(tmp_path / "out", Source("bert"))
-    workspace.write_scores(some_scores(), LAYOUT, COST, PARAMS, "key")
+    workspace.write_scores(some_scores())
     return workspace
 
 
-def test_scores_survive_the_disk_with_layout_cost_and_key(scored: Workspace) -> None:
-    scores, layout, cost, params, key = scored.read_scores()
-    wanted = some_scores()
-    for kind in ("heads", "neurons", "head_errors", "neuron_errors"):
-        pairs = zip(getattr(scores, kind), getattr(wanted, kind), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert scores.schema_version == 2
-    assert (layout, cost, params, key) == (LAYOUT, COST, PARAMS, "key")
-    assert dict(scores.provenance) == {"scorer": "exact", "seed": 0}
+def test_scores_survive_the_disk_with_their_key(scored: Workspace) -> None:
+    scores, wanted = scored.read_scores(), some_scores()
+    for found, expected in ((scores.scores, wanted.scores), (scores.errors, wanted.errors)):
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (scores.network, scores.provenance) == (wanted.network, wanted.provenance)
     assert scored.has_scores("key")
     assert not scored.has_scores("other settings")
 
 
-@pytest.mark.parametrize("name", ["scores.json", "scores.safetensors"])
-def test_scores_with_half_a_file_are_not_finished(scored: Workspace, name: str) -> None:
-    path = scored.root / name
+def test_half_a_file_of_scores_is_not_finished(scored: Workspace) -> None:
+    path = scored.root / "scores.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(BadInput, match=name.replace(".", r"\.")):
+    with pytest.raises(BadInput, match=r"scores\.safetensors"):
         scored.read_scores()
     assert not scored.has_scores("key")
     path.unlink()
@@ -389,71 +383,22 @@ def test_scores_with_half_a_file_are_not_finished(scored: Workspace, name: str) 
     assert not scored.has_scores("key")
 
 
-def bend_scores_json(workspace: Workspace, change: dict[str, Any]) -> None:
-    data = json.loads((workspace.root / "scores.json").read_text())
-    data["cost"] |= change.pop("cost", {})
-    write_json(workspace.root / "scores.json", {k: v for k, v in {**data, **change}.items() if v is not ...})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"layout": ...},
-        {"key": ...},
-        {"cost": {"colour": 1}},
-        {"cost": {"head": 3}},
-        {"layout": []},
-        {"schema_version": 1},
-        {"schema_version": 3},
-        {"schema_version": ...},
-        {"layout_hash": "0" * 64},
-        {"layout": toy_layout((2, 3), (4, 5), "other").to_json()},
-        {"layout": toy_layout((2, 3), (4, 6)).to_json()},
-        {"layout": toy_layout((2, 3, 1), (4, 5, 1)).to_json()},
-    ],
-    ids=str,
-)
-def test_scores_json_that_does_not_fit_is_refused(scored: Workspace, change: dict[str, Any]) -> None:
-    bend_scores_json(scored, dict(change))
-    with pytest.raises(BadInput):
-        scored.read_scores()
+@pytest.mark.parametrize("change", [{"schema_version": 1}, {"key": ...}, {"groups": ["layer.0: heads"]}], ids=str)
+def test_scores_of_an_earlier_version_or_of_others_are_not_finished(scored: Workspace, change: dict[str, Any]) -> None:
+    path = scored.root / "scores.safetensors"
+    about = json.loads(read_metadata(path, HINT)["about"])
+    target = about["provenance"] if "key" in change else about
+    target.update(change)
+    about["provenance"] = {name: value for name, value in about["provenance"].items() if value is not ...}
+    write_tensors(path, read_tensors(path, HINT), {"about": json.dumps(about)})
     assert not scored.has_scores("key")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"cost": {"head": [3]}}, {"cost": {"neuron": [1]}}, {"cost": {"fixed": "5"}}, {"cost": {"dense": 0}}],
-    ids=str,
-)
-def test_a_cost_that_does_not_fit_the_layout_is_refused(scored: Workspace, change: dict[str, Any]) -> None:
-    bend_scores_json(scored, {"cost": dict(change["cost"])})
-    with pytest.raises(BadInput):
-        scored.read_scores()
-
-
-def test_scores_of_an_earlier_version_are_not_finished_and_say_which_is_read(scored: Workspace) -> None:
-    bend_scores_json(scored, {"schema_version": 1})
-    with pytest.raises(BadInput, match="schema_version 1; this version reads 2"):
-        scored.read_scores()
-    assert not scored.has_scores("key")
-
-
-def test_scores_without_errors_survive_the_disk(scored: Workspace) -> None:
-    wanted = some_scores()
-    scored.write_scores(replace(wanted, head_errors=(), neuron_errors=()), LAYOUT, COST, PARAMS, "key")
-    scores = scored.read_scores().scores
-    assert scores.head_errors == scores.neuron_errors == ()
-    assert all(torch.equal(a, b) for a, b in zip(scores.heads, wanted.heads, strict=True))
 
 
 def test_new_scores_clear_away_what_came_of_the_old_ones(scored: Workspace) -> None:
-    for name in ("masks.json", "plan.json", "scores.png", "report.md"):
+    for name in ("curves.json", "plan.json", "scores.png", "report.md"):
         write_text(scored.root / name, "old")
-    scored.write_scores(some_scores(1), LAYOUT, COST, PARAMS, "another key", "fingerprint")
-    assert names(scored.root) == ["report.md", "scores.json", "scores.safetensors", "source.json"]
-    data = json.loads((scored.root / "scores.json").read_text())
-    assert data["calibration_fingerprint"] == "fingerprint"
-    assert set(data["versions"]) == {"optin-deploy", "torch", "transformers"}
+    scored.write_scores(some_scores(1))
+    assert names(scored.root) == ["report.md", "scores.safetensors", "source.json"]
 
 
 def test_a_folder_in_which_another_worker_is_writing_its_source_file_can_be_claimed(tmp_path: Path) -> None:
@@ -462,34 +407,16 @@ def test_a_folder_in_which_another_worker_is_writing_its_source_file_can_be_clai
     assert (tmp_path / "source.json").is_file()
 
 
-def test_a_layout_hash_that_is_no_text_is_refused(scored: Workspace) -> None:
-    bend_scores_json(scored, {"layout_hash": 7})
-    assert not scored.has_scores("key")
+def test_curves_survive_the_disk_with_their_key(scored: Workspace) -> None:
+    curves = {"layer.0: heads": Curve((0, 2), (1.0, 0.0)), "layer.0: neurons": Curve((0, 8, 70), (3.0, 1e-9, 0.0))}
+    scored.write_curves(curves, "key")
+    assert scored.read_curves() == (curves, "key")
 
 
-def test_tensors_and_json_of_different_runs_are_refused(scored: Workspace) -> None:
-    """As after Ctrl-C between the two files: new tensors, old JSON with the old key."""
-    tensors = {f"{k}.{i}": t for k in ("heads", "neurons") for i, t in enumerate(getattr(some_scores(1), k))}
-    write_tensors(scored.root / "scores.safetensors", tensors, {"layout_hash": LAYOUT.hash, "key": "another key"})
-    assert not scored.has_scores("key")
-
-
-def test_scores_of_a_wrong_shape_are_refused(scored: Workspace) -> None:
-    tensors = read_tensors(scored.root / "scores.safetensors", HINT)
-    write_tensors(scored.root / "scores.safetensors", {**tensors, "heads.1": torch.ones(7)})
-    with pytest.raises(PlanMismatch):
-        scored.read_scores()
-    write_tensors(scored.root / "scores.safetensors", {**tensors, "heads.1": -torch.ones(3)})
-    with pytest.raises(BadInput, match="heads of layer 1"):
-        scored.read_scores()
-
-
-def test_a_plan_survives_the_disk_with_its_masks(scored: Workspace) -> None:
-    masks = Masks.all_kept(LAYOUT)
-    plan = make_plan(masks, LAYOUT, COST)
-    scored.write_plan(plan, masks, {"flops": 0.6})
+def test_a_plan_survives_the_disk(scored: Workspace) -> None:
+    plan = NetworkPlan({"layer.0: heads": (1,)}, "0" * 64, settings={"flops": 0.6})
+    plan.write(scored.root / "plan.json")
     assert scored.read_plan() == plan
-    assert read_json(scored.root / "masks.json", HINT)["settings"] == {"flops": 0.6}
 
 
 def test_a_missing_plan_says_what_to_run(scored: Workspace) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import read_json
+from optin_deploy.storage import read_json, read_metadata
 
 Tree = Any
 
@@ -54,15 +54,24 @@ def renamed(file: Path) -> None:
 
 def one_row_less(file: Path) -> None:
     tensors = load_file(file)
-    save_file({**tensors, "pruned.output": tensors["pruned.output"][1:].clone()}, file)
+    save_file({**tensors, "pruned.logits": tensors["pruned.logits"][1:].clone()}, file)
 
 
-def layer_more(file: Path) -> None:
-    plan = json.loads(file.read_text())
-    plan["heads"].append([0])
-    file.write_text(json.dumps(plan))
+def described(*path: str, value: object) -> Callable[[Path], None]:
+    """Replace one field of what scores.safetensors says of itself."""
+
+    def change(file: Path) -> None:
+        about = json.loads(read_metadata(file, "")["about"])
+        inner = about
+        for part in path[:-1]:
+            inner = inner[part]
+        inner[path[-1]] = value
+        save_file(load_file(file), file, {"about": json.dumps(about)})
+
+    return change
 
 
+PLAN = ["plan", "--dry-run", "--allocation", "uniform"]
 CASES: tuple[tuple[str, Callable[[Path], None], list[str], str], ...] = (
     ("report.json", put("hashes", value=None), ["ship", "--dry-run"], "optin-export MODEL"),
     ("report.json", put("hashes", value=None), ["report", "--dry-run"], "optin-export MODEL"),
@@ -70,18 +79,18 @@ CASES: tuple[tuple[str, Callable[[Path], None], list[str], str], ...] = (
     ("report.json", put("latency", 0, "batch", value="8"), ["ship", "--dry-run"], "optin-export MODEL"),
     ("samples.safetensors", renamed, ["ship", "--dry-run"], "optin-export"),
     ("samples.safetensors", one_row_less, ["ship", "--dry-run"], "optin-export"),
-    ("plan.json", layer_more, ["show"], "optin plan"),
-    ("plan.json", layer_more, ["ship", "--dry-run"], "optin plan"),
-    ("plan.json", put("macs_dense", value=10**19), ["show"], "optin plan"),
-    ("model/optin.json", put("report", value=None), ["build", "--dry-run"], "optin rewrite"),
-    ("model/optin.json", put("report", value={}), ["build", "--dry-run"], "optin rewrite"),
-    ("model/optin.json", put("report", "params", "dense", value=...), ["bench", "--dry-run"], "optin rewrite"),
-    ("model/optin.json", put("plan_hash", value=5), ["ship", "--dry-run"], "optin rewrite"),
-    ("model/layout.json", put("layers", 0, "attention", "units", value=2**60), ["bench", "--dry-run"], "optin rewrite"),
-    ("scores.json", put("cost", "head", value=[1]), ["plan", "--dry-run", "--allocation", "uniform"], "optin score"),
-    ("scores.json", put("cost", "fixed", value=0), ["plan", "--dry-run", "--allocation", "uniform"], "optin score"),
-    ("scores.json", put("layout", "layers", value=[]), ["show", "scores"], "optin score"),
-    ("scores.json", put("provenance", value=[]), ["show", "scores"], "optin score"),
+    ("plan.json", put("keep", value=[]), ["show"], "optin plan"),
+    ("plan.json", put("keep", "bert.encoder.layer.0: neurons", value=["0"]), ["ship", "--dry-run"], "optin plan"),
+    ("plan.json", put("cost", "macs_pruned", value=10**19), ["show"], "optin plan"),
+    ("model/optin.json", put("params", value=None), ["ship", "--dry-run"], "optin-export"),
+    ("model/optin.json", put("attributes", value=[]), ["ship", "--dry-run"], "optin-export"),
+    ("model/optin.json", put("params", "dense", value=...), ["ship", "--dry-run"], "optin-export"),
+    ("model/optin.json", put("plan_hash", value=5), ["ship", "--dry-run"], "optin-export"),
+    ("model/optin.json", put("attributes", "bert.encoder", value={"x": "1"}), ["ship", "--dry-run"], "optin-export"),
+    ("scores.safetensors", described("schema_version", value=1), ["show", "scores"], "optin score"),
+    ("scores.safetensors", described("groups", value=[]), ["show", "scores"], "optin score"),
+    ("scores.safetensors", described("network", value="0" * 64), PLAN, "optin score"),
+    ("scores.safetensors", described("provenance", value=[]), ["show", "scores"], "optin score"),
     ("scores.safetensors", renamed, ["show", "scores"], "optin score"),
     ("source.json", put("seq_len", value=-1), ["show"], "optin score"),
     ("source.json", put("schema_version", value="1"), ["ship", "--dry-run"], "optin score"),
@@ -123,18 +132,14 @@ def test_a_tensor_of_a_type_that_is_not_known_is_refused(job: Path, shell: tiny.
 
 # --- any JSON value in any field ------------------------------------------------------------------------------
 
-PLAN = ["plan", "--dry-run", "--allocation", "uniform"]
 READERS: dict[str, tuple[list[str], ...]] = {
     "plan.json": (["show"], ["ship", "--dry-run"]),
     "report.json": (["ship", "--dry-run"], ["report", "--dry-run"], ["show"]),
-    "scores.json": (["scores"], PLAN, ["show"]),
-    "masks.json": (["show"],),
-    "curves.json": (PLAN,),
+    "curves.json": (["plan", "--dry-run"],),
     "source.json": (["show"], ["ship", "--dry-run"]),
     "measurements.json": (["report", "--dry-run"],),
     "model/optin.json": (["bench", "--dry-run"], ["ship", "--dry-run"]),
     "model/plan.json": (["report", "--dry-run"], ["ship", "--dry-run"]),
-    "model/layout.json": (["bench", "--dry-run"], ["report", "--dry-run"]),
     "config.json": (["doctor"],),
 }
 """Files of a job, and the commands that read them."""

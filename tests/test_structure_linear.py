@@ -148,12 +148,6 @@ REFUSED: dict[str, tuple[list[onnx.NodeProto], Arrays, np.ndarray, str]] = {
         real(2, 5, 6),
         "DequantizeLinear",
     ),
-    "of groups": (
-        [helper.make_node("Conv", ["x", "w"], ["out"], group=2)],
-        {"w": real(4, 3, 1, 1)},
-        real(2, 6, 5, 5),
-        "groups",
-    ),
     "of several matrices": (
         [helper.make_node("MatMul", ["x", "w"], ["out"])],
         {"w": real(2, 6, 4)},
@@ -205,10 +199,3 @@ def test_a_stored_tensor_knows_its_type() -> None:
     linear = linear_of(structure, structure.network.nodes[-1])
     assert structure.network.weights[linear.stored.name].dtype == ir.DataType.FLOAT16
     assert (linear.outputs, linear.inputs) == (4, 6)
-
-
-def test_what_is_scaled_otherwise_from_place_to_place_is_refused() -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Mul", ["p", "places"], ["out"])]
-    structure = structure_of(nodes, {"w": real(6, 4), "places": real(5, 1)}, {"x": real(2, 5, 6)})
-    with pytest.raises(Unsupported, match="in other places"):
-        solvable(structure, 0)

@@ -10,7 +10,8 @@ import pytest
 from test_report import MEASURED
 from tiny_checkpoint import Shell
 
-from exporters.bench.measuring import Bench, Point
+from exporters.bench.measuring import Bench
+from exporters.bench.points import Point
 from exporters.bench.suites import MOST_CASES, read_suite
 from optin_deploy.bench.report import latency_rows
 from optin_deploy.errors import BadInput

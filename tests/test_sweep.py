@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +23,18 @@ from tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled,
 import optin_deploy
 from optin_deploy import sweep as module
 from optin_deploy.budget import Limits
+from optin_deploy.data.rows import Feeds
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
+from optin_deploy.jobs.pruning import Ready
 from optin_deploy.loading import load_dense
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import Choice
 from optin_deploy.quality import Quality
 from optin_deploy.scoring import ScoreSettings
-from optin_deploy.stages import ScoreRequest, prepare
+from optin_deploy.stages import Planner, Prepared, ScoreRequest, prepare
 from optin_deploy.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
-from optin_deploy.workspace import Source
+from optin_deploy.workspace import Source, Workspace
 
 SHARES = "0.9,0.5,0.2"
 
@@ -146,8 +151,9 @@ def test_a_sweep_judges_models_as_a_user_would(shell: Shell, folder: Path) -> No
         assert float(row["pruned"]) == pytest.approx(right / len(samples), abs=1e-4)
         assert float(row["drop"]) == pytest.approx(100 - 100 * right / len(samples), abs=0.01)
         plan = json.loads((folder / "plan.json").read_text())
-        assert float(row["kept"]) == pytest.approx(plan["macs_pruned"] / plan["macs_dense"], abs=1e-4)
-        assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
+        cost = plan["cost"]
+        assert float(row["kept"]) == pytest.approx(cost["macs_pruned"] / cost["macs_dense"], abs=1e-4)
+        assert int(row["parameters"]) == cost["weights_pruned"]
         assert row["pruned"] in ran.out
     with Image.open(folder / "sweep.png") as picture:
         assert picture.format == "PNG"
@@ -158,14 +164,14 @@ def test_a_sweep_judges_models_as_a_user_would(shell: Shell, folder: Path) -> No
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Shares of the plans that are cut while this is open."""
     cuts: list[float] = []
-    real = module.cut
+    real = module.make
 
-    def counting(model: object, layout: object, plan: object, *rest: object, **options: object) -> object:
-        cuts.append(plan.kept)  # type: ignore[attr-defined]
-        return real(model, layout, plan, *rest, **options)  # type: ignore[arg-type]
+    def counting(ready: Ready, plan: NetworkPlan, **options: Any) -> Any:
+        cuts.append(plan.settings["flops"])
+        return real(ready, plan, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "cut", counting)
+        patched.setattr(module, "make", counting)
         yield cuts
 
 
@@ -227,13 +233,13 @@ def test_max_drop_plans_the_smallest_model_that_is_good_enough(shell: Shell, fol
     judged = ("--eval", judging(), "--align", 8)
     ran = shell("optin", "plan", folder, "--max-drop", 10, *judged)
     assert ran.code == 0, ran.err
-    settings = json.loads((folder / "masks.json").read_text())["settings"]
+    plan = json.loads((folder / "plan.json").read_text())
+    settings = plan["settings"]
     trials = {p["flops"]: p["quality"] for p in json.loads((folder / "sweep.json").read_text())["points"]}
     drops = {flops: 100 * (q["dense"] - q["pruned"]) for flops, q in trials.items()}
     assert drops[settings["flops"]] <= 10
     assert drops[round(settings["flops"] - 0.01, 2)] > 10  # one percent less was tried, and is not
-    plan = json.loads((folder / "plan.json").read_text())
-    assert plan["macs_pruned"] / plan["macs_dense"] <= settings["flops"]
+    assert plan["cost"]["macs_pruned"] / plan["cost"]["macs_dense"] <= settings["flops"]
     assert settings["max_drop"] == 10
     assert f"{drops[settings['flops']]:.2f} points lost on 59 rows" in ran.out
 
@@ -253,22 +259,28 @@ def test_the_whole_job_takes_max_drop_and_reports_on_the_rows_of_eval(shell: She
     assert report["settings"]["evaluation"] == str(judging())
 
 
+def held_out(prepared: Prepared) -> Feeds:
+    found = prepared.ready.rows.held_out
+    assert found is not None
+    return found
+
+
 def test_eval_rows_do_not_change_what_is_calibrated_on() -> None:
     source = Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN)
     plain, judged = prepare(source), prepare(replace(source, evaluation=str(judging())))
     assert plain.key == judged.key
-    assert len(judged.held_out) == len(read_samples(judging())) != len(plain.held_out)
+    assert len(held_out(judged)) == len(read_samples(judging())) != len(held_out(plain))
 
 
 def test_rows_that_calibration_learned_from_do_not_judge(tmp_path: Path) -> None:
     source = Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN)
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(labelled().read_text() + judging().read_text())
-    plain, judged = prepare(source), prepare(replace(source, evaluation=str(mixed)))
-    assert len(judged.held_out) == len(plain.held_out) + len(read_samples(judging()))
+    plain, judged = held_out(prepare(source)), held_out(prepare(replace(source, evaluation=str(mixed))))
+    assert len(judged) == len(plain) + len(read_samples(judging()))
     only = tmp_path / "only.jsonl"
     rows = [json.loads(line) for line in labelled().read_text().splitlines()]
-    held = {tuple(row) for batch in plain.held_out.batches for row in batch["input_ids"].tolist()}
+    held = {tuple(row) for batch in plain.batches for row in batch["input_ids"].tolist()}
     encode = load_dense(str(classifier())).preprocessor
     width = {len(row) for row in held}.pop()
     seen = [
@@ -277,16 +289,16 @@ def test_rows_that_calibration_learned_from_do_not_judge(tmp_path: Path) -> None
         if tuple(encode(row["text"], truncation=True, max_length=SEQ_LEN, padding="max_length")["input_ids"][:width])
         not in held
     ]
-    assert len(seen) == len(rows) - len(plain.held_out)
+    assert len(seen) == len(rows) - len(plain)
     only.write_text("".join(json.dumps(row) + "\n" for row in seen))
-    with pytest.raises(BadInput, match="all 48 rows are calibration rows"):
+    with pytest.raises(BadInput, match="all 48 rows that should judge give the network the same inputs as calibration"):
         prepare(replace(source, evaluation=str(only)))
 
 
 def test_rows_are_labelled_all_or_none(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text(judging().read_text() + '{"text": "a game"}\n')
-    with pytest.raises(BadInput, match="1 of 60 rows have no label"):
+    with pytest.raises(BadInput, match=r"1 of the 60 rows that judge have no label\. Label all rows, or none"):
         prepare(Source(str(classifier()), calibration=str(lines()), seq_len=SEQ_LEN, evaluation=str(path)))
 
 
@@ -338,7 +350,7 @@ def test_impossible_wishes_are_refused(shell: Shell, folder: Path, options: tupl
 
 
 def test_a_sweep_refuses_impossible_shares_before_any_work(shell: Shell, folder: Path) -> None:
-    for shares, says in (("0.5,0", "--flops 0.0"), ("0.5,0.0001", "unprunable layers"), ("x", "commas")):
+    for shares, says in (("0.5,0", "--flops 0.0"), ("0.5,0.0001", "--flops"), ("x", "commas")):
         ran = shell("optin", "sweep", folder, "--flops", shares)
         assert ran.code == 2
         assert says in ran.err
@@ -347,8 +359,9 @@ def test_a_sweep_refuses_impossible_shares_before_any_work(shell: Shell, folder:
 
 def test_a_share_that_leaves_no_unit_of_an_encoder_is_refused_before_any_work() -> None:
     prepared = prepare(Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN))
-    with pytest.raises(InfeasibleBudget, match=r"--flops: .* leaves no room for a head, or 8 neurons"):
-        check_shares(prepared, (0.5, 0.001), align=8, allocation="curves")
+    planner = Planner(Workspace(Path("nowhere")), prepared, Choice(align=8, allocation="curves"))
+    with pytest.raises(InfeasibleBudget, match=r"--flops 0\.001: with the fewest units of heads, .* are left\. Use --"):
+        check_shares(planner, (0.5, 0.001))
 
 
 def test_eval_labels_must_be_the_models(shell: Shell, folder: Path, tmp_path: Path) -> None:

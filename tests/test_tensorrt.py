@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +14,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import main_name, outputs, random_plan, tiny_batch, tiny_model
-from tiny_checkpoint import Shell, bert, labelled, root, text_options
+from conftest import main_name, outputs, tiny_batch
+from tiny_checkpoint import Shell, bert, labelled, text_options
+from tiny_forms import Tiny, form_of, tiny
 
 from benchmarks.gpu import engines_trt
 from exporters import exporter
-from exporters.base import ExportSpec, typed_name
+from exporters.base import ExportSpec
 from exporters.profiles import Profile, parse_profile
+from exporters.proving import relative_error
 from exporters.tensorrt_plan import EngineOptions
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
-from optin_deploy.rewrite.torch import rewrite_torch
-from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes import tensorrt as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record, write_record
@@ -57,31 +53,18 @@ def put_device(monkeypatch: pytest.MonkeyPatch, described: tuple[str, str] | Non
         monkeypatch.setattr(f"{module}.describe_device", lambda _: described)
 
 
-def pruned(name: str = "bert") -> Any:
-    model = tiny_model(name)
-    layout = resolve(model)
-    return rewrite_torch(model, layout, random_plan(model, layout, no_heads=(1,)))
+def pruned(name: str = "bert") -> Tiny:
+    return tiny(name, no_neurons=())
 
 
-def export(model: Any, out: Path, *, precision: str = "fp32", options: EngineOptions = SMALL) -> Any:
-    """Build a plan; the ONNX file it comes from is traced once a session and found finished."""
-    name = typed_name("model", precision, ".onnx")
+def export(case: Tiny, out: Path, *, precision: str = "fp32", options: EngineOptions = SMALL) -> Any:
     out.parent.mkdir(exist_ok=True)
-    shutil.copyfile(_onnx(model.config.model_type, precision) / name, out.parent / name)
-    return exporter("trt").export(model, ExportSpec(precision, options=options), out)
+    form = form_of(case.network, out.with_name("model.onnx"), longest=64)
+    return exporter("trt").export(form, ExportSpec(precision, options=options), out)
 
 
-@cache
-def _onnx(name: str, precision: str) -> Path:
-    folder = Path(tempfile.mkdtemp(dir=root()))
-    model = pruned({"vit": "vit+head"}.get(name, name))
-    typed = "fp32" if precision == "tf32" else precision
-    exporter("onnx").export(model, ExportSpec(typed), folder / typed_name("model", precision, ".onnx"))
-    return folder
-
-
-def feeds_of(model: Any, *, batch: int, seq_len: int) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in tiny_batch(model, batch=batch, seq_len=seq_len).items()}
+def feeds_of(case: Tiny, *, batch: int, seq_len: int) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in tiny_batch(case.model, batch=batch, seq_len=seq_len).items()}
 
 
 # ---- the command
@@ -156,7 +139,7 @@ def test_a_runtime_of_the_stand_in_replays_nothing(trt: Any, tmp_path: Path) -> 
     path = export(model, tmp_path / "model.engine").path
     with exporter("trt").open_device(path, cuda_graph=True) as runtime:
         assert not runtime.replays
-        runtime.launcher(tiny_batch(model, batch=1, seq_len=4))
+        runtime.launcher(tiny_batch(model.model, batch=1, seq_len=4))
         assert not runtime.replays
         next(iter(runtime._bound.values())).graph = object()
         assert runtime.replays
@@ -285,8 +268,8 @@ def test_a_plan_computes_what_the_model_computes_at_every_corner(trt: Any, tmp_p
     artifact = export(model, tmp_path / "model.engine")
     with TensorRTRuntime(artifact.path) as runtime:
         for batch, seq_len in artifact.shapes:
-            inputs = tiny_batch(model, batch=batch, seq_len=seq_len)
-            expected = outputs(model, inputs, states=False)
+            inputs = tiny_batch(model.model, batch=batch, seq_len=seq_len)
+            expected = outputs(model.reference, inputs, states=False)
             found = runtime.run({k: v.numpy() for k, v in inputs.items()})
             assert relative_error(expected[main_name(expected)].numpy(), found[artifact.outputs[0]]) < 1e-5
 
@@ -340,10 +323,10 @@ def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(
 ) -> None:
     monkeypatch.setattr(engines_trt, "need_cuda", lambda engine, inputs: None)
     model = pruned(name)
-    inputs = tiny_batch(model, batch=3, seq_len=8)
+    inputs = tiny_batch(model.model, batch=3, seq_len=8)
     inputs.pop("attention_mask", None)  # the suite's full inputs have none
-    with engines_trt.trt(model, inputs, "fp32") as run:
-        expected = outputs(model, inputs, states=False)["last_hidden_state"]
+    with engines_trt.trt(model.reference, inputs, "fp32") as run:
+        expected = outputs(model.reference, inputs, states=False)["last_hidden_state"]
         assert relative_error(expected.numpy(), run().numpy()) < 1e-5
         assert run() is run()
     assert [p._shapes[next(iter(inputs))][0][0] for p in trt.built[-1]._profiles] == [3]

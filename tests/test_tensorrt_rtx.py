@@ -10,57 +10,57 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import random_plan, tiny_batches, tiny_model
 from onnx import numpy_helper
 from tiny_checkpoint import Shell, bert, lines, text_options
+from tiny_forms import Tiny, form_of, samples, tiny
 
 from exporters import exporter
 from exporters.base import ExportSpec
 from exporters.checks.preflight import build_ahead
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions, build_engine
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt
 
 OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 MODELS = [
-    ("bert", "fp32", {}),
-    ("bert", "fp16", {"no_heads": (1,)}),
-    ("bert+head", "bf16", {"no_neurons": (0,)}),
-    ("bert+head", "int8", {}),
-    ("vit+head", "fp32", {"no_heads": (0,), "no_neurons": (2,)}),
-    ("vit", "fp16", {}),
-    ("dinov2-swiglu", "fp16", {"no_neurons": (1,)}),
-    ("distilbert", "fp16", {"no_heads": (2,)}),
+    ("bert", "fp32", (), ()),
+    ("dynamo bert", "fp16", (1,), ()),
+    ("bert+head", "bf16", (), (0,)),
+    ("bert+head", "int8", (), ()),
+    ("dynamo vit+head", "fp32", (0,), (2,)),
+    ("vit", "fp16", (), ()),
+    ("dynamo dinov2-swiglu", "fp16", (), (1,)),
+    ("distilbert", "fp16", (2,), ()),
 ]
-"""Model, precision, and the layers that lose everything; every layer keeps another number of heads and neurons."""
+"""Model, precision, and the layers that lose all heads and all neurons; every layer keeps another number of them."""
 
 
-def pruned(name: str, **emptied: Any) -> Any:
-    model = tiny_model(name)
-    layout = resolve(model)
-    return rewrite_torch(model, layout, random_plan(model, layout, **emptied))
+def build(case: Tiny, precision: str, out: Path) -> Any:
+    spec = ExportSpec(precision, options=OPTIONS, calibration=samples(case.model) if precision == "int8" else ())
+    form = form_of(case.network, out.with_name(f"{out.name.partition('.')[0]}.onnx"), longest=64)
+    return exporter("trt-rtx").export(form, spec, out)
 
 
-def build(model: Any, precision: str, out: Path) -> Any:
-    spec = ExportSpec(precision, options=OPTIONS, calibration=tiny_batches(model) if precision == "int8" else ())
-    return exporter("trt-rtx").export(model, spec, out)
+def pruned(name: str) -> Tiny:
+    return tiny(name, no_heads=(), no_neurons=())
 
 
-@pytest.mark.parametrize(("name", "precision", "emptied"), MODELS)
-def test_pruned_models_build(name: str, precision: str, emptied: dict[str, Any], tmp_path: Path) -> None:
-    artifact = build(pruned(name, **emptied), precision, tmp_path / "model.rtx.engine")
+@pytest.mark.parametrize(("name", "precision", "no_heads", "no_neurons"), MODELS)
+def test_pruned_models_build(
+    name: str, precision: str, no_heads: tuple[int, ...], no_neurons: tuple[int, ...], tmp_path: Path
+) -> None:
+    case = tiny(name, no_heads=no_heads, no_neurons=no_neurons)
+    artifact = build(case, precision, tmp_path / "model.rtx.engine")
     record = read_record(artifact.path)
     assert artifact.size_bytes == artifact.path.stat().st_size > 100_000
     assert (record.engine, record.precision, record.capability) == ("trt-rtx", precision, "")
 
 
 def test_the_dense_model_builds_with_the_same_inputs_and_outputs(tmp_path: Path) -> None:
-    dense = build(tiny_model("bert"), "fp32", tmp_path / "dense.rtx.engine")
+    dense = build(tiny("dense bert"), "fp32", tmp_path / "dense.rtx.engine")
     assert dense.inputs == ("input_ids", "attention_mask", "token_type_ids")
     assert dense.outputs == ("last_hidden_state",)
     assert dense.shapes == ((1, 4), (2, 16), (4, 32))
@@ -71,8 +71,8 @@ def test_a_wrong_slice_is_refused(tmp_path: Path) -> None:
     build(pruned("bert"), "fp32", tmp_path / "model.rtx.engine")
     proto = onnx.load(tmp_path / "model.onnx")
     weights = {t.name: t for t in proto.graph.initializer if len(t.dims) == 2}
-    product = next(n for n in proto.graph.node if n.op_type == "MatMul" and n.input[1] in weights)
-    wrong = weights[product.input[1]]
+    turned = next(n for n in proto.graph.node if n.op_type == "Transpose" and n.input[0] in weights)
+    wrong = weights[turned.input[0]]  # (out, in), transposed for its product
     wrong.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(wrong)[:, 1:]), wrong.name))
     onnx.save(proto, tmp_path / "wrong.onnx")
     trt = import_tensorrt("trt-rtx")
@@ -111,8 +111,8 @@ def test_what_it_cannot_do_is_refused(options: EngineOptions) -> None:
 
 @pytest.mark.parametrize("given", [{"weights": "stripped"}, {"weights": "refittable"}, {"compatible": ("version",)}])
 def test_the_preflight_leaves_out_what_needs_a_gpu(tmp_path: Path, given: dict[str, Any]) -> None:
-    artifact = exporter("onnx").export(pruned("vit"), ExportSpec(), tmp_path / "model.onnx")
-    said = build_ahead(artifact.path, EngineOptions(profiles=OPTIONS.profiles, **given))
+    form = form_of(pruned("vit").network, tmp_path / "model.onnx")
+    said = build_ahead(form.graph, EngineOptions(profiles=OPTIONS.profiles, **given))
     assert said is not None
     assert said.startswith("TensorRT-RTX")
 

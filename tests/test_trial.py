@@ -2,70 +2,119 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
 import pytest
 import torch
-from test_compensate import CASES, Case, texts
-from test_curves import distance, judged_rows
-from tiny_scoring import Batch, bare_bert, bert, one_thread, rows
-from torch import nn
+from own_regression import distance, images, judged_rows, texts
+from tiny_scoring import Batch, bare_bert, bert, dinov2, one_thread, rows, vit
+from torch import Tensor, nn
 
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.cost.macs import mac_cost
+from optin_deploy.cutting.graph import cut
+from optin_deploy.data.feeds import Halves
+from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
-from optin_deploy.plan import Masks, PruningPlan
-from optin_deploy.pruning import cut
-from optin_deploy.search import make_plan
-from optin_deploy.token_weights import measure_token_weights
-from optin_deploy.trial import unseen_error
+from optin_deploy.jobs.networks import Found
+from optin_deploy.jobs.pruning import Ready, make, ready_of
+from optin_deploy.jobs.trial import unseen_error
+from optin_deploy.network.probe import probes_of
+from optin_deploy.network.read import read
+from optin_deploy.network.run import Program
+from optin_deploy.planning.plan import NetworkPlan, plan_of
+from optin_deploy.structure.branches import bypassed
+from optin_deploy.structure.find import find
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
+CASES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
+    "bert: post-LN": lambda: (bert(), texts()),
+    "bare bert": lambda: (bare_bert(), texts()),
+    "vit: pre-LN": lambda: (vit(), images()),
+    "dinov2: gated FFN": lambda: (dinov2(gated=True), images()),
+}
 
-def plan_of(model: nn.Module) -> PruningPlan:
+
+def feeds(batches: list[Batch]) -> Feeds:
+    return Feeds(tuple(batches), (None,) * sum(map(rows_of, batches)), "the tests")
+
+
+def ready(model: nn.Module, batches: list[Batch]) -> Ready:
+    network = read(model)
+    probes = probes_of(network)
+    return ready_of(Found(find(network, probes), tuple(probes)), Halves(feeds(batches), None))
+
+
+def plan_for(of: Ready) -> NetworkPlan:
     """Every other unit of every branch, and none of the first attention's."""
-    layout = resolve(model)
-    heads, neurons = (
-        [tuple(i % 2 == 0 for i in range(getattr(layer, kind))) for layer in layout.layers]
-        for kind in ("heads", "neurons")
-    )
-    heads[0] = (False,) * len(heads[0])
-    return make_plan(Masks(tuple(heads), tuple(neurons), layout.hash), layout, mac_cost(model, layout, seq_len=8))
+    groups = [group for group in of.layout.groups if group.kind in ("heads", "neurons")]
+    keep = {group.name: tuple(range(0, group.units, 2)) for group in groups}
+    assert groups[0].name in bypassed(of.layout)
+    return plan_of(of.layout, {**keep, groups[0].name: ()})
+
+
+class Runs(nn.Module):
+    """A network in the place of a module."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, **batch: Tensor) -> Mapping[str, Tensor]:
+        names = [port.name for port in self.program.network.inputs]
+        outputs = self.program({name: batch[name] for name in names}).outputs
+        return Outputs(outputs)
+
+
+class Outputs(dict[str, Tensor]):
+    """As transformers give them."""
+
+    __getattr__ = dict.__getitem__
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("case", [*CASES, "bare bert"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_error_is_that_of_a_model_compensated_on_the_other_samples(case: str, weighted: bool) -> None:
-    chosen: Case | None = CASES[case]() if case in CASES else None
-    model, batches = (bare_bert(), texts(0)) if chosen is None else (chosen[0], chosen[3](0))
-    layout, plan = resolve(model), plan_of(model)
-    fitting, judging = (judged_rows(batches, judged, 4) for judged in (False, True))
-    weights = measure_token_weights(model, layout, batches) if weighted else None
-    found = unseen_error(model, layout, plan, batches, token_weights=weights)
+    model, batches = CASES[case]()
+    of = ready(model, batches)
+    plan, weights = plan_for(of), of.token_weights() if weighted else None
+    of.know_token_weights(weights)
+    found = unseen_error(of, plan)
+    fitting, judging = (judged_rows(batches, judged) for judged in (False, True))
+    other = ready(model, fitting)
     if weights is not None:
-        singles = [[one[i : i + 1] for one in layer for i in range(len(one))] for layer in weights]
-        weights = [[one for i, one in enumerate(layer) if i % 4 != 3] for layer in singles]
-    smaller = cut(model, layout, plan, fitting, token_weights=weights).model
-    assert found == pytest.approx(distance(smaller, model, judging), rel=1e-5)
+        singles = {
+            name: [one[i : i + 1] for one in every for i in range(len(one))] for name, every in weights.of.items()
+        }
+        some = {name: tuple(one for i, one in enumerate(every) if i % 4 != 3) for name, every in singles.items()}
+        weights = replace(weights, of=some)
+    other.know_token_weights(weights)
+    smaller = make(other, plan).network
+    assert found == pytest.approx(distance(Runs(Program(smaller)), model, judging), rel=1e-5)
     assert found > 1e-6
 
 
 def test_without_compensation_the_model_is_only_cut() -> None:
-    model, batches = bert(), texts(0)
-    found = unseen_error(model, resolve(model), plan_of(model), batches, compensation=False)
-    smaller = cut(model, resolve(model), plan_of(model), batches, compensation=False).model
-    assert found == pytest.approx(distance(smaller, model, judged_rows(batches, True, 4)), rel=1e-5)
+    model, batches = bert(), texts()
+    of = ready(model, batches)
+    plan = plan_for(of)
+    found = unseen_error(of, plan, compensation=False)
+    smaller = cut(of.layout, plan.keep)
+    assert found == pytest.approx(distance(Runs(Program(smaller)), model, judged_rows(batches, True)), rel=1e-5)
+    assert found != pytest.approx(unseen_error(of, plan), rel=1e-3)
 
 
 def test_batches_of_one_sample_do_not_enter() -> None:
     """One batch in four has no sample left to fit."""
     model = bert()
-    singles: list[Batch] = [rows(batch, [i]) for batch in texts(0) for i in range(len(batch["input_ids"]))]
-    errors = [unseen_error(model, resolve(model), plan_of(model), batches) for batches in (texts(0), singles)]
+    singles: list[Batch] = [rows(batch, [i]) for batch in texts() for i in range(len(batch["input_ids"]))]
+    errors = [unseen_error(of, plan_for(of)) for of in (ready(model, batches) for batches in (texts(), singles))]
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 
 
 def test_too_few_samples_are_refused() -> None:
-    batch = {name: torch.as_tensor(value)[:3] for name, value in texts(0)[0].items()}
-    model = bert()
+    batch = {name: torch.as_tensor(value)[:3] for name, value in texts()[0].items()}
+    of = ready(copy.deepcopy(bert()), [batch])
     with pytest.raises(BadInput, match="too few"):
-        unseen_error(model, resolve(model), plan_of(model), [batch][:1])
+        unseen_error(of, plan_for(of))

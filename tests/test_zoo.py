@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.zoo import check as checks
+from benchmarks.zoo import table as models
 from benchmarks.zoo.cases import of_dialect, of_family
 from benchmarks.zoo.check import Outcome, check
 from benchmarks.zoo.export import OPSETS
@@ -96,3 +97,8 @@ def test_other_units_than_those_masked_are_a_fault(monkeypatch: pytest.MonkeyPat
     assert [fault.split(":")[0] for fault in found.faults] == ["some", "one"]
     assert found.float32 is not None
     assert found.float32 > 1e-2
+
+
+def test_the_table_in_the_readme_is_that_of_the_recorded_results() -> None:
+    readme = models.README.read_text(encoding="utf-8")
+    assert f"{models.START}\n{models.table()}\n{models.END}" in readme

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tiny_checkpoint as tiny
 
-from optin_deploy.plan import Masks
-from optin_deploy.pruned import PrunedModel
-from optin_deploy.pruning import cut
-from optin_deploy.search import make_plan
+from optin_deploy.jobs.modules import PrunedModel
+from optin_deploy.jobs.pruning import make
+from optin_deploy.planning.plan import plan_of
 from optin_deploy.stages import Prepared, prepare
 from optin_deploy.workspace import Source
 
@@ -44,16 +42,11 @@ def prepared_of(folder: Path) -> Prepared:
 def uncut(folder: Path) -> PrunedModel:
     """The model as it is, saved as a cut one would be."""
     prepared = prepared_of(folder)
-    layers = prepared.layout.layers
-    masks = Masks(
-        tuple((True,) * layer.heads for layer in layers),
-        tuple((True,) * layer.neurons for layer in layers),
-        prepared.layout.hash,
-    )
-    plan, loaded = make_plan(masks, prepared.layout, prepared.cost), prepared.loaded
-    batches = prepared.calibration.batches
-    pruned = cut(loaded.model, prepared.layout, plan, batches, compensation=False, preprocessor=loaded.preprocessor)
-    return replace(pruned, files=loaded.files)
+    ready, loaded = prepared.ready, prepared.dense.loaded
+    assert loaded is not None
+    made = make(ready, plan_of(ready.layout, {}), compensation=False)
+    beside: Any = {"probes": ready.found.probes, "preprocessor": loaded.preprocessor, "files": loaded.files}
+    return PrunedModel(loaded.model, made.network, made.plan, made.proof, **beside)
 
 
 def sentence_model(folder: Path, pooling: str | dict[str, Any] = "cls", *kinds: str, **settings: Any) -> Path:

@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 
 from benchmarks.zoo.export import export
-from optin_deploy.curves import Curve
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.planning.costs import Costs, costs_of
+from optin_deploy.planning.curve import Curve
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 

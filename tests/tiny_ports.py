@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 from tiny_graphs import INT64, model_of, value, weight
 
+from optin_deploy.data.image_feeds import image_feeds, image_input
+from optin_deploy.data.ports import takes
+from optin_deploy.data.rows import Batching, Feeds
+from optin_deploy.data.samples import Sample
+from optin_deploy.data.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 
@@ -43,6 +49,18 @@ def text(*names: str, shape: Sequence[int | str] = ("batch", LENGTH), dtype: int
 
 def image(*shape: int | str, dtype: int = TensorProto.FLOAT) -> Network:
     return network(value("image", *shape, dtype=dtype))
+
+
+def text_rows(samples: Sequence[Sample], tokenizer: Any, *names: str, seq_len: int = 16, batch_size: int = 32) -> Feeds:
+    """Texts as a network with these inputs takes them."""
+    how: dict[str, Any] = {"seq_len": seq_len, "batching": Batching(batch_size), "origin": "the tests"}
+    return text_feeds(text_inputs(takes(text(*names))), samples, tokenizer, **how)
+
+
+def image_rows(samples: Sequence[Sample], processor: Any, *, channels: int = 3, batch_size: int = 32) -> Feeds:
+    """Images as a network of so many channels takes them, of any size."""
+    how: dict[str, Any] = {"pixels": None, "size": None, "batching": Batching(batch_size), "origin": "the tests"}
+    return image_feeds(image_input(takes(image("batch", channels, "h", "w"))), samples, processor, **how)
 
 
 def saved(folder: Path, *inputs: onnx.ValueInfoProto) -> Network:

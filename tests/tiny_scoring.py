@@ -1,4 +1,4 @@
-"""Tiny models and data for the tests of scoring, search and compensation: every parameter random, seconds each."""
+"""Tiny models and data for the tests of scoring: every parameter random, seconds each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from optin_deploy.layout import Branch, LayerSpec, ModelLayout
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.scoring.subject import Subject
 
 LAYERS, HIDDEN, HEADS, NEURONS, VOCABULARY = 2, 12, 3, 6, 40
 SIZES: dict[str, Any] = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
@@ -131,6 +133,14 @@ def padded(batch: Batch, more: int) -> Batch:
     return {name: nn.functional.pad(value, (0, more)) for name, value in batch.items()}
 
 
+def subject_of(model: Any) -> Subject:
+    """The graph of one of these models, with what can be cut in it."""
+    text = model.main_input_name == "input_ids"
+    example = text_batch((7, 7)) if text else image_batch(2)
+    axes = {name: {0: "batch", 1: "length"} if text else {0: "batch"} for name in example}
+    return Subject.of(find_in(read_module(model, example, axes=axes, dynamo=False)).layout)
+
+
 def state_of(model: nn.Module) -> list[object]:
     """Everything that scoring and compensation must leave as it was: hooks, flags, instance attributes, weights."""
     modules = [
@@ -138,21 +148,6 @@ def state_of(model: nn.Module) -> list[object]:
     ]
     weights = [(p.requires_grad, p.grad is None, p.detach().clone().numpy().tobytes()) for p in model.parameters()]
     return [modules, weights]
-
-
-def toy_layout(heads: tuple[int, ...], neurons: tuple[int, ...], name: str = "toy") -> ModelLayout:
-    """A layout without a model; layers may differ."""
-    layers = tuple(
-        LayerSpec(
-            path=f"layer.{i}",
-            hidden=4,
-            core=f"layer.{i}.core",
-            attention=Branch((f"layer.{i}.q",), f"layer.{i}.o", f"layer.{i}", None, h, 2),
-            ffn=Branch((f"layer.{i}.up",), f"layer.{i}.down", f"layer.{i}.norm", None, n, 1),
-        )
-        for i, (h, n) in enumerate(zip(heads, neurons, strict=True))
-    )
-    return ModelLayout(arch=name, model_class="Toy", layers=layers)
 
 
 def one_thread() -> Iterator[None]:

@@ -19,15 +19,19 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from torch import nn
+import onnx
 
-from benchmarks.accuracy.methods import ABLATIONS, METHODS, Case, Method
+from benchmarks.accuracy.case import OUTPUT, Case
+from benchmarks.accuracy.methods import ABLATIONS, METHODS, Method
+from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import judged
-from optin_deploy.quality import outputs_of
+from optin_deploy.jobs.networks import Found as Read
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.graph import Network
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.terminal import quiet_libraries
 
@@ -96,6 +100,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
 def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float) -> Found:
     """The finished cells of one task; open ones are done until `end`."""
     test = task.batches(task.test[:test_rows])
+    read: Read | None = None
     rows = min(rows, len(task.calibration) // 2)  # else the seeds would hardly differ
     key = sha256_tensors(task.model.state_dict())[:12]
     found: Found = {}
@@ -109,32 +114,34 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
             continue
         if time.monotonic() > end and method != DENSE:
             continue
+        read = read or find_in(task.model)
         if seed not in cases and method != DENSE:
-            cases[seed] = _case(task, seed, rows)
-        model, stages = (task.model, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
-        figures = judged(outputs_of(model, test.batches), test.labels)
+            cases[seed] = made_case(task, read, seed, rows, path.with_name(f"scores-seed{seed}.safetensors"))
+        network, stages = (read.network, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
+        figures = judged(outputs_of(network, OUTPUT, test.batches, task.seq_len), test.labels)
         found[cell] = {**figures, "stages": stages, "calibration_rows": rows}
         write_json(path, found[cell])
         print(*cell, f"{found[cell]['value']:.2%}", *(f"{stage} {s:.1f} s" for stage, s in stages.items()), flush=True)
     return found
 
 
-def timed(method: Method, case: Case, flops: float) -> tuple[nn.Module, dict[str, float]]:
-    """The pruned model, and the seconds of all that it needs, whoever made it first: shared stages, and its own work.
+def timed(method: Method, case: Case, flops: float) -> tuple[Network | onnx.ModelProto, dict[str, float]]:
+    """The pruned network, and the seconds of all that it needs, whoever made it first: shared stages, and its own work.
 
     A dense forward over the calibration rows is among them, as a unit.
     """
     forward = case.forward_seconds()
     case.used.clear()
     before, started = sum(case.seconds.values()), time.perf_counter()
-    model = method(case, flops)
+    network = method(case, flops)
     own = time.perf_counter() - started - (sum(case.seconds.values()) - before)
-    return model, {"forward": forward, **{stage: case.seconds[stage] for stage in sorted(case.used)}, "own": own}
+    return network, {"forward": forward, **{stage: case.seconds[stage] for stage in sorted(case.used)}, "own": own}
 
 
-def _case(task: Task, seed: int, rows: int) -> Case:
+def made_case(task: Task, read: Read, seed: int, rows: int, kept: Path | None = None) -> Case:
+    """The calibration rows that a seed draws; `kept`: see `Case`."""
     drawn = random.Random(seed).sample(task.calibration, rows)
-    return Case(task.model, task.seq_len, task.batches(drawn), seed)
+    return Case(task.name, task.model, read, task.seq_len, task.batches(drawn), seed, kept)
 
 
 if __name__ == "__main__":

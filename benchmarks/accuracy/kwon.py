@@ -6,19 +6,28 @@ details that the paper leaves open as in the released code (WoosukKwon/retrainin
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from scipy.sparse.linalg import lsmr
-from torch import Tensor, nn
+from torch import Tensor
 
-from optin_deploy.compensate import Weights
-from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.masking import Batch, branch_masks, inference, masked, recorded, run_blocks
-from optin_deploy.plan import Masks, PruningPlan
-from optin_deploy.rewrite.slices import unit_columns
-from optin_deploy.scoring.features import valid_tokens
+from benchmarks.scoring.rivals import groups_of
+from optin_deploy.cutting.masks import masks
+from optin_deploy.data.rows import MASK, Batch, rows_of
+from optin_deploy.network.axes import units_along
+from optin_deploy.network.graph import Network
+from optin_deploy.network.run import Program
+from optin_deploy.network.spans import Stream
+from optin_deploy.network.weights import with_weights
+from optin_deploy.planning.widths import Keep
+from optin_deploy.scoring.memory import SHARE, free_bytes
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.branches import bypassed
+from optin_deploy.structure.flow import Contraction
+from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.solvable import Solvable, solvable
+from optin_deploy.structure.solving import Changes, scales
 
 DAMPING = 1.0
 """Of the least squares, which are solved for the normal equations."""
@@ -28,21 +37,16 @@ FAILED = 3
 """From this reason on, LSMR stopped without a solution."""
 
 
-def rearranged(masks: Masks, layout: ModelLayout, gradients: Mapping[Branch, Tensor]) -> Masks:
-    """The same counts a layer, other units: greedily the removed set of least joint loss, |sum of gradients|^2."""
-    heads, neurons = (
-        tuple(
-            _rearranged(keep, gradients[getattr(layer, kind)]) for keep, layer in zip(kept, layout.layers, strict=True)
-        )
-        for kind, kept in (("attention", masks.heads), ("ffn", masks.neurons))
-    )
-    return Masks(heads, neurons, layout.hash)
+def rearranged(keep: Keep, gradients: Mapping[str, Tensor]) -> Keep:
+    """The same counts a group, other units: greedily the removed set of least joint loss, |sum of gradients|^2."""
+    return {name: _rearranged(units, gradients[name]) for name, units in keep.items()}
 
 
-def _rearranged(keep: Sequence[bool], gradients: Tensor) -> tuple[bool, ...]:
+def _rearranged(kept: Sequence[int], gradients: Tensor) -> tuple[int, ...]:
     """Every other unit is offered in turn for removal; the member of the set that the set is cheapest without stays."""
+    units = gradients.shape[1]
     order = gradients.square().sum(0).argsort().tolist()
-    count = len(keep) - sum(keep)
+    count = units - len(kept)
     removed = order[:count]
     total = gradients[:, removed].sum(1)  # (samples,)
     for unit in order[count:] if count else ():
@@ -52,103 +56,115 @@ def _rearranged(keep: Sequence[bool], gradients: Tensor) -> tuple[bool, ...]:
         spared = removed.pop(int(without.argmin()))
         total = total - gradients[:, spared]
     gone = set(removed)
-    return tuple(unit not in gone for unit in range(len(keep)))
+    return tuple(unit for unit in range(units) if unit not in gone)
 
 
-def tuned(
-    model: nn.Module,
-    layout: ModelLayout,
-    plan: PruningPlan,
-    batches: Sequence[Batch],
-    *,
-    teacher: Masks,
-    first_token: bool,
-) -> Weights:
-    """Factors on kept units that bring each branch's sum with its residual nearest to the teacher's, first layer first.
+def tuned(subject: Subject, keep: Keep, batches: Sequence[Batch], *, teacher: Keep, first_token: bool) -> Network:
+    """The network with factors on kept units that bring each branch's sum with its residual nearest to the teacher's.
 
-    As released: the heads of the first layer are not tuned, and all tuning ends at the first factor beyond 10.
+    In the order of work. As released: the heads of the first layer are not tuned, and all tuning ends at the first
+    factor beyond 10.
     Args:
-        teacher: of the model to come near to, which is pruned half as much.
+        teacher: of the network to come near to, which is pruned half as much.
         first_token: let the last block look at the first token alone, which a text classifier reads.
-    Returns: the output projections with the factors folded in.
+    Returns: the whole network with the factors folded into the output projections.
     """
-    model, student = copy.deepcopy(model), copy.deepcopy(model)
-    weights: Weights = {}
-    with (
-        inference(model),
-        inference(student),
-        torch.no_grad(),
-        masked(model, branch_masks(layout, teacher)),
-        masked(student, branch_masks(layout, plan.masks(layout))),
-    ):
-        for index, layer in enumerate(layout.layers):
-            for branch, kept in ((layer.attention, plan.heads[index]), (layer.ffn, plan.neurons[index])):
-                if not kept or (index == 0 and branch is layer.attention):
-                    continue
-                alone = first_token and branch is layout.layers[-1].ffn
-                units = torch.tensor(kept)
-                factors = _factors(
-                    model, student, layout, branch, units, batches, offset=branch is layer.attention, first_token=alone
-                )
-                if factors is None:
-                    return weights
-                projection = student.get_submodule(branch.output)
-                assert isinstance(projection, nn.Linear)
-                weight = projection.weight.detach() * factors.repeat_interleave(branch.unit_width).to(projection.weight)
-                weights[f"{branch.output}.weight"] = weight
-                projection.load_state_dict({"weight": weight}, strict=False)
-    return weights
+    work = _Streams(subject, keep, teacher, batches)
+    todo = [group for group in groups_of(subject) if group.name in bypassed(subject.layout)]
+    with torch.no_grad():
+        for group in todo:
+            kept = keep.get(group.name, tuple(range(group.units)))
+            if not kept or (group is todo[0] and group.kind == "heads"):
+                continue
+            product = solvable(subject.structure, _site(group).node)
+            factors = work.factors(
+                group, product, kept, offset=group.kind == "heads", first_token=first_token and group is todo[-1]
+            )
+            if factors is None:
+                break
+            every = torch.arange(product.linear.outputs)
+            columns = torch.arange(product.linear.inputs)
+            matrix = work.changes.matrix(product)
+            work.changes.add(product, every, columns, matrix * (factors[work.along(group)] - 1))
+    return with_weights(subject.program.network, work.changes.weights)
 
 
-def _factors(
-    teacher: nn.Module,
-    student: nn.Module,
-    layout: ModelLayout,
-    branch: Branch,
-    kept: Tensor,
-    batches: Sequence[Batch],
-    *,
-    offset: bool,
-    first_token: bool,
-) -> Tensor | None:
-    """One factor a unit, (units,), 1 where it is cut; None if the fit fails.
+def _site(group: UnitGroup) -> Contraction:
+    return next(site for site in group.sites if site.with_weight)
 
-    Args: offset: fit also one number that is added everywhere, and dropped.
-    """
-    columns = unit_columns(kept.tolist(), branch.unit_width)
-    weight = student.get_parameter(f"{branch.output}.weight").detach()[:, columns]  # (hidden, kept * width)
-    products = torch.zeros(len(columns), len(columns), dtype=torch.float64)
-    right = torch.zeros(len(columns), dtype=torch.float64)
-    sums, total, count = torch.zeros(len(columns), dtype=torch.float64), 0.0, 0
-    for batch in batches:
-        with recorded(teacher, inputs=[branch.residual], outputs=[branch.output]) as wanted:
-            run_blocks(teacher, layout, batch, stop=branch.output)
-        with recorded(student, inputs=[branch.residual, branch.output], outputs=[branch.output]) as pruned:
-            run_blocks(student, layout, batch, stop=branch.output)
-        gap = wanted.outputs[branch.output] + wanted.inputs[branch.residual]
-        gap = gap - pruned.outputs[branch.output] - pruned.inputs[branch.residual]
-        inputs = pruned.inputs[branch.output][..., columns]
-        if first_token:
-            gap, inputs = gap[:, 0], inputs[:, 0]
-        else:
-            real = valid_tokens(batch, gap).bool()
-            gap, inputs = gap[real], inputs[real]  # (rows, hidden), (rows, kept * width)
-        products += (inputs.T @ inputs).double()
-        right += (inputs * (gap @ weight)).sum(0).double()
-        sums += inputs.sum(0).double()
-        total, count = total + float(gap.sum()), count + gap.numel()
-    # Column c adds a_c w_c to the output; a unit is the sum of its columns.
-    normal = (products * (weight.T @ weight).double()).view(len(kept), branch.unit_width, len(kept), -1).sum((1, 3))
-    right = right.view(len(kept), branch.unit_width).sum(1)
-    if offset:
-        added = (sums * weight.sum(0)).view(len(kept), branch.unit_width).sum(1)  # of each unit over all outputs
-        normal = torch.cat(
-            (torch.cat((normal, added[:, None]), 1), torch.cat((added, torch.tensor([float(count)])))[None])
+
+class _Streams:
+    """Teacher and student side by side; factors go into the student at once."""
+
+    def __init__(self, subject: Subject, keep: Keep, teacher: Keep, batches: Sequence[Batch]) -> None:
+        self.subject, self.batches = subject, batches
+        program: Program = subject.program
+        self.changes = Changes(program.network, program.device)
+        budget = int(SHARE * free_bytes(program.device)) // 2
+        self.wanted, self.pruned = (
+            Stream(program, batches, masks=masks(subject.layout, some), budget_bytes=budget) for some in (teacher, keep)
         )
-        right = torch.cat((right, torch.tensor([total])))
-        right = right - normal[:, -1]  # the released code starts the offset at 1, as the factors
-    change, reason, *_ = lsmr(normal.numpy(), right.numpy(), damp=DAMPING)
-    factors = torch.ones(branch.units, dtype=torch.float64)
-    factors[kept] += torch.tensor(change[: len(kept)])
-    solved = reason < FAILED
-    return factors if solved and bool((factors.abs() <= LARGEST).all()) else None
+        self.pruned.weights = self.changes.weights
+
+    def along(self, group: UnitGroup) -> Tensor:
+        """The unit of each column of the group's output projection."""
+        site = _site(group)
+        return torch.from_numpy(units_along(site.axis, group.leaf))
+
+    def factors(
+        self, group: UnitGroup, product: Solvable, kept: Sequence[int], *, offset: bool, first_token: bool
+    ) -> Tensor | None:
+        """One factor a unit, (units,), 1 where it is cut; None if the fit fails.
+
+        Args: offset: fit also one number that is added everywhere, and dropped.
+        """
+        at = product.linear.node.index
+        self.wanted.advance(at)
+        self.pruned.advance(at)
+        scale = scales(self.pruned, product, product.way.value, rows_of(self.batches[0])).to(self.subject.dtype)
+        along = self.along(group)
+        chosen = torch.tensor(kept)
+        columns = torch.isin(along, chosen).nonzero()[:, 0]
+        place = torch.searchsorted(chosen, along[columns])  # which of the kept units
+        weight = (self.changes.matrix(product).to(scale) * scale[:, None])[:, columns]  # (hidden, columns)
+        products = torch.zeros(len(columns), len(columns), dtype=torch.float64)
+        right, sums = torch.zeros(2, len(columns), dtype=torch.float64)
+        total, count = 0.0, 0
+        for gap, inputs in self._rows(product, first_token):
+            inputs = inputs[:, columns]
+            products += (inputs.T @ inputs).double()
+            right += (inputs * (gap @ weight)).sum(0).double()
+            sums += inputs.sum(0).double()
+            total, count = total + float(gap.sum()), count + gap.numel()
+        # Column c adds a_c w_c to the output; a unit is the sum of its columns.
+        one = torch.nn.functional.one_hot(place, len(kept)).double()  # (columns, units)
+        normal = one.T @ (products * (weight.T @ weight).double()) @ one
+        right = one.T @ right
+        if offset:
+            added = one.T @ (sums * weight.sum(0))  # of each unit over all outputs
+            normal = torch.cat(
+                (torch.cat((normal, added[:, None]), 1), torch.cat((added, torch.tensor([float(count)])))[None])
+            )
+            right = torch.cat((right, torch.tensor([total])))
+            right = right - normal[:, -1]  # the released code starts the offset at 1, as the factors
+        change, reason, *_ = lsmr(normal.numpy(), right.numpy(), damp=DAMPING)
+        factors = torch.ones(group.units, dtype=torch.float64)
+        factors[chosen] += torch.tensor(change[: len(kept)])
+        return factors if reason < FAILED and bool((factors.abs() <= LARGEST).all()) else None
+
+    def _rows(self, product: Solvable, first_token: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each batch, (rows, hidden) that the sum with the residual lacks, and (rows, inputs) that are read."""
+        linear, way = product.linear, product.way
+        assert way.residual is not None, "a bypassed group's way ends at a residual Add"
+        for number, batch in enumerate(self.batches):
+            wanted = self.wanted.look(number, [way.value, way.residual])
+            found = self.pruned.look(number, [way.value, way.residual, linear.reads])
+            gap = sum(wanted[name] - found[name] for name in (way.value, way.residual))
+            assert isinstance(gap, Tensor)
+            inputs = linear.rows_in(found[linear.reads], rows_of(batch))
+            gap = gap.reshape(*inputs.shape[:2], -1)
+            if first_token:
+                yield gap[:, 0], inputs[:, 0]
+                continue
+            real = batch[MASK].bool() if MASK in batch else torch.ones(inputs.shape[:2], dtype=torch.bool)
+            yield gap[real], inputs[real]

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu.engines import ENGINES
 from benchmarks.gpu.models import MODELS, PRUNED, is_image
-from exporters.graph import DTYPES
+from exporters.precisions import DTYPES
 from optin_deploy.errors import BadInput
 
 KINDS = ("pair", "table", "score", "profile")

@@ -7,13 +7,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.engines import Run, Skipped, need_cuda
 from benchmarks.gpu.engines_trt import with_mask
+
+if TYPE_CHECKING:
+    from exporters.base import Form
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -88,10 +91,21 @@ def _exported(model: nn.Module, precision: str, folder: Path) -> Path:
     from exporters.base import ExportSpec
     from exporters.to_onnx import OnnxExporter
 
-    path = folder / "model.onnx"
     typed = "fp32" if precision == "tf32" else precision
-    OnnxExporter().export(copy.deepcopy(model).cpu(), ExportSpec(typed), path)
-    return path
+    name, _ = OnnxExporter().file_names(typed)
+    return OnnxExporter().export(form_of(model, folder), ExportSpec(typed), folder / name).path
+
+
+def form_of(model: nn.Module, folder: Path) -> Form:
+    """A model as artifacts are made of it."""
+    from exporters.base import Form
+    from optin_deploy.network.read import read
+    from optin_deploy.network.sealed import store
+
+    network = read(copy.deepcopy(model).cpu())
+    path = folder / "model.onnx"
+    store(network, path, "of the suite")
+    return Form(path, network)
 
 
 def _output_shape(model: nn.Module, inputs: Mapping[str, Tensor]) -> torch.Size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
     if find_spec("pydantic") is None:
         raise Skipped(f"engine {engine}: pydantic, which reads engine.json, is not installed; bring it along.")
     try:
+        from benchmarks.gpu.engines_ort import form_of
         from exporters import exporter
         from exporters.base import ExportSpec
         from exporters.tensorrt_plan import EngineOptions
@@ -52,7 +52,7 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
         raise Skipped(f"engine {engine} has no precision {precision}; possible: {', '.join(chosen.precisions)}.")
     with tempfile.TemporaryDirectory() as folder:
         spec = ExportSpec(precision, options=EngineOptions(profiles=(_profile(inputs),)))
-        artifact = chosen.export(copy.deepcopy(model).cpu(), spec, Path(folder) / "model.engine")
+        artifact = chosen.export(form_of(model, Path(folder)), spec, Path(folder) / "model.engine")
         with TensorRTRuntime(artifact.path, engine=engine) as runtime:
             launch = runtime.launcher(with_mask(inputs))
             yield lambda: launch()[artifact.outputs[0]]

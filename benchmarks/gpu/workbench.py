@@ -8,23 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.cells import Cell
-from benchmarks.gpu.models import PRUNED, build, model_inputs, pruning_plan
-from optin_deploy.arch.resolve import resolve
-from optin_deploy.cost.macs import MacCost, ideal_speedup, mac_cost
-from optin_deploy.layout import ModelLayout
-from optin_deploy.plan import PruningPlan
-from optin_deploy.rewrite.torch import rewrite_torch
+from benchmarks.gpu.models import MODELS, PRUNED, Costs, Plan, build, costs, cut, model_inputs, pruning_plan
 
 SEED = 0
-"""Of weights, scores, inputs and orders; written into each result."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """A dense model in float32 on the device."""
-
-    model: nn.Module
-    layout: ModelLayout
+"""Of weights, plans, inputs and orders; written into each result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +19,9 @@ class Variant:
     """A pruned model in float32 on the device."""
 
     model: nn.Module
-    plan: PruningPlan
-    ideal: float
-    """Dense MACs / pruned MACs at the length that is measured."""
+    plan: Plan
+    kept: float
+    """Pruned MACs / dense MACs at the length that is measured."""
 
 
 class Workbench:
@@ -42,42 +29,39 @@ class Workbench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._dense: dict[str, Dense] = {}
-        self._costs: dict[tuple[str, int | None], MacCost] = {}
+        self._dense: dict[str, nn.Module] = {}
         self._variants: dict[tuple[str, float | None, int | None], dict[str, Variant]] = {}
 
-    def dense(self, name: str) -> Dense:
-        """A model of the table."""
+    def dense(self, name: str) -> nn.Module:
+        """A model of the table, in float32 on the device."""
         if name not in self._dense:
-            model = build(name, self.device, seed=SEED)
-            self._dense[name] = Dense(model, resolve(model))
+            self._dense[name] = build(name, self.device, seed=SEED)
         return self._dense[name]
 
-    def cost(self, name: str, seq: int | None) -> MacCost:
+    def cost(self, name: str, seq: int | None) -> Costs:
         """MACs of a model and its units at a length."""
-        key = (name, seq)
-        if key not in self._costs:
-            dense = self.dense(name)
-            self._costs[key] = mac_cost(dense.model, dense.layout, seq_len=seq or 1)
-        return self._costs[key]
+        return costs(name, seq)
+
+    def cut(self, name: str, plan: Plan) -> nn.Module:
+        """A model of the table with the units of a plan."""
+        return cut(self.dense(name), MODELS[name], plan)
 
     def variants(self, cell: Cell) -> dict[str, Variant]:
         """The pruned variants of a cell's model, at its budget and length."""
         key = (cell.model, cell.keep, cell.seq)
         if key not in self._variants:
             assert cell.keep is not None, "cells of these kinds have a budget"
-            dense, cost = self.dense(cell.model), self.cost(cell.model, cell.seq)
-            plans = {name: pruning_plan(dense.layout, cost, name, cell.keep, seed=SEED) for name in PRUNED}
-            self._variants[key] = {name: self._cut(dense, plan, cell.seq) for name, plan in plans.items()}
+            cost = self.cost(cell.model, cell.seq)
+            plans = {name: pruning_plan(cost, name, cell.keep, seed=SEED) for name in PRUNED}
+            self._variants[key] = {
+                name: Variant(self.cut(cell.model, plan), plan, cost.of(plan) / cost.dense)
+                for name, plan in plans.items()
+            }
         return self._variants[key]
-
-    def _cut(self, dense: Dense, plan: PruningPlan, seq: int | None) -> Variant:
-        model = rewrite_torch(dense.model, dense.layout, plan)
-        return Variant(model, plan, ideal_speedup(model, dense.layout, plan, seq_len=seq or 1))
 
     def inputs(self, cell: Cell, *, seed: int = SEED) -> dict[str, Tensor]:
         """Random inputs of a cell, on the device."""
-        model = self.dense(cell.model).model
+        model = self.dense(cell.model)
         padded = cell.inputs == "padded"
         return model_inputs(model, self.device, batch=cell.batch, seq=cell.seq, padded=padded, seed=seed)
 

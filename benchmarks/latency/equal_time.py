@@ -16,35 +16,38 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.accuracy.case import OUTPUT
+from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.task import judged
 from exporters import exporter
 from exporters.base import ExportSpec
-from exporters.bench.measuring import Point
-from exporters.bench.profiling import table_at
-from exporters.bench.time_budget import plan_within_time
+from exporters.bench.points import Point
+from exporters.bench.profiling import NS, table_at
+from exporters.bench.time_budget import Planning
 from exporters.bench.yardstick import DENSE, Yardstick, yardstick
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
 from optin_deploy.bench.stats import bootstrap_ci
 from optin_deploy.bench.timing import BLOCKS, log_ratios, mean_ratio
 from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.cost.latency import LatencyTable
-from optin_deploy.cost.macs import mac_cost
-from optin_deploy.cost.params import param_cost
-from optin_deploy.data.calibration import Batches
+from optin_deploy.data.feeds import Halves
+from optin_deploy.data.rows import Feeds
+from optin_deploy.jobs.dense import Dense
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.jobs.pruning import emptiable, make, ready_of
 from optin_deploy.loading import LoadedModel
-from optin_deploy.plan import PruningPlan
-from optin_deploy.pruning import cut
-from optin_deploy.quality import outputs_of
-from optin_deploy.stages import Prepared, plan_stage, score_stage
+from optin_deploy.planning.ladder import narrowest
+from optin_deploy.planning.latency import LatencyTable, TimeCost
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import Choice, ladders_of
+from optin_deploy.stages import Planner, Prepared, score_stage
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.sweep import measure_curves
 from optin_deploy.terminal import quiet_libraries, stage_bar
@@ -63,40 +66,31 @@ class Setting:
     """One task on one engine, with the calibration rows of one seed."""
 
     task: Task
-    workspace: Workspace
-    prepared: Prepared
+    planner: Planner
     yard: Yardstick
     table: LatencyTable
 
-    def plan(self, limits: Limits) -> PruningPlan:
-        """By MACs, as `optin-export` makes it."""
-        return plan_stage(self.workspace, limits, align=self.yard.align, allocation="curves", write=False)
-
-    def predicted(self, plan: PruningPlan) -> float:
+    def predicted(self, plan: NetworkPlan) -> float:
         """Milliseconds by the table."""
-        return self.table.predict_ms([*map(len, plan.heads)], [*map(len, plan.neurons)])
+        costs = self.planner.prepared.ready.costs
+        return TimeCost(self.table, costs.macs).of(costs.widths(plan.keep)) / NS
 
-    def by_macs(self, allowed_ms: float) -> PruningPlan:
+    def by_macs(self, allowed_ms: float) -> NetworkPlan:
         """The largest plan by MACs that the table gives this time, to a step."""
-        cost = self.prepared.cost
-        low, high = int(cost.fixed / cost.dense / STEP) + 1, int(1 / STEP)
+        ready = self.planner.prepared.ready
+        whole = ready.costs.macs.whole
+        least = narrowest(ladders_of(ready.layout, self.planner.choice, emptiable(ready.layout)), whole)
+        low, high = int(ready.costs.macs.of(least) / ready.costs.macs.dense / STEP) + 1, int(1 / STEP)
         while low < high:  # the time grows with the MACs, near enough
             middle = (low + high + 1) // 2
-            fits = self.predicted(self.plan(Limits(flops=middle * STEP))) <= allowed_ms
+            fits = self.predicted(self.planner.plan(Limits(flops=middle * STEP))) <= allowed_ms
             low, high = (middle, high) if fits else (low, middle - 1)
-        return self.plan(Limits(flops=low * STEP))
+        return self.planner.plan(Limits(flops=low * STEP))
 
-    def judged(self, plan: PruningPlan, test: Batches) -> dict[str, Any]:
+    def judged(self, plan: NetworkPlan, test: Feeds) -> dict[str, Any]:
         """The task's metric after compensation."""
-        prepared = self.prepared
-        smaller = cut(
-            self.task.model,
-            prepared.layout,
-            plan,
-            prepared.calibration.batches,
-            token_weights=prepared.token_weights(),
-        )
-        return judged(outputs_of(smaller.model, test.batches), test.labels)
+        smaller = make(self.planner.prepared.ready, plan).network
+        return judged(outputs_of(smaller, OUTPUT, test.batches, self.task.seq_len), test.labels)
 
 
 def main() -> None:
@@ -144,36 +138,29 @@ def _of_task(name: str, options: argparse.Namespace, end: float) -> Iterator[dic
 @contextmanager
 def _setting(task: Task, folder: Path, seed: int, options: argparse.Namespace) -> Iterator[Setting]:
     rows = min(options.rows, len(task.calibration) // 2)  # as in benchmarks/accuracy
-    calibration = task.batches(random.Random(seed).sample(task.calibration, rows))
-    layout = resolve(task.model)
+    drawn = task.batches(random.Random(seed).sample(task.calibration, rows))
+    calibration = replace(drawn, labels=(None,) * len(drawn))  # which the product never looks at
+    read = find_in(task.model)
     source = Source(task.name, seq_len=task.seq_len, samples=rows, seed=seed)
-    prepared = Prepared(
-        source,
-        LoadedModel(task.model, "text-classification", task.preprocessor),
-        layout,
-        mac_cost(task.model, layout, seq_len=task.seq_len),
-        param_cost(task.model, layout),
-        calibration,
-        calibration,
-        sha256_tensors(task.model.state_dict()),
-    )
+    loaded = LoadedModel(task.model, "text-classification", task.preprocessor)
+    dense = Dense(read.network, sha256_tensors(task.model.state_dict()), loaded)
+    prepared = Prepared(source, dense, ready_of(read, Halves(calibration, None), output=OUTPUT, seed=seed))
     workspace = Workspace.claim(folder / f"work-seed{seed}", source)
     with stage_bar(f"score {task.name}") as progress:
         score_stage(workspace, prepared, progress=progress)
-    measure_curves(workspace, prepared, "curves", stage_bar)
-    point = Point(1, task.seq_len if prepared.loaded.is_text else None)
     target = exporter(options.engine)
-    with yardstick(prepared, target, ExportSpec(), point, threads=options.threads, home=folder) as yard:
+    planner = Planner(workspace, prepared, Choice(align=target.align, allocation="curves"))
+    measure_curves(planner, stage_bar)
+    point = Point(1, task.seq_len if loaded.is_text else None)
+    with yardstick(prepared, target, ExportSpec(), point, threads=options.threads) as yard:
         with stage_bar(f"profile {task.name}") as progress:
-            table = table_at(folder / "latency.json", yard, progress=progress)
-        yield Setting(task, workspace, prepared, yard, table)
+            table = table_at(folder / "latency.json", yard, planner.choice, progress=progress)
+        yield Setting(task, planner, yard, table)
 
 
 def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[str, Any]:
     limits = Limits(time=TimeTarget("--speedup", speedup))
-    by_time, rounds = plan_within_time(
-        setting.workspace, limits, setting.table, setting.yard, allocation="curves", stage=stage_bar
-    )
+    by_time, rounds = Planning(setting.planner, setting.yard, limits, stage=stage_bar).within(setting.table)
     by_macs, timing = as_slow(setting, by_time)
     with stage_bar("judge"):
         plans = {BY_TIME: by_time, BY_MACS: by_macs}
@@ -188,9 +175,8 @@ def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[s
         **timing,
         "plans": {
             name: {
-                "kept": plan.kept,
-                "heads": [*map(len, plan.heads)],
-                "neurons": [*map(len, plan.neurons)],
+                "kept": kept(plan),
+                "widths": {name: len(units) for name, units in plan.keep.items()},
                 **found[plan.hash],
             }
             for name, plan in plans.items()
@@ -198,16 +184,22 @@ def _cell(setting: Setting, speedup: float, seed: int, test_rows: int) -> dict[s
     }
 
 
-def as_slow(setting: Setting, plan: PruningPlan) -> tuple[PruningPlan, dict[str, Any]]:
+def kept(plan: NetworkPlan) -> float:
+    """Share of the MACs."""
+    assert plan.cost is not None, "plans of jobs tell what they cost"
+    return plan.cost.macs_pruned / plan.cost.macs_dense
+
+
+def as_slow(setting: Setting, plan: NetworkPlan) -> tuple[NetworkPlan, dict[str, Any]]:
     """The plan by MACs that takes as long as `plan`; how long both take, times dense and beside each other."""
-    tried: list[tuple[PruningPlan, dict[str, Any]]] = []
+    tried: list[tuple[NetworkPlan, dict[str, Any]]] = []
     allowed_ms = setting.predicted(plan)
     for number in range(TRIES):
         rival = setting.by_macs(allowed_ms)
-        if any(rival.hash == other.hash for other, _ in tried):
+        if any(rival.keep == other.keep for other, _ in tried):
             break
-        with stage_bar(f"MACs {number + 1}, {rival.kept:.1%}"):
-            ms = setting.yard.together([plan, rival], blocks=BLOCKS).ms
+        with stage_bar(f"MACs {number + 1}, {kept(rival):.1%}"):
+            ms = setting.yard.together([dict(plan.keep), dict(rival.keep)], blocks=BLOCKS).ms
         ratio = mean_ratio(ms["1"], ms["0"])
         beside = {
             "speedup": {name: mean_ratio(ms[DENSE], ms[i]) for name, i in ((BY_TIME, "0"), (BY_MACS, "1"))},

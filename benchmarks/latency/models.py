@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
+from optin_deploy.planning.widths import DEFAULT_KINDS, Keep
 from optin_deploy.storage import atomic_folder
+from optin_deploy.structure.groups import Layout
 from optin_deploy.workspace import Source
 
 CALIBRATION = 256
@@ -61,3 +63,12 @@ def _made(folder: Path, save: Callable[[Path], None]) -> Path:
         with atomic_folder(folder) as temporary:
             save(temporary)
     return folder
+
+
+def first_units(layout: Layout, share: float) -> Keep:
+    """The first so many units of each group: which ones makes no difference to the time."""
+    return {
+        group.name: tuple(range(max(1, round(share * group.units))))
+        for group in layout.groups
+        if group.kind in DEFAULT_KINDS
+    }

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.latency.models import MODELS
+from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import parse_point
+from exporters.bench.points import parse_point
 from exporters.bench.yardstick import Yardstick, yardstick
-from exporters.ready import ready
+from exporters.ready import Request, ready
 from optin_deploy.bench.gate import Limit, judge
 from optin_deploy.bench.report import to_table
 from optin_deploy.bench.timing import PairTiming
@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     quiet_libraries()
-    target, spec, prepared = ready(MODELS[options.model](options.out / "models"), engine=options.engine)
-    with yardstick(prepared, target, spec, parse_point(options.at), threads=options.threads) as yard:
+    point = parse_point(options.at)
+    request = Request(MODELS[options.model](options.out / "models"), engine=options.engine, points=(point,))
+    asked = ready(request)
+    with yardstick(asked.prepared, asked.target, asked.spec, point, threads=options.threads) as yard:
         runs = [*_runs(yard, options.runs, options.swaps)]
         setting = yard.setting
-    where = f"{options.model} on {options.engine}, batch {setting['batch']}, {setting['seq_len']} tokens"
+    where = f"{options.model} on {options.engine}, {options.at.replace('=', ' ')}"
     text = page(runs, f"{where}, {options.threads} threads")
     print(text)
     command = shlex.join(["python", "-m", "benchmarks.latency.real", *sys.argv[1:]])
@@ -70,11 +72,9 @@ def main() -> None:
 
 
 def _runs(yard: Yardstick, same: int, swapped: int) -> Iterator[Run]:
-    layers = yard.prepared.layout.layers
-    whole = yard.plan([x.heads for x in layers], [x.neurons for x in layers])
-    smaller = yard.plan([round(KEPT * x.heads) for x in layers], [round(KEPT * x.neurons) for x in layers])
+    smaller = first_units(yard.layout, KEPT)
     kinds: list[tuple[str, int, Callable[[Progress], PairTiming]]] = [
-        ("same", same, lambda progress: yard.against_dense(whole, progress)),
+        ("same", same, lambda progress: yard.against_dense({}, progress)),
         ("swapped", swapped, lambda progress: yard.behind_dense(smaller, progress)),
     ]
     for kind, count, measure in kinds:

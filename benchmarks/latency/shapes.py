@@ -18,23 +18,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from benchmarks.latency.models import MODELS
+from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
 from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.bench.measuring import example_feeds, parse_point, time_pair
-from exporters.ready import ready
+from exporters.bench.measuring import time_pair
+from exporters.bench.points import parse_point
+from exporters.bench.yardstick import inputs_of
 from optin_deploy.bench.gate import Limit, judge
 from optin_deploy.bench.report import to_table
-from optin_deploy.plan import Masks
-from optin_deploy.rewrite.torch import rewrite_torch
+from optin_deploy.cutting.graph import cut
+from optin_deploy.network.write import write
 from optin_deploy.runtimes.base import Feeds
-from optin_deploy.search import make_plan
-from optin_deploy.stages import Prepared
+from optin_deploy.stages import Prepared, prepare
 from optin_deploy.terminal import quiet_libraries, stage_bar
 
 SHARES = (1.0, 0.6, 0.4, 0.25)
-"""Of the heads and neurons of every layer."""
+"""Of the units of every group."""
 POINTS = ("batch=1,seq=40", "batch=1,seq=128", "batch=8,seq=128")
 
 
@@ -62,8 +61,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     quiet_libraries()
-    _, _, prepared = ready(MODELS[options.model](options.out / "models"))
-    rows = [*_rows(prepared, options.threads)]
+    rows = [*_rows(prepare(MODELS[options.model](options.out / "models")), options.threads)]
     text = page(rows, f"{options.model} on ONNX Runtime, {options.threads} threads")
     print(text)
     command = shlex.join(["python", "-m", "benchmarks.latency.shapes", *sys.argv[1:]])
@@ -72,19 +70,15 @@ def main() -> None:
 
 
 def _rows(prepared: Prepared, threads: int) -> Iterator[Row]:
-    model, layout, engine = prepared.loaded.model, prepared.layout, exporter("onnx")
+    layout, engine, inputs = prepared.ready.layout, exporter("onnx"), inputs_of(prepared)
     for share in SHARES:
-        heads = tuple(tuple(i < round(share * x.heads) for i in range(x.heads)) for x in layout.layers)
-        neurons = tuple(tuple(i < round(share * x.neurons) for i in range(x.neurons)) for x in layout.layers)
-        plan = make_plan(Masks(heads, neurons, layout.hash), layout, prepared.cost)
         with tempfile.TemporaryDirectory() as folder:
             bare, shaped = Path(folder) / "model.onnx", Path(folder) / "shaped.onnx"
-            smaller = model if share == 1 else rewrite_torch(model, layout, plan)
-            engine.export(smaller, ExportSpec(), bare)
+            write(cut(layout, first_units(layout, share)), bare)
             onnx.save(onnx.shape_inference.infer_shapes(onnx.load(bare)), shaped)
             for at in POINTS:
                 point = parse_point(at)
-                feeds = example_feeds(model, point.batch, point.seq or 0)
+                feeds = inputs.feeds(point)
                 with stage_bar(f"{share:g} at {at}"):
                     timing = time_pair(
                         engine, shaped, bare, feeds, at=(point.batch, point.seq), precision="fp32", threads=threads

@@ -15,10 +15,11 @@ import numpy as np
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import parse_point
-from exporters.bench.profiling import profile_model
+from exporters.bench.points import parse_point
+from exporters.bench.profiling import NS, profile_model
+from exporters.ready import Request
 from optin_deploy.bench.report import to_table
-from optin_deploy.cost.latency import TABLE_HEADER, LatencyTable, held_out_line, table_rows
+from optin_deploy.planning.latency import TABLE_HEADER, LatencyTable, held_out_line, table_rows
 from optin_deploy.terminal import quiet_libraries, stage_bar
 
 MEDIAN, WORST = 0.05, 0.12
@@ -38,15 +39,10 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     started = time.perf_counter()
-    table = profile_model(
-        MODELS[options.model](options.out / "models"),
-        options.out / f"{options.model}-{options.engine}.json",
-        engine=options.engine,
-        point=parse_point(options.at),
-        threads=options.threads,
-        check=options.plans,
-        stage=stage_bar,
-    )
+    point, source = parse_point(options.at), MODELS[options.model](options.out / "models")
+    request = Request(source, engine=options.engine, points=(point,), threads=options.threads)
+    file = options.out / f"{options.model}-{options.engine}.json"
+    table = profile_model(request, file, check=options.plans, stage=stage_bar)
     assert table is not None, "it was no dry run"
     seconds = time.perf_counter() - started
     text = page(table, options.model, seconds)
@@ -64,10 +60,9 @@ def page(table: LatencyTable, model: str, seconds: float) -> str:
     limits = [(n, f"{v:.1%}", f"<= {most:.0%}", "holds" if v <= most else "**does not hold**") for n, v, most in found]
     plans = [
         (
-            " ".join(map(str, each.heads)),
-            " ".join(map(str, each.neurons)),
-            f"{each.predicted_ms:.1f}",
-            f"{each.measured_ms:.1f}",
+            " ".join(map(str, each.widths.values())),
+            f"{each.predicted_ns / NS:.1f}",
+            f"{each.measured_ns / NS:.1f}",
             f"{each.error:+.1%}",
         )
         for each in table.held_out
@@ -75,11 +70,11 @@ def page(table: LatencyTable, model: str, seconds: float) -> str:
     setting = table.setting
     return (
         f"# Latency table of {model} on {setting['engine']} {setting['precision']}\n\n"
-        f"Batch {setting['batch']}, {setting['seq_len']} tokens, {setting['threads']} threads; dense "
-        f"{table.dense_ms:.1f} ms. {held_out_line(table)} Table and check took {seconds / 60:.0f} minutes.\n\n"
+        f"{setting['inputs']}, {setting['threads']} threads; dense {table.dense_ns / NS:.1f} ms. "
+        f" {held_out_line(table)} Table and check took {seconds / 60:.0f} minutes.\n\n"
         f"{to_table(('must hold', 'found', 'asked', ''), limits)}\n\n"
         f"{to_table(TABLE_HEADER, table_rows(table))}\n\nPlans that the table was not made from:\n\n"
-        f"{to_table(('heads a layer', 'neurons a layer', 'predicted ms', 'measured ms', 'error'), plans)}"
+        f"{to_table(('units of each group', 'predicted ms', 'measured ms', 'error'), plans)}"
     )
 
 

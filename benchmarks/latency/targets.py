@@ -16,15 +16,16 @@ from pathlib import Path
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import parse_point
+from exporters.bench.points import parse_point
 from exporters.bench.profiling import table_at
-from exporters.bench.time_budget import LEAST, Round, plan_within_time
+from exporters.bench.time_budget import Planning
+from exporters.bench.time_rounds import LEAST, Round
 from exporters.bench.yardstick import Yardstick, yardstick
-from exporters.ready import ready
+from exporters.ready import Request, ready
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.stages import score_stage
+from optin_deploy.stages import Planner, dense_stage, score_stage
 from optin_deploy.storage import read_json, write_json
 from optin_deploy.sweep import measure_curves
 from optin_deploy.terminal import quiet_libraries, stage_bar
@@ -87,37 +88,43 @@ def _of_engine(model: str, engine: str, out: Path, *, threads: int, end: float) 
     left = [share for share, path in paths.items() if not path.exists()]
     if left and time.monotonic() < end:
         source = MODELS[model](out / "models")
-        target, spec, prepared = ready(source, engine=engine)
-        workspace = Workspace.claim(out / f"work-{model}", source)
+        home = out / f"work-{model}"
+        asked = ready(Request(source, engine=engine, threads=threads), home)
+        workspace = Workspace.claim(home, source)
         with stage_bar(f"score {model}") as progress:
-            score_stage(workspace, prepared, progress=progress)
-        measure_curves(workspace, prepared, "curves", stage_bar)
-        with yardstick(prepared, target, spec, parse_point("batch=1"), threads=threads, home=workspace.root) as yard:
+            dense_stage(workspace, asked.prepared)
+            score_stage(workspace, asked.prepared, progress=progress)
+        planner = Planner(workspace, asked.prepared, asked.choice)
+        measure_curves(planner, stage_bar)
+        with yardstick(asked.prepared, asked.target, asked.spec, parse_point("batch=1"), threads=threads) as yard:
             for share in left:
                 if time.monotonic() < end:
-                    write_json(paths[share], asdict(_cell(workspace, yard, model, share)))
+                    write_json(paths[share], asdict(_cell(planner, yard, model, share)))
     found = [read_json(path, HINT) for path in paths.values() if path.exists()]
     return [Cell(**{**cell, "rounds": [Round(**each) for each in cell["rounds"]]}) for cell in found]
 
 
-def _cell(workspace: Workspace, yard: Yardstick, model: str, share: float) -> Cell:
+def _cell(planner: Planner, yard: Yardstick, model: str, share: float) -> Cell:
     engine = yard.target.engine
     with stage_bar(f"profile {engine}") as progress:
-        table = table_at(workspace.root / f"latency-{engine}.json", yard, progress=progress)
+        file = planner.workspace.root / f"latency-{engine}.json"
+        table = table_at(file, yard, planner.choice, progress=progress)
     limits = Limits(time=TimeTarget("--speedup", 1 / share))
     try:
-        plan, rounds = plan_within_time(workspace, limits, table, yard, allocation="curves", stage=stage_bar)
+        plan, rounds = Planning(planner, yard, limits, stage=stage_bar).within(table)
     except InfeasibleBudget as refused:
         return Cell(model, engine, share, [], refused=str(refused))
     with stage_bar(f"{model} {engine} {share:g}") as progress:
-        timing = yard.against_dense(plan, progress)
+        timing = yard.against_dense(dict(plan.keep), progress)
     low, high = timing.ci95
+    cost = plan.cost
+    assert cost is not None, "plans of jobs tell what they cost"
     return Cell(
         model,
         engine,
         share,
         rounds,
-        kept=plan.kept,
+        kept=cost.macs_pruned / cost.macs_dense,
         measured=1 / timing.speedup,
         ci95=(1 / high, 1 / low),
         unstable=timing.unstable,

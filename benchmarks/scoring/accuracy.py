@@ -2,8 +2,9 @@
 
 all-MiniLM-L6-v2 on BBC news: all 72 heads and a seeded sample of neurons in every layer are scored exactly (one partial
 forward a unit), then everything by the sketch as the product does it, several times with other noise, and by four
-rivals on the same samples. Times are divided by those of dense forwards between them. Exact scores take an hour or
-more: --exact RESULT.json takes those of an earlier run. Run: python -m benchmarks.scoring.accuracy --record
+rivals on the same samples. Times are CPU seconds of one thread, divided by those of dense forwards between them. Exact
+scores take an hour or more: --exact RESULT.json takes those of an earlier run.
+Run: python -m benchmarks.scoring.accuracy --record
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import argparse
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,30 +25,34 @@ from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
-from benchmarks.scoring.rivals import RIVALS, Importance, Loss, Rival
-from optin_deploy.arch.resolve import resolve
+from benchmarks.scoring.clock import Clock
+from benchmarks.scoring.rivals import KINDS, RIVALS, Importance, Loss, Rival, groups_of
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Budget
-from optin_deploy.cost.macs import MacCost, mac_cost
-from optin_deploy.data.calibration import Batches, Sample, text_batches
+from optin_deploy.budget import Limits
+from optin_deploy.data.feeds import Drawing, Preparation, read_feeds
+from optin_deploy.data.rows import Batch, Feeds, rows_of
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import input_names
-from optin_deploy.layout import Branch, ModelLayout
-from optin_deploy.loading import load_dense
-from optin_deploy.masking import Batch, inference
+from optin_deploy.jobs.networks import Found, find_in
+from optin_deploy.jobs.pruning import sizes_of
+from optin_deploy.loading import load_model
+from optin_deploy.planning.costs import Limit, costs_of, limits_within
+from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.progress import Progress
-from optin_deploy.quality import outputs_of
-from optin_deploy.scoring import Scores, ScoreSettings, exact_terms, score, sketch_terms
-from optin_deploy.scoring.features import valid_tokens
-from optin_deploy.scoring.losses import pooled
-from optin_deploy.scoring.terms import Terms, TermWeights, attention_branches, combined, ffn_branches, mean_scores
-from optin_deploy.search import search
+from optin_deploy.scoring.masking_units import masked_terms
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.slopes import Projections, slope_terms
+from optin_deploy.scoring.subject import Subject, valid_of
+from optin_deploy.scoring.terms import Terms, TermWeights, combined, mean_scores
+from optin_deploy.scoring.unit_job import score_units
+from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.storage import read_json
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.terminal import quiet_libraries
 
 FLOPS = 0.6
-Units = Mapping[Branch, Sequence[int]]
+Units = Mapping[UnitGroup, Sequence[int]]
 MUST = {
     "Spearman, neurons": 0.99,
     "Spearman, heads": 0.97,
@@ -74,21 +77,15 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     quiet_libraries()
-    loaded = load_dense(str(minilm_folder()))
+    torch.set_num_threads(1)
+    model, _ = load_model(str(minilm_folder()))
+    network = find_in(model)
     rows = tuple(Sample(text=text, label=section) for text, section in bbc_articles(options.seed)[: options.samples])
-    names = input_names(loaded.model)
-    data = text_batches(rows, loaded.preprocessor, seq_len=options.seq_len, inputs=names)
+    preparation = Preparation(tokenizer=str(minilm_folder()), seq_len=options.seq_len)
+    feeds = read_feeds(network.network, rows, preparation, Drawing(samples=options.samples, held_out=0.0)).calibration
     settings = {name: getattr(options, name) for name in ("samples", "seq_len", "neurons", "seed")}
     exact = None if options.exact is None else earlier(options.exact, settings)
-    found = compare(
-        loaded.model,
-        data,
-        neurons=options.neurons,
-        seed=options.seed,
-        seq_len=options.seq_len,
-        draws=options.draws,
-        exact=exact,
-    )
+    found = compare(model, network, feeds, neurons=options.neurons, seed=options.seed, draws=options.draws, exact=exact)
     text = page(found, options.samples, options.seq_len)
     print(text)
     folder = RESULTS if options.record else options.out
@@ -116,10 +113,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Exact:
-    """Exact scores of all heads and of the seeded neurons, by layer."""
+    """Exact scores of all heads and of the seeded neurons."""
 
-    heads: list[list[float]]
-    neurons: list[list[float]]
+    scores: dict[str, list[float]]
+    """By name of group."""
     seconds: float
     """Of the scored units."""
     all_forwards: float
@@ -130,8 +127,7 @@ class Exact:
     @property
     def importance(self) -> Importance:
         """As tensors."""
-        heads, neurons = (tuple(torch.tensor(x, dtype=torch.float64) for x in t) for t in (self.heads, self.neurons))
-        return heads, neurons
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in self.scores.items()}
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,8 @@ class Comparison:
     """Exact scoring and everything compared with it."""
 
     units: dict[str, int]
-    forward_seconds: list[float]
-    """Dense forwards over the samples, between the other work."""
+    forward_seconds: float
+    """Of a dense forward over the samples."""
     probes: int
     head_samples: int
     rank_stability: dict[str, float]
@@ -155,61 +151,57 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, data: Batches, *, neurons: int, seed: int, seq_len: int, draws: int, exact: Exact | None
+    model: nn.Module, network: Found, feeds: Feeds, *, neurons: int, seed: int, draws: int, exact: Exact | None
 ) -> Comparison:
     """Score some units exactly, all units in other ways, and correlate the ranks."""
-    layout = resolve(model)
-    heads, ffns = attention_branches(layout), ffn_branches(layout)
-    rng = np.random.default_rng(seed)
-    chosen = [sorted(rng.choice(branch.units, neurons, replace=False).tolist()) for branch in ffns]
-    clock = Clock(model, data.batches)
+    subject, batches = Subject.of(network.layout), feeds.batches
+    rng, groups = np.random.default_rng(seed), groups_of(subject)
+    units: dict[UnitGroup, Sequence[int]] = {
+        group: range(group.units)
+        if group.kind == "heads"
+        else sorted(rng.choice(group.units, neurons, replace=False).tolist())
+        for group in groups
+    }
+    clock = Clock(subject, batches)
     sketches = []
     for draw in range(draws):
-        sketches.append(clock(f"sketch {draw}", partial(_sketched, model, layout, data.batches, draw)))
+        sketches.append(clock(f"sketch {draw}", partial(_sketched, subject, batches, draw)))
     told = sketches[0][0].provenance
-
-    def neurons_alone(progress: Progress) -> object:
-        probes, output_probes = range(told["probes"]), range(told["output_probes"])
-        with inference(model), torch.no_grad():
-            return sketch_terms(
-                model, layout, data.batches, probes=probes, output_probes=output_probes, seed=0, progress=progress
-            )
-
-    _, neuron_seconds = clock("sketch, neurons alone", neurons_alone)
-    units = {b: range(b.units) for b in heads}, dict(zip(ffns, chosen, strict=True))
-    exact = exact or exactly(model, layout, data.batches, *units, told["kl_weight"], clock)
+    _, neuron_seconds = clock("sketch, neurons alone", partial(neurons_alone, subject, batches, told))
+    exact = exact or exactly(subject, batches, units, told["kl_weight"], clock)
     others: list[tuple[str, Importance, float]] = [
-        (f"sketch {draw}", (found.heads, found.neurons), seconds) for draw, (found, seconds) in enumerate(sketches)
+        (f"sketch {draw}", dict(found.scores), seconds) for draw, (found, seconds) in enumerate(sketches)
     ]
-    loss = probe_loss(model, data)
+    loss = probe_loss(subject, feeds)
     for name, rival in RIVALS.items():
-        importance, seconds = clock(name, partial(_ranked_by, rival, model, layout, data.batches, loss))
+        importance, seconds = clock(name, partial(_ranked_by, rival, model, subject, batches, loss))
         others.append((name, importance, seconds))
-    forward = statistics.median(clock.forwards)
-    cost, truth = mac_cost(model, layout, seq_len=seq_len), exact.importance
+    limits = limits_within(costs_of(network.layout, sizes_of(network, feeds)), Limits(flops=FLOPS))
     methods = []
-    for name, (some_heads, some_neurons), seconds in others:
-        estimate = (some_heads, tuple(t[c] for t, c in zip(some_neurons, chosen, strict=True)))
-        methods.append(
-            Method(name, seconds, seconds / forward, *rhos(truth, estimate), kept_shared(layout, cost, truth, estimate))
-        )
+    for name, importance, seconds in others:
+        estimate = {group.name: importance[group.name][list(some)] for group, some in units.items()}
+        pairs = {
+            kind: [(exact.importance[g.name], estimate[g.name]) for g in groups if g.kind == kind] for kind in KINDS
+        }
+        shared = kept_shared(subject, limits, exact.importance, estimate)
+        methods.append(Method(name, seconds, seconds / clock.forward, *rhos(pairs), shared))
     ours = mean_of("sketch", methods[:draws])
     figures = {
         "Spearman, neurons": ours.neurons,
         "Spearman, heads": ours.heads,
         **{f"kept units shared, {allocation}": share for allocation, share in ours.shared.items()},
         "exact / sketch time": exact.all_forwards / ours.forwards,
-        "forwards, neurons": neuron_seconds / forward,
+        "forwards, neurons": neuron_seconds / clock.forward,
     }
     return Comparison(
         units={
-            "heads": sum(b.units for b in heads),
-            "neurons": neurons * len(ffns),
-            "all neurons": sum(b.units for b in ffns),
+            "heads": sum(g.units for g in groups if g.kind == "heads"),
+            "neurons": sum(len(some) for g, some in units.items() if g.kind == "neurons"),
+            "all neurons": sum(g.units for g in groups if g.kind == "neurons"),
         },
-        forward_seconds=clock.forwards,
+        forward_seconds=clock.forward,
         probes=told["probes"],
-        head_samples=told["head_samples"],
+        head_samples=told["masked_samples"],
         rank_stability=told["rank_stability"],
         peak_bytes=told["memory"]["peak_bytes"],
         draws=methods[:draws],
@@ -219,35 +211,31 @@ def compare(
     )
 
 
-def exactly(
-    model: nn.Module,
-    layout: ModelLayout,
-    batches: Sequence[Batch],
-    heads: Units,
-    neurons: Units,
-    kl_weight: float,
-    clock: Clock,
-) -> Exact:
+def neurons_alone(subject: Subject, batches: Sequence[Batch], told: Mapping[str, object], progress: Progress) -> Terms:
+    """The passes of a sketch, which score all neurons, with the projections and in the type that it took."""
+    some = Projections(range(int(str(told["probes"]))), range(int(str(told["output_probes"]))))
+    dtype = None if told["pass_dtype"] == str(subject.dtype).removeprefix("torch.") else torch.bfloat16
+    with torch.no_grad():
+        return slope_terms(subject, batches, some, groups=groups_of(subject), dtype=dtype, progress=progress)
+
+
+def exactly(subject: Subject, batches: Sequence[Batch], units: Units, kl_weight: float, clock: Clock) -> Exact:
     """Score these units one by one."""
-    weights = TermWeights((1.0,) * len(layout.layers), kl_weight)
 
-    def work(units: Units, progress: Progress) -> Terms:
-        with inference(model), torch.no_grad():
-            return combined([[exact_terms(model, layout, batches, units, progress=progress)]])
+    def work(some: Units, progress: Progress) -> Terms:
+        with torch.no_grad():
+            return combined([[masked_terms(subject, batches, some, progress=progress)]])
 
-    of_heads, head_seconds = clock("exact, heads", partial(work, heads))
-    of_neurons, neuron_seconds = clock("exact, neurons", partial(work, neurons))
-    everything = sum(branch.units for branch in neurons) / sum(map(len, neurons.values()))
-    return Exact(
-        [t.tolist() for t in mean_scores(of_heads, tuple(heads), weights)],
-        [
-            t[list(c)].tolist()
-            for t, c in zip(mean_scores(of_neurons, tuple(neurons), weights), neurons.values(), strict=True)
-        ],
-        head_seconds + neuron_seconds,
-        (head_seconds + neuron_seconds * everything) / statistics.median(clock.forwards),
-        str(environment()["date"]),
-    )
+    scores: dict[str, list[float]] = {}
+    seconds = whole = 0.0
+    for kind in KINDS:
+        some = {group: chosen for group, chosen in units.items() if group.kind == kind}
+        terms, spent = clock(f"exact, {kind}", partial(work, some))
+        means = mean_scores(terms, tuple(some), TermWeights((1.0,) * len(some), kl_weight))
+        scores |= {g.name: mean[list(c)].tolist() for (g, c), mean in zip(some.items(), means, strict=True)}
+        seconds += spent
+        whole += spent * sum(group.units for group in some) / sum(map(len, some.values()))
+    return Exact(scores, seconds, whole / clock.forward, str(environment()["date"]))
 
 
 def earlier(path: Path, settings: Mapping[str, int]) -> Exact:
@@ -268,67 +256,43 @@ def mean_of(name: str, draws: Sequence[Method]) -> Method:
     return Method(name, **mean, shared=shared)
 
 
-def _sketched(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], draw: int, progress: Progress) -> Scores:
-    return score(model, layout, batches, ScoreSettings(seed=draw), progress=progress)
+def _sketched(subject: Subject, batches: Sequence[Batch], draw: int, progress: Progress) -> UnitScores:
+    return score_units(subject, batches, ScoreSettings(seed=draw), kinds=KINDS, progress=progress)
 
 
 def _ranked_by(
-    rival: Rival, model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], loss: Loss, progress: Progress
+    rival: Rival, model: nn.Module, subject: Subject, batches: Sequence[Batch], loss: Loss, progress: Progress
 ) -> Importance:
-    return rival(model, layout, batches, loss)
+    return rival(model, subject, batches, loss)
 
 
-class Clock:
-    """Times pieces of work, and dense forwards over the samples before each and at the end."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.model, self.batches = model, batches
-        self.forwards: list[float] = []
-        self._forward()
-        self.forwards.clear()  # the first is slower
-
-    def __call__(self, title: str, work: Callable[[Progress], Any]) -> tuple[Any, float]:
-        """Result and seconds."""
-        self._forward()
-        with stage_bar(title) as progress:
-            started = time.perf_counter()
-            result = work(progress)
-            return result, time.perf_counter() - started
-
-    def _forward(self) -> None:
-        started = time.perf_counter()
-        with inference(self.model), torch.inference_mode():
-            for batch in self.batches:
-                self.model(**batch)
-        self.forwards.append(time.perf_counter() - started)
-
-
-def probe_loss(model: nn.Module, data: Batches) -> Loss:
+def probe_loss(subject: Subject, feeds: Feeds) -> Loss:
     """Cross-entropy of a logistic regression on the embeddings, which rivals need: the model itself has no labels."""
     from sklearn.linear_model import LogisticRegression
 
-    embeddings = outputs_of(model, data.batches).numpy()
-    classes = sorted(set(data.labels), key=str)
-    targets = torch.tensor([classes.index(label) for label in data.labels])
-    fitted = LogisticRegression(max_iter=1000, C=10.0).fit(embeddings, targets.numpy())
-    weight, bias = (torch.tensor(x, dtype=torch.float32) for x in (fitted.coef_, fitted.intercept_))
-    starts = np.cumsum([0, *(len(batch["input_ids"]) for batch in data.batches)])
+    def embedded(outputs: Mapping[str, Tensor], index: int) -> Tensor:
+        return subject.read(outputs, valid_of(feeds.batches[index])).values[:, 0]
 
-    def loss(output: Any, index: int) -> Tensor:
-        states = output["last_hidden_state"]
-        logits = pooled(states, valid_tokens(data.batches[index], states)) @ weight.T + bias
-        labels = targets[starts[index] : starts[index + 1]]
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    with torch.inference_mode():
+        runs = [embedded(subject.run(batch).outputs, index) for index, batch in enumerate(feeds.batches)]
+    classes = sorted(set(feeds.labels), key=str)
+    targets = torch.tensor([classes.index(label) for label in feeds.labels])
+    fitted = LogisticRegression(max_iter=1000, C=10.0).fit(torch.cat(runs).numpy(), targets.numpy())
+    weight, bias = (torch.tensor(x, dtype=torch.float32) for x in (fitted.coef_, fitted.intercept_))
+    labels = torch.split(targets, [rows_of(batch) for batch in feeds.batches])
+
+    def loss(outputs: Mapping[str, Tensor], index: int) -> Tensor:
+        logits = embedded(outputs, index) @ weight.T + bias
+        return torch.nn.functional.cross_entropy(logits, labels[index], reduction="none")
 
     return loss
 
 
-def rhos(truth: Importance, estimate: Importance) -> tuple[float, float, float, float]:
+def rhos(pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> tuple[float, float, float, float]:
     """Spearman's rho of neurons and of heads over all layers, and their mean inside a layer."""
-    (heads, neurons), (found_heads, found_neurons) = truth, estimate
-    pairs = ((neurons, found_neurons), (heads, found_heads))
-    whole = [rho(torch.cat(a), torch.cat(b)) for a, b in pairs]
-    inside = [statistics.mean(rho(x, y) for x, y in zip(a, b, strict=True)) for a, b in pairs]
+    both = (pairs["neurons"], pairs["heads"])
+    whole = [rho(torch.cat([a for a, _ in some]), torch.cat([b for _, b in some])) for some in both]
+    inside = [statistics.mean(rho(a, b) for a, b in some) for some in both]
     return whole[0], whole[1], inside[0], inside[1]
 
 
@@ -337,22 +301,19 @@ def rho(exact: Tensor, found: Tensor) -> float:
     return float(spearmanr(exact.numpy(), found.numpy()).statistic)
 
 
-def kept_shared(layout: ModelLayout, cost: MacCost, truth: Importance, estimate: Importance) -> dict[str, float]:
+def kept_shared(subject: Subject, limits: Sequence[Limit], truth: Importance, estimate: Importance) -> dict[str, float]:
     """Share of kept units that two scores have in common, by allocation, if each scored neuron stands for its share."""
-    counts = [len(t) for t in truth[1]]
-    small = replace(
-        layout,
-        layers=tuple(replace(x, ffn=replace(x.ffn, units=n)) for x, n in zip(layout.layers, counts, strict=True)),
-    )
-    scaled = tuple(c * x.neurons // n for c, x, n in zip(cost.neuron, layout.layers, counts, strict=True))
-    shared = {}
+    layout, shared = subject.layout, {}
+    stands = {
+        group.name: np.arange(group.units) * len(truth[group.name]) // group.units for group in groups_of(subject)
+    }
     for allocation in ("uniform", "paper"):
         kept = []
-        for heads, neurons in (truth, estimate):
-            scores = Scores(heads, neurons, small.hash, {})
-            masks = search(scores, small, replace(cost, neuron=scaled), Budget(FLOPS), align=1, allocation=allocation)
-            kept.append(np.concatenate([np.array(mask) for mask in (*masks.heads, *masks.neurons)]))
-        shared[allocation] = float((kept[0] & kept[1]).sum() / max(kept[0].sum(), kept[1].sum()))
+        for scores in (truth, estimate):
+            full = {name: scores[name].numpy()[places] for name, places in stands.items()}
+            found = choose(layout, full, limits, Choice(kinds=KINDS, align=1, allocation=allocation))
+            kept.append({(name, unit) for name, s in stands.items() for unit in found.get(name, range(len(s)))})
+        shared[allocation] = len(kept[0] & kept[1]) / max(map(len, kept))
     return shared
 
 
@@ -388,7 +349,7 @@ def page(found: Comparison, samples: int, seq_len: int) -> str:
         ),
     ]
     rows = [(name, value, limit, "holds" if holds else "**does not hold**") for name, value, limit, holds in asked]
-    forward, exact, ours = statistics.median(found.forward_seconds), found.exact, found.methods[0]
+    exact, ours = found.exact, found.methods[0]
     spread = ", ".join(
         f"{name} {min(d.shared[name] for d in found.draws):.1%} to {max(d.shared[name] for d in found.draws):.1%}"
         for name in ours.shared
@@ -396,11 +357,11 @@ def page(found: Comparison, samples: int, seq_len: int) -> str:
     return (
         f"# Scores against exact\n\nall-MiniLM-L6-v2, {samples} BBC articles of up to {seq_len} tokens. Exact: "
         f"{found.units['heads']} heads and {found.units['neurons']} of {found.units['all neurons']:,} neurons in "
-        f"{exact.seconds:.0f} s ({exact.date}), so all in {exact.all_forwards:.0f} dense forwards (one over the "
-        f"samples: {forward:.2f} s). The sketch took {found.probes} probes, and {found.head_samples} samples for "
-        f"heads, by its stop rule; its figures are means of {len(found.draws)} draws of the noise (kept shared: "
-        f"{spread}; one unit is 0.3%). Fisher and Taylor use the labels through a logistic regression on the "
-        "embeddings. Torch-Pruning normalises inside a layer.\n\n"
+        f"{exact.seconds:.0f} CPU seconds ({exact.date}), so all in {exact.all_forwards:.0f} dense forwards (one over "
+        f"the samples: {found.forward_seconds:.2f} s). The sketch took {found.probes} probes, and {found.head_samples} "
+        f"samples for heads, by its stop rule; its figures are means of {len(found.draws)} draws of the noise (kept "
+        f"shared: {spread}; one unit is 0.3%). Fisher and Taylor use the labels through a logistic regression on the "
+        "embeddings. Torch-Pruning normalises inside a layer. Seconds are CPU seconds of one thread.\n\n"
         f"{to_table(header, lines)}\n\n{to_table(('must hold', 'found', 'asked', ''), rows)}"
     )
 

@@ -113,7 +113,7 @@ def one_round(base: Sequence[str], out: Path, whole: Path, mode: str, rng: rando
     while any(worker.poll() is None for worker in workers):
         redone += watched(out, seen)
         time.sleep(0.05)
-    done = (out / "scores.json").is_file()
+    done = (out / "scores.safetensors").is_file()
     return Round(mode, killed_after, counts, done, done and equal(out, whole), redone, time.perf_counter() - started)
 
 

@@ -18,34 +18,31 @@ from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
-from benchmarks.tasks.task import text_batches_of
+from benchmarks.scoring.rivals import KINDS
 from benchmarks.tasks.text import sentiment, topics
-from optin_deploy.arch.resolve import resolve
 from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Budget
-from optin_deploy.cost.macs import mac_cost
-from optin_deploy.data.calibration import Batches, Sample
-from optin_deploy.layout import ModelLayout
-from optin_deploy.loading import load_dense
-from optin_deploy.masking import inference
-from optin_deploy.progress import Progress
-from optin_deploy.pruning import cut
-from optin_deploy.quality import outputs_of
-from optin_deploy.scoring import Scores, Terms, exact_terms, sketch_terms
-from optin_deploy.scoring.noise import drawn, sample_keys
-from optin_deploy.scoring.terms import (
-    WEIGHTINGS,
-    attention_branches,
-    combined,
-    ffn_branches,
-    mean_scores,
-    weights_of,
-)
-from optin_deploy.search import make_plan, search
+from optin_deploy.budget import Limits
+from optin_deploy.checkpoint.preprocessor import load_preprocessor
+from optin_deploy.data.feeds import Halves
+from optin_deploy.data.ports import takes
+from optin_deploy.data.rows import Batching, Feeds
+from optin_deploy.data.samples import Sample
+from optin_deploy.data.text_feeds import text_feeds, text_inputs
+from optin_deploy.jobs.networks import Found, find_in
+from optin_deploy.jobs.pruning import make, pick, planned, ready_of
+from optin_deploy.loading import load_model
+from optin_deploy.network.run import Program
+from optin_deploy.network_quality import readouts
+from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.widths import Choice
+from optin_deploy.scoring.parts import MemoryStore
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.terms import WEIGHTINGS
+from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.terminal import quiet_libraries, stage_bar
-from optin_deploy.token_weights import measure_token_weights
 
-PROBES, HEAD_SAMPLES = range(6), 48
+PROBES, HEAD_SAMPLES = 6, 48
 ALLOCATIONS = ("uniform", "paper")
 MOST_TOKENS = 64
 """Texts are cut there: the articles say what they are about in their first sentences."""
@@ -53,13 +50,12 @@ MOST_TOKENS = 64
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model, rows to score and compensate by, and unseen rows."""
+    """A network, rows to score and compensate by, and unseen rows."""
 
     name: str
-    model: nn.Module
-    seq_len: int
-    calibration: Batches
-    test: Batches
+    found: Found
+    calibration: Feeds
+    test: Feeds
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def main() -> None:
     rows: list[Row] = []
     dense: dict[str, float] = {}
     for case in cases(options.cache, options.rows, options.test_rows):
-        before = outputs_of(case.model, case.test.batches)
+        before = outputs_of(Subject.of(case.found.layout), case.test)
         if case.test.labels[0] is not None:
             dense[case.name] = accuracy(before, case.test)
         rows += compare(case, before, options.flops)
@@ -103,57 +99,55 @@ def main() -> None:
 
 def cases(cache: Path, most: int, unseen: int) -> Iterator[Case]:
     """The classifiers, then all-MiniLM-L6-v2 as it comes."""
-    for make in (sentiment, topics):
-        task = make(cache)
-        length = min(task.seq_len, MOST_TOKENS)
-        rows = (task.calibration[:most], task.test[:unseen])
-        yield Case(task.name, task.model, length, *(task.batches(some, seq_len=length) for some in rows))
-    loaded = load_dense(str(minilm_folder()))
+    for fine_tuned in (sentiment, topics):
+        task = fine_tuned(cache)
+        parts = (task.calibration[:most], task.test[:unseen])
+        yield case(task.name, task.model, task.preprocessor, min(task.seq_len, MOST_TOKENS), parts)
     texts = tuple(Sample(text=text) for text, _ in bbc_articles()[: most + unseen])
-    parts = (texts[:most], texts[most:])
-    data = (text_batches_of(loaded.model, some, loaded.preprocessor, MOST_TOKENS) for some in parts)
-    yield Case("embeddings", loaded.model, MOST_TOKENS, *data)
+    model, _ = load_model(str(minilm_folder()))
+    tokenizer = load_preprocessor(minilm_folder(), model)
+    yield case("embeddings", model, tokenizer, MOST_TOKENS, (texts[:most], texts[most:]))
+
+
+def case(name: str, model: nn.Module, tokenizer: object, length: int, parts: Sequence[Sequence[Sample]]) -> Case:
+    """Read the model's network, and feed it."""
+    found = find_in(model)
+    inputs = text_inputs(takes(found.network))
+    feeds = [text_feeds(inputs, some, tokenizer, seq_len=length, batching=Batching(), origin=name) for some in parts]
+    return Case(name, found, *feeds)
 
 
 def compare(case: Case, dense: Tensor, budgets: Sequence[float]) -> list[Row]:
-    """Prune the model by each weighting, allocation and budget."""
-    layout = resolve(case.model)
-    cost = mac_cost(case.model, layout, seq_len=case.seq_len)
-    rows = []
-    with stage_bar(f"{case.name}, scores") as progress:
-        sketched, masked = terms_of(case, layout, progress)
-    batches = case.calibration.batches
-    token_weights = measure_token_weights(case.model, layout, batches)
+    """Prune the network by each weighting, allocation and budget."""
+    ready = ready_of(case.found, Halves(case.calibration, None), kinds=KINDS)
+    subject = ready.subject
+    found: list[Row] = []
+    slopes = MemoryStore()  # of the trajectory; without it other projections of the output are taken
     for weighting in WEIGHTINGS:
-        weights = weights_of(weighting, None, layout, sketched)
-        heads = mean_scores(masked, attention_branches(layout), weights)
-        neurons = mean_scores(sketched, ffn_branches(layout), weights)
-        scores = Scores(tuple(heads), tuple(neurons), layout.hash, {"weighting": weighting})
+        settings = ScoreSettings(weighting=weighting, probes=PROBES, head_samples=HEAD_SAMPLES)
+        store = MemoryStore() if weighting == "output" else slopes
+        with stage_bar(f"{case.name}, {weighting}") as progress:
+            scores = score_units(
+                subject, case.calibration.batches, settings, kinds=KINDS, store=store, progress=progress
+            )
         for flops in budgets:
             for allocation in ALLOCATIONS:
-                plan = make_plan(search(scores, layout, cost, Budget(flops), allocation=allocation), layout, cost)
-                pruned = cut(case.model, layout, plan, batches, token_weights=token_weights).model
-                after = outputs_of(pruned, case.test.batches)
+                choice = Choice(kinds=KINDS, allocation=allocation)
+                keep = pick(ready, scores, limits_within(ready.costs, Limits(flops=flops)), choice)
+                smaller = make(ready, planned(ready, keep, scores, {"flops": flops})).network
+                after = outputs_of(subject, case.test, Program(smaller))
                 right = None if case.test.labels[0] is None else accuracy(after, case.test)
-                rows.append(Row(case.name, flops, allocation, weighting, right, distance(dense, after)))
-                print(rows[-1], flush=True)
-    return rows
+                found.append(Row(case.name, flops, allocation, weighting, right, distance(dense, after)))
+                print(found[-1], flush=True)
+    return found
 
 
-def terms_of(case: Case, layout: ModelLayout, progress: Progress) -> tuple[Terms, Terms]:
-    """Both terms of all units by the sketch, and of heads exactly: the weightings differ only in how they join them."""
-    batches, branches = case.calibration.batches, attention_branches(layout)
-    keys = sorted(key for batch in batches for key in sample_keys(batch))
-    units = {branch: range(branch.units) for branch in branches}
-    with inference(case.model), torch.no_grad():
-        sketched = sketch_terms(
-            case.model, layout, batches, probes=PROBES, output_probes=PROBES, seed=0, progress=progress
-        )
-        masked = exact_terms(case.model, layout, drawn(batches, keys[:HEAD_SAMPLES]), units)
-    return combined([[sketched]]), combined([[masked]])
+def outputs_of(subject: Subject, feeds: Feeds, program: Program | None = None) -> Tensor:
+    """What is compared of a network, or of a smaller one: logits, or unit embeddings, (rows, values)."""
+    return torch.cat([each.values[:, 0] for each in readouts(program or subject.program, subject.reading, feeds)])
 
 
-def accuracy(logits: Tensor, data: Batches) -> float:
+def accuracy(logits: Tensor, data: Feeds) -> float:
     """Share of right predictions."""
     return float((logits.argmax(1) == torch.tensor(data.labels)).float().mean())
 

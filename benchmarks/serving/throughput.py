@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.serving.servers import TritonServer, environment
-from exporters.bench.measuring import Bench, Point, bench_rows, checked
+from exporters.bench.measuring import Bench, bench_rows, checked
+from exporters.bench.points import Point
 from exporters.serving.shipments import Order
 from exporters.serving.shipping import ship_folder
 from optin_deploy.bench.report import Measurement, to_table

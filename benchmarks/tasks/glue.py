@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks.task import Task
-from optin_deploy.data.calibration import Sample
-from optin_deploy.data.labels import check_labels, is_regression
+from optin_deploy.data.labels import class_index, classifies
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_dense
 
@@ -67,12 +67,15 @@ def glue(name: str, model: str, *, data: Path | None = None, rows: int = 2048, s
     train, test = (_samples(parts, part, form) for part in ("train", form.validation))
     random.Random(0).shuffle(train)
     loaded = load_dense(model, "text-classification")
-    if is_regression(loaded.model) != (name == "stsb"):
-        kind = "numbers" if is_regression(loaded.model) else "classes"
+    classes = classifies(loaded.model)
+    if classes == (name == "stsb"):
+        kind = "classes" if classes else "numbers"
         raise BadInput(f"{model} puts out {kind}: that does not fit --glue {name}.")
     task = Task(name, loaded.model, loaded.preprocessor, tuple(train[:rows]), tuple(test), seq_len)
-    for some in (task.calibration, task.test):
-        check_labels(some, loaded.model)
+    config: Any = loaded.model.config
+    names = [str(each) for each in config.id2label.values()]
+    for row in (*task.calibration, *task.test) if classes else ():
+        class_index(row.label, names)
     return task
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.files import Archive, from_tar, from_zip
-from benchmarks.tasks.task import Task
+from benchmarks.tasks.task import Task, images_of
 from benchmarks.tasks.training import Training, train
-from optin_deploy.data.calibration import Batches, Sample, image_batches
+from optin_deploy.data.rows import Batch, Feeds
+from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
-from optin_deploy.masking import inference
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
@@ -125,12 +125,12 @@ def fine_tuned(
     size = {"height": recipe.image_size, "width": recipe.image_size}
     processor = ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
     model = _untrained(recipe, cache)
-    _fit_classifier(model, image_batches(samples[: recipe.probe], processor), recipe.regularisation)
+    _fit_classifier(model, images_of(model, samples[: recipe.probe], processor), recipe.regularisation)
     model.dinov2.embeddings.requires_grad_(False)
     draw = random.Random(recipe.seed)
     orders = [draw.sample(samples, len(samples)) for _ in range(recipe.epochs)]
     parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
-    made = (image_batches(part, processor, batch_size=recipe.batch_size) for part in parts)  # one at a time
+    made = (images_of(model, part, processor, batch_size=recipe.batch_size) for part in parts)  # one at a time
     batches = ((each.batches[0], torch.tensor(each.labels)) for each in made)
     train(model, batches, len(parts), recipe, progress=progress)
     return model.eval().requires_grad_(True), processor
@@ -154,7 +154,7 @@ def _untrained(recipe: Recipe, cache: Path) -> Any:
     return model.eval()
 
 
-def _fit_classifier(model: Any, data: Batches, regularisation: float) -> None:
+def _fit_classifier(model: Any, data: Feeds, regularisation: float) -> None:
     """Logistic regression on the features that transformers' classifier reads."""
     from sklearn.linear_model import LogisticRegression
 
@@ -168,12 +168,12 @@ def _fit_classifier(model: Any, data: Batches, regularisation: float) -> None:
         model.classifier.bias.copy_(torch.tensor(probe.intercept_, dtype=torch.float32) - weight @ mean)
 
 
-def _features(model: Any, batches: tuple[dict[str, Tensor], ...]) -> Tensor:
+def _features(model: Any, batches: Sequence[Batch]) -> Tensor:
     """Input of the classifier, (images, 2 * hidden)."""
     seen: list[Tensor] = []
     hook = model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
-        with inference(model), torch.no_grad():
+        with torch.no_grad():
             for batch in batches:
                 model(**batch)
     finally:

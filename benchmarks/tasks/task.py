@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from optin_deploy.data.calibration import Batches, Sample, image_batches, text_batches
+from optin_deploy.data.image_feeds import image_feeds, image_input
+from optin_deploy.data.ports import Takes
+from optin_deploy.data.rows import Batching, Feeds
+from optin_deploy.data.samples import Sample
+from optin_deploy.data.text_feeds import text_feeds, text_inputs
 from optin_deploy.inputs import input_names
+from optin_deploy.network.graph import Port
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +36,31 @@ class Task:
     seq_len: int
     """Tokens at which texts are cut; of an image."""
 
-    def batches(self, samples: Sequence[Sample], *, seq_len: int | None = None) -> Batches:
+    def batches(self, samples: Sequence[Sample], *, seq_len: int | None = None) -> Feeds:
         """As the model takes them, labels in the order of their rows."""
         if samples[0].text is None:
-            return image_batches(samples, self.preprocessor)
-        return text_batches_of(self.model, samples, self.preprocessor, seq_len or self.seq_len)
+            return images_of(self.model, samples, self.preprocessor)
+        return texts_of(self.model, samples, self.preprocessor, seq_len or self.seq_len)
 
 
-def text_batches_of(
+def texts_of(
     model: nn.Module, samples: Sequence[Sample], tokenizer: Any, seq_len: int, *, batch_size: int = 32
-) -> Batches:
-    """Texts as this model takes them."""
-    return text_batches(samples, tokenizer, seq_len=seq_len, batch_size=batch_size, inputs=input_names(model))
+) -> Feeds:
+    """Texts as this model takes them, sorted by length."""
+    inputs = text_inputs(_takes(model, ir.DataType.INT64, "rows", "tokens"))
+    return text_feeds(inputs, samples, tokenizer, seq_len=seq_len, batching=Batching(batch_size), origin="a task")
+
+
+def images_of(model: nn.Module, samples: Sequence[Sample], processor: Any, *, batch_size: int = 32) -> Feeds:
+    """Images as this model takes them."""
+    inputs = image_input(_takes(model, ir.DataType.FLOAT, "rows", 3, "height", "width"))
+    how: dict[str, Any] = {"pixels": None, "size": None, "batching": Batching(batch_size), "origin": "a task"}
+    return image_feeds(inputs, samples, processor, **how)
+
+
+def _takes(model: nn.Module, dtype: ir.DataType, *shape: int | str) -> Takes:
+    ports = {name: Port(name, dtype, shape) for name in input_names(model)}
+    return Takes(type(model).__name__, ports, None, (), {})
 
 
 def judged(outputs: torch.Tensor, labels: Sequence[Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
-from benchmarks.tasks.task import Task, text_batches_of
+from benchmarks.tasks.task import Task, texts_of
 from benchmarks.tasks.training import Training, train
 from optin_deploy.checkpoint.preprocessor import load_preprocessor
-from optin_deploy.data.calibration import Sample
+from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
@@ -198,12 +198,12 @@ def _untrained(classes: Sequence[str]) -> Any:
 
 def _epochs(
     model: nn.Module, samples: Sequence[Sample], tokenizer: Any, recipe: Recipe
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Batches of texts of similar length and their labels, (rows,); drawn anew and in a new order each epoch."""
     order = random.Random(recipe.seed)
     for _ in range(recipe.epochs):
         shuffled = order.sample(samples, len(samples))
-        data = text_batches_of(model, shuffled, tokenizer, recipe.seq_len, batch_size=recipe.batch_size)
+        data = texts_of(model, shuffled, tokenizer, recipe.seq_len, batch_size=recipe.batch_size)
         labels = torch.split(torch.tensor(data.labels), recipe.batch_size)
         pairs = list(zip(data.batches, labels, strict=True))
         order.shuffle(pairs)

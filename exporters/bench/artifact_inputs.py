@@ -1,4 +1,4 @@
-"""What an artifact takes, read from its graph or from the model beside it, and random inputs of that kind."""
+"""What an artifact takes, read from its graph or from the one beside it, and random inputs of that kind."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from exporters.bench.measuring import Point
+from exporters.bench.points import Point
 from exporters.checks.findings import listed, named
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import example_inputs
+from optin_deploy.network.graph import Network
+from optin_deploy.network.indices import table_rows
 from optin_deploy.onnx_data import data_files_of, read_onnx
-from optin_deploy.pruned import MANIFEST, load_pruned
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.workspace import DENSE, PRUNED
 
 FIRST_ID, END_ID = 5, 100
 """Integers are drawn from here: the first few ids are special in most vocabularies, and nearly all have these."""
 LARGEST_BYTES = 2**32
 """Of one input; more is a slip of the keyboard or a foreign file's."""
-OPEN_AXES = {"pixel_values": 1}
-"""Axes of a transformers model's input that may have any size; 2 (batch, length) for all others."""
 SAME_VALUES = ("Cast", "Identity")
 STORED_TABLE = ("DequantizeLinear", *SAME_VALUES)
 """Nodes that may lie between a stored table and the Gather that reads it."""
@@ -40,6 +40,8 @@ class Input:
     """None: any size. An open first axis is the batch, every other open one the length."""
     end_id: int = END_ID
     """Integers must stay below: the rows of the smallest table that they look up."""
+    usual: tuple[int, ...] = ()
+    """Sizes at which the network was planned, of all axes; empty: not known."""
 
     @property
     def has_batch(self) -> bool:
@@ -51,13 +53,20 @@ class Input:
         """May another axis?"""
         return None in self.shape[1:]
 
-    def sample(self, batch: int, seq: int, rng: np.random.Generator) -> np.ndarray:
+    @property
+    def lengths(self) -> set[int]:
+        """Usual sizes of the open axes but the first."""
+        return {size for size, known in zip(self.usual[1:], self.shape[1:], strict=False) if known is None}
+
+    def sample(self, batch: int, seq: int | None, rng: np.random.Generator) -> np.ndarray:
         """Random values without padding: masks of ones, token types of zeros, small ids, normal floats.
 
+        Args: seq: None: the usual sizes.
         Raises: BadInput: larger than LARGEST_BYTES.
         """
-        sizes = (batch, *(seq,) * len(self.shape))
-        shape = tuple(size if fixed is None else fixed for fixed, size in zip(self.shape, sizes, strict=False))
+        usual = self.usual or (1,) * len(self.shape)
+        open_sizes = (batch, *(size if seq is None else seq for size in usual[1:]))[: len(self.shape)]
+        shape = tuple(size if fixed is None else fixed for fixed, size in zip(self.shape, open_sizes, strict=True))
         kind = np.dtype(self.dtype)
         if math.prod(shape) * kind.itemsize > LARGEST_BYTES:
             raise BadInput(f"input {named(self.name)} of shape {shape} takes more than 4 GiB. Give a smaller point.")
@@ -72,11 +81,48 @@ class Input:
 
 
 def inputs_of(path: Path) -> tuple[Input, ...]:
-    """What an artifact takes: an ONNX file says it, for all others the model in its output folder does.
+    """What an artifact takes: an ONNX file says it, for all others the one in their output folder does.
 
     Raises: BadInput: not to be read, or an input that no random values can be made for.
     """
-    return graph_inputs(path) if path.suffix == ".onnx" else model_inputs(path)
+    if path.suffix == ".onnx":
+        return graph_inputs(path)
+    beside = graph_beside(path)
+    if beside is None:
+        raise BadInput(
+            f"{path} does not say what it takes, and there is no {path.with_name(PRUNED)} that would. Leave it in its "
+            "output folder, or compare .onnx files."
+        )
+    return graph_inputs(beside)
+
+
+def graph_beside(path: Path) -> Path | None:
+    """The float32 ONNX file of an artifact's output folder; None: there is none."""
+    return next((path.with_name(name) for name in (PRUNED, DENSE) if path.with_name(name).is_file()), None)
+
+
+def with_sizes(inputs: Sequence[Input], plan: NetworkPlan | None) -> tuple[Input, ...]:
+    """The same, with the sizes at which the network was planned."""
+    shapes = {} if plan is None or plan.cost is None else plan.cost.inputs
+    found = []
+    for each in inputs:
+        usual = tuple(shapes.get(each.name, ()))
+        found.append(replace(each, usual=usual if len(usual) == len(each.shape) else ()))
+    return tuple(found)
+
+
+def network_inputs(network: Network) -> tuple[Input, ...]:
+    """What a network takes."""
+    tables = table_rows(network)
+    return tuple(
+        Input(
+            port.name,
+            np.dtype(port.dtype.numpy()).name,
+            tuple(size if isinstance(size, int) else None for size in port.shape or ()),
+            min(END_ID, tables.get(port.name, END_ID)),
+        )
+        for port in network.inputs
+    )
 
 
 def graph_inputs(path: Path) -> tuple[Input, ...]:
@@ -130,27 +176,6 @@ def _axis(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
-def model_inputs(path: Path) -> tuple[Input, ...]:
-    """The inputs of the transformers model in `model/` beside an artifact.
-
-    Raises: BadInput: there is none.
-    """
-    folder = path.parent / "model"
-    if not (folder / MANIFEST).is_file():
-        raise BadInput(
-            f"{path} does not say what it takes, and there is no {folder} that would. Leave it in its output folder, "
-            "or compare .onnx files."
-        )
-    model = load_pruned(folder).model
-    end_id = getattr(model.config, "vocab_size", END_ID)
-    found = []
-    for name, value in example_inputs(model, batch=1, seq_len=1).items():
-        opened = OPEN_AXES.get(name, 2)
-        shape = (*(None,) * opened, *value.shape[opened:])
-        found.append(Input(name, value.numpy().dtype.name, shape, end_id))
-    return tuple(found)
-
-
 def common_inputs(baseline: tuple[Path, Sequence[Input]], candidate: tuple[Path, Sequence[Input]]) -> tuple[Input, ...]:
     """The inputs that both take: the baseline's, with ids that both look up.
 
@@ -172,7 +197,7 @@ def _named_types(kinds: Mapping[str, str]) -> list[str]:
 
 
 def settled(path: Path, inputs: Sequence[Input], point: Point, default_seq: int) -> Point:
-    """The point with its length; None where no input has one.
+    """The point with its length; None where no input has one, or open axes of several sizes.
 
     Raises: BadInput: a batch or length that fixed shapes do not have.
     """
@@ -180,8 +205,13 @@ def settled(path: Path, inputs: Sequence[Input], point: Point, default_seq: int)
     if not any(each.has_batch for each in inputs) and first != (point.batch,):
         fixed = "no batch" if not first else f"a fixed batch of {first[0]}"
         raise BadInput(f"batch={point.batch}: {path} has {fixed}. Give that one, or export it with an open batch.")
+    usual = set[int]().union(*(each.lengths for each in inputs))
+    if len(usual) > 1:
+        if point.seq is not None:
+            raise BadInput(f"seq={point.seq}: {path} has open axes of several sizes, {sorted(usual)}. Leave seq out.")
+        return point
     if any(each.has_length for each in inputs):
-        return replace(point, seq=point.seq or default_seq)
+        return replace(point, seq=point.seq or next(iter(usual), default_seq))
     sizes = sorted({size for each in inputs for size in each.shape[1:] if size is not None})
     if point.seq is not None and point.seq not in sizes:
         raise BadInput(f"seq={point.seq}: the inputs of {path} have fixed sizes {sizes}. Leave seq out.")
@@ -191,4 +221,4 @@ def settled(path: Path, inputs: Sequence[Input], point: Point, default_seq: int)
 def make_feeds(inputs: Sequence[Input], point: Point, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs for a point that `settled` gave."""
     rng = np.random.default_rng(seed)
-    return {each.name: each.sample(point.batch, point.seq or 1, rng) for each in inputs}
+    return {each.name: each.sample(point.batch, point.seq, rng) for each in inputs}

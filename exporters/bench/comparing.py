@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,28 @@ import numpy as np
 
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import Exporter
-from exporters.bench.artifact_inputs import Input, common_inputs, inputs_of, make_feeds, settled
-from exporters.bench.measuring import Point, check_built, check_runs, check_threads, time_pair
+from exporters.bench.artifact_inputs import (
+    Input,
+    common_inputs,
+    graph_beside,
+    inputs_of,
+    make_feeds,
+    settled,
+    with_sizes,
+)
+from exporters.bench.measuring import check_built, check_runs, check_threads, time_pair
 from exporters.bench.pins import Pin, data_hashes, pinned_path, read_pin, write_pin
-from exporters.bench.room import activation_bytes, check_room
+from exporters.bench.points import Point
+from exporters.bench.room import check_room, least_bytes
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.bench.report import point_name
 from optin_deploy.errors import BadInput, OptinError
-from optin_deploy.layout import ModelLayout
+from optin_deploy.network.read_onnx import read_file
 from optin_deploy.onnx_data import data_files
-from optin_deploy.plan import PruningPlan
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.storage import read_json, sha256_file
+from optin_deploy.storage import sha256_file
 
 DEFAULT_SEQ = 128
 """Length where neither the user nor a plan beside the baseline gives one."""
@@ -153,15 +162,16 @@ def settle(
         check_precision(target, precision)
     check_runs(target, precision)
     baseline, candidate = (artifact_of(path, target, precision) for path in (baseline, candidate or baseline))
-    inputs = inputs_of(baseline)
+    plan = plan_beside(baseline.parent)
+    inputs = with_sizes(inputs_of(baseline), plan)
     if candidate != baseline:
         inputs = common_inputs((baseline, inputs), (candidate, inputs_of(candidate)))
-    default_seq = planned_length(baseline.parent) or DEFAULT_SEQ
-    chosen = tuple(dict.fromkeys(settled(baseline, inputs, point, default_seq) for point in points or (Point(),)))
-    layout = layout_beside(baseline.parent)
-    if layout is not None:
+    chosen = tuple(dict.fromkeys(settled(baseline, inputs, point, DEFAULT_SEQ) for point in points or (Point(),)))
+    if plan is not None and (graph := graph_beside(baseline)) is not None:
+        network = read_file(graph)
         for point in chosen:
-            check_room(activation_bytes(layout, tokens=point.seq or 1, precision=precision), str(point), point.batch)
+            room = least_bytes(network, make_feeds(inputs, replace(point, batch=1)), precision)
+            check_room(room, str(point), point.batch)
     return Contest(target, precision, threads, baseline, candidate, inputs, chosen)
 
 
@@ -171,7 +181,7 @@ def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
     Raises: BadInput: missing, or the engine has no artifact that is a file.
     """
     chosen = check_precision(target, precision)
-    name, dense_name = target.file_names(chosen)
+    name, dense_name = target.file_names(chosen, path if path.is_dir() else path.parent)
     if dense_name is None:
         possible = [each for each in ENGINES if exporter(each).file_names(exporter(each).precisions[0])[1] is not None]
         raise BadInput(
@@ -185,18 +195,10 @@ def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:
     return path
 
 
-def planned_length(folder: Path) -> int | None:
-    """Tokens of the plan in an output folder; None: there is no plan of ours, only perhaps a foreign plan.json."""
+def plan_beside(folder: Path) -> NetworkPlan | None:
+    """The plan in an output folder; None: there is none of ours, only perhaps a foreign plan.json."""
     try:
-        return PruningPlan.read(folder / "plan.json", "").tokens
-    except BadInput:
-        return None
-
-
-def layout_beside(folder: Path) -> ModelLayout | None:
-    """Of the pruned model in an output folder; None: there is none of ours."""
-    try:
-        return ModelLayout.from_json(read_json(folder / "model" / "layout.json", ""))
+        return NetworkPlan.read(folder / "plan.json")
     except BadInput:
         return None
 

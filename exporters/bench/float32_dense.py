@@ -7,20 +7,19 @@ from pathlib import Path
 
 from exporters import exporter
 from exporters.base import Exporter
-from exporters.bench.measuring import Point, example_feeds, length_of, timed
+from exporters.bench.measuring import Inputs, timed
+from exporters.bench.points import Point
 from exporters.building import Built
 from optin_deploy.bench.report import Measurement, point_name
-from optin_deploy.cost.macs import ideal_speedup
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.pruned import PrunedModel
-from optin_deploy.workspace import Source
+from optin_deploy.workspace import DENSE, Source
 
 PRECISION = "fp32"
 
 
 def measure_beside_float32(
     built: Built,
-    pruned: PrunedModel,
+    inputs: Inputs,
     source: Source,
     points: Sequence[Point],
     *,
@@ -36,22 +35,22 @@ def measure_beside_float32(
         return []
     engine, path = float32_dense(built, source)
     measured = []
-    for point in points:
-        seq_len = length_of(point, pruned.model, pruned.plan.tokens)
+    for each in points:
+        point = inputs.at(each)
         timing = timed(
             lambda: engine.open(path, precision=PRECISION, threads=threads, task=source.task),
             lambda: asked.engine.open(asked.pruned.path, precision=asked.precision, threads=threads),
-            example_feeds(pruned.model, point.batch, seq_len),
-            title=f"measure {point_name(point.batch, point.seq or pruned.plan.tokens)} beside float32 dense",
+            inputs.feeds(point),
+            title=f"measure {point_name(point.batch, point.seq)} beside float32 dense",
             stage=stage,
         )
         measured.append(
             Measurement(
                 engine=asked.engine.engine,
                 batch=point.batch,
-                seq_len=seq_len,
+                seq_len=point.seq,
                 threads=asked.engine.threads(threads),
-                ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
+                ideal=inputs.ideal(point),
                 timing=timing,
                 precision=asked.precision,
                 dense_engine=engine.engine,
@@ -65,10 +64,12 @@ def float32_dense(built: Built, source: Source) -> tuple[Exporter, Path]:
     """The dense model in float32 on the asked engine, if such an artifact is there; else the model itself on torch."""
     engine = built.pairs[-1].engine
     if PRECISION in engine.precisions:
-        _, name = engine.file_names(PRECISION)
+        _, name = engine.file_names(PRECISION, built.pairs[-1].pruned.path.parent)
         if name is None:
             return engine, Path(source.model)
         for pair in built.pairs:
             if pair.precision == PRECISION and pair.dense is not None and pair.dense.path.name == name:
                 return engine, pair.dense.path
+    if source.is_file:
+        return exporter("onnx"), built.pairs[0].pruned.path.with_name(DENSE)
     return exporter("torch"), Path(source.model)

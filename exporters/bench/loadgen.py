@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from exporters.bench.loadgen_system import SAMPLES, System
-from exporters.bench.measuring import Bench, Case, checked, example_feeds, length_of
+from exporters.bench.measuring import Bench, Case, checked
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.loadgen import SCENARIOS, Compared, Load, Run
 from optin_deploy.bench.loadgen_log import Figures, read_log
@@ -54,8 +55,8 @@ def bench_loadgen(
     import_loadgen()
     if dry_run:
         return None
-    seq_len = length_of(point, case.pruned.model, case.pruned.plan.tokens)
-    feeds = example_feeds(case.pruned.model, SAMPLES, seq_len)
+    point = case.inputs.at(point)
+    feeds = case.inputs.feeds(replace(point, batch=SAMPLES))
     runs = []
     with atomic_folder(folder / LOGS) as written:
         for model, number in ORDER:
@@ -66,7 +67,7 @@ def bench_loadgen(
             runs.append(Run(model, number, f"{LOGS}/{name}", figures))
     found = Compared(load, tuple(runs))
     asked = {"engine": bench.engine, "precision": case.precision, "threads": case.threads, "batch": point.batch}
-    settings = {**asked, "seq_len": seq_len, "inputs": SAMPLES, "inputs_seed": 0}
+    settings = {**asked, "seq_len": point.seq, "inputs": SAMPLES, "inputs_seed": 0}
     about = {"schema_version": 1, "settings": settings, "environment": environment()}
     write_json(folder / FILE, {**about, **found.to_json()})
     return found

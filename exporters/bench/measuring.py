@@ -5,61 +5,107 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from exporters import ENGINES, check_precision, exporter
 from exporters.base import DeviceExporter, Exporter
+from exporters.bench.artifact_inputs import Input, make_feeds, network_inputs, settled, with_sizes
+from exporters.bench.points import Point, check_different
 from exporters.bench.room import check_room, least_bytes
-from exporters.onnx_artifact import data_path
 from exporters.origin import check_origin
 from optin_deploy.bench.device_time import DeviceTime, measure_device_time
 from optin_deploy.bench.environment import environment
 from optin_deploy.bench.report import Measurement, point_name
 from optin_deploy.bench.timing import PairTiming, measure_pair
-from optin_deploy.cost.macs import ideal_speedup
+from optin_deploy.checkpoint.config import longest_in
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import check_seq_len, example_inputs, input_names
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.axes import Axis
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.write import data_path
+from optin_deploy.onnx_data import remedy
 from optin_deploy.ownership import Record
+from optin_deploy.planning.costs import costs_of
+from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.processors import available_cpus
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.pruned import PrunedModel, load_pruned
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.storage import write_json
-from optin_deploy.validation import STORED, whole_number
-from optin_deploy.workspace import Workspace
+from optin_deploy.structure.groups import Layout
+from optin_deploy.validation import whole_number
+from optin_deploy.workspace import DENSE, PRUNED, Workspace
 
 log = logging.getLogger(__name__)
-AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
+DEFAULT_SEQ = 128
+"""Tokens where neither the user nor a plan says how many."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where latency is measured."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What both networks take, and what each costs at any size of it."""
 
-    __pydantic_config__ = STORED
+    network: Network
+    """The dense one."""
+    plan: NetworkPlan
+    layout_of: Callable[[], Layout]
+    """Finds what can be cut in the dense network; called where a point has another length than the plan."""
+    longest: int | None = None
+    """Tokens that the table of positions holds; None: not known."""
 
-    batch: int = 1
-    seq: int | None = None
-    """Tokens; None = the calibration length. Images have their own size."""
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """By name, type and shape."""
+        return with_sizes(network_inputs(self.network), self.plan)
 
-    def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("seq", self.seq)):
-            if value is not None:
-                whole_number(value, f"--at {name}=", 1, hint=AT_HINT)
+    @cached_property
+    def layout(self) -> Layout:
+        """What can be cut in the dense network."""
+        return self.layout_of()
 
-    def __str__(self) -> str:
-        """As it is typed."""
-        return f"--at batch={self.batch}" + ("" if self.seq is None else f",seq={self.seq}")
+    def at(self, point: Point) -> Point:
+        """The point with its length; None where no input has one.
+
+        Raises: BadInput: longer than the table of positions, or a size that fixed shapes do not have.
+        """
+        found = settled(Path(self.network.source), self.inputs, point, DEFAULT_SEQ)
+        if found.seq is not None and self.longest is not None and found.seq > self.longest:
+            raise BadInput(f"{point}: possible are 1 to {self.longest} tokens for this model.")
+        return found
+
+    def feeds(self, point: Point) -> Feeds:
+        """Random inputs without padding, as engines take them."""
+        return make_feeds(self.inputs, self.at(point))
+
+    def ideal(self, point: Point) -> float:
+        """Dense over pruned multiply-accumulates of one sample: the speed-up if time were these."""
+        cost, seq = self.plan.cost, self.at(point).seq
+        usual = set[int]().union(*(each.lengths for each in self.inputs))
+        if cost is not None and seq in (None, *usual):
+            return cost.macs_dense / max(1, cost.macs_pruned)
+        macs = costs_of(self.layout, sizes_at(self.layout, self.feeds(replace(point, batch=1)))).macs
+        widths = {**macs.whole, **{name: len(units) for name, units in self.plan.keep.items()}}
+        return macs.dense / max(1, macs.of(widths))
+
+
+def sizes_at(layout: Layout, feeds: Mapping[str, np.ndarray]) -> dict[Axis, int]:
+    """Sizes of the free axes of the inputs, as these have them."""
+    return {
+        axis.root: value.shape[place]
+        for name, value in feeds.items()
+        for place, axis in enumerate(layout.structure.axes.get(name, ()))
+        if axis.kind == "leaf"
+    }
 
 
 def measure(
     target: Exporter,
     dense: Path,
     smaller: Path,
-    pruned: PrunedModel,
+    inputs: Inputs,
     points: Sequence[Point],
     *,
     precision: str,
@@ -72,20 +118,26 @@ def measure(
     Args: task: of the dense model, where the engine runs its own folder. stage: draws progress, one stage a point.
     """
     measured = []
-    for point in points:
-        seq_len = length_of(point, pruned.model, pruned.plan.tokens)
-        feeds = example_feeds(pruned.model, point.batch, seq_len)
-        at = (point.batch, point.seq or pruned.plan.tokens)
+    for each in points:
+        point = inputs.at(each)
         timing = time_pair(
-            target, dense, smaller, feeds, at=at, precision=precision, threads=threads, task=task, stage=stage
+            target,
+            dense,
+            smaller,
+            inputs.feeds(point),
+            at=(point.batch, point.seq),
+            precision=precision,
+            threads=threads,
+            task=task,
+            stage=stage,
         )
         measured.append(
             Measurement(
                 engine=target.engine,
                 batch=point.batch,
-                seq_len=seq_len,
+                seq_len=point.seq,
                 threads=target.threads(threads),
-                ideal=ideal_speedup(pruned.model, pruned.layout, pruned.plan, seq_len=seq_len),
+                ideal=inputs.ideal(point),
                 timing=timing,
                 precision=precision,
             )
@@ -127,63 +179,6 @@ def timed(
         return measure_pair(dense, pruned, feeds, on_block=progress)
 
 
-def example_feeds(model: nn.Module, batch: int, seq_len: int) -> Feeds:
-    """Random inputs without padding, as engines take them."""
-    return {name: values.numpy() for name, values in example_inputs(model, batch=batch, seq_len=seq_len).items()}
-
-
-def length_of(point: Point, model: nn.Module, tokens: int) -> int:
-    """Tokens a sample at a point; images have the model's own number.
-
-    Raises: BadInput: longer than the position table, or a length for images.
-    """
-    if point.seq is None:
-        return tokens
-    if input_names(model) == ("pixel_values",):
-        raise BadInput(f"{point}: images have a size of their own, and no length in tokens. Leave seq out.")
-    check_seq_len(model.config, point.seq, f"--at batch={point.batch},seq=")
-    return point.seq
-
-
-def parse_point(text: str) -> Point:
-    """Read `batch=8,seq=128`.
-
-    Raises: BadInput: says which part is wrong.
-    """
-    values: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in ("batch", "seq"):
-            raise BadInput(f"--at {text!r}: {name!r} is not known; possible are batch and seq. {AT_HINT}")
-        if name in values:
-            raise BadInput(f"--at {text!r}: {name} is given twice. {AT_HINT} For two points, give --at twice.")
-        try:
-            values[name] = int(value)
-        except ValueError as err:
-            raise BadInput(f"--at {text!r}: {value!r} is no whole number. {AT_HINT}") from err
-    return Point(**values)
-
-
-def parse_points(texts: Sequence[str] | None) -> tuple[Point, ...]:
-    """Every `--at`; none where none is given.
-
-    Raises: BadInput: one cannot be read, or is there twice.
-    """
-    points = tuple(map(parse_point, texts or ()))
-    check_different(points)
-    return points
-
-
-def check_different(points: Sequence[Point]) -> None:
-    """Refuse a point that is given twice: it would be measured twice.
-
-    Raises: BadInput.
-    """
-    twice = next((point for point in points if points.count(point) > 1), None)
-    if twice is not None:
-        raise BadInput(f"{twice} is given twice. Give each point once.")
-
-
 @dataclass(frozen=True)
 class Bench:
     """How an output folder is measured."""
@@ -209,7 +204,7 @@ class Case:
     """The asked one, or the engine's default."""
     dense: Path
     smaller: Path
-    pruned: PrunedModel
+    inputs: Inputs
     task: str | None
 
     @property
@@ -242,10 +237,10 @@ def checked(folder: Path, bench: Bench) -> Case:
     target = exporter(bench.engine)
     if bench.device_time:
         device_exporter(target)
-    source = Workspace(folder).source()
-    pruned = load_pruned(folder)
+    workspace = Workspace(folder)
+    source, inputs = workspace.source(), inputs_in(workspace)
     precision = check_precision(target, bench.precision)
-    name, dense_name = target.file_names(precision)
+    name, dense_name = target.file_names(precision, folder)
     dense = folder / dense_name if dense_name else Path(source.model)
     check_runs(target, precision)
     for path, role in ((dense, "dense"), (folder / name, "pruned")) if dense_name else ((folder / name, "pruned"),):
@@ -253,13 +248,23 @@ def checked(folder: Path, bench: Bench) -> Case:
         if path.is_file():
             check_origin(path, role)
     for point in bench.points:
-        tokens = length_of(point, pruned.model, pruned.plan.tokens)
-        each = least_bytes(pruned.model, pruned.layout, tokens=tokens, precision=precision)
-        check_room(each, str(point), point.batch)
+        check_room(
+            least_bytes(inputs.network, inputs.feeds(replace(point, batch=1)), precision), str(point), point.batch
+        )
     check_different(bench.points)
     check_threads(bench.threads)
     target.threads(bench.threads)
-    return Case(bench, target, precision, dense, folder / name, pruned, source.task)
+    return Case(bench, target, precision, dense, folder / name, inputs, source.task)
+
+
+def inputs_in(workspace: Workspace) -> Inputs:
+    """What the networks in an output folder take.
+
+    Raises: BadInput: a file is missing or damaged.
+    """
+    path = workspace.root / DENSE if (workspace.root / DENSE).is_file() else workspace.root / PRUNED
+    plan = workspace.read_plan()
+    return Inputs(read_file(path), plan, lambda: find_in(path).layout, longest_in(workspace.model_folder))
 
 
 def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
@@ -268,7 +273,7 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
         case.target,
         case.dense,
         case.smaller,
-        case.pruned,
+        case.inputs,
         case.bench.points,
         precision=case.precision,
         threads=case.bench.threads,
@@ -285,7 +290,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
     return measure_device_time(
         lambda cuda_graph: target.open_device(case.dense, precision=at.precision, cuda_graph=cuda_graph),
         lambda cuda_graph: target.open_device(case.smaller, precision=at.precision, cuda_graph=cuda_graph),
-        example_feeds(case.pruned.model, at.batch, at.seq_len or 1),
+        case.inputs.feeds(Point(at.batch, at.seq_len)),
         stage=stage,
     )
 
@@ -293,7 +298,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
     from exporters.bench.peak_memory import peak_of
 
-    feeds = example_feeds(case.pruned.model, at.batch, at.seq_len or 1)
+    feeds = case.inputs.feeds(Point(at.batch, at.seq_len))
     found = {}
     for name, path, task in (("dense", case.dense, case.task), ("pruned", case.smaller, None)):
         with stage(f"memory {name}"):
@@ -334,13 +339,14 @@ def check_built(path: Path, engine: str, precision: str) -> None:
 
     Raises: BadInput: says how it is made.
     """
-    remedy = f"optin build {path.parent} --engine {engine} --precision {precision}"
+    command = f"optin build {path.parent} --engine {engine} --precision {precision}"
+    again = remedy(path) if path.suffix == ".onnx" else f"Make it with `{command}`."
     if not path.exists():
-        raise BadInput(f"{path} does not exist. Make it with `{remedy}`.")
+        raise BadInput(f"{path} does not exist. {again}")
     record = Record.above(path)
     for file in (path, data_path(path)):
         if record is not None and file.is_file() and not record.strangers(file) and not record.owns(file):
-            log.warning("%s was changed after it was written; make it again with `%s`", file, remedy)
+            log.warning("%s was changed after it was written. %s", file, again)
 
 
 def check_threads(threads: int) -> None:

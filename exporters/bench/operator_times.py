@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from exporters.bench.measuring import Bench, Point, checked, example_feeds, length_of
-from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators
+from exporters.bench.measuring import Bench, Inputs, checked
+from exporters.bench.points import Point
+from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators, Width
 from optin_deploy.bench.environment import environment
-from optin_deploy.cost.macs import ideal_speedup
-from optin_deploy.layout import ModelLayout
 from optin_deploy.onnx_data import read_onnx
 from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import Feeds
@@ -26,6 +25,8 @@ from optin_deploy.storage import write_json
 RUNS, WARMUP = 30, 5
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules that it was traced in, outermost first."""
+NUMBER = re.compile(r"[./](\d+)(?![\w])")
+"""Of a block, in the path of a module."""
 FILE = "operators.json"
 
 
@@ -34,7 +35,7 @@ class Explanation:
     """One point."""
 
     batch: int
-    seq_len: int
+    seq_len: int | None
     dense: Operators
     pruned: Operators
     cut: Cut
@@ -48,25 +49,20 @@ def explain_folder(
     Raises: BadInput: a file is missing.
     """
     case = checked(folder, Bench("onnx", precision, tuple(points), threads))
-    model, plan = case.pruned.model, case.pruned.plan
     found = []
-    for point in points:
-        seq_len = length_of(point, model, plan.tokens)
-        feeds = example_feeds(model, point.batch, seq_len)
-        dense, pruned = (
-            operator_times(path, feeds, case.pruned.layout, threads=case.bench.threads)
-            for path in (case.dense, case.smaller)
-        )
+    for each in points:
+        point = case.inputs.at(each)
+        feeds = case.inputs.feeds(point)
+        dense, pruned = (operator_times(path, feeds, threads=case.bench.threads) for path in (case.dense, case.smaller))
         cut = Cut(
-            kept=1 / ideal_speedup(model, case.pruned.layout, plan, seq_len=seq_len),
-            heads=[*map(len, plan.heads)],
-            neurons=[*map(len, plan.neurons)],
+            kept=1 / case.inputs.ideal(point),
+            widths=_widths(case.inputs),
             align=case.target.align,
-            rows=point.batch * seq_len,
+            rows=point.batch * (point.seq or 1),
         )
-        found.append(Explanation(point.batch, seq_len, dense, pruned, cut))
+        found.append(Explanation(point.batch, point.seq, dense, pruned, cut))
     about = {
-        "schema_version": 1,
+        "schema_version": 2,
         "precision": case.precision,
         "threads": case.threads,
         "environment": environment(),
@@ -75,7 +71,7 @@ def explain_folder(
     return found
 
 
-def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: int = 0) -> Operators:
+def operator_times(path: Path, feeds: Feeds, *, threads: int = 0) -> Operators:
     """Profile an ONNX file of the ONNX exporter on the CPU; profiling itself takes a few percent."""
     ort = import_onnxruntime()
     settings = ort.SessionOptions()
@@ -88,7 +84,7 @@ def operator_times(path: Path, feeds: Feeds, layout: ModelLayout, *, threads: in
         for _ in range(WARMUP + RUNS):
             session.run(None, {name: values for name, values in feeds.items() if name in wanted})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return summed(events, _blocks(path, layout))
+    return summed(events, _blocks(path))
 
 
 def summed(events: Sequence[Mapping[str, Any]], blocks: Mapping[str, str]) -> Operators:
@@ -123,12 +119,26 @@ def _medians(runs: Sequence[Counter[str]]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _blocks(path: Path, layout: ModelLayout) -> dict[str, str]:
-    """Name of a node -> number of the block that it was traced in, or OUTSIDE."""
-    numbers = {layer.path: str(i) for i, layer in enumerate(layout.layers)}
+def _widths(inputs: Inputs) -> list[Width]:
+    keep, groups = inputs.plan.keep, inputs.layout.groups
+    kinds = {group.kind for group in groups if group.name in keep}
+    return [
+        Width(_block(group.name), group.kind, len(keep.get(group.name, range(group.units))), group.units)
+        for group in groups
+        if group.kind in kinds
+    ]
+
+
+def _blocks(path: Path) -> dict[str, str]:
+    """Name of a node -> number of the block that it was traced in, by its scopes or its name, or OUTSIDE."""
     found = {}
     for node in read_onnx(path).graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
-        inside = (numbers.get(scope.removeprefix("model.")) for scope in re.findall(r"[\w.]+", scopes))
-        found[node.name] = next(filter(None, inside), OUTSIDE)
+        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), node.name)
+        found[node.name] = _block(scopes)
     return found
+
+
+def _block(path: str) -> str:
+    """The first number in the path of a module; OUTSIDE: there is none."""
+    number = NUMBER.search(path)
+    return OUTSIDE if number is None else number[1]

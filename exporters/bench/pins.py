@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from exporters.bench.measuring import Point
+from exporters.bench.points import Point
 from optin_deploy.errors import BadInput
 from optin_deploy.onnx_data import data_files
 from optin_deploy.storage import sha256_file, write_json

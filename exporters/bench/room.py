@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
+import numpy as np
 import torch
-from torch import nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import IMAGE_SIZE, input_names
-from optin_deploy.layout import ModelLayout
+from optin_deploy.network.graph import Network
 from optin_deploy.runtimes.device import current_gpu
 from optin_deploy.scoring.memory import free_bytes
 
 VALUE_BYTES = {"fp16": 2, "bf16": 2, "int8": 1}
 """Bytes of an activation by precision, where it is not 4."""
-ID_BYTES, PIXEL_BYTES = 8, 4
 
 
 def check_room(each: int, point: str, batch: int) -> None:
@@ -33,26 +31,19 @@ def check_room(each: int, point: str, batch: int) -> None:
         )
 
 
-def least_bytes(model: nn.Module, layout: ModelLayout, *, tokens: int, precision: str) -> int:
-    """Bytes that one sample takes at the least: its inputs and its activations.
-
-    Args: tokens: a sample, or patches of an image.
-    """
-    names = input_names(model)
-    inputs = PIXEL_BYTES * _pixels(model.config) if names == ("pixel_values",) else tokens * ID_BYTES * len(names)
-    return inputs + activation_bytes(layout, tokens=tokens, precision=precision)
-
-
-def activation_bytes(layout: ModelLayout, *, tokens: int, precision: str | None) -> int:
-    """Bytes that any engine holds of one sample inside of one FFN: its input, the residual, and what it computes.
+def least_bytes(network: Network, feeds: Mapping[str, np.ndarray], precision: str | None) -> int:
+    """Bytes that one sample takes at the least: its inputs, and what any engine holds of it around its widest product.
 
     Attention scores, weights and workspaces come on top.
+    Args: feeds: inputs of one sample.
     """
-    widest = max(2 * layer.hidden + max(layer.hidden, layer.neurons) for layer in layout.layers)
-    return tokens * widest * VALUE_BYTES.get(precision or "", 4)
+    inputs = sum(values.nbytes for values in feeds.values())
+    tokens = max((values.size for values in feeds.values() if values.ndim == 2 and values.dtype.kind == "i"), default=0)
+    return inputs + tokens * widest(network) * VALUE_BYTES.get(precision or "", 4)
 
 
-def _pixels(config: Any) -> int:
-    size = getattr(config, IMAGE_SIZE, None) or config.image_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return int(config.num_channels * height * width)
+def widest(network: Network) -> int:
+    """Values that a token has before and after the largest product with a stored matrix; 0: there is none."""
+    looked_up = {node.inputs[0] for node in network.nodes if node.op == "Gather"}
+    sizes = [weight.shape.numpy() for name, weight in network.weights.items() if name not in looked_up]
+    return max((sum(size) for size in sizes if len(size) == 2 and min(size) > 1), default=0)

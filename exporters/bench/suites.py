@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from exporters.bench.measuring import Bench, Point, bench_rows, checked, keep
+from exporters.bench.measuring import Bench, bench_rows, checked, keep
+from exporters.bench.points import Point
 from optin_deploy.bench.report import Measurement
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import Stage, silent_stage

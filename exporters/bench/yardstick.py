@@ -1,7 +1,7 @@
-"""Time models of given widths on an engine, as they would be shipped, interleaved with the dense model.
+"""Time networks of given widths on an engine, as they would be shipped, interleaved with the dense network.
 
 Widths alone decide the time (but for int8, which chooses by its noise what stays in float), so that candidates are cut
-without compensation: seconds each, not minutes.
+without compensation, from the graph that was exported once: a fraction of a second each.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from exporters import check_precision
-from exporters.base import Exporter, ExportSpec
-from exporters.bench.measuring import Point, check_runs, example_feeds, length_of
+from exporters.base import Exporter, ExportSpec, Form
+from exporters.bench.measuring import Inputs, check_runs
+from exporters.bench.points import Point
+from exporters.passes.pooled import pooled
 from optin_deploy.bench.environment import environment, installed_versions
 from optin_deploy.bench.timing import PairTiming, Samples, measure_pair, measure_together
-from optin_deploy.plan import Masks, PruningPlan
+from optin_deploy.checkpoint.smaller import save
+from optin_deploy.cutting.graph import cut
+from optin_deploy.cutting.torch import cut_and_tell
+from optin_deploy.errors import BadInput
+from optin_deploy.network.sealed import store
+from optin_deploy.planning.plan import plan_of
+from optin_deploy.planning.widths import Keep
 from optin_deploy.progress import Progress, silent
-from optin_deploy.pruned import PrunedModel
-from optin_deploy.rewrite.torch import rewrite_torch
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.device import current_gpu, describe_device
-from optin_deploy.search import make_plan
 from optin_deploy.stages import Prepared
+from optin_deploy.storage import sha256_json
+from optin_deploy.structure.groups import Layout
 
 DENSE = "dense"
 
@@ -41,13 +46,16 @@ class Yardstick:
     spec: ExportSpec
     point: Point
     threads: int
-    align: int
-    """Multiple of neurons in which widths are chosen."""
     feeds: Feeds
     dense: Path
-    """Artifact of the dense model."""
+    """Artifact of the dense network."""
     scratch: Path
     """Candidates lie here while they are measured."""
+
+    @property
+    def layout(self) -> Layout:
+        """What can be cut."""
+        return self.prepared.ready.layout
 
     @property
     def precision(self) -> str:
@@ -57,30 +65,20 @@ class Yardstick:
     @property
     def setting(self) -> dict[str, str | int]:
         """See `setting_of`."""
-        return setting_of(self.prepared, self.target, self.spec, self.point, threads=self.threads, align=self.align)
+        return setting_of(self.target, self.spec, self.feeds, threads=self.threads)
 
-    def plan(self, heads: Sequence[int], neurons: Sequence[int]) -> PruningPlan:
-        """The first so many units of each layer: which ones makes no difference to the time."""
-        layers = self.prepared.layout.layers
-        masks = Masks(
-            tuple(tuple(i < count for i in range(x.heads)) for x, count in zip(layers, heads, strict=True)),
-            tuple(tuple(i < count for i in range(x.neurons)) for x, count in zip(layers, neurons, strict=True)),
-            self.prepared.layout.hash,
-        )
-        return make_plan(masks, self.prepared.layout, self.prepared.cost)
-
-    def against_dense(self, plan: PruningPlan, progress: Progress = silent) -> PairTiming:
+    def against_dense(self, keep: Keep, progress: Progress = silent) -> PairTiming:
         """The whole protocol for one candidate."""
-        with self._artifacts([plan]) as (artifact,):
+        with self._artifacts([keep]) as (artifact,):
             return measure_pair(self._open_dense, partial(self._open, artifact), self.feeds, on_block=progress)
 
-    def behind_dense(self, plan: PruningPlan, progress: Progress = silent) -> PairTiming:
-        """The same with the roles exchanged: the candidate stands as `dense`, the dense model as `pruned`."""
-        with self._artifacts([plan]) as (artifact,):
+    def behind_dense(self, keep: Keep, progress: Progress = silent) -> PairTiming:
+        """The same with the roles exchanged: the candidate stands as `dense`, the dense network as `pruned`."""
+        with self._artifacts([keep]) as (artifact,):
             return measure_pair(partial(self._open, artifact), self._open_dense, self.feeds, on_block=progress)
 
-    def together(self, plans: Sequence[PruningPlan], *, blocks: int) -> Samples:
-        """Some candidates beside the dense model: `dense`, `0`, `1`, ..."""
+    def together(self, plans: Sequence[Keep], *, blocks: int) -> Samples:
+        """Some candidates beside the dense network: `dense`, `0`, `1`, ..."""
         with self._artifacts(plans) as artifacts:
             candidates = {str(i): partial(self._open, artifact) for i, artifact in enumerate(artifacts)}
             return measure_together({DENSE: self._open_dense, **candidates}, self.feeds, blocks=blocks)
@@ -93,22 +91,41 @@ class Yardstick:
         return self.target.open(artifact, precision=self.precision, threads=self.threads)
 
     @contextmanager
-    def _artifacts(self, plans: Sequence[PruningPlan]) -> Iterator[list[Path]]:
+    def _artifacts(self, plans: Sequence[Keep]) -> Iterator[list[Path]]:
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            yield [self._export(plan, Path(folder) / str(i)) for i, plan in enumerate(plans)]
+            yield [self._export(keep, Path(folder) / str(i)) for i, keep in enumerate(plans)]
 
-    def _export(self, plan: PruningPlan, folder: Path) -> Path:
-        name, dense_name = self.target.file_names(self.precision)
-        smaller = rewrite_torch(self.prepared.loaded.model, self.prepared.layout, plan)
-        if dense_name is None:  # the engine runs the transformers model itself
-            PrunedModel(smaller, plan, self.prepared.layout).save(folder / name)
-        return self.target.export(smaller, self.spec, folder / name).path
+    def _export(self, keep: Keep, folder: Path) -> Path:
+        folder.mkdir()
+        form = form_at(self.prepared, self.spec, keep, folder)
+        name, _ = self.target.file_names(self.precision, folder)
+        return self.target.export(form, self.spec, folder / name).path
 
 
-def setting_of(
-    prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int, align: int
-) -> dict[str, str | int]:
-    """All that a latency table depends on besides the model."""
+def form_at(prepared: Prepared, spec: ExportSpec, keep: Keep | None, folder: Path) -> Form:
+    """A network of these widths, written to a folder as every engine needs it.
+
+    Args: keep: None: the dense network.
+    """
+    ready, dense = prepared.ready, prepared.dense
+    network = ready.network if keep is None else cut(ready.layout, keep)
+    if spec.pool is not None:
+        network = pooled(network, spec.pool)
+    graph = folder / ("dense.onnx" if keep is None else "model.onnx")
+    store(network, graph, sha256_json([dense.key, keep, spec.pool]))
+    module = None
+    if dense.loaded is not None and keep is None:
+        module = Path(prepared.source.model)
+    elif dense.loaded is not None and spec.of_module:
+        smaller = cut_and_tell(dense.model, ready.layout, keep or {}, ready.found.probes)
+        if not smaller.why_graph:
+            module = folder / "model"
+            save(smaller.module, smaller.attributes, plan_of(ready.layout, keep or {}), module)
+    return Form(graph, network, module, prepared.source.task, dense.longest)
+
+
+def setting_of(target: Exporter, spec: ExportSpec, feeds: Feeds, *, threads: int) -> dict[str, str | int]:
+    """All that a latency table depends on besides the network."""
     gpu, env = current_gpu(), environment()
     limited = env["cpus_available"] != env["cores_logical"]
     quota = f", {env['cpus_available']} at the same time" if limited else ""
@@ -117,43 +134,50 @@ def setting_of(
         "precision": check_precision(target, spec.precision),
         "pool": spec.pool or "none",
         "options": str(spec.options.settings()) if target.has_profiles else "none",
-        "batch": point.batch,
-        "seq_len": length_of(point, prepared.loaded.model, prepared.cost.tokens),
+        "inputs": ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in sorted(feeds.items())),
         "threads": threads,
-        "align": align,
         "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores{quota}",
         "gpu": "none" if gpu is None else describe_device(gpu)[0],
         "versions": ", ".join(f"{name} {found}" for name, found in installed_versions().items()),
     }
 
 
+def inputs_of(prepared: Prepared) -> Inputs:
+    """What the network of a job takes, at the sizes of its calibration rows."""
+    ready = prepared.ready
+    plan = plan_of(ready.layout, {}, sizes=ready.sizes)
+    return Inputs(ready.network, plan, lambda: ready.layout, prepared.dense.longest)
+
+
 @contextmanager
 def yardstick(
-    prepared: Prepared,
-    target: Exporter,
-    spec: ExportSpec,
-    point: Point,
-    *,
-    threads: int = 0,
-    align: int | None = None,
-    home: Path | None = None,
+    prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int = 0
 ) -> Iterator[Yardstick]:
-    """Export the dense model and get ready to time others beside it.
+    """Export the dense network and get ready to time others beside it.
 
-    Args:
-        align: default: what the engine likes.
-        home: folder where the dense artifact stays, or lies already; default: gone afterwards.
     Raises: BadInput: the engine does not run here. CannotBuildHere.
     """
     check_runs(target, spec.precision)
-    model: nn.Module = prepared.loaded.model
-    seq_len = length_of(point, model, prepared.cost.tokens)
-    feeds = example_feeds(model, point.batch, seq_len)
+    _, name = target.file_names(check_precision(target, spec.precision))
+    spec = replace(spec, of_module=not target.reads_onnx)
+    feeds = inputs_of(prepared).feeds(point)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        _, name = target.file_names(check_precision(target, spec.precision))
-        dense = Path(prepared.source.model)
-        if name is not None:
-            dense = target.export(model, spec, (home or scratch) / name).path
-        align = target.align if align is None else align
-        yield Yardstick(prepared, target, spec, point, threads, align, feeds, dense, scratch)
+        form = form_at(prepared, spec, None, scratch)
+        if name is None and form.module is None:
+            name = form.graph.name
+        dense = Path(prepared.source.model) if name is None else target.export(form, spec, scratch / name).path
+        yield Yardstick(prepared, target, spec, point, threads, feeds, dense, scratch)
+
+
+def check_timeable(target: Exporter, spec: ExportSpec) -> None:
+    """Refuse an engine whose times cannot be planned by on this machine.
+
+    Raises: BadInput.
+    """
+    check_runs(target, spec.precision)
+    if spec.precision == "int8":
+        raise BadInput(
+            "--precision int8 chooses for each model what stays in float, so that its time cannot be foretold from "
+            "widths. Give --flops, and measure what comes out."
+        )

@@ -55,10 +55,8 @@ def named(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of a foreign file or tool for a rich table: no terminal codes, and nothing that rich takes for markup."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+    """Text of a foreign file or tool without terminal codes."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def listed(items: Iterable[str], limit: int = 5) -> str:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from exporters import exporter
-from exporters.base import TOLERANCES
+from exporters.precisions import TOLERANCES
+from exporters.proving import relative_error
 from exporters.serving.check_result import Checked, Pair, ServeCheck, label
 from exporters.serving.shipments import SAMPLES
 from optin_deploy.bench.timing import BLOCKS
 from optin_deploy.errors import BadInput
 from optin_deploy.progress import Stage, silent_stage
-from optin_deploy.rewrite.verify import relative_error
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.serving.client import ServedClient, connect
 from optin_deploy.serving.load import Ask, measure_load

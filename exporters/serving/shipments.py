@@ -14,17 +14,19 @@ from exporters.origin import check_origin
 from exporters.serving.base import Server
 from exporters.serving.tensors import largest_batch, tensors_of
 from exporters.serving.texts import text_models
-from optin_deploy.belonging import MODEL, disagreements
+from optin_deploy.belonging import disagreements
+from optin_deploy.checkpoint.config import longest_in
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.findings import LatencyRow, StoredReport, read_report
+from optin_deploy.jobs.dense import SEQ_LEN
+from optin_deploy.network.sealed import finished
 from optin_deploy.onnx_data import data_files
-from optin_deploy.pruned import MANIFEST, read_saved
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.repository import Version, hashes
 from optin_deploy.storage import read_metadata, read_tensors
-from optin_deploy.workspace import Workspace
+from optin_deploy.workspace import PRUNED, Workspace
 
 SAMPLES = f"{FOLDER}/samples.safetensors"
 TRAVEL = ("plan.json", "report.json")
@@ -77,16 +79,17 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
     for problem in disagreements(folder):
         raise PlanMismatch(problem)
     report = read_report(folder)
-    pruned, dense = chosen.file_names(precision)
+    pruned, dense = chosen.file_names(precision, folder)
     paths = {"pruned": folder / pruned}
     if order.dense != "none":
         if dense is None:
             raise BadInput(f"engine {order.engine} has no dense artifact; use --dense none.")
         paths = {"dense": folder / dense, **paths}
-    made_from = {"source": Path(source.model).name, "plan": plan.hash, "layout": plan.layout_hash}
+    made_from = {"source": Path(source.model).name, "plan": plan.hash, "network": plan.network or ""}
     models = [_model(path, role, order, precision, target, report, made_from) for role, path in paths.items()]
     if order.text:
-        models += text_models(folder / "model", models[-1][0], target, source.seq_len)
+        longest = source.seq_len or min(SEQ_LEN, longest_in(workspace.model_folder) or SEQ_LEN)
+        models += text_models(workspace.model_folder, models[-1][0], target, longest)
     for manifest, _ in models:
         target.check(manifest)
     return models
@@ -107,7 +110,7 @@ def _model(
     if not path.is_file():
         raise BadInput(f"There is no {path}. {REBUILD.format(folder=folder, engine=order.engine)}")
     known = {} if report is None else report.hashes
-    weights = {"dense_weights": known["dense_weights"]} if "dense_weights" in known else {}
+    network = {"network": known["network"]} if "network" in known else {}
     if not check_origin(path, role) and path.name not in known:
         again = REBUILD.format(folder=folder, engine=order.engine)
         raise BadInput(f"Nothing says which model {path} was made from: it is of an earlier version. {again}")
@@ -143,7 +146,7 @@ def _model(
         options=options,
         sha256=hashes(contents),
         size_bytes=sum(each.stat().st_size for each in (path, *data)),
-        made_from={**(made_from if cut else {"source": made_from["source"]}), **weights},
+        made_from={**(made_from if cut else {"source": made_from["source"]}), **network},
     )
     return manifest, contents
 
@@ -176,11 +179,11 @@ def _samples(folder: Path, role: str, inputs: Sequence[str]) -> bytes:
     path, hint = folder / "samples.safetensors", f"Write it with `optin-export MODEL --out {folder}`."
     # Files of earlier versions do not say of which model they are.
     tensors, recorded_of = read_tensors(path, hint), read_metadata(path, hint).get("model")
-    if role == "pruned" and recorded_of is not None and (folder / MODEL / MANIFEST).is_file():
-        saved, _, _ = read_saved(folder / MODEL)
-        if recorded_of != saved.weights_sha256:
-            raise PlanMismatch(f"{path} was recorded from another model than {folder / MODEL}. {hint}")
-    wanted = {**{f"input.{name}": f"input.{name}" for name in inputs}, f"{role}.output": "output"}
+    made = finished(folder / PRUNED)
+    if role == "pruned" and recorded_of is not None and made is not None and recorded_of != made.key:
+        raise PlanMismatch(f"{path} was recorded from another network than {folder / PRUNED}. {hint}")
+    output = read_metadata(path, hint).get("output", "output")
+    wanted = {**{f"input.{name}": f"input.{name}" for name in inputs}, f"{role}.{output}": "output"}
     absent = [name for name in wanted if name not in tensors]
     if absent:
         raise BadInput(f"{path} holds no {', '.join(absent)}, but {', '.join(sorted(tensors)) or 'nothing'}. {hint}")

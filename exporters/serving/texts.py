@@ -9,15 +9,13 @@ from typing import Any
 
 from exporters.serving.base import Server
 from exporters.serving.payload_files import payload
+from optin_deploy.checkpoint.smaller import changed_beside, read_saved, remedy
 from optin_deploy.checkpoint.wall import wall
 from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.ownership import Record
-from optin_deploy.pruned import MANIFEST, REWRITE_HINT
 from optin_deploy.serving.manifest import Manifest, TensorSpec
 from optin_deploy.serving.names import TEXT, text_of, tokenizer_of
 from optin_deploy.serving.repository import Version, hashes
-from optin_deploy.storage import read_json
 
 
 def text_models(folder: Path, model: Manifest, target: Server, seq_len: int) -> list[Version]:
@@ -31,8 +29,8 @@ def text_models(folder: Path, model: Manifest, target: Server, seq_len: int) -> 
     tensors = [tensor.name for tensor in model.inputs]
     if "input_ids" not in tensors:
         raise BadInput(f"--text: {model.name} takes {', '.join(tensors)}, not texts.")
-    report = read_json(folder / MANIFEST, REWRITE_HINT).get("report")
-    if isinstance(report, dict) and report.get(TEXT_PAIRS):
+    saved, _ = read_saved(folder)
+    if saved.about.get(TEXT_PAIRS):
         raise BadInput(
             f"--text: {model.name} takes pairs of texts: its calibration rows have a second text. The ensemble takes "
             "one text. Leave out --text, and tokenize pairs in the client."
@@ -75,11 +73,10 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """
     from transformers import AutoTokenizer
 
-    record = Record(folder)
-    changed = [name for name in record.names() if name != "model.safetensors" and not record.owns(folder / name)]
+    changed = changed_beside(folder, read_saved(folder)[0])
     if changed:  # the ids would not be those that the model was calibrated and judged on
-        raise PlanMismatch(f"--text: {folder / changed[0]} is not the file that was saved there. {REWRITE_HINT}")
-    with wall(f"--text: {folder} has no fast tokenizer (tokenizer.json)", REWRITE_HINT):
+        raise PlanMismatch(f"--text: {folder / changed[0]} is not the file that was saved there. {remedy(folder)}")
+    with wall(f"--text: {folder} has no fast tokenizer (tokenizer.json)", remedy(folder)):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         graph = tokenizer.backend_tokenizer.to_str().encode()
     if tokenizer.pad_token is None:

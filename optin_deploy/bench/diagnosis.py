@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from optin_deploy.planning.ladder import ALIGNED
+
 OVERHEAD = 0.25
 """Share of the time outside of operators above which a model is bound by launches."""
 NOTABLE = 0.1
@@ -47,16 +49,27 @@ class Operators:
 
 
 @dataclass(frozen=True)
+class Width:
+    """What one group of units keeps."""
+
+    block: str
+    """Its number, or OUTSIDE."""
+    kind: str
+    kept: int
+    units: int
+    """All of them."""
+
+
+@dataclass(frozen=True)
 class Cut:
     """What is known of the pruned model."""
 
     kept: float
     """Share of the MACs."""
-    heads: Sequence[int]
-    neurons: Sequence[int]
-    """Kept, a layer."""
+    widths: Sequence[Width]
+    """Of all groups of the kinds that were cut, in the order of work."""
     align: int
-    """Multiple of neurons that the engine likes."""
+    """Multiple of neurons and channels that the engine likes."""
     rows: int
     """Batch times tokens."""
 
@@ -86,11 +99,13 @@ def _products(dense: Operators, pruned: Operators, cut: Cut) -> str | None:
     if not before or after / before <= cut.kept * BEHIND:
         return None
     fell = f"MACs fell to {cut.kept:.0%}, the time of matrix products to {after / before:.0%}"
-    odd = [i for i, width in enumerate(cut.neurons) if width % cut.align and width < max(cut.neurons)]
+    aligned = [each for each in cut.widths if each.kind in ALIGNED]
+    odd = [each for each in aligned if each.kept % cut.align and each.kept < each.units]
     if odd:
+        first = odd[0]
         return (
-            f"Misaligned widths: {fell}; {len(odd)} of {len(cut.neurons)} layers keep neurons that are no multiple of "
-            f"{cut.align} (layer {odd[0]}: {cut.neurons[odd[0]]}). Use --align {cut.align}."
+            f"Misaligned widths: {fell}; {len(odd)} of {len(aligned)} groups keep units that are no multiple of "
+            f"{cut.align} (block {first.block}: {first.kept} {first.kind}). Use --align {cut.align}."
         )
     if cut.rows < FEW_ROWS:
         return (
@@ -122,7 +137,7 @@ def _unchanged(dense: Operators, pruned: Operators) -> list[str]:
     ]
 
 
-LAYER_HEADER = ("layer", "heads", "neurons", "dense ms", "pruned ms", "pruned / dense")
+LAYER_HEADER = ("block", "keeps", "dense ms", "pruned ms", "pruned / dense")
 OPERATOR_HEADER = ("operator", "dense ms", "pruned ms", "pruned / dense")
 SHOWN = 12
 """Operators listed; the others are one row."""
@@ -130,10 +145,17 @@ SHOWN = 12
 
 def layer_rows(dense: Operators, pruned: Operators, cut: Cut) -> list[tuple[str, ...]]:
     """A row a block, then what belongs to none."""
-    kept = {str(i): (str(h), str(n)) for i, (h, n) in enumerate(zip(cut.heads, cut.neurons, strict=True))}
-    names = (*kept, *(name for name in dense.by_layer if name not in kept))
+    kept: dict[str, dict[str, int]] = {}
+    for each in cut.widths:
+        of = kept.setdefault(each.block, {})
+        of[each.kind] = of.get(each.kind, 0) + each.kept
+    names = dict.fromkeys((*(name for name in kept if name != OUTSIDE), *dense.by_layer))
     return [
-        (name, *kept.get(name, ("", "")), *_both(dense.by_layer.get(name, 0.0), pruned.by_layer.get(name, 0.0)))
+        (
+            name,
+            ", ".join(f"{count} {kind}" for kind, count in kept.get(name, {}).items()),
+            *_both(dense.by_layer.get(name, 0.0), pruned.by_layer.get(name, 0.0)),
+        )
         for name in names
     ]
 

@@ -10,6 +10,7 @@ from optin_deploy.bench.device_time import DeviceTime
 from optin_deploy.bench.state import told_of
 from optin_deploy.bench.timing import PairTiming
 from optin_deploy.quality import Quality
+from optin_deploy.reporting.kept import HEADER, KeptGroup, kept_lines, kept_rows
 
 SCHEMA_VERSION = 2
 PERCENTILES = (50, 90, 95, 99)
@@ -99,13 +100,14 @@ class Report:
     latency: Sequence[Measurement]
     heads: Sequence[int]
     neurons: Sequence[int]
+    """Kept units of the groups of these kinds, in the order of work."""
     environment: Mapping[str, Any]
     hashes: Mapping[str, str]
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
-    """Of a network cut in its graph: name, kind, kept and all units of each group; without heads and neurons."""
+    """Name, kind, kept and all units of each group."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that the process held, by stage."""
     schema_version: int = SCHEMA_VERSION
@@ -282,16 +284,11 @@ def to_markdown(report: Report) -> str:
             *unstable_lines(report.latency),
             *machine_lines(report.latency),
         ]
-    kept = [(str(i), str(h), str(n)) for i, (h, n) in enumerate(zip(report.heads, report.neurons, strict=True))]
-    if report.groups:
-        of_groups = [(g["name"], g["kind"], f"{g['kept']:,}", f"{g['units']:,}") for g in report.groups]
-        parts.append(to_table(("group", "kind", "kept", "of"), of_groups))
-    else:
-        parts += [
-            f"Of heads and FFN alone {report.macs['prunable_kept']:.1%} of the MACs stay.",
-            to_table(("layer", "heads", "neurons"), kept),
-        ]
+    groups = [KeptGroup(**group) for group in report.groups]
+    rows = kept_rows(groups)
     parts += [
+        " ".join([f"Of what could be cut {report.macs['prunable_kept']:.1%} of the MACs stay.", *kept_lines(groups)]),
+        *([to_table(HEADER, rows)] if rows else []),
         "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",
         "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in report.seconds.items()) + ".",
         *_stage_memory(report.memory),
@@ -309,5 +306,6 @@ def _stage_memory(memory: Mapping[str, int]) -> list[str]:
 
 def to_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,8 +10,9 @@ from typing import Any
 
 import transformers
 
-from optin_deploy.checkpoint.wall import blamed, shown, wall
+from optin_deploy.checkpoint.wall import blamed, shown
 from optin_deploy.errors import BadInput
+from optin_deploy.inputs import longest_text
 from optin_deploy.storage import read_json
 
 CONFIG_HINT = "Correct config.json, or take the one that was saved with these weights."
@@ -54,18 +55,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise BadInput(f"{path}: architectures = {shown(names)}: a list of class names is possible. {CONFIG_HINT}")
     return _neutral(data)
-
-
-def model_type_of(name: str) -> str | None:
-    """What transformers calls the architecture of a checkpoint; None: its config.json cannot be had, or says none."""
-    from optin_deploy.checkpoint.files import model_folder
-
-    try:
-        with wall(f"model {shown(name)} cannot be loaded", CONFIG_HINT):
-            kind = read_config(model_folder(name) / "config.json").get("model_type")
-    except BadInput:
-        return None
-    return kind if isinstance(kind, str) else None
 
 
 def _check_numbers(path: Path, data: Mapping[str, Any]) -> None:
@@ -129,3 +118,12 @@ def _config_class(path: Path, data: Mapping[str, Any]) -> Any:
             f"{CONFIG_HINT}"
         )
     return transformers.CONFIG_MAPPING[model_type]
+
+
+def longest_in(folder: Path) -> int | None:
+    """Tokens that the table of positions of the model in a folder holds; None: it has none, or there is no model.
+
+    Raises: BadInput: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    return longest_text(make_config(path, read_config(path))) if path.is_file() else None

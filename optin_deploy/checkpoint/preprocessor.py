@@ -25,9 +25,9 @@ from optin_deploy.checkpoint.support_files import (
     support_folder,
 )
 from optin_deploy.checkpoint.wall import NO_FAULT, wall
-from optin_deploy.data.calibration import text_batches
 from optin_deploy.data.files import short
 from optin_deploy.data.samples import Sample
+from optin_deploy.data.text_feeds import encoded
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import gives_logits, input_names
 from optin_deploy.pooling import set_pooling
@@ -113,7 +113,7 @@ def _tokenizer(folder: Path, model: nn.Module) -> Any:
     if path is not None:
         tokenizer = as_in_file(tokenizer, path.read_bytes(), probes, config, str(path))
     check_tokenizer(tokenizer, config)
-    text_batches(probes, tokenizer, seq_len=TRIED_LENGTH, inputs=input_names(model))
+    encoded(probes, tokenizer, input_names(model)[1:], TRIED_LENGTH)
     return tokenizer
 
 

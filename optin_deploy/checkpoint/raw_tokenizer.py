@@ -16,7 +16,6 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer
 
-from optin_deploy.data.calibration import Batches
 from optin_deploy.data.files import short
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
@@ -101,17 +100,16 @@ def first_difference(tokenizer: Any, raw: Tokenizer, rows: Sequence[Sample]) -> 
     return None
 
 
-def warn_of_unknown(tokenizer: Any, batches: Batches) -> None:
-    """Say so if many tokens of the texts are unknown to the tokenizer."""
+def warn_of_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+    """Say so if many tokens of the texts are unknown to the tokenizer.
+
+    Args: rows: the ids of each text, without padding.
+    """
     special = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep"))
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown in special:
         return
-    count = total = 0
-    for batch in batches.batches:
-        real = batch["attention_mask"].bool() if "attention_mask" in batch else batch["input_ids"] >= 0
-        count += int((batch["input_ids"][real] == unknown).sum())
-        total += int(real.sum())
+    count, total = sum(list(row).count(unknown) for row in rows), sum(map(len, rows))
     if count > MANY_UNKNOWN * total:
         log.warning(
             "%.0f%% of the calibration tokens are unknown to the tokenizer (%s): it belongs to another model, or the "

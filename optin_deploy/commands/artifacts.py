@@ -131,7 +131,8 @@ def bench(
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.bench.measuring import Bench, Point, bench_folder, parse_points
+    from exporters.bench.measuring import Bench, bench_folder
+    from exporters.bench.points import Point, parse_points
     from exporters.bench.suites import bench_suite, read_suite
 
     warn_of_disagreements(folder)

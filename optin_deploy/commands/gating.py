@@ -67,7 +67,7 @@ def gate(
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
     from exporters.bench.comparing import check_not_input, settle
-    from exporters.bench.measuring import parse_points
+    from exporters.bench.points import parse_points
     from optin_deploy.bench.gate import HEADER, limit_of
     from optin_deploy.ownership import free_name
     from optin_deploy.storage import write_json

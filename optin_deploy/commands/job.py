@@ -7,18 +7,8 @@ from typing import Any
 
 import typer
 
+from optin_deploy.commands.data import Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
 from optin_deploy.commands.networks import Shape, Units
-from optin_deploy.commands.onnx_job import (
-    OF_NETWORKS,
-    Compared,
-    ImageSize,
-    Mean,
-    Preprocessor,
-    Std,
-    Tokenizer,
-    by_graph,
-    export_by_graph,
-)
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
     Allocation,
@@ -68,12 +58,10 @@ from optin_deploy.commands.parsing import (
     check_plan_options,
     echo,
     engine_options,
-    judged_by,
     limits_of,
     refuse_idle,
     scoring_settings,
     size_of,
-    source_of,
     warn_if_bundled,
 )
 from optin_deploy.errors import CannotBuildHere
@@ -104,7 +92,7 @@ def export(
     text_column: TextColumn = "text",
     pair_column: PairColumn = "text_pair",
     label_column: LabelColumn = "label",
-    seq_len: SeqLen = 128,
+    seq_len: SeqLen = None,
     samples: Samples = 512,
     seed: Seed = 0,
     flops: Flops = None,
@@ -149,63 +137,55 @@ def export(
     prepare_only: PrepareOnly = False,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    if by_graph(model):
-        export_by_graph(ctx, ctx.params)
-        return
-    refuse_idle(ctx, *OF_NETWORKS, why="it is for models that are cut in their graph, such as ONNX files")
-    from exporters.bench.measuring import Point, parse_points
+    from exporters.bench.points import Point, parse_points
     from exporters.job import export_model
-    from exporters.ready import check_measured, describe, ready
+    from exporters.ready import Request, describe, ready
     from optin_deploy.workspace import Workspace
 
     check_columns(ctx, calibration, evaluation)
     check_plan_options(ctx, engine)
-    source = source_of(model, task, calibration, (text_column, pair_column, label_column), seq_len, samples, seed)
-    source = judged_by(source, evaluation)
-    limits = limits_of(flops, params, size, max_drop, latency=latency, speedup=speedup, throughput=throughput)
-    folder = out or Path(f"{Path(model).resolve().name if Path(model).exists() else model.split('/')[-1]}-{limits}")
-    options: dict[str, Any] = {
-        "limits": limits,
-        "engine": engine,
-        "precision": precision,
-        "align": align,
-        "allocation": allocation,
-        "points": parse_points(at) or (Point(),),
-        "threads": threads,
-        "table": latency_table,
-        "pool": pool,
-        "options": engine_options(profile, workspace, timing_cache, compatible, weights),
-    }
-    scoring, scoring_bytes = (
-        scoring_settings(scorer, paper, weighting, kl_weight),
-        size_of(memory_budget, "--memory-budget"),
+    source = source_of(ctx.params)
+    times = {"latency": latency, "speedup": speedup, "throughput": throughput}
+    limits = limits_of(flops, params, size, max_drop, **times)  # type: ignore[arg-type]  # a dict of several types
+    request = Request(
+        source=source,
+        limits=limits,
+        engine=engine,
+        precision=precision,
+        align=align,
+        allocation=allocation,
+        scoring=scoring_settings(scorer, paper, weighting, kl_weight),
+        memory_budget=size_of(memory_budget, "--memory-budget"),
+        compensation=compensation,
+        points=parse_points(at) or (Point(),),
+        threads=threads,
+        table=latency_table,
+        pool=pool,
+        options=engine_options(profile, workspace, timing_cache, compatible, weights),
+        dense=dense,
     )
-    check_measured(limits, options["points"], dense=dense)
     if not dense:
         refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
+    folder = out or Path(f"{named(source)}-{limits}")
     if dry_run:
         Workspace.check(folder, source, force=force)
-        target, spec, prepared = ready(source, **options)
-        name, _ = target.file_names(spec.precision or target.precisions[0])
-        echo(describe(prepared, limits=limits, artifact=folder / name))
+        asked = ready(request)
+        name, _ = asked.target.file_names(asked.spec.precision or asked.target.precisions[0])
+        echo(describe(asked.prepared, limits=limits, artifact=folder / name))
         return
     warn_if_bundled(calibration)
     try:
         with Workspace.at_work(folder, source, force=force):
-            report = export_model(
-                source,
-                folder,
-                **options,
-                scoring=scoring,
-                memory_budget=scoring_bytes,
-                compensation=compensation,
-                dense=dense,
-                force=force,
-                stage=stage_bar,
-            )
+            report = export_model(request, folder, force=force, stage=stage_bar)
     except CannotBuildHere as err:
         if not prepare_only:
             raise
         typer.echo(str(err))
         return
     print_report(report, folder)
+
+
+def named(source: Any) -> str:
+    """What output folders are called after."""
+    name = Path(source.model).resolve().name if Path(source.model).exists() else source.model.split("/")[-1]
+    return Path(name).stem if source.is_file else name

@@ -36,7 +36,7 @@ def show(
     dry_run: DryRun = False,
 ) -> None:
     """Print the plan and the report in DIR; with `scores` the scores, which are also drawn into DIR/scores.png."""
-    from optin_deploy.workspace import Workspace
+    from optin_deploy.workspace import SCORES, Workspace
 
     scores_wanted, root = _scores_wanted(what, folder)
     workspace = Workspace(root)
@@ -45,21 +45,18 @@ def show(
     if scores_wanted:
         _show_scores(workspace, force=force, dry_run=dry_run)
         return
-    if (root / "scores.json").is_file() and not (root / "plan.json").exists():
+    if (root / SCORES).is_file() and not (root / "plan.json").exists():
         from optin_deploy.score_table import print_provenance
 
-        print_provenance(workspace.read_scores().scores)
+        print_provenance(workspace.read_scores())
         typer.echo(f"No plan yet. Next: optin plan {root}, or optin show scores {root}")
         return
-    print_plan(workspace.read_plan())
-    report = root / "report.md"
-    if report.is_file():
-        if report.stat().st_size > REPORT_BYTES:
-            raise BadInput(
-                f"{report} has {report.stat().st_size} bytes; at most {REPORT_BYTES} are shown. Make it again with "
-                f"`optin-export MODEL --out {root}`."
-            )
-        typer.echo(report.read_text(encoding="utf-8", errors="replace"))
+    plan, page = workspace.read_plan(), _page(root / "report.md")
+    scores = workspace.read_scores().scores if (root / SCORES).is_file() else {}
+    already = plan.hash[:12] in page  # the page has the same table
+    print_plan(plan, {name: len(values) for name, values in scores.items()}, table=not already)
+    if page:
+        typer.echo(page)
     warn_of_disagreements(root)
 
 
@@ -117,6 +114,21 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _page(path: Path) -> str:
+    """The page to read of a job; empty: there is none.
+
+    Raises: BadInput: it is none of ours.
+    """
+    if not path.is_file():
+        return ""
+    if path.stat().st_size > REPORT_BYTES:
+        raise BadInput(
+            f"{path} has {path.stat().st_size} bytes; at most {REPORT_BYTES} are shown. Make it again with "
+            f"`optin-export MODEL --out {path.parent}`."
+        )
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _scores_wanted(what: str, folder: Path | None) -> tuple[bool, Path]:
     """Scores or plan, and of which folder: `show DIR`, `show scores DIR`, or `show scores` of the current folder."""
     if folder is None and Path(what).is_dir():
@@ -131,7 +143,7 @@ def _show_scores(workspace: Any, *, force: bool, dry_run: bool) -> None:
     from optin_deploy.pictures import draw_scores
     from optin_deploy.score_table import print_scores
 
-    scores = workspace.read_scores().scores
+    scores = workspace.read_scores()
     print_scores(scores)
     picture = workspace.root / "scores.png"
     workspace.record.reserve([picture.name], force=force, dry_run=dry_run)

@@ -127,7 +127,7 @@ def plan_network(
 ) -> None:
     """Plan a network by magnitude."""
     from optin_deploy.jobs.planning import plan_network as plan
-    from optin_deploy.planning.widths import ALLOCATIONS, DEFAULT_ALIGN, DEFAULT_KINDS, Choice
+    from optin_deploy.planning.widths import DEFAULT_ALIGN, DEFAULT_KINDS, Choice
 
     if out is None:
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
@@ -135,7 +135,7 @@ def plan_network(
     choice = Choice(
         kinds,
         DEFAULT_ALIGN if align is None else align,
-        ALLOCATIONS[0] if allocation is None else allocation,
+        "uniform" if allocation is None else allocation,
     )
     found, layout = plan(network, out, limits, choice, sizes=sizes_of(shape), force=force, dry_run=dry_run)
     rows = [

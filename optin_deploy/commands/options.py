@@ -7,21 +7,28 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a transformers model, or hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model, or an .onnx file.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of an earlier command.")]
 FolderOrFile = Annotated[
     Path, typer.Argument(metavar="DIR|FILE.onnx", help="Output folder of an earlier command, or an ONNX file.")
 ]
 Task = Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")]
 Calibration = Annotated[
-    Path | None, typer.Option(help=".txt, .jsonl, .csv or a folder of images. Default: a small bundled set.")
+    Path | None,
+    typer.Option(
+        help=".txt, .jsonl, .csv, a folder of images, or .npz with inputs by name. Default: a small bundled set."
+    ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
 PairColumn = Annotated[
     str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
-SeqLen = Annotated[int, typer.Option(help="Calibration length in tokens; MACs are counted at it.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Longest calibration text in tokens. [default: 128, or what the network takes]")
+]
 Samples = Annotated[int, typer.Option(help="Calibration samples.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
 BUDGET = "Budget: all that is given must hold"
@@ -39,9 +46,8 @@ Size = Annotated[
     str | None,
     typer.Option(help="Most that all weights may take in float32, e.g. 60MiB.", rich_help_panel=BUDGET),
 ]
-Align = Annotated[int, typer.Option(help="FFN widths in multiples of this (CPU 16, GPU 64).")]
 EngineAlign = Annotated[
-    int | None, typer.Option(help="FFN widths in multiples of this. [default: the engine's: CPU 16, GPU 64]")
+    int | None, typer.Option(help="Neurons and channels in multiples of this. [default: the engine's: CPU 16, GPU 64]")
 ]
 Allocation = Annotated[
     str,

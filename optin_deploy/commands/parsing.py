@@ -174,27 +174,6 @@ def size_of(text: str | None, option: str) -> int | None:
     return None if text is None else parse_size(text, option)
 
 
-def source_of(
-    model: str,
-    task: str | None,
-    calibration: Path | None,
-    columns: tuple[str, str, str],
-    seq_len: int,
-    samples: int,
-    seed: int,
-) -> Any:
-    """What a job starts from; files by their full paths, so that later commands find them from anywhere.
-
-    Args: columns: of the text, of the second text of pairs, of the label.
-    """
-    from optin_deploy.workspace import Source
-
-    model = str(Path(model).absolute()) if Path(model).exists() else model  # else a hub id
-    data = None if calibration is None else str(calibration.absolute())
-    text, pair, label = columns
-    return Source(model, task, data, text, label, seq_len, samples, seed, pair_column=pair)
-
-
 def warn_if_bundled(calibration: Path | None) -> None:
     """The bundled set is for trying things out."""
     if calibration is None:

@@ -21,10 +21,10 @@ from optin_deploy.commands.networks import (
     rewrite_network,
 )
 from optin_deploy.commands.options import (
-    Align,
     Allocation,
     Compensation,
     DryRun,
+    EngineAlign,
     Eval,
     Flops,
     Folder,
@@ -51,6 +51,8 @@ Examples:
 
     optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
+DEFAULT_ALIGN = 16
+"""Of neurons and channels, where no engine says more."""
 OF_JOBS = ("max_drop", "evaluation", "compensation")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
@@ -65,7 +67,7 @@ def plan(
     size: Size = None,
     max_drop: MaxDrop = None,
     evaluation: Eval = None,
-    align: Align = 16,
+    align: EngineAlign = None,
     allocation: Allocation = "curves",
     compensation: Compensation = True,
     magnitude: Magnitude = False,
@@ -75,17 +77,16 @@ def plan(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Choose what to keep under a budget; writes masks.json and plan.json from the scores in DIR.
+    """Choose what to keep under a budget; writes plan.json from the scores in DIR.
 
-    With --allocation uniform or paper neither the model nor its calibration data is needed. With --magnitude, of an
-    ONNX file or a model without scores; writes --out.
+    With --magnitude, of an ONNX file or a model without scores; writes --out.
     """
     if magnitude:
         refuse_idle(ctx, *OF_JOBS, why="a plan by --magnitude is made without data")
         plan_network(
             str(folder),
             limits=limits_of(flops, params, size, None),
-            align=align if given(ctx, "align") else None,
+            align=align,
             allocation=allocation if given(ctx, "allocation") else None,
             units=units,
             out=out,
@@ -124,7 +125,7 @@ def _plan_job(
     size: str | None,
     max_drop: float | None,
     evaluation: Path | None,
-    align: int,
+    align: int | None,
     allocation: str,
     compensation: bool,
     force: bool,
@@ -132,37 +133,44 @@ def _plan_job(
 ) -> None:
     """Plan from the scores of a job."""
     from exporters.ready import describe
-    from optin_deploy.judging import judged_samples
-    from optin_deploy.search import check_align, check_search
-    from optin_deploy.stages import plan_stage, prepare
     from optin_deploy.sweep import planned
-    from optin_deploy.workspace import Workspace
 
-    workspace, limits = Workspace(folder), limits_of(flops, params, size, max_drop)
-    check_search(align, allocation)
+    limits = limits_of(flops, params, size, max_drop)
     if evaluation is not None and max_drop is None:
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
     if max_drop is None:
         refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
-    check_align(align, workspace.read_scores().layout)
-    best = None
-    if allocation != "curves" and max_drop is None:  # no model is needed
-        found = plan_stage(workspace, limits, align=align, allocation=allocation, write=not dry_run)
-    else:
-        prepared = prepare(judged_by(workspace.source(), evaluation))
-        limits.within(prepared.cost, prepared.params)  # what is impossible is refused before the long work
-        if allocation == "curves":
-            judged_samples(prepared.calibration.batches)
-        if dry_run:
-            echo(describe(prepared, limits=limits, artifact=folder / "plan.json"))
-            return
-        how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
-        found, best = planned(workspace, prepared, limits, **how, stage=stage_bar)
-    print_plan(found)
+    planner = planner_of(folder, evaluation, align, allocation, limits)
+    if dry_run:
+        echo(describe(planner.prepared, limits=limits, artifact=folder / "plan.json"))
+        return
+    found, best = planned(planner, limits, compensation=compensation, stage=stage_bar)
+    print_plan(found, planner.prepared.ready.layout.units)
     if best is not None:
         typer.echo(str(best.quality))
-    if not dry_run:
-        typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
+    typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
+
+
+def planner_of(folder: Path, evaluation: Path | None, align: int | None, allocation: str, limits: Any = None) -> Any:
+    """What plans for the scores in an output folder; what is impossible is refused before the long work."""
+    from optin_deploy.budget import Limits
+    from optin_deploy.judging import judged_samples
+    from optin_deploy.planning.costs import limits_within
+    from optin_deploy.planning.widths import Choice, aligned, check_choice
+    from optin_deploy.stages import Planner, prepare
+    from optin_deploy.workspace import Workspace
+
+    workspace = Workspace(folder)
+    workspace.read_scores()
+    prepared = prepare(judged_by(workspace.source(), evaluation), folder)
+    choice = Choice(prepared.source.units, DEFAULT_ALIGN if align is None else align, allocation)
+    ready = prepared.ready
+    choice = aligned(ready.layout, choice, align)
+    workspace.scores_of(ready.layout)
+    check_choice(ready.layout, limits_within(ready.costs, limits or Limits(flops=1.0)), choice)
+    if allocation == "curves":
+        judged_samples(ready.rows.calibration.batches)
+    return Planner(workspace, prepared, choice)
 
 
 SWEEP_EXAMPLES = """
@@ -181,7 +189,7 @@ def sweep(
         str | None, typer.Option(metavar="SHARES", help="Shares of the dense MACs. [default: 0.9,0.8,...,0.3]")
     ] = None,
     evaluation: Eval = None,
-    align: Align = 16,
+    align: EngineAlign = None,
     allocation: Allocation = "curves",
     compensation: Compensation = True,
     force: Force = False,
@@ -191,25 +199,16 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
-    from optin_deploy.judging import judged_samples
-    from optin_deploy.search import check_align, check_search
-    from optin_deploy.stages import prepare
     from optin_deploy.sweep import HEADER, check_shares, parse_shares
     from optin_deploy.sweep import sweep as sweep_folder
-    from optin_deploy.workspace import Workspace
 
-    workspace, shares = Workspace(folder), parse_shares(flops)
-    check_search(align, allocation)
-    check_align(align, workspace.read_scores().layout)
-    prepared = prepare(judged_by(workspace.source(), evaluation))
-    check_shares(prepared, shares, align=align, allocation=allocation)
-    if allocation == "curves":
-        judged_samples(prepared.calibration.batches)
+    shares = parse_shares(flops)
+    planner = planner_of(folder, evaluation, align, allocation)
+    check_shares(planner, shares)
     if dry_run:
-        typer.echo(f"would make and judge {len(shares)} models on {len(prepared.held_out)} rows")
+        typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")
         return
-    how: Any = {"align": align, "allocation": allocation, "compensation": compensation}
-    points = sweep_folder(workspace, prepared, shares, **how, stage=stage_bar)
+    points = sweep_folder(planner, shares, compensation=compensation, stage=stage_bar)
     print_table(HEADER, [point.row for point in points])
     typer.echo(f"Wrote {folder / 'sweep.csv'} and {folder / 'sweep.png'}.")
 
@@ -233,7 +232,7 @@ def rewrite(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Cut and compensate by the plan in DIR; writes model/, a smaller transformers model.
+    """Cut and compensate by the plan in DIR; writes model.onnx, and model/ where a transformers class holds the result.
 
     An ONNX file is cut by --plan without compensation, proven to compute what the masked network does, and written.
     """
@@ -248,20 +247,19 @@ def rewrite(
 @writing
 def _rewrite_job(folder: Path, compensation: bool, force: bool, dry_run: bool) -> None:
     """Rewrite by the plan of a job."""
+    from optin_deploy.jobs.pruning import check_plan
     from optin_deploy.stages import prepare, rewrite_stage
-    from optin_deploy.workspace import Workspace
+    from optin_deploy.workspace import PRUNED, Workspace
 
     workspace = Workspace(folder)
     chosen = workspace.read_plan()
-    prepared = prepare(workspace.source())
-    chosen.check(prepared.layout)
+    prepared = prepare(workspace.source(), folder)
+    check_plan(prepared.ready, chosen)
     if dry_run:
-        print_plan(chosen)
+        print_plan(chosen, prepared.ready.layout.units)
         return
     with stage_bar("rewrite") as progress:
-        pruned, reused = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
-    params = pruned.report["params"]
-    typer.echo(
-        f"{'Found finished' if reused else 'Wrote'} {workspace.model_folder}: {params['dense']:,} -> "
-        f"{params['pruned']:,} parameters. Next: optin build {folder}"
-    )
+        made = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
+    cost = chosen.cost
+    told = "" if cost is None else f": {cost.weights_dense:,} -> {cost.weights_pruned:,} parameters"
+    typer.echo(f"{'Found finished' if made.reused else 'Wrote'} {folder / PRUNED}{told}. Next: optin build {folder}")

@@ -1,4 +1,4 @@
-"""`optin profile`: what heads and FFN widths take on an engine."""
+"""`optin profile`: what the widths of groups take on an engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from optin_deploy.commands.data import Preprocessor, Tokenizer, source_of
+from optin_deploy.commands.networks import Shape
 from optin_deploy.commands.options import (
     Calibration,
     DryRun,
@@ -21,7 +23,7 @@ from optin_deploy.commands.options import (
     Task,
     Threads,
 )
-from optin_deploy.commands.parsing import check_plan_options, engine_options, source_of
+from optin_deploy.commands.parsing import check_plan_options, engine_options
 from optin_deploy.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
@@ -41,8 +43,11 @@ def profile(
     model: Model,
     task: Task = None,
     calibration: Calibration = None,
-    seq_len: SeqLen = 128,
+    seq_len: SeqLen = None,
     seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    preprocessor: Preprocessor = None,
+    shape: Shape = None,
     engine: Engine = "onnx",
     precision: Precision = None,
     at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1",
@@ -55,33 +60,31 @@ def profile(
     dry_run: DryRun = False,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
-    from exporters.bench.measuring import parse_point
+    from exporters.bench.points import parse_point
     from exporters.bench.profiling import profile_model
-    from optin_deploy.cost.latency import TABLE_HEADER, held_out_line, table_rows
+    from exporters.ready import Request
+    from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
     from optin_deploy.validation import whole_number
 
     check_plan_options(ctx, engine)
     whole_number(check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
-    source = source_of(model, task, calibration, ("text", "text_pair", "label"), seq_len, 512, seed)
+    source = source_of(ctx.params)
     path = out or Path(f"{Path(source.model).name}-{engine}-latency.json")
-    table = profile_model(
-        source,
-        path,
+    request = Request(
+        source=source,
         engine=engine,
         precision=precision,
-        point=parse_point(at),
-        threads=threads,
         align=align,
+        points=(parse_point(at),),
+        threads=threads,
         options=engine_options(profile_sizes, None, None, None, "fixed"),
-        check=check,
-        force=force,
-        dry_run=dry_run,
-        stage=stage_bar,
     )
+    table = profile_model(request, path, check=check, force=force, dry_run=dry_run, stage=stage_bar)
     if table is None:
         typer.echo(f"would measure {model} on engine {engine} and write {path}")
         return
-    print_table(TABLE_HEADER, table_rows(table), f"{table.dense_ms:.3g} ms dense; milliseconds that a layer takes")
+    title = f"{table.dense_ns / 10**6:.3g} ms dense; milliseconds that a group saves"
+    print_table(TABLE_HEADER, table_rows(table), title)
     if table.held_out:
         typer.echo(held_out_line(table))
     typer.echo(f"Wrote {path}")

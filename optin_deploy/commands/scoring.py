@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from optin_deploy.commands.data import Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
+from optin_deploy.commands.networks import Shape, Units
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
     MANY,
@@ -36,7 +38,6 @@ from optin_deploy.commands.parsing import (
     refuse_idle,
     scoring_settings,
     size_of,
-    source_of,
     warn_if_bundled,
 )
 from optin_deploy.errors import BadInput
@@ -63,7 +64,7 @@ def score(
     text_column: TextColumn = "text",
     pair_column: PairColumn = "text_pair",
     label_column: LabelColumn = "label",
-    seq_len: SeqLen = 128,
+    seq_len: SeqLen = None,
     samples: Samples = 512,
     seed: Seed = 0,
     scorer: ScorerName = "sketch",
@@ -83,6 +84,14 @@ def score(
         ),
     ] = None,
     memory_budget: MemoryBudget = None,
+    tokenizer: Tokenizer = None,
+    preprocessor: Preprocessor = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    units: Units = None,
+    compared: Compared = None,
+    shape: Shape = None,
     shard: Annotated[
         str | None, typer.Option(metavar="i/N", help="Do only this share of the work.", rich_help_panel=MANY)
     ] = None,
@@ -95,7 +104,7 @@ def score(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Score every head and neuron of MODEL; writes scores.safetensors and scores.json.
+    """Score every unit of MODEL that may be cut; writes scores.safetensors, and the network as dense.onnx.
 
     Run it as often as you like on the same --out, on one machine or on many that share the folder: finished parts are
     skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
@@ -111,7 +120,7 @@ def score(
     check_columns(ctx, calibration)
     if scorer == "exact":
         refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
-    source = source_of(model, task, calibration, (text_column, pair_column, label_column), seq_len, samples, seed)
+    source = source_of(ctx.params)
     settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
     request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
     if ray is not None and shard is not None:

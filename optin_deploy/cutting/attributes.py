@@ -40,7 +40,7 @@ def followers(root: nn.Module, cut: Mapping[str, Sequence[int]]) -> Sizes:
     for _, module in root.named_modules():
         for name, tensor in _own(module):
             for position, size in enumerate(tensor.shape):
-                same = {attribute for attribute, value in _numbers(module) if value == size and "." not in attribute}
+                same = {attribute for attribute, value in numbers(module) if value == size and "." not in attribute}
                 key = (type(module), name, position)
                 shapes[key] = shapes[key] & same if key in shapes else same
     found: dict[tuple[str, str], set[int]] = {}
@@ -92,7 +92,7 @@ def candidates(
     for path, pieces in meanings.items():
         module = root.get_submodule(path)
         beside = {size for name, _ in module.named_parameters(path) for size in stays.get(name, ())}
-        for attribute, value in _numbers(module):
+        for attribute, value in numbers(module):
             entries = value if isinstance(value, (tuple, list)) else (value,)
             seen: dict[object, int] = {}
             for axis in pieces.values():
@@ -168,7 +168,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from module.named_buffers(recurse=False)
 
 
-def _numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def numbers(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes that are whole numbers or rows of them, also one level down in objects such as a config."""
     for name, value in vars(module).items():
         if name.startswith("_") or name == "training":

@@ -17,29 +17,32 @@ network; s: what multiplies the result on its way, such as a LayerScale or a Bat
 x. In the norms, a sample's tokens count by how much they move the output (see scoring/hearing.py). No gradient step, no
 labels. Each ridge is chosen by the error on samples that the solution has not seen; where none is better there than no
 change, nothing is changed.
+
+Groups of a convolution, and channels of a BatchNorm behind no product, are small problems of their own, with their own
+judgement. A matrix that several products read is one problem, of the sums over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from optin_deploy.cutting.masks import masks
-from optin_deploy.cutting.repairs import InputRepair, OutputRepair, Repair, Skipped, repairs
-from optin_deploy.masking import Batch, rows_of
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.cutting.repairs import Arrival, InputRepair, OutputRepair, Repair, Skipped, repairs
+from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.spans import Stream
 from optin_deploy.network.weights import with_weights
 from optin_deploy.progress import Progress, silent
-from optin_deploy.regression import Ridge
+from optin_deploy.regression import Ridge, Solution
 from optin_deploy.scoring.hearing import Counts, TokenWeights
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.structure.linear import rows_of_value
+from optin_deploy.structure.linear import Linear, rows_of_value, without
 from optin_deploy.structure.solvable import Solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, pulled, reach, scales
 
@@ -47,6 +50,8 @@ ROWS = 32
 """Samples at once."""
 LEAST = 1e-8
 """A scale below this cannot be made up for."""
+STEPS = 4
+"""Most times that a matrix is solved for which several products read."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,7 @@ class _Work:
         self.batches = micro_batches(batches, rows)
         self.counts = Counts(subject, self.batches, None if token_weights is None else token_weights.split(rows))
         dense = subject.program
-        self.changes = Changes(
-            apart(dense.network, [product for each in todo for product in _products(each)]), dense.device
-        )
+        self.changes = Changes(apart(dense.network, [each.products for each in todo]), dense.device)
         pupil = Program(self.changes.network, device=dense.device, dtype=dense.dtype)
         self.dense = Stream(dense, self.batches, budget_bytes=budget_bytes // 2)
         self.pruned = Stream(pupil, self.batches, masks=places, budget_bytes=budget_bytes // 2)
@@ -135,27 +138,59 @@ class _Work:
         """Do one repair."""
         self.dense.advance(repair.at)
         self.pruned.advance(repair.at)
-        return self._output(repair) if isinstance(repair, OutputRepair) else self._inputs(repair)
+        solution = self._sums(repair).solution()
+        ridge, before = solution.ridge, solution.before
+        after = before
+        for _ in range(STEPS):
+            if not bool(solution.better.any()):
+                break
+            kept = dict(self.changes.weights)
+            self._change(repair, solution)
+            if len(repair.places) == 1:
+                after = solution.after
+                break
+            # What each place reads has changed with the others: only a look at all of them tells what it is worth.
+            solution = self._sums(repair).solution()
+            if not solution.before < after:
+                self.changes.restore(kept)
+                break
+            after = solution.before
+        node = str(repair.products[0].linear.node)
+        return Repaired(node, repair.side, before, after, ridge if after < before else None)
 
-    def _output(self, repair: OutputRepair) -> Repaired:
-        """Unknowns and targets are in the scale of what arrives; rows of W' are independent, so that dividing by the
-        scale afterwards gives the same product as dividing the targets."""
-        linear, shift = repair.product.linear, repair.product.shift
-        ridge = Ridge(len(repair.inputs), len(repair.outputs), centred=shift is not None)
-        cone = self.pruned.spans.cone(repair.at + 1, {repair.end} if shift is None else {repair.end, shift.value})
-        compared = [repair.end, *([] if repair.residual is None else [repair.residual])]
-        scale = scales(self.pruned, repair.product, repair.end, rows_of(self.batches[0]))
-        reached = reach(self.pruned, repair.product, rows_of(self.batches[0]))
-        inverse = torch.where(scale.abs() > LEAST, 1 / scale, 0)
-        loud = int(scale.abs().argmax())
-        for number, batch in enumerate(self.batches):
-            count = rows_of(batch)
-            teacher = self.dense.look(number, compared)
-            pupil = self.pruned.look(number, {linear.reads, linear.gives, *compared, *cone.needs})
-            end, given = pupil[repair.end], pupil[linear.gives]
+    def _sums(self, repair: Repair) -> Ridge:
+        """What a repair is solved from, of all its places as they are now."""
+        sizes = (len(repair.inputs), repair.outputs.shape[1])
+        sums = Ridge(*sizes, centred=repair.centred, groups=len(repair.outputs))
+        for number in range(len(repair.places)):
+            sums.samples = 0  # the same samples judge at every place
+            rows = self._given(repair, number) if isinstance(repair, OutputRepair) else self._read(repair, number)
+            for found, wanted, counts in rows:
+                sums.add(found, wanted, counts)
+        return sums
+
+    def _given(self, repair: OutputRepair, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch: what a product multiplies and what is wanted of the change, (groups, samples, rows, ..), and
+        what each row counts.
+
+        Unknowns and targets are in the scale of what arrives; rows of W' are independent, so that dividing by the scale
+        afterwards gives the same product as dividing the targets.
+        """
+        place = repair.places[number]
+        linear, end = place.product.linear, place.end
+        cone = self.pruned.spans.cone(linear.node.index + 1, {end})
+        compared = [end, *([] if place.residual is None else [place.residual])]
+        scale = self._scale(place)
+        inverse, loud = _inverse(scale), int(scale.abs().argmax())
+        groups = repair.outputs[:, 0] // (linear.outputs // linear.groups)
+        for batch, rows in enumerate(self.batches):
+            count = rows_of(rows)
+            teacher = self._look(self.dense, batch, linear, compared)
+            pupil = self._look(self.pruned, batch, linear, {linear.reads, linear.gives, *compared, *cone.needs})
+            arrived, given = pupil[end], pupil[linear.gives]
             gap = torch.stack([teacher[name] - pupil[name] for name in compared]).sum(0)
-            counts = self.counts.at(number, repair.end, end, repair.at, behind=True).to(end)
-            chosen = drawn(linear.places(given, count))
+            counts = self.counts.at(batch, end, arrived, linear.node.index, behind=True).to(arrived)
+            chosen = drawn(linear.places(given, count), len(repair.inputs))
             gaps, counted = (
                 linear.rows_out(each, count, chosen)
                 for each in pulled(
@@ -163,61 +198,70 @@ class _Work:
                     cone,
                     {**self.changes.weights, **pupil},
                     linear.gives,
-                    [(repair.end, gap), (repair.end, counts.expand(end.shape))],
+                    [(end, gap), (end, counts.expand(arrived.shape))],
                 )
             )
-            found = linear.rows_in(pupil[linear.reads], count, chosen)[..., repair.inputs]
+            found = linear.rows_in(pupil[linear.reads], count, chosen)
+            found = found.reshape(*found.shape[:2], linear.groups, linear.inputs)
             wanted = (gaps * inverse.to(gaps))[..., repair.outputs]
-            ridge.add(found, wanted, counted[..., loud] * float(inverse[loud]))
-        change, offset, told = _solved(ridge, linear.node, "output")
-        if told.ridge is not None:
-            back = inverse[repair.outputs]
-            self.changes.add(repair.product, repair.outputs, repair.inputs, (change * back).T)
-            self.changes.shift(repair.product, repair.outputs, offset * back * reached[repair.outputs])
-        return told
+            yield (
+                found[..., groups, :][..., repair.inputs].movedim(-2, 0),
+                wanted.movedim(-2, 0),
+                counted[..., loud] * float(inverse[loud]),
+            )
 
-    def _inputs(self, repair: InputRepair) -> Repaired:
-        first = repair.products[0].linear
-        ridge = Ridge(first.channels, first.channels, centred=repair.centred)
-        for number, batch in enumerate(self.batches):
-            count = rows_of(batch)
-            found = self.pruned.look(number, [repair.value])[repair.value]
-            wanted = self.dense.look(number, [repair.value])[repair.value]
-            counts = self.counts.at(number, repair.value, found, repair.at, behind=False).to(found.device)
-            chosen = drawn(found.numel() // (count * first.channels))
-            before, after, rows = (
-                rows_of_value(each, first.features, first.samples[0], count, chosen)
+    def _read(self, repair: InputRepair, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same for what several products read, and what it lacks."""
+        place = repair.places[number]
+        linear, value = place.products[0].linear, place.value
+        for batch, rows in enumerate(self.batches):
+            count = rows_of(rows)
+            found = self.pruned.look(batch, [value])[value]
+            wanted = self.dense.look(batch, [value])[value]
+            counts = self.counts.at(batch, value, found, linear.node.index, behind=False).to(found.device)
+            chosen = drawn(found.numel() // (count * linear.channels))
+            before, after, counted = (
+                rows_of_value(each, linear.features, linear.samples[0], count, chosen)
                 for each in (found, wanted, counts.expand(found.shape))
             )
-            ridge.add(before, after - before, rows[..., 0])
-        change, offset, told = _solved(ridge, first.node, "input")
-        if told.ridge is None:
-            return told
-        for product in repair.products:
-            linear = product.linear
-            matrix = self.changes.matrix(product)
-            taps = matrix.reshape(linear.outputs, linear.channels, linear.taps)
-            moved = torch.einsum("oct,dc->odt", taps, change).flatten(1)
-            every = torch.arange(linear.outputs)
-            if repair.centred:
-                grown = reach(self.pruned, product, rows_of(self.batches[0]))
-                self.changes.shift(product, every, (taps.sum(2) @ offset) * grown)
-            self.changes.add(product, every, torch.arange(linear.inputs), moved)
-        return told
+            yield before[None], (after - before)[None], counted[..., 0]
+
+    def _change(self, repair: Repair, solution: Solution) -> None:
+        """Write what was found into the weights, once for all places that read them."""
+        change = torch.where(solution.better[:, None, None], solution.change, 0)  # (groups, inputs, outputs)
+        offset = torch.where(solution.better[:, None], solution.offset, 0)
+        vectors = {self.changes.vector(product): product for product in repair.products} if repair.centred else {}
+        if isinstance(repair, OutputRepair):
+            back = _inverse(self._scale(repair.places[0]))[repair.outputs]
+            for product in vectors.values():
+                self._shift(product, repair.outputs.flatten(), (offset * back).flatten())
+            self.changes.add(repair.products[0], repair.outputs, repair.inputs, (change * back[:, None]).mT)
+            return
+        for product in vectors.values():
+            every = torch.arange(product.linear.outputs)
+            self._shift(product, every, self._taps(product).sum(2) @ offset[0])
+        for product in {product.linear.stored.name: product for product in repair.products}.values():
+            linear, moved = product.linear, torch.einsum("oct,dc->odt", self._taps(product), change[0])
+            self.changes.add(product, torch.arange(linear.outputs), torch.arange(linear.inputs), moved.flatten(1))
+
+    def _taps(self, product: Solvable) -> Tensor:
+        """The matrix as (outputs, channels, taps)."""
+        linear = product.linear
+        return self.changes.matrix(product).reshape(linear.outputs, linear.channels, linear.taps)
+
+    def _shift(self, product: Solvable, outputs: Tensor, offset: Tensor) -> None:
+        """Add to the vector behind a product what its outputs are to have more."""
+        reached = reach(self.pruned, product, rows_of(self.batches[0]))
+        self.changes.shift(product, outputs, offset * reached[outputs])
+
+    def _scale(self, place: Arrival) -> Tensor:
+        """By what each output of a product is multiplied until it arrives."""
+        return scales(self.pruned, place.product, place.end, rows_of(self.batches[0]))
+
+    def _look(self, stream: Stream, batch: int, linear: Linear, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Values of a batch; of a product with an activation in the same node what there is before it."""
+        return stream.look(batch, wanted, without(stream.program.network.nodes[linear.node.index]))
 
 
-def _products(repair: Repair) -> tuple[Solvable, ...]:
-    return (repair.product,) if isinstance(repair, OutputRepair) else repair.products
-
-
-def _solved(ridge: Ridge, node: Node, side: str) -> tuple[Tensor, Tensor, Repaired]:
-    """The change of a weight, (inputs, outputs), the offset, and what is told of them."""
-    best, after = ridge.chosen()
-    judge = ridge.judge if after is not None else ridge.fit
-    count, before = judge.count or 1.0, judge.yy
-    change, offset = ridge.solve(best)
-    if after is None:
-        after = judge.error(change, offset)
-    better = after < before
-    told = Repaired(str(node), side, before / count, (after if better else before) / count, best if better else None)
-    return change, offset, told
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() > LEAST, 1 / scale, 0)

@@ -98,8 +98,9 @@ class Cut(Editor):
         axes = self.structure.axes.get(node.inputs[0], [])
         span = slice(node.get("start", 0), node.get("end"))
         changed = {entry: (axis, axis.size) for entry, axis in enumerate(axes[span]) if touched(axis, self.keep)}
-        if not changed:
-            return
+        value = copy.inputs[0]
+        if not changed or (value is not None and value.name in self.structure.network.weights):
+            return  # a weight that stays whole beside its parts that are used tells the sizes before as it is
         users = tuple(copy.outputs[0].uses())
         behind = list(self.model.graph)[list(self.model.graph).index(copy) + 1]
         pinned = self._corrected(behind, copy.outputs[0], (len(axes[span]),), changed, (1, 0))

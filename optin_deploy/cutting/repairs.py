@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.network.axes import kept, touched
+from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.regression import MOST_INPUTS
@@ -20,33 +23,73 @@ from optin_deploy.structure.solvable import Solvable, solvable
 
 
 @dataclass(frozen=True)
-class OutputRepair:
-    """Solve for a product's weight, so that what arrives behind it is what arrives in the dense network."""
+class Arrival:
+    """A product, and where what it gives is compared."""
 
     product: Solvable
     end: str
     """The value that is compared, an affine function of what the product gives."""
     residual: str | None
     """What is added to it."""
-    inputs: Tensor
-    """Columns of the matrix that stay."""
-    outputs: Tensor
-    """Rows of the matrix that stay."""
-
-    @property
-    def at(self) -> int:
-        """The product's node."""
-        return self.product.linear.node.index
 
 
 @dataclass(frozen=True)
-class InputRepair:
-    """Fold into all products that read one value the linear map which brings it nearest to the dense one."""
+class Reading:
+    """A value, and the products that read it."""
 
     value: str
     products: tuple[Solvable, ...]
-    at: int
-    """The first of them."""
+
+
+@dataclass(frozen=True)
+class _Repair:
+    inputs: Tensor
+    """Columns of the matrix that is solved for, of each group."""
+    outputs: Tensor
+    """Rows of it, (groups, rows)."""
+
+    @property
+    @abstractmethod
+    def products(self) -> tuple[Solvable, ...]:
+        """All products that change, in the order of work."""
+
+    @property
+    def at(self) -> int:
+        """The first product's node."""
+        return self.products[0].linear.node.index
+
+
+@dataclass(frozen=True)
+class OutputRepair(_Repair):
+    """Solve for what stays of a weight, so that there arrives behind its product what does in the dense network."""
+
+    places: tuple[Arrival, ...]
+    """All products that read the matrix, in the order of work; mostly one."""
+    side = "output"
+
+    @property
+    def products(self) -> tuple[Solvable, ...]:
+        """All products that change, in the order of work."""
+        return tuple(place.product for place in self.places)
+
+    @property
+    def centred(self) -> bool:
+        """Whether an offset can be taken in: all have a vector that is added."""
+        return all(each.shift is not None for each in self.products)
+
+
+@dataclass(frozen=True)
+class InputRepair(_Repair):
+    """Fold into all products that read a value the linear map which brings it nearest to the dense one."""
+
+    places: tuple[Reading, ...]
+    """Values in the order of work; mostly one. Where there are several the same matrices read each."""
+    side = "input"
+
+    @property
+    def products(self) -> tuple[Solvable, ...]:
+        """All products that change, in the order of work."""
+        return tuple(product for place in self.places for product in place.products)
 
     @property
     def centred(self) -> bool:
@@ -73,44 +116,77 @@ def repairs(
     Args: masks: of the plan, see `cutting.masks`. changed: nodes that can give something else because of them.
     """
     structure, leaves = layout.structure, layout.leaves(keep)
+    nodes = structure.network.nodes
     sites = {site.node for group in layout.groups for site in group.sites if site.with_weight}
     found: list[Repair] = []
     skipped: list[Skipped] = []
-    readers: dict[tuple[str, int], list[Solvable]] = {}
-    for index in sorted({index for index, _ in structure.products}.intersection(changed)):
-        node = structure.network.nodes[index]
-        projection = projection_of(structure, node)
-        if projection is None:
+    done: set[int] = set()
+    ways: set[int] = set()
+    readers: list[Solvable] = []
+    products = sorted({index for index, _ in structure.products}.intersection(changed))
+    norms = [node.index for node in nodes if node.op == "BatchNormalization" and node.index in changed]
+    for index in [*products, *norms]:
+        if index in done or index in ways or (index in products and projection_of(structure, nodes[index]) is None):
             continue
-        mask = masks.get((index, 1 - projection.weight))
         try:
-            product = _solvable(structure, index, mask)
+            alike = _alike(structure, index, masks)
+            cut = any(_mask(each, masks) is not None for each in alike)
+            own = all(each.linear.seen for each in alike) and (
+                cut
+                or alike[0].linear.groups > 1
+                or any(each.linear.node.index in sites and each.way.add is not None for each in alike)
+            )
+            if own:
+                found.append(_output(structure, alike, leaves, masks))
+            else:
+                readers += alike
         except Unsupported as err:
-            skipped.append(Skipped(str(node), str(err)))
+            skipped.append(Skipped(str(nodes[index]), str(err)))
             continue
-        linear = product.linear
-        if linear.seen and (mask is not None or (index in sites and product.way.add is not None)):
-            out = structure.axes[linear.gives][linear.outputs_axis]
-            rows = torch.from_numpy(kept(out, leaves)) if touched(out, leaves) else torch.arange(linear.outputs)
-            found.append(OutputRepair(product, *_end(product), _columns(linear, mask), rows))
-        else:
-            readers.setdefault((linear.reads, linear.features), []).append(product)
-    for (value, _), products in readers.items():
-        maker = structure.network.producer.get(value)
-        if maker is not None and maker.index in changed:
-            found.append(InputRepair(value, tuple(products), products[0].linear.node.index))
-    return sorted(found, key=lambda repair: repair.at), skipped
+        done.update(each.linear.node.index for each in alike)
+        ways.update(passed for each in alike for passed in each.way.nodes)
+    inputs, others = _inputs(structure, readers, changed)
+    return sorted([*found, *inputs], key=lambda repair: repair.at), [*skipped, *others]
 
 
-def _solvable(structure: Structure, index: int, mask: Tensor | None) -> Solvable:
-    """Raises: Unsupported: a product stays as it is; says why."""
-    product = solvable(structure, index)
-    linear = product.linear
-    if linear.inputs > MOST_INPUTS:
-        raise Unsupported(f"it has {linear.inputs} inputs; at most {MOST_INPUTS} are solved for")
-    if mask is not None and (not linear.seen or mask.numel() != linear.channels):
-        raise Unsupported("what is cut there is not only a part of its inputs")
-    return product
+def _alike(structure: Structure, index: int, masks: Mapping[Place, Tensor]) -> list[Solvable]:
+    """All products with the matrix of a node, in the order of work.
+
+    Raises: Unsupported: they stay as they are; says why.
+    """
+    first = solvable(structure, index, shared=True).linear
+    places = sorted(first.stored.places)
+    if len(ops := {structure.network.nodes[node].op for node, _ in places}) > 1:
+        raise Unsupported(f"several nodes read its weight: {', '.join(sorted(ops))}")
+    alike = [solvable(structure, node, shared=True) for node, _ in places] if len(places) > 1 else []
+    if any(
+        place != each.linear.place
+        or (each.linear.outputs, each.linear.groups, each.linear.kernel, each.linear.seen, each.linear.factor)
+        != (first.outputs, first.groups, first.kernel, first.seen, first.factor)
+        for (_, place), each in zip(places, alike, strict=False)
+    ):
+        raise Unsupported("several nodes read its weight, each in its way")
+    for each in alike or (alike := [solvable(structure, index)]):
+        linear, mask = each.linear, _mask(each, masks)
+        if linear.inputs > MOST_INPUTS:
+            raise Unsupported(f"it has {linear.inputs} inputs; at most {MOST_INPUTS} are solved for")
+        if mask is not None and (not linear.seen or mask.numel() != linear.channels * linear.groups):
+            raise Unsupported("what is cut there is not only a part of its inputs")
+    return alike
+
+
+def _mask(product: Solvable, masks: Mapping[Place, Tensor]) -> Tensor | None:
+    return masks.get((product.linear.node.index, 1 - product.linear.place))
+
+
+def _output(
+    structure: Structure, alike: Sequence[Solvable], leaves: Mapping[Axis, np.ndarray], masks: Mapping[Place, Tensor]
+) -> OutputRepair:
+    """Raises: Unsupported: the products with one matrix keep different parts of it."""
+    parts = [(_columns(each.linear, _mask(each, masks)), _rows(structure, each.linear, leaves)) for each in alike]
+    if not all(torch.equal(*pair) for part in parts[1:] for pair in zip(part, parts[0], strict=True)):
+        raise Unsupported("several nodes read its weight, and each keeps another part of it")
+    return OutputRepair(*parts[0], tuple(Arrival(each, *_end(each)) for each in alike))
 
 
 def _end(product: Solvable) -> tuple[str, str | None]:
@@ -123,5 +199,43 @@ def _end(product: Solvable) -> tuple[str, str | None]:
 def _columns(linear: Linear, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.arange(linear.inputs)
-    channels = mask.flatten().nonzero()  # (kept, 1)
+    stay = mask.reshape(linear.groups, linear.channels).any(0)  # groups lose alike, or as a whole
+    channels = stay.nonzero()
     return (channels * linear.taps + torch.arange(linear.taps)).flatten()
+
+
+def _rows(structure: Structure, linear: Linear, leaves: Mapping[Axis, np.ndarray]) -> Tensor:
+    """Raises: Unsupported: none stays."""
+    out = structure.axes[linear.gives][linear.outputs_axis]
+    rows = torch.from_numpy(kept(out, leaves)) if touched(out, leaves) else torch.arange(linear.outputs)
+    if not len(rows):
+        raise Unsupported("nothing that it gives stays")
+    return rows.reshape(len({row * linear.groups // linear.outputs for row in rows.tolist()}), -1)
+
+
+def _inputs(
+    structure: Structure, readers: Iterable[Solvable], changed: Collection[int]
+) -> tuple[list[InputRepair], list[Skipped]]:
+    """Products by the values that they read; values that the same matrices read belong together."""
+    by_value: dict[tuple[str, int], list[Solvable]] = {}
+    for each in readers:
+        by_value.setdefault((each.linear.reads, each.linear.features), []).append(each)
+    together: dict[tuple[str, ...], list[Reading]] = {}
+    for (value, _), products in by_value.items():
+        products.sort(key=lambda each: each.linear.node.index)
+        together.setdefault(tuple(each.linear.stored.name for each in products), []).append(
+            Reading(value, tuple(products))
+        )
+    times = Counter(name for names in together for name in names)
+    found, skipped = [], []
+    for names, places in together.items():
+        places.sort(key=lambda place: place.products[0].linear.node.index)
+        makers = [structure.network.producer.get(place.value) for place in places]
+        every = torch.arange(places[0].products[0].linear.channels)
+        repair = InputRepair(every, every[None], tuple(places))
+        if any(times[name] > 1 for name in names):
+            why = "several nodes read its weight, each beside others"
+            skipped += [Skipped(str(each.linear.node), why) for each in repair.products]
+        elif any(maker is not None and maker.index in changed for maker in makers):
+            found.append(repair)
+    return found, skipped

@@ -15,8 +15,7 @@ from optin_deploy.checkpoint.beside_graph import load_processor, load_tokenizer
 from optin_deploy.data.array_feeds import array_feeds, array_files
 from optin_deploy.data.arrays import ENDINGS
 from optin_deploy.data.bundled import bundled_samples
-from optin_deploy.data.calibration import split
-from optin_deploy.data.halves import MIN_SAMPLES, halves, most_held_out, too_few
+from optin_deploy.data.halves import MIN_SAMPLES, halves, most_held_out, split, too_few
 from optin_deploy.data.image_feeds import Pixels, image_feeds, image_input
 from optin_deploy.data.images import IMAGE_EXTENSIONS
 from optin_deploy.data.module_feeds import module_feeds
@@ -40,10 +39,10 @@ Source = str | PathLike[str] | Sequence[Sample] | None
 class Preparation:
     """How what users have becomes what a network takes."""
 
-    tokenizer: str | None = None
-    """Folder, tokenizer.json or hub id; None: what lies beside the network."""
-    preprocessor: str | None = None
-    """Folder, preprocessor_config.json or hub id; None: what lies beside the network."""
+    tokenizer: Any = None
+    """Folder, tokenizer.json or hub id, or a loaded one; None: what lies beside the network."""
+    preprocessor: Any = None
+    """Folder, preprocessor_config.json or hub id, or a loaded one; None: what lies beside the network."""
     pixels: Pixels | None = None
     """How pixels are scaled, in place of a preprocessor."""
     image_size: tuple[int, int] | None = None
@@ -83,6 +82,8 @@ class Halves:
     calibration: Feeds
     held_out: Feeds | None
     """None: none was asked for."""
+    pairs: bool = False
+    """Are there pairs of texts among the rows?"""
 
 
 AS_USUAL, DRAWN = Preparation(), Drawing()
@@ -106,9 +107,11 @@ def read_feeds(
     some, others = split(samples, samples_limit=drawing.samples, held_out=drawing.held_out, seed=drawing.seed)
     make = _maker(inputs, samples, preparation, _origin(source))
     calibration = make(some)
+    pairs = any(sample.text_pair is not None for sample in samples)
     if not others:
-        return Halves(calibration, None)
-    return Halves(calibration, _regrouped(make(others).without(set(calibration.keys)), _batching(inputs, preparation)))
+        return Halves(calibration, None, pairs)
+    held_out = _regrouped(make(others).without(set(calibration.keys)), _batching(inputs, preparation))
+    return Halves(calibration, held_out, pairs)
 
 
 def read_judging(network: Network, source: Source, seen: Feeds, preparation: Preparation = AS_USUAL) -> Feeds:
@@ -206,7 +209,7 @@ def _maker(
     if any(sample.image is not None for sample in samples):
         image = image_input(inputs)
         explicit = preparation.pixels is not None or preparation.image_size is not None
-        processor = None if explicit else load_processor(preparation.preprocessor, inputs.source)
+        processor = None if explicit else _loaded(preparation.preprocessor, inputs.source, load_processor)
         return lambda some: image_feeds(
             image,
             some,
@@ -217,8 +220,13 @@ def _maker(
             origin=origin,
         )
     text = text_inputs(inputs)
-    tokenizer = load_tokenizer(preparation.tokenizer, inputs.source)
+    tokenizer = _loaded(preparation.tokenizer, inputs.source, load_tokenizer)
     return lambda some: text_feeds(text, some, tokenizer, seq_len=preparation.seq_len, batching=batching, origin=origin)
+
+
+def _loaded(given: Any, source: str, load: Callable[[str | None, str], Any]) -> Any:
+    """What is loaded already, or what is named, or lies beside the network."""
+    return load(given, source) if given is None or isinstance(given, str) else given
 
 
 def _drawn(feeds: Feeds, batching: Batching, drawing: Drawing) -> Halves:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Sequence
 
+from optin_deploy.data.repeats import distinct
+from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
+
+log = logging.getLogger(__name__)
 
 MIN_SAMPLES = 8
 MIN_HELD_OUT = 16
+
+
+def split(
+    samples: Sequence[Sample], *, samples_limit: int, held_out: float = 0.2, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Shuffle with the seed and cut into (calibration, held-out); no row is in both, nor one that equals it.
+
+    Of rows that are equal (text and second text, or the bytes of the image) the first is taken, with a warning.
+    Args: samples_limit, held_out: see `halves`.
+    Raises: BadInput: fewer than 8 different samples, or an option out of range.
+    """
+    rows = list(distinct(samples))
+    repeats = len(samples) - len(rows)
+    if repeats:
+        log.warning("%d of %d calibration samples repeat others and are left out", repeats, len(samples))
+    if len(rows) < MIN_SAMPLES:
+        where = f" (from {samples[0].source})" if samples else ""
+        kind = f"different ones among {len(samples)} calibration samples" if repeats else "calibration samples in all"
+        raise too_few(len(rows), kind + where)
+    some, others = halves(len(rows), limit=samples_limit, held_out=held_out, seed=seed)
+    return tuple(rows[i] for i in some), tuple(rows[i] for i in others)
 
 
 def halves(count: int, *, limit: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:

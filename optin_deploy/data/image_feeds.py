@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.data.calibration import COLOURS, image_batches
+from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.ports import Takes, fitted, told, type_of
 from optin_deploy.data.rows import Batching, Feeds, grouped
 from optin_deploy.data.samples import Sample
@@ -19,6 +21,13 @@ from optin_deploy.errors import BadInput
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger(__name__)
+
+COLOURS = {1: "L", 3: "RGB"}
+"""Channels of a network -> Pillow's mode of the images that it takes."""
+PIXELS_AT_ONCE = 2**26
+"""Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
+IMAGES_AT_ONCE = 32
 LARGEST = 4096
 """Pixels of a side."""
 HOW = (
@@ -104,18 +113,69 @@ def image_feeds(
     """
     if pixels is not None or size is not None or processor is None:
         processor = _plain(image, pixels, size)
-    made = image_batches(samples, processor, batch_size=batching.size, channels=image.channels)
-    rows = []
-    for batch in made.batches:
-        values: Tensor = batch["pixel_values"]
+    real, rows = type_of(image.takes.ports[image.name]).is_floating_point, []
+    for values in prepared(samples, processor, image.channels):
         _check_size(image, values)
+        values = values if real else _whole(image, values)
         if image.last:
             values = values.movedim(1, -1)
-        rows += [
-            fitted(image.takes, {image.name: one.unsqueeze(0).contiguous()}, origin)
-            for one in (values if type_of(image.takes.ports[image.name]).is_floating_point else _whole(image, values))
-        ]
-    return grouped(rows, made.labels, origin, batching)
+        rows += [fitted(image.takes, {image.name: one.unsqueeze(0).contiguous()}, origin) for one in values]
+    return grouped(rows, [sample.label for sample in samples], origin, batching)
+
+
+def prepared(samples: Sequence[Sample], processor: Any, channels: int) -> Iterator[Tensor]:
+    """Open images and prepare them with a processor of transformers, a few at a time.
+
+    Args: channels: that the network takes; 1 makes the images grey.
+    Returns: (images, channels, height, width) each, all of one size, in the order of the samples.
+    Raises: BadInput: a sample without image, an image that does not open, or images of unequal size after preparing.
+    """
+    shape: tuple[int, ...] = ()
+    for names, images in _groups(_open_images(samples)):
+        try:
+            coloured = [image.convert(COLOURS[channels]) for image in images]
+            values: Tensor = processor(images=coloured, return_tensors="pt")["pixel_values"]
+            if values.shape[1] != channels:
+                raise ValueError(f"it makes {values.shape[1]} channels, and the network takes {channels}.")
+            shape = shape or tuple(values.shape[1:])
+            if tuple(values.shape[1:]) != shape:
+                raise ValueError(f"the prepared images have unequal shapes {shape} and {tuple(values.shape[1:])}.")
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as err:
+            why = next(iter(str(err).splitlines()), type(err).__name__)
+            raise BadInput(
+                f"{names[0]} to {names[-1]}: the image processor does not fit: {why} Use the one saved with this"
+                " network, with a fixed size (do_resize, do_center_crop) in preprocessor_config.json."
+            ) from err
+        yield values
+
+
+def _groups(images: Iterator[tuple[str, Image.Image]]) -> Iterator[tuple[list[str], list[Image.Image]]]:
+    """A few images at a time, with their names, so that those of a camera do not fill the memory."""
+    names: list[str] = []
+    group: list[Image.Image] = []
+    for name, image in images:
+        names.append(name)
+        group.append(image)
+        if len(group) == IMAGES_AT_ONCE or sum(each.width * each.height for each in group) >= PIXELS_AT_ONCE:
+            yield names, group
+            names, group = [], []
+    if group:
+        yield names, group
+
+
+def _open_images(samples: Sequence[Sample]) -> Iterator[tuple[str, Image.Image]]:
+    several = []
+    for sample in samples:
+        if sample.image is None:
+            raise BadInput(f"{sample.source}: no image in this sample. An image network needs a folder of images.")
+        if not isinstance(sample.image, Path):
+            yield sample.source, eight_bit(sample.image, sample.source)
+            continue
+        image, pictures = open_image(sample.image)
+        several += [sample.image] if pictures > 1 else []
+        yield sample.source, image
+    if several:
+        log.warning("%d images hold several pictures, such as %s: the first of each is used", len(several), several[0])
 
 
 def _check_size(image: ImageInput, values: Tensor) -> None:

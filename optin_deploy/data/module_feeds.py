@@ -235,7 +235,8 @@ class _Reader:
             return None
         values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-            values = torch.from_numpy(np.array(values, order="C"))
+            wide = {"b": np.bool_, "f": np.float64}.get(values.dtype.kind, np.int64)
+            values = torch.from_numpy(np.array(values, wide, order="C"))  # torch lacks some types and byte orders
         if isinstance(values, np.ndarray) and values.dtype.kind not in "US":
             raise self.bad(f"its labels are {_told(given)}; possible are numbers and names of classes, one a row")
         return labels_of(values, rows, f"{self.where}: the labels")

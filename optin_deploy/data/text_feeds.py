@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from optin_deploy.checkpoint.raw_tokenizer import warn_of_unknown
-from optin_deploy.data.calibration import Batches, encode_sample
 from optin_deploy.data.ports import Takes, few, fitted, told
 from optin_deploy.data.rows import MASK, Batch, Batching, Feeds, grouped
 from optin_deploy.data.samples import Sample
@@ -95,26 +94,45 @@ def text_feeds(
     Raises: BadInput: a sample without text, an option out of range, ids that the network does not know.
     """
     longest = _longest(text, samples, tokenizer, seq_len)
-    kinds = [name for name, role in ((MASK, MASK), (TYPES, TYPES)) if role in text.roles.values()]
-    options = {"truncation": True, "max_length": longest} | {f"return_{each}": each in kinds for each in (MASK, TYPES)}
-    tokenizer = copy.deepcopy(tokenizer)  # truncation set on a fast one would stay
-    found = [(encode_sample(tokenizer, sample, options), sample) for sample in samples]
-    missing = [name for name in kinds if found and name not in found[0][0]]
-    if missing:
-        raise BadInput(
-            f"{text.takes.source} takes {text.takes}, but the tokenizer does not make {', '.join(missing)}. Use the"
-            " tokenizer that was saved with this network."
-        )
-    found.sort(key=lambda row: len(row[0][IDS]))
+    wanted = [role for role in (MASK, TYPES) if role in text.roles.values()]
+    made = encoded(samples, tokenizer, wanted, longest)
+    found = sorted(zip(made, samples, strict=True), key=lambda row: len(row[0][IDS]))
     widths = _widths(text, [len(row[IDS]) for row, _ in found], batching)
     filler = _filler(text, tokenizer, padded=any(w > len(row[IDS]) for w, (row, _) in zip(widths, found, strict=True)))
     rows = [
         _row(text, row, width, filler, sample.source, left=tokenizer.padding_side == "left")
         for width, (row, sample) in zip(widths, found, strict=True)
     ]
-    feeds = grouped(rows, [sample.label for _, sample in found], origin, batching)
-    _tell_unknown(text, tokenizer, feeds)
-    return feeds
+    warn_of_unknown(tokenizer, [row[IDS] for row, _ in found])
+    return grouped(rows, [sample.label for _, sample in found], origin, batching)
+
+
+def encoded(
+    samples: Sequence[Sample], tokenizer: Any, wanted: Sequence[str], longest: int
+) -> list[Mapping[str, list[int]]]:
+    """What a tokenizer makes of each text or pair, cut to `longest` tokens; the tokenizer is left as it is.
+
+    Args: wanted: what is needed beside the ids.
+    Raises: BadInput: it cannot take a text, or does not make what is wanted.
+    """
+    tokenizer = copy.deepcopy(tokenizer)  # truncation set on a fast one would stay, and end up in its saved file
+    options = {"truncation": True, "max_length": longest} | {f"return_{each}": each in wanted for each in (MASK, TYPES)}
+    found = []
+    for sample in samples:  # one by one: a list cannot mix single texts and pairs
+        try:
+            found.append(tokenizer(sample.text, sample.text_pair, **options))
+        except Exception as err:  # what tokenizers raises is no narrower
+            raise BadInput(
+                f"{sample.source}: the tokenizer cannot take this text: {err}. Delete that row, or save the tokenizer"
+                " again with its unknown token."
+            ) from err
+    missing = [name for name in wanted if found and name not in found[0]]
+    if missing:
+        raise BadInput(
+            f"The network takes {', '.join(missing)}, but the tokenizer does not make that (it makes"
+            f" {', '.join(found[0])}). Use the tokenizer that was saved with this network."
+        )
+    return found
 
 
 def _longest(text: TextInputs, samples: Sequence[Sample], tokenizer: Any, seq_len: int | None) -> int:
@@ -177,9 +195,3 @@ def _row(
     if text.name(MASK) not in (None, MASK):  # what reads the batch tells padding by this name
         made[MASK] = made[str(text.name(MASK))].to(torch.int64)
     return made
-
-
-def _tell_unknown(text: TextInputs, tokenizer: Any, feeds: Feeds) -> None:
-    ids = str(text.name(IDS))
-    renamed = [{IDS: batch[ids]} | ({MASK: batch[MASK]} if MASK in batch else {}) for batch in feeds.batches]
-    warn_of_unknown(tokenizer, Batches(tuple(renamed), (None,) * len(feeds)))

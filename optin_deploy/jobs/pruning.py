@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from optin_deploy.budget import Limits
-from optin_deploy.curves import Curve
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof, prove
 from optin_deploy.data.feeds import Halves, check_runs
+from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.planning import given
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of
 from optin_deploy.network.run import Program
-from optin_deploy.network_quality import NetworkJudge, readouts
-from optin_deploy.planning.costs import Limit, costs_of, limits_within
-from optin_deploy.planning.plan import NetworkPlan, Origin, plan_of
+from optin_deploy.network.shapes import shapes_of
+from optin_deploy.network_quality import Metric, NetworkJudge, readouts
+from optin_deploy.planning.costs import Costs, Limit, costs_of
+from optin_deploy.planning.curve import Curve
+from optin_deploy.planning.plan import NetworkPlan, Origin, plan_cost, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.planning.widths import Choice, Keep, check_choice, choose
-from optin_deploy.progress import Progress, Stage, silent, silent_stage
+from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, choose
+from optin_deploy.progress import Progress, silent
 from optin_deploy.quality import Quality
-from optin_deploy.scoring.hearing import token_weights
-from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.hearing import TokenWeights, token_weights
+from optin_deploy.scoring.parts import Store, Worker
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
@@ -39,168 +39,256 @@ from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
+from optin_deploy.structure.groups import Layout
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is made smaller."""
-
-    limits: Limits = field(default_factory=Limits)
-    """Of multiply-accumulates, parameters and bytes."""
-    choice: Choice = field(default_factory=Choice)
-    scoring: ScoreSettings = field(default_factory=ScoreSettings)
-    compensation: bool = True
-    output: str | None = None
-    """Which output is compared; None: see `scoring.reading.reading_of`."""
-    read_as: Kind | None = None
-    """How it is compared; None: by what makes it."""
+Curves = Mapping[str, Curve]
+"""Error curves by name of group."""
 
 
 @dataclass(frozen=True, eq=False)
-class PrunedNetwork:
+class Ready:
+    """A network with the data that it is made smaller by; checked to fit together."""
+
+    found: Found
+    rows: Halves
+    subject: Subject
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    """Of the groups that may be cut."""
+    names: tuple[str, ...] | None = None
+    """Of the classes, in their order."""
+    strict: bool = False
+    """Labels that the network does not know are refused, not left out."""
+    metric: Metric | None = None
+    """What is measured besides what fits the output."""
+    seed: int = 0
+    """Of random directions."""
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def network(self) -> Network:
+        """As it is."""
+        return self.found.network
+
+    @property
+    def layout(self) -> Layout:
+        """What can be cut in it."""
+        return self.found.layout
+
+    @cached_property
+    def sizes(self) -> dict[Axis, int]:
+        """Of the axes that are free, for one of the widest calibration rows: what multiply-accumulates are of."""
+        return sizes_of(self.found, self.rows.calibration)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What any plan costs."""
+        return costs_of(self.layout, self.sizes)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that scores, curves and repairs depend on beside their own settings."""
+        reading = asdict(self.subject.reading)
+        return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
+
+    @cached_property
+    def judge(self) -> NetworkJudge:
+        """Compares cut networks with this one on rows that nothing learned from.
+
+        Raises: BadInput: no such rows, or labels by which the network is no better than guessing.
+        """
+        if self.rows.held_out is None:
+            raise BadInput("there are no rows that judge: give --eval, or more calibration rows.")
+        dense = readouts(self.subject.program, self.subject.reading, self.rows.held_out)
+        return NetworkJudge(dense, self.rows.held_out, names=self.names, metric=self.metric, strict=self.strict)
+
+    def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
+        """What each calibration token counts in curves and repairs: the same for every plan, measured once."""
+        if "token weights" not in self._kept:
+            self._kept["token weights"] = token_weights(
+                self.subject, self.rows.calibration.batches, seed=self.seed, progress=progress
+            )
+        found: TokenWeights | None = self._kept["token weights"]
+        return found
+
+    def know_token_weights(self, weights: TokenWeights | None) -> None:
+        """Take what calibration tokens count from elsewhere."""
+        self._kept["token weights"] = weights
+
+    def quality_of(self, smaller: Network) -> Quality:
+        """What a cut network is worth on the rows that judge."""
+        assert self.rows.held_out is not None, "asked for a judge before"
+        return self.judge.of(readouts(Program(smaller), self.subject.reading, self.rows.held_out))
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
     """A smaller network, and how it came to be."""
 
     network: Network
     dense: Network
     """What it was cut from, of the same shape as the given one, with the weights that were repaired."""
     plan: NetworkPlan
-    scores: UnitScores
     compensation: Compensation | None
     proof: Proof
-    quality: Quality | None
-    """On rows that nothing learned from; None: there are none."""
 
 
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """A network with its data and what is asked; everything checked that can be without the work."""
+def ready_of(
+    found: Found,
+    rows: Halves,
+    *,
+    output: str | None = None,
+    read_as: Any = None,
+    pooling: str | None = None,
+    kinds: tuple[str, ...] = DEFAULT_KINDS,
+    names: tuple[str, ...] | None = None,
+    strict: bool = False,
+    metric: Metric | None = None,
+    seed: int = 0,
+) -> Ready:
+    """Put a network and its data together.
 
-    found: Found
-    rows: Halves
-    recipe: Recipe
-    subject: Subject
-    limits: tuple[Limit, ...]
-
-    @cached_property
-    def key(self) -> str:
-        """Hash of all that scores depend on."""
-        recipe, fingerprint = self.recipe, self.rows.calibration.fingerprint
-        reading = asdict(self.subject.reading)
-        how = [asdict(recipe.scoring), recipe.choice.kinds, reading]
-        return sha256_json([self.subject.hash, fingerprint, *how])
+    Args: output, read_as: what is compared, and as what; see `scoring.reading.reading_of`. pooling: of embeddings.
+    Raises: BadInput: they do not fit.
+    """
+    subject = Subject.of(found.layout, output=output, kind=read_as)
+    if pooling is not None:
+        subject = replace(subject, reading=replace(subject.reading, pooling=pooling))
+    check_runs(subject.program, rows.calibration)
+    return Ready(found, rows, subject, kinds, names, strict, metric, seed)
 
 
-def ready(found: Found, rows: Halves, recipe: Recipe) -> Ready:
-    """Check that network, data and budget fit together.
+def score(
+    ready: Ready,
+    settings: ScoreSettings,
+    *,
+    memory_budget: int | None = None,
+    store: Store | None = None,
+    worker: Worker | None = None,
+    progress: Progress = silent,
+) -> UnitScores:
+    """Score the units; see `scoring.unit_job.score_units`.
 
-    Args: found: the network with its groups, as `jobs.networks.find_in` returns it. rows: that teach, and that judge.
+    Raises: BadInput, NonFiniteActivation: data and network do not fit. PartsLeft: others are at it.
+    """
+    found = score_units(
+        ready.subject,
+        ready.rows.calibration.batches,
+        settings,
+        kinds=ready.kinds,
+        memory_budget=memory_budget,
+        store=store,
+        worker=worker,
+        progress=progress,
+    )
+    return replace(found, provenance={**found.provenance, "key": score_key(ready, settings)})
+
+
+def score_key(ready: Ready, settings: ScoreSettings) -> str:
+    """Hash of all that scores depend on."""
+    return sha256_json([ready.key, asdict(settings)])
+
+
+def curves_of(ready: Ready, scores: UnitScores, progress: Progress = silent) -> Curves:
+    """Measure what each group loses as it gets narrower.
+
+    Raises: BadInput: too few samples.
+    """
+    return unit_curves(
+        ready.subject,
+        scores.scores,
+        ready.rows.calibration.batches,
+        kinds=ready.kinds,
+        token_weights=ready.token_weights(),
+        progress=progress,
+    )
+
+
+def pick(
+    ready: Ready,
+    scores: UnitScores,
+    limits: Sequence[Limit],
+    choice: Choice,
+    curves: Curves | None = None,
+    *,
+    emptying: bool = True,
+) -> Keep:
+    """Choose what stays; by curves a branch that the stream goes around may go as a whole, where a cut can do that.
+
+    Args: emptying: False: no branch goes as a whole.
     Raises: BadInput, InfeasibleBudget.
     """
-    subject = Subject.of(found.layout, output=recipe.output, kind=recipe.read_as)
-    limits = tuple(limits_within(costs_of(found.layout, sizes_of(found, rows.calibration)), recipe.limits))
-    check_choice(found.layout, limits, recipe.choice)
-    check_runs(subject.program, rows.calibration)
-    return Ready(found, rows, recipe, subject, limits)
-
-
-def scored(
-    asked: Ready, known: UnitScores | None = None, *, memory_budget: int | None = None, progress: Progress = silent
-) -> UnitScores:
-    """Score the units.
-
-    Args: known: scores of an earlier run; they are returned if they were made of the same in the same way.
-        memory_budget: bytes that scoring may take; None: most of what is free.
-    Raises: BadInput, NonFiniteActivation: data and network do not fit.
-    """
-    if known is not None and known.provenance.get("key") == asked.key:
-        return known
-    recipe, batches = asked.recipe, asked.rows.calibration.batches
-    how = {"kinds": recipe.choice.kinds, "memory_budget": memory_budget, "progress": progress}
-    found = score_units(asked.subject, batches, recipe.scoring, **how)  # type: ignore[arg-type]
-    return replace(found, provenance={**found.provenance, "key": asked.key})
-
-
-Pick = Callable[[Sequence[Limit]], Keep]
-"""What stays within more limits, beside those that hold anyway."""
-
-
-def prune_network(
-    asked: Ready, scores: UnitScores, *, chosen: Callable[[Pick], Keep] | None = None, stage: Stage = silent_stage
-) -> PrunedNetwork:
-    """Make a network smaller; the given one is untouched.
-
-    Args: scores: what `scored` returns.
-        chosen: picks what stays, for limits of its own such as time; None: within the recipe's.
-    Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
-    """
-    found, rows, recipe, subject = asked.found, asked.rows, asked.recipe, asked.subject
-    batches = rows.calibration.batches
-    numbers = {name: values.numpy() for name, values in scores.scores.items()}
-    by_curves = recipe.choice.allocation == "curves"
-    weights = token_weights(subject, batches) if recipe.compensation or by_curves else None
-    curves = None
-    if by_curves:
-        with stage("curves") as progress:
-            curves = unit_curves(
-                *(subject, scores.scores, batches),
-                kinds=recipe.choice.kinds,
-                token_weights=weights,
-                progress=progress,
-            )
-    pick = partial(_kept, asked, numbers, curves)
-    keep = pick(()) if chosen is None else chosen(pick)
-    repaired = None
-    if recipe.compensation:
-        with stage("compensate") as progress:
-            repaired = compensated(subject, keep, batches, token_weights=weights, progress=progress)
-    with stage("cut and prove"):
-        dense = found.network if repaired is None else repaired.network
-        layout = found.layout if repaired is None else find(dense, found.probes)
-        smaller = cut(layout, keep)
-        proof = prove(layout, keep, smaller, found.probes)
-    quality = None
-    if rows.held_out is not None:
-        with stage("judge"):
-            quality = _quality(subject, smaller, rows.held_out)
-    return PrunedNetwork(smaller, dense, _plan(asked, keep, numbers), scores, repaired, proof, quality)
-
-
-def _kept(
-    asked: Ready, scores: Mapping[str, np.ndarray], curves: Mapping[str, Curve] | None, more: Sequence[Limit]
-) -> Keep:
-    """What stays; by curves a branch that the stream goes around may go as a whole, where a cut can do that."""
-    layout, limits, choice = asked.found.layout, (*asked.limits, *more), asked.recipe.choice
-    if curves is None:
-        return choose(layout, scores, limits, choice)
-    keep = choose(layout, scores, limits, choice, curves=curves, emptying=bypassed(layout))
+    layout, numbers = ready.layout, {name: values.numpy() for name, values in scores.scores.items()}
+    if choice.allocation != "curves" or not emptying:
+        return choose(layout, numbers, limits, choice, curves=curves)
+    keep = choose(layout, numbers, limits, choice, curves=curves, emptying=bypassed(layout))
     if all(keep.values()):
         return keep
     try:
         cut(layout, keep)
     except BadInput:
-        return choose(layout, scores, limits, choice, curves=curves)
+        return choose(layout, numbers, limits, choice, curves=curves)
     return keep
 
 
+def planned(ready: Ready, keep: Keep, scores: UnitScores, settings: Mapping[str, Any]) -> NetworkPlan:
+    """Write down what stays, what that costs, and how it was chosen."""
+    numbers: dict[str, np.ndarray] = {name: values.numpy() for name, values in scores.scores.items()}
+    origin = Origin(str(scores.provenance.get("scorer")), hash_of(numbers))
+    return plan_of(ready.layout, keep, settings, origin, sizes=ready.sizes)
+
+
+def check_plan(ready: Ready, plan: NetworkPlan) -> None:
+    """Make sure that a plan fits the network, and costs what it says.
+
+    Raises: BadInput, PlanMismatch.
+    """
+    plan.check(ready.layout)
+    if plan.cost not in (None, plan_cost(ready.layout, ready.costs, plan.keep, ready.sizes)):
+        raise PlanMismatch(
+            "the plan costs another amount than it says: it was edited. Make it with `optin plan DIR`, or leave out "
+            "its `cost`."
+        )
+
+
+def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress: Progress = silent) -> Cut:
+    """Repair the weights around a cut, cut, and prove that the result computes what the masked network does.
+
+    Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
+    """
+    found, keep, repaired = ready.found, plan.keep, None
+    if compensation:
+        batches = ready.rows.calibration.batches
+        repaired = compensated(ready.subject, keep, batches, token_weights=ready.token_weights(), progress=progress)
+    dense = found.network if repaired is None else repaired.network
+    layout = found.layout if repaired is None else find(dense, found.probes)
+    smaller = cut(layout, keep)
+    return Cut(smaller, dense, plan, repaired, prove(layout, keep, smaller, found.probes))
+
+
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:
-    """Sizes of the free axes of the inputs for one of the widest rows; what follows from them is counted so too."""
-    widest = rows.widest
+    """Sizes of all axes for one of the widest rows, where they differ from the probe's: also of what follows from the
+    inputs' sizes, such as pictures behind a convolution with a stride."""
+    widest, network, one = rows.widest, found.network, takes(found.network).rows or 1
+    feeds = {port.name: widest[port.name] for port in network.inputs}
+    shapes = shapes_of(network, {name: x if name in rows.shared else x[:one] for name, x in feeds.items()})
     sizes: dict[Axis, int] = {}
-    for port in found.network.inputs:
-        for place, axis in enumerate(found.layout.structure.axes.get(port.name, ())):
-            free = port.shape is not None and isinstance(port.shape[place], str)
-            if free and axis.kind == "leaf":
-                sizes[axis.root] = widest[port.name].shape[place] if place else 1
+    for name, axes in found.layout.structure.axes.items():
+        for axis, size in zip(axes, shapes.shape(name) or (), strict=False):
+            if axis.kind == "leaf" and axis.size != size:
+                sizes.setdefault(axis.root, size)
     return sizes
 
 
-def _quality(subject: Subject, smaller: Network, rows: Feeds) -> Quality:
-    judge = NetworkJudge(readouts(subject.program, subject.reading, rows), rows)
-    return judge.of(readouts(Program(smaller), subject.reading, rows))
+def emptiable(layout: Layout) -> frozenset[str]:
+    """Names of the groups that may lose all their units, all of them at once; none where no cut can do that."""
+    names = bypassed(layout)
+    try:
+        cut(layout, dict.fromkeys(names, ()))
+    except BadInput:
+        return frozenset()
+    return names
 
 
-def _plan(asked: Ready, keep: Keep, scores: Mapping[str, np.ndarray]) -> NetworkPlan:
-    recipe, layout = asked.recipe, asked.found.layout
-    settings: dict[str, Any] = {"limits": given(recipe.limits), **asdict(recipe.choice)}
-    origin = Origin(recipe.scoring.scorer, hash_of(scores))
-    return plan_of(layout, keep, settings, origin, sizes=sizes_of(asked.found, asked.rows.calibration))
+def emptied(keep: Mapping[str, Collection[int]]) -> list[str]:
+    """Names of the groups that lose all their units."""
+    return [name for name, units in keep.items() if not units]

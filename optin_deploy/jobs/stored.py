@@ -21,18 +21,28 @@ FILE, PLAN = "model.onnx", "plan.json"
 def marked(network: Network, plan: NetworkPlan) -> Network:
     """The same network, whose file says by which plan it was cut."""
     found = Network(network.model.clone(), network.source)
-    found.model.metadata_props[MARK] = json.dumps({"plan": plan.hash, "network": plan.network})
+    found.model.metadata_props.update(mark(plan.network, plan.hash))
     return found
+
+
+def mark(network: str | None, plan: str | None = None) -> dict[str, str]:
+    """The entry of a file's metadata by which it is known: hash of the dense network, and of the plan of a cut one."""
+    return {MARK: json.dumps({"plan": plan, "network": network})}
+
+
+def told(entry: str | None) -> dict[str, str | None] | None:
+    """What an entry of MARK says: `plan` and `network`; None: it is none of ours."""
+    try:
+        found = json.loads(entry or "null")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and set(found) == {"plan", "network"} else None
 
 
 def plan_named(network: Network) -> str | None:
     """Hash of the plan by which a file of ours was cut; None: it does not say."""
-    try:
-        told = json.loads(network.model.metadata_props.get(MARK, "null"))
-    except ValueError:
-        return None
-    found = told.get("plan") if isinstance(told, dict) else None
-    return found if isinstance(found, str) else None
+    found = told(network.model.metadata_props.get(MARK))
+    return None if found is None or not isinstance(found["plan"], str) else found["plan"]
 
 
 def save(network: Network, plan: NetworkPlan, folder: Path) -> Path:

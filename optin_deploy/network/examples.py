@@ -18,6 +18,10 @@ IMAGE_SIZE, CHANNELS = 224, 3
 """Where the config does not tell."""
 
 
+SERVED_SIZE = "inference_image_size"
+"""Our entry in a config: height and width of the images that the model is served with."""
+
+
 @dataclass(frozen=True)
 class Example:
     """Inputs to trace a model with."""
@@ -80,7 +84,7 @@ def _ids(model: Any, length: int) -> Tensor:
 
 
 def _image(model: Any) -> Tensor:
-    size = _entry(model.config, "image_size", IMAGE_SIZE)
+    size = getattr(model.config, SERVED_SIZE, None) or _entry(model.config, "image_size", IMAGE_SIZE)
     if isinstance(size, Mapping):
         size = (size["height"], size["width"])
     height, width = (size, size) if isinstance(size, int) else size

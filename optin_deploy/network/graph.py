@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -158,7 +159,12 @@ def captured(graphs: Iterable[ir.Graph]) -> list[str]:
 
 
 def _value(attribute: ir.Attr) -> Any:
+    """A Python value; real numbers in float32, as files store them: so a network is the same once it is written."""
     value = attribute.value
+    if attribute.type == ir.AttributeType.FLOAT:
+        return float(np.float32(value))
+    if attribute.type == ir.AttributeType.FLOATS:
+        return tuple(float(np.float32(each)) for each in value)
     return tuple(value) if isinstance(value, list) else value
 
 

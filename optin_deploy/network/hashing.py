@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from optin_deploy.network.graph import Network
+from optin_deploy.network.graph import Network, decoded
 
 
 def network_hash(network: Network) -> str:
@@ -54,8 +54,8 @@ def _told(value: Any) -> str:
 
 
 def _node(node: ir.Node) -> tuple[str, str, list[str]]:
-    named: Iterable[tuple[str, ir.Attr]] = sorted(node.attributes.items())
-    return node.domain, node.op_type, [f"{name} {_told(attribute.value)}" for name, attribute in named]
+    named = sorted(decoded(0, node, {}).attributes.items())
+    return node.domain, node.op_type, [f"{name} {_told(value)}" for name, value in named]
 
 
 def _bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:

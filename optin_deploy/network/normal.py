@@ -33,6 +33,7 @@ def normalise(model: ir.Model, source: str) -> None:
             _compute_outputs(graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         replace_sequences(model.graph)
+        _plain_casts(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
     except FOREIGN as err:
@@ -42,6 +43,17 @@ def normalise(model: ir.Model, source: str) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:  # several exporters write -1 for a free size
             value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
+
+
+def _plain_casts(graph: ir.Graph) -> None:
+    """Put Cast in place of CastLike, for which few engines have a kernel, where the type is known."""
+    for node in [node for node in graph if node.op_type == "CastLike" and node.domain == ""]:
+        like = None if node.inputs[1] is None else node.inputs[1].dtype
+        if like is not None:
+            cast = ir.node("Cast", node.inputs[:1], {"to": int(like)}, name=node.name)
+            cast.outputs[0].name, cast.outputs[0].type = node.outputs[0].name, ir.TensorType(like)
+            cast.outputs[0].shape = node.outputs[0].shape
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)
 
 
 def reason(err: BaseException) -> str:

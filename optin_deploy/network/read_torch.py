@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,9 @@ FAILURES = (
 )
 """What exporters raise about modules that they cannot trace: their own errors are RuntimeErrors."""
 
+EXPORTING = threading.RLock()
+"""Exporters keep what they are at in places that all threads share."""
+
 Axes = Mapping[str, Mapping[int, str]]
 """Axes of inputs whose size is free, and what they are called."""
 
@@ -59,7 +63,7 @@ def read_module(
     free = {name: {0: "batch"} for name, value in inputs.items() if value.dim()} if axes is None else axes
     traced = Traced(module, tuple(inputs))
     failures: list[str] = []
-    with prepared(module), torch.no_grad(), _quiet():
+    with EXPORTING, prepared(module), torch.no_grad(), quiet():
         for new in (True, False) if dynamo is None else (dynamo,):
             try:
                 model = _by_dynamo(traced, inputs, free, opset) if new else _by_script(traced, inputs, free)
@@ -213,7 +217,7 @@ def _configs(module: nn.Module) -> Sequence[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters' notes of progress and deprecation are not for our users."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -88,6 +89,13 @@ class Program:
         for name, index in last.items():
             if name not in self._weights:
                 self._ends[index].append(name)
+
+    def replaced(self, node: Node) -> Program:
+        """Return the same with another node in the place of the one of its index."""
+        found = copy.copy(self)
+        found._steps = [*self._steps]
+        found._steps[node.index] = (node, _row(node), self._adapted(node))
+        return found
 
     def __deepcopy__(self, memo: object) -> Program:
         """Itself, as it never changes: copies of modules that run it share it."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from optin_deploy.network.graph import Network
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.run import Cone, Mask, Place, Program
 
 
@@ -71,14 +71,18 @@ class Stream:
         """Number of batches."""
         return len(self._kept)
 
-    def look(self, number: int, wanted: Collection[str]) -> dict[str, Tensor]:
-        """Return values of a batch that lie at or behind where it stands."""
+    def look(self, number: int, wanted: Collection[str], instead: Node | None = None) -> dict[str, Tensor]:
+        """Return values of a batch that lie at or behind where it stands.
+
+        Args: instead: a node that runs in the place of the one of its index.
+        """
         kept = self._kept[number]
         found = {name: kept[name] for name in wanted if name in kept}
         rest = [name for name in wanted if name not in kept]
         cone = self.spans.cone(self.at, rest)
         feeds = {name: kept[name] for name in cone.needs}
-        run = self.program({**feeds, **self.weights}, masks=self.masks, watch=rest, cone=cone)
+        program = self.program if instead is None else self.program.replaced(instead)
+        run = program({**feeds, **self.weights}, masks=self.masks, watch=rest, cone=cone)
         return found | run.watched
 
     def advance(self, to: int) -> None:

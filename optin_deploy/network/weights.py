@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx_ir as ir
 from torch import Tensor
@@ -16,27 +16,32 @@ OWN = ".own"
 
 
 @uncollected()
-def separated(network: Network, places: Collection[Place]) -> Network:
-    """Return a network where no other place reads the stored tensors of these places: where one does they get a copy.
+def separated(network: Network, sets: Iterable[Collection[Place]]) -> Network:
+    """Return a network where no place outside of a set reads what is stored for places of it: else they get a copy.
 
     Exporters store equal vectors once.
     """
-    shared = [place for place in sorted(places) if _readers(network, place) > 1]
+    shared: dict[tuple[int, str], list[Place]] = {}
+    for number, places in enumerate(sets):
+        for index, place in sorted(places):
+            name = network.nodes[index].inputs[place]
+            if not {(node.index, at) for node, at in network.consumers[name]} <= set(places):
+                shared.setdefault((number, name), []).append((index, place))
     if not shared:
         return network
     model = network.model.clone()
     nodes = list(model.graph)
     taken = {*network.weights, *network.producer, *(port.name for port in (*network.inputs, *network.outputs))}
-    for index, place in shared:
-        stored = network.weights[network.nodes[index].inputs[place]]
-        name = f"{network.nodes[index].inputs[place]}{OWN}"
+    for (_, source), places in shared.items():
+        stored, name = network.weights[source], f"{source}{OWN}"
         while name in taken:
             name += OWN
         taken.add(name)
         value = ir.Value(name=name, type=ir.TensorType(stored.dtype), const_value=stored)
         value.shape = ir.Shape(stored.shape.numpy())
         model.graph.register_initializer(value)
-        nodes[index].replace_input_with(place, value)
+        for index, place in places:
+            nodes[index].replace_input_with(place, value)
     return Network(model, network.source)
 
 
@@ -50,7 +55,3 @@ def with_weights(network: Network, weights: Mapping[str, Tensor]) -> Network:
         stored = ir.tensor_adapters.TorchTensor(tensor.detach().cpu(), name)
         model.graph.initializers[name].const_value = stored
     return Network(model, network.source)
-
-
-def _readers(network: Network, place: Place) -> int:
-    return len(network.consumers[network.nodes[place[0]].inputs[place[1]]])

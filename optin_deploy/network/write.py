@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import Message
 
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
@@ -84,21 +85,30 @@ def _without_weights(network: Network) -> tuple[onnx.ModelProto, dict[str, ir.Te
 
 
 def _write_inside(file: BinaryIO, proto: onnx.ModelProto, weights: Mapping[str, ir.TensorProtocol]) -> None:
-    """One message: the graph is its last field, and the weights are the last of the graph's."""
-    graph = proto.graph.SerializeToString()
+    """One message, its fields in the order of their numbers: whoever reads and writes it again gets the same bytes."""
+    before, after = _around(proto.graph, onnx.GraphProto.INITIALIZER_FIELD_NUMBER)
     heads = {name: _head(name, weight) for name, weight in weights.items()}
+    size = len(before) + len(after) + sum(len(head) + weights[name].nbytes for name, head in heads.items())
     proto.ClearField("graph")
-    file.write(proto.SerializeToString())
-    file.write(
-        length_delimited(
-            onnx.ModelProto.GRAPH_FIELD_NUMBER,
-            len(graph) + sum(len(head) + weights[name].nbytes for name, head in heads.items()),
-        )
-    )
-    file.write(graph)
+    first, last = _around(proto, onnx.ModelProto.GRAPH_FIELD_NUMBER)
+    file.write(first + length_delimited(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + before)
     for name, head in heads.items():
         file.write(head)
         _write_values(file, weights[name])
+    file.write(after + last)
+
+
+def _around(message: Message, number: int) -> tuple[bytes, bytes]:
+    """The fields up to a number, and those behind it."""
+    parts = []
+    for behind in (False, True):
+        part = type(message)()
+        part.CopyFrom(message)
+        for field, _ in part.ListFields():
+            if (field.number > number) is not behind:
+                part.ClearField(field.name)
+        parts.append(part.SerializeToString())
+    return parts[0], parts[1]
 
 
 def _head(name: str, weight: ir.TensorProtocol) -> bytes:

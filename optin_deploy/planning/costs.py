@@ -146,7 +146,7 @@ def costs_of(layout: Layout, sizes: Mapping[Axis, int] | None = None) -> Costs:
     """
     structure = layout.structure
     names = {group.leaf.root: group.name for group in layout.groups}
-    whole = {group.name: group.units for group in layout.groups}
+    whole = layout.units
     known: Known = {**(sizes or {}), **names}
     terms: Terms = {}
     for _, axes in structure.products:

@@ -215,3 +215,34 @@ class TimeCost:
     def _steps(self) -> Mapping[str, np.ndarray]:
         """Nanoseconds that each group saves at each width, while all others are whole."""
         return {name: steps.saved(np.arange(steps.counts[-1] + 1)) for name, steps in self.table.groups.items()}
+
+
+def is_table(path: Path) -> bool:
+    """Is this a latency table, of whatever network and setting?"""
+    try:
+        LatencyTable.read(path)
+    except BadInput:
+        return False
+    return True
+
+
+TABLE_HEADER = ("groups", "kept", "ms saved by each")
+
+
+def table_rows(table: LatencyTable) -> list[tuple[str, ...]]:
+    """A row a measured width; groups that share their times share a row."""
+    rows: list[tuple[str, ...]] = []
+    for steps in dict.fromkeys(table.groups.values()):
+        names = [name for name, mine in table.groups.items() if mine == steps]
+        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
+        rows += [(where, str(n), f"{ns / 10**6:.3f}") for n, ns in zip(steps.counts, steps.ns, strict=True)]
+    return rows
+
+
+def held_out_line(table: LatencyTable) -> str:
+    """How wrong the table is, in a sentence."""
+    errors = np.abs([each.error for each in table.held_out])
+    return (
+        f"{len(errors)} random plans: predicted times are off by {np.median(errors):.1%} in the median, "
+        f"{errors.max():.1%} at worst."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.network.axes import Axis, size
 from optin_deploy.network.hashing import network_hash
-from optin_deploy.planning.costs import costs_of
+from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
@@ -148,18 +148,26 @@ def plan_of(
     Raises: BadInput: a group or unit is not there.
     """
     checked(layout, keep)
-    structure = layout.structure
     units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
-    costs = costs_of(layout, sizes)
-    widths = costs.widths(units)
+    cost = plan_cost(layout, costs_of(layout, sizes), units, sizes)
+    return NetworkPlan(units, network_hash(layout.structure.network), cost, origin, dict(settings or {}))
+
+
+def plan_cost(
+    layout: Layout, costs: Costs, keep: Mapping[str, Sequence[int]], sizes: Mapping[Axis, int] | None = None
+) -> PlanCost:
+    """Count what a network costs before and after.
+
+    Args: costs: of any plan for the layout. sizes: at which they count; see `plan_of`.
+    """
+    structure, widths = layout.structure, costs.widths(keep)
     inputs = {
         port.name: tuple(size(axis, sizes or {}) for axis in structure.axes.get(port.name, ()))
         for port in structure.network.inputs
     }
-    cost = PlanCost(
+    return PlanCost(
         *(costs.macs.dense, costs.macs.of(widths)),
         *(costs.params.dense, costs.params.of(widths)),
         *(costs.size.dense, costs.size.of(widths)),
         inputs,
     )
-    return NetworkPlan(units, network_hash(structure.network), cost, origin, dict(settings or {}))

@@ -34,7 +34,7 @@ LEAST_GAIN = 1e-12
 
 
 class Curve(Protocol):
-    """The error of a network in which one group alone gets narrower, such as `optin_deploy.curves.Curve`."""
+    """The error of a network in which one group alone gets narrower, such as `optin_deploy.planning.curve.Curve`."""
 
     @property
     def counts(self) -> tuple[int, ...]:

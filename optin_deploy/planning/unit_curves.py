@@ -6,6 +6,7 @@ dense network. Between the measured widths the error is interpolated. No labels:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.curves import RIDGE, SHARES, Curve
+from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.judging import joined, judged_samples, samples_of
-from optin_deploy.masking import Batch, rows_of
 from optin_deploy.network.axes import kept
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
+from optin_deploy.planning.curve import RIDGE, SHARES, Curve
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import MOST_INPUTS, Moments
 from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
-from optin_deploy.scoring.losses import Readout, output_distance
+from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.structure.flow import Contraction, Structure
@@ -68,12 +69,13 @@ def unit_curves(
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """A product that uses units of a group."""
+    """A matrix that uses units of a group."""
 
     site: Contraction
-    product: Solvable
+    products: tuple[Solvable, ...]
+    """One, or all that read the same matrix."""
     moments: Moments
-    """Of what it reads."""
+    """Of what they read."""
     reach: Tensor
 
 
@@ -98,11 +100,11 @@ class _Bench:
         weights = None if token_weights is None else token_weights.chosen(rest).split(rows)
         self.subject, self.counts = subject, Counts(subject, self.fitted, weights)
         self.products = {group.name: list(_products(subject.structure, group)) for group in groups}
-        network = apart(subject.structure.network, [product for uses in self.products.values() for _, product in uses])
+        network = apart(subject.structure.network, [alike for uses in self.products.values() for _, alike in uses])
         self.program = Program(network, device=subject.program.device, dtype=subject.program.dtype)
         self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
         self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
-        self.dense = [self._read(self.program(subject.fed(batch)).outputs, batch) for batch in self.judged]
+        self.dense = [subject.read(self.program(subject.fed(batch)).outputs, valid_of(batch)) for batch in self.judged]
 
     def curve(self, group: UnitGroup, order: Tensor) -> Curve:
         """The errors of a group that keeps its first units in this order."""
@@ -113,7 +115,7 @@ class _Bench:
             return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0))
         self.fit.advance(group.depth)
         self.judge.advance(group.depth)
-        uses = [_Use(site, product, *self._moments(product)) for site, product in self.products[group.name]]
+        uses = [_Use(site, alike, *self._moments(alike)) for site, alike in self.products[group.name]]
         cone = self.judge.spans.cone(group.depth, [output], inside)
         starts = [self.judge.look(number, cone.needs) for number in range(len(self.judged))]
         errors = []
@@ -125,11 +127,11 @@ class _Bench:
         falling = np.minimum.accumulate(errors).tolist()
         return Curve((*counts, group.units), (*falling, 0.0))
 
-    def _moments(self, product: Solvable) -> tuple[Moments, Tensor]:
-        """Sums of what a product reads in the dense network, and see `solving.reach`."""
-        linear = product.linear
-        sums = Moments(linear.inputs, 0)
-        for number, batch in enumerate(self.fitted):
+    def _moments(self, products: Sequence[Solvable]) -> tuple[Moments, Tensor]:
+        """Sums of what products with one matrix read in the dense network, and see `solving.reach`."""
+        sums = Moments(products[0].linear.inputs, 0)
+        for product, (number, batch) in itertools.product(products, enumerate(self.fitted)):
+            linear = product.linear
             samples = rows_of(batch)
             values = self.fit.look(number, [linear.reads, linear.gives])
             given = values[linear.gives]
@@ -138,20 +140,22 @@ class _Bench:
             rows = linear.rows_out(counts.expand(given.shape), samples, chosen)[..., 0]
             read = linear.rows_in(values[linear.reads], samples, chosen)[rows > 0]
             sums.add(read, read[:, :0], rows[rows > 0])
-        return sums, reach(self.fit, product, rows_of(self.fitted[0]))
+        return sums, reach(self.fit, products[0], rows_of(self.fitted[0]))
 
     def _narrowed(self, group: UnitGroup, uses: Sequence[_Use], units: Tensor) -> Changes:
         """Weights with which the group does with these units."""
         changes = Changes(self.program.network, self.program.device)
         for use in uses:
-            linear = use.product.linear
+            product = use.products[0]
+            linear = product.linear
             channels = torch.from_numpy(kept(use.site.axis, {group.leaf.root: units.numpy()}))
             columns = (channels[:, None] * linear.taps + torch.arange(linear.taps)).flatten()
-            matrix = changes.matrix(use.product)
-            change, offset = use.moments.narrowed(columns, matrix).solve(RIDGE, use.product.shift is not None)
+            centred = all(each.shift is not None for each in use.products)
+            change, offset = use.moments.narrowed(columns, changes.matrix(product)).solve(RIDGE, centred)
             every = torch.arange(linear.outputs)
-            changes.add(use.product, every, columns, change.T)
-            changes.shift(use.product, every, offset * use.reach)
+            changes.add(product, every, columns, change.T)
+            for each in {changes.vector(each): each for each in use.products}.values() if centred else ():
+                changes.shift(each, every, offset * use.reach)
         return changes
 
     def _error(
@@ -164,19 +168,21 @@ class _Bench:
         total = 0.0
         for batch, start, dense in zip(self.judged, starts, self.dense, strict=True):
             run = self.program({**start, **changes.weights}, masks=masks, cone=cone)
-            total += float(output_distance(dense, self._read(run.outputs, batch).values).sum())
+            found = self.subject.read(run.outputs, valid_of(batch))
+            total += float(output_distance(dense, found.values).sum())
         return total / sum(map(rows_of, self.judged))
 
-    def _read(self, outputs: Mapping[str, Tensor], batch: Batch) -> Readout:
-        return self.subject.reading.read(outputs, valid_of(batch))
 
-
-def _products(structure: Structure, group: UnitGroup) -> Iterator[tuple[Contraction, Solvable]]:
-    """Products that use units of a group and can be solved for, each once; the others are masked alone."""
+def _products(structure: Structure, group: UnitGroup) -> Iterator[tuple[Contraction, tuple[Solvable, ...]]]:
+    """Products that use units of a group and can be solved for, by their matrix; the others are masked alone."""
+    found: dict[str, list[tuple[Contraction, Solvable]]] = {}
     for site in {site.node: site for site in group.sites if site.with_weight}.values():
         try:
-            product = solvable(structure, site.node)
+            product = solvable(structure, site.node, shared=True)
         except Unsupported:
             continue
-        if product.linear.seen and product.linear.inputs <= MOST_INPUTS:
-            yield site, product
+        if product.linear.seen and product.linear.groups == 1 and product.linear.inputs <= MOST_INPUTS:
+            found.setdefault(product.linear.stored.name, []).append((site, product))
+    for alike in found.values():
+        if len(alike) == len(alike[0][1].linear.stored.places):
+            yield alike[0][0], tuple(product for _, product in alike)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning.costs import Limit, fits
-from optin_deploy.planning.ladder import Ladder, best, ladder, narrowest
+from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowest
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
 from optin_deploy.planning.trading import Curve, check_curves, least_summed_error
-from optin_deploy.structure.groups import KINDS, Layout
+from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.labels import KINDS
 
 DEFAULT_KINDS = ("heads", "groups", "neurons", "channels")
 """What is cut where nothing is said; widths of heads, and queries within a group, only where they are named."""
-ALLOCATIONS = ("uniform", "paper", "curves")
+ALLOCATIONS = ("curves", "uniform", "paper")
 DEFAULT_ALIGN = 8
 
 Keep = dict[str, tuple[int, ...]]
@@ -41,9 +42,33 @@ class Choice:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise BadInput(f"--units {unknown[0]!r}: possible are {', '.join(KINDS)}.")
         if self.align < 1:
-            raise BadInput(f"--align {self.align}: give 1 or more.")
+            raise BadInput(f"--align {self.align}: give 1 or more, such as 16.")
         if self.allocation not in ALLOCATIONS:
             raise BadInput(f"--allocation {self.allocation!r}: possible are {', '.join(ALLOCATIONS)}.")
+
+
+def default_align(layout: Layout, choice: Choice) -> int:
+    """Return the multiple of a choice, or less where no group that is aligned has so many units."""
+    units = [group.units for group in layout.groups if group.kind in choice.kinds]
+    aligned = [group.units for group in layout.groups if group.kind in ("neurons", "channels")]
+    widest = max(aligned or units, default=choice.align)
+    return choice.align if widest > choice.align else max(1, widest // 2)
+
+
+def aligned(layout: Layout, choice: Choice, asked: int | None) -> Choice:
+    """Return the choice with the multiple that is asked for; None: with its own, or `default_align`.
+
+    Raises: BadInput: no group has so many units; says the largest that one has.
+    """
+    if asked is None:
+        return replace(choice, align=default_align(layout, choice))
+    widest = max((g.units for g in layout.groups if g.kind in choice.kinds and g.kind in ALIGNED), default=asked)
+    if asked > widest:
+        raise BadInput(
+            f"--align {asked}: the widest group that is cut in multiples has {widest} units, so that nothing would go. "
+            f"Give --align {widest} or less."
+        )
+    return replace(choice, align=asked)
 
 
 def choose(
@@ -66,7 +91,7 @@ def choose(
     """
     ladders = check_choice(layout, limits, choice, emptying)
     _check_scores(layout, ladders, scores)
-    whole = {group.name: group.units for group in layout.groups}
+    whole = layout.units
     if choice.allocation == "curves":
         if curves is None:
             raise BadInput("--allocation curves needs error curves, which need data. Use uniform or paper.")
@@ -91,7 +116,7 @@ def check_choice(
     Raises: BadInput: there is none. InfeasibleBudget: even the least that can be kept is more than the limits.
     """
     ladders = ladders_of(layout, choice, emptying)
-    _check_feasible(limits, narrowest(ladders, {group.name: group.units for group in layout.groups}), choice)
+    _check_feasible(limits, narrowest(ladders, layout.units), choice)
     return ladders
 
 

@@ -8,9 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optin_deploy.reporting.blocks import by_block
 from optin_deploy.reporting.network_table import summary
 from optin_deploy.storage import atomic_file
-from optin_deploy.structure.groups import KINDS, Layout, UnitGroup
+from optin_deploy.structure.groups import Layout, UnitGroup
+from optin_deploy.structure.labels import KINDS
 from optin_deploy.structure.shares import Share, shares
 
 if TYPE_CHECKING:
@@ -83,14 +85,10 @@ def is_ours(path: Path) -> bool:
 
 def blocks_of(layout: Layout) -> list[Block]:
     """Gather groups by the entry of a list of layers that they belong to, in the order of work."""
-    paths = {group.name: tuple(group.name.partition(": ")[0].split(".")) for group in layout.groups}
-    entries = {_entry(path) for path in paths.values()}
-    found: dict[tuple[str, ...], list[tuple[str, UnitGroup]]] = {}
-    for group in layout.groups:
-        path = paths[group.name]
-        block = path if path in entries else _entry(path) or path
-        found.setdefault(block, []).append((".".join(path[len(block) :]), group))
-    return [Block(".".join(path), tuple(rows)) for path, rows in found.items()]
+    return [
+        Block(block, tuple((within, layout.by_name[name]) for within, name in inner))
+        for block, inner in by_block(group.name for group in layout.groups).items()
+    ]
 
 
 def joined(blocks: Sequence[Block]) -> list[Block]:
@@ -99,12 +97,6 @@ def joined(blocks: Sequence[Block]) -> list[Block]:
         Block(first.name, first.rows, 1 + len(others))
         for first, *others in (list(same) for _, same in groupby(blocks, key=lambda block: block.form))
     ]
-
-
-def _entry(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The innermost entry of a list in which something has a name; empty: none."""
-    ends = [n + 1 for n, part in enumerate(path[:-1]) if part.isdigit() and not path[n + 1].isdigit()]
-    return path[: ends[-1]] if ends else ()
 
 
 def _columns(blocks: Sequence[Block]) -> Iterator[list[Block]]:

@@ -27,6 +27,8 @@ PROVIDER = "CPUExecutionProvider"
 FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
 """Who takes the nodes that a provider does not, with its options."""
 
+ERRORS = 3
+"""The level from which ONNX Runtime writes to stderr; its warnings are about how it optimises."""
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 """Packages that all install the same `onnxruntime` folder, so that only one may be present."""
 
@@ -77,6 +79,7 @@ class OrtRuntime(Closing):
             default_threads() if is_limited() else 0
         )  # its own 0 knows no quota
         settings.inter_op_num_threads = 1
+        settings.log_severity_level = ERRORS
         # Threads of an idle session would spin on and slow the session that is measured beside it.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         providers = [(provider, dict(options or {})), *FALLBACKS.get(provider, [])]

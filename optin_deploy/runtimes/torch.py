@@ -1,6 +1,8 @@
-"""Run a transformers model with PyTorch, eagerly, numpy in and numpy out."""
+"""Run a torch module with PyTorch, eagerly, numpy in and numpy out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,9 +12,6 @@ from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds, OwnThreads
 from optin_deploy.runtimes.device import exact_float32
 
-OUTPUTS = ("logits", "last_hidden_state")
-"""The output that is read: the first of these that the model gives."""
-
 
 class TorchRuntime(OwnThreads):
     """A model in memory; it stays the caller's, and closing leaves it as it was."""
@@ -20,7 +19,7 @@ class TorchRuntime(OwnThreads):
     def __init__(self, model: nn.Module, *, engine: str = "torch", threads: int = 0) -> None:
         """Wrap the model; nothing is copied.
 
-        Args: model: in eval mode; its forward takes the feeds by name and gives `.logits` or `.last_hidden_state`.
+        Args: model: in eval mode; its forward takes the feeds by name and gives tensors by name.
             threads: see `OwnThreads`.
         Raises: BadInput: a module is in training mode, or negative threads.
         """
@@ -37,23 +36,26 @@ class TorchRuntime(OwnThreads):
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once under inference mode, on the device of the model's weights.
 
-        Returns: one output, `logits` if the model gives it, else `last_hidden_state`; bfloat16 comes back as float32.
-        Raises: BadInput: the model gives neither.
+        Returns: the outputs that are tensors, by their names; bfloat16 comes back as float32.
+        Raises: BadInput: the model gives none by name.
         """
         with torch.inference_mode(), exact_float32():
             # np.require copies only what from_numpy cannot share: read-only or strided arrays.
             arrays = {name: np.require(array, requirements=("C", "W")) for name, array in feeds.items()}
             inputs = {name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()}
             result = self._model(**{k: v.to(self._dtype) if v.is_floating_point() else v for k, v in inputs.items()})
-            for name in OUTPUTS:
-                value = getattr(result, name, None)
-                if value is not None:
-                    # numpy has no bfloat16.
-                    value = value.float() if value.dtype == torch.bfloat16 else value
-                    return {name: value.cpu().numpy()}
+            named = result.items() if isinstance(result, Mapping) else ()
+            # numpy has no bfloat16.
+            found = {
+                name: (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+                for name, value in named
+                if isinstance(value, torch.Tensor)
+            }
+            if found:
+                return found
         raise BadInput(
-            f"{type(self._model).__name__} gave a {type(result).__name__} with neither of {', '.join(OUTPUTS)}. "
-            "Wrap it in a module whose output has one of them."
+            f"{type(self._model).__name__} gave a {type(result).__name__} without tensors by name. "
+            "Wrap it in a module that returns a dict of them."
         )
 
     def synchronize(self) -> None:

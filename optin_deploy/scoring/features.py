@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
-from optin_deploy.layout import LayerSpec
-from optin_deploy.masking import Batch
 from optin_deploy.scoring.noise import sample_keys, stream, uniform_order
 from optin_deploy.validation import whole_number
 
@@ -42,10 +41,6 @@ class Features:
             whole_number(self.tokens, "--tokens", 2, hint="A single token has no relation to another.")
         if self.across and self.tokens is None:
             raise BadInput("tokens across a batch must be drawn: give their number.")
-
-    def path(self, layer: LayerSpec) -> str:
-        """Module whose output is compared."""
-        return layer.path if self.site == "block" else layer.ffn.output
 
 
 ALL_TOKENS = Features()
@@ -76,12 +71,34 @@ class Tokens:
         Returns: (times * groups, tokens, tokens); rows and columns of padding are zero.
         """
         times = len(features) // self.batch
-        if self.places is not None:
-            flat = features.reshape(times, -1, features.shape[-1])
-            features = flat[:, self.places].flatten(0, 1)  # (times * groups, tokens, hidden)
         valid = self.valid.repeat(times, 1)
-        unit = torch.nn.functional.normalize(features, dim=-1) * valid.unsqueeze(-1)
+        unit = torch.nn.functional.normalize(self._chosen(features), dim=-1) * valid.unsqueeze(-1)
         return unit @ unit.transpose(1, 2) / valid.sum(1).view(-1, 1, 1)
+
+    def pulled(self, features: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of sums of weights times `gram`, by the features.
+
+        Args: features: (batch, tokens, hidden). weights: (groups, tokens, tokens) each.
+        """
+        chosen = self._chosen(features)
+        norms = torch.linalg.vector_norm(chosen, dim=-1, keepdim=True).clamp(min=1e-12)  # as `normalize` has it
+        unit, valid = chosen / norms, self.valid.unsqueeze(-1)
+        real, shares = unit * valid, valid / valid.sum(1, keepdim=True) / norms
+        found = []
+        for each in weights:
+            pulled = (each + each.transpose(1, 2)) @ real
+            found.append((pulled - unit * (unit * pulled).sum(-1, keepdim=True)) * shares)
+        if self.places is None:
+            return found
+        empty, places = torch.zeros_like(features).flatten(0, 1), self.places.flatten()
+        return [empty.index_add(0, places, each.flatten(0, 1)).view_as(features) for each in found]
+
+    def _chosen(self, features: Tensor) -> Tensor:
+        """(times * groups, tokens, hidden)."""
+        if self.places is None:
+            return features
+        flat = features.reshape(len(features) // self.batch, -1, features.shape[-1])
+        return flat[:, self.places].flatten(0, 1)
 
 
 def draw_tokens(features: Features, batch: Batch, valid: Tensor, seed: int) -> Tokens:
@@ -109,12 +126,6 @@ def draw_tokens(features: Features, batch: Batch, valid: Tensor, seed: int) -> T
     order = rank.masked_fill(valid == 0, last).argsort(dim=1, stable=True)[:, :width]
     start = torch.arange(samples, device=valid.device).unsqueeze(1) * length
     return Tokens(samples, order + start, valid.gather(1, order))
-
-
-def valid_tokens(batch: Batch, features: Tensor) -> Tensor:
-    """Which tokens are real: the attention mask, or all for images. Shape (batch, tokens), 0 or 1."""
-    mask = batch.get("attention_mask")
-    return torch.ones(features.shape[:2]).to(features) if mask is None else mask.to(features)
 
 
 def trajectory_distance(grams: Sequence[Tensor], masked_grams: Sequence[Tensor]) -> Tensor:

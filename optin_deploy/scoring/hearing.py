@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optin_deploy.masking import Batch, rows_of
+from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.network.run import REAL_TYPES
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.progress import Progress, silent
@@ -22,8 +22,11 @@ from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, stream
 from optin_deploy.scoring.subject import Subject, tokens_of, valid_of
 from optin_deploy.structure.stream import Feature, samples_axis
-from optin_deploy.token_weights import FLOOR, PROBES
 
+PROBES = 2
+"""Random directions of the output, where it has too many for exact ones."""
+FLOOR = 0.05
+"""Least weight of a real token: the fit stays determined where the output hears hardly any."""
 ROWS = 32
 """Samples at once."""
 
@@ -85,7 +88,7 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
     values = [feature.value for feature in subject.features]
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
-        readout = subject.reading.read(run.outputs, valid_of(batch))
+        readout = subject.read(run.outputs, valid_of(batch))
     directions = exact_directions(readout)
     if directions is None:
         keys = sample_keys(batch)
@@ -103,7 +106,7 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         along = gradients[feature.value] or [torch.zeros_like(run.watched[feature.value])]
         tokens = torch.stack([tokens_of(feature, each, rows_of(batch)) for each in along])
         norms = torch.linalg.vector_norm(tokens.double(), dim=(0, -1))  # (batch, tokens)
-        valid = valid_of(batch)
+        valid = subject.real(batch, feature.value, feature.channels)
         fits = valid is not None and valid.shape == norms.shape
         real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)
         mean = (norms * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
@@ -124,13 +127,14 @@ class Counts:
         Args: behind: the tokens count as in the first feature that this node or a later one makes; else as in the last
             one before it. Where no feature has the shape of the value, real tokens all count the same.
         """
-        feature, counts = self._feature(name, node, behind), valid_of(self._batches[number])
+        feature = self._feature(name, node, behind)
+        channels = feature.channels if feature is not None else value.dim() - 1
+        counts = self._subject.real(self._batches[number], name, channels)
         if feature is not None and self._weights is not None:
             counts = self._weights.of[feature.value][number]
         none = value.new_ones([1] * value.dim(), dtype=torch.float32)
         if counts is None or samples_axis(self._subject.structure, name) != 0:
             return none
-        channels = feature.channels if feature is not None else value.dim() - 1
         places = [size for position, size in enumerate(value.shape) if position != channels]
         if math.prod(places) != counts.numel() or places[:1] not in ([len(counts)], [counts.numel()]):
             return none

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,28 +34,6 @@ class Readout:
     def mean(self, distances: Tensor) -> Tensor:
         """(batch, positions) -> (batch,)."""
         return (distances * self.valid).sum(1) / self.valid.sum(1)
-
-
-def output_kind(output: Any, problem_type: str | None = None) -> OutputKind:
-    """Which comparison fits a model's output."""
-    logits = output.get("logits")
-    if logits is None:
-        return "embedding"
-    return "regression" if problem_type == "regression" or logits.shape[-1] == 1 else "logits"
-
-
-def read_out(output: Any, valid: Tensor, problem_type: str | None = None, pooling: str = "mean") -> Readout:
-    """What is compared of a model's output: logits, or the unit embedding.
-
-    Args: valid: (batch, tokens), 0 or 1. pooling: of the embedding, see `optin_deploy.pooling`.
-    """
-    kind = output_kind(output, problem_type)
-    values: Tensor = pooled(output["last_hidden_state"], valid, pooling) if kind == "embedding" else output["logits"]
-    if values.dim() == 3:
-        # Real tokens first, so that noise falls on a token by its place in the text, wherever the padding is.
-        order = valid.argsort(dim=1, descending=True, stable=True)
-        return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), valid.gather(1, order))
-    return Readout(kind, values.unsqueeze(1), torch.ones(len(values), 1).to(values))
 
 
 def pooled(states: Tensor, valid: Tensor, pooling: str = "mean") -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from optin_deploy.masking import Batch, rows_of
+from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.copies import copies
 from optin_deploy.scoring.features import ALL_TOKENS, Features, trajectory_distance

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optin_deploy.masking import Batch
+from optin_deploy.data.rows import MASK, Batch
 from optin_deploy.storage import tensor_bytes
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -22,16 +22,14 @@ ROW_WORDS = 2**32
 """Counters a row: longer than any row, so that padding does not move the signs of the next one."""
 BITS = 8
 """Signs are looked up a byte at a time."""
-PADDING = "attention_mask"
-"""The input that tells tokens from padding, where a network has it."""
 SEGMENTS = "token_type_ids"
 """The input that tells two texts of one sample apart; it follows from its tokens."""
 
 
 def sample_keys(batch: Batch) -> tuple[int, ...]:
     """A number for each sample that depends on its content alone, not on its place or padding."""
-    valid = batch.get(PADDING)
-    main = [batch[name] for name in sorted(batch) if name not in (PADDING, SEGMENTS)] or list(batch.values())
+    valid = batch.get(MASK)
+    main = [batch[name] for name in sorted(batch) if name not in (MASK, SEGMENTS)] or list(batch.values())
     found = []
     for row in range(len(main[0])):
         digest = hashlib.sha256()

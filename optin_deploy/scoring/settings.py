@@ -19,20 +19,21 @@ MOST_PROBES = 2**16
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Options of `score`."""
+    """Options of `unit_job.score_units`."""
 
     scorer: str = "sketch"
-    """`exact` masks each unit alone, one partial forward a unit; `sketch` estimates neurons from a few backward passes
-    and masks only heads."""
+    """`exact` masks each unit alone, one partial forward a unit; `sketch` estimates most from a few backward passes and
+    masks only few and large ones, such as heads."""
     weighting: Weighting = "paper"
-    """What of the trajectory counts: see `terms.weights_of`."""
+    """What of the trajectory counts. `paper`: the plain sum over all features behind a unit. `normalised`: divided by
+    their number. `output`: none, but how far the output moves."""
     kl_weight: float | None = None
     """lambda; None: 0.1 * mean trajectory term / mean output term."""
     features: Features = ALL_TOKENS
     probes: int | None = None
     """Random projections a sample of the sketch; None: until the ranking is stable."""
     head_samples: int | None = None
-    """Samples on which the sketch masks heads; None: until the ranking is stable."""
+    """Samples on which the sketch masks few and large units; None: until the ranking is stable."""
     seed: int = 0
     """Of random projections and of drawn tokens."""
 

@@ -10,24 +10,25 @@ probe: batching changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
-from optin_deploy.masking import Batch, rows_of
-from optin_deploy.network.run import Place
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, signs, stream
-from optin_deploy.scoring.sketch import GAUSSIAN_SQUARES
-from optin_deploy.scoring.subject import Dense, Subject, dense_run, masks_of
+from optin_deploy.scoring.passes import Gradients, Passes, spans_of
+from optin_deploy.scoring.subject import Key, Subject, check_finite, chosen_tokens, tokens_of, valid_of, value_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms
 from optin_deploy.structure.groups import UnitGroup
 
+GAUSSIAN_SQUARES = 2 / 3
+"""E x^4 = 3 s^4 and Var x^2 = 2 s^4 for Gaussian x, which projections on many signs are: 2/3 x^4 estimates Var x^2."""
 ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 """Operators by which activations become whole numbers; one of them is in every network that computes with these."""
 
@@ -58,7 +59,7 @@ def slope_terms(
         batches: each is in memory as a whole; see `memory.micro_batches`.
         groups: whose units; None: all.
         dtype: in which products are computed, such as bfloat16 where the hardware multiplies it; None: as they are.
-            What is compared, and all sums, stay as they are.
+            What is compared of them, and all sums, stay as they are.
     Returns: sums over samples and projections.
     Raises: BadInput: an operator cannot be run in this type, or the network rounds on the way.
     """
@@ -67,56 +68,23 @@ def slope_terms(
     terms = Terms.zeros(groups)
     terms.probes = len(projections.trajectory)
     batches = micro_batches(batches, 1) if subject.alone else batches
+    watched = [subject.reading.output, *(feature.value for feature in subject.features)]
+    spans = spans_of(subject, watched, [site for group in groups for site in subject.sites[group.name]])
     for number, batch in enumerate(batches):
-        dense = dense_run(subject, batch, features, projections.seed)
-        terms.samples += rows_of(batch)
-        terms.forward_seconds += dense.seconds
-        recorded = _Recorded(subject, batch, dense, groups, dtype)
-        _add_trajectory(recorded, projections, terms)
-        _add_output(recorded, projections, terms)
+        with torch.no_grad(), torch.autocast(subject.program.device.type, dtype, enabled=dtype is not None):
+            passes = Passes.of(subject, batch, spans)
+            terms.forward_seconds += passes.seconds
+            terms.samples += passes.samples
+            directions, exact = _directions(passes, batch, projections)
+            terms.output_probes = int(0 in projections.output) if exact else len(projections.output)
+            projected = _Projected(subject, batch, features, projections)
+            many = len(projections.trajectory)
+            found = passes.down([*({} for _ in range(many)), *directions], projected.at)
+            for place, entries in enumerate(found):
+                row = TRAJECTORY if place < many else OUTPUT
+                _add(terms, subject, entries, row, certain=exact and row == OUTPUT)
         progress(number + 1, len(batches))
     return terms
-
-
-class _Recorded:
-    """A run with a multiplier of ones at every place where units are masked, and backward passes through it."""
-
-    def __init__(
-        self, subject: Subject, batch: Batch, dense: Dense, groups: Sequence[UnitGroup], dtype: torch.dtype | None
-    ) -> None:
-        self.dense = dense
-        self.keys = sample_keys(batch)
-        self._subject, self._groups = subject, groups
-        device = subject.program.device
-        sites = {(site.place, site.position): site for group in groups for site in subject.sites[group.name]}
-        with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            self._multipliers: dict[tuple[Place, int], Tensor] = {
-                key: torch.ones(rows_of(batch), len(site.units), device=device, requires_grad=True)
-                for key, site in sites.items()
-            }
-            masks = masks_of((sites[key], each) for key, each in self._multipliers.items())
-            values = subject.run(batch, masks=masks, watch=[feature.value for feature in subject.features])
-            self.grams = [dense.gram(feature, values.watched[feature.value]) for feature in subject.features]
-            self.readout = subject.read(values.outputs, dense.valid)
-
-    def add(self, roots: Sequence[Tensor], weights: Sequence[Tensor], terms: Terms, row: int, certain: bool) -> None:
-        """One backward pass: add every unit's squared slope to a row of the sums, and to another its variance.
-
-        Args: weights: of the sums of the roots' entries. certain: the direction is not random.
-        """
-        wanted = list(self._multipliers.values())
-        weights = [weight.to(root.dtype) for root, weight in zip(roots, weights, strict=True)]
-        found = torch.autograd.grad(roots, wanted, weights, retain_graph=True, allow_unused=True)
-        entries = {key: each.double() for key, each in zip(self._multipliers, found, strict=True) if each is not None}
-        for group in self._groups:
-            slopes = torch.zeros(len(self.keys), group.units + 1, dtype=torch.float64, device=wanted[0].device)
-            for site in self._subject.sites[group.name]:
-                if (site.place, site.position) in entries:
-                    slopes.index_add_(1, site.units.to(slopes.device), entries[site.place, site.position])
-            squares = slopes[:, : group.units].square()
-            terms.sums[group][row] += squares.sum(0).cpu()
-            if not certain:
-                terms.sums[group][VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()
 
 
 def check_smooth(subject: Subject) -> None:
@@ -133,25 +101,71 @@ def check_smooth(subject: Subject) -> None:
             )
 
 
-def _add_trajectory(recorded: _Recorded, projections: Projections, terms: Terms) -> None:
-    live = [(place, gram) for place, gram in enumerate(recorded.grams) if gram.requires_grad]
-    for probe in projections.trajectory if live else ():
-        noise = [
-            signs(recorded.keys, stream(projections.seed, f"feature {place}", probe), *gram.shape[1:], like=gram)
-            for place, gram in live
-        ]
-        recorded.add([gram for _, gram in live], noise, terms, TRAJECTORY, certain=False)
+def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple[list[Gradients], bool]:
+    """Of each projection of the output, its gradient at the value that is compared; and whether they are not random.
 
-
-def _add_output(recorded: _Recorded, projections: Projections, terms: Terms) -> None:
-    dense, values = recorded.dense.readout, recorded.readout.values
+    Raises: NonFiniteActivation: the network puts out NaN or infinity.
+    """
+    subject, output = passes.subject, passes.subject.reading.output
+    value = passes.kept[output].detach()
+    with torch.enable_grad():
+        leaf = value.requires_grad_() if value.is_floating_point() else value
+        readout = subject.read({output: leaf}, valid_of(batch))
+    check_finite(subject, batch, [readout.values])
+    wide = torch.promote_types(readout.values.dtype, torch.float32)
+    dense = replace(readout, values=readout.values.detach().to(wide))
     directions = exact_directions(dense)
     exact = directions is not None
     if directions is None:
-        streams = (stream(projections.seed, "output", probe) for probe in projections.output)
-        directions = [random_direction(dense, recorded.keys, each) for each in streams]
+        keys, streams = sample_keys(batch), (stream(projections.seed, "output", n) for n in projections.output)
+        directions = [random_direction(dense, keys, each) for each in streams]
     elif 0 not in projections.output:
         directions = []
-    terms.output_probes = int(0 in projections.output) if exact else len(projections.output)
-    for direction in directions if values.requires_grad else ():
-        recorded.add([values], [direction], terms, OUTPUT, certain=exact)
+    if not leaf.requires_grad:
+        return [{} for _ in directions], exact
+    values = readout.values
+    return [
+        {output: torch.autograd.grad(values, leaf, each.to(values.dtype), retain_graph=True)[0]} for each in directions
+    ], exact
+
+
+class _Projected:
+    """Projections of the trajectory of one batch: their gradients at its features."""
+
+    def __init__(self, subject: Subject, batch: Batch, features: Features, projections: Projections) -> None:
+        self._subject, self._batch, self._features, self._projections = subject, batch, features, projections
+        self._places = {feature.value: place for place, feature in enumerate(subject.features)}
+        self._keys = sample_keys(batch)
+
+    def at(self, name: str, value: Tensor) -> list[Tensor]:
+        """One gradient a projection; nothing where the trajectory does not look."""
+        probes, seed = self._projections.trajectory, self._projections.seed
+        if name not in self._places or not probes:
+            return []
+        place = self._places[name]
+        feature = self._subject.features[place]
+        tokens = chosen_tokens(self._subject, feature, value, self._batch, self._features, seed)
+        many = tokens.valid.shape[1]
+        numbers = (stream(seed, f"feature {place}", probe) for probe in probes)
+        noise = [signs(self._keys, number, many, many, like=tokens.valid) for number in numbers]
+        flat = tokens_of(feature, value, tokens.batch).to(tokens.valid.dtype)
+        return [value_of(feature, each, value) for each in tokens.pulled(flat, noise)]
+
+
+def _add(terms: Terms, subject: Subject, entries: dict[Key, Tensor], row: int, *, certain: bool) -> None:
+    """Add every unit's squared slope of one pass to a row of the sums, and to another its variance.
+
+    Args: entries: gradients of multipliers. certain: the direction is not random.
+    """
+    for group, sums in terms.sums.items():
+        assert isinstance(group, UnitGroup)
+        found = [(site, entries[site.key]) for site in subject.sites[group.name] if site.key in entries]
+        if not found:
+            continue
+        slopes = torch.zeros(len(found[0][1]), group.units + 1, dtype=torch.float64, device=found[0][1].device)
+        for site, each in found:
+            slopes.index_add_(1, site.units.to(slopes.device), each.double())
+        squares = slopes[:, : group.units].square()
+        sums[row] += squares.sum(0).cpu()
+        if not certain:
+            sums[VARIANCE + row] += GAUSSIAN_SQUARES * squares.square().sum(0).cpu()

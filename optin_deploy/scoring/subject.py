@@ -11,21 +11,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from optin_deploy.data.rows import MASK, Batch, rows_of
 from optin_deploy.errors import NonFiniteActivation
-from optin_deploy.masking import Batch, rows_of
 from optin_deploy.network.axes import units_along
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.network.run import Cone, Mask, Place, Program, Values
 from optin_deploy.scoring.copies import cone_of_copies
 from optin_deploy.scoring.features import Features, Tokens, draw_tokens
 from optin_deploy.scoring.features import Site as FeatureSite
 from optin_deploy.scoring.losses import Readout
-from optin_deploy.scoring.noise import PADDING
 from optin_deploy.scoring.reading import Kind, Reading, reading_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis
 
+Key = tuple[Place, int]
+"""Of a site: a node's input, and one of its axes."""
 MOST_TOKENS = 512
 """Pictures of more places are compared by so many, drawn for each sample."""
 
@@ -41,6 +43,11 @@ class Site:
     """Of the axis with the samples, each maybe in several parts; None: all samples share the value."""
     units: Tensor
     """The unit of each entry along the axis; the number of units where an entry belongs to none."""
+
+    @property
+    def key(self) -> Key:
+        """Sites of several groups with one key are one multiplier."""
+        return self.place, self.position
 
     def of_units(self, units: Tensor) -> Tensor:
         """(samples, units) -> (samples, entries of the axis); entries that belong to no unit get 1."""
@@ -183,15 +190,15 @@ class Subject:
         """
         return self.reading.read(outputs, valid if self._masked_alike(self.reading.output, -1) else None)
 
-    def padding(self, batch: Batch, feature: Feature) -> Tensor | None:
-        """Which tokens of a feature are real, (samples, tokens), 0 or 1; None: all of them."""
-        return valid_of(batch) if self._masked_alike(feature.value, feature.channels) else None
+    def real(self, batch: Batch, value: str, channels: int = -1) -> Tensor | None:
+        """Which tokens of a value are real, (samples, tokens), 0 or 1; None: all of them."""
+        return valid_of(batch) if self._masked_alike(value, channels) else None
 
     def _masked_alike(self, value: str, channels: int) -> bool:
         """Whether a value has as many tokens as the padding mask in the probe, where no two sizes are equal by chance,
         or the network takes no such mask."""
         shapes = self.structure.shapes
-        mask, shape = shapes.shape(PADDING), shapes.shape(value)
+        mask, shape = shapes.shape(MASK), shapes.shape(value)
         if mask is None or len(mask) != 2 or not shape:
             return True
         return math.prod(shape) == mask[0] * mask[1] * shape[channels]
@@ -225,7 +232,14 @@ class Dense:
         return tokens.gram(tokens_of(feature, value, times * tokens.batch))
 
 
-def dense_run(subject: Subject, batch: Batch, chosen: Features, seed: int, *, watch: Collection[str] = ()) -> Dense:
+def dense_run(
+    subject: Subject,
+    batch: Batch,
+    chosen: Features,
+    seed: int,
+    *,
+    watch: Collection[str] = (),
+) -> Dense:
     """Run a batch and keep these values, and those of the features.
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
@@ -235,7 +249,7 @@ def dense_run(subject: Subject, batch: Batch, chosen: Features, seed: int, *, wa
     values = subject.run(batch, watch={*watch, *(feature.value for feature in subject.features)})
     seconds = _now(subject) - started
     watched, valid = values.watched, valid_of(batch)
-    tokens = {f.value: _tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
+    tokens = {f.value: chosen_tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
     readout = subject.read(values.outputs, valid)
     check_finite(subject, batch, [readout.values])
     return Dense(values, tokens, readout, valid, seconds)
@@ -248,12 +262,13 @@ def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> No
     """
     if all(bool(torch.isfinite(value).all()) for value in values):
         return
-    nodes = subject.structure.network.nodes
+    network = subject.structure.network
+    nodes = network.nodes
     names = [name for node in nodes for name in node.outputs if name]
     watched = subject.run(batch, watch=names).watched
     first = next(
         (
-            str(node)
+            _told(node, network)
             for node in nodes
             for name in node.outputs
             if name in watched and watched[name].is_floating_point() and not bool(torch.isfinite(watched[name]).all())
@@ -266,25 +281,39 @@ def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> No
     )
 
 
+def _told(node: Node, network: Network) -> str:
+    """An operator with the weights that it reads, by whose names people know the layer."""
+    weights = [name for name in node.inputs if name in network.weights]
+    return f"{node}, which reads {', '.join(weights)}," if weights else str(node)
+
+
 def tokens_of(feature: Feature, value: Tensor, samples: int) -> Tensor:
     """(samples, .., channels, ..), each sample maybe in several parts -> (samples, tokens, channels)."""
     return value.movedim(feature.channels, -1).reshape(samples, -1, value.shape[feature.channels])
 
 
+def value_of(feature: Feature, tokens: Tensor, value: Tensor) -> Tensor:
+    """The inverse of `tokens_of`, in the shape of this value."""
+    return tokens.reshape(value.movedim(feature.channels, -1).shape).movedim(-1, feature.channels)
+
+
 def valid_of(batch: Batch) -> Tensor | None:
     """Which tokens are real, (samples, tokens), 0 or 1; None: nothing is padded."""
-    found = batch.get(PADDING)
+    found = batch.get(MASK)
     return found if found is not None and found.dim() == 2 else None
 
 
-def _tokens(subject: Subject, feature: Feature, value: Tensor, batch: Batch, chosen: Features, seed: int) -> Tokens:
+def chosen_tokens(
+    subject: Subject, feature: Feature, value: Tensor, batch: Batch, chosen: Features, seed: int
+) -> Tokens:
+    """Which tokens of a feature are compared."""
     flat = tokens_of(feature, value, rows_of(batch))
-    valid = subject.padding(batch, feature)
+    valid = subject.real(batch, feature.value, feature.channels)
     if valid is None or valid.shape != flat.shape[:2]:
         valid = torch.ones(flat.shape[:2])
         if chosen.tokens is None and flat.shape[1] > MOST_TOKENS:
             chosen = Features(chosen.site, MOST_TOKENS, chosen.across)
-    return draw_tokens(chosen, batch, valid.to(value), seed)
+    return draw_tokens(chosen, batch, valid.to(value.device, torch.promote_types(value.dtype, torch.float32)), seed)
 
 
 def _now(subject: Subject) -> float:

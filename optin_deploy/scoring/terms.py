@@ -10,8 +10,6 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from optin_deploy.layout import Branch, ModelLayout
-
 Weighting = Literal["paper", "normalised", "output"]
 WEIGHTINGS: tuple[Weighting, ...] = ("paper", "normalised", "output")
 KL_SHARE = 0.1
@@ -21,11 +19,11 @@ TRAJECTORY, OUTPUT, VARIANCE, ROWS = 0, 1, 2, 5
 
 
 class Units(Protocol):
-    """What has units: a branch, or a group."""
+    """What has units, such as a group."""
 
     @property
     def name(self) -> str:
-        """What it is called in files; unique in a model."""
+        """What it is called in files; unique in a network."""
 
     @property
     def units(self) -> int:
@@ -37,7 +35,7 @@ class Terms:
     """Running sums over samples, in float64; those of disjoint samples or units add up."""
 
     sums: dict[Units, Tensor]
-    """Per branch (5, units): sum of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
+    """By group (5, units): sum of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
     Exact: the sums of D^2, O^2, D O over samples. Sketch: the variances of the first two rows, and 0; all summed over
     the probes too."""
     samples: int = 0
@@ -89,24 +87,6 @@ class TermWeights:
     """lambda."""
 
 
-def weights_of(weighting: Weighting, kl_weight: float | None, layout: ModelLayout, terms: Terms) -> TermWeights:
-    """What each term counts.
-
-    `paper`: the plain sum over all later layers. `normalised`: divided by their number, so that a unit does not gain by
-    standing early. `output`: how far the model's output moves, alone.
-
-    Args: kl_weight: lambda; None: 0.1 * mean trajectory term / mean output term of `terms`, one constant a model.
-    """
-    depth = len(layout.layers)
-    if weighting == "output":
-        return TermWeights((0.0,) * depth, 1.0)
-    shares = tuple(1.0 / (depth - index) if weighting == "normalised" else 1.0 for index in range(depth))
-    if kl_weight is None:
-        pairs = [(b, share) for share, x in zip(shares, layout.layers, strict=True) for b in x.branches]
-        kl_weight = balanced(terms, pairs)
-    return TermWeights(shares, kl_weight)
-
-
 def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:
     """The lambda at which the mean output term is `KL_SHARE` of the mean trajectory term.
 
@@ -149,13 +129,3 @@ def sampling_errors(terms: Terms, branches: Sequence[Units], weights: TermWeight
         variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
         errors.append((variance / n * (1 - n / population)).sqrt())
     return errors
-
-
-def attention_branches(layout: ModelLayout) -> tuple[Branch, ...]:
-    """The branches whose units are heads."""
-    return tuple(layer.attention for layer in layout.layers)
-
-
-def ffn_branches(layout: ModelLayout) -> tuple[Branch, ...]:
-    """The branches whose units are neurons."""
-    return tuple(layer.ffn for layer in layout.layers)

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from optin_deploy.arguments import checked, whole
+from optin_deploy.data.rows import MASK, Batch
 from optin_deploy.errors import BadInput
-from optin_deploy.masking import Batch
 from optin_deploy.progress import Progress, silent
-from optin_deploy.scoring.job import ESTIMATES, FIRST_PROBES, HEAD_SAMPLES, MOST_PROBES
-from optin_deploy.scoring.noise import PADDING
 from optin_deploy.scoring.parts import MemoryStore, Part, Store, Worker, run_parts
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.stability import STABLE_HEADS, STABLE_NEURONS, enough, rank_stability
@@ -28,9 +26,15 @@ from optin_deploy.scoring.terms import (
     sampling_errors,
     sketch_errors,
 )
-from optin_deploy.scoring.unit_parts import MASKED, UnitParts
+from optin_deploy.scoring.unit_parts import FIRST_PROBES, MASKED, MOST_PROBES, UnitParts
 from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.structure.groups import KINDS, UnitGroup
+from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.labels import KINDS
+
+ESTIMATES = 4096
+"""Samples x probes after which the first round ends: on MiniLM so many keep what exact scores keep, to 97%."""
+HEAD_SAMPLES = 32
+"""Samples of the first round on which the sketch masks few and large units."""
 
 
 def score_units(
@@ -48,7 +52,7 @@ def score_units(
 
     Args:
         batches: calibration inputs by name, samples along the first axis; padding is marked by `attention_mask`.
-        kinds: of the groups that are scored, see `structure.groups.KINDS`; None: all.
+        kinds: of the groups that are scored, see `structure.labels.KINDS`; None: all.
         memory_budget: bytes that scoring may take beyond the network; None: most of what is free.
         store: where finished parts are kept and found; None: in memory.
         worker: which share of the parts is this process's; None: all.
@@ -144,6 +148,8 @@ class UnitJob:
                 errors[group.name] = torch.zeros_like(scores[group.name])
         both = [terms for terms in (masked, estimated) if terms is not None]
         seconds = sum(terms.seconds for terms in both)
+        plain = both[0]  # forwards under slopes record, maybe in a faster type
+        forward_seconds = plain.forward_seconds / plain.samples * estimated.samples
         found = UnitScores(scores, errors, parts.subject.hash, {})
         provenance = {
             **asdict(parts.settings),
@@ -158,7 +164,7 @@ class UnitJob:
             "kl_weight": weights.output,
             "rank_stability": {kind: rank_stability(some, their) for kind, some, their in self._pools(found)},
             "seconds": round(seconds, 3),
-            "forward_equivalents": round(seconds / estimated.forward_seconds, 2),
+            "forward_equivalents": round(seconds / forward_seconds, 2),
             "memory": {
                 **asdict(parts.memory),
                 "rows": parts.memory.rows,
@@ -168,9 +174,10 @@ class UnitJob:
         return replace(found, provenance=provenance)
 
     def _weights(self, terms: Terms) -> TermWeights:
-        """What the trajectory term of each group counts, and the output term: see `terms.weights_of`.
+        """What the trajectory term of each group counts, and the output term.
 
-        `normalised` divides by the number of features behind a group.
+        `paper`: the plain sum over all features behind a group. `normalised`: divided by their number, so that a unit
+        does not gain by standing early. `output`: how far the network's output moves, alone.
         """
         settings, groups = self.parts.settings, self.parts.groups
         if settings.weighting == "output":
@@ -221,7 +228,7 @@ def _batches(subject: Subject, given: Sequence[Batch]) -> tuple[Batch, ...]:
         missing = [name for name in names if name not in batch]
         if missing:
             raise BadInput(f"calibration batch {number} has no {missing[0]!r}; give all inputs: {', '.join(names)}.")
-        one = {name: batch[name] for name in dict.fromkeys((*names, PADDING)) if name in batch}
+        one = {name: batch[name] for name in dict.fromkeys((*names, MASK)) if name in batch}
         rows = {name: len(value) if value.dim() else 0 for name, value in one.items()}
         if 0 in rows.values() or len(set(rows.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in rows.items())

@@ -9,16 +9,15 @@ from itertools import pairwise
 
 import torch
 
-from optin_deploy.errors import BadInput
-from optin_deploy.masking import Batch, rows_of
+from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.progress import Progress, silent
-from optin_deploy.scoring.job import FIRST_PROBES, HEAD_CHUNK, PROBES_PER_OUTPUT_PROBE, UNITS_A_PART
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.memory import Memory, measured, micro_batches, peak_bytes
 from optin_deploy.scoring.noise import drawn, sample_keys
 from optin_deploy.scoring.parts import Part
+from optin_deploy.scoring.precision import pass_dtype
 from optin_deploy.scoring.settings import ScoreSettings
-from optin_deploy.scoring.sketch import pass_dtype
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.stability import rank_correlation
 from optin_deploy.scoring.subject import Subject
@@ -27,7 +26,14 @@ from optin_deploy.structure.groups import UnitGroup
 
 MASKED = ("heads", "groups", "queries")
 """Kinds of few and large units: to remove one is a large step, which no slope foretells, so the sketch masks them."""
-
+FIRST_PROBES, MOST_PROBES = 4, 16
+"""Of the first round at most, and of all: how many more there are, the noise that was seen decides."""
+PROBES_PER_OUTPUT_PROBE = 4
+"""The output term is a tenth of a score on average: it takes fewer probes."""
+HEAD_CHUNK = 8
+"""Samples of one part on which few and large units are masked."""
+UNITS_A_PART = 128
+"""Exactly scored units of one part: little is lost with a process."""
 ALIKE = 0.998
 """Rank correlation of one sample's units in a faster type with those in the network's own: of most networks .9995."""
 
@@ -134,11 +140,12 @@ class UnitParts:
             return own
         some = self._projections(range(FIRST_PROBES))
         row = TRAJECTORY if some.trajectory else OUTPUT
+        exact = self._sloped(self._sample, some, own)
         try:
-            pair = [self._sloped(self._sample, some, dtype) for dtype in (own, fastest)]
-        except BadInput:  # an operator does not mix it with others
+            quick = self._sloped(self._sample, some, fastest)
+        except (BadInput, NonFiniteActivation):  # an operator does not mix it with others, or masks overflow
             return own
-        exactly, quickly = (torch.cat([terms.sums[group][row] for group in self.groups]) for terms in pair)
+        exactly, quickly = (torch.cat([terms.sums[g][row] for g in self.groups]) for terms in (exact, quick))
         alike = bool(torch.isfinite(quickly).all()) and rank_correlation(exactly, quickly) >= ALIKE
         return fastest if alike else own
 
@@ -149,11 +156,12 @@ class UnitParts:
         chosen, seed = self.settings.features, self.settings.seed
 
         def one_sample() -> None:
-            # Two, one by one: what is left of the last sample or unit is still there when the next one is in work.
+            # Two, one by one: what is left of the last sample, unit or probe is still there when the next is in work.
             units = {first: range(first.units)[:2], **{group: range(0) for group in others}}
             masked_terms(self.subject, self._sample * 2, units, features=chosen, seed=seed, rows=1)
             if self.settings.scorer == "sketch":
-                self._sloped(self._sample, self._projections(range(1)), self.dtype)
+                some = self._projections(range(self.settings.probes or MOST_PROBES))
+                self._sloped(self._sample, some, self.dtype)
 
         return measured(one_sample, self._device, self.memory_budget)
 

@@ -19,7 +19,7 @@ from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 3
 """Two editions of scores by layer came before."""
-HINT = "Score the network again."
+HINT = "Score the network again with `optin score`."
 TENSORS = ("scores", "errors")
 
 
@@ -60,7 +60,7 @@ class UnitScores:
         if found != self.network:
             raise PlanMismatch(
                 f"the scores were made for the network {self.network[:12]}, but {network.source} is {found[:12]}: its "
-                "operators or weights are others. Score this network."
+                "operators or weights are others. Score this network with `optin score`."
             )
         for name, values in self.scores.items():
             group = layout.by_name.get(name)

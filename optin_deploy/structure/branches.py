@@ -20,6 +20,8 @@ SCALING = {"Mul": (0, 1), "Div": (0,), "BatchNormalization": (0,)}
 """Operators that multiply by fixed vectors, with the places of what they multiply."""
 SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Operators of ONNX Runtime that add their first two inputs, with the place of a bias."""
+BIASED = ("BiasGelu", "FastGelu", "BiasSplitGelu")
+"""Operators of ONNX Runtime that add their second input and apply an activation."""
 SIZES = ("Shape", "Size")
 
 
@@ -111,7 +113,7 @@ def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, .
 def way_from(structure: Structure, index: int) -> Way:
     """Follow what a product gives for as long as it is only scaled by fixed vectors, shifted and moved around."""
     node = structure.network.nodes[index]
-    bias: Place | None = (index, 2) if len(node.inputs) > 2 and bool(node.inputs[2]) else None
+    bias = own_bias(node)
     scale: list[int] = []
     way: list[int] = []
     value = node.outputs[0]
@@ -124,6 +126,8 @@ def way_from(structure: Structure, index: int) -> Way:
                 bias = (after.index, own)
             return Way(bias, tuple(scale), tuple(way), value, (after.index, place), after.inputs[1 - place])
         live = [name for name in others if name not in structure.network.fixed]
+        if after.op in BIASED and place == 0 and others and not live:
+            return Way(bias or (after.index, 1), tuple(scale), tuple(way), value, None, None)
         if after.op == "Add" and live:
             if structure.shapes.shape(live[0]) == structure.shapes.shape(value):
                 return Way(bias, tuple(scale), tuple(way), value, (after.index, place), live[0])
@@ -139,6 +143,11 @@ def way_from(structure: Structure, index: int) -> Way:
         way += [*passed, after.index]
         value = after.outputs[0]
     return Way(bias, tuple(scale), tuple(way), value, None, None)
+
+
+def own_bias(node: Node) -> Place | None:
+    """Where a product itself adds a vector; None: it adds none."""
+    return (node.index, 2) if len(node.inputs) > 2 and bool(node.inputs[2]) else None
 
 
 def _next(structure: Structure, value: str) -> tuple[Node, int, tuple[int, ...]] | None:

@@ -13,9 +13,6 @@ from optin_deploy.network.axes import Axis
 from optin_deploy.network.operators import rows
 from optin_deploy.structure.flow import Contraction, Number, Structure
 
-KINDS = ("heads", "groups", "queries", "neurons", "channels", "qk-width", "v-width")
-"""Labels of groups, for people, pools of ranking and alignment; no other code depends on them."""
-
 
 @dataclass(frozen=True)
 class WeightSlice:
@@ -36,7 +33,7 @@ class UnitGroup:
     name: str
     """For people and plans; unique in a layout."""
     kind: str
-    """One of KINDS."""
+    """One of `structure.labels.KINDS`."""
     units: int
     leaf: Axis
     slices: tuple[WeightSlice, ...]
@@ -73,6 +70,11 @@ class Layout:
     def by_name(self) -> Mapping[str, UnitGroup]:
         """Groups by name."""
         return {group.name: group for group in self.groups}
+
+    @property
+    def units(self) -> dict[str, int]:
+        """How many units each group has, by name."""
+        return {group.name: group.units for group in self.groups}
 
     def leaves(self, keep: Mapping[str, Sequence[int]]) -> dict[Axis, np.ndarray]:
         """Kept units by leaf, for groups that lose some; the others are left out."""

@@ -1,13 +1,14 @@
 """Products with stored weights as matrices: a row for each output, a column for each input, whatever node multiplies.
 
-A convolution is a product of its kernel with patches; a weight may pass through operators that only move entries.
+A convolution is a product of its kernel with patches, one matrix for each group of channels; a BatchNorm behind no
+product is one of groups of a single channel. A weight may pass through operators that only move entries.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,11 @@ from torch import Tensor
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
+from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.structure.branches import projection_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
-
-BEHIND = ("GemmFastGelu", "FusedConv", "FusedGemm", "FusedMatMulActivation")
-"""Products with an activation in the same node."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,17 @@ class Linear:
     """Positions of the axes over samples in what it reads and gives."""
     outputs: int
     channels: int
-    """Entries of the multiplied axis."""
+    """Entries of the multiplied axis, of each group."""
+    groups: int = 1
+    """Parts of the channels that are multiplied apart, each for as many of the outputs."""
     kernel: tuple[int, ...] = ()
     """Sizes of a convolution's window."""
     factor: float = 1.0
     """By which the product is multiplied."""
     seen: bool = True
     """Whether what it gives is the product; else attention follows in the same node."""
+    normal: tuple[Tensor, Tensor] | None = None
+    """Means of the channels and their standard deviations, by which a BatchNorm brings them to one scale before."""
 
     @property
     def taps(self) -> int:
@@ -76,12 +79,12 @@ class Linear:
         )
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """View a tensor as it is stored as (outputs, inputs); what is written there is written to the tensor."""
+        """View a tensor as it is stored as (outputs, inputs of their group); what is written there is written to it."""
         return self.of_used(self.stored.used(tensor))
 
     def of_used(self, tensor: Tensor) -> Tensor:
         """The same for a tensor as it comes to the node."""
-        if self.kernel:
+        if self.kernel or self.groups > 1:
             return tensor.view(self.outputs, self.inputs)
         tensor = tensor.view(tensor.shape[-2:])
         turned = bool(self.place) and not self.node.get("transB", 0)
@@ -92,10 +95,13 @@ class Linear:
         return given.numel() // (samples * self.outputs)
 
     def rows_in(self, read: Tensor, samples: int, chosen: Tensor | None = None) -> Tensor:
-        """What is multiplied, (samples, rows, inputs).
+        """What is multiplied, (samples, rows, groups * inputs).
 
         Args: chosen: which rows of each sample; None: all.
         """
+        if self.normal is not None:
+            mean, spread = (each.to(read).reshape(-1, *[1] * (read.dim() - 2)) for each in self.normal)
+            read = (read - mean) / spread
         if self.plain:
             return rows_of_value(read, self.features, self.samples[0], samples, chosen)
         strides, dilations, pads = window(self.node, read, self.kernel)
@@ -107,27 +113,30 @@ class Linear:
         count = math.prod(places)
         each = torch.arange(count, device=read.device) if chosen is None else chosen.to(read.device)
         index: list[Any] = [slice(None), *torch.unravel_index(each, places)]
-        return windows[tuple(index)].reshape(samples, -1, self.inputs)
+        return windows[tuple(index)].reshape(samples, -1, self.groups * self.inputs)
 
     def rows_out(self, given: Tensor, samples: int, chosen: Tensor | None = None) -> Tensor:
         """What comes out, or something of its shape, (samples, rows, outputs)."""
         return rows_of_value(given, self.outputs_axis, self.samples[1], samples, chosen)
 
 
-def linear_of(structure: Structure, node: Node) -> Linear:
+def linear_of(structure: Structure, node: Node, *, shared: bool = False) -> Linear:
     """Return a node as a product with a matrix.
 
+    Args: shared: also a matrix that other places read.
     Raises: Unsupported: it is none; says why.
     """
+    if node.op == "BatchNormalization":
+        return _normalization(structure, node)
     projection = projection_of(structure, node)
     if projection is None:
         raise Unsupported("it multiplies no weight")
-    if node.op in BEHIND and node.get("activation", "Gelu"):
-        raise Unsupported("an activation follows in the same node")
     form = FORMS.get((node.domain, node.op))
     if form is None:
         raise Unsupported(f"{node.op} is not known as a product with one matrix")
     stored = stored_at(structure, node.inputs[projection.weight])
+    if len(stored.places) > 1 and not shared:
+        raise Unsupported("several nodes read its weight")
     return form(structure, node, projection.weight, stored)
 
 
@@ -144,13 +153,24 @@ def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more:
     )
 
 
+def without(node: Node) -> Node | None:
+    """Return a node that gives the product without the activation that follows in the same node; None: none follows."""
+    if node.op == "GemmFastGelu":
+        return replace(node, op="FusedMatMul", inputs=node.inputs[:2])
+    if not node.get("activation"):
+        return None
+    return replace(
+        node, attributes={k: value for k, value in node.attributes.items() if not k.startswith("activation")}
+    )
+
+
 def _product(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
-    """MatMul, Gemm and FusedMatMul."""
+    """MatMul, Gemm, FusedMatMul, and those with an activation."""
     read, given = (len(structure.shapes.shape(name) or ()) for name in (node.inputs[1 - weight], node.outputs[0]))
     shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
     if len(shape) < 2 or math.prod(shape[:-2]) > 1 or read < 2 or given < 2:
         raise Unsupported("it multiplies more than one matrix, or a vector")
-    if node.get("transA", 0) or node.get("transBatchA", 0) or node.get("transBatchB", 0) or node.get("activation"):
+    if node.get("transA", 0) or node.get("transBatchA", 0) or node.get("transBatchB", 0):
         raise Unsupported("what it reads is turned around in the same node")
     if node.op != "MatMul" and not weight:
         raise Unsupported("its weight is the first factor")
@@ -171,8 +191,6 @@ def _product(structure: Structure, node: Node, weight: int, stored: Stored) -> L
 
 def _convolution(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
     shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
-    if node.get("group", 1) != 1:
-        raise Unsupported("it convolves groups of channels")
     if samples_axis(structure, node.inputs[0]) not in (0, None):
         raise Unsupported("samples do not lie along the first axis")
     return _made(
@@ -184,7 +202,32 @@ def _convolution(structure: Structure, node: Node, weight: int, stored: Stored) 
         outputs_axis=1,
         outputs=shape[0],
         channels=shape[1],
+        groups=node.get("group", 1),
         kernel=shape[2:],
+    )
+
+
+def _normalization(structure: Structure, node: Node) -> Linear:
+    """A BatchNorm: of groups of one channel, each multiplied by its entry of the scale."""
+    weights, stored = structure.network.weights, stored_at(structure, node.inputs[1])
+    if len(stored.places) > 1:
+        raise Unsupported("several nodes read its weight")
+    if not {*node.inputs[3:5]} <= set(weights):
+        raise Unsupported("its means or variances are computed")
+    mean, variance = (torch_tensor(weights[name]).double() for name in node.inputs[3:5])
+    return Linear(
+        node=node,
+        reads=node.inputs[0],
+        gives=node.outputs[0],
+        stored=stored,
+        place=1,
+        samples=(samples_axis(structure, node.inputs[0]), samples_axis(structure, node.outputs[0])),
+        features=1,
+        outputs_axis=1,
+        outputs=len(mean),
+        channels=1,
+        groups=len(mean),
+        normal=(mean, (variance + node.get("epsilon", 1e-5)).sqrt()),
     )
 
 
@@ -209,7 +252,11 @@ FORMS: dict[tuple[str, str], Callable[[Structure, Node, int, Stored], Linear]] =
     ("", "Gemm"): _product,
     ("com.microsoft", "FusedMatMul"): _product,
     ("com.microsoft", "TransposeMatMul"): _product,
+    ("com.microsoft", "FusedMatMulActivation"): _product,
+    ("com.microsoft", "FusedGemm"): _product,
+    ("com.microsoft", "GemmFastGelu"): _product,
     ("", "Conv"): _convolution,
+    ("com.microsoft", "FusedConv"): _convolution,
     ("com.microsoft", "Attention"): _attention,
 }
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import REAL_TYPES, Place
-from optin_deploy.structure.branches import Way, way_from
+from optin_deploy.structure.branches import Way, own_bias, way_from
 from optin_deploy.structure.flow import Structure
-from optin_deploy.structure.linear import Linear, linear_of
+from optin_deploy.structure.linear import Linear, linear_of, without
 from optin_deploy.structure.stored import Stored, stored_at
 
 
@@ -20,7 +20,7 @@ class Shift:
     place: Place
     stored: Stored
     value: str
-    """Name of the sum."""
+    """Name of the sum, or of what it is added to where both are not apart."""
     factor: float = 1.0
     """By which the vector is multiplied before."""
 
@@ -34,16 +34,19 @@ class Solvable:
     shift: Shift | None
 
 
-def solvable(structure: Structure, index: int) -> Solvable:
+def solvable(structure: Structure, index: int, *, shared: bool = False) -> Solvable:
     """Return a node as a product with a matrix, and the vector that is added behind it.
 
+    Args: shared: also where other places read the matrix.
     Raises: Unsupported: it is none; says why.
     """
     network = structure.network
-    linear, way = linear_of(structure, network.nodes[index]), way_from(structure, index)
+    linear = linear_of(structure, network.nodes[index], shared=shared)
+    way = way_from(structure, index)
     factors = [name for scale in way.scale for name in network.nodes[scale].inputs if name in network.fixed]
-    if any(math.prod(structure.shapes.shape(name) or ()) not in (1, linear.outputs) for name in factors):
-        raise Unsupported("what it gives is multiplied by other numbers in other places")
+    uneven = any(math.prod(structure.shapes.shape(name) or ()) not in (1, linear.outputs) for name in factors)
+    if uneven or without(linear.node) is not None:
+        way = Way(own_bias(network.nodes[index]), (), (), linear.gives, None, None)
     return Solvable(linear, way, _shift(structure, linear, way))
 
 
@@ -64,10 +67,10 @@ def _shift(structure: Structure, linear: Linear, way: Way) -> Shift | None:
         stored = Stored(node.inputs[place], tuple(tensor.shape.numpy()), ())
     if math.prod(stored.shape) != linear.outputs:
         return None
-    value = way.value if way.add is not None and index == way.add[0] else node.outputs[0]
+    value = node.outputs[0] if index in (linear.node.index, *way.nodes) else way.value
     out = structure.axes[linear.gives][linear.outputs_axis]
     alike = any(tuple(axis.leaves()) == tuple(out.leaves()) for axis in structure.axes[value])
     own = not linear.seen or (index == linear.node.index)
     if not (own or alike):
         return None
-    return Shift(way.bias, stored, value, node.get("beta", 1.0) if node.op == "Gemm" else 1.0)
+    return Shift(way.bias, stored, value, node.get("beta", 1.0) if node.op in ("Gemm", "FusedGemm") else 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.network.weights import separated
 from optin_deploy.structure.solvable import Solvable
 
-MOST_PLACES = 512
-"""Rows of a regression for each sample: of pictures with more places so many are drawn, the same in all samples."""
+MOST_PLACES, PLACES, TIMES = 512, 64, 4
+"""Rows of a regression for each sample: of pictures with more places the first number is drawn, the same places in all
+samples; for few unknowns so many times as many, but not less than the second."""
 
 
-def apart(network: Network, products: Iterable[Solvable]) -> Network:
-    """Return a network where the vectors behind these products are read nowhere else; nodes are as they were."""
-    shifts = [product.shift for product in products if product.shift is not None]
-    return separated(network, [shift.place for shift in shifts if not shift.stored.steps])
+def apart(network: Network, sets: Iterable[Collection[Solvable]]) -> Network:
+    """Return a network where the vectors behind each set of products are read nowhere else; nodes are as they were."""
+    shifts = [[product.shift for product in products if product.shift is not None] for products in sets]
+    return separated(network, [[shift.place for shift in some if not shift.stored.steps] for some in shifts])
 
 
 class Changes:
@@ -33,30 +34,43 @@ class Changes:
         """By name, in the types of the file."""
 
     def matrix(self, product: Solvable) -> Tensor:
-        """The matrix of a product as it is now, (outputs, inputs), float64."""
+        """The matrix of a product as it is now, (outputs, inputs of their group), float64."""
         linear = product.linear
         return linear.matrix(self._copy(linear.stored.name)).double().cpu() * linear.factor
 
     def add(self, product: Solvable, outputs: Tensor, inputs: Tensor, change: Tensor) -> None:
-        """Add to some rows and columns of the matrix."""
+        """Add to some rows and columns of the matrix.
+
+        Args: outputs: (.., rows). inputs: (columns,). change: (.., rows, columns).
+        """
         linear = product.linear
         tensor = self._copy(linear.stored.name)
         matrix = linear.matrix(tensor)
-        part = matrix[outputs[:, None], inputs].double().cpu() + change / linear.factor
-        matrix[outputs[:, None], inputs] = part.to(matrix)
+        part = matrix[outputs[..., None], inputs].double().cpu() + change / linear.factor
+        matrix[outputs[..., None], inputs] = part.to(matrix)
         self.weights[linear.stored.name] = tensor.to(self.device)
 
     def shift(self, product: Solvable, outputs: Tensor, offset: Tensor) -> None:
         """Add to some entries of the vector behind a product, in the units in which it is added."""
-        shift = product.shift
-        if shift is None:
+        shift, name = product.shift, self.vector(product)
+        if shift is None or name is None:
             return
-        node, place = shift.place
-        name = shift.stored.name if shift.stored.steps else self.network.nodes[node].inputs[place]
         tensor = self._copy(name)
         flat = tensor.view(-1)
         flat[outputs] = (flat[outputs].double().cpu() + offset / shift.factor).to(flat)
         self.weights[name] = tensor.to(self.device)
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Go back to these weights."""
+        self.weights.clear()
+        self.weights.update(weights)
+
+    def vector(self, product: Solvable) -> str | None:
+        """Name of the stored vector behind a product."""
+        shift = product.shift
+        if shift is None or shift.stored.steps:
+            return None if shift is None else shift.stored.name
+        return self.network.nodes[shift.place[0]].inputs[shift.place[1]]
 
     def _copy(self, name: str) -> Tensor:
         now = self.weights.get(name)
@@ -103,8 +117,12 @@ def reach(stream: Stream, product: Solvable, samples: int) -> Tensor:
     return scales(stream, product, product.shift.value, samples)
 
 
-def drawn(places: int) -> Tensor | None:
-    """Return which places of each sample are taken; None: all."""
-    if places <= MOST_PLACES:
+def drawn(places: int, unknowns: int = MOST_PLACES) -> Tensor | None:
+    """Return which places of each sample are taken; None: all.
+
+    Args: unknowns: of the regression, for each output.
+    """
+    most = min(MOST_PLACES, max(PLACES, TIMES * unknowns))
+    if places <= most:
         return None
-    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:MOST_PLACES]
+    return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:most]

@@ -1,16 +1,16 @@
-"""Stored tensors, and how each comes to the one node that reads it: by views, through which changes are written."""
+"""Stored tensors, and how each comes to what reads it: by views, through which changes are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from optin_deploy.network.graph import Node
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators.row import Unsupported
-from optin_deploy.network.run import REAL_TYPES
+from optin_deploy.network.run import REAL_TYPES, Place
 from optin_deploy.network.tensors import torch_dtype
 from optin_deploy.structure.flow import Structure
 
@@ -20,12 +20,14 @@ MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity",
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file, and how it comes to the one node that reads it."""
+    """A tensor of the file, and how it comes to a node that reads it."""
 
     name: str
     shape: tuple[int, ...]
     steps: tuple[Callable[[Tensor], Tensor], ...]
     """Views, from the stored tensor on."""
+    places: frozenset[Place] = frozenset()
+    """All places that read it, one or several."""
 
     def used(self, tensor: Tensor) -> Tensor:
         """View a tensor that is stored so as it is used."""
@@ -35,30 +37,37 @@ class Stored:
 
 
 def stored_at(structure: Structure, name: str) -> Stored:
-    """Return the stored tensor that a value is, from which nothing else is made.
+    """Return the stored tensor that a value is.
 
-    Raises: Unsupported: it has other readers, is computed, or is not stored as real numbers of 16 bits or more.
+    Raises: Unsupported: it is computed, or is not stored as real numbers of 16 bits or more.
     """
     network, nodes = structure.network, []
-    if len(network.consumers.get(name, ())) > 1:
-        raise Unsupported("several nodes read its weight")
     while name not in network.weights:
         node = network.producer[name]
         if node.op not in MOVING:
-            raise Unsupported(f"its weight comes out of {node.op}")
+            few = " is stored in fewer than 16 bits and" if node.op == "DequantizeLinear" else ""
+            raise Unsupported(f"its weight{few} comes out of {node.op}")
         nodes.append(node)
         name = node.inputs[0]
-        if len(network.consumers[name]) > 1:
-            raise Unsupported("several nodes read its weight")
     tensor = network.weights[name]
     if int(tensor.dtype) not in REAL_TYPES:
         raise Unsupported(f"its weight is stored as {tensor.dtype.name}")
-    found = Stored(name, tuple(tensor.shape.numpy()), tuple(_view(structure, node) for node in reversed(nodes)))
+    views = tuple(_view(structure, node) for node in reversed(nodes))
+    found = Stored(name, tuple(tensor.shape.numpy()), views, frozenset(_places(network, name)))
     try:
         found.used(torch.empty(found.shape, dtype=torch_dtype(tensor.dtype), device="meta"))
     except RuntimeError as err:  # a Reshape behind a Transpose
         raise Unsupported("its weight is rearranged on the way") from err
     return found
+
+
+def _places(network: Network, name: str) -> Iterator[Place]:
+    """Where a stored tensor is read in the end."""
+    for node, place in network.consumers.get(name, ()):
+        if node.op in MOVING and place == 0:
+            yield from _places(network, node.outputs[0])
+        else:
+            yield node.index, place
 
 
 def _view(structure: Structure, node: Node) -> Callable[[Tensor], Tensor]:

@@ -25,7 +25,7 @@ def pair(cell: Cell, bench: Workbench) -> dict[str, Any]:
         and, if pruned, plan, ideal and measured speed-up.
     """
     pruned = bench.variants(cell)
-    models = {"dense": bench.dense(cell.model).model} | {name: v.model for name, v in pruned.items()}
+    models = {"dense": bench.dense(cell.model)} | {name: v.model for name, v in pruned.items()}
     inputs = bench.inputs(cell)
     references = {name: reference(model, inputs) for name, model in models.items()}
     with ExitStack() as stack:
@@ -73,8 +73,8 @@ def describe(variant: Variant) -> dict[str, Any]:
     plan = variant.plan
     return {
         "plan_hash": plan.hash,
-        "macs_kept": plan.kept,
-        "ideal": variant.ideal,
+        "macs_kept": variant.kept,
+        "ideal": 1 / variant.kept,
         "heads": [*map(len, plan.heads)],
         "neurons": [*map(len, plan.neurons)],
     }

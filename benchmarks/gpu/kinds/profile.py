@@ -33,7 +33,7 @@ def profile(cell: Cell, bench: Workbench) -> dict[str, Any]:
 
     Returns: for dense, ragged and aligned: total_ms, groups, and the largest kernels as [name, ms, calls] a run.
     """
-    models = {"dense": bench.dense(cell.model).model} | {n: v.model for n, v in bench.variants(cell).items()}
+    models = {"dense": bench.dense(cell.model)} | {n: v.model for n, v in bench.variants(cell).items()}
     inputs = bench.inputs(cell)
     found = {}
     with matmul_mode(cell.precision):

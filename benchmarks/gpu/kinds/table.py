@@ -8,12 +8,11 @@ import torch
 
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.engines import Run, open_engine
-from benchmarks.gpu.models import equal_plan
+from benchmarks.gpu.models import MODELS, equal_plan
 from benchmarks.gpu.precision import matmul_mode
 from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import SEED, Workbench
 from optin_deploy.bench.device_clock import timer_for
-from optin_deploy.rewrite.torch import rewrite_torch
 
 
 def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
@@ -21,14 +20,14 @@ def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
 
     Returns: rows of heads, neurons, ms, dense_ms (of the same rounds), relative (ms / dense ms).
     """
-    dense = bench.dense(cell.model)
+    dense, cost = bench.dense(cell.model), bench.cost(cell.model, cell.seq)
     inputs = bench.inputs(cell)
     timer = timer_for(bench.device)
     rows = []
-    with matmul_mode(cell.precision), open_engine(cell.engine, dense.model, inputs, cell.precision) as dense_run:
+    with matmul_mode(cell.precision), open_engine(cell.engine, dense, inputs, cell.precision) as dense_run:
         for heads, neurons in grid(cell):
-            plan = equal_plan(dense.layout, bench.cost(cell.model, cell.seq), heads=heads, neurons=neurons)
-            smaller = rewrite_torch(dense.model, dense.layout, plan)
+            plan = equal_plan(MODELS[cell.model], heads=heads, neurons=neurons)
+            smaller = bench.cut(cell.model, plan)
             with open_engine(cell.engine, smaller, inputs, cell.precision) as run:
                 runs: dict[str, Run] = {"dense": dense_run, "point": run}
                 samples = measure(runs, timer, timed_s=cell.timed_s, blocks=cell.blocks, seed=SEED)
@@ -38,7 +37,7 @@ def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
                 {
                     "heads": heads,
                     "neurons": neurons,
-                    "macs_kept": plan.kept,
+                    "macs_kept": cost.of(plan) / cost.dense,
                     "ms": ms["point"],
                     "dense_ms": ms["dense"],
                     "relative": relative,
@@ -47,7 +46,7 @@ def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
             del smaller, run, runs
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()  # each captured graph had memory of its own
-    return {"tokens": bench.cost(cell.model, cell.seq).tokens, "seed": SEED, "rows": rows}
+    return {"tokens": cost.tokens, "seed": SEED, "rows": rows}
 
 
 def grid(cell: Cell) -> list[tuple[int, int]]:

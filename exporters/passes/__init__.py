@@ -1,0 +1,1 @@
+"""What an engine's artifact differs in from the network: each pass takes a network and returns another one."""

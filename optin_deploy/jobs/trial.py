@@ -1,0 +1,44 @@
+"""What a plan does to the outputs, on calibration samples that its compensation has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from optin_deploy.data.rows import rows_of
+from optin_deploy.jobs.pruning import Ready, make
+from optin_deploy.judging import joined, judged_samples, samples_of
+from optin_deploy.network.run import Program
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.progress import Progress, silent
+from optin_deploy.scoring.losses import output_distance
+from optin_deploy.scoring.subject import valid_of
+
+
+def unseen_error(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress: Progress = silent) -> float:
+    """Mean distance of the smaller network's outputs to the dense ones, as error curves measure it, of a whole plan.
+
+    Every fourth calibration sample, at most 128 of them, judge what the others fitted.
+    Raises: BadInput: too few samples. NotProven: our fault.
+    """
+    batches = ready.rows.calibration.batches
+    marks = judged_samples(batches)
+    rest = [~mark for mark in marks]
+    fitting = tuple(samples_of(batch, mark) for batch, mark in zip(batches, rest, strict=True) if mark.any())
+    weights = ready.token_weights() if compensation else None
+    rows = replace(ready.rows.calibration, batches=fitting, labels=(None,) * sum(map(rows_of, fitting)))
+    part = replace(ready, rows=replace(ready.rows, calibration=rows))
+    part.know_token_weights(None if weights is None else weights.chosen(rest))
+    smaller = Program(make(part, plan, compensation=compensation, progress=progress).network)
+    subject, total, count = ready.subject, 0.0, 0
+    names = [port.name for port in ready.network.inputs]
+    with torch.inference_mode():
+        for batch in joined(batches, marks):
+            feeds, valid = {name: batch[name] for name in names}, valid_of(batch)
+            dense, found = (
+                subject.reading.read(program(feeds).outputs, valid) for program in (subject.program, smaller)
+            )
+            total += float(output_distance(dense, found.values).sum())
+            count += rows_of(batch)
+    return total / count
