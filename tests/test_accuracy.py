@@ -176,10 +176,10 @@ def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pyt
 
 def test_scores_are_made_once_for_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, read = task_of("text"), find_in(task_of("text").model)
-    wanted = module.made_case(task, read, 0, 12, tmp_path / "scores.safetensors").scores
+    wanted = module.made_case(task, read, 0, 12, tmp_path / "scores.safetensors").scores.scores
     again = module.made_case(task, read, 0, 12, tmp_path / "scores.safetensors")
-    monkeypatch.setattr(case_module, "score_units", lambda *args, **options: pytest.fail("scored again"))
-    assert all(torch.equal(values, again.scores[name]) for name, values in wanted.items())
+    monkeypatch.setattr(case_module, "score", lambda *args, **options: pytest.fail("scored again"))
+    assert all(torch.equal(values, again.scores.scores[name]) for name, values in wanted.items())
     assert again.seconds["scores"] > 0
 
 

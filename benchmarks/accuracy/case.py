@@ -13,28 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.scoring.rivals import mask_gradients
+from exporters import exporter
 from optin_deploy.budget import Limits
-from optin_deploy.cutting.compensate import compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
+from optin_deploy.data.feeds import Halves
 from optin_deploy.data.rows import Feeds
-from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import sizes_of
+from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score
 from optin_deploy.network.graph import Network
-from optin_deploy.planning.costs import Costs, costs_of, limits_within
-from optin_deploy.planning.curve import Curve
-from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.planning.widths import DEFAULT_ALIGN, DEFAULT_KINDS, Choice, Keep, choose
-from optin_deploy.scoring.hearing import TokenWeights, token_weights
+from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.plan import plan_of
+from optin_deploy.planning.widths import Choice, Keep, aligned, choose
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 
 T = TypeVar("T")
+ENGINE = "onnx"
+"""Whose widths ours keeps; peers choose freely."""
 OUTPUT = "logits"
 """Of every task's classifier."""
 Scores = Mapping[str, Tensor]
@@ -70,14 +68,14 @@ class Case:
             self._made["scores"], self.seconds["scores"] = found, float(found.provenance["seconds"])
 
     @cached_property
+    def ready(self) -> Ready:
+        """As the product puts them together; no row judges, as the test rows do."""
+        return ready_of(self.found, Halves(self.calibration, None), seed=self.seed)
+
+    @property
     def subject(self) -> Subject:
         """What is scored, measured and repaired."""
-        return Subject.of(self.found.layout)
-
-    @cached_property
-    def costs(self) -> Costs:
-        """In MACs, for one of the widest calibration rows."""
-        return costs_of(self.found.layout, sizes_of(self.found, self.calibration))
+        return self.ready.subject
 
     @cached_property
     def labels(self) -> list[Tensor]:
@@ -114,28 +112,27 @@ class Case:
         return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     @property
-    def scores(self) -> Scores:
+    def scores(self) -> UnitScores:
         """The trajectory's, as the product makes them."""
 
         def made() -> UnitScores:
-            settings = ScoreSettings(seed=self.seed)
-            found = score_units(self.subject, self.batches, settings, kinds=DEFAULT_KINDS)
+            found = score(self.ready, ScoreSettings(seed=self.seed))
             if self.kept is not None:
                 found.write(self.kept)
             return found
 
-        return self.shared("scores", made).scores
+        return self.shared("scores", made)
 
     @property
-    def token_weights(self) -> TokenWeights | None:
-        """What each token counts in curves and compensation."""
-        return self.shared("token weights", partial(token_weights, self.subject, self.batches, seed=self.seed))
-
-    @property
-    def curves(self) -> Mapping[str, Curve]:
+    def curves(self) -> Curves:
         """Error curves by these scores."""
-        scores, weights = self.scores, self.token_weights
-        return self.shared("curves", partial(unit_curves, self.subject, scores, self.batches, token_weights=weights))
+        scores = self.scores
+        self.hear()
+        return self.shared("curves", lambda: curves_of(self.ready, scores))
+
+    def hear(self) -> None:
+        """Measure what each token counts in curves and compensation."""
+        self.shared("token weights", self.ready.token_weights)
 
     def shared(self, stage: str, make: Callable[[], T]) -> T:
         """What this stage makes, once; its seconds are kept."""
@@ -147,20 +144,22 @@ class Case:
         found: T = self._made[stage]
         return found
 
-    def plan(self, scores: Scores, flops: float, choice: Choice, curves: Mapping[str, Curve] | None = None) -> Keep:
-        """What is kept at a share of the MACs; unless widths are equal, a bypassed branch may go as a whole."""
-        layout, limits = self.found.layout, limits_within(self.costs, Limits(flops=flops))
-        numbers = {name: values.numpy() for name, values in scores.items()}
-        if choice.allocation == "uniform":
-            return choose(layout, numbers, limits, choice)
-        keep = choose(layout, numbers, limits, choice, curves=curves, emptying=bypassed(layout))
-        if all(keep.values()):
-            return keep
-        try:
-            cut(layout, keep)
-        except BadInput:
-            return choose(layout, numbers, limits, choice, curves=curves)
-        return keep
+    def limits(self, flops: float) -> list[Limit]:
+        """A share of the MACs, for one of the widest calibration rows."""
+        return limits_within(self.ready.costs, Limits(flops=flops))
+
+    def product(self, flops: float, allocation: str) -> Network:
+        """The smaller network, as `optin-export` makes it for ONNX Runtime."""
+        choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
+        curves = self.curves if allocation == "curves" else None
+        keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)
+        return self.repaired(keep)
+
+    def plan(self, scores: Scores, flops: float, choice: Choice) -> Keep:
+        """What is kept by other scores; unless widths are equal, a bypassed branch may go as a whole."""
+        layout, numbers = self.found.layout, {name: values.numpy() for name, values in scores.items()}
+        emptying = () if choice.allocation == "uniform" else emptiable(layout)
+        return choose(layout, numbers, self.limits(flops), choice, emptying=emptying)
 
     def equal_shares(self, scores: Scores, flops: float, align: int = 1) -> Keep:
         """The same share of the units in every group, as a pruning ratio means it; the best units of each.
@@ -169,21 +168,16 @@ class Case:
         """
         return self.plan(scores, flops, Choice(align=align, allocation="uniform", one_measure=False))
 
-    def cut(self, keep: Keep, *, compensation: bool) -> Network:
-        """The smaller network, as the product makes it."""
-        if not compensation:
-            return self.sliced(self.found.network, keep)
-        repaired = compensated(self.subject, keep, self.batches, token_weights=self.token_weights)
-        return self.sliced(repaired.network, keep)
+    def repaired(self, keep: Keep) -> Network:
+        """The smaller network, compensated as in the product."""
+        self.hear()
+        return make(self.ready, plan_of(self.found.layout, keep)).network
 
-    def sliced(self, network: Network, keep: Keep) -> Network:
-        """Cut this network, maybe with other weights, and prove it."""
+    def sliced(self, keep: Keep, network: Network | None = None) -> Network:
+        """The smaller network as it is, or with the weights of another."""
+        if network is None:
+            return make(self.ready, plan_of(self.found.layout, keep), compensation=False).network
         layout = find(network, self.found.probes)
         smaller = cut(layout, keep)
         prove(layout, keep, smaller, self.found.probes)
         return smaller
-
-
-def ours_choice(allocation: str) -> Choice:
-    """How the product chooses widths."""
-    return Choice(align=DEFAULT_ALIGN, allocation=allocation)

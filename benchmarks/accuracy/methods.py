@@ -7,10 +7,11 @@ from functools import partial
 
 import onnx
 
-from benchmarks.accuracy.case import Case, Scores, ours_choice
+from benchmarks.accuracy.case import ENGINE, Case, Scores
 from benchmarks.accuracy.kwon import rearranged, tuned
 from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.scoring.rivals import magnitude, random, squared, torch_pruning_taylor
+from exporters import exporter
 from optin_deploy.data.rows import MASK
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.widths import Choice
@@ -23,12 +24,12 @@ PUBLISHED = Choice(align=1, allocation="paper")
 
 def ours(case: Case, flops: float) -> Network:
     """Trajectory scores, allocation by error curves, compensation."""
-    return case.cut(case.plan(case.scores, flops, ours_choice("curves"), case.curves), compensation=True)
+    return case.product(flops, "curves")
 
 
 def ours_uniform(case: Case, flops: float) -> Network:
     """Trajectory scores, equal widths, compensation."""
-    return case.cut(case.plan(case.scores, flops, ours_choice("uniform")), compensation=True)
+    return case.product(flops, "uniform")
 
 
 def optin(case: Case, flops: float) -> Network:
@@ -36,7 +37,7 @@ def optin(case: Case, flops: float) -> Network:
 
     The scores are the sketch's, whose rank correlation with exact ones is above 0.99 (scoring_accuracy).
     """
-    return case.cut(case.plan(case.scores, flops, PUBLISHED), compensation=False)
+    return case.sliced(case.plan(case.scores.scores, flops, PUBLISHED))
 
 
 def kwon(case: Case, flops: float) -> Network:
@@ -45,7 +46,7 @@ def kwon(case: Case, flops: float) -> Network:
     keep = rearranged(case.plan(fisher, flops, PUBLISHED), case.gradients)
     teacher = case.plan(fisher, flops**0.5, PUBLISHED)
     network = tuned(case.subject, keep, case.batches, teacher=teacher, first_token=MASK in case.batches[0])
-    return case.sliced(network, keep)
+    return case.sliced(keep, network)
 
 
 def importance(name: str, case: Case) -> Scores:
@@ -60,13 +61,12 @@ def importance(name: str, case: Case) -> Scores:
 
 def rival(name: str, case: Case, flops: float) -> Network:
     """Another importance, equal shares, nothing compensated."""
-    return case.cut(case.equal_shares(importance(name, case), flops), compensation=False)
+    return case.sliced(case.equal_shares(importance(name, case), flops))
 
 
 def rival_compensated(name: str, case: Case, flops: float) -> Network:
     """Another importance, equal shares, our compensation: what the score alone is worth."""
-    align = ours_choice("uniform").align
-    return case.cut(case.equal_shares(importance(name, case), flops, align), compensation=True)
+    return case.repaired(case.equal_shares(importance(name, case), flops, exporter(ENGINE).align))
 
 
 RANKINGS = {
