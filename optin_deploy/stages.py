@@ -66,11 +66,6 @@ class Prepared:
         """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
         return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
 
-    @property
-    def origin(self) -> str:
-        """Name of the dense network, for messages."""
-        return self.source.model
-
 
 def prepare(source: Source, home: Path | None = None) -> Prepared:
     """Load network and data, and check that they fit together.

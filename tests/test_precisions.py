@@ -29,6 +29,7 @@ from exporters.proving import check_engine
 from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.loading import load_model
+from optin_deploy.network.read_torch import read_module
 from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.torch import TorchRuntime
@@ -489,6 +490,48 @@ def test_each_tolerance_lets_rounding_pass_and_refuses_more(precision: str, tmp_
     assert check(passing, precision, tmp_path / "x", "bert+head") == pytest.approx(0.8 * limit, rel=0.01)
     with pytest.raises(ParityFailure, match=rf"x differs .*allowed in {precision}: {limit:.0e}"):
         check(failing, precision, tmp_path / "x", "bert+head")
+
+
+class Rounding(nn.Module):
+    """Loses four digits of float32 on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1e4) - 1e4
+
+
+class Exact:
+    """A runtime that gives what `Rounding` gives without rounding."""
+
+    engine = "exact"
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+
+    def __enter__(self) -> Exact:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        return {self._output: feeds["x"].copy()}
+
+
+def test_an_engine_may_be_as_far_off_as_float32_itself_is(tmp_path: Path) -> None:
+    x = torch.rand(2, 64)
+    network = read_module(Rounding(), {"x": x})
+    (output,) = (port.name for port in network.outputs)
+    artifact = Artifact(tmp_path / "x.onnx", "onnx", "fp32", (), (output,), "", 0)
+    forms = Forms(Form(tmp_path / "x.onnx", network), None)
+
+    def found(share: float) -> float:
+        pair = Pair(BentEngine(lambda path: Exact(output), share), "fp32", artifact, None)
+        (error_,) = check_engine(Built((pair,)), forms, [{"x": x}]).values()
+        return error_
+
+    assert TOLERANCES["fp32"] < found(0.0) < 1e-3
+    with pytest.raises(ParityFailure):
+        found(5e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
