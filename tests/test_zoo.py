@@ -99,6 +99,7 @@ def test_other_units_than_those_masked_are_a_fault(monkeypatch: pytest.MonkeyPat
     assert found.float32 > 1e-2
 
 
-def test_the_table_in_the_readme_is_that_of_the_recorded_results() -> None:
+def test_the_tables_in_the_readme_are_those_of_the_recorded_results() -> None:
     readme = models.README.read_text(encoding="utf-8")
     assert f"{models.START}\n{models.table()}\n{models.END}" in readme
+    assert f"{models.REAL_START}\n{models.real_models()}\n{models.REAL_END}" in readme

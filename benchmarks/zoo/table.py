@@ -1,6 +1,6 @@
-"""README's table of models, of the recorded results of the zoo: python -m benchmarks.zoo.table writes it.
+"""README's tables of models, of the recorded results of the zoo: python -m benchmarks.zoo.table writes them.
 
-A test compares both, so that the table is never older than the results.
+A test compares both, so that the tables are never older than the results.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ from optin_deploy.storage import read_json, write_text
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- models: python -m benchmarks.zoo.table -->", "<!-- end of models -->"
+REAL_START, REAL_END = "<!-- real models: python -m benchmarks.zoo.table -->", "<!-- end of real models -->"
+REAL_HEADER = ("model", "at 60% of the MACs", "faster", "at 40%", "faster")
+BUDGETS = (0.6, 0.4)
+METRICS: Mapping[str, str] = {
+    "cosine_to_dense": "cosine {pruned:.3f}",
+    "same_prediction": "same class {pruned:.1%}",
+    "same_prediction_per_token": "same at each place {pruned:.1%}",
+    "perplexity": "perplexity {pruned:.2f} (dense {dense:.2f})",
+    "relative_error": "relative error {pruned:.3f}",
+}
+"""How a metric is told; the dense network is its own measure where nothing else is said."""
 HEADER = ("read", "families of the zoo", "groups found", "cut = masked, of the largest output")
 FORMS = ("dynamo", "torchscript")
 """Both exporters of torch."""
@@ -24,9 +35,12 @@ KINDS: Mapping[str, str] = {"ids": "texts", "picture": "pictures", "real": "pict
 
 
 def main() -> None:
-    """Write the table into the README."""
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    write_text(README, f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+    """Write the tables into the README."""
+    text = README.read_text(encoding="utf-8")
+    for start, written, end in ((START, table(), END), (REAL_START, real_models(), REAL_END)):
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{written}\n{end}{rest.split(end)[1]}"
+    write_text(README, text)
 
 
 def table() -> str:
@@ -37,6 +51,29 @@ def table() -> str:
         of.setdefault(_reads(family), []).append(family)
     rows = [_row(kind, [family.name for family in families], results) for kind, families in of.items()]
     return to_table(HEADER, rows)
+
+
+def real_models() -> str:
+    """One row for each real model that went through the whole job."""
+    results = read_json(RESULTS / "zoo_chain.json", "Make it with `python -m benchmarks.zoo.chain --record`.")["models"]
+    found: dict[str, dict[float, Mapping[str, Any]]] = {}
+    for each in results:
+        found.setdefault(each["model"], {})[each["flops"]] = each
+    return to_table(REAL_HEADER, [_real_row(name, cells) for name, cells in found.items()])
+
+
+def _real_row(name: str, cells: Mapping[float, Mapping[str, Any]]) -> tuple[str, ...]:
+    columns: list[str] = []
+    for flops in BUDGETS:
+        cell = cells.get(flops)
+        if cell is None:
+            columns += ["", ""]
+            continue
+        seen = "".join(f"; {what} {value}" for what, value in cell["seen"].items())
+        columns += [METRICS[cell["quality"]["metric"]].format(**cell["quality"]) + seen]
+        columns += [f"{cell['latency'][0]['speedup']:.2f}x"]
+    what = next(iter(cells.values()))["what"]
+    return (f"{name}: {what}", *columns)
 
 
 def _reads(family: Family) -> str:
