@@ -15,6 +15,7 @@ from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
 from optin_deploy.checkpoint.preprocessor import load_beside
+from optin_deploy.checkpoint.sentence_modules import embeds
 from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.checkpoint.wall import blamed, shown, wall
 from optin_deploy.errors import BadInput
@@ -73,7 +74,8 @@ class LoadedModel:
 def load_dense(name: str, task: str | None = None) -> LoadedModel:
     """Load model and preprocessor from a folder or the hub, in float32 and evaluation mode.
 
-    Args: task: one of AUTO_CLASSES; inferred from `config.architectures` if None.
+    Args: task: one of AUTO_CLASSES; None: inferred from `config.architectures`, where a head for masked words is left
+        over from training beside a modules.json of sentence-transformers.
     Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the config or the task.
     """
     model, task = load_model(name, task)
@@ -93,7 +95,10 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
         source = folder / "config.json"
         data = read_config(source)
         config = make_config(source, data)
-        task = check_task(task) if task else infer_task(config)
+        if task is None:
+            task = infer_task(config)
+            task = "feature-extraction" if task == "fill-mask" and embeds(folder) else task
+        check_task(task)
         _check_config(source, config, task)
         stored = stored_tensors(name, folder)
         model, left_out = _load(source, data, task, stored)

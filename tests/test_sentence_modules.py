@@ -71,6 +71,16 @@ def test_a_folder_that_pools_by_the_mean_is_judged_as_before(pooling: Any, tmp_p
     assert model.config.to_dict().keys() == plain.config.to_dict().keys()
 
 
+def test_a_sentence_embedder_is_one_though_its_config_speaks_of_masked_words(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert load_dense(str(folder)).task == "feature-extraction"
+    (folder / "modules.json").unlink()
+    with pytest.raises(BadInput, match="task 'fill-mask' needs"):
+        load_dense(str(folder))
+
+
 def test_the_first_real_token_is_taken_wherever_the_padding_is() -> None:
     states = torch.randn(3, 4, 5)
     valid = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]]).float()

@@ -105,8 +105,7 @@ ROWS = (
         counts=Counts(32, 32),
     ),
     Row(
-        *("all-mpnet-base-v2", "MPNet of base size, embeddings of texts", models.mpnet, material.articles),
-        {**TEXT, "task": "feature-extraction"},
+        *("all-mpnet-base-v2", "MPNet of base size, embeddings of texts", models.mpnet, material.articles, TEXT),
         allocation="uniform",
         counts=Counts(48, 32),
     ),

@@ -155,6 +155,7 @@ FROM_GGUF = """
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 folder, file = sys.argv[1:]
 found = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+del found.config.quantization_config
 model = LlamaForCausalLM(found.config)
 model.load_state_dict(found.state_dict())
 model.tie_weights()

@@ -69,6 +69,11 @@ def sentence_root(folder: Path) -> Path:
     return home.parent if modules and modules[0][0] == home.name else folder
 
 
+def embeds(folder: Path) -> bool:
+    """Whether the folder of a model has a modules.json, by which sentence-transformers makes embeddings."""
+    return (sentence_root(folder) / MODULES).is_file()
+
+
 def transformer_folder(folder: Path) -> Path:
     """Where the transformers model lies in a folder: in `0_Transformer/` in old layouts, else at its top.
 
