@@ -244,7 +244,7 @@ def _report(
     return Report(
         quality=quality,
         params=_params(folder, cost),
-        macs=_macs(asked.prepared, cost),
+        macs=_macs(asked.prepared, cost, plan.merges),
         size_bytes=built.sizes(),
         parity=parity,
         latency=latency,
@@ -266,9 +266,9 @@ def _params(folder: Path, cost: PlanCost) -> dict[str, int]:
     return {"dense": cost.weights_dense, "pruned": cost.weights_pruned}
 
 
-def _macs(prepared: Prepared, cost: PlanCost) -> dict[str, float]:
+def _macs(prepared: Prepared, cost: PlanCost, merges: tuple[int, ...]) -> dict[str, float]:
     """Multiply-accumulates, what part of them stays, and what part of those that any group could lose."""
-    macs = prepared.ready.costs.macs
+    macs = prepared.ready.costs_with(merges).macs
     fixed = macs.of({group.name: 0 for group in prepared.ready.layout.groups})
     dense, pruned = cost.macs_dense, cost.macs_pruned
     return {
@@ -316,6 +316,11 @@ def _notes(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round],
     elif made.skipped:
         told = "; ".join(made.skipped)
         notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
+    if any(made.plan.merges):
+        notes.append(
+            f"{sum(made.plan.merges)} tokens are merged, behind the attention of the blocks: "
+            f"{', '.join(map(str, made.plan.merges))}."
+        )
     if made.why_graph:
         notes.append(f"There is no `model/`: {made.why_graph}. `optin_deploy.load` gives the graph as a torch module.")
     if built.problem is not None:

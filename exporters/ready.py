@@ -20,12 +20,14 @@ from exporters.to_onnx import check_size
 from optin_deploy.bench.stats import percentile
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.judging import judged_samples
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.latency import LatencyTable
-from optin_deploy.planning.widths import Choice, aligned, check_choice
+from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.stages import Prepared, prepare
+from optin_deploy.structure.labels import TOKENS
 from optin_deploy.workspace import Source
 
 CLEARLY = 1.2
@@ -45,6 +47,8 @@ class Request:
     align: int | None = None
     """Neurons, channels and widths in multiples of this; None: what the engine likes."""
     allocation: str = "curves"
+    tokens: float | None = None
+    """Mean share of the tokens that stay behind the attention of a block; None: all."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     memory_budget: int | None = None
     """Bytes that scoring may take beyond the network; None: most of what is free."""
@@ -87,6 +91,8 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     if request.threads:
         target.threads(request.threads)
     check_different(points)
+    if limits.time is not None and (request.tokens is not None or TOKENS in source.units):
+        raise BadInput("tokens are merged within a budget in MACs, parameters or bytes: leave out the one in time.")
     if limits.time is not None and not (request.dense and points):
         raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
     if request.table is not None and limits.time is None:
@@ -95,8 +101,8 @@ def ready(request: Request, home: Path | None = None) -> Asked:
         )
     prepared = prepare(source, home)
     network, calibration = prepared.ready.network, prepared.ready.rows.calibration
-    choice = aligned(prepared.ready.layout, choice, request.align)
-    check_choice(prepared.ready.layout, limits_within(prepared.ready.costs, limits), choice)
+    choice = merging(prepared.ready, aligned(prepared.ready.layout, choice, request.align), request.tokens)
+    check(prepared.ready, limits, choice)
     if choice.allocation == "curves":
         judged_samples(calibration.batches)  # enough of them
     if request.pool is not None:

@@ -28,6 +28,7 @@ from optin_deploy.jobs.modules import with_weights_of
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import Cut, Ready, check_plan, curves_of, make, pick, planned, ready_of, score, score_key
 from optin_deploy.jobs.stored import mark
+from optin_deploy.jobs.tokens import least_error
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read_onnx import read_file
@@ -40,6 +41,7 @@ from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.find import find
+from optin_deploy.structure.labels import TOKENS
 from optin_deploy.workspace import ARTIFACTS, DENSE, PRUNED, Source, Workspace
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ def prepare(source: Source, home: Path | None = None) -> Prepared:
         output=source.output,
         read_as=source.read_as,
         pooling=dense.pooling,
-        kinds=source.units,
+        kinds=tuple(kind for kind in source.units if kind != TOKENS),
         names=dense.class_names,
         strict=source.evaluation is not None,
         metric="perplexity" if dense.task == "text-generation" else None,
@@ -225,7 +227,7 @@ class Planner:
 
     def limits(self, limits: Limits) -> list[Limit]:
         """Of multiply-accumulates, parameters and bytes."""
-        return limits_within(self.prepared.ready.costs, limits)
+        return limits_within(self.prepared.ready.costs_with(self.choice.merges), limits)
 
     def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
         """Choose what stays; see `jobs.pruning.pick`.
@@ -242,9 +244,12 @@ class Planner:
         """
         if limits.time is not None and keep is None:
             raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
+        ready, merges = self.prepared.ready, self.choice.merges
+        if keep is None and TOKENS in self.choice.kinds and not merges:
+            merges, keep = least_error(ready, self._scores, limits, self.choice, self._curves)
         chosen = self.keep(self.limits(limits)) if keep is None else keep
         settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
-        return planned(self.prepared.ready, chosen, self._scores, settings)
+        return planned(ready, chosen, self._scores, settings, merges)
 
 
 def rewrite_stage(
@@ -281,8 +286,10 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
         workspace.record.remove("model")
         return ""
     name = type(loaded.model).__name__
-    repaired = with_weights_of(loaded.model, made.dense, ready.network)
+    repaired = None if any(made.plan.merges) else with_weights_of(loaded.model, made.dense, ready.network)
     why = f"what was repaired is no weight of {name}"
+    if any(made.plan.merges):
+        why = f"{name} has no merging of tokens"
     if repaired is not None:
         probes = ready.found.probes
         smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)

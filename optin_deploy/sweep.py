@@ -14,10 +14,9 @@ from typing import Any
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
 from optin_deploy.jobs.pruning import make
+from optin_deploy.jobs.tokens import check
 from optin_deploy.pictures import draw_sweep
-from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import check_choice
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.quality import Quality
 from optin_deploy.stages import Planner, curve_stage
@@ -135,7 +134,7 @@ def planned(
     Raises: BadInput, InfeasibleBudget, QualityLimit.
     """
     measure_curves(planner, stage)
-    best, drop, macs = None, limits.max_drop, planner.prepared.ready.costs.macs
+    best, drop, macs = None, limits.max_drop, planner.prepared.ready.costs_with(planner.choice.merges).macs
     noted = {}
     if drop is not None:
         fixed = macs.of({group.name: 0 for group in planner.prepared.ready.layout.groups})
@@ -213,7 +212,7 @@ def check_shares(planner: Planner, shares: Sequence[float]) -> None:
     """
     ready = planner.prepared.ready
     for share in shares:
-        check_choice(ready.layout, limits_within(ready.costs, Limits(flops=share)), planner.choice)
+        check(ready, Limits(flops=share), planner.choice)
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

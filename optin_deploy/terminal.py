@@ -84,6 +84,8 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
             f"keeps {cost.macs_pruned / max(1, cost.macs_dense):.1%} of {cost.macs_dense / 1e9:.3f} GMACs at {shapes}, "
             f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
         )
+    if any(plan.merges):
+        typer.echo(f"merges {sum(plan.merges)} tokens, block by block: {', '.join(map(str, plan.merges))}")
     if not table:
         return
     groups = kept_of(plan.keep, units)

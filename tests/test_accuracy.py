@@ -114,7 +114,7 @@ def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flo
 
 
 def test_methods_differ(case: Case) -> None:
-    peers = [method for method in METHODS if method != "onnxsim"]
+    peers = [method for method in METHODS if method not in ("onnxsim", "ours, tokens")]  # may be ours itself
     outputs = [outputs_of(made(case, method), OUTPUT, case.batches[:1], case.seq_len) for method in peers]
     for i, j in product(range(len(outputs)), repeat=2):
         assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])

@@ -17,7 +17,7 @@ from tiny_networks import HIDDEN, NEURONS, Image, Text, export, inputs, made
 import optin_deploy
 from optin_deploy.cutting.masks import masks
 from optin_deploy.errors import BadInput, MissingDependency, PlanMismatch
-from optin_deploy.jobs import rewriting
+from optin_deploy.jobs import networks, rewriting
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan, plan_of
@@ -235,12 +235,12 @@ def test_the_plan_of_another_network_is_refused(shell: Shell, text: Path, tmp_pa
 def test_a_cut_that_is_wrong_is_never_written(
     shell: Shell, text: Path, by_hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = rewriting.cut
+    right = networks.cut_graph
 
     def other_units(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Network:
         return right(layout, {name: [unit ^ 1 for unit in units] for name, units in keep.items()})
 
-    monkeypatch.setattr(rewriting, "cut", other_units)
+    monkeypatch.setattr(networks, "cut_graph", other_units)
     ran = shell("optin", "rewrite", text, "--plan", by_hand, "--out", tmp_path / "s.onnx")
     assert ran.code != 0
     assert "differs from the masked one" in ran.err

@@ -19,8 +19,10 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.data.feeds import Halves
 from optin_deploy.data.rows import Feeds
+from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score
+from optin_deploy.jobs.tokens import least_error
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import plan_of
@@ -29,6 +31,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.find import find
+from optin_deploy.structure.tokens import token_stream
 
 T = TypeVar("T")
 ENGINE = "onnx"
@@ -148,9 +151,24 @@ class Case:
         """A share of the MACs, for one of the widest calibration rows."""
         return limits_within(self.ready.costs, Limits(flops=flops))
 
-    def product(self, flops: float, allocation: str) -> Network:
-        """The smaller network, as `optin-export` makes it for ONNX Runtime."""
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether the network has tokens of a fixed number."""
+        try:
+            token_stream(self.found.layout)
+        except BadInput:
+            return False
+        return True
+
+    def product(self, flops: float, allocation: str, *, tokens: bool = False) -> Network:
+        """The smaller network, as `optin-export` makes it for ONNX Runtime.
+
+        Args: tokens: merge them too, where a network has a fixed number.
+        """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
+        if tokens and self.merges_tokens:
+            merges, keep = least_error(self.ready, self.scores, Limits(flops=flops), choice, self.curves)
+            return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None
         keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)
         return self.repaired(keep)
@@ -168,10 +186,10 @@ class Case:
         """
         return self.plan(scores, flops, Choice(align=align, allocation="uniform", one_measure=False))
 
-    def repaired(self, keep: Keep) -> Network:
+    def repaired(self, keep: Keep, merges: Sequence[int] = ()) -> Network:
         """The smaller network, compensated as in the product."""
         self.hear()
-        return make(self.ready, plan_of(self.found.layout, keep)).network
+        return make(self.ready, plan_of(self.found.layout, keep, merges=merges)).network
 
     def sliced(self, keep: Keep, network: Network | None = None) -> Network:
         """The smaller network as it is, or with the weights of another."""

@@ -27,6 +27,11 @@ def ours(case: Case, flops: float) -> Network:
     return case.product(flops, "curves")
 
 
+def ours_with_tokens(case: Case, flops: float) -> Network:
+    """The same, and tokens merged under the same budget."""
+    return case.product(flops, "curves", tokens=True)
+
+
 def ours_uniform(case: Case, flops: float) -> Network:
     """Trajectory scores, equal widths, compensation."""
     return case.product(flops, "uniform")
@@ -85,6 +90,7 @@ def onnxsim(case: Case, flops: float) -> onnx.ModelProto:
 
 METHODS: dict[str, Method] = {
     "ours": ours,
+    "ours, tokens": ours_with_tokens,
     "ours, uniform": ours_uniform,
     "onnxsim": onnxsim,
     "OPTIN": optin,

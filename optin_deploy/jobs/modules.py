@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.arguments import checked, whole
+from optin_deploy.arguments import checked, number, whole
 from optin_deploy.budget import Limits
 from optin_deploy.checkpoint import reloading, smaller
 from optin_deploy.cutting.attributes import Sizes
@@ -29,6 +29,7 @@ from optin_deploy.guard import check_module, working
 from optin_deploy.jobs import stored
 from optin_deploy.jobs.networks import Found, find_in
 from optin_deploy.jobs.pruning import Cut, curves_of, make, pick, planned, ready_of, score
+from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.network.examples import Example, example_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
@@ -36,7 +37,7 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import Choice, aligned, check_choice
+from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
 
@@ -96,6 +97,7 @@ def prune(
     size: int | None = None,
     align: int | None = None,
     allocation: str = "curves",
+    tokens: float | None = None,
     settings: ScoreSettings | None = None,
     compensation: bool = True,
     seed: int = 0,
@@ -116,6 +118,8 @@ def prune(
         size: most bytes of all weights.
         align: neurons and channels in multiples of this; default: see `planning.widths.aligned`.
         allocation: where to cut: `curves`, `uniform` or `paper`; see `planning.widths.Choice`.
+        tokens: mean share of the tokens that stay behind the attention of a block, in (0, 1]: those that are alike are
+            merged, and the widths get what is left of the limits; None: all stay.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve what is left in closed form.
         seed: of random projections, and of the rows that are taken.
@@ -126,6 +130,7 @@ def prune(
     choice = Choice(**how) if align is None else Choice(align=whole(align, "align"), **how)
     scoring = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     compensation = bool(checked(compensation, bool, "compensation"))
+    share = None if tokens is None else number(tokens, "tokens")
     check_module(model)
     started = time.perf_counter()
     with working(model):
@@ -134,14 +139,14 @@ def prune(
         network = read_module(model, example.inputs, axes=example.axes)
         rows = replace(rows, calibration=fitting(network, rows.calibration))
         found = find_in(network)
-        choice = aligned(found.layout, choice, align)
         ready = ready_of(found, rows, kinds=choice.kinds, seed=seed)
-        within = limits_within(ready.costs, limits)
-        check_choice(found.layout, within, choice)
+        choice = merging(ready, aligned(found.layout, choice, align), share)
+        check(ready, limits, choice)
         scores = score(ready, scoring)
         curves = curves_of(ready, scores) if choice.allocation == "curves" else None
+        within = limits_within(ready.costs_with(choice.merges), limits)
         keep = pick(ready, scores, within, choice, curves)
-        pruned = make(ready, planned(ready, keep, scores, asdict(limits)), compensation=compensation)
+        pruned = make(ready, planned(ready, keep, scores, asdict(limits), choice.merges), compensation=compensation)
         held = cut_like(model, pruned, found)
     report = {
         **_counts(pruned.plan),
@@ -185,6 +190,9 @@ def cut_like(model: nn.Module, pruned: Cut, found: Found) -> CutModule:
 
     Args: found: the graph of the module, as it was read.
     """
+    if any(pruned.plan.merges):
+        why = f"{type(model).__name__} is given as a graph: tokens are merged in it."
+        return CutModule(NetworkModule(pruned.network).train(model.training), {}, why)
     repaired = with_weights_of(model, pruned.dense, found.network)
     if repaired is None:
         why = f"{type(model).__name__} is given as a graph: what was repaired is no parameter of it."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from optin_deploy.cutting.graph import cut as cut_graph
-from optin_deploy.cutting.proof import prove
+from optin_deploy.cutting.proof import Proof, prove
+from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
+from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read import read
+from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.planning.plan import NetworkPlan, plan_of
-from optin_deploy.structure.find import find
+from optin_deploy.structure.find import carried, find
 from optin_deploy.structure.groups import Layout
 
 Inputs = Mapping[str, Tensor]
@@ -90,13 +94,40 @@ def cut(x: Any, plan: Plan, inputs: Inputs | None = None, *, sizes: Mapping[str,
     """
     found = find_in(x, inputs, sizes)
     chosen = as_plan(plan, found.layout)
-    if isinstance(x, nn.Module):
+    if isinstance(x, nn.Module) and not any(chosen.merges):
         from optin_deploy.cutting.torch import cut_module
 
         return cut_module(x, found.layout, chosen.keep, found.probes)
-    smaller = cut_graph(found.layout, chosen.keep)
-    prove(found.layout, chosen.keep, smaller, found.probes)
-    return smaller
+    smaller, _ = cut_by(found, chosen)
+    return NetworkModule(smaller).train(x.training) if isinstance(x, nn.Module) else smaller
+
+
+def cut_by(found: Found, plan: NetworkPlan) -> tuple[Network, Proof]:
+    """Cut a network by a plan that fits it, prove the cut, and merge tokens in what is left.
+
+    Raises: BadInput: a group cannot lose all of its units, or tokens cannot be merged. NotProven.
+    """
+    smaller = cut_graph(found.layout, plan.keep)
+    proof = prove(found.layout, plan.keep, smaller, found.probes)
+    if any(plan.merges):
+        smaller = merged(find(smaller, found.probes), plan.merges, found.probes)
+    return smaller, proof
+
+
+def costs_merging(
+    found: Found, merges: Sequence[int], costs: Costs, sizes: Callable[[Found], Mapping[Axis, int]] = lambda _: {}
+) -> Costs:
+    """Return what plans cost that merge so many tokens in each block; what they are compared with merges none.
+
+    Args: costs: of plans that merge none. sizes: finds sizes of axes other than the probe's.
+    Raises: BadInput: tokens cannot be merged.
+    """
+    if not any(merges):
+        return costs
+    smaller = find(merged(found.layout, merges, found.probes), found.probes)
+    merging = Found(carried(found.layout, smaller.structure), found.probes)
+    counted = costs_of(merging.layout, sizes(merging))
+    return replace(costs, macs=replace(counted.macs, base=costs.macs.dense))
 
 
 def as_plan(plan: Plan, layout: Layout) -> NetworkPlan:

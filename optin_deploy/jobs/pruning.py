@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
-from optin_deploy.cutting.proof import Proof, prove
+from optin_deploy.cutting.proof import Proof
 from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.jobs.networks import Found
+from optin_deploy.jobs.networks import Found, costs_merging, cut_by
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of
@@ -62,7 +62,7 @@ class Ready:
     """What is measured besides what fits the output."""
     seed: int = 0
     """Of random directions."""
-    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def network(self) -> Network:
@@ -83,6 +83,17 @@ class Ready:
     def costs(self) -> Costs:
         """What any plan costs."""
         return costs_of(self.layout, self.sizes)
+
+    def costs_with(self, merges: tuple[int, ...]) -> Costs:
+        """What any plan costs that merges so many tokens in each block; what it is compared with merges none.
+
+        Raises: BadInput: they cannot be merged.
+        """
+        if merges not in self._kept:
+            sizes = partial(sizes_of, rows=self.rows.calibration)
+            self._kept[merges] = costs_merging(self.found, merges, self.costs, sizes)
+        costs: Costs = self._kept[merges]
+        return costs
 
     @cached_property
     def key(self) -> str:
@@ -230,11 +241,14 @@ def pick(
     return keep
 
 
-def planned(ready: Ready, keep: Keep, scores: UnitScores, settings: Mapping[str, Any]) -> NetworkPlan:
+def planned(
+    ready: Ready, keep: Keep, scores: UnitScores, settings: Mapping[str, Any], merges: tuple[int, ...] = ()
+) -> NetworkPlan:
     """Write down what stays, what that costs, and how it was chosen."""
     numbers: dict[str, np.ndarray] = {name: values.numpy() for name, values in scores.scores.items()}
     origin = Origin(str(scores.provenance.get("scorer")), hash_of(numbers))
-    return plan_of(ready.layout, keep, settings, origin, sizes=ready.sizes)
+    costs = ready.costs_with(merges)
+    return plan_of(ready.layout, keep, settings, origin, sizes=ready.sizes, merges=merges, costs=costs)
 
 
 def check_plan(ready: Ready, plan: NetworkPlan) -> None:
@@ -243,7 +257,7 @@ def check_plan(ready: Ready, plan: NetworkPlan) -> None:
     Raises: BadInput, PlanMismatch.
     """
     plan.check(ready.layout)
-    if plan.cost not in (None, plan_cost(ready.layout, ready.costs, plan.keep, ready.sizes)):
+    if plan.cost not in (None, plan_cost(ready.layout, ready.costs_with(plan.merges), plan.keep, ready.sizes)):
         raise PlanMismatch(
             "the plan costs another amount than it says: it was edited. Make it with `optin plan DIR`, or leave out "
             "its `cost`."
@@ -260,9 +274,8 @@ def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress
         batches = ready.rows.calibration.batches
         repaired = compensated(ready.subject, keep, batches, token_weights=ready.token_weights(), progress=progress)
     dense = found.network if repaired is None else repaired.network
-    layout = found.layout if repaired is None else find(dense, found.probes)
-    smaller = cut(layout, keep)
-    return Cut(smaller, dense, plan, repaired, prove(layout, keep, smaller, found.probes))
+    smaller, proof = cut_by(found if repaired is None else Found(find(dense, found.probes), found.probes), plan)
+    return Cut(smaller, dense, plan, repaired, proof)
 
 
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:

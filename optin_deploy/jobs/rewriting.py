@@ -12,17 +12,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from optin_deploy.cutting.graph import cut
-from optin_deploy.cutting.proof import Proof, difference, prove
+from optin_deploy.cutting.proof import Proof, difference
 from optin_deploy.errors import BadInput, MissingDependency, ParityFailure
-from optin_deploy.jobs.networks import as_plan, find_in
+from optin_deploy.jobs.networks import as_plan, costs_merging, cut_by, find_in
 from optin_deploy.jobs.stored import MARK, marked
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import data_path, write
 from optin_deploy.ownership import free_name
-from optin_deploy.planning.plan import NetworkPlan, plan_of
+from optin_deploy.planning.costs import costs_of
+from optin_deploy.planning.plan import NetworkPlan, plan_cost
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.storage import scratch_folder
@@ -74,10 +74,10 @@ def rewrite_file(
     with stage("find"):
         found = find_in(source, sizes=sizes)
         chosen = as_plan(plan, found.layout)
-        chosen = replace(chosen, cost=plan_of(found.layout, chosen.keep).cost)
+        costs = costs_merging(found, chosen.merges, costs_of(found.layout))
+        chosen = replace(chosen, cost=plan_cost(found.layout, costs, chosen.keep))
     with stage("cut and prove"):
-        smaller = cut(found.layout, chosen.keep)
-        proof = prove(found.layout, chosen.keep, smaller, found.probes)
+        smaller, proof = cut_by(found, chosen)
     named = marked(smaller, chosen)
     with stage("compare"), scratch_folder(out) as folder:
         write(named, folder / out.name)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from optin_deploy.data.rows import rows_of
+from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.jobs.pruning import Ready, make
 from optin_deploy.judging import joined, judged_samples, samples_of
+from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.losses import output_distance
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import Subject, valid_of
 
 
 def unseen_error(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress: Progress = silent) -> float:
@@ -30,15 +32,17 @@ def unseen_error(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, 
     rows = replace(ready.rows.calibration, batches=fitting, labels=(None,) * sum(map(rows_of, fitting)))
     part = replace(ready, rows=replace(ready.rows, calibration=rows))
     part.know_token_weights(None if weights is None else weights.chosen(rest))
-    smaller = Program(make(part, plan, compensation=compensation, progress=progress).network)
-    subject, total, count = ready.subject, 0.0, 0
-    names = [port.name for port in ready.network.inputs]
+    smaller = make(part, plan, compensation=compensation, progress=progress).network
     with torch.inference_mode():
-        for batch in joined(batches, marks):
-            feeds, valid = {name: batch[name] for name in names}, valid_of(batch)
-            dense, found = (
-                subject.reading.read(program(feeds).outputs, valid) for program in (subject.program, smaller)
-            )
-            total += float(output_distance(dense, found.values).sum())
-            count += rows_of(batch)
-    return total / count
+        return distance(ready.subject, smaller, joined(batches, marks))
+
+
+def distance(subject: Subject, smaller: Network, batches: Sequence[Batch]) -> float:
+    """Mean distance of the outputs of a smaller network to those of the dense one."""
+    program, total = Program(smaller), 0.0
+    names = [port.name for port in smaller.inputs]
+    for batch in batches:
+        feeds, valid = {name: batch[name] for name in names}, valid_of(batch)
+        dense, found = (subject.reading.read(each(feeds).outputs, valid) for each in (subject.program, program))
+        total += float(output_distance(dense, found.values).sum())
+    return total / sum(map(rows_of, batches))

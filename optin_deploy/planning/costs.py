@@ -92,11 +92,13 @@ class Cost:
     copies: tuple[Copies, ...]
     whole: Widths
     """Units of all groups."""
+    base: int | None = None
+    """Of the network as it was given, where what is counted merges tokens too; None: it is what is counted."""
 
     @cached_property
     def dense(self) -> int:
         """See `Resource.dense`."""
-        return self.of(self.whole)
+        return self.of(self.whole) if self.base is None else self.base
 
     def of(self, widths: Widths) -> int:
         """See `Resource.of`."""

@@ -77,6 +77,8 @@ class NetworkPlan:
     origin: Origin | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was made."""
+    merges: tuple[int, ...] = ()
+    """Tokens that are merged behind the attention of each block; empty: none."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -141,16 +143,21 @@ def plan_of(
     origin: Origin | None = None,
     *,
     sizes: Mapping[Axis, int] | None = None,
+    merges: Sequence[int] = (),
+    costs: Costs | None = None,
 ) -> NetworkPlan:
     """Make the plan that keeps these units.
 
-    Args: sizes: of axes of the inputs, at which multiply-accumulates are counted; None: those of the probe.
+    Args:
+        sizes: of axes of the inputs, at which multiply-accumulates are counted; None: those of the probe.
+        merges: tokens that are merged in each block. costs: of plans that merge so many; None: of plans without.
     Raises: BadInput: a group or unit is not there.
     """
     checked(layout, keep)
     units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
-    cost = plan_cost(layout, costs_of(layout, sizes), units, sizes)
-    return NetworkPlan(units, network_hash(layout.structure.network), cost, origin, dict(settings or {}))
+    cost = plan_cost(layout, costs or costs_of(layout, sizes), units, sizes)
+    made_for = network_hash(layout.structure.network)
+    return NetworkPlan(units, made_for, cost, origin, dict(settings or {}), tuple(merges))
 
 
 def plan_cost(

@@ -13,7 +13,7 @@ from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowes
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
 from optin_deploy.planning.trading import Curve, check_curves, least_summed_error
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.labels import KINDS
+from optin_deploy.structure.labels import KINDS, TOKENS
 
 DEFAULT_KINDS = ("heads", "groups", "neurons", "channels")
 """What is cut where nothing is said; widths of heads, and queries within a group, only where they are named."""
@@ -37,10 +37,12 @@ class Choice:
     one_measure: bool = True
     """Whether scores of units of different kinds compare, so that kinds share what may be spent by the largest total;
     False: all kinds keep the same part."""
+    merges: tuple[int, ...] = ()
+    """Tokens that are merged behind the attention of each block; none where it is empty."""
 
     def __post_init__(self) -> None:
-        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise BadInput(f"--units {unknown[0]!r}: possible are {', '.join(KINDS)}.")
+        if unknown := [kind for kind in self.kinds if kind not in (*KINDS, TOKENS)]:
+            raise BadInput(f"--units {unknown[0]!r}: possible are {', '.join((*KINDS, TOKENS))}.")
         if self.align < 1:
             raise BadInput(f"--align {self.align}: give 1 or more, such as 16.")
         if self.allocation not in ALLOCATIONS:

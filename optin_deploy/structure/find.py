@@ -12,7 +12,7 @@ from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import Shapes, shapes_of
 from optin_deploy.structure.flow import Structure, walk
-from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, by_leaf, kinds, leaf_slices
+from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
 from optin_deploy.structure.names import group_names
 
 Signature = tuple[int, frozenset[tuple[str, int, int, int, str]]]
@@ -61,6 +61,21 @@ def signatures(structure: Structure) -> dict[Axis, Signature]:
         for leaf, slices in leaf_slices(structure).items()
         if not leaf.frozen
     }
+
+
+def carried(layout: Layout, structure: Structure) -> Layout:
+    """Return the groups of a layout as they lie in another structure that holds the same weights.
+
+    Only names, units and leaves are those of the other: enough to count what plans cost.
+    """
+    leaves = {_lies(slices, leaf): leaf for leaf, slices in leaf_slices(structure).items()}
+    found = leaf_slices(layout.structure)
+    groups = (replace(group, leaf=leaves[_lies(found[group.leaf.root], group.leaf)]) for group in layout.groups)
+    return Layout(structure, tuple(groups), ())
+
+
+def _lies(slices: Sequence[WeightSlice], leaf: Axis) -> frozenset[tuple[str, int, str]]:
+    return frozenset((each.weight, each.position, expression(each.axis, leaf)) for each in slices)
 
 
 def expression(axis: Axis, leaf: Axis) -> str:

@@ -1,0 +1,97 @@
+"""Tokens and widths under one budget: how many tokens each block merges, and what widths that leaves room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from optin_deploy.budget import Limits
+from optin_deploy.cutting.tokens import merged
+from optin_deploy.errors import BadInput, InfeasibleBudget
+from optin_deploy.jobs.pruning import Curves, Ready, pick
+from optin_deploy.jobs.trial import distance
+from optin_deploy.judging import joined, judged_samples
+from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.tokens import schedule
+from optin_deploy.planning.widths import Choice, Keep, check_choice
+from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.tokens import TokenStream, token_stream
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Mean shares of the tokens that are tried."""
+
+
+def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
+    """Return the choice with merges that leave a share of the tokens in the mean of all blocks; None: with none.
+
+    Raises: BadInput: the network has no tokens that can be merged.
+    """
+    if share is None:
+        return choice
+    if not 0 < share <= 1:
+        raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")
+    return replace(choice, merges=schedule(token_stream(ready.layout), share))
+
+
+def check(ready: Ready, limits: Limits, choice: Choice) -> None:
+    """Make sure that something can be cut, and enough of it.
+
+    Raises: BadInput, InfeasibleBudget.
+    """
+    merges = choice.merges
+    if TOKENS in choice.kinds:
+        if set(choice.kinds) == {TOKENS}:
+            raise BadInput("--units tokens alone: give --tokens 0.7 with --flops 1, so that no width is cut.")
+        if choice.allocation != "curves":
+            raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
+        merges = merges or schedules(token_stream(ready.layout))[-1]
+    check_choice(ready.layout, limits_within(ready.costs_with(merges), limits), choice)
+
+
+def schedules(stream: TokenStream) -> list[tuple[int, ...]]:
+    """Return merges for each of `SHARES` that a stream can be brought to."""
+    found = []
+    for share in SHARES:
+        try:
+            found.append(schedule(stream, share))
+        except BadInput:
+            break
+    return found
+
+
+def least_error(
+    ready: Ready, scores: UnitScores, limits: Limits, choice: Choice, curves: Curves
+) -> tuple[tuple[int, ...], Keep]:
+    """Return the merges and the kept units of least summed error: of the widths by their curves, of the merges as
+    measured with all widths.
+
+    Raises: InfeasibleBudget: nothing fits.
+    """
+    found: list[tuple[float, tuple[int, ...], Keep]] = []
+    problem: InfeasibleBudget | None = None
+    for merges in schedules(token_stream(ready.layout)):
+        try:
+            keep = pick(ready, scores, limits_within(ready.costs_with(merges), limits), choice, curves)
+        except InfeasibleBudget as err:
+            problem = err
+            continue
+        widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+        found.append((widths + merge_error(ready, merges), merges, keep))
+    if not found:
+        assert problem is not None
+        raise problem
+    _, merges, keep = min(found, key=lambda each: each[0])
+    return merges, keep
+
+
+def merge_error(ready: Ready, merges: Sequence[int]) -> float:
+    """Mean distance of the outputs to the dense ones if nothing but tokens is merged, as error curves measure it."""
+    if not any(merges):
+        return 0.0
+    batches = ready.rows.calibration.batches
+    network = merged(ready.layout, merges, ready.found.probes)
+    with torch.inference_mode():
+        return distance(ready.subject, network, joined(batches, judged_samples(batches)))

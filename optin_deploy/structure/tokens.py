@@ -1,0 +1,175 @@
+"""The stream of tokens of a network: the blocks in which all tokens attend to each other, and where the stream ends.
+
+Found by the algebra: attention is a Softmax over pairs of one axis, and the values that its branches are added to have
+that axis too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optin_deploy.errors import BadInput
+from optin_deploy.network.axes import Axis
+from optin_deploy.network.graph import Node
+from optin_deploy.network.run import Place
+from optin_deploy.structure.branches import REARRANGING, SIZES, projection_of, way_from
+from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.stream import features
+
+POINTWISE = ("Add", "Mul", "Div", "Sub", "Where", "Cast", "Identity", "Clip", "Max", "Min")
+"""Operators between a product of queries and keys and its Softmax."""
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Attention of all tokens to all tokens, and what it leaves in the stream."""
+
+    weights: str
+    """What the Softmax gives, (samples, heads, tokens, tokens)."""
+    keys: str
+    """Value of the keys, (samples, heads, width, tokens)."""
+    added: tuple[Place, ...]
+    """Where something else with axes of tokens meets the scores, such as a mask."""
+    leaves: str
+    """The value behind the residual Add, (samples, tokens, features)."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Blocks that share their tokens, in the order of work."""
+
+    blocks: tuple[SelfAttention, ...]
+    tokens: int
+    protected: int
+    """The first so many tokens are none of the input's own: class, distillation and register tokens."""
+    end: str
+    """The last value of the stream, (samples, tokens, features)."""
+
+
+def token_stream(layout: Layout) -> TokenStream:
+    """Find the first stream of tokens whose number is fixed.
+
+    Raises: BadInput: there is none, with the reason.
+    """
+    structure = layout.structure
+    found = [block for node in structure.network.nodes if (block := _attention(structure, node)) is not None]
+    source = structure.network.source
+    if not found:
+        raise BadInput(
+            f"{source}: no attention of all tokens to all tokens with a residual Add behind it was found, so that "
+            "tokens cannot be merged. Leave out --tokens."
+        )
+    axis = _tokens(structure, found[0].leaves)
+    free = {leaf for port in structure.network.inputs for each in structure.axes[port.name] for leaf in each.leaves()}
+    blocks = tuple(block for block in found if alike(_tokens(structure, block.leaves), axis))
+    if axis.kind == "leaf" and axis.root in free:
+        raise BadInput(
+            f"{source}: its {axis.size} tokens are those of an input, whose length is free. Tokens are merged where "
+            "their number is fixed, as in image models. Leave out --tokens."
+        )
+    *first, largest = parts = list(_summands(axis))
+    if any(part.size > largest.size for part in parts):
+        raise BadInput(
+            f"{source}: its tokens are {axis!r}; only tokens that stand before all others can be kept apart."
+        )
+    values = [each.value for each in features(layout)]
+    streamed = [value for value in values if _is_stream(structure, value, axis)]
+    return TokenStream(blocks, axis.size, sum(part.size for part in first), streamed[-1] if streamed else "")
+
+
+def most_merged(tokens: int, protected: int) -> int:
+    """Return how many of some tokens can be merged in one block: those at even places that are not protected."""
+    return max(0, (tokens + 1) // 2 - (protected + 1) // 2) if tokens // 2 > protected // 2 else 0
+
+
+def alike(one: Axis, other: Axis) -> bool:
+    """Return whether two axes are the same by what is known of their leaves."""
+    return tuple(one.leaves()) == tuple(other.leaves())
+
+
+def _tokens(structure: Structure, value: str) -> Axis:
+    return structure.axes[value][1]
+
+
+def _is_stream(structure: Structure, value: str, axis: Axis) -> bool:
+    axes = structure.axes[value]
+    return len(axes) == 3 and alike(axes[1], axis)
+
+
+def _summands(axis: Axis) -> Iterator[Axis]:
+    axis = axis.root
+    if axis.kind != "sum":
+        yield axis
+    else:
+        for part in axis.parts:
+            yield from _summands(part)
+
+
+def _attention(structure: Structure, node: Node) -> SelfAttention | None:
+    """The attention around a Softmax; None: it is none of all tokens to all tokens."""
+    axes = structure.axes.get(node.inputs[0], ()) if node.op == "Softmax" else ()
+    if len(axes) != 4 or node.get("axis", -1) % 4 != 3 or not alike(axes[2], axes[3]):
+        return None
+    behind, before = _leaves(structure, node), _scores(structure, node.inputs[0])
+    if behind is None or before is None or not _is_stream(structure, behind, axes[3]):
+        return None
+    product, added = before
+    keys = product.inputs[1]
+    if not alike(structure.axes[keys][3], axes[3]):
+        return None
+    return SelfAttention(node.outputs[0], keys, added, behind)
+
+
+def _scores(structure: Structure, value: str) -> tuple[Node, tuple[Place, ...]] | None:
+    """The product of two activations that scores come from, and what meets them on the way."""
+    network, added = structure.network, list[Place]()
+    while (node := network.producer.get(value)) is not None:
+        if node.op == "MatMul":
+            live = network.fixed.isdisjoint(node.inputs)
+            return (node, tuple(added)) if live and _pairs(structure, node.outputs[0]) else None
+        ways = [place for place, name in enumerate(node.inputs) if name and _pairs(structure, name)]
+        made = [place for place in ways if node.inputs[place] not in network.fixed]
+        if node.op not in POINTWISE or not made:
+            return None
+        main = next((place for place in made if _comes_from_product(structure, node.inputs[place])), made[0])
+        axes = structure.axes
+        added += [
+            (node.index, place)
+            for place, name in enumerate(node.inputs)
+            if place != main and max((structure.shapes.shape(name) or (1,))[-2:], default=1) > 1 and name in axes
+        ]
+        value = node.inputs[main]
+    return None
+
+
+def _comes_from_product(structure: Structure, value: str) -> bool:
+    node = structure.network.producer.get(value)
+    while node is not None and node.op in POINTWISE and node.inputs[0]:
+        node = structure.network.producer.get(node.inputs[0])
+    return node is not None and node.op == "MatMul"
+
+
+def _pairs(structure: Structure, value: str) -> bool:
+    """Whether a value is (samples, heads, tokens, tokens)."""
+    shape = structure.shapes.shape(value) or ()
+    return len(shape) == 4 and shape[2] == shape[3]
+
+
+def _leaves(structure: Structure, softmax: Node) -> str | None:
+    """What the residual Add behind an attention gives; None: there is none, or other things are on the way."""
+    network, value, mixed = structure.network, softmax.outputs[0], False
+    while True:
+        readers = [(node, place) for node, place in network.consumers.get(value, ()) if node.op not in SIZES]
+        if len(readers) != 1:
+            return None
+        node, place = readers[0]
+        if node.op == "MatMul" and place == 0 and not mixed and projection_of(structure, node) is None:
+            mixed = True
+        elif mixed and node.op in ("MatMul", "Gemm") and projection_of(structure, node) is not None:
+            way = way_from(structure, node.index)
+            return None if way.add is None else network.nodes[way.add[0]].outputs[0]
+        elif node.op not in REARRANGING or place:
+            return None
+        value = node.outputs[0]

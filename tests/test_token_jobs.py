@@ -1,0 +1,172 @@
+"""Jobs that merge tokens: exact costs, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import Shell, classifier, copy_of, labelled, photos, vit
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+import optin_deploy
+from exporters.bench.points import Point
+from exporters.job import export_model
+from exporters.ready import Request
+from optin_deploy.budget import Limits
+from optin_deploy.cutting.tokens import merged
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.jobs.pruning import pick
+from optin_deploy.jobs.tokens import merge_error, schedules
+from optin_deploy.judging import joined, judged_samples
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import Choice
+from optin_deploy.runtimes.openvino import OpenVinoRuntime
+from optin_deploy.stages import prepare
+from optin_deploy.structure.macs import macs
+from optin_deploy.structure.tokens import token_stream
+from optin_deploy.workspace import Source, Workspace
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job on an image classifier: four of five tokens stay in the mean, and 70% of the MACs."""
+    folder = tmp_path_factory.mktemp("tokens") / "job"
+    source = Source(model=str(vit()), calibration=str(photos()))
+    export_model(Request(source, Limits(flops=0.7), tokens=0.8, points=(Point(),), threads=1), folder)
+    return folder
+
+
+def counted(path: Path) -> int:
+    """Multiply-accumulates of one sample, as the algebra of the file itself tells them."""
+    found = find_in(path)
+    (name,) = found.probes[0]
+    return macs(found.layout.structure) // len(found.probes[0][name])
+
+
+def test_a_plan_costs_what_the_written_file_costs(finished: Path) -> None:
+    plan = json.loads((finished / "plan.json").read_text())
+    assert plan["merges"][0] == 0
+    assert sum(plan["merges"]) > 0
+    assert counted(finished / "model.onnx") == plan["cost"]["macs_pruned"] <= 0.7 * plan["cost"]["macs_dense"]
+    assert "tokens are merged, behind the attention" in (finished / "report.md").read_text()
+    assert counted(finished / "dense.onnx") == plan["cost"]["macs_dense"]
+
+
+def test_files_give_the_same_on_engines_and_when_loaded(finished: Path) -> None:
+    assert not (finished / "model").exists()
+    pixels = torch.rand(3, 3, 32, 32)
+    loaded = optin_deploy.load(finished)
+    with torch.no_grad():
+        wanted = loaded(pixel_values=pixels)["logits"]
+    with OpenVinoRuntime(finished / "model.onnx", threads=1) as engine:
+        found = engine.run({"pixel_values": pixels.numpy()})["logits"]
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+    samples = load_file(finished / "samples.safetensors")
+    given = Program(read_file(finished / "model.onnx"))({"pixel_values": samples["input.pixel_values"]}).outputs
+    torch.testing.assert_close(given["logits"], samples["pruned.logits"], rtol=0, atol=1e-5)
+
+
+def test_other_budgets_sweeps_and_rewrites_of_a_job_merge_too(finished: Path, shell: Shell, tmp_path: Path) -> None:
+    finished = copy_of(finished, tmp_path / "copy")
+    swept = shell("optin", "sweep", finished, "--tokens", 0.9, "--flops", "0.8,0.6")
+    assert swept.code == 0, swept.err
+    planned = shell("optin", "plan", finished, "--tokens", 0.9, "--flops", 0.6)
+    assert planned.code == 0, planned.err
+    assert "tokens, block by block: 0, " in planned.out
+    rewritten = shell(
+        "optin", "rewrite", finished / "dense.onnx", "--plan", finished / "plan.json", "--out", tmp_path / "x.onnx"
+    )
+    assert rewritten.code == 0, rewritten.err
+    plan = json.loads((finished / "plan.json").read_text())
+    assert counted(tmp_path / "x.onnx") == plan["cost"]["macs_pruned"]
+
+
+def test_a_module_is_given_as_a_graph_that_merges(tmp_path: Path) -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit()).eval()
+    batches: list[dict[str, Tensor]] = [{"pixel_values": torch.rand(8, 3, 32, 32)} for _ in range(3)]
+    smaller = optin_deploy.prune(model, batches, flops=0.7, tokens=0.8)
+    assert "tokens are merged" in smaller.report["why_graph"]
+    smaller.save(tmp_path / "x")
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        one, other = (
+            each(pixel_values=pixels)["logits"] for each in (smaller.model, optin_deploy.load(tmp_path / "x"))
+        )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "flops", "says"),
+    [
+        ("0", "0.6", "give a share in"),
+        ("1.5", "0.6", "give a share in"),
+        ("0.3", "0.6", "of the tokens stay in the mean"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(tokens: str, flops: str, says: str, shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    ran = shell("optin-export", vit(), "--calibration", photos(), "--out", out, "--tokens", tokens, "--flops", flops)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not out.exists()
+
+
+def test_texts_and_budgets_of_time_are_refused(shell: Shell, tmp_path: Path) -> None:
+    ran = shell("optin-export", classifier(), "--calibration", labelled(), "--out", tmp_path / "x", "--tokens", 0.8)
+    assert (ran.code, "whose length is free" in ran.err) == (2, True)
+    ran = shell(
+        "optin-export", vit(), "--calibration", photos(), "--tokens", 0.8, "--speedup", 1.5, "--out", tmp_path / "x"
+    )
+    assert (ran.code, "leave out the one in time" in ran.err) == (2, True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    options = ("--calibration", photos(), "--out", out, "--units", "heads,neurons,tokens", "--flops", 0.6)
+    ran = shell("optin-export", vit(), *options, "--no-dense")
+    assert ran.code == 0, ran.err
+    plan = NetworkPlan.read(out / "plan.json")
+    workspace = Workspace(out)
+    prepared = prepare(workspace.source(), out)
+    ready, limits = prepared.ready, Limits(flops=0.6)
+    scores, curves = workspace.scores_of(ready.layout), workspace.read_curves()[0]
+    choice = Choice(align=plan.settings["align"], allocation="curves")
+    errors, moved = {}, []
+    judging = joined(ready.rows.calibration.batches, judged_samples(ready.rows.calibration.batches))
+    for merges in schedules(token_stream(ready.layout)):
+        keep = pick(ready, scores, limits_within(ready.costs_with(merges), limits), choice, curves)
+        widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+        errors[merges] = widths + merge_error(ready, merges)
+        smaller = merged(ready.layout, merges, ready.found.probes)
+        programs = [Program(network) for network in (ready.network, smaller)]
+        one, other = ([program(batch).outputs["logits"] for batch in judging] for program in programs)
+        moved.append(float((torch.cat(one) - torch.cat(other)).square().mean()))
+    assert len(errors) > 1
+    assert moved == sorted(moved)
+    assert plan.merges == min(errors, key=lambda merges: errors[merges])
+    assert plan.cost is not None
+    assert counted(out / "model.onnx") == plan.cost.macs_pruned <= 0.6 * plan.cost.macs_dense
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--units", "tokens"), "so that no width is cut"),
+        (("--units", "heads,neurons,tokens", "--allocation", "paper"), "needs error curves"),
+        (("--units", "heads,wheels"), "possible are heads"),
+    ],
+)
+def test_units_that_cannot_be_are_refused(options: tuple[str, ...], says: str, shell: Shell, tmp_path: Path) -> None:
+    ran = shell("optin-export", vit(), "--calibration", photos(), "--out", tmp_path / "x", *options)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not (tmp_path / "x").exists()

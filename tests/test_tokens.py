@@ -1,0 +1,233 @@
+"""Merging of tokens in a graph, beside Token Merging written in torch from its paper, on two engines."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo.export import export
+from optin_deploy.cutting.tokens import counted, merged
+from optin_deploy.errors import BadInput
+from optin_deploy.network.graph import Network
+from optin_deploy.network.probe import probes_of
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.run import Program
+from optin_deploy.network.write import write
+from optin_deploy.planning.tokens import schedule
+from optin_deploy.runtimes.openvino import OpenVinoRuntime
+from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.structure.find import find
+from optin_deploy.structure.macs import macs
+from optin_deploy.structure.tokens import SelfAttention, TokenStream, most_merged, token_stream
+
+WIDTH, HEADS, BLOCKS = 16, 2, 3
+
+
+class Block(nn.Module):
+    """A block of a vision transformer, that can merge `count` tokens behind its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merging(x, None, 0, 0)[0]
+
+    def merging(self, x: Tensor, size: Tensor | None, count: int, protected: int) -> tuple[Tensor, Tensor | None]:
+        y = self.norm1(x)
+        batch, tokens = x.shape[:2]
+        q, k, v = (layer(y).reshape(batch, tokens, HEADS, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5
+        if size is not None:
+            scores = scores + size.log()[:, None, None, :, 0]
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
+        if count:
+            x, size = soft_matching(x, k.mean(1), size, count, protected)
+        return x + self.mlp(self.norm2(x)), size
+
+
+def soft_matching(x: Tensor, keys: Tensor, size: Tensor | None, count: int, protected: int) -> tuple[Tensor, Tensor]:
+    """Bolya et al., appendix D, with scatter; `protected` tokens at the front are never merged."""
+    size = torch.ones_like(x[..., :1]) if size is None else size
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    scores = keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)
+    scores[:, : (protected + 1) // 2] = -torch.inf
+    scores[:, :, : protected // 2] = -torch.inf
+    best, partner = scores.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    stays, goes = order[:, count:].sort(dim=1).values, order[:, :count]
+    into = partner[..., None].gather(1, goes)
+
+    def reduced(values: Tensor) -> Tensor:
+        first, second, width = values[:, ::2], values[:, 1::2], values.shape[-1]
+        kept, moved = (first.gather(1, index.expand(-1, -1, width)) for index in (stays, goes))
+        second = second.scatter_reduce(1, into.expand(-1, -1, width), moved, reduce="sum")
+        front = [(second if place % 2 else kept)[:, place // 2 : place // 2 + 1] for place in range(protected)]
+        return torch.cat([*front, kept[:, (protected + 1) // 2 :], second[:, protected // 2 :]], dim=1)
+
+    total = reduced(size)
+    return reduced(x * size) / total, total
+
+
+class Vit(nn.Module):
+    """A small vision transformer that is read at its class token and at the mean of its patches."""
+
+    def __init__(self, extra: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.extra = nn.Parameter(torch.randn(1, extra, WIDTH)) if extra else None
+        self.positions = nn.Parameter(torch.randn(1, 25 + extra, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(2 * WIDTH, 5)
+        self.count = extra
+
+    def embedded(self, pixels: Tensor) -> Tensor:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        if self.extra is not None:
+            x = torch.cat([self.extra.expand(x.shape[0], -1, -1), x], 1)
+        return x + self.positions
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.embedded(pixels)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return self.head(torch.cat([x[:, 0], x[:, self.count :].mean(1)], -1))
+
+    def merging(self, pixels: Tensor, merges: list[int]) -> Tensor:
+        """The same with merged tokens; the mean is weighted by how many patches each stands for."""
+        x, size = self.embedded(pixels), None
+        for block, count in zip(self.blocks, merges, strict=True):
+            x, size = block.merging(x, size, count, self.count)
+        x = self.norm(x)
+        size = torch.ones_like(x[..., :1]) if size is None else size
+        patches, weights = x[:, self.count :], size[:, self.count :]
+        first = x[:, 0]
+        if not self.count:  # the first patch became a part of whatever it was merged into
+            first = first * torch.nan
+        return self.head(torch.cat([first, (patches * weights).sum(1) / weights.sum(1)], -1))
+
+
+@cache
+def made(extra: int = 1) -> tuple[Vit, Network]:
+    torch.manual_seed(extra)
+    model = Vit(extra).eval()
+    return model, read_module(model, {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+@pytest.mark.parametrize("merges", [[0, 7, 4], [9, 6, 2], [0, 0, 10], [3, 0, 5]])
+def test_a_merged_graph_computes_what_token_merging_computes(extra: int, merges: list[int], tmp_path: Path) -> None:
+    model, network = made(extra)
+    probes = probes_of(network)
+    layout = find(network, probes)
+    assert token_stream(layout).protected == extra
+    smaller = merged(layout, merges, probes)
+    write(smaller, tmp_path / "model.onnx")
+    for batch in (1, 3):
+        pixels = torch.randn(batch, 3, 20, 20)
+        with torch.no_grad():
+            wanted, dense = model.merging(pixels, merges), model(pixels)
+            found = Program(smaller)({"pixels": pixels}).outputs
+        (name,) = found
+        assert (dense - wanted).abs().max() > 1e-3
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5)
+        for runtime in (OrtRuntime, OpenVinoRuntime):
+            with runtime(tmp_path / "model.onnx", threads=1) as engine:
+                given = engine.run({"pixels": pixels.numpy()})[name]
+            np.testing.assert_allclose(given, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+def test_nothing_merged_is_the_same_network() -> None:
+    _, network = made()
+    probes = probes_of(network)
+    assert merged(find(network, probes), [0, 0, 0], probes) is network
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    ("family", "protected"),
+    [("vit", 1), ("deit", 2), ("dinov2", 1), ("dinov2-swiglu", 1), ("clip-vision", 1), ("siglip", 0)],
+)
+def test_streams_of_tokens_are_found_and_merged_in_real_families(family: str, protected: int, exporter: str) -> None:
+    network = read_file(export(family, exporter).path)
+    probes = probes_of(network)
+    layout = find(network, probes)
+    stream = token_stream(layout)
+    assert (len(stream.blocks), stream.protected) == (2, protected)
+    smaller = merged(layout, [4, 2], probes)
+    assert macs(find(smaller, probes).structure) < macs(layout.structure)
+    for feeds in probes:
+        dense, found = Program(network)(feeds).outputs, Program(smaller)(feeds).outputs
+        assert {name: value.shape for name, value in dense.items()} == {n: v.shape for n, v in found.items()}
+        assert all(value.isfinite().all() for value in found.values())
+        assert max(float((found[name] - value).abs().max()) for name, value in dense.items()) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("bert", "whose length is free"), ("swin", "no attention of all tokens"), ("beit", "change places")],
+)
+def test_what_cannot_be_merged_is_refused_with_the_reason(family: str, why: str) -> None:
+    network = read_file(export(family, "dynamo").path)
+    probes = probes_of(network)
+    with pytest.raises(BadInput, match=why):
+        merged(find(network, probes), [2, 0], probes)
+
+
+def test_more_than_a_block_can_merge_is_refused() -> None:
+    _, network = made()
+    probes = probes_of(network)
+    layout = find(network, probes)
+    assert counted(token_stream(layout), [12, 6, 0]) == [14, 8, 8]
+    with pytest.raises(BadInput, match="block 0 has 26 tokens: 0 to 12 of them can be merged, not 13"):
+        merged(layout, [13, 0, 0], probes)
+    with pytest.raises(BadInput, match="2 numbers of merged tokens for 3 blocks"):
+        merged(layout, [1, 1], probes)
+
+
+@pytest.mark.parametrize(("tokens", "protected", "most"), [(26, 1, 12), (27, 1, 13), (3, 1, 1), (2, 1, 0), (7, 5, 1)])
+def test_the_most_that_a_block_can_merge(tokens: int, protected: int, most: int) -> None:
+    assert most_merged(tokens, protected) == most
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.7, 0.5, 0.4])
+@pytest.mark.parametrize(("tokens", "protected"), [(257, 1), (198, 2), (64, 0)])
+def test_a_schedule_leaves_the_asked_share_in_the_mean(tokens: int, protected: int, share: float) -> None:
+    stream = TokenStream((SelfAttention("", "", (), ""),) * 12, tokens, protected, "")
+    merges = schedule(stream, share)
+    left = counted(stream, merges)
+    assert [number for number, count in enumerate(merges) if count] == [1, 4, 7, 10]
+    assert max(merges[4:]) - min(merges[4::3]) <= 1 or share < 0.6
+    assert share - 6 / tokens < sum(left) / len(left) / tokens <= share
+
+
+def test_a_share_that_cannot_be_had_is_refused() -> None:
+    stream = TokenStream((SelfAttention("", "", (), ""),) * 2, 17, 1, "")
+    assert sum(counted(stream, schedule(stream, 0.8))) / 34 <= 0.8
+    with pytest.raises(BadInput, match=r"at least 0\.7\d\d of the tokens stay"):
+        schedule(stream, 0.5)
+
+
+def test_tensorrt_rtx_builds_a_network_that_merges_tokens(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    network = read_file(export("deit", "dynamo").path)
+    probes = probes_of(network)
+    write(merged(find(network, probes), [4, 2], probes), tmp_path / "model.onnx")
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(definition, log)
+    assert parser.parse((tmp_path / "model.onnx").read_bytes()), [parser.get_error(n) for n in range(parser.num_errors)]
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    profile.set_shape("pixel_values", (1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(definition, config) is not None
