@@ -152,11 +152,12 @@ def _smollm(folder: Path) -> None:
 
 
 FROM_GGUF = """
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 folder, file = sys.argv[1:]
 found = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
-del found.config.quantization_config
-model = LlamaForCausalLM(found.config)
+settings = found.config.to_dict()
+del settings["quantization_config"]
+model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
 model.load_state_dict(found.state_dict())
 model.tie_weights()
 model.save_pretrained(folder)
