@@ -247,7 +247,7 @@ class Planner:
         ready, merges = self.prepared.ready, self.choice.merges
         if keep is None and TOKENS in self.choice.kinds and not merges:
             merges, keep = least_error(ready, self._scores, limits, self.choice, self._curves)
-        chosen = self.keep(self.limits(limits)) if keep is None else keep
+        chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
         settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
         return planned(ready, chosen, self._scores, settings, merges)
 

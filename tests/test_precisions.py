@@ -534,6 +534,38 @@ def test_an_engine_may_be_as_far_off_as_float32_itself_is(tmp_path: Path) -> Non
         found(5e-3)
 
 
+class Picks(nn.Module):
+    """Picks entries by their size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.topk(8).values
+
+
+def test_a_choice_that_narrow_types_flip_is_judged_as_a_whole(tmp_path: Path) -> None:
+    x = torch.rand(4, 64)
+    network = read_module(Picks(), {"x": x})
+    (output,) = (port.name for port in network.outputs)
+
+    def found(precision: str, share: float) -> float:
+        artifact = Artifact(tmp_path / "x.onnx", "onnx", precision, (), (output,), "", 0)
+        engine = BentEngine(lambda path: Top(output), share)
+        built = Built((Pair(engine, precision, artifact, None),))
+        (error_,) = check_engine(built, Forms(Form(tmp_path / "x.onnx", network), None), [{"x": x}]).values()
+        return error_
+
+    assert found("fp16", 0.3) < 0.1  # one entry of 32 is another
+    for precision, share in (("fp32", 0.3), ("fp16", 9.0)):
+        with pytest.raises(ParityFailure):
+            found(precision, share)
+
+
+class Top(Exact):
+    """What `Picks` gives."""
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        return {self._output: torch.from_numpy(feeds["x"]).topk(8).values.numpy()}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_bent_file_is_refused(precision: str, exported: Exported) -> None:
     path = exported("bert+head", precision).path

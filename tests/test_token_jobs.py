@@ -121,7 +121,7 @@ def test_shares_that_cannot_be_are_refused(tokens: str, flops: str, says: str, s
 
 def test_texts_and_budgets_of_time_are_refused(shell: Shell, tmp_path: Path) -> None:
     ran = shell("optin-export", classifier(), "--calibration", labelled(), "--out", tmp_path / "x", "--tokens", 0.8)
-    assert (ran.code, "whose length is free" in ran.err) == (2, True)
+    assert (ran.code, "are those of an input" in ran.err) == (2, True)
     ran = shell(
         "optin-export", vit(), "--calibration", photos(), "--tokens", 0.8, "--speedup", 1.5, "--out", tmp_path / "x"
     )
@@ -160,7 +160,7 @@ def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--units", "tokens"), "so that no width is cut"),
+        (("--units", "tokens"), "needs widths beside it"),
         (("--units", "heads,neurons,tokens", "--allocation", "paper"), "needs error curves"),
         (("--units", "heads,wheels"), "possible are heads"),
     ],
@@ -170,3 +170,24 @@ def test_units_that_cannot_be_are_refused(options: tuple[str, ...], says: str, s
     assert ran.code == 2
     assert says in ran.err
     assert not (tmp_path / "x").exists()
+
+
+def test_an_attention_that_nobody_hears_keeps_a_head_where_tokens_are_merged_by_its_keys() -> None:
+    model = AutoModelForImageClassification.from_pretrained(vit()).eval()
+    silent = model.vit.layers[0].attention.o_proj
+    torch.nn.init.zeros_(silent.weight)
+    torch.nn.init.zeros_(silent.bias)
+    batches = [{"pixel_values": torch.rand(8, 3, 32, 32)} for _ in range(3)]
+    without = optin_deploy.prune(model, batches, flops=0.75, align=1)
+    assert any(not units for units in without.plan.keep.values())
+    smaller = optin_deploy.prune(model, batches, flops=0.75, tokens=0.9, align=1)
+    assert all(smaller.plan.keep.values())
+    assert smaller.plan.cost is not None
+    found = find_in(smaller.network)
+    (name,) = found.probes[0]
+    assert macs(found.layout.structure) // len(found.probes[0][name]) == smaller.plan.cost.macs_pruned
+
+
+def test_plans_without_merges_are_stored_as_before_there_were_any() -> None:
+    assert "merges" not in NetworkPlan({"a": (0, 1)}).to_json()
+    assert NetworkPlan.from_json(NetworkPlan({"a": (0,)}, merges=(0, 3)).to_json()).merges == (0, 3)

@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -174,7 +176,7 @@ def test_streams_of_tokens_are_found_and_merged_in_real_families(family: str, pr
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("bert", "whose length is free"), ("swin", "no attention of all tokens"), ("beit", "change places")],
+    [("bert", "are those of an input"), ("swin", "no attention of all tokens"), ("beit", "change places")],
 )
 def test_what_cannot_be_merged_is_refused_with_the_reason(family: str, why: str) -> None:
     network = read_file(export(family, "dynamo").path)
@@ -231,3 +233,100 @@ def test_tensorrt_rtx_builds_a_network_that_merges_tokens(tmp_path: Path) -> Non
     profile.set_shape("pixel_values", (1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(definition, config) is not None
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6, 0.5])
+@pytest.mark.parametrize("tokens", [196, 256, 64])
+def test_streams_without_a_class_token_keep_one_at_an_even_place(tokens: int, share: float) -> None:
+    stream = TokenStream((SelfAttention("", "", (), ""),) * 12, tokens, 0, "")
+    try:
+        merges = schedule(stream, share)
+    except BadInput as err:
+        assert "of the tokens stay in the mean" in str(err)  # noqa: PT017
+        return
+    left = tokens
+    for count in merges:
+        assert count < (left + 1) // 2
+        left -= count
+
+
+def test_a_stream_without_a_class_token_merges_as_far_as_it_can() -> None:
+    torch.manual_seed(0)
+    module = Vit(0).eval()
+    network = read_module(module, {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    found = Program(merged(find(network, probes), [12, 6, 3], probes))({"pixels": torch.randn(3, 3, 20, 20)}).outputs
+    assert all(value.isfinite().all() for value in found.values())
+
+
+class Parallel(Vit):
+    """Two blocks side by side on the same tokens."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.embedded(pixels)
+        return self.head(torch.cat([block(x).mean(1) for block in self.blocks[:2]], -1))
+
+
+class Bare(Vit):
+    """Ends with an attention."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.blocks[0](self.embedded(pixels))
+        y = self.blocks[1].norm1(x)
+        q, k, v = (layer(y).unsqueeze(1) for layer in (self.blocks[1].q, self.blocks[1].k, self.blocks[1].v))
+        x = x + self.blocks[1].out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).squeeze(1))
+        return self.head(torch.cat([x.mean(1), x.mean(1)], -1))
+
+
+@pytest.mark.parametrize("kind", [Parallel, Bare])
+def test_networks_that_are_no_chain_of_blocks_are_refused(kind: type[Vit]) -> None:
+    torch.manual_seed(0)
+    network = read_module(kind(1).eval(), {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    layout = find(network, probes)
+    with pytest.raises(BadInput, match=r"Leave out --tokens"):
+        merged(layout, [3, *[2] * 7][: len(token_stream(layout).blocks)], probes)
+
+
+def test_images_of_free_size_are_refused() -> None:
+    _, network = made()
+    model = network.model.clone()
+    model.graph.inputs[0].shape = ir.Shape(["batch", 3, "height", 20])
+    with pytest.raises(BadInput, match="images of any size"):
+        token_stream(find(Network(model, "x"), probes_of(network)))
+
+
+class Mixed(nn.Module):
+    """A network in float16 whose Softmax is in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Vit(1).half().eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.inner.embedded(pixels)
+        for block in self.inner.blocks:
+            y = block.norm1(x)
+            q, k, v = (
+                layer(y).reshape(x.shape[0], x.shape[1], HEADS, -1).transpose(1, 2)
+                for layer in (block.q, block.k, block.v)
+            )
+            weights = (q @ k.transpose(-1, -2)).float().softmax(-1).half()
+            x = x + block.out((weights @ v).transpose(1, 2).reshape(x.shape))
+            x = x + block.mlp(block.norm2(x))
+        return self.inner.head(torch.cat([x[:, 0], x.mean(1)], -1))
+
+
+def test_types_may_differ_along_the_stream(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 20, 20).half()
+    network = read_module(Mixed().eval(), {"pixels": pixels}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    smaller = merged(find(network, probes), [0, 6, 3], probes)
+    write(smaller, tmp_path / "model.onnx")
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+    wanted = Program(smaller)({"pixels": pixels}).outputs
+    with OrtRuntime(tmp_path / "model.onnx", threads=1) as engine:
+        found = engine.run({"pixels": pixels.numpy()})
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value.numpy(), atol=2e-2)

@@ -170,7 +170,9 @@ def rewrite_network(
     typer.echo(cost_line(found.plan))
     engine = "" if found.engine is None else f"; ONNX Runtime differs by {found.engine:.1e}"
     typer.echo(f"proven: it differs from the masked network by {found.proof.masked:.1e} of the largest output{engine}")
-    if not found.proof.dense:
+    if any(found.plan.merges):
+        typer.echo(f"merges {sum(found.plan.merges)} tokens, block by block: {', '.join(map(str, found.plan.merges))}")
+    elif not found.proof.dense:
         warn("the plan changes nothing: all that it removes counts for nothing, or it removes nothing.")
     if found.bytes_pruned is None:
         typer.echo(f"would write {out}")

@@ -41,20 +41,27 @@ APART = -4.0
 
 
 @uncollected()
-def merged(layout: Layout, merges: Sequence[int], probes: Sequence[Mapping[str, Tensor]]) -> Network:
+def merged(
+    layout: Layout,
+    merges: Sequence[int],
+    probes: Sequence[Mapping[str, Tensor]],
+    stream: TokenStream | None = None,
+) -> Network:
     """Return a network that merges tokens; the given one is untouched.
 
     Args:
         merges: how many tokens go behind the attention of each block of `structure.tokens.token_stream`.
         probes: inputs on which it is proven that blocks treat tokens alike.
+        stream: of the network that this one was cut from, whose values have the same names; None: it is looked for.
     Raises: BadInput: there is no stream of tokens, a block has too few to merge so many, or it does not treat tokens
         alike.
     """
-    stream = token_stream(layout)
+    stream = stream or token_stream(layout)
     counts = counted(stream, merges)
     if not any(merges):
         return layout.structure.network
     _check_opset(layout.structure.network)
+    _check_there(layout.structure.network, stream)
     used = tuple(number for number, count in enumerate(merges) if count)
     order = np.random.default_rng(0)
     places = [order.permutation(stream.tokens) for _ in used]
@@ -63,7 +70,9 @@ def merged(layout: Layout, merges: Sequence[int], probes: Sequence[Mapping[str, 
     structure = walk(gap.network, shapes_of(gap.network, probes[0]))
     kept = {structure.axes[name][1].root: np.arange(counts[at]) for name, at in zip(gap.breaks, used, strict=True)}
     _check_apart(structure, kept, len(used))
-    return _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges)
+    result = _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges)
+    _check_runs(layout.structure.network, result, probes)
+    return result
 
 
 def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
@@ -107,11 +116,11 @@ def broken(layout: Layout, stream: TokenStream, used: Sequence[int], places: Seq
         order = order[picked]
     same = editor.constant(np.arange(stream.tokens), "places")
     for block in stream.blocks[used[0] + 1 :]:
-        for node, place in block.added:
-            copy = editor.nodes[node]
-            rank = len(layout.structure.axes[network.nodes[node].inputs[place]])
-            for axis in range(max(0, rank - 2), rank):
-                if layout.structure.axes[network.nodes[node].inputs[place]][axis].size == stream.tokens:
+        for name, place in block.added:
+            node = network.producer[name]
+            copy, axes = editor.nodes[node.index], layout.structure.axes[node.inputs[place]]
+            for axis in range(max(0, len(axes) - 2), len(axes)):
+                if axes[axis].size == stream.tokens:
                     value = copy.inputs[place]
                     copy.replace_input_with(place, editor.before(copy, "Gather", [value, same], {"axis": axis}))
     end = _picked(editor, stream.end, np.argsort(order))
@@ -168,8 +177,37 @@ def _check_apart(structure: Structure, kept: Mapping[Axis, np.ndarray], blocks: 
         )
 
 
+def _check_there(network: Network, stream: TokenStream) -> None:
+    """Raises: BadInput: a cut left out an attention."""
+    blocks = [name for block in stream.blocks for name in (block.weights, block.keys, block.leaves)]
+    gone = [name for name in (*blocks, stream.end) if name not in network.producer]
+    if gone:
+        raise BadInput(
+            f"{network.source}: the value {gone[0][:80]!r} is gone, with the whole branch that made it, so that tokens "
+            "cannot be merged there. Keep a unit of each attention, or leave out --tokens."
+        )
+
+
+def _check_runs(network: Network, result: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raises: BadInput: merging left a graph that cannot be run, or gives outputs of other sizes."""
+    one, other = Program(network), Program(result)
+    with torch.no_grad():
+        for feeds in probes:
+            try:
+                found = other(feeds).outputs
+            except (BadInput, LookupError) as err:
+                raise BadInput(f"{network.source}: tokens cannot be merged: {err} Leave out --tokens.") from err
+            for name, value in one(feeds).outputs.items():
+                if found[name].shape != value.shape:
+                    raise BadInput(
+                        f"{network.source}: with merged tokens the output {name!r} is {tuple(found[name].shape)}, not "
+                        f"{tuple(value.shape)}. Leave out --tokens."
+                    )
+
+
 def _check_opset(network: Network) -> None:
-    opset = network.nodes[0].opset if network.nodes else OPSET
+    imports = network.model.graph.opset_imports or network.model.opset_imports
+    opset = imports.get("", OPSET)
     if opset < OPSET:
         raise BadInput(f"{network.source} has opset {opset}: tokens are merged from opset {OPSET} on. Export it anew.")
 
@@ -185,15 +223,20 @@ def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int]) -> 
     end = made(gap.end).producer()
     attentions = [(made(block.weights).producer(), made(block.keys)) for block in stream.blocks]
     cut.make()
-    real = next(number for number, kind in REAL_TYPES.items() if kind == cut.structure.shapes.tensors[gap.end].dtype)
-    work, places = Merging(cut, ir.DataType(real), stream), iter(gaps)
-    for (softmax, keys), count in zip(attentions, merges, strict=True):
+    tensors, types = cut.structure.shapes.tensors, {kind: ir.DataType(n) for n, kind in REAL_TYPES.items()}
+    scores = [gap.network.producer[block.weights].inputs[0] for block in stream.blocks]
+    kinds = [
+        (types[tensors[score].dtype], types[tensors[block.keys].dtype])
+        for score, block in zip(scores, stream.blocks, strict=True)
+    ]
+    work, places = Merging(cut, types[tensors[gap.end].dtype], stream), iter(gaps)
+    for (softmax, keys), kind, count in zip(attentions, kinds, merges, strict=True):
         assert softmax is not None
-        work.attend(softmax)
+        work.attend(softmax, kind[0])
         if count:
             place = next(places)
             assert place is not None
-            work.merge(place, keys, count)
+            work.merge(place, keys, kind[1], count)
     assert end is not None
     work.restore(end)
     return Network(RemoveUnusedNodesPass()(cut.model).model, gap.network.source)
@@ -224,19 +267,25 @@ class Merging:
         self._bias: ir.Value | None = None
         """The logarithm of that, (samples, 1, 1, tokens)."""
 
-    def attend(self, softmax: ir.Node) -> None:
-        """Let a token that stands for several count as so many in an attention."""
-        if self._bias is not None:
-            softmax.replace_input_with(0, self._put(softmax, "Add", softmax.inputs[0], self._bias))
+    def attend(self, softmax: ir.Node, kind: ir.DataType) -> None:
+        """Let a token that stands for several count as so many in an attention.
 
-    def merge(self, gap: ir.Node, keys: ir.Value, count: int) -> None:
+        Args: kind: type of the scores.
+        """
+        if self._bias is not None:
+            bias = self._bias
+            if kind != self._real:
+                bias = self._put(softmax, "Cast", bias, to=int(kind))
+            softmax.replace_input_with(0, self._put(softmax, "Add", softmax.inputs[0], bias))
+
+    def merge(self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, count: int) -> None:
         """Put the merging of so many tokens in the place of a gap.
 
-        Args: keys: (samples, heads, width, tokens).
+        Args: keys: (samples, heads, width, tokens). kind: type of the keys.
         """
         before, even, odd = self._left, (self._left + 1) // 2, self._left // 2
         tokens = gap.inputs[0]
-        found, places = self._alike(gap, keys)
+        found, places = self._alike(gap, keys, kind)
         _, order = self._top(gap, found, even)
         goes = self._slice(gap, order, 0, count, 1)
         stays = self._sorted(gap, self._slice(gap, order, count, even, 1), even - count)
@@ -293,9 +342,11 @@ class Merging:
         after = self._steps.index(step) + 1
         return self._steps[after].tokens if after < len(self._steps) else self._left
 
-    def _alike(self, gap: ir.Node, keys: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _alike(self, gap: ir.Node, keys: ir.Value, kind: ir.DataType) -> tuple[ir.Value, ir.Value]:
         """For each token at an even place the cosine to the most alike at an odd place, and which that is."""
         even, odd, kept = (self._left + 1) // 2, self._left // 2, self._stream.protected
+        if kind != ir.DataType.FLOAT:  # narrow types round, and squares overflow
+            keys = self._put(gap, "Cast", keys, to=int(ir.DataType.FLOAT))
         total = self._put(gap, "ReduceSum", keys, self._whole([1]), keepdims=0)
         total = self._put(gap, "Transpose", total, perm=[0, 2, 1])
         square = self._put(gap, "ReduceSum", self._put(gap, "Mul", total, total), self._whole([2]), keepdims=1)
@@ -305,7 +356,7 @@ class Merging:
         if kept:
             apart = np.zeros((1, even, odd))
             apart[:, : (kept + 1) // 2] = apart[:, :, : kept // 2] = APART
-            cosines = self._put(gap, "Add", cosines, self._number(apart))
+            cosines = self._put(gap, "Add", cosines, self._cut.constant(apart.astype(np.float32), "apart"))
         return self._top(gap, cosines, 1, axis=2)
 
     def _ones(self, gap: ir.Node, tokens: ir.Value | None) -> ir.Value:

@@ -145,7 +145,7 @@ def prune(
         scores = score(ready, scoring)
         curves = curves_of(ready, scores) if choice.allocation == "curves" else None
         within = limits_within(ready.costs_with(choice.merges), limits)
-        keep = pick(ready, scores, within, choice, curves)
+        keep = pick(ready, scores, within, choice, curves, emptying=not any(choice.merges))
         pruned = make(ready, planned(ready, keep, scores, asdict(limits), choice.merges), compensation=compensation)
         held = cut_like(model, pruned, found)
     report = {

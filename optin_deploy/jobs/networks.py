@@ -23,6 +23,7 @@ from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.structure.find import carried, find
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.tokens import token_stream
 
 Inputs = Mapping[str, Tensor]
 Plan = NetworkPlan | Mapping[str, Sequence[int]] | str | PathLike[str]
@@ -110,7 +111,7 @@ def cut_by(found: Found, plan: NetworkPlan) -> tuple[Network, Proof]:
     smaller = cut_graph(found.layout, plan.keep)
     proof = prove(found.layout, plan.keep, smaller, found.probes)
     if any(plan.merges):
-        smaller = merged(find(smaller, found.probes), plan.merges, found.probes)
+        smaller = merged(find(smaller, found.probes), plan.merges, found.probes, token_stream(found.layout))
     return smaller, proof
 
 

@@ -17,6 +17,7 @@ from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.plan import NetworkPlan, Origin, is_plan, plan_of
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.labels import TOKENS
 
 
 def plan_network(
@@ -37,6 +38,11 @@ def plan_network(
     if Path(str(x)).exists() and out.exists() and out.samefile(str(x)):
         raise BadInput(f"--out {out} is the network itself. Give another name.")
     free_name(out, is_plan, force=force, dry_run=True)
+    if TOKENS in choice.kinds:
+        raise BadInput(
+            "--units tokens: what merging costs in quality is measured on data, so that it is not planned by "
+            "--magnitude. Use `optin-export` with --calibration."
+        )
     layout = find_in(x, sizes=sizes).layout
     scores = magnitudes(layout)
     # Each unit is compared with the average one of its own group: those of two kinds do not compare.

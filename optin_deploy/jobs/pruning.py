@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 
+T = TypeVar("T")
 Curves = Mapping[str, Curve]
 """Error curves by name of group."""
 
@@ -89,11 +90,15 @@ class Ready:
 
         Raises: BadInput: they cannot be merged.
         """
-        if merges not in self._kept:
-            sizes = partial(sizes_of, rows=self.rows.calibration)
-            self._kept[merges] = costs_merging(self.found, merges, self.costs, sizes)
-        costs: Costs = self._kept[merges]
-        return costs
+        sizes = partial(sizes_of, rows=self.rows.calibration)
+        return self.kept(("costs", merges), lambda: costs_merging(self.found, merges, self.costs, sizes))
+
+    def kept(self, key: object, make: Callable[[], T]) -> T:
+        """What is made once."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     @cached_property
     def key(self) -> str:

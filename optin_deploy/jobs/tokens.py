@@ -44,11 +44,21 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     merges = choice.merges
     if TOKENS in choice.kinds:
         if set(choice.kinds) == {TOKENS}:
-            raise BadInput("--units tokens alone: give --tokens 0.7 with --flops 1, so that no width is cut.")
+            raise BadInput(
+                "--units tokens needs widths beside it, such as heads,neurons,tokens. To cut none of them, leave out "
+                "--units and give --tokens 0.7 --flops 1."
+            )
         if choice.allocation != "curves":
             raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
         merges = merges or schedules(token_stream(ready.layout))[-1]
-    check_choice(ready.layout, limits_within(ready.costs_with(merges), limits), choice)
+    costs = ready.costs_with(merges)
+    most = costs.macs.of(costs.macs.whole)
+    if most > costs.macs.dense:
+        raise BadInput(
+            f"merging {sum(merges)} tokens takes more multiply-accumulates than it saves: {most:,} instead of "
+            f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
+        )
+    check_choice(ready.layout, limits_within(costs, limits), choice)
 
 
 def schedules(stream: TokenStream) -> list[tuple[int, ...]]:
@@ -74,7 +84,8 @@ def least_error(
     problem: InfeasibleBudget | None = None
     for merges in schedules(token_stream(ready.layout)):
         try:
-            keep = pick(ready, scores, limits_within(ready.costs_with(merges), limits), choice, curves)
+            within = limits_within(ready.costs_with(merges), limits)
+            keep = pick(ready, scores, within, choice, curves, emptying=not any(merges))
         except InfeasibleBudget as err:
             problem = err
             continue
@@ -91,6 +102,10 @@ def merge_error(ready: Ready, merges: Sequence[int]) -> float:
     """Mean distance of the outputs to the dense ones if nothing but tokens is merged, as error curves measure it."""
     if not any(merges):
         return 0.0
+    return ready.kept(("merge error", tuple(merges)), lambda: _merge_error(ready, merges))
+
+
+def _merge_error(ready: Ready, merges: Sequence[int]) -> float:
     batches = ready.rows.calibration.batches
     network = merged(ready.layout, merges, ready.found.probes)
     with torch.inference_mode():

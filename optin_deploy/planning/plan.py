@@ -107,8 +107,11 @@ class NetworkPlan:
         checked(layout, self.keep)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        return asdict(self)
+        """Return a JSON-ready dict; without merges there are none in it, as before there could be any."""
+        found = asdict(self)
+        if not any(self.merges):
+            del found["merges"]
+        return found
 
     def write(self, path: Path) -> None:
         """Write a plan.json, whole or not at all."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
@@ -67,10 +68,15 @@ def carried(layout: Layout, structure: Structure) -> Layout:
     """Return the groups of a layout as they lie in another structure that holds the same weights.
 
     Only names, units and leaves are those of the other: enough to count what plans cost.
+    Raises: BadInput: a group is not there.
     """
     leaves = {_lies(slices, leaf): leaf for leaf, slices in leaf_slices(structure).items()}
-    found = leaf_slices(layout.structure)
-    groups = (replace(group, leaf=leaves[_lies(found[group.leaf.root], group.leaf)]) for group in layout.groups)
+    found, groups = leaf_slices(layout.structure), []
+    for group in layout.groups:
+        leaf = leaves.get(_lies(found[group.leaf.root], group.leaf))
+        if leaf is None:
+            raise BadInput(f"{structure.network.source}: the group {group.name!r} cannot be found again in it.")
+        groups.append(replace(group, leaf=leaf))
     return Layout(structure, tuple(groups), ())
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis
-from optin_deploy.network.graph import Node
-from optin_deploy.network.run import Place
+from optin_deploy.network.graph import Node, Port
 from optin_deploy.structure.branches import REARRANGING, SIZES, projection_of, way_from
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
@@ -30,15 +29,15 @@ class SelfAttention:
     """What the Softmax gives, (samples, heads, tokens, tokens)."""
     keys: str
     """Value of the keys, (samples, heads, width, tokens)."""
-    added: tuple[Place, ...]
-    """Where something else with axes of tokens meets the scores, such as a mask."""
+    added: tuple[tuple[str, int], ...]
+    """Where something else with axes of tokens meets the scores, such as a mask: what the node gives, and the place."""
     leaves: str
     """The value behind the residual Add, (samples, tokens, features)."""
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Blocks that share their tokens, in the order of work."""
+    """Blocks that share their tokens, in the order of work; values are told by names, which a cut does not change."""
 
     blocks: tuple[SelfAttention, ...]
     tokens: int
@@ -54,21 +53,28 @@ def token_stream(layout: Layout) -> TokenStream:
     Raises: BadInput: there is none, with the reason.
     """
     structure = layout.structure
-    found = [block for node in structure.network.nodes if (block := _attention(structure, node)) is not None]
     source = structure.network.source
+    every = [block for node in structure.network.nodes if (block := _attention(structure, node)) is not None]
+    free = {leaf for port in structure.network.inputs for each in structure.axes[port.name] for leaf in each.leaves()}
+    found = [block for block in every if _tokens(structure, block.leaves).root not in free]
+    if every and not found:
+        raise BadInput(
+            f"{source}: its {_tokens(structure, every[0].leaves).size} tokens are those of an input. Tokens are merged "
+            "where a network makes them of an image. Leave out --tokens."
+        )
     if not found:
         raise BadInput(
             f"{source}: no attention of all tokens to all tokens with a residual Add behind it was found, so that "
             "tokens cannot be merged. Leave out --tokens."
         )
     axis = _tokens(structure, found[0].leaves)
-    free = {leaf for port in structure.network.inputs for each in structure.axes[port.name] for leaf in each.leaves()}
     blocks = tuple(block for block in found if alike(_tokens(structure, block.leaves), axis))
-    if axis.kind == "leaf" and axis.root in free:
-        raise BadInput(
-            f"{source}: its {axis.size} tokens are those of an input, whose length is free. Tokens are merged where "
-            "their number is fixed, as in image models. Leave out --tokens."
-        )
+    for port in structure.network.inputs:
+        if len(port.shape or ()) > 3 and _free(port):
+            raise BadInput(
+                f"{source} takes images of any size ({port.name} {port.shape}), so that the number of its tokens is "
+                "free. Export it for one size, or leave out --tokens."
+            )
     *first, largest = parts = list(_summands(axis))
     if any(part.size > largest.size for part in parts):
         raise BadInput(
@@ -76,17 +82,31 @@ def token_stream(layout: Layout) -> TokenStream:
         )
     values = [each.value for each in features(layout)]
     streamed = [value for value in values if _is_stream(structure, value, axis)]
-    return TokenStream(blocks, axis.size, sum(part.size for part in first), streamed[-1] if streamed else "")
+    made, last = structure.network.producer, blocks[-1].leaves
+    if not streamed or streamed[-1] == last or made[streamed[-1]].index < made[last].index:
+        raise BadInput(
+            f"{source}: behind its last attention no more is added to its tokens, so that it is not known where they "
+            "end, and they cannot be merged. Leave out --tokens."
+        )
+    return TokenStream(blocks, axis.size, sum(part.size for part in first), streamed[-1])
 
 
 def most_merged(tokens: int, protected: int) -> int:
-    """Return how many of some tokens can be merged in one block: those at even places that are not protected."""
-    return max(0, (tokens + 1) // 2 - (protected + 1) // 2) if tokens // 2 > protected // 2 else 0
+    """Return how many of some tokens can be merged in one block: those at even places that are not protected, but one
+    that stays where none is.
+    """
+    even, odd = (tokens + 1) // 2, tokens // 2
+    return max(0, even - max(1, (protected + 1) // 2)) if odd > protected // 2 else 0
 
 
 def alike(one: Axis, other: Axis) -> bool:
     """Return whether two axes are the same by what is known of their leaves."""
     return tuple(one.leaves()) == tuple(other.leaves())
+
+
+def _free(port: Port) -> bool:
+    """Whether other sizes of an input than the first are free."""
+    return any(isinstance(size, str) for size in (port.shape or ())[1:])
 
 
 def _tokens(structure: Structure, value: str) -> Axis:
@@ -117,14 +137,14 @@ def _attention(structure: Structure, node: Node) -> SelfAttention | None:
         return None
     product, added = before
     keys = product.inputs[1]
-    if not alike(structure.axes[keys][3], axes[3]):
+    if len(structure.axes.get(keys, ())) != 4 or not alike(structure.axes[keys][3], axes[3]):
         return None
     return SelfAttention(node.outputs[0], keys, added, behind)
 
 
-def _scores(structure: Structure, value: str) -> tuple[Node, tuple[Place, ...]] | None:
+def _scores(structure: Structure, value: str) -> tuple[Node, tuple[tuple[str, int], ...]] | None:
     """The product of two activations that scores come from, and what meets them on the way."""
-    network, added = structure.network, list[Place]()
+    network, added = structure.network, list[tuple[str, int]]()
     while (node := network.producer.get(value)) is not None:
         if node.op == "MatMul":
             live = network.fixed.isdisjoint(node.inputs)
@@ -136,7 +156,7 @@ def _scores(structure: Structure, value: str) -> tuple[Node, tuple[Place, ...]] 
         main = next((place for place in made if _comes_from_product(structure, node.inputs[place])), made[0])
         axes = structure.axes
         added += [
-            (node.index, place)
+            (node.outputs[0], place)
             for place, name in enumerate(node.inputs)
             if place != main and max((structure.shapes.shape(name) or (1,))[-2:], default=1) > 1 and name in axes
         ]
@@ -169,7 +189,8 @@ def _leaves(structure: Structure, softmax: Node) -> str | None:
             mixed = True
         elif mixed and node.op in ("MatMul", "Gemm") and projection_of(structure, node) is not None:
             way = way_from(structure, node.index)
-            return None if way.add is None else network.nodes[way.add[0]].outputs[0]
+            add = None if way.add is None else network.nodes[way.add[0]]
+            return add.outputs[0] if add is not None and add.op == "Add" else None  # others give normalised values
         elif node.op not in REARRANGING or place:
             return None
         value = node.outputs[0]
