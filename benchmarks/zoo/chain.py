@@ -99,7 +99,6 @@ ROWS = (
     ),
     Row(
         *("whisper-encoder", "Whisper tiny.en's encoder", models.whisper_encoder, material.sounds),
-        allocation="uniform",
         counts=Counts(16, 4),
         judge=words_right,
     ),
