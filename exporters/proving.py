@@ -20,6 +20,7 @@ from optin_deploy.network.run import Program
 ROWS = 8
 """Samples on which engines are compared."""
 NARROW = ("fp16", "bf16")
+"""Precisions that round so much that choices flip."""
 ROUNDINGS = 4
 """An engine may be so many times as far off as float32 itself is, where that is more than the tolerance."""
 Arrays = dict[str, np.ndarray]
@@ -94,8 +95,12 @@ def _rounding(form: Form, feeds: Arrays, expected: Mapping[str, Tensor]) -> floa
     exact = Program(form.network, dtype=torch.float64)(
         {name: torch.from_numpy(values) for name, values in feeds.items()}
     ).outputs
-    real = [name for name, values in expected.items() if values.is_floating_point()]
-    return max((relative_error(exact[name].numpy(), expected[name].double().numpy()) for name in real), default=0.0)
+    errors = [0.0]
+    for name, values in expected.items():
+        if values.is_floating_point():
+            real = _real(feeds, values.float().numpy())
+            errors.append(relative_error(exact[name].numpy() * real, values.double().numpy() * real))
+    return max(errors)
 
 
 def _real(feeds: Mapping[str, np.ndarray], values: np.ndarray) -> np.ndarray:

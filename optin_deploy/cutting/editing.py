@@ -36,6 +36,11 @@ class Editor:
         """How many units each leaf keeps."""
         return {leaf: len(units) for leaf, units in self.keep.items()}
 
+    def value(self, name: str) -> ir.Value:
+        """Return the value in the copy that a node of the network gives by this name."""
+        copy = self.nodes[self.structure.network.producer[name].index]
+        return next(value for value in copy.outputs if value.name == name)
+
     def constant(self, array: np.ndarray, hint: str) -> ir.Value:
         """Put a small array into the graph, once for all that need it."""
         key = (hint, array.dtype.str, array.shape, array.tobytes())

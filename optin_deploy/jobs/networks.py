@@ -116,18 +116,15 @@ def cut_by(found: Found, plan: NetworkPlan) -> tuple[Network, Proof]:
 
 
 def costs_merging(
-    found: Found, merges: Sequence[int], costs: Costs, sizes: Callable[[Found], Mapping[Axis, int]] = lambda _: {}
+    found: Found, merging: Network, costs: Costs, sizes: Callable[[Found], Mapping[Axis, int]] = lambda _: {}
 ) -> Costs:
-    """Return what plans cost that merge so many tokens in each block; what they are compared with merges none.
+    """Return what plans cost of a network that merges tokens; what they are compared with merges none.
 
-    Args: costs: of plans that merge none. sizes: finds sizes of axes other than the probe's.
-    Raises: BadInput: tokens cannot be merged.
+    Args: merging: the network of `found`, with its tokens merged. costs: of plans that merge none. sizes: finds sizes
+        of axes other than the probe's.
     """
-    if not any(merges):
-        return costs
-    smaller = find(merged(found.layout, merges, found.probes), found.probes)
-    merging = Found(carried(found.layout, smaller.structure), found.probes)
-    counted = costs_of(merging.layout, sizes(merging))
+    layout = carried(found.layout, find(merging, found.probes).structure)
+    counted = costs_of(layout, sizes(Found(layout, found.probes)))
     return replace(costs, macs=replace(counted.macs, base=costs.macs.dense))
 
 

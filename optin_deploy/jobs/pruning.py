@@ -12,6 +12,7 @@ import numpy as np
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof
+from optin_deploy.cutting.tokens import merged
 from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds
@@ -90,8 +91,17 @@ class Ready:
 
         Raises: BadInput: they cannot be merged.
         """
+        if not any(merges):
+            return self.costs
         sizes = partial(sizes_of, rows=self.rows.calibration)
-        return self.kept(("costs", merges), lambda: costs_merging(self.found, merges, self.costs, sizes))
+        return self.kept(("costs", merges), lambda: costs_merging(self.found, self.merging(merges), self.costs, sizes))
+
+    def merging(self, merges: tuple[int, ...]) -> Network:
+        """The network, with so many tokens merged in each block.
+
+        Raises: BadInput: they cannot be merged.
+        """
+        return self.kept(("network", merges), lambda: merged(self.layout, merges, self.found.probes))
 
     def kept(self, key: object, make: Callable[[], T]) -> T:
         """What is made once."""

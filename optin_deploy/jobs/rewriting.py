@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.cutting.proof import Proof, difference
+from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput, MissingDependency, ParityFailure
 from optin_deploy.jobs.networks import as_plan, costs_merging, cut_by, find_in
 from optin_deploy.jobs.stored import MARK, marked
@@ -74,7 +75,9 @@ def rewrite_file(
     with stage("find"):
         found = find_in(source, sizes=sizes)
         chosen = as_plan(plan, found.layout)
-        costs = costs_merging(found, chosen.merges, costs_of(found.layout))
+        costs = costs_of(found.layout)
+        if any(chosen.merges):
+            costs = costs_merging(found, merged(found.layout, chosen.merges, found.probes), costs)
         chosen = replace(chosen, cost=plan_cost(found.layout, costs, chosen.keep))
     with stage("cut and prove"):
         smaller, proof = cut_by(found, chosen)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from optin_deploy.budget import Limits
-from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.jobs.pruning import Curves, Ready, pick
 from optin_deploy.jobs.trial import distance
@@ -98,15 +96,14 @@ def least_error(
     return merges, keep
 
 
-def merge_error(ready: Ready, merges: Sequence[int]) -> float:
+def merge_error(ready: Ready, merges: tuple[int, ...]) -> float:
     """Mean distance of the outputs to the dense ones if nothing but tokens is merged, as error curves measure it."""
     if not any(merges):
         return 0.0
-    return ready.kept(("merge error", tuple(merges)), lambda: _merge_error(ready, merges))
+    return ready.kept(("merge error", merges), lambda: _merge_error(ready, merges))
 
 
-def _merge_error(ready: Ready, merges: Sequence[int]) -> float:
-    batches = ready.rows.calibration.batches
-    network = merged(ready.layout, merges, ready.found.probes)
+def _merge_error(ready: Ready, merges: tuple[int, ...]) -> float:
+    batches, network = ready.rows.calibration.batches, ready.merging(merges)
     with torch.inference_mode():
         return distance(ready.subject, network, joined(batches, judged_samples(batches)))

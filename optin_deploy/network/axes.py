@@ -128,7 +128,7 @@ def _match(one: Axis, other: Axis) -> bool:
 
 def _pair(kind: Kind, these: list[Axis], those: list[Axis]) -> bool:
     """Unify two rows of parts of one length from the left, splitting the longer of the two heads."""
-    these, those = _flat(kind, these), _flat(kind, those)
+    these, those = flat(kind, these), flat(kind, those)
     while these and those:
         a, b = these[0].root, those[0].root
         if a.size == b.size:
@@ -141,17 +141,17 @@ def _pair(kind: Kind, these: list[Axis], those: list[Axis]) -> bool:
         pieces = _factors(a, b.size) if kind == "product" else _segments(a, b.size)
         if pieces is None:
             return False
-        these[:1] = [piece for each in pieces for piece in _flat(kind, [each])]
+        these[:1] = [piece for each in pieces for piece in flat(kind, [each])]
     return not these and not those
 
 
-def _flat(kind: Kind, axes: Sequence[Axis]) -> list[Axis]:
+def flat(kind: Kind, axes: Sequence[Axis]) -> list[Axis]:
     """Parts of parts of the same kind, in one row; without those that change nothing."""
     found: list[Axis] = []
     for axis in axes:
         axis = axis.root
         if axis._kind == kind:
-            found += _flat(kind, axis._parts)
+            found += flat(kind, axis._parts)
         elif axis.size != (1 if kind == "product" else 0):
             found.append(axis)
     return found
@@ -170,7 +170,7 @@ def _segments(axis: Axis, first: int) -> tuple[Axis, ...] | None:
         return axis._become("sum", (Axis(first), Axis(axis.size - first)))
     if axis._kind != "product":
         return None
-    head, *tail = _flat("product", [axis])
+    head, *tail = flat("product", [axis])
     inner = math.prod(part.size for part in tail)
     if first % inner:
         return None
@@ -184,7 +184,7 @@ def _segments(axis: Axis, first: int) -> tuple[Axis, ...] | None:
 def _boundary(axis: Axis, first: int) -> tuple[Axis, ...] | None:
     """A sum as two sums, the first of this size."""
     left: list[Axis] = []
-    right = _flat("sum", [axis])
+    right = flat("sum", [axis])
     while right and (size := sum(each.size for each in left)) < first:
         head = right.pop(0)
         if size + head.size > first:

@@ -6,11 +6,10 @@ that axis too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
-from optin_deploy.network.axes import Axis
+from optin_deploy.network.axes import Axis, flat
 from optin_deploy.network.graph import Node, Port
 from optin_deploy.structure.branches import REARRANGING, SIZES, projection_of, way_from
 from optin_deploy.structure.flow import Structure
@@ -75,7 +74,7 @@ def token_stream(layout: Layout) -> TokenStream:
                 f"{source} takes images of any size ({port.name} {port.shape}), so that the number of its tokens is "
                 "free. Export it for one size, or leave out --tokens."
             )
-    *first, largest = parts = list(_summands(axis))
+    *first, largest = parts = flat("sum", [axis])
     if any(part.size > largest.size for part in parts):
         raise BadInput(
             f"{source}: its tokens are {axis!r}; only tokens that stand before all others can be kept apart."
@@ -116,15 +115,6 @@ def _tokens(structure: Structure, value: str) -> Axis:
 def _is_stream(structure: Structure, value: str, axis: Axis) -> bool:
     axes = structure.axes[value]
     return len(axes) == 3 and alike(axes[1], axis)
-
-
-def _summands(axis: Axis) -> Iterator[Axis]:
-    axis = axis.root
-    if axis.kind != "sum":
-        yield axis
-    else:
-        for part in axis.parts:
-            yield from _summands(part)
 
 
 def _attention(structure: Structure, node: Node) -> SelfAttention | None:
