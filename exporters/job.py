@@ -113,6 +113,7 @@ def _plan_in_time(asked: Asked, planner: Planner, clock: Clock) -> list[Round]:
         else:
             with clock("profile") as progress:
                 table = table_at(workspace.root / LATENCY, yard, asked.choice, progress=progress)
+        yard = replace(yard, merges=asked.choice.merges)
         plan, rounds = Planning(planner, yard, request.limits, request.compensation, clock).within(table)
     plan.write(workspace.root / "plan.json")
     return rounds

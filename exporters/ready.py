@@ -27,7 +27,6 @@ from optin_deploy.planning.latency import LatencyTable
 from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.stages import Prepared, prepare
-from optin_deploy.structure.labels import TOKENS
 from optin_deploy.workspace import Source
 
 CLEARLY = 1.2
@@ -91,8 +90,6 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     if request.threads:
         target.threads(request.threads)
     check_different(points)
-    if limits.time is not None and (request.tokens is not None or TOKENS in source.units):
-        raise BadInput("tokens are merged within a budget in MACs, parameters or bytes: leave out the one in time.")
     if limits.time is not None and not (request.dense and points):
         raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
     if request.table is not None and limits.time is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -225,9 +225,26 @@ class Planner:
     def _curves(self) -> Any:
         return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
 
-    def limits(self, limits: Limits) -> list[Limit]:
-        """Of multiply-accumulates, parameters and bytes."""
-        return limits_within(self.prepared.ready.costs_with(self.choice.merges), limits)
+    def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[Limit]:
+        """Of multiply-accumulates, parameters and bytes; None: with the merges that were asked for."""
+        merges = self.choice.merges if merges is None else merges
+        return limits_within(self.prepared.ready.costs_with(merges), limits)
+
+    @property
+    def merges_freely(self) -> bool:
+        """Whether it is to be found how many tokens are merged."""
+        return TOKENS in self.choice.kinds and not self.choice.merges
+
+    def merging(self, merges: tuple[int, ...]) -> Planner:
+        """The same with these merges."""
+        return replace(self, choice=replace(self.choice, merges=merges))
+
+    def least_error(self, limits: Callable[[tuple[int, ...]], list[Limit]]) -> tuple[tuple[int, ...], Keep]:
+        """See `jobs.tokens.least_error`.
+
+        Raises: InfeasibleBudget.
+        """
+        return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits)
 
     def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
         """Choose what stays; see `jobs.pruning.pick`.
@@ -245,8 +262,8 @@ class Planner:
         if limits.time is not None and keep is None:
             raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
         ready, merges = self.prepared.ready, self.choice.merges
-        if keep is None and TOKENS in self.choice.kinds and not merges:
-            merges, keep = least_error(ready, self._scores, limits, self.choice, self._curves)
+        if keep is None and self.merges_freely:
+            merges, keep = self.least_error(lambda some: self.limits(limits, some))
         chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
         settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
         return planned(ready, chosen, self._scores, settings, merges)

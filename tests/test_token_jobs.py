@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,22 +20,31 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import optin_deploy
+from exporters import exporter
+from exporters.base import ExportSpec
 from exporters.bench.points import Point
+from exporters.bench.profiling import measure_table
+from exporters.bench.time_budget import Planning
+from exporters.bench.time_rounds import AIM
+from exporters.bench.yardstick import Yardstick, form_at, inputs_of
 from exporters.job import export_model
 from exporters.ready import Request
-from optin_deploy.budget import Limits
+from optin_deploy.bench.timing import PairTiming, Samples
+from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.cutting.tokens import merged
+from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.jobs.pruning import pick
-from optin_deploy.jobs.tokens import merge_error, schedules
+from optin_deploy.jobs.tokens import merge_error, merging, schedules
 from optin_deploy.judging import joined, judged_samples
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
-from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import Choice
+from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
-from optin_deploy.stages import prepare
+from optin_deploy.stages import Planner, Prepared, curve_stage, prepare
+from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
 from optin_deploy.structure.tokens import token_stream
 from optin_deploy.workspace import Source, Workspace
@@ -119,14 +134,86 @@ def test_shares_that_cannot_be_are_refused(tokens: str, flops: str, says: str, s
     assert not out.exists()
 
 
-def test_texts_and_budgets_of_time_are_refused(shell: Shell, tmp_path: Path) -> None:
+def test_texts_are_refused(shell: Shell, tmp_path: Path) -> None:
     ran = shell("optin-export", classifier(), "--calibration", labelled(), "--out", tmp_path / "x", "--tokens", 0.8)
     assert (ran.code, "are those of an input" in ran.err) == (2, True)
-    ran = shell(
-        "optin-export", vit(), "--calibration", photos(), "--tokens", 0.8, "--speedup", 1.5, "--out", tmp_path / "x"
-    )
-    assert (ran.code, "leave out the one in time" in ran.err) == (2, True)
     assert not (tmp_path / "x").exists()
+
+
+FIXED, MERGE = 0.2, 0.03
+"""Parts of the dense time that do not depend on widths: of the network, and of each block that merges."""
+
+
+@dataclass(frozen=True, eq=False)
+class CountingYard(Yardstick):
+    """An engine whose time follows from the multiply-accumulates of the very graph that it would be given."""
+
+    def ms(self, keep: Keep | None, merges: tuple[int, ...]) -> float:
+        with TemporaryDirectory() as folder:
+            network = form_at(self.prepared, self.spec, keep, Path(folder), merges).network
+        there = macs(find(network, self.prepared.ready.found.probes).structure)
+        return (there + self.fixed(merges)) / 10**6
+
+    def fixed(self, merges: tuple[int, ...]) -> float:
+        return (FIXED + MERGE * sum(map(bool, merges))) * self.dense_macs
+
+    @cached_property
+    def dense_ms(self) -> float:
+        return self.ms(None, ())
+
+    @cached_property
+    def dense_macs(self) -> int:
+        return macs(self.layout.structure)
+
+    def together(self, plans: Sequence[Keep], *, blocks: int) -> Samples:
+        times = {"dense": self.dense_ms, **{str(i): self.ms(keep, self.merges) for i, keep in enumerate(plans)}}
+        return Samples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
+
+    def against_dense(self, keep: Keep, progress: Any = None) -> PairTiming:
+        dense, pruned = (((ms,),) * 2 for ms in (self.dense_ms, self.ms(keep, self.merges)))
+        return PairTiming(dense, pruned, dense, seed=0, load_ms={"dense": 1.0, "pruned": 1.0})
+
+
+@pytest.fixture(scope="module")
+def curved(finished: Path) -> tuple[Workspace, Prepared]:
+    """The finished job, with the error curves of its widths."""
+    workspace = Workspace(finished)
+    prepared = prepare(workspace.source(), finished)
+    curve_stage(workspace, prepared)
+    return workspace, prepared
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], free: bool) -> None:
+    (workspace, prepared), share = curved, 0.75
+    ready, target = prepared.ready, exporter("onnx")
+    choice = Choice((*ready.kinds, "tokens"), 1, "curves") if free else merging(ready, Choice(align=1), 0.8)
+    choice = replace(choice, allocation="curves")
+    yard = CountingYard(
+        *(prepared, target, ExportSpec(), Point(), 1, inputs_of(prepared).feeds(Point()), Path("none"), Path("none")),
+        merges=choice.merges,
+    )
+    table = measure_table(yard if free else replace(yard, merges=()), choice)
+    dense_ms = yard.dense_ms
+    limits = Limits(time=TimeTarget("--latency", share * dense_ms))
+    plan, rounds = Planning(Planner(workspace, prepared, choice), yard, limits).within(table)
+    taken = yard.ms(plan.keep, plan.merges)
+    assert 0.9 * share * dense_ms <= taken <= share * dense_ms
+    assert rounds[-1].predicted_ms == pytest.approx(rounds[-1].measured_ms, rel=0.01)
+    assert rounds[-1].measured_ms == pytest.approx(taken)
+    if not free:
+        assert plan.merges == choice.merges
+        return
+    scores, curves = workspace.scores_of(ready.layout), workspace.read_curves()[0]
+    errors = {}
+    for merges in schedules(token_stream(ready.layout)):
+        room = AIM * share * dense_ms * 10**6 - yard.fixed(merges)
+        limit = Limit(ready.costs_with(merges).macs, int(room * ready.costs.macs.dense / yard.dense_macs), "by hand")
+        with suppress(InfeasibleBudget):
+            keep = pick(ready, scores, [limit], choice, curves, emptying=not any(merges))
+            widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+            errors[merges] = widths + merge_error(ready, merges)
+    assert plan.merges == min(errors, key=lambda merges: errors[merges])
 
 
 def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ class Case:
         """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
         if tokens and self.merges_tokens:
-            merges, keep = least_error(self.ready, self.scores, Limits(flops=flops), choice, self.curves)
+            merges, keep = least_error(
+                *(self.ready, self.scores, choice, self.curves),
+                lambda some: limits_within(self.ready.costs_with(some), Limits(flops=flops)),
+            )
             return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None
         keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)

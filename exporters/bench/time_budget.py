@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
-from exporters.bench.profiling import NS
+from exporters.bench.profiling import BLOCKS, NS
 from exporters.bench.time_rounds import AIM, LEAST, ROUNDS, Round, as_asked, measured_ms
-from exporters.bench.yardstick import Yardstick
+from exporters.bench.yardstick import DENSE, Yardstick
+from optin_deploy.bench.timing import mean_ratio
 from optin_deploy.budget import Limits
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.pruning import emptiable, emptied
@@ -32,6 +33,8 @@ class Planning:
     limits: Limits
     compensation: bool = True
     stage: Stage = silent_stage
+    merging_ns: dict[tuple[int, ...], int] = field(default_factory=dict, repr=False)
+    """Nanoseconds of the network with all widths, for the merges that were timed."""
     _emptying: list[bool] = field(default_factory=list, init=False, repr=False)
     """Whether branches may be left without any unit, once that is found out."""
 
@@ -46,11 +49,12 @@ class Planning:
         goal = target.limit_ms(dense_ms, batch)
         if not others:
             target.check_needed(dense_ms, batch)
-        costs = self.planner.prepared.ready.costs
-        cost = TimeCost(table, costs.macs)
+        if self.planner.merges_freely:
+            return self._with_merges(table, goal).within(table)
+        costs, cost = self.planner.prepared.ready.costs, self._cost(table, self.yard.merges)
         least = self._least(cost, goal)
         tried: list[tuple[Round, Keep]] = []
-        asked_ms, too_much_ns = AIM * goal, table.dense_ns + 1
+        asked_ms, too_much_ns = AIM * goal, cost.table.dense_ns + 1
         while len(tried) < ROUNDS:
             allowed = max(least, min(int(asked_ms * NS), too_much_ns - 1))
             try:
@@ -86,6 +90,32 @@ class Planning:
         noted = {"measured": {**asdict(best), "emptied": emptied(keep)}, "table": dict(table.setting)}
         return self.planner.plan(self.limits, keep, noted), rounds
 
+    def _with_merges(self, table: LatencyTable, goal: float) -> Planning:
+        """The same for the merges that leave the least error at the goal, as the table and their own times foretell.
+
+        Raises: InfeasibleBudget.
+        """
+
+        def limits(merges: tuple[int, ...]) -> list[Limit]:
+            time = Limit(self._cost(table, merges), int(AIM * goal * NS), str(self.limits.time))
+            return [*self.planner.limits(self.limits, merges), time]
+
+        merges, _ = self.planner.least_error(limits)
+        return replace(self, planner=self.planner.merging(merges), yard=replace(self.yard, merges=merges))
+
+    def _cost(self, table: LatencyTable, merges: tuple[int, ...]) -> TimeCost:
+        """What plans with these merges take: measured where nothing else is cut."""
+        ready = self.planner.prepared.ready
+        macs = ready.costs_with(merges).macs
+        if not any(merges):
+            return TimeCost(table, macs)
+        if merges not in self.merging_ns:
+            with self.stage(f"time {sum(merges)} merged tokens"):
+                samples = replace(self.yard, merges=merges).together([{}], blocks=BLOCKS).ms
+            self.merging_ns[merges] = round(table.dense_ns * mean_ratio(samples["0"], samples[DENSE]))
+        expected = table.merging(self.merging_ns[merges], ready.costs.macs, macs)
+        return TimeCost(expected, macs, base=table.dense_ns)
+
     def _least(self, cost: TimeCost, goal: float) -> int:
         """Nanoseconds of the narrowest plan.
 
@@ -104,8 +134,9 @@ class Planning:
 
     @cached_property
     def _may_go(self) -> frozenset[str]:
-        """Groups that this allocation may empty."""
-        return emptiable(self.yard.layout) if self.planner.choice.allocation == "curves" else frozenset()
+        """Groups that this allocation may empty; none where tokens are merged behind their attention."""
+        empties = self.planner.choice.allocation == "curves" and not any(self.yard.merges)
+        return emptiable(self.yard.layout) if empties else frozenset()
 
     def _chosen(self, limits: list[Limit]) -> Keep:
         """What stays; branches are emptied only if that keeps the outputs nearer than the best plan that empties none.
@@ -113,6 +144,8 @@ class Planning:
         A whole branch less saves more time than its units do, and error curves, each of one group alone, know least of
         that. Whether they may be emptied is found out at the first plan that would, for trials take long.
         """
+        if any(self.yard.merges):
+            return self.planner.keep(limits, emptying=False)
         if self._emptying == [False]:
             with suppress(InfeasibleBudget):  # where nothing else is in time, they are
                 return self.planner.keep(limits, emptying=False)

@@ -51,6 +51,8 @@ class Yardstick:
     """Artifact of the dense network."""
     scratch: Path
     """Candidates lie here while they are measured."""
+    merges: tuple[int, ...] = ()
+    """Tokens that every candidate merges, block by block; the dense network merges none."""
 
     @property
     def layout(self) -> Layout:
@@ -97,26 +99,28 @@ class Yardstick:
 
     def _export(self, keep: Keep, folder: Path) -> Path:
         folder.mkdir()
-        form = form_at(self.prepared, self.spec, keep, folder)
+        form = form_at(self.prepared, self.spec, keep, folder, self.merges)
         name, _ = self.target.file_names(self.precision, folder)
         return self.target.export(form, self.spec, folder / name).path
 
 
-def form_at(prepared: Prepared, spec: ExportSpec, keep: Keep | None, folder: Path) -> Form:
+def form_at(
+    prepared: Prepared, spec: ExportSpec, keep: Keep | None, folder: Path, merges: tuple[int, ...] = ()
+) -> Form:
     """A network of these widths, written to a folder as every engine needs it.
 
-    Args: keep: None: the dense network.
+    Args: keep: None: the dense network. merges: tokens that are merged in each block.
     """
     ready, dense = prepared.ready, prepared.dense
-    network = ready.network if keep is None else cut(ready.layout, keep)
+    network = ready.network if keep is None else cut(ready.found_merging(merges).layout, keep)
     if spec.pool is not None:
         network = pooled(network, spec.pool)
     graph = folder / ("dense.onnx" if keep is None else "model.onnx")
-    store(network, graph, sha256_json([dense.key, keep, spec.pool]))
+    store(network, graph, sha256_json([dense.key, keep, merges, spec.pool]))
     module = None
     if dense.loaded is not None and keep is None:
         module = Path(prepared.source.model)
-    elif dense.loaded is not None and spec.of_module:
+    elif dense.loaded is not None and spec.of_module and not any(merges):
         smaller = cut_and_tell(dense.model, ready.layout, keep or {}, ready.found.probes)
         if not smaller.why_graph:
             module = folder / "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.jobs.pruning import Curves, Ready, pick
 from optin_deploy.jobs.trial import distance
 from optin_deploy.judging import joined, judged_samples
-from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.tokens import schedule
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.scoring.unit_scores import UnitScores
@@ -71,19 +72,23 @@ def schedules(stream: TokenStream) -> list[tuple[int, ...]]:
 
 
 def least_error(
-    ready: Ready, scores: UnitScores, limits: Limits, choice: Choice, curves: Curves
+    ready: Ready,
+    scores: UnitScores,
+    choice: Choice,
+    curves: Curves,
+    limits: Callable[[tuple[int, ...]], Sequence[Limit]],
 ) -> tuple[tuple[int, ...], Keep]:
     """Return the merges and the kept units of least summed error: of the widths by their curves, of the merges as
     measured with all widths.
 
+    Args: limits: of the widths beside given merges.
     Raises: InfeasibleBudget: nothing fits.
     """
     found: list[tuple[float, tuple[int, ...], Keep]] = []
     problem: InfeasibleBudget | None = None
     for merges in schedules(token_stream(ready.layout)):
         try:
-            within = limits_within(ready.costs_with(merges), limits)
-            keep = pick(ready, scores, within, choice, curves, emptying=not any(merges))
+            keep = pick(ready, scores, limits(merges), choice, curves, emptying=not any(merges))
         except InfeasibleBudget as err:
             problem = err
             continue

@@ -10,7 +10,7 @@ multiply-accumulates tell, on the average over both orders.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -130,6 +130,24 @@ class LatencyTable:
         if told:
             raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(told)}. {HINT}")
 
+    def merging(self, ns: int, macs: Cost, merged: Cost) -> LatencyTable:
+        """Return what to expect of the same network with its tokens merged, in which it takes so many nanoseconds.
+
+        Its groups save less, in proportion to their multiply-accumulates.
+        Args: macs, merged: of plans without and with these merges.
+        """
+
+        def part(name: str) -> float:
+            least = [self.groups[name].counts[0]]
+            alone = [int(cost.changes(name, least, cost.whole)[0]) for cost in (merged, macs)]
+            return alone[0] / alone[1] if alone[1] else 1.0
+
+        groups = {
+            name: replace(steps, ns=tuple(round(part(name) * each) for each in steps.ns))
+            for name, steps in self.groups.items()
+        }
+        return replace(self, dense_ns=ns, groups=groups, held_out=())
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         return asdict(self)
@@ -163,11 +181,13 @@ class TimeCost:
     macs: Cost
     """Of the same network: they tell what groups that meet save together."""
     option: str = "--latency"
+    base: int | None = None
+    """See `planning.costs.Cost`: nanoseconds of the network that merges no tokens, where the table's does."""
 
     @property
     def dense(self) -> int:
         """See `Resource.dense`."""
-        return self.table.dense_ns
+        return self.table.dense_ns if self.base is None else self.base
 
     def of(self, widths: Widths) -> int:
         """See `Resource.of`; noise may lead below 0."""
