@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from benchmarks.accuracy import case as case_module
 from benchmarks.accuracy import rival
 from benchmarks.accuracy.__main__ import cells
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import METHODS, importance
+from benchmarks.accuracy.methods import METHODS, OF_IMAGES, every_block, importance
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
@@ -69,16 +70,21 @@ def _case(request: pytest.FixtureRequest) -> Case:
     return Case(task.name, task.model, find_in(task.model), task.seq_len, task.batches(task.calibration), seed=0)
 
 
-def made(case: Case, method: str) -> Any:
+def made(case: Case, method: str, flops: float = FLOPS) -> Any:
     if method == "onnxsim":
         pytest.importorskip("onnxsim")
-    return METHODS[method](case, FLOPS)
+    if method in OF_IMAGES and case.task == "text":
+        with pytest.raises(BadInput, match="are those of an input"):
+            METHODS[method](case, FLOPS)
+        pytest.skip("a text has tokens of no fixed number")
+    return METHODS[method](case, flops)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: Case, method: str) -> None:
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
-    pruned = made(case, method)
+    flops = {"ours, tokens alone": 0.95, "Token Merging": 0.8}.get(method, FLOPS)  # two blocks cannot merge more
+    pruned = made(case, method, flops)
     assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
     dense, rows = case.found.network, case.batches[0]
     if method == "onnxsim":
@@ -87,7 +93,7 @@ def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: C
         assert rival.macs(pruned) <= FLOPS * rival.macs(dense)
         return
     counts = [multiplied(network, rows) for network in (dense, pruned)]
-    assert 0.3 < counts[1] / counts[0] <= FLOPS
+    assert 0.3 < counts[1] / counts[0] <= flops
 
 
 def multiplied(network: Network, rows: Any) -> int:
@@ -97,6 +103,15 @@ def multiplied(network: Network, rows: Any) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         program(feeds)
     return int(counter.get_total_flops())
+
+
+def test_token_merging_takes_the_same_number_in_every_block_while_there_are_enough(case: Case) -> None:
+    if case.task == "text":
+        pytest.skip("a text has tokens of no fixed number")
+    stream = replace(case.stream, tokens=11, protected=1, blocks=(case.stream.blocks * 5)[:5])
+    assert every_block(stream, 0) == (0,) * 5
+    assert every_block(stream, 2) == (2, 2, 2, 2, 1)  # 9, 7, 5, 3: half of those that are not protected
+    assert every_block(stream, 99) == (5, 2, 1, 1, 0)  # 6, 4, 3, 2
 
 
 @pytest.mark.parametrize("flops", [0.8, 0.5, 0.3])
@@ -114,7 +129,7 @@ def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flo
 
 
 def test_methods_differ(case: Case) -> None:
-    peers = [method for method in METHODS if method not in ("onnxsim", "ours, tokens")]  # may be ours itself
+    peers = [method for method in METHODS if method != "onnxsim" and method not in OF_IMAGES]  # may be each other
     outputs = [outputs_of(made(case, method), OUTPUT, case.batches[:1], case.seq_len) for method in peers]
     for i, j in product(range(len(outputs)), repeat=2):
         assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])
@@ -172,6 +187,19 @@ def test_cells_are_made_once_and_hold_every_row(tmp_path: Path, monkeypatch: pyt
     assert set(cells(task, wanted, tmp_path, rows=7, test_rows=30, end=0.0)) == {("text", -1, DENSE, 1.0)}
     most = cells(task, wanted[:1], tmp_path, rows=10**6, test_rows=30, end=0.0)
     assert most["text", -1, DENSE, 1.0]["calibration_rows"] == len(task.calibration) // 2
+
+
+def test_a_budget_that_a_method_cannot_meet_is_a_finished_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TASKS", {"image": lambda cache: task_of("image")})
+    command = ["accuracy", "--tasks", "image", "--methods", "Token Merging", "magnitude", "--flops", "0.8", "0.5"]
+    monkeypatch.setattr("sys.argv", [*command, "--seeds", "0", "--rows", "12", "--cells", str(tmp_path)])
+    module.main()
+    module.main()
+    (told,) = tmp_path.glob("accuracy_image.md")
+    (row,) = [line for line in told.read_text().splitlines() if line.startswith("| Token Merging")]
+    assert row.split(" | ")[3:5] == ["-", "-"]
+    (kept,) = [json.loads(path.read_text()) for path in tmp_path.rglob("Token_Merging-0.5-*.json")]
+    assert "cannot be had by merging tokens alone" in kept["refused"]
 
 
 def test_scores_are_made_once_for_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

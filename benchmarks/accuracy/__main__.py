@@ -22,13 +22,14 @@ from pathlib import Path
 import onnx
 
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import ABLATIONS, METHODS, Method
+from benchmarks.accuracy.methods import ABLATIONS, METHODS, OF_IMAGES, ONE_SEED, Method
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import judged
+from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found as Read
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.graph import Network
@@ -61,16 +62,18 @@ def main() -> None:
     quiet_libraries()
     end = time.monotonic() + 60 * options.minutes
     found: Found = {}
+    open_cells = 0
     for task in tasks(options):
-        wanted = list(product([task.name], options.seeds, options.methods, options.flops))
+        wanted = asked(task, options.seeds, options.methods, options.flops)
+        open_cells += len(wanted) + 1
         test_rows = len(task.test) if options.glue else options.test_rows
         found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end)
+    open_cells -= len(found)
+    found = {cell: kept for cell, kept in found.items() if "refused" not in kept}
     text = page(found)
     print(text)
-    asked = len(list(product(options.seeds, options.methods, options.flops))) + 1
-    missing = asked * len({cell[0] for cell in found}) - len(found)
-    if missing and options.record:
-        sys.exit(f"{missing} cells are open: nothing is recorded. Run it again.")
+    if open_cells and options.record:
+        sys.exit(f"{open_cells} cells are open: nothing is recorded. Run it again.")
     data = {
         "cells": [
             {"task": t, "seed": s, "method": m, "flops": f, "value": c["value"], "stages": c["stages"]}
@@ -97,6 +100,15 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
         yield TASKS[name](options.cache)
 
 
+def asked(task: Task, seeds: Sequence[int], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
+    """The cells of a task, but those that a method leaves out."""
+    return [
+        (task.name, seed, method, flops)
+        for seed, method, flops in product(seeds, methods, budgets)
+        if (task.test[0].image is not None or method not in OF_IMAGES) and (method not in ONE_SEED or seed == seeds[0])
+    ]
+
+
 def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float) -> Found:
     """The finished cells of one task; open ones are done until `end`."""
     test = task.batches(task.test[:test_rows])
@@ -117,7 +129,12 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
         read = read or find_in(task.model)
         if seed not in cases and method != DENSE:
             cases[seed] = made_case(task, read, seed, rows, path.with_name(f"scores-seed{seed}.safetensors"))
-        network, stages = (read.network, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
+        try:
+            network, stages = (read.network, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
+        except InfeasibleBudget as err:
+            found[cell] = {"refused": str(err)}
+            write_json(path, found[cell])
+            continue
         figures = judged(outputs_of(network, OUTPUT, test.batches, task.seq_len), test.labels)
         found[cell] = {**figures, "stages": stages, "calibration_rows": rows}
         write_json(path, found[cell])

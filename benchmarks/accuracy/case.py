@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,19 +20,19 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.data.feeds import Halves
 from optin_deploy.data.rows import Feeds
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score
 from optin_deploy.jobs.tokens import least_error
 from optin_deploy.network.graph import Network
-from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Choice, Keep, aligned, choose
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.find import find
-from optin_deploy.structure.tokens import token_stream
+from optin_deploy.structure.tokens import TokenStream, token_stream
 
 T = TypeVar("T")
 ENGINE = "onnx"
@@ -147,30 +148,37 @@ class Case:
         found: T = self._made[stage]
         return found
 
-    def limits(self, flops: float) -> list[Limit]:
+    def limits(self, flops: float, merges: tuple[int, ...] = ()) -> list[Limit]:
         """A share of the MACs, for one of the widest calibration rows."""
-        return limits_within(self.ready.costs, Limits(flops=flops))
+        return limits_within(self.ready.costs_with(merges), Limits(flops=flops))
 
-    @property
-    def merges_tokens(self) -> bool:
-        """Whether the network has tokens of a fixed number."""
-        try:
-            token_stream(self.found.layout)
-        except BadInput:
-            return False
-        return True
+    @cached_property
+    def stream(self) -> TokenStream:
+        """Its tokens.
+
+        Raises: BadInput: there are none of a fixed number.
+        """
+        return token_stream(self.found.layout)
+
+    def merging(self, flops: float, merges: Iterable[tuple[int, ...]]) -> Network:
+        """The network with all widths, by the first of these merges, ever more, that are within the budget.
+
+        Raises: InfeasibleBudget: none is.
+        """
+        every = list(dict.fromkeys(merges))
+        first = bisect_left(every, True, key=lambda some: fits(self.limits(flops, some), self.found.layout.units))
+        if first == len(every):
+            raise InfeasibleBudget(f"{flops:g} of the multiply-accumulates cannot be had by merging tokens alone.")
+        return self.ready.merging(every[first])
 
     def product(self, flops: float, allocation: str, *, tokens: bool = False) -> Network:
         """The smaller network, as `optin-export` makes it for ONNX Runtime.
 
-        Args: tokens: merge them too, where a network has a fixed number.
+        Args: tokens: merge them too.
         """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
-        if tokens and self.merges_tokens:
-            merges, keep = least_error(
-                *(self.ready, self.scores, choice, self.curves),
-                lambda some: limits_within(self.ready.costs_with(some), Limits(flops=flops)),
-            )
+        if tokens:
+            merges, keep = least_error(self.ready, self.scores, choice, self.curves, partial(self.limits, flops))
             return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None
         keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)

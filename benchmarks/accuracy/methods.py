@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import onnx
 
 from benchmarks.accuracy.case import ENGINE, Case, Scores
@@ -13,8 +14,10 @@ from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.scoring.rivals import magnitude, random, squared, torch_pruning_taylor
 from exporters import exporter
 from optin_deploy.data.rows import MASK
+from optin_deploy.jobs.tokens import schedules
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.widths import Choice
+from optin_deploy.structure.tokens import TokenStream, most_merged
 
 Method = Callable[[Case, float], Network | onnx.ModelProto]
 """(case, share of the MACs that stays) -> pruned network; a file's if it is another tool's."""
@@ -30,6 +33,25 @@ def ours(case: Case, flops: float) -> Network:
 def ours_with_tokens(case: Case, flops: float) -> Network:
     """The same, and tokens merged under the same budget."""
     return case.product(flops, "curves", tokens=True)
+
+
+def tokens_alone(case: Case, flops: float) -> Network:
+    """All widths, and tokens merged by our schedules."""
+    return case.merging(flops, schedules(case.stream, np.linspace(1, 0, 101)))
+
+
+def tome(case: Case, flops: float) -> Network:
+    """Token Merging as published: the same number of tokens in every block, and nothing else."""
+    return case.merging(flops, (every_block(case.stream, count) for count in range(case.stream.tokens)))
+
+
+def every_block(stream: TokenStream, count: int) -> tuple[int, ...]:
+    """Merges of so many tokens in each block, or of as many as can go."""
+    merges, left = list[int](), stream.tokens
+    for _ in stream.blocks:
+        merges.append(min(count, most_merged(left, stream.protected)))
+        left -= merges[-1]
+    return tuple(merges)
 
 
 def ours_uniform(case: Case, flops: float) -> Network:
@@ -91,8 +113,10 @@ def onnxsim(case: Case, flops: float) -> onnx.ModelProto:
 METHODS: dict[str, Method] = {
     "ours": ours,
     "ours, tokens": ours_with_tokens,
+    "ours, tokens alone": tokens_alone,
     "ours, uniform": ours_uniform,
     "onnxsim": onnxsim,
+    "Token Merging": tome,
     "OPTIN": optin,
     "Kwon et al.": kwon,
     "Taylor (Torch-Pruning)": partial(rival, "taylor"),
@@ -101,7 +125,11 @@ METHODS: dict[str, Method] = {
     "Fisher + ours": partial(rival_compensated, "fisher"),
     "random + ours": partial(rival_compensated, "random"),
 }
-PEERS = ("onnxsim", "OPTIN", "Kwon et al.", "Taylor (Torch-Pruning)", "magnitude", "random")
+PEERS = ("onnxsim", "Token Merging", "OPTIN", "Kwon et al.", "Taylor (Torch-Pruning)", "magnitude", "random")
 """As published; the others are ours or hold parts of ours."""
+OF_IMAGES = ("ours, tokens", "ours, tokens alone", "Token Merging")
+"""Only where the number of tokens is fixed."""
+ONE_SEED = ("onnxsim",)
+"""Only the first calibration seed: minutes a cell."""
 ABLATIONS = ("Fisher + ours", "random + ours")
 """What the score alone is worth; only on demand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -37,7 +38,7 @@ def page(found: Found) -> str:
                 row.append(_spread(some))
                 drops.append(100 * (dense[task] - statistics.mean(some)) if some else float("nan"))
             lost[method, flops] = statistics.mean(drops)
-            row.append(f"{lost[method, flops]:.2f}")
+            row.append("-" if math.isnan(lost[method, flops]) else f"{lost[method, flops]:.2f}")
         lines.append((*row, *_spent([c["stages"] for (_, _, m, _), c in found.items() if m == method])))
     columns = [x for flops in budgets for x in (*(f"{t} {flops:g}" for t in tasks), f"drop {flops:g}")]
     header = ("method", *columns, "seconds", "forwards")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -60,10 +60,10 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     check_choice(ready.layout, limits_within(costs, limits), choice)
 
 
-def schedules(stream: TokenStream) -> list[tuple[int, ...]]:
-    """Return merges for each of `SHARES` that a stream can be brought to."""
+def schedules(stream: TokenStream, shares: Iterable[float] = SHARES) -> list[tuple[int, ...]]:
+    """Return merges for each share of the tokens, falling, that a stream can be brought to."""
     found = []
-    for share in SHARES:
+    for share in shares:
         try:
             found.append(schedule(stream, share))
         except BadInput:
