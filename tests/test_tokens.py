@@ -288,6 +288,25 @@ def test_networks_that_are_no_chain_of_blocks_are_refused(kind: type[Vit]) -> No
         merged(layout, [3, *[2] * 7][: len(token_stream(layout).blocks)], probes)
 
 
+class Told(Vit):
+    """Tells all tokens their mean between two blocks."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.blocks[1](self.blocks[0](self.embedded(pixels)))
+        x = self.norm(self.blocks[2](x * x.mean(1, keepdim=True).sigmoid()))
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1))
+
+
+@pytest.mark.parametrize("merges", [[3, 0, 0], [0, 3, 0], [3, 3, 3]])
+def test_what_reads_merged_tokens_without_counting_them_is_refused(merges: list[int]) -> None:
+    torch.manual_seed(0)
+    network = read_module(Told(1).eval(), {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    with pytest.raises(BadInput, match="does not count how many a token stands for"):
+        merged(find(network, probes), merges, probes)
+    merged(find(network, probes), [0, 0, 3], probes)  # behind it, nothing else reads them
+
+
 def test_images_of_free_size_are_refused() -> None:
     _, network = made()
     model = network.model.clone()

@@ -52,22 +52,35 @@ def merged(
         alike.
     """
     stream = stream or token_stream(layout)
-    counts = counted(stream, merges)
+    counted(stream, merges)
     if not any(merges):
         return layout.structure.network
     _check_opset(layout.structure.network)
     _check_there(layout.structure.network, stream)
-    used = tuple(number for number, count in enumerate(merges) if count)
+    used = _used(merges)
     order = np.random.default_rng(0)
     places = [order.permutation(stream.tokens) for _ in used]
     _prove_alike(layout.structure.network, broken(layout, stream, used, places).network, probes)
+    _prove_weighed(layout, stream, max(1, used[0]), probes)
+    result = _made(layout, stream, merges, probes)
+    _check_runs(layout.structure.network, result, probes)
+    return result
+
+
+def _used(merges: Sequence[int]) -> tuple[int, ...]:
+    return tuple(number for number, count in enumerate(merges) if count)
+
+
+def _made(
+    layout: Layout, stream: TokenStream, merges: Sequence[int], probes: Sequence[Mapping[str, Tensor]]
+) -> Network:
+    """The network that merges."""
+    used, counts = _used(merges), counted(stream, merges)
     gap = broken(layout, stream, used, [np.arange(stream.tokens)] * len(used))
     structure = walk(gap.network, shapes_of(gap.network, probes[0]))
     kept = {structure.axes[name][1].root: np.arange(counts[at]) for name, at in zip(gap.breaks, used, strict=True)}
     _check_apart(structure, kept, len(used))
-    result = _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges)
-    _check_runs(layout.structure.network, result, probes)
-    return result
+    return _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges)
 
 
 def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
@@ -141,17 +154,56 @@ def _picked(editor: Editor, name: str, places: np.ndarray) -> str:
 
 def _prove_alike(network: Network, permuted: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:
     """Raises: BadInput: outputs depend on where tokens stand in the stream."""
-    one, other = (Program(each, dtype=torch.float64) for each in (network, permuted))
+    worst = _furthest(network, permuted, probes)
+    if not worst <= TOLERANCE:
+        raise BadInput(
+            f"{network.source}: outputs change by {worst:.1e} of the largest one when its tokens change places: it "
+            "treats them by where they stand, as with relative positions or windows, and tokens cannot be merged. "
+            "Leave out --tokens."
+        )
+
+
+def _furthest(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]]) -> float:
+    """The largest difference of any output in float64, as a part of the largest one."""
+    one, other = (Program(each, dtype=torch.float64) for each in (network, changed))
+    worst = [0.0]
     with torch.no_grad():
         for feeds in probes:
             wanted, found = one(feeds).outputs, other(feeds).outputs
-            worst = max(difference(found[name], value) for name, value in wanted.items())
-            if not worst <= TOLERANCE:
-                raise BadInput(
-                    f"{network.source}: outputs change by {worst:.1e} of the largest one when its tokens change "
-                    "places: it treats them by where they stand, as with relative positions or windows, and tokens "
-                    "cannot be merged. Leave out --tokens."
-                )
+            worst += [difference(found[name], value) for name, value in wanted.items()]
+    return float(np.max(worst))  # a NaN is the largest
+
+
+def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequence[Mapping[str, Tensor]]) -> None:
+    """Let tokens be the same as their neighbours from one block on, and merge them there: nothing may change.
+
+    It does where something reads merged tokens and does not count how many each of them stands for.
+    Raises: BadInput.
+    """
+    if block == len(stream.blocks):
+        return
+    network = layout.structure.network
+    editor = Editor(layout.structure, network.model.clone(), {})
+    _picked(editor, stream.blocks[block - 1].leaves, doubled(stream))
+    double = Network(editor.model, network.source)
+    structure = walk(double, shapes_of(double, probes[0]))
+    merges = [0] * len(stream.blocks)
+    merges[block] = most_merged(stream.tokens, stream.protected)
+    worst = _furthest(double, _made(Layout(structure, (), ()), stream, merges, probes), probes)
+    if not worst <= TOLERANCE:
+        raise BadInput(
+            f"{network.source}: outputs change by {worst:.1e} of the largest one when tokens that are equal become one "
+            "that stands for them: something between its blocks does not count how many a token stands for, such as "
+            "a mean of the tokens, and they cannot be merged. Leave out --tokens."
+        )
+
+
+def doubled(stream: TokenStream) -> np.ndarray:
+    """Return places of tokens by which all that may go are the same as one beside them."""
+    places = np.arange(stream.tokens)
+    for place in range(2 * ((stream.protected + 1) // 2), stream.tokens, 2):
+        places[place] = place + 1 if place + 1 < stream.tokens else place - 1
+    return places
 
 
 def _check_apart(structure: Structure, kept: Mapping[Axis, np.ndarray], blocks: int) -> None:
