@@ -15,7 +15,18 @@ from typing import Any, NoReturn
 
 import typer
 
-from optin_deploy.commands import artifacts, gating, job, looking, networks, planning, profiling, scoring, serving
+from optin_deploy.commands import (
+    artifacts,
+    finetuning,
+    gating,
+    job,
+    looking,
+    networks,
+    planning,
+    profiling,
+    scoring,
+    serving,
+)
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
 from optin_deploy.processors import limit_libraries
 from optin_deploy.terminal import quiet_libraries
@@ -46,6 +57,7 @@ COMMANDS = (
     (planning.plan, planning.PLAN_EXAMPLES),
     (planning.sweep, planning.SWEEP_EXAMPLES),
     (planning.rewrite, planning.REWRITE_EXAMPLES),
+    (finetuning.finetune, finetuning.FINETUNE_EXAMPLES),
     (artifacts.build, artifacts.BUILD_EXAMPLES),
     (artifacts.bench, artifacts.BENCH_EXAMPLES),
     (profiling.profile, profiling.PROFILE_EXAMPLES),

@@ -43,7 +43,7 @@ def joined(batches: Sequence[Batch], marks: Sequence[Tensor]) -> list[Batch]:
         if not groups or sum(map(rows_of, groups[-1])) >= JUDGED_BATCH or not _alike(groups[-1][0], some):
             groups.append([])
         groups[-1].append(some)
-    return [{name: _stacked([batch[name] for batch in group]) for name in group[0]} for group in groups]
+    return [{name: stacked([batch[name] for batch in group]) for name in group[0]} for group in groups]
 
 
 def samples_of(batch: Batch, mark: Tensor) -> Batch:
@@ -62,8 +62,11 @@ def _alike(one: Batch, other: Batch) -> bool:
     )
 
 
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """(rows, tokens) each, or all of one size -> (all rows, most tokens); texts are padded with zeros."""
+def stacked(values: Sequence[Tensor]) -> Tensor:
+    """Join rows of one input: (rows, tokens) each, or all of one size -> (all rows, most tokens).
+
+    Texts are padded with zeros.
+    """
     if values[0].dim() != 2:
         return torch.cat(list(values))
     longest = max(value.shape[1] for value in values)

@@ -29,6 +29,8 @@ AUTO_CLASSES = {
     "token-classification": "AutoModelForTokenClassification",
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
+    "semantic-segmentation": "AutoModelForSemanticSegmentation",
+    "universal-segmentation": "AutoModelForUniversalSegmentation",
 }
 """Task -> transformers auto class. A new task is a line here."""
 CLASSIFICATION = ("text-classification", "image-classification", "token-classification")
@@ -41,6 +43,8 @@ ENDINGS = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
+    "ForSemanticSegmentation": "semantic-segmentation",
+    "ForUniversalSegmentation": "universal-segmentation",
     "Model": "feature-extraction",
 }
 """Ending of an architecture -> task."""

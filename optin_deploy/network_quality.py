@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from optin_deploy.data.class_maps import UNKNOWN, ClassMap
 from optin_deploy.data.label_order import check_order
 from optin_deploy.data.labels import class_index
 from optin_deploy.data.rows import MASK, Batch, Feeds, Label, rows_of
@@ -22,8 +23,6 @@ from optin_deploy.scoring.reading import Reading
 
 log = logging.getLogger(__name__)
 
-NONE = -100
-"""In place of the class of a position that does not count."""
 Metric = Literal["perplexity"]
 """What is measured only where it is asked for."""
 
@@ -86,7 +85,7 @@ class NetworkJudge:
         if self._labels is not None and self._first.values.shape[1] == 1:
             wanted, given = torch.cat(self._labels).flatten(), torch.cat([note.values for note in notes]).flatten()
             shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(self._first.classes)]
-            check_order(wanted[wanted != NONE].numpy(), given[wanted != NONE].numpy(), shown, rows.origin)
+            check_order(wanted[wanted != UNKNOWN].numpy(), given[wanted != UNKNOWN].numpy(), shown, rows.origin)
 
     def of(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -108,7 +107,7 @@ class NetworkJudge:
             valid = [note.valid for note in dense]
             same = _share(dense, [note.values for note in notes], valid)
             return Quality(f"same_prediction{each}", 1.0, same, rows)
-        counted = [label != NONE for label in self._labels]
+        counted = [label != UNKNOWN for label in self._labels]
         if not each:
             rows = sum(int(each.sum()) for each in counted)
         before, after = (_share(some, self._labels, counted) for some in (dense, notes))
@@ -155,7 +154,7 @@ class NetworkJudge:
         return _Note("scores", torch.empty(0, 1), counted.cpu(), 0, loss, int(counted.sum()))
 
     def _targets(self, names: Sequence[str] | None, strict: bool) -> list[Tensor] | None:
-        """Classes by batch, (rows, positions), NONE where there is none; None: labels are not used."""
+        """Classes by batch, (rows, positions), UNKNOWN where there is none; None: labels are not used."""
         given = sum(label is not None for label in self.rows.labels)
         if not given:
             return None
@@ -185,14 +184,16 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
     """A label as classes of the positions, (positions,)."""
     positions = note.values.shape[1]
     if label is None:
-        return torch.full((positions,), NONE)
+        return torch.full((positions,), UNKNOWN)
+    if isinstance(label, ClassMap):
+        raise BadInput(f"{label.path} has a class for each pixel, and the network is read at {positions} positions.")
     if isinstance(label, Tensor):
         if len(label) != positions or int(label.max()) >= note.classes:
             raise BadInput(
                 f"the labels of a row are {len(label)} classes up to {int(label.max())}; the network puts out"
                 f" {positions} positions and classes up to {note.classes - 1}."
             )
-        return label.clamp(min=-1).masked_fill(label < 0, NONE)
+        return label.clamp(min=-1).masked_fill(label < 0, UNKNOWN)
     if positions > 1:
         raise BadInput(f"the label {label!r} is one for a row, and the network puts out {positions} positions.")
     if isinstance(label, float):

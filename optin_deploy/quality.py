@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,20 @@ class Quality:
     """One figure for the dense and the pruned model."""
 
     metric: str
-    """`accuracy` if labels were given; else `same_prediction` (share), `correlation_with_dense` (regression) or
-    `cosine_to_dense` (mean). Of outputs with several positions `accuracy_per_token` and `same_prediction_per_token`; of
-    scorers of text `perplexity`; of other numbers `relative_error`: in these two less is better."""
+    """`accuracy` if labels were given, `mean_iou` if maps of classes; else `same_prediction` (share),
+    `correlation_with_dense` (regression) or `cosine_to_dense` (mean). Of outputs with several positions
+    `accuracy_per_token` and `same_prediction_per_token`; of scorers of text `perplexity`; of other numbers
+    `relative_error`: in these two less is better."""
     dense: float
     pruned: float
     samples: int
+    beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Other figures of the dense and the pruned model, by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; figures beside the first are there where there are any."""
+        found = asdict(self)
+        return found if self.beside else {name: value for name, value in found.items() if name != "beside"}
 
     @property
     def drop(self) -> float:

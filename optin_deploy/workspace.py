@@ -55,7 +55,7 @@ ARTIFACTS = tuple(
 NAMES = (
     *("source.json", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
     *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
-    *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
+    *("tuned.json", "mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """All that any command writes into an output folder: what others have put there is found before the work begins."""
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from optin_deploy.bench.device_time import DeviceTime
@@ -115,7 +115,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
         plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency")}
-        return {**plain, "quality": asdict(self.quality), "latency": [m.to_json() for m in self.latency]}
+        return {**plain, "quality": self.quality.to_json(), "latency": [m.to_json() for m in self.latency]}
 
 
 AGREEMENT = {
@@ -134,6 +134,12 @@ def quality_lines(report: Report) -> list[str]:
         what = "Accuracy" if q.metric == "accuracy" else "Accuracy of all tokens"
         change = 100 * (q.pruned - q.dense)
         return [f"{what} {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."]
+    if q.metric == "mean_iou":
+        (dense, pruned), points = q.beside["pixel_accuracy"], 100 * (q.pruned - q.dense)
+        return [
+            f"Mean IoU {q.dense:.1%} dense, {q.pruned:.1%} pruned ({points:+.1f} points, {q.samples} held-out "
+            f"photographs); pixels right: {dense:.1%} dense, {pruned:.1%} pruned."
+        ]
     if q.metric == "perplexity":
         return [f"Perplexity {q.dense:.3f} dense, {q.pruned:.3f} pruned ({q.samples} held-out rows)."]
     if q.metric == "relative_error":

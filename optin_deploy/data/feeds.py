@@ -103,7 +103,7 @@ def read_feeds(
     files = _array_files(source)
     if files is not None:
         return _drawn(array_feeds(inputs, files, str(source)), _batching(inputs, preparation), drawing)
-    samples = _samples(inputs, source, preparation)
+    samples = _samples(inputs, source, preparation, judging=False)
     some, others = split(samples, samples_limit=drawing.samples, held_out=drawing.held_out, seed=drawing.seed)
     make = _maker(inputs, samples, preparation, _origin(source))
     calibration = make(some)
@@ -124,7 +124,7 @@ def read_judging(network: Network, source: Source, seen: Feeds, preparation: Pre
     if files is not None:
         found = array_feeds(inputs, files, str(source)).distinct()
     else:
-        samples = distinct(_samples(inputs, source, preparation))
+        samples = distinct(_samples(inputs, source, preparation, judging=True))
         found = _maker(inputs, samples, preparation, _origin(source))(samples)
     return _regrouped(found.without(set(seen.keys)), _batching(inputs, preparation))
 
@@ -185,7 +185,7 @@ def _batching(inputs: Takes, preparation: Preparation) -> Batching:
     return Batching(inputs.rows or preparation.batch_size, exact=inputs.rows is not None)
 
 
-def _samples(inputs: Takes, source: Source, preparation: Preparation) -> tuple[Sample, ...]:
+def _samples(inputs: Takes, source: Source, preparation: Preparation, *, judging: bool) -> tuple[Sample, ...]:
     if isinstance(source, str | PathLike):
         path = Path(source)
         if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *IMAGE_EXTENSIONS):
@@ -194,7 +194,7 @@ def _samples(inputs: Takes, source: Source, preparation: Preparation) -> tuple[S
                 f" folder of images, or every input by its name ({', '.join(ENDINGS)}). {inputs.as_arrays}"
             )
         columns = {"text_column": preparation.text_column, "label_column": preparation.label_column}
-        return read_samples(path, **columns, pair_column=preparation.pair_column)
+        return read_samples(path, **columns, pair_column=preparation.pair_column, judging=judging)
     if source is not None:
         return tuple(source)
     images = any(port.shape is not None and len(port.shape) == 4 for port in inputs.ports.values())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.ports import Takes, fitted, told, type_of
 from optin_deploy.data.rows import Batching, Feeds, grouped
@@ -120,7 +121,9 @@ def image_feeds(
         if image.last:
             values = values.movedim(1, -1)
         rows += [fitted(image.takes, {image.name: one.unsqueeze(0).contiguous()}, origin) for one in values]
-    return grouped(rows, [sample.label for sample in samples], origin, batching)
+    reduced = bool(getattr(processor, "do_reduce_labels", False))
+    labels = [sample.label if sample.class_map is None else ClassMap(sample.class_map, reduced) for sample in samples]
+    return grouped(rows, labels, origin, batching)
 
 
 def prepared(samples: Sequence[Sample], processor: Any, channels: int) -> Iterator[Tensor]:

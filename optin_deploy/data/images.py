@@ -42,12 +42,12 @@ def image_files(root: Path) -> Iterator[tuple[Path, str | None]]:
     Raises: BadInput: a link that leaves the folder, a folder two levels below, a name that is not UTF-8. OSError.
     """
     unused: Counter[str] = Counter()
-    for entry in _entries(root, root):
+    for entry in entries(root, root):
         if not entry.is_dir():
             if _is_image(entry, unused):
                 yield entry, None
             continue
-        for leaf in _entries(entry, root):
+        for leaf in entries(entry, root):
             if leaf.is_dir():
                 raise BadInput(
                     f"{leaf}: a folder two levels below {root}. Images lie in the folder itself or in one subfolder a"
@@ -71,7 +71,11 @@ def _is_image(path: Path, unused: Counter[str]) -> bool:
     return False
 
 
-def _entries(folder: Path, root: Path) -> Iterator[Path]:
+def entries(folder: Path, root: Path) -> Iterator[Path]:
+    """What lies in a folder below `root`, in the order of the names, without hidden files.
+
+    Raises: BadInput: a link that leaves `root`, or a name that is not UTF-8. OSError.
+    """
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.errors import BadInput
 from optin_deploy.storage import sha256_tensors, tensor_bytes
 
@@ -21,8 +22,9 @@ MASK = "attention_mask"
 
 Batch = Mapping[str, Tensor]
 """Inputs by name, samples first."""
-Label = str | int | float | Tensor | None
-"""Of a row: the name or index of its class, a number, one index for each position; None: it has none."""
+Label = str | int | float | Tensor | ClassMap | None
+"""Of a row: the name or index of its class, a number, one index for each position, or a class for each pixel; None: it
+has none."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optin_deploy.data.class_maps import mapped_photographs
 from optin_deploy.data.files import check_name, check_size, short, special_kind, text_lines
 from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
@@ -37,6 +38,8 @@ class Sample:
     """Second text of a pair task, such as the hypothesis of NLI."""
     image: Path | Image.Image | None = None
     """A file, opened only when its batch is made, or an image in memory."""
+    class_map: Path | None = None
+    """File with the class of each pixel of the image, see `data.class_maps`."""
     label: str | int | None = None
     """Class id, class name, or (regression) the number as written; None where the row has none."""
     source: str = "memory"
@@ -44,12 +47,19 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path, *, text_column: str = "text", label_column: str = "label", pair_column: str = PAIR_COLUMN
+    path: str | Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    pair_column: str = PAIR_COLUMN,
+    judging: bool = False,
 ) -> tuple[Sample, ...]:
-    """Read a .txt (a text a line), .jsonl or .csv file, or a folder of images (labels: one subfolder a class).
+    """Read a .txt (a text a line), .jsonl or .csv file, or a folder of images (labels: one subfolder a class, or a map
+    of classes for each image in a folder laid out as `data.class_maps` says).
 
     Tables have `text_column`, and may have `text_pair` and `label_column`; columns of other names must be there.
     Rows with a blank text are skipped.
+    Args: judging: of folders with parts the one that judges is read, not the one that is learned from.
     Labels written as whole numbers (1, "1", 1.0) become int. Hidden files are left out; the order is that of
     the file, or of the sorted names.
     Raises: BadInput: the file, or a row in it, cannot be used; names the file and the line.
@@ -59,7 +69,8 @@ def read_samples(
     try:
         check_name(path)
         if path.is_dir():
-            samples = tuple(
+            mapped = mapped_photographs(path, judging=judging)
+            samples = tuple(Sample(image=file, class_map=of_it, source=str(file)) for file, of_it in mapped) or tuple(
                 Sample(image=file, label=_label(name, str(file)), source=str(file)) for file, name in image_files(path)
             )
         else:

@@ -13,6 +13,7 @@ from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.tokens import merged
+from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds
@@ -37,6 +38,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
+from optin_deploy.segmentation_quality import SegmentationJudge
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
@@ -126,7 +128,7 @@ class Ready:
         return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
 
     @cached_property
-    def judge(self) -> NetworkJudge:
+    def judge(self) -> NetworkJudge | SegmentationJudge:
         """Compares cut networks with this one on rows that nothing learned from.
 
         Raises: BadInput: no such rows, or labels by which the network is no better than guessing.
@@ -134,6 +136,8 @@ class Ready:
         if self.rows.held_out is None:
             raise BadInput("there are no rows that judge: give --eval, or more calibration rows.")
         dense = readouts(self.subject.program, self.subject.reading, self.rows.held_out)
+        if any(isinstance(label, ClassMap) for label in self.rows.held_out.labels):
+            return SegmentationJudge(dense, self.rows.held_out, strict=self.strict)
         return NetworkJudge(dense, self.rows.held_out, names=self.names, metric=self.metric, strict=self.strict)
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class NetworkModule(nn.Module):
     whole numbers, such as tables of positions, stay in the network.
     """
 
-    def __init__(self, network: Network, *, trained: Collection[str] | None = None) -> None:
+    def __init__(self, network: Network, *, trained: Set[str] | None = None) -> None:
         """Args: trained: names of weights that are parameters, not buffers; None: all that have an axis."""
         super().__init__()
         self._held: dict[str, tuple[nn.Module, str]] = {}
@@ -36,7 +36,7 @@ class NetworkModule(nn.Module):
             taken.add(key)
             owner, last = self._owner(key)
             value = torch_tensor(network.weights[name]).clone()
-            if value.dim() if trained is None else plain in trained:
+            if value.dim() if trained is None else not trained.isdisjoint((name, plain)):
                 owner.register_parameter(last, nn.Parameter(value))
             else:
                 owner.register_buffer(last, value)
@@ -59,6 +59,11 @@ class NetworkModule(nn.Module):
             raise BadInput(f"This network takes {', '.join(inputs)}; it was given {', '.join(feeds) or 'nothing'}.")
         held = {name: getattr(owner, last) for name, (owner, last) in self._held.items()}
         return self._ready()({**feeds, **held}).outputs
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the parameters as they are now, by the names of the network's weights."""
+        held = {name: getattr(owner, last) for name, (owner, last) in self._held.items()}
+        return {name: value.detach() for name, value in held.items() if isinstance(value, nn.Parameter)}
 
     def _ready(self) -> Program:
         """The program, made anew where the parameters were moved or became another type."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import MOST_INPUTS, Moments
 from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
-from optin_deploy.scoring.losses import output_distance
+from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.structure.flow import Contraction, Structure
@@ -104,19 +104,26 @@ class _Bench:
         self.program = Program(network, device=subject.program.device, dtype=subject.program.dtype)
         self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
         self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
-        self.dense = [subject.read(self.program(subject.fed(batch)).outputs, valid_of(batch)) for batch in self.judged]
+        self.dense: list[Readout] = []
+        self.beside: list[Mapping[str, Tensor]] = []
+        """Outputs that are read together: a group may change one of them alone."""
+        for batch in self.judged:
+            found, read = self.program(subject.fed(batch)).outputs, subject.reading.outputs
+            self.dense.append(replace(subject.read(found, valid_of(batch)), pictures=None))
+            self.beside.append({name: found[name] for name in read} if len(read) > 1 else {})
 
     def curve(self, group: UnitGroup, order: Tensor) -> Curve:
         """The errors of a group that keeps its first units in this order."""
         counts = sorted({round(share * group.units) for share in SHARES} - {group.units})
-        output = self.subject.reading.output
         inside = self.program.cone({site.node for site in group.sites}).nodes
-        if all(output not in self.program.network.nodes[index].outputs for index in inside):
+        made = {name for index in inside for name in self.program.network.nodes[index].outputs}
+        outputs = [name for name in self.subject.reading.outputs if name in made]
+        if not outputs:
             return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0))
         self.fit.advance(group.depth)
         self.judge.advance(group.depth)
         uses = [_Use(site, alike, *self._moments(alike)) for site, alike in self.products[group.name]]
-        cone = self.judge.spans.cone(group.depth, [output], inside)
+        cone = self.judge.spans.cone(group.depth, outputs, inside)
         starts = [self.judge.look(number, cone.needs) for number in range(len(self.judged))]
         errors = []
         for count in counts:
@@ -166,9 +173,9 @@ class _Bench:
         marks[0, units] = 1
         masks = self.subject.masks(group, marks)
         total = 0.0
-        for batch, start, dense in zip(self.judged, starts, self.dense, strict=True):
+        for batch, start, dense, beside in zip(self.judged, starts, self.dense, self.beside, strict=True):
             run = self.program({**start, **changes.weights}, masks=masks, cone=cone)
-            found = self.subject.read(run.outputs, valid_of(batch))
+            found = self.subject.read({**beside, **run.outputs}, valid_of(batch))
             total += float(output_distance(dense, found.values).sum())
         return total / sum(map(rows_of, self.judged))
 

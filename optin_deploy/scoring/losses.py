@@ -30,6 +30,8 @@ class Readout:
     """(batch, positions, classes or hidden)."""
     valid: Tensor
     """(batch, positions), 0 or 1: a sample's distance is the mean over its valid positions."""
+    pictures: Tensor | None = None
+    """(batch, classes, height, width): what each class is worth at each place, where the positions are a picture's."""
 
     def mean(self, distances: Tensor) -> Tensor:
         """(batch, positions) -> (batch,)."""

@@ -47,6 +47,8 @@ def masked_terms(
     """
     terms = Terms.zeros(units)
     needs = {name for group in units for name in subject.cones[group.name].needs}
+    if len(subject.reading.outputs) > 1:  # one may change alone
+        needs |= {*subject.reading.outputs}
     parts = micro_batches(batches, 1) if subject.alone else batches
     done, total = 0, len(parts) * sum(map(len, units.values()))
     for batch in parts:
@@ -89,7 +91,7 @@ class _Base:
     def apart(self, group: UnitGroup, units: Sequence[int]) -> tuple[Tensor, Tensor]:
         """How far each unit's absence moves features and output, (units, samples) each."""
         subject, dense, times = self._subject, self._dense, len(units)
-        cone, behind, output = subject.cones[group.name], subject.behind(group), subject.reading.output
+        cone, behind = subject.cones[group.name], subject.behind(group)
         kept = torch.ones(times, group.units, device=subject.program.device)
         kept[torch.arange(times), list(units)] = 0
         bent = subject.program(
@@ -103,9 +105,11 @@ class _Base:
             grams = [dense.gram(f, bent.watched[f.value], times) for f in behind]
             weight = dense.tokens[behind[0].value].weight
             moved = weight * trajectory_distance([self._grams[f.value] for f in behind], grams)
-        if output in bent.outputs:
+        if any(name in bent.outputs for name in subject.reading.outputs):
             valid = None if dense.valid is None else dense.valid.repeat(times, 1)
-            readout = subject.read({output: bent.outputs[output]}, valid)
+            others = [name for name in subject.reading.outputs if name not in bent.outputs]
+            same = {name: self._values[name].repeat(times, 1, *[1] * (self._values[name].dim() - 2)) for name in others}
+            readout = subject.read({**bent.outputs, **same}, valid)
             changed = output_distance(dense.readout, readout.values)
         return moved, changed
 

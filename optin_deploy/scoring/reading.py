@@ -22,7 +22,7 @@ LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Reading:
-    """What is compared: one output of a network.
+    """What is compared: one output of a network, or the classes of places that two of them tell.
 
     logits and probabilities: by KL divergence, a position at a time, classes along the last axis (of pictures along the
     second); regression: squared error; embedding: squared distance of unit vectors, mean over tokens before.
@@ -32,10 +32,19 @@ class Reading:
     kind: Kind
     pooling: str = "mean"
     """Of embeddings over tokens, see `optin_deploy.pooling`."""
+    masks: str | None = None
+    """Output with logits of a mask of each query, (batch, queries, height, width), where `output` has logits of their
+    classes, the last of them for none: a place's classes are those of all queries, by how surely it is theirs (Cheng
+    et al., Mask2Former, CVPR 2022, arXiv 2112.01527)."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BadInput(f"outputs are read as {self.kind!r}; possible are {', '.join(KINDS)}.")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of all outputs that are read."""
+        return (self.output,) if self.masks is None else (self.output, self.masks)
 
     def read(self, outputs: Mapping[str, Tensor], valid: Tensor | None = None) -> Readout:
         """Return what is compared of a run.
@@ -44,6 +53,11 @@ class Reading:
         """
         values = outputs[self.output]
         values = values if values.is_floating_point() else values.float()
+        if self.masks is not None:
+            values = _worth(values, outputs[self.masks])
+        pictures = values if values.dim() == 4 and self.kind in ("logits", "probabilities") else None
+        if self.masks is not None:
+            values = values / values.sum(1, keepdim=True)
         if values.dim() == 4:
             values = values.flatten(2).transpose(1, 2)  # (batch, places, classes)
         if values.dim() > 3:
@@ -61,7 +75,7 @@ class Reading:
         kind: OutputKind = "regression" if self.kind == "regression" else "logits"
         # Real positions first, so that noise falls on a token by its place in the text, wherever the padding is.
         order = real.argsort(dim=1, descending=True, stable=True)
-        return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), real.gather(1, order))
+        return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), real.gather(1, order), pictures)
 
     def _embedding(self, values: Tensor, real: Tensor) -> Readout:
         if values.dim() == 3:
@@ -84,8 +98,26 @@ def reading_of(
         raise BadInput(f"--output {output!r}: this network's outputs are {', '.join(names)}.")
     named = [name for name in names if "logits" in name.lower()]
     real = [port.name for port in network.outputs if port.dtype.is_floating_point()]  # some files put out their inputs
+    queries = _queries(named, shapes) if output is None and kind is None else None
+    if queries is not None:
+        return Reading(queries[0], "probabilities", masks=queries[1])
     chosen = output or (named or real or names)[0]
     return Reading(chosen, kind or _kind(network, chosen, shapes.get(chosen)))
+
+
+def _worth(classes: Tensor, masks: Tensor) -> Tensor:
+    """What each class is worth at each place, (batch, classes, height, width)."""
+    sure = classes.softmax(-1)[..., :-1]
+    return torch.einsum("bqc,bqhw->bchw", sure, masks.to(sure.dtype).sigmoid())
+
+
+def _queries(names: Sequence[str], shapes: Mapping[str, Sequence[int] | None]) -> tuple[str, str] | None:
+    """The logits of queries' classes and of their masks, where these are the only two logits."""
+    known = {name: tuple(shapes.get(name) or ()) for name in names}
+    classes, masks = ([name for name in names if len(known[name]) == axes] for axes in (3, 4))
+    if len(names) == 2 and classes and masks and known[classes[0]][1] == known[masks[0]][1]:
+        return classes[0], masks[0]
+    return None
 
 
 def _kind(network: Network, output: str, shape: Sequence[int] | None) -> Kind:

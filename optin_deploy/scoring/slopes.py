@@ -68,7 +68,7 @@ def slope_terms(
     terms = Terms.zeros(groups)
     terms.probes = len(projections.trajectory)
     batches = micro_batches(batches, 1) if subject.alone else batches
-    watched = [subject.reading.output, *(feature.value for feature in subject.features)]
+    watched = [*subject.reading.outputs, *(feature.value for feature in subject.features)]
     spans = spans_of(subject, watched, [site for group in groups for site in subject.sites[group.name]])
     for number, batch in enumerate(batches):
         with torch.no_grad(), torch.autocast(subject.program.device.type, dtype, enabled=dtype is not None):
@@ -106,11 +106,11 @@ def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
     """
-    subject, output = passes.subject, passes.subject.reading.output
-    value = passes.kept[output].detach()
+    subject = passes.subject
+    kept = {name: passes.kept[name].detach() for name in subject.reading.outputs}
+    leaves = {name: value.requires_grad_() for name, value in kept.items() if value.is_floating_point()}
     with torch.enable_grad():
-        leaf = value.requires_grad_() if value.is_floating_point() else value
-        readout = subject.read({output: leaf}, valid_of(batch))
+        readout = subject.read({**kept, **leaves}, valid_of(batch))
     check_finite(subject, batch, [readout.values])
     wide = torch.promote_types(readout.values.dtype, torch.float32)
     dense = replace(readout, values=readout.values.detach().to(wide))
@@ -121,12 +121,11 @@ def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple
         directions = [random_direction(dense, keys, each) for each in streams]
     elif 0 not in projections.output:
         directions = []
-    if not leaf.requires_grad:
+    if not leaves:
         return [{} for _ in directions], exact
-    values = readout.values
-    return [
-        {output: torch.autograd.grad(values, leaf, each.to(values.dtype), retain_graph=True)[0]} for each in directions
-    ], exact
+    values, below = readout.values, [*leaves.values()]
+    slopes = [torch.autograd.grad(values, below, each.to(values.dtype), retain_graph=True) for each in directions]
+    return [dict(zip(leaves, some, strict=True)) for some in slopes], exact
 
 
 class _Projected:

@@ -1,0 +1,55 @@
+"""Which weights of a network were learned, by the operators that read them: matrices, kernels, biases and gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optin_deploy.network.graph import Network, Node
+
+MATRICES: Mapping[str, tuple[int, ...]] = {
+    "MatMul": (0, 1),
+    "Gemm": (0, 1, 2),
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "LayerNormalization": (1, 2),
+    "RMSNormalization": (1,),
+    "SimplifiedLayerNormalization": (1,),
+    "BatchNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "PRelu": (1,),
+}
+"""Operator -> inputs that are learned."""
+VECTORS = ("Add", "Mul")
+"""Operators that add a bias or multiply by a gain: a weight with one axis of more than one entry."""
+MOVING = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+"""Operators that pass the entries of a weight on."""
+
+
+def learned(network: Network) -> frozenset[str]:
+    """Return the names of the learned weights; tables that are looked up, such as embeddings, are left as they are."""
+    return frozenset(
+        name
+        for node in network.nodes
+        for place, value in enumerate(node.inputs)
+        if (name := _stored(network, value)) is not None and _learns(network, node, place, name)
+    )
+
+
+def _learns(network: Network, node: Node, place: int, name: str) -> bool:
+    weight = network.weights[name]
+    if not weight.dtype.is_floating_point():
+        return False
+    if node.op in VECTORS:
+        return sum(size > 1 for size in weight.shape.numpy()) == 1
+    return place in MATRICES.get(node.op, ())
+
+
+def _stored(network: Network, value: str) -> str | None:
+    """The weight that a value holds the entries of."""
+    while value not in network.weights:
+        node = network.producer.get(value)
+        if node is None or node.op not in MOVING:
+            return None
+        value = node.inputs[0]
+    return value

@@ -1,0 +1,102 @@
+"""What a cut did to the classes of pixels: mean IoU and pixel accuracy against maps, at the size of each map."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optin_deploy.data.class_maps import ClassMap
+from optin_deploy.data.rows import Feeds, rows_of
+from optin_deploy.errors import BadInput, NonFiniteActivation
+from optin_deploy.quality import Quality
+from optin_deploy.scoring.losses import Readout
+
+log = logging.getLogger(__name__)
+
+
+class SegmentationJudge:
+    """Compares cut networks with the dense one on photographs whose classes are known pixel by pixel.
+
+    What a network puts out is scaled to the size of the map before the largest class counts, as the processors of
+    segmentation models do.
+    """
+
+    def __init__(self, dense: Iterable[Readout], rows: Feeds, *, strict: bool = False) -> None:
+        """Read what the dense network gives.
+
+        Args: dense: one a batch of `rows`. strict: refuse rows without a map beside others; else they do not count.
+        Raises: BadInput: maps by which the network is no better than guessing, or that do not fit what it puts out.
+        """
+        self.rows = rows
+        self._mapped = sum(isinstance(label, ClassMap) for label in rows.labels)
+        if self._mapped < len(rows):
+            left = f"{rows.origin}: {len(rows) - self._mapped} of the {len(rows)} rows that judge have no map"
+            if strict:
+                raise BadInput(f"{left}. Give maps of all, or of none.")
+            log.warning("%s: quality is that of the others", left)
+        self._dense = self._confusion(dense)
+        usual = float(self._dense.sum(1).max() / self._dense.sum())
+        if accuracy(self._dense) <= usual:
+            raise BadInput(
+                f"{rows.origin}: the dense network is right at {accuracy(self._dense):.1%} of the pixels, and one class"
+                f" alone has {usual:.1%} of them: no loss can be measured there. The numbers in the maps seem to mean"
+                " other classes than the network's; if 0 is none of them, set do_reduce_labels in"
+                " preprocessor_config.json."
+            )
+
+    def of(self, cut: Iterable[Readout]) -> Quality:
+        """Return mean IoU of both networks, and beside it the share of the pixels that are right."""
+        found = self._confusion(cut)
+        right = {"pixel_accuracy": (accuracy(self._dense), accuracy(found))}
+        return Quality("mean_iou", mean_iou(self._dense), mean_iou(found), self._mapped, right)
+
+    def _confusion(self, readouts: Iterable[Readout]) -> Tensor:
+        """Pixels of each true class that got each class, (classes, classes)."""
+        total, start = torch.zeros(0, 0, dtype=torch.int64), 0
+        for readout, batch in zip(readouts, self.rows.batches, strict=True):
+            pictures = readout.pictures
+            if pictures is None:
+                raise BadInput(
+                    f"{self.rows.origin} has maps of classes, and the output that is compared tells no classes of "
+                    "places. Name another one by --output, or leave out the maps."
+                )
+            if not bool(pictures.isfinite().all()):
+                raise NonFiniteActivation(
+                    f"{self.rows.origin}: the network put out NaN or infinity. Check the weights and the data; a "
+                    "network stored in half precision may overflow: export it in float32."
+                )
+            total = total if total.numel() else total.new_zeros(pictures.shape[1], pictures.shape[1])
+            for picture, label in zip(pictures, self.rows.labels[start:], strict=False):
+                if isinstance(label, ClassMap):
+                    total += _counted(picture, label)
+            start += rows_of(batch)
+        return total
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over the classes that are there or are found of intersection over union."""
+    both = confusion.diagonal().double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return float((both / union)[union > 0].mean())
+
+
+def accuracy(confusion: Tensor) -> float:
+    """Share of the pixels with a class that got theirs."""
+    return float(confusion.diagonal().sum() / confusion.sum())
+
+
+def _counted(picture: Tensor, label: ClassMap) -> Tensor:
+    """Args: picture: (classes, height, width)."""
+    wanted, classes = label.read(), len(picture)
+    if int(wanted.max()) >= classes:
+        raise BadInput(
+            f"{label.path} has the class {int(wanted.max())}; the network knows 0 to {classes - 1}. Correct the map, or"
+            " write 255 where no class counts."
+        )
+    size = (int(wanted.shape[0]), int(wanted.shape[1]))
+    scaled = torch.nn.functional.interpolate(picture.unsqueeze(0).float(), size=size, mode="bilinear")
+    found, known = scaled[0].argmax(0).cpu(), wanted >= 0
+    return torch.bincount(wanted[known] * classes + found[known], minlength=classes**2).view(classes, classes)

@@ -1,0 +1,327 @@
+"""Segmentation: folders of photographs and maps, classes of places from queries, and mean IoU through a whole job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from tiny_checkpoint import Shell
+from torch import Tensor, nn
+
+from benchmarks.zoo.families import FAMILIES
+from optin_deploy.data.class_maps import UNKNOWN, ClassMap
+from optin_deploy.data.rows import Feeds
+from optin_deploy.data.samples import read_samples
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.dense import dense_of
+from optin_deploy.jobs.networks import find_in
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.run import Program
+from optin_deploy.planning.unit_curves import unit_curves
+from optin_deploy.scoring.masking_units import masked_terms
+from optin_deploy.scoring.reading import Reading
+from optin_deploy.scoring.slopes import Projections, slope_terms
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.terms import OUTPUT
+from optin_deploy.segmentation_quality import SegmentationJudge, mean_iou
+from optin_deploy.workspace import Source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIDE, LABELS = 64, 5
+
+
+def painted(path: Path, values: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return path
+
+
+def photo(path: Path, seed: int = 0) -> Path:
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3))
+    return painted(path, coarse.repeat(10, 0).repeat(12, 1))  # (80, 96, 3)
+
+
+# --- folders and maps ---
+
+
+@pytest.mark.parametrize(
+    ("photos", "maps"),
+    [
+        ("leftImg8bit/{}/bonn/a_leftImg8bit.png", "gtFine/{}/bonn/a_gtFine_labelTrainIds.png"),
+        ("leftImg8bit/{}/bonn/a_leftImg8bit.png", "gtFine/{}/bonn/a_gtFine_labelIds.png"),
+        ("images/{}/a.png", "annotations/{}/a.png"),
+        ("images/{}/a.png", "masks/{}/a.png"),
+        ("images/{}/deep/a.png", "labels/{}/deep/a.png"),
+    ],
+)
+def test_the_part_that_is_asked_for_is_read_with_its_maps(photos: str, maps: str, tmp_path: Path) -> None:
+    learned, judged = ("train", "val") if "bonn" in photos else ("training", "validation")
+    for part in (learned, judged):
+        photo(tmp_path / photos.format(part))
+        painted(tmp_path / maps.format(part), np.zeros((80, 96)))
+    photo(tmp_path / photos.format(judged).replace("a", "b", 1) if "bonn" not in photos else tmp_path / "x.png")
+    for judging, part in ((False, learned), (True, judged)):
+        (first, *_) = read_samples(tmp_path, judging=judging)
+        assert (first.image, first.class_map) == (tmp_path / photos.format(part), tmp_path / maps.format(part))
+        assert first.label is None
+
+
+def test_folders_without_parts_and_photographs_without_maps_are_read(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    photo(tmp_path / "images/b.jpg")
+    painted(tmp_path / "masks/b.png", np.zeros((80, 96)))
+    for judging in (False, True):
+        found = read_samples(tmp_path, judging=judging)
+        assert [sample.class_map for sample in found] == [None, tmp_path / "masks/b.png"]
+
+
+def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    painted(tmp_path / "masks/other.png", np.zeros((4, 4)))
+    with pytest.raises(BadInput, match="has no map for any photograph"):
+        read_samples(tmp_path)
+    outside = photo(tmp_path / "elsewhere.png")
+    inside = tmp_path / "x"
+    photo(inside / "images/a.png")
+    painted(inside / "masks/a.png", np.zeros((4, 4)))
+    (inside / "images/b.png").symlink_to(outside)
+    with pytest.raises(BadInput, match="a link that leaves"):
+        read_samples(inside)
+
+
+def test_maps_tell_classes_and_where_there_is_none(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 7], [255, 2, 33]])
+    plain = ClassMap(painted(tmp_path / "a.png", values)).read()
+    assert plain.tolist() == [[0, 1, 7], [UNKNOWN, 2, 33]]
+    reduced = ClassMap(tmp_path / "a.png", reduced=True).read()
+    assert reduced.tolist() == [[UNKNOWN, 0, 6], [UNKNOWN, 1, 32]]
+    ids = ClassMap(painted(tmp_path / "a_gtFine_labelIds.png", values)).read()
+    assert ids.tolist() == [[UNKNOWN, UNKNOWN, 0], [UNKNOWN, UNKNOWN, 18]]  # road, bicycle
+    palette = Image.fromarray(values.astype(np.uint8), "L").convert("P")
+    palette.putdata(values.flatten().tolist())
+    palette.save(tmp_path / "p.png")
+    assert ClassMap(tmp_path / "p.png").read().tolist() == plain.tolist()
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "w.png")
+    assert ClassMap(tmp_path / "w.png").read().tolist() == plain.tolist()
+    photo(tmp_path / "c.png")
+    with pytest.raises(BadInput, match="its pixels are colours"):
+        ClassMap(tmp_path / "c.png").read()
+    (tmp_path / "d.png").write_bytes(b"none")
+    with pytest.raises(BadInput, match="does not open"):
+        ClassMap(tmp_path / "d.png").read()
+
+
+# --- what is compared, and the figure ---
+
+
+class Queries(nn.Module):
+    """Queries with classes and masks, as Mask2Former ends; two branches of neurons are told to one of them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.wide, self.narrow = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.queries = nn.Parameter(torch.randn(1, 6, 12))
+        self.classes = nn.Linear(12, LABELS + 1)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.patches(pixels).flatten(2).transpose(1, 2)
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        q = self.queries + 0.1 * (self.queries @ x.transpose(1, 2)).softmax(-1) @ x
+        masks = (q @ x.transpose(1, 2)).unflatten(2, (pixels.shape[2] // 4, -1))
+        return self.classes(q + self.narrow(nn.functional.gelu(self.wide(q)))), masks
+
+
+def queries() -> tuple[Subject, dict[str, Tensor]]:
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    network = read_module(Queries().eval(), {"pixels": pixels}, axes={"pixels": {0: "batch"}})
+    model = network.model.clone()
+    for output, name in zip(model.graph.outputs, ("class_queries_logits", "masks_queries_logits"), strict=True):
+        output.name = name
+    found = find_in(Network(model, "queries"))
+    return Subject.of(found.layout, dtype=torch.float64), {"pixels": pixels}
+
+
+def places(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Log-probabilities of the classes of each place, (samples, places, classes), by loops."""
+    classes, masks = outputs["class_queries_logits"].softmax(-1), outputs["masks_queries_logits"].sigmoid()
+    worth = sum(classes[:, q, :-1, None, None] * masks[:, q, None] for q in range(classes.shape[1]))
+    assert isinstance(worth, Tensor)
+    return (worth / worth.sum(1, keepdim=True)).log().flatten(2).transpose(1, 2)
+
+
+def divergence(dense: Tensor, other: Tensor) -> Tensor:
+    return (dense.exp() * (dense - other)).sum(-1).mean(1)
+
+
+def test_classes_of_places_are_scored_by_both_outputs() -> None:
+    subject, batch = queries()
+    assert subject.reading == Reading("class_queries_logits", "probabilities", masks="masks_queries_logits")
+    dense = subject.run(batch).outputs
+    torch.testing.assert_close(subject.read(dense, None).values, places(dense))
+    groups = {group: [0, 5] for group in subject.layout.groups if group.kind == "neurons"}
+    assert len(groups) == 2
+    found = masked_terms(subject, [batch], groups)
+    for group, units in groups.items():
+        for unit in units:
+            kept = torch.ones(1, group.units)
+            kept[0, unit] = 0
+            masked = subject.run(batch, masks=subject.masks(group, kept)).outputs
+            expected = divergence(places(dense), places(masked)).sum()
+            assert float(found.sums[group][OUTPUT, unit]) == pytest.approx(float(expected), rel=1e-6)
+            assert float(expected) > 1e-9
+
+
+def test_slopes_go_through_both_outputs() -> None:
+    subject, batch = queries()
+    groups = [group for group in subject.layout.groups if group.kind == "neurons"]
+    found = slope_terms(subject, [batch], Projections(range(0), range(400), 0), groups=groups)
+    dense = subject.run(batch).outputs
+    step = 1e-4
+    for group in groups:
+        for unit in (0, 5):
+            kept = torch.ones(1, group.units, dtype=torch.float64)
+            kept[0, unit] = 1 - step
+            moved = divergence(places(dense), places(subject.run(batch, masks=subject.masks(group, kept)).outputs))
+            expected = float(moved.sum()) / step**2
+            mean = float(found.sums[group][OUTPUT, unit]) / found.output_probes
+            assert mean == pytest.approx(expected, rel=0.35)
+
+
+def test_curves_compare_both_outputs() -> None:
+    subject, _ = queries()
+    order = {group.name: torch.arange(group.units) for group in subject.layout.groups}
+    scores = {name: -each.double() for name, each in order.items()}
+    batches = [{"pixels": torch.randn(16, 3, 16, 16)}]
+    curves = unit_curves(subject, scores, batches, kinds=("neurons",), token_weights=None)
+    assert len(curves) == 2
+    for curve in curves.values():
+        assert curve.errors[0] > 0
+
+
+def test_pictures_are_what_transformers_makes_of_the_outputs() -> None:
+    outputs = {
+        "class_queries_logits": torch.randn(2, 6, LABELS + 1),
+        "masks_queries_logits": torch.randn(2, 6, 24, 24),
+    }
+    reading = Reading("class_queries_logits", "probabilities", masks="masks_queries_logits")
+    pictures = reading.read(outputs).pictures
+    assert pictures is not None
+    ours = nn.functional.interpolate(pictures, (384, 384), mode="bilinear").argmax(1)
+    processor = hf.Mask2FormerImageProcessor()
+    theirs = processor.post_process_semantic_segmentation(SimpleNamespace(**outputs), target_sizes=[(384, 384)] * 2)
+    same = (ours == torch.stack(theirs)).double().mean()  # theirs scales the masks before it squashes them
+    assert float(same) > 0.9
+    logits = torch.randn(2, LABELS, 16, 16)
+    pictures = Reading("logits", "logits").read({"logits": logits}).pictures
+    assert pictures is logits
+
+
+def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.randn(3, LABELS, 16, 16)
+    sizes = [(40, 50), (16, 16), (64, 30)]
+    processor: Any = hf.SegformerImageProcessor()
+    found = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), target_sizes=sizes)
+    maps = []
+    for number, one in enumerate(found):
+        wrong = rng.random(one.shape) < 0.3
+        values = np.where(wrong, rng.integers(0, LABELS - 1, one.shape), one.numpy())  # the last class: rarely there
+        values[0] = 255
+        maps.append(ClassMap(painted(tmp_path / f"{number}.png", values)))
+    feeds = Feeds(({"x": torch.zeros(2, 1)}, {"x": torch.zeros(1, 1)}), tuple(maps), "here")
+    reading = Reading("logits", "logits")
+    read = [reading.read({"logits": part}) for part in (logits[:2], logits[2:])]
+    judge = SegmentationJudge(read, feeds)
+    quality = judge.of(read)
+    wanted, given = (
+        np.concatenate([x.flatten() for x in some])
+        for some in ([one.read().numpy() for one in maps], [one.numpy() for one in found])
+    )
+    known = wanted != UNKNOWN
+    wanted, given = wanted[known], given[known]
+    each = [
+        np.sum((wanted == c) & (given == c)) / np.sum((wanted == c) | (given == c))
+        for c in range(LABELS)
+        if np.sum((wanted == c) | (given == c))
+    ]
+    assert quality.metric == "mean_iou"
+    assert quality.dense == quality.pruned == pytest.approx(np.mean(each))
+    assert quality.beside["pixel_accuracy"] == (pytest.approx(np.mean(wanted == given)),) * 2
+    other = judge.of([reading.read({"logits": part}) for part in (logits[:2].roll(1, 1), logits[2:])])
+    assert other.pruned < quality.pruned
+
+
+def test_a_class_that_is_nowhere_counts_nothing() -> None:
+    assert mean_iou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 4 / 5) / 2)
+
+
+def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    logits = torch.randn(1, LABELS, 16, 16)
+    reading = Reading("logits", "logits")
+
+    def judged(values: np.ndarray, read: Reading = reading) -> None:
+        path = painted(tmp_path / "a.png", values)
+        SegmentationJudge([read.read({"logits": logits})], Feeds(({"x": torch.zeros(1)},), (ClassMap(path),), "here"))
+
+    with pytest.raises(BadInput, match="the network knows 0 to 4"):
+        judged(np.full((16, 16), LABELS))
+    with pytest.raises(BadInput, match="no loss can be measured"):
+        judged(np.where(np.arange(16) < 15, logits[0].argmin(0).numpy(), 0))
+    with pytest.raises(BadInput, match="tells no classes of places"):
+        judged(np.zeros((16, 16)), Reading("logits", "regression"))
+    some = Feeds(({"x": torch.zeros(2)},), (ClassMap(tmp_path / "a.png"), None), "here")
+    with pytest.raises(BadInput, match="1 of the 2 rows that judge have no map"):
+        SegmentationJudge([], some, strict=True)
+
+
+# --- whole jobs ---
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    """A tiny model of a family with random weights, and its processor."""
+    model: Any = FAMILIES[name].model().model
+    model.save_pretrained(folder)
+    kind = {"segformer": hf.SegformerImageProcessor, "mask2former": hf.Mask2FormerImageProcessor}[name]
+    kind(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["segformer", "mask2former"])
+def test_a_job_tells_mean_iou_on_maps(name: str, tmp_path: Path, shell: Shell) -> None:
+    model = checkpoint(name, tmp_path / "model")
+    data = tmp_path / "data"
+    for part, count in (("training", 12), ("validation", 4)):
+        for number in range(count):
+            photo(data / "images" / part / f"{number}.png", seed=number + 100 * count)
+    network = dense_of(Source(str(model))).network
+    processor: Any = hf.AutoImageProcessor.from_pretrained(model)
+    program, rng = Program(network), np.random.default_rng(0)
+    for path in sorted((data / "images/validation").glob("*.png")):
+        pixels = processor(images=[Image.open(path)], return_tensors="pt")["pixel_values"]
+        outputs = SimpleNamespace(**program({"pixel_values": pixels}).outputs)
+        (found,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(80, 96)])
+        noise = rng.integers(0, LABELS, found.shape)
+        painted(data / "annotations/validation" / path.name, np.where(rng.random(found.shape) < 0.5, noise, found))
+    out = tmp_path / "out"
+    options = ("--calibration", data, "--eval", data, "--allocation", "uniform", "--flops", 0.8, "--no-dense")
+    ran = shell("optin-export", model, "--out", out, *options)
+    assert ran.code == 0, ran.err
+    quality = json.loads((out / "report.json").read_text())["quality"]
+    assert (quality["metric"], quality["samples"]) == ("mean_iou", 4)
+    assert 0.2 < quality["dense"] < 0.8
+    assert "Mean IoU" in (out / "report.md").read_text()
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["cost"]["macs_pruned"] <= 0.8 * plan["cost"]["macs_dense"]
