@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,15 @@ from PIL import Image
 from tiny_checkpoint import Shell
 from torch import Tensor, nn
 
+from benchmarks.tasks import scenes as module
 from benchmarks.zoo.families import FAMILIES
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
 from optin_deploy.data.rows import Feeds
-from optin_deploy.data.samples import read_samples
+from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.dense import dense_of
 from optin_deploy.jobs.networks import find_in
+from optin_deploy.loading import load_dense
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
@@ -325,3 +328,52 @@ def test_a_job_tells_mean_iou_on_maps(name: str, tmp_path: Path, shell: Shell) -
     assert "Mean IoU" in (out / "report.md").read_text()
     plan = json.loads((out / "plan.json").read_text())
     assert plan["cost"]["macs_pruned"] <= 0.8 * plan["cost"]["macs_dense"]
+
+
+# --- the benchmark's scenes ---
+
+
+@pytest.fixture
+def photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    some = [Sample(image=Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))) for _ in range(9)]
+    monkeypatch.setattr(module, "photographs", lambda cache, sheets: some)
+    monkeypatch.setattr(module, "PARTS", {"training": 3, "validation": 2})
+
+
+@pytest.mark.usefixtures("photographs")
+def test_scenes_are_drawn_once_and_hold_the_pixels_of_their_shapes(tmp_path: Path) -> None:
+    folder = module.scenes_folder(tmp_path)
+    assert module.scenes_folder(tmp_path) == folder
+    for judging, count in ((False, 3), (True, 2)):
+        found = read_samples(folder, judging=judging)
+        assert len(found) == count
+        maps = [ClassMap(sample.class_map).read() for sample in found if sample.class_map is not None]
+        assert all(each.shape == (module.SIDE, module.SIDE) for each in maps)
+        seen = torch.cat([each.flatten() for each in maps])
+        assert set(seen.tolist()) <= set(range(len(module.NAMES)))
+        assert 0.05 < float((seen > 0).double().mean()) < 0.8
+
+
+@pytest.mark.parametrize("shape", module.SHAPES)
+def test_outlines_are_apart_however_they_are_turned(shape: str) -> None:
+    plain, turned = (module.outline(shape, 64, turn) for turn in (0.0, 1.0))
+    assert turned.mean() == pytest.approx(plain.mean(), abs=0.03)
+    assert not plain[0].any()
+    others = [module.outline(other, 64, 0.0) for other in module.SHAPES if other != shape]
+    assert all((plain != other).mean() > 0.08 for other in others)
+
+
+@pytest.mark.usefixtures("photographs")
+@pytest.mark.parametrize("name", module.MODELS)
+def test_a_model_learns_from_scenes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(module.RECIPES[name], scenes=4, epochs=1, batch_size=2)
+    monkeypatch.setattr(module, "RECIPES", {name: recipe})
+    folder = module.trained(name, tmp_path)
+    torch.manual_seed(recipe.seed)
+    before = module.MODELS[name]()[0].state_dict()
+    after = load_dense(str(folder)).model.state_dict()
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[each], value) for each, value in before.items())
+    assert (folder / "preprocessor_config.json").is_file()
+    assert module.trained(name, tmp_path) == folder

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,32 @@ class Training:
     seed: int = 0
 
 
+def of_labels(model: nn.Module, batch: tuple[Mapping[str, Tensor], Tensor]) -> Tensor:
+    """Cross-entropy of a classifier for inputs with labels, (rows,)."""
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(**inputs)["logits"], labels)
+
+
 def train(
     model: nn.Module,
-    batches: Iterable[tuple[Mapping[str, Tensor], Tensor]],
+    batches: Iterable[Any],
     steps: int,
     recipe: Training,
     *,
+    loss: Callable[[nn.Module, Any], Tensor] = of_labels,
     progress: Progress = silent,
 ) -> None:
     """AdamW on the parameters that require gradients; the model is left in training mode.
 
-    Args: batches: `steps` pairs of inputs and labels, (rows,).
+    Args: batches: `steps` of what `loss` takes.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps, recipe.warmup))
     model.train()
-    for step, (batch, labels) in enumerate(batches):
-        loss = nn.functional.cross_entropy(model(**batch)["logits"], labels)
+    for step, batch in enumerate(batches):
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss(model, batch).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, recipe.clip)
         optimizer.step()
         schedule.step()

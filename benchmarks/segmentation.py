@@ -1,0 +1,145 @@
+"""Segmentation models through the whole job: mean IoU, MACs and measured speed, and pictures of what they see.
+
+The models learn shapes on photographs (benchmarks/tasks/scenes.py) once, which takes minutes; what is finished is not
+done again. Run: python -m benchmarks.segmentation --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.record import RESULTS, write_result
+from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
+from exporters.job import export_model
+from exporters.ready import Request
+from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Limits
+from optin_deploy.data.class_maps import ClassMap
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.pictures import DPI, save_figure
+from optin_deploy.scoring.reading import reading_of
+from optin_deploy.stages import prepare
+from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.workspace import DENSE, PRUNED, Source, Workspace
+
+NAME = "segmentation"
+HEADER = (
+    *("model", "MACs kept", "mean IoU", "dense", "points", "pixels right", "dense"),
+    *("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal"),
+)
+SHOWN = 4
+"""Scenes in the picture."""
+
+
+def main() -> None:
+    """Do all, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--flops", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--samples", type=int, default=128, help="scenes that score and repair; no map is looked at")
+    parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps scenes and trained models")
+    parser.add_argument("--out", type=Path, default=Path("out/segmentation"), help="keeps the jobs")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    found = [
+        done(name, flops, options.samples, options.cache, options.out)
+        for name in options.models
+        for flops in options.flops
+    ]
+    text = page(found)
+    print(text)
+    folder = RESULTS if options.record else options.out
+    command = shlex.join(["python", "-m", "benchmarks.segmentation", *sys.argv[1:]])
+    write_result(folder, NAME, {"jobs": found}, text, command)
+    draw([Path(each["folder"]) for each in found], folder / f"{NAME}.png")
+
+
+def done(name: str, flops: float, samples: int, cache: Path, home: Path) -> dict[str, Any]:
+    """One job, as a user would do it."""
+    data, out = scenes_folder(cache), home / f"{name}-{flops:g}-{samples}"
+    if not (out / "report.json").is_file():
+        source = Source(str(trained(name, cache)), calibration=str(data), evaluation=str(data), samples=samples)
+        export_model(Request(source, Limits(flops=flops), threads=1), out, stage=stage_bar)
+    told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    kept = {key: told[key] for key in ("quality", "macs", "params", "latency", "groups", "seconds", "notes")}
+    return {"model": name, "folder": str(out), **kept}
+
+
+def page(found: Sequence[Mapping[str, Any]]) -> str:
+    """The result for people."""
+    rows = []
+    for each in found:
+        quality, measured = each["quality"], each["latency"][0]
+        before, after = quality["beside"]["pixel_accuracy"]
+        low, high = measured["ci95"]
+        rows.append(
+            (
+                *(each["model"], f"{each['macs']['kept']:.3f}", f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}"),
+                *(f"{100 * (quality['pruned'] - quality['dense']):+.1f}", f"{after:.1%}", f"{before:.1%}"),
+                *(f"{measured['dense']['p50_ms']:.2f}", f"{measured['pruned']['p50_ms']:.2f}"),
+                *(f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{measured['ideal']:.2f}"),
+            )
+        )
+    return (
+        f"# Segmentation without retraining\n\n{', '.join(NAMES[1:])} cut out of photographs on other photographs, "
+        f"{found[0]['quality']['samples']} scenes of 128 x 128 pixels that nothing learned from. ONNX Runtime, batch 1,"
+        f" 1 thread.\n\n{to_table(HEADER, rows)}\n\n![Scenes, their maps, and what the models see]({NAME}.png)"
+    )
+
+
+def draw(folders: Sequence[Path], path: Path) -> None:
+    """Write a PNG: scenes, the truth, and what dense and cut networks see."""
+    from matplotlib.figure import Figure
+
+    prepared = [prepare(Workspace(folder).source(), folder) for folder in folders]
+    rows = prepared[0].ready.rows.held_out
+    assert rows is not None, "validation scenes judge"
+    pixels = rows.batches[0]["pixel_values"][:SHOWN]
+    truth = [label.read() for label in rows.labels[:SHOWN] if isinstance(label, ClassMap)]
+    columns: dict[str, Sequence[np.ndarray]] = {"": [_shown(each) for each in pixels]}
+    columns["truth"] = [each.numpy() for each in truth]
+    for folder in folders:
+        for role, file in (("dense", DENSE), ("pruned", PRUNED)):
+            columns[f"{folder.name.split('-')[0]}, {role}"] = _seen(folder / file, pixels, truth[0].shape)
+    figure = Figure((1.5 * len(columns), 1.6 * SHOWN), dpi=DPI, layout="constrained")
+    panels = figure.subplots(SHOWN, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(columns.items()):
+        panels[0][column].set_title(title, fontsize=8)
+        for axes, image in zip(panels[:, column], images, strict=True):
+            axes.imshow(image, cmap="tab10", vmin=0, vmax=9, interpolation="nearest")
+            axes.set_axis_off()
+    save_figure(figure, path)
+
+
+def _seen(file: Path, pixels: Tensor, size: Sequence[int]) -> list[np.ndarray]:
+    """The class of each pixel."""
+    network = read_file(file)
+    with torch.inference_mode():
+        outputs = Program(network)({"pixel_values": pixels}).outputs
+    reading = reading_of(network, {name: value.shape for name, value in outputs.items()})
+    pictures = reading.read(outputs).pictures
+    assert pictures is not None, "a segmentation model puts out pictures"
+    scaled = torch.nn.functional.interpolate(pictures, size=(size[0], size[1]), mode="bilinear")
+    return list(scaled.argmax(1).numpy())
+
+
+def _shown(pixels: Tensor) -> np.ndarray:
+    """A picture for people, (height, width, 3)."""
+    low, high = pixels.amin(), pixels.amax()
+    return ((pixels - low) / (high - low)).movedim(0, -1).numpy()
+
+
+if __name__ == "__main__":
+    main()
