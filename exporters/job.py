@@ -113,7 +113,6 @@ def _plan_in_time(asked: Asked, planner: Planner, clock: Clock) -> list[Round]:
         else:
             with clock("profile") as progress:
                 table = table_at(workspace.root / LATENCY, yard, asked.choice, progress=progress)
-        yard = replace(yard, merges=asked.choice.merges)
         plan, rounds = Planning(planner, yard, request.limits, request.compensation, clock).within(table)
     plan.write(workspace.root / "plan.json")
     return rounds
@@ -280,12 +279,22 @@ def _macs(prepared: Prepared, cost: PlanCost, merges: tuple[int, ...]) -> dict[s
     }
 
 
-def record_samples(workspace: Workspace, prepared: Prepared, smaller: Network) -> None:
-    """Keep 8 inputs that judge with the outputs of both networks, for parity on the target."""
+def record_samples(
+    workspace: Workspace,
+    prepared: Prepared,
+    smaller: Network,
+    *,
+    dense: Network | None = None,
+    output: str | None = None,
+) -> None:
+    """Keep 8 inputs that judge with the outputs of both networks, for parity on the target.
+
+    Args: dense, output: the dense network, and what is compared; None: those of the job.
+    """
     rows = prepared.ready.rows.held_out or prepared.ready.rows.calibration
     most = max(rows.batches, key=lambda batch: min(rows_of(batch), RECORDED))  # the last one may be short
     batch = {name: value if name in rows.shared else value[:RECORDED] for name, value in most.items()}
-    networks = {"dense": prepared.ready.network, "pruned": smaller}
+    networks = {"dense": dense or prepared.ready.network, "pruned": smaller}
     names = [port.name for port in smaller.inputs]
     tensors = {f"{INPUT}{name}": batch[name].contiguous() for name in names}
     for role, network in networks.items():
@@ -294,7 +303,7 @@ def record_samples(workspace: Workspace, prepared: Prepared, smaller: Network) -
         tensors |= {f"{role}.{name}": value.contiguous() for name, value in outputs.items()}
     known = finished(workspace.root / PRUNED)
     assert known is not None, "the rewrite stage wrote it"
-    output = prepared.ready.subject.reading.output
+    output = output or prepared.ready.subject.reading.output
     write_tensors(workspace.root / "samples.safetensors", tensors, {"model": known.key, "output": output})
 
 
@@ -302,8 +311,12 @@ def _notes(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round],
     notes, request = [], asked.request
     if request.limits.max_drop is not None:
         notes.append(
-            f"The budget was chosen by `--max-drop {request.limits.max_drop:g}` on the rows that quality is told of; "
-            f"one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
+            f"The budget was chosen by `--max-drop {request.limits.max_drop:g}` on the rows that quality is told of"
+            + (
+                "."
+                if quality.metric == "mean_iou"
+                else f"; one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
+            )
         )
     if rounds:
         told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)

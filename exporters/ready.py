@@ -27,7 +27,8 @@ from optin_deploy.planning.latency import LatencyTable
 from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.stages import Prepared, prepare
-from optin_deploy.workspace import Source
+from optin_deploy.structure.labels import TOKENS
+from optin_deploy.workspace import Source, Workspace
 
 CLEARLY = 1.2
 """A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
@@ -82,6 +83,8 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     Raises: BadInput and its kinds.
     """
     source, limits, points = request.source, request.limits, request.points
+    if home is not None:
+        Workspace(home).check_untuned()
     target = exporter(request.engine)
     precision = check_precision(target, request.precision)
     target.check(request.options, request.pool)
@@ -90,6 +93,11 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     if request.threads:
         target.threads(request.threads)
     check_different(points)
+    if limits.time is not None and not target.reads_onnx and (request.tokens is not None or TOKENS in source.units):
+        raise BadInput(
+            f"engine {request.engine} runs what merges tokens as a graph, and the dense model as its class: a time of "
+            "both does not tell what merging saves. Plan for an engine that reads graphs, such as --engine onnx."
+        )
     if limits.time is not None and not (request.dense and points):
         raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
     if request.table is not None and limits.time is None:

@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 class SegmentationJudge:
     """Compares cut networks with the dense one on photographs whose classes are known pixel by pixel.
 
-    What a network puts out is scaled to the size of the map before the largest class counts, as the processors of
-    segmentation models do.
+    What a network puts out is scaled to the size of the map before the largest class counts.
     """
 
     def __init__(self, dense: Iterable[Readout], rows: Feeds, *, strict: bool = False) -> None:
@@ -38,13 +37,17 @@ class SegmentationJudge:
                 raise BadInput(f"{left}. Give maps of all, or of none.")
             log.warning("%s: quality is that of the others", left)
         self._dense = self._confusion(dense)
-        usual = float(self._dense.sum(1).max() / self._dense.sum())
-        if accuracy(self._dense) <= usual:
+        pixels = self._dense.sum(1)
+        if not int(pixels.sum()):
+            raise BadInput(f"{rows.origin}: no pixel of its {self._mapped} maps has a class. Give maps that tell some.")
+        guessed, found = torch.diag(torch.zeros_like(pixels)), mean_iou(self._dense)
+        guessed[:, int(pixels.argmax())] = pixels
+        if found <= mean_iou(guessed):
             raise BadInput(
-                f"{rows.origin}: the dense network is right at {accuracy(self._dense):.1%} of the pixels, and one class"
-                f" alone has {usual:.1%} of them: no loss can be measured there. The numbers in the maps seem to mean"
-                " other classes than the network's; if 0 is none of them, set do_reduce_labels in"
-                " preprocessor_config.json."
+                f"{rows.origin}: the dense network has a mean IoU of {found:.1%}, no more than if it called all pixels "
+                f"the same ({mean_iou(guessed):.1%}): no loss can be measured there. The numbers in the maps seem to "
+                "mean other classes than the network's; if 0 is none of them, set do_reduce_labels in "
+                "preprocessor_config.json."
             )
 
     def of(self, cut: Iterable[Readout]) -> Quality:
@@ -61,7 +64,7 @@ class SegmentationJudge:
             if pictures is None:
                 raise BadInput(
                     f"{self.rows.origin} has maps of classes, and the output that is compared tells no classes of "
-                    "places. Name another one by --output, or leave out the maps."
+                    "places. Name one by --compare-output NAME:logits, or leave out the maps."
                 )
             if not bool(pictures.isfinite().all()):
                 raise NonFiniteActivation(
@@ -77,10 +80,10 @@ class SegmentationJudge:
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes that are there or are found of intersection over union."""
-    both = confusion.diagonal().double()
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return float((both / union)[union > 0].mean())
+    """Mean of intersection over union over the classes that are there, whatever is found."""
+    there = confusion.sum(1)
+    union = confusion.sum(0) + there - confusion.diagonal()
+    return float((confusion.diagonal().double() / union)[there > 0].mean())
 
 
 def accuracy(confusion: Tensor) -> float:
@@ -93,8 +96,9 @@ def _counted(picture: Tensor, label: ClassMap) -> Tensor:
     wanted, classes = label.read(), len(picture)
     if int(wanted.max()) >= classes:
         raise BadInput(
-            f"{label.path} has the class {int(wanted.max())}; the network knows 0 to {classes - 1}. Correct the map, or"
-            " write 255 where no class counts."
+            f"{label.path} has the class {int(wanted.max())}; the network knows 0 to {classes - 1}. If 0 is no"
+            " class, set do_reduce_labels in preprocessor_config.json; else correct the map, or write 255 where no"
+            " class counts."
         )
     size = (int(wanted.shape[0]), int(wanted.shape[1]))
     scaled = torch.nn.functional.interpolate(picture.unsqueeze(0).float(), size=size, mode="bilinear")

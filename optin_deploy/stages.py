@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from optin_deploy.jobs.modules import with_weights_of
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import Cut, Ready, check_plan, curves_of, make, pick, planned, ready_of, score, score_key
 from optin_deploy.jobs.stored import mark
-from optin_deploy.jobs.tokens import least_error
+from optin_deploy.jobs.tokens import least_error, schedules
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read_onnx import read_file
@@ -42,6 +42,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.tokens import token_stream
 from optin_deploy.workspace import ARTIFACTS, DENSE, PRUNED, Source, Workspace
 
 log = logging.getLogger(__name__)
@@ -239,12 +240,18 @@ class Planner:
         """The same with these merges."""
         return replace(self, choice=replace(self.choice, merges=merges))
 
-    def least_error(self, limits: Callable[[tuple[int, ...]], list[Limit]]) -> tuple[tuple[int, ...], Keep]:
+    def schedules(self) -> list[tuple[int, ...]]:
+        """Merges that are tried."""
+        return schedules(token_stream(self.prepared.ready.layout))
+
+    def least_error(
+        self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], Keep]:
         """See `jobs.tokens.least_error`.
 
         Raises: InfeasibleBudget.
         """
-        return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits)
+        return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
 
     def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
         """Choose what stays; see `jobs.pruning.pick`.
@@ -263,7 +270,7 @@ class Planner:
             raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
         ready, merges = self.prepared.ready, self.choice.merges
         if keep is None and self.merges_freely:
-            merges, keep = self.least_error(lambda some: self.limits(limits, some))
+            merges, keep = self.least_error(lambda some: self.limits(limits, some), self.schedules())
         chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
         settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
         return planned(ready, chosen, self._scores, settings, merges)
@@ -273,6 +280,7 @@ def rewrite_stage(
     workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
 ) -> Rewritten:
     """Write model.onnx from the stored plan, and model/ where a transformers class holds it."""
+    workspace.check_untuned()
     plan, ready = workspace.read_plan(), prepared.ready
     check_plan(ready, plan)
     key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED

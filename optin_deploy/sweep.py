@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.budget import Limits
+from optin_deploy.data.rows import label_digest
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
 from optin_deploy.jobs.pruning import make
 from optin_deploy.jobs.tokens import check
@@ -111,7 +112,7 @@ class Trials:
     def _key(self) -> str:
         prepared, held_out = self.planner.prepared, self.planner.prepared.ready.rows.held_out
         assert held_out is not None, "rows that judge were asked for"
-        rows = [held_out.fingerprint, [repr(label) for label in held_out.labels]]
+        rows = [held_out.fingerprint, list(map(label_digest, held_out.labels))]
         scores = self.planner.workspace.read_scores().provenance.get("key")
         return sha256_json([prepared.key, scores, rows, self._settings])
 

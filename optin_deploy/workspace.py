@@ -28,6 +28,8 @@ MOST_TOKENS = 2**20
 """Longer than any position table."""
 SCORES, DENSE, PRUNED = "scores.safetensors", "dense.onnx", "model.onnx"
 MADE_FROM_SCORES = ("curves.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
+TUNED = "tuned.json"
+"""Tells how a network was fine-tuned; a folder that has it holds what no other command makes again."""
 LOCK = ".optin.lock"
 PAUSE_SECONDS = 0.05
 SUPPORT_FILES = (
@@ -55,7 +57,7 @@ ARTIFACTS = tuple(
 NAMES = (
     *("source.json", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
     *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
-    *("tuned.json", "mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
+    *(TUNED, "mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )
 """All that any command writes into an output folder: what others have put there is found before the work begins."""
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
@@ -210,6 +212,17 @@ class Workspace:
             if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
                 raise BadInput(f"--out {root} holds the {what} {name} itself, which would be lost. Use another folder.")
         cls(root).record.reserve(NAMES, force=force, dry_run=True)
+
+    def check_untuned(self) -> None:
+        """Refuse to cut a network anew in a folder whose network was fine-tuned.
+
+        Raises: BadInput.
+        """
+        if (self.root / TUNED).is_file():
+            raise BadInput(
+                f"{self.root} holds a fine-tuned model, which would be lost. Use another folder; to train it again, "
+                "`optin finetune` in the folder that it was made of."
+            )
 
     @property
     def record(self) -> Record:

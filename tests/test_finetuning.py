@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from tiny_checkpoint import (
     lines,
     photos,
     temporary_files,
+    text_options,
     vit,
 )
 from transformers import AutoModelForSequenceClassification, Trainer
@@ -26,14 +28,19 @@ from transformers import AutoModelForSequenceClassification, Trainer
 import optin_deploy
 from exporters.job import build_folder, export_model
 from exporters.ready import Request
+from exporters.tuning import STATE
 from optin_deploy.budget import Limits
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.finetuning import Tuning, finetune
+from optin_deploy.jobs.pruning import Ready
 from optin_deploy.jobs.trial import distance
+from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
+from optin_deploy.network.sealed import store
+from optin_deploy.network.weights import with_weights
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.stages import prepare
@@ -93,7 +100,7 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
         digests.append((tmp_path / name / "model.onnx").read_bytes()[-64:])
         told = json.loads((tmp_path / name / "tuned.json").read_text())
         assert told["after"]["metric"] == "same_prediction"
-        assert not (tmp_path / name / "training").exists()
+        assert not (tmp_path / name / STATE).exists()
         assert temporary_files(tmp_path / name) == []
     assert digests[0] == digests[1]
     assert (folder / "model.onnx").read_bytes() == before
@@ -101,6 +108,8 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
     assert plan == NetworkPlan.read(folder / "plan.json")
     built = build_folder(tmp_path / "a", engine="onnx")
     assert built is not None
+    shipped = shell("optin", "ship", tmp_path / "a", "--out", tmp_path / "repository")
+    assert shipped.code == 0, shipped.err
     loaded = optin_deploy.load(tmp_path / "a")
     feeds = {"input_ids": torch.ones(2, 9, dtype=torch.int64), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     feeds["token_type_ids"] = torch.zeros_like(feeds["input_ids"])
@@ -126,6 +135,10 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
         patch.setattr(Trainer, "training_step", killed)
         assert shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "again").code == 130
     assert not (tmp_path / "again" / "model.onnx").exists()
+    before = sorted((tmp_path / "again" / STATE).glob("*/checkpoint-*"))
+    torn = before[0].with_name("checkpoint-9")  # as if killed while it was written
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
 
     def counted(self: Trainer, *rest: object, **how: object) -> object:
         started.append(self.state.global_step)
@@ -135,9 +148,98 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
     again = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "again")
     assert again.code == 0, again.err
     assert started[0] == 2
+    (state,) = [path for path in before if path.name == "checkpoint-2"]
+    assert not state.exists()
     one, other = (read_file(tmp_path / name / "model.onnx").weights for name in ("whole", "again"))
     for name, weight in one.items():
         np.testing.assert_allclose(weight.numpy(), other[name].numpy(), atol=1e-6)
+
+
+def test_other_rows_labels_or_networks_begin_anew(tmp_path: Path) -> None:
+    folder = finished_job()
+    prepared = prepare(Workspace(folder).source(), folder)
+    smaller, seen = read_file(folder / "model.onnx"), []
+
+    class Stopped(Exception):
+        pass
+
+    def key_of(ready: Ready, network: Network, **how: float) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def stop(self: Trainer, **rest: object) -> None:
+                seen.append(Path(self.args.output_dir).name)
+                raise Stopped
+
+            patch.setattr(Trainer, "train", stop)
+            with pytest.raises(Stopped):
+                finetune(ready, network, Tuning(**how), scratch=tmp_path)  # type: ignore[arg-type]
+
+    ready = prepared.ready
+    rows = ready.rows.calibration
+    others = replace(ready, rows=replace(ready.rows, calibration=replace(rows, labels=rows.labels[::-1])))
+    name = min(learned(smaller))
+    other = with_weights(smaller, {name: torch.zeros(*smaller.weights[name].shape.numpy())})
+    for one in (ready, ready, others):
+        key_of(one, smaller)
+    key_of(ready, other)
+    key_of(ready, smaller, learning_rate=1e-3)
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 4
+
+
+def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished_job(), tmp_path / "job")
+    options = ("--data", labelled(), "--learning-rate", 1e-3)
+    assert shell("optin", "finetune", folder, *options).code == 0  # --out is beside it
+    tuned = tmp_path / "job-tuned"
+    before = (tuned / "model.onnx").read_bytes()
+    for command in (("optin", "rewrite", tuned), ("optin-export", classifier(), *text_options(labelled(), tuned))):
+        ran = shell(*command)
+        assert (ran.code, "holds a fine-tuned model" in ran.err) == (2, True), ran.err
+    assert (tuned / "model.onnx").read_bytes() == before
+    again = shell("optin", "finetune", folder, *options, "--out", tuned)
+    assert again.code == 0, again.err
+    other = copy_of(finished_job(), tmp_path / "other")
+    ran = shell("optin", "finetune", folder, *options, "--out", other)
+    assert (ran.code, "holds another model" in ran.err) == (2, True), ran.err
+    planned = shell("optin", "plan", folder, "--flops", 0.9, "--allocation", "uniform")
+    assert planned.code == 0, planned.err
+    ran = shell("optin", "finetune", folder, *options, "--out", tmp_path / "x")
+    assert "was cut by another plan" in ran.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
+    network = prepare(Source(str(bert()), calibration=str(lines()), seq_len=16)).ready.network
+    model = network.model.clone()
+    (mask,) = [value for value in model.graph.inputs if value.name == "attention_mask"]
+    mask.name = "input_mask"
+    store(Network(model, "renamed"), tmp_path / "x.onnx", "key")
+    source = Source(str(tmp_path / "x.onnx"), tokenizer=str(bert()), calibration=str(labelled()), seq_len=16)
+    ready = prepare(source).ready
+    tuned = finetune(ready, ready.network, Tuning(epochs=0))
+    texts = {name: torch.ones(2, 6, dtype=torch.int64) for name in ("input_ids", "input_mask", "token_type_ids")}
+    texts["input_mask"][0, 3:] = 0
+    short = {name: value[:1, :3] for name, value in texts.items()}
+    program = Program(tuned.network)
+    whole, alone = (program(feeds).outputs["logits"] for feeds in (texts, short))
+    torch.testing.assert_close(whole[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    folder = finished_job()
+    prepared = prepare(Workspace(folder).source(), folder)
+    smaller = read_file(folder / "model.onnx")
+    half = with_weights(smaller, {name: torch.zeros(2, dtype=torch.float16) for name in list(learned(smaller))[:1]})
+    with pytest.raises(BadInput, match="has weights of FLOAT16, in which small steps are lost"):
+        finetune(prepared.ready, half, Tuning())
+    rows = prepared.ready.rows.calibration
+    bare = replace(rows, labels=(None,) * len(rows))
+    ready = replace(prepared.ready, rows=replace(prepared.ready.rows, calibration=bare))
+    with pytest.raises(BadInput, match="--distill 0 learns from labels alone"):
+        finetune(ready, smaller, Tuning(distill=0))
+    with pytest.raises(BadInput, match="--epochs 0 fits a classifier alone"):
+        finetune(ready, smaller, Tuning(epochs=0))
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks.tasks import scenes as module
 from benchmarks.zoo.families import FAMILIES
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
+from optin_deploy.data.image_feeds import _class_map
 from optin_deploy.data.rows import Feeds
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
@@ -100,6 +101,70 @@ def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     (inside / "images/b.png").symlink_to(outside)
     with pytest.raises(BadInput, match="a link that leaves"):
         read_samples(inside)
+
+
+def test_parts_that_are_missing_or_named_otherwise(tmp_path: Path) -> None:
+    photo(tmp_path / "images/training/a.png")
+    painted(tmp_path / "annotations/training/a.png", np.zeros((80, 96)))
+    assert read_samples(tmp_path)[0].class_map is not None
+    with pytest.raises(BadInput, match="but none that judges: validation or val"):
+        read_samples(tmp_path, judging=True)
+    photo(tmp_path / "images/validation/b.png")
+    with pytest.raises(BadInput, match="annotations has parts, but none that judges"):
+        read_samples(tmp_path, judging=True)
+    painted(tmp_path / "annotations/val/b.png", np.zeros((80, 96)))
+    assert read_samples(tmp_path, judging=True)[0].class_map == tmp_path / "annotations/val/b.png"
+
+
+@pytest.mark.parametrize("place", ["masks", "masks/a.png", "images/deep"])
+def test_no_link_leads_out_of_the_folder_or_round_in_it(place: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    photo(outside / "a.png")
+    root = tmp_path / "root"
+    photo(root / "images/a.png")
+    (root / "masks").mkdir()
+    if place == "masks":
+        (root / "masks").rmdir()
+    (root / place).symlink_to(outside / "a.png" if place.endswith("png") else outside, target_is_directory=True)
+    with pytest.raises(BadInput, match="a link that leaves"):
+        read_samples(root)
+    (root / place).unlink()
+    painted(root / "masks/b.png", np.zeros((4, 4)))
+    (root / "images/round").symlink_to(root / "images")
+    with pytest.raises(BadInput, match="folders deep"):
+        read_samples(root)
+
+
+def test_a_map_is_as_large_as_its_photograph_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 20))
+    tags = Image.Exif()
+    tags[274] = 6
+    image.save(tmp_path / "a.jpg", exif=tags)
+    for shape, fits in (((30, 20), True), ((20, 30), False)):
+        found = ClassMap(painted(tmp_path / "a.png", np.zeros(shape)), photograph=tmp_path / "a.jpg")
+        if fits:
+            assert tuple(found.read().shape) == shape
+        else:
+            with pytest.raises(BadInput, match=r"a\.png is 30 x 20 pixels and its photograph .*a\.jpg 20 x 30"):
+                found.read()
+
+
+def test_digests_tell_maps_apart_by_what_they_hold(tmp_path: Path) -> None:
+    one = ClassMap(painted(tmp_path / "a.png", np.zeros((4, 4)))).digest
+    assert ClassMap(tmp_path / "a.png", reduced=True).digest != one
+    assert ClassMap(painted(tmp_path / "a.png", np.ones((4, 4)))).digest != one
+
+
+@pytest.mark.parametrize("entry", ["do_reduce_labels", "reduce_labels"])
+def test_labels_are_reduced_as_either_entry_of_a_processor_says(entry: str, tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    painted(tmp_path / "masks/a.png", np.zeros((80, 96)))
+    (sample,) = read_samples(tmp_path)
+    for values, reduced in (({}, False), ({entry: True}, True)):
+        found = _class_map(sample, SimpleNamespace(**values))
+        assert found == ClassMap(tmp_path / "masks/a.png", reduced, tmp_path / "images/a.png")
+    with pytest.raises(BadInput, match="the image processor crops"):
+        _class_map(sample, SimpleNamespace(do_center_crop=True))
 
 
 def test_maps_tell_classes_and_where_there_is_none(tmp_path: Path) -> None:
@@ -258,7 +323,7 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     each = [
         np.sum((wanted == c) & (given == c)) / np.sum((wanted == c) | (given == c))
         for c in range(LABELS)
-        if np.sum((wanted == c) | (given == c))
+        if np.sum(wanted == c)
     ]
     assert quality.metric == "mean_iou"
     assert quality.dense == quality.pruned == pytest.approx(np.mean(each))
@@ -267,8 +332,19 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     assert other.pruned < quality.pruned
 
 
-def test_a_class_that_is_nowhere_counts_nothing() -> None:
+def test_a_class_that_is_nowhere_counts_nothing_whether_it_is_found_or_not() -> None:
     assert mean_iou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert mean_iou(torch.tensor([[3, 0, 1], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 1) / 2)
+
+
+def test_a_rare_class_that_is_found_can_be_measured(tmp_path: Path) -> None:
+    values = np.zeros((16, 16))
+    values[0, :4] = 1
+    logits = torch.zeros(1, 2, 16, 16)
+    logits[0, 1, 0, :8] = 1  # as many pixels wrong as right: no more of them than if none were found
+    read = Reading("logits", "logits").read({"logits": logits})
+    feeds = Feeds(({"x": torch.zeros(1)},), (ClassMap(painted(tmp_path / "a.png", values)),), "here")
+    assert SegmentationJudge([read], feeds).of([read]).dense == pytest.approx((4 / 8 + 248 / 252) / 2)
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -285,6 +361,8 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         judged(np.where(np.arange(16) < 15, logits[0].argmin(0).numpy(), 0))
     with pytest.raises(BadInput, match="tells no classes of places"):
         judged(np.zeros((16, 16)), Reading("logits", "regression"))
+    with pytest.raises(BadInput, match="no pixel of its 1 maps has a class"):
+        judged(np.full((16, 16), 255))
     some = Feeds(({"x": torch.zeros(2)},), (ClassMap(tmp_path / "a.png"), None), "here")
     with pytest.raises(BadInput, match="1 of the 2 rows that judge have no map"):
         SegmentationJudge([], some, strict=True)

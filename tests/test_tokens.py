@@ -43,14 +43,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.merging(x, None, 0, 0)[0]
 
-    def merging(self, x: Tensor, size: Tensor | None, count: int, protected: int) -> tuple[Tensor, Tensor | None]:
+    def attended(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.norm1(x)
         batch, tokens = x.shape[:2]
         q, k, v = (layer(y).reshape(batch, tokens, HEADS, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         scores = q @ k.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5
         if size is not None:
             scores = scores + size.log()[:, None, None, :, 0]
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH))
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, WIDTH)), k
+
+    def merging(self, x: Tensor, size: Tensor | None, count: int, protected: int) -> tuple[Tensor, Tensor | None]:
+        x, k = self.attended(x, size)
         if count:
             x, size = soft_matching(x, k.mean(1), size, count, protected)
         return x + self.mlp(self.norm2(x)), size
@@ -260,11 +263,11 @@ def test_a_stream_without_a_class_token_merges_as_far_as_it_can() -> None:
 
 
 class Parallel(Vit):
-    """Two blocks side by side on the same tokens."""
+    """Blocks side by side on the same tokens."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.embedded(pixels)
-        return self.head(torch.cat([block(x).mean(1) for block in self.blocks[:2]], -1))
+        return self.head(torch.cat([block(x).mean(1) for block in self.blocks[:2]], -1)) + self.blocks[2](x).mean()
 
 
 class Bare(Vit):
@@ -295,6 +298,38 @@ class Told(Vit):
         x = self.blocks[1](self.blocks[0](self.embedded(pixels)))
         x = self.norm(self.blocks[2](x * x.mean(1, keepdim=True).sigmoid()))
         return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1))
+
+
+class Early(Vit):
+    """Tells all tokens their mean behind the first attention."""
+
+    depth = BLOCKS
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        first = self.blocks[0]
+        x, _ = first.attended(self.embedded(pixels))
+        x = x * x.mean(1, keepdim=True).sigmoid()
+        x = x + first.mlp(first.norm2(x))
+        for block in self.blocks[1 : self.depth]:
+            x = block(x)
+        return self.head(torch.cat([x[:, 0], x[:, 1:].mean(1)], -1))
+
+
+class Single(Early):
+    """The same with one block."""
+
+    depth = 1
+
+
+@pytest.mark.parametrize("kind", [Early, Single])
+def test_what_reads_tokens_right_behind_a_merge_is_tried_too(kind: type[Early]) -> None:
+    torch.manual_seed(0)
+    network = read_module(kind(1).eval(), {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    layout = find(network, probes)
+    merges = [3, *[0] * (kind.depth - 1)]
+    with pytest.raises(BadInput, match="does not count how many a token stands for"):
+        merged(layout, merges, probes)
 
 
 @pytest.mark.parametrize("merges", [[3, 0, 0], [0, 3, 0], [3, 3, 3]])

@@ -69,8 +69,9 @@ def main() -> None:
         test_rows = len(task.test) if options.glue else options.test_rows
         found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end)
     open_cells -= len(found)
-    found = {cell: kept for cell, kept in found.items() if "refused" not in kept}
-    text = page(found)
+    refused = {cell: kept["refused"] for cell, kept in found.items() if "refused" in kept}
+    found = {cell: kept for cell, kept in found.items() if cell not in refused}
+    text = page(found, refused)
     print(text)
     if open_cells and options.record:
         sys.exit(f"{open_cells} cells are open: nothing is recorded. Run it again.")
@@ -78,7 +79,8 @@ def main() -> None:
         "cells": [
             {"task": t, "seed": s, "method": m, "flops": f, "value": c["value"], "stages": c["stages"]}
             for (t, s, m, f), c in found.items()
-        ]
+        ],
+        "refused": [{"task": t, "seed": s, "method": m, "flops": f, "why": w} for (t, s, m, f), w in refused.items()],
     }
     command = shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]])
     name = (
@@ -134,6 +136,7 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
         except InfeasibleBudget as err:
             found[cell] = {"refused": str(err)}
             write_json(path, found[cell])
+            print(*cell, f"refused: {err}", flush=True)
             continue
         figures = judged(outputs_of(network, OUTPUT, test.batches, task.seq_len), test.labels)
         found[cell] = {**figures, "stages": stages, "calibration_rows": rows}

@@ -23,7 +23,7 @@ from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score
-from optin_deploy.jobs.tokens import least_error
+from optin_deploy.jobs.tokens import least_error, schedules
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
@@ -178,7 +178,8 @@ class Case:
         """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
         if tokens:
-            merges, keep = least_error(self.ready, self.scores, choice, self.curves, partial(self.limits, flops))
+            within, every = partial(self.limits, flops), schedules(self.stream)
+            merges, keep = least_error(self.ready, self.scores, choice, self.curves, within, every)
             return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None
         keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)

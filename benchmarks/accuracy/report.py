@@ -22,8 +22,11 @@ Found = dict[Cell, dict[str, Any]]
 DENSE, OURS, PUBLISHED = "dense", "ours", "OPTIN"
 
 
-def page(found: Found) -> str:
-    """The result for people."""
+def page(found: Found, refused: Mapping[Cell, str] | None = None) -> str:
+    """The result for people.
+
+    Args: refused: why cells have no figure.
+    """
     tasks = list(dict.fromkeys(task for task, *_ in found))
     budgets = list(dict.fromkeys(flops for *_, method, flops in found if method != DENSE))
     methods = [method for method in METHODS if any(cell[2] == method for cell in found)]
@@ -61,7 +64,17 @@ def page(found: Found) -> str:
         + "\n".join([*_paired(found, tasks, budgets), *_gone(lost, budgets)])
         + (f"\n\nOurs in dense forwards: {', '.join(stages)} (compensation, cut, proof)." if stages else "")
         + (_of_rival(tasks) if "onnxsim" in methods else "")
+        + "".join(f"\n\n{method} on {task} at {f:g}: {why}" for (task, _, method, f), why in _first(refused or {}))
     )
+
+
+def _first(refused: Mapping[Cell, str]) -> Iterator[tuple[Cell, str]]:
+    """Of each task, method and budget, the reason of its first seed."""
+    seen = set()
+    for (task, seed, method, flops), why in refused.items():
+        if (task, method, flops) not in seen:
+            seen.add((task, method, flops))
+            yield (task, seed, method, flops), why
 
 
 def _of_rival(tasks: Sequence[str]) -> str:
@@ -125,19 +138,21 @@ def _paired(found: Found, tasks: Sequence[str], budgets: Sequence[float]) -> Ite
         ours = _rows(found, task, OURS, flops)
         if any(figure < 0 for row in ours.values() for figure in row):
             continue  # numbers, whose rows are no points
-        best: tuple[float, str, torch.Tensor] | None = None
+        best: tuple[float, str, torch.Tensor, list[int]] | None = None
         for peer in PEERS:
             theirs = _rows(found, task, peer, flops)
             seeds = sorted(ours.keys() & theirs.keys())
             if seeds:
                 mine, other = (torch.tensor([x[seed] for seed in seeds]).double().mean(0) for x in (ours, theirs))
                 if best is None or float(other.mean()) > best[0]:
-                    best = (float(other.mean()), peer, mine - other)
+                    best = (float(other.mean()), peer, mine - other, seeds)
         if best is not None:
-            _, peer, gain = best
+            _, peer, gain, seeds = best
+            told = f" (seed {', '.join(map(str, seeds))})" if len(seeds) < len(ours) else ""
             error = float(gain.std() / len(gain) ** 0.5)
             gains.setdefault(flops, []).append((float(gain.mean()), error))
-            yield f"- {task} at {flops:g}: {100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points over {peer}."
+            points = f"{100 * float(gain.mean()):+.2f} ± {100 * error:.2f} points"
+            yield f"- {task} at {flops:g}: {points} over {peer}{told}."
     for flops, some in gains.items():
         mean, error = statistics.mean(g for g, _ in some), sum(e**2 for _, e in some) ** 0.5 / len(some)
         yield f"- on average at {flops:g}: {100 * mean:+.2f} ± {100 * error:.2f} points over each task's best peer."

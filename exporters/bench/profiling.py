@@ -22,6 +22,7 @@ from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost, is_ta
 from optin_deploy.planning.points import Cell, cells, keep_at, table_of
 from optin_deploy.planning.widths import Choice, Keep, ladders_of
 from optin_deploy.progress import Progress, Stage, silent, silent_stage
+from optin_deploy.structure.labels import TOKENS
 
 BLOCKS = 6
 """Of a table's measurements: half of those that a verdict needs; neighbours in the table check each other."""
@@ -47,7 +48,9 @@ def profile_model(
     Raises: BadInput: the engine does not run here, `out` is not ours, and all that `ready` refuses.
     """
     free_name(out, is_table, force=force, dry_run=True)
-    asked = ready(replace(request, limits=Limits(flops=1.0), allocation="uniform"))
+    kinds = tuple(kind for kind in request.source.units if kind != TOKENS)  # a table serves whatever is merged
+    source = replace(request.source, units=kinds)
+    asked = ready(replace(request, source=source, limits=Limits(flops=1.0), allocation="uniform"))
     check_timeable(asked.target, asked.spec)
     if dry_run:
         return None
@@ -90,6 +93,7 @@ def read_table(path: Path, yard: Yardstick, choice: Choice) -> LatencyTable:
 
 def measure_table(yard: Yardstick, choice: Choice, *, progress: Progress = silent) -> LatencyTable:
     """Time a few widths of all groups of a shape, inside the whole network and beside the dense one."""
+    yard = replace(yard, merges=())
     points = cells(yard.layout, choice, emptiable(yard.layout))
     ratios: dict[Cell, float] = {}
     dense: list[float] = []
@@ -109,7 +113,7 @@ def with_held_out(
     table: LatencyTable, yard: Yardstick, choice: Choice, count: int, *, seed: int = 0, progress: Progress = silent
 ) -> LatencyTable:
     """The table, and how wrong it is for `count` random plans with other widths in every group."""
-    rng = np.random.default_rng(seed % 2**64)  # which takes no negative one
+    yard, rng = replace(yard, merges=()), np.random.default_rng(seed % 2**64)  # which takes no negative one
     costs = costs_of(yard.layout, yard.prepared.ready.sizes)
     cost = TimeCost(table, costs.macs)
     found: list[HeldOut] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 
 from exporters.bench.profiling import BLOCKS, NS
 from exporters.bench.time_rounds import AIM, LEAST, ROUNDS, Round, as_asked, measured_ms
@@ -50,9 +50,9 @@ class Planning:
         if not others:
             target.check_needed(dense_ms, batch)
         if self.planner.merges_freely:
-            return self._with_merges(table, goal).within(table)
-        costs, cost = self.planner.prepared.ready.costs, self._cost(table, self.yard.merges)
-        least = self._least(cost, goal)
+            return self._freely(table, goal)
+        costs, cost = self.planner.prepared.ready.costs, self._cost(table, self.merges)
+        least = self._least({self.merges: cost}, goal)
         tried: list[tuple[Round, Keep]] = []
         asked_ms, too_much_ns = AIM * goal, cost.table.dense_ns + 1
         while len(tried) < ROUNDS:
@@ -67,10 +67,10 @@ class Planning:
                 break
             predicted = cost.of(costs.widths(keep)) / NS
             with stage(f"try plan {len(tried) + 1}, {allowed / NS:.3g} ms") as progress:
-                measured = measured_ms(target, self.yard.against_dense(keep, progress), dense_ms)
+                measured = measured_ms(target, self._yard.against_dense(keep, progress), dense_ms)
             if LEAST * goal <= measured <= goal:  # by luck, perhaps: measured once more, and what both say counts
                 with stage(f"confirm plan {len(tried) + 1}") as progress:
-                    again = measured_ms(target, self.yard.against_dense(keep, progress), dense_ms)
+                    again = measured_ms(target, self._yard.against_dense(keep, progress), dense_ms)
                 measured = math.sqrt(measured * again)
             tried.append((Round(allowed, predicted, measured), keep))
             if LEAST * goal <= measured <= goal:
@@ -90,18 +90,39 @@ class Planning:
         noted = {"measured": {**asdict(best), "emptied": emptied(keep)}, "table": dict(table.setting)}
         return self.planner.plan(self.limits, keep, noted), rounds
 
-    def _with_merges(self, table: LatencyTable, goal: float) -> Planning:
-        """The same for the merges that leave the least error at the goal, as the table and their own times foretell.
+    @property
+    def merges(self) -> tuple[int, ...]:
+        """Tokens that every plan merges, block by block."""
+        return self.planner.choice.merges
 
+    @property
+    def _yard(self) -> Yardstick:
+        return replace(self.yard, merges=self.merges)
+
+    def _freely(self, table: LatencyTable, goal: float) -> tuple[NetworkPlan, list[Round]]:
+        """Plan with the merges of least error at the goal, as the table and their own times foretell.
+
+        Where they are too slow in the end, others are tried.
         Raises: InfeasibleBudget.
         """
+        left = self.planner.schedules()
+        costs = {merges: self._cost(table, merges) for merges in left}
+        self._least(costs, goal)
 
         def limits(merges: tuple[int, ...]) -> list[Limit]:
-            time = Limit(self._cost(table, merges), int(AIM * goal * NS), str(self.limits.time))
+            time = Limit(costs[merges], int(AIM * goal * NS), str(self.limits.time))
             return [*self.planner.limits(self.limits, merges), time]
 
-        merges, _ = self.planner.least_error(limits)
-        return replace(self, planner=self.planner.merging(merges), yard=replace(self.yard, merges=merges))
+        problem: InfeasibleBudget | None = None
+        while True:
+            try:
+                merges, _ = self.planner.least_error(limits, left)
+            except InfeasibleBudget as err:
+                raise problem or err from err
+            try:
+                return replace(self, planner=self.planner.merging(merges)).within(table)
+            except InfeasibleBudget as err:
+                problem, left = err, [each for each in left if each != merges]
 
     def _cost(self, table: LatencyTable, merges: tuple[int, ...]) -> TimeCost:
         """What plans with these merges take: measured where nothing else is cut."""
@@ -116,26 +137,30 @@ class Planning:
         expected = table.merging(self.merging_ns[merges], ready.costs.macs, macs)
         return TimeCost(expected, macs, base=table.dense_ns)
 
-    def _least(self, cost: TimeCost, goal: float) -> int:
-        """Nanoseconds of the narrowest plan.
+    def _least(self, costs: Mapping[tuple[int, ...], TimeCost], goal: float) -> int:
+        """Nanoseconds of the narrowest plan with any of these merges.
 
         Raises: InfeasibleBudget: even that takes longer than the goal; says what is possible.
         """
         target, choice, layout = self.limits.time, self.planner.choice, self.yard.layout
         assert target is not None, "there is a time to plan for"
-        least = cost.of(narrowest(ladders_of(layout, choice, self._may_go), cost.macs.whole))
-        if least > int(AIM * goal * NS):
-            asked = as_asked(target, least / NS / AIM, cost.dense / NS, self.yard.point.batch)
-            raise InfeasibleBudget(
-                f"{target} is {goal:.3g} ms a batch, but by the latency table {least / NS:.3g} ms of the dense model's "
-                f"{cost.dense / NS:.3g} are left where every group keeps the fewest units. Use {asked}."
-            )
-        return least
+        narrow = {merges: narrowest(ladders_of(layout, choice, self._may_go(merges)), layout.units) for merges in costs}
+        least = min(cost.of(narrow[merges]) for merges, cost in costs.items())
+        dense = next(iter(costs.values())).dense
+        if least <= int(AIM * goal * NS):
+            return least
+        told = (
+            f"{target} is {goal:.3g} ms a batch, but by the latency table {least / NS:.3g} ms of the dense model's "
+            f"{dense / NS:.3g} are left where every group keeps the fewest units"
+        )
+        if least / AIM >= dense:
+            raise InfeasibleBudget(f"{told}, as merging takes a while itself. Give a higher --tokens, or leave it out.")
+        asked = as_asked(target, least / NS / AIM, dense / NS, self.yard.point.batch)
+        raise InfeasibleBudget(f"{told}. Use {asked}.")
 
-    @cached_property
-    def _may_go(self) -> frozenset[str]:
+    def _may_go(self, merges: tuple[int, ...]) -> frozenset[str]:
         """Groups that this allocation may empty; none where tokens are merged behind their attention."""
-        empties = self.planner.choice.allocation == "curves" and not any(self.yard.merges)
+        empties = self.planner.choice.allocation == "curves" and not any(merges)
         return emptiable(self.yard.layout) if empties else frozenset()
 
     def _chosen(self, limits: list[Limit]) -> Keep:
@@ -144,7 +169,7 @@ class Planning:
         A whole branch less saves more time than its units do, and error curves, each of one group alone, know least of
         that. Whether they may be emptied is found out at the first plan that would, for trials take long.
         """
-        if any(self.yard.merges):
+        if any(self.merges):
             return self.planner.keep(limits, emptying=False)
         if self._emptying == [False]:
             with suppress(InfeasibleBudget):  # where nothing else is in time, they are

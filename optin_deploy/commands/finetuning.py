@@ -44,7 +44,7 @@ def finetune(
     learning_rate: Rate = 2e-5,
     batch_size: BatchSize = 32,
     distill: Distill = 0.5,
-    samples: Samples = 8192,
+    samples: Samples = 2048,
     evaluation: Eval = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
@@ -54,11 +54,11 @@ def finetune(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
+    from exporters.tuning import Rows, finetune_folder
     from optin_deploy.jobs.finetuning import Tuning
-    from optin_deploy.jobs.tuned_folder import Rows, finetune_folder
 
     rows = Rows(data, evaluation, samples, text_column, label_column, pair_column)
-    place = out or folder.with_name(f"{folder.resolve().name}-tuned")
+    place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(epochs, learning_rate, batch_size, distill, seed)
     tuned = finetune_folder(folder, place, rows, tuning, force=force, dry_run=dry_run, stage=stage_bar)
     if tuned is None:

@@ -59,14 +59,17 @@ class Merging:
                 bias = self._put(softmax, "Cast", bias, to=int(kind))
             softmax.replace_input_with(0, self._put(softmax, "Add", softmax.inputs[0], bias))
 
-    def merge(self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, count: int) -> None:
+    def merge(
+        self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, count: int, directions: np.ndarray | None = None
+    ) -> None:
         """Put the merging of so many tokens in the place of a gap.
 
-        Args: keys: (samples, heads, width, tokens). kind: type of the keys.
+        Args: keys: (samples, heads, width, tokens). kind: type of the keys. directions: by which tokens are alike in
+            place of their keys, (tokens, width).
         """
         before, even, odd = self._left, (self._left + 1) // 2, self._left // 2
         tokens = gap.inputs[0]
-        found, places = self._alike(gap, keys, kind)
+        found, places = self._alike(gap, keys, kind, directions)
         _, order = self._top(gap, found, even)
         goes = self._slice(gap, order, 0, count, 1)
         stays = self._sorted(gap, self._slice(gap, order, count, even, 1), even - count)
@@ -119,13 +122,19 @@ class Merging:
         first = [place // 2 + (kept if place % 2 else 0) for place in range(count)]
         return np.concatenate([first, np.setdiff1d(np.arange(kept + odd), first)])
 
-    def _alike(self, gap: ir.Node, keys: ir.Value, kind: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    def _alike(
+        self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, directions: np.ndarray | None
+    ) -> tuple[ir.Value, ir.Value]:
         """For each token at an even place the cosine to the most alike at an odd place, and which that is."""
         even, odd, kept = (self._left + 1) // 2, self._left // 2, self._stream.protected
         if kind != ir.DataType.FLOAT:  # narrow types round, and squares overflow
             keys = self._put(gap, "Cast", keys, to=int(ir.DataType.FLOAT))
         total = self._put(gap, "ReduceSum", keys, self._whole([1]), keepdims=0)
         total = self._put(gap, "Transpose", total, perm=[0, 2, 1])
+        if directions is not None:
+            none = self._put(gap, "ReduceSum", total, self._whole([2]), keepdims=1)
+            none = self._put(gap, "Mul", none, self._cut.constant(np.zeros(1, np.float32), "none"))
+            total = self._put(gap, "Add", none, self._cut.constant(directions[None], "directions"))
         square = self._put(gap, "ReduceSum", self._put(gap, "Mul", total, total), self._whole([2]), keepdims=1)
         total = self._put(gap, "Div", total, self._put(gap, "Sqrt", square))
         first, second = (self._slice(gap, total, start, self._left, 1, 2) for start in (0, 1))

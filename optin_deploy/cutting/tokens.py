@@ -9,7 +9,7 @@ token, needs to know nothing. It is proven first that all blocks treat tokens al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +26,7 @@ from optin_deploy.network.axes import Axis, touched
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import REAL_TYPES, Program
-from optin_deploy.network.shapes import shapes_of
+from optin_deploy.structure.find import all_shapes
 from optin_deploy.structure.flow import Structure, walk
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.tokens import TokenStream, most_merged, token_stream
@@ -61,9 +61,9 @@ def merged(
     order = np.random.default_rng(0)
     places = [order.permutation(stream.tokens) for _ in used]
     _prove_alike(layout.structure.network, broken(layout, stream, used, places).network, probes)
-    _prove_weighed(layout, stream, max(1, used[0]), probes)
     result = _made(layout, stream, merges, probes)
     _check_runs(layout.structure.network, result, probes)
+    _prove_weighed(layout, stream, used[0], probes)
     return result
 
 
@@ -72,15 +72,22 @@ def _used(merges: Sequence[int]) -> tuple[int, ...]:
 
 
 def _made(
-    layout: Layout, stream: TokenStream, merges: Sequence[int], probes: Sequence[Mapping[str, Tensor]]
+    layout: Layout,
+    stream: TokenStream,
+    merges: Sequence[int],
+    probes: Sequence[Mapping[str, Tensor]],
+    directions: np.ndarray | None = None,
 ) -> Network:
-    """The network that merges."""
+    """The network that merges.
+
+    Args: directions: in place of the keys of the first merge, (tokens, width).
+    """
     used, counts = _used(merges), counted(stream, merges)
     gap = broken(layout, stream, used, [np.arange(stream.tokens)] * len(used))
-    structure = walk(gap.network, shapes_of(gap.network, probes[0]))
+    structure = walk(gap.network, all_shapes(gap.network, probes[0]))
     kept = {structure.axes[name][1].root: np.arange(counts[at]) for name, at in zip(gap.breaks, used, strict=True)}
     _check_apart(structure, kept, len(used))
-    return _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges)
+    return _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges, directions)
 
 
 def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
@@ -175,21 +182,23 @@ def _furthest(network: Network, changed: Network, probes: Sequence[Mapping[str, 
 
 
 def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequence[Mapping[str, Tensor]]) -> None:
-    """Let tokens be the same as their neighbours from one block on, and merge them there: nothing may change.
+    """Let tokens behind a block be the same as their neighbours, and merge these there: nothing may change.
 
     It does where something reads merged tokens and does not count how many each of them stands for.
     Raises: BadInput.
     """
-    if block == len(stream.blocks):
-        return
     network = layout.structure.network
     editor = Editor(layout.structure, network.model.clone(), {})
-    _picked(editor, stream.blocks[block - 1].leaves, doubled(stream))
+    places = doubled(stream)
+    name = _picked(editor, stream.blocks[block].leaves, places)
     double = Network(editor.model, network.source)
-    structure = walk(double, shapes_of(double, probes[0]))
     merges = [0] * len(stream.blocks)
     merges[block] = most_merged(stream.tokens, stream.protected)
-    worst = _furthest(double, _made(Layout(structure, (), ()), stream, merges, probes), probes)
+    blocks = [replace(each, leaves=name) if at == block else each for at, each in enumerate(stream.blocks)]
+    merging = replace(stream, blocks=tuple(blocks))
+    structure = walk(double, all_shapes(double, probes[0]))
+    result = _made(Layout(structure, (), ()), merging, merges, probes, np.eye(stream.tokens, dtype=np.float32)[places])
+    worst = _furthest(double, result, probes)
     if not worst <= TOLERANCE:
         raise BadInput(
             f"{network.source}: outputs change by {worst:.1e} of the largest one when tokens that are equal become one "
@@ -258,7 +267,7 @@ def _check_opset(network: Network) -> None:
         raise BadInput(f"{network.source} has opset {opset}: tokens are merged from opset {OPSET} on. Export it anew.")
 
 
-def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int]) -> Network:
+def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int], directions: np.ndarray | None) -> Network:
     """Cut the numbers of tokens, and put the merging itself into the gaps."""
     producer, tensors = gap.network.producer, cut.structure.shapes.tensors
 
@@ -274,6 +283,6 @@ def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int]) -> 
         softmax = producer[block.weights]
         work.attend(cut.nodes[softmax.index], type_of(softmax.inputs[0]))
         if count:
-            work.merge(next(gaps), key, type_of(block.keys), count)
+            work.merge(next(gaps), key, type_of(block.keys), count, directions)
     work.restore(end)
     return Network(RemoveUnusedNodesPass()(cut.model).model, gap.network.source)

@@ -121,9 +121,21 @@ def image_feeds(
         if image.last:
             values = values.movedim(1, -1)
         rows += [fitted(image.takes, {image.name: one.unsqueeze(0).contiguous()}, origin) for one in values]
-    reduced = bool(getattr(processor, "do_reduce_labels", False))
-    labels = [sample.label if sample.class_map is None else ClassMap(sample.class_map, reduced) for sample in samples]
+    labels = [sample.label if sample.class_map is None else _class_map(sample, processor) for sample in samples]
     return grouped(rows, labels, origin, batching)
+
+
+def _class_map(sample: Sample, processor: Any) -> ClassMap:
+    """Raises: BadInput: prepared images do not show all that the map tells of."""
+    assert sample.class_map is not None
+    if getattr(processor, "do_center_crop", False):
+        raise BadInput(
+            f"{sample.source} has a map of classes, and the image processor crops images, so that what is put out is "
+            "of other places. Set do_center_crop to false in preprocessor_config.json."
+        )
+    # Before transformers 4.22 the entry was called reduce_labels; it still lies in the files of many models.
+    reduced = any(getattr(processor, name, False) for name in ("do_reduce_labels", "reduce_labels"))
+    return ClassMap(sample.class_map, reduced, sample.image if isinstance(sample.image, Path) else None)
 
 
 def prepared(samples: Sequence[Sample], processor: Any, channels: int) -> Iterator[Tensor]:

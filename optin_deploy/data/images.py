@@ -28,6 +28,8 @@ IMAGE_EXTENSIONS = (
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr", "HSV")
 """Modes that PIL itself turns into RGB without loss of scale; what lies under transparency is shown, as transformers'
 own loader does."""
+ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)
+"""Tag of EXIF, and its values of images that stand on their side."""
 DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
@@ -123,6 +125,21 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
             f"{path}: this image does not open: {err or type(err).__name__}. Possible: intact png, jpg, jpeg, bmp,"
             " webp, gif, tif or ppm files. Save it again, or delete it."
         ) from err
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image that was turned upright.
+
+    Raises: BadInput: it does not open.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            return image.size[::-1] if turned else image.size
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as err:
+        raise BadInput(f"{path}: this image does not open: {err or type(err).__name__}. Save it again.") from err
 
 
 def eight_bit(image: Image.Image, name: str | Path, white: int | None = None) -> Image.Image:

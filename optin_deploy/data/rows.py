@@ -114,6 +114,13 @@ class Feeds:
         return replace(self, batches=tuple(batches), labels=labels)
 
 
+def label_digest(label: Label) -> str:
+    """A text that differs where labels do."""
+    if isinstance(label, ClassMap):
+        return label.digest
+    return sha256_tensors({"label": label}) if isinstance(label, Tensor) else repr(label)
+
+
 def rows_of(batch: Batch) -> int:
     """Number of samples in a batch."""
     return len(next(iter(batch.values())))

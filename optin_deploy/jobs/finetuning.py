@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from optin_deploy.cutting.proof import NotProven
 from optin_deploy.data.labels import class_index
 from optin_deploy.data.ports import takes
-from optin_deploy.data.rows import Batch, Feeds, Label
+from optin_deploy.data.rows import MASK, Batch, Feeds, Label
+from optin_deploy.data.text_feeds import ROLES
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.jobs.pruning import Ready
 from optin_deploy.judging import stacked
 from optin_deploy.network.graph import Network
-from optin_deploy.network.heads import LOGITS, with_classifier
+from optin_deploy.network.hashing import network_hash
+from optin_deploy.network.heads import with_classifier
 from optin_deploy.network.learned import learned
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.run import Program
@@ -38,14 +41,16 @@ from optin_deploy.quality import Quality
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import valid_of
-from optin_deploy.storage import sha256_json
+from optin_deploy.storage import sha256_json, sha256_tensors
 
 log = logging.getLogger(__name__)
 
 STEPS = 200
-"""Training is saved so often, and goes on from there."""
+"""The state of a training is kept after so many steps."""
 PENALTY = 0.02
-"""Of the squared weights of a classifier that is fitted to standardised features of all rows."""
+"""Weight of the squared entries of a classifier that is fitted to standardised features."""
+LEAST = 1e-12
+"""Smallest size of an output that others are held against."""
 ALIKE = 1e-3
 """Most that what is written may differ from what was trained, as a part of the largest output."""
 
@@ -79,10 +84,45 @@ class Tuned:
 
     network: Network
     before: Quality
-    """Of the cut network; where a classifier was fitted, each has its own, also the dense one."""
+    """Quality of the cut network before; where classifiers were fitted, with one of its own, as the dense one has."""
     after: Quality
-    names: tuple[str, ...] | None
-    """Of the classes that the labels name; None: there are none."""
+    dense: Network
+    """The dense network, with its classifier where one was fitted."""
+    names: tuple[str, ...] | None = None
+    """Classes of a new classifier, in the order of its outputs; None: the network had its own."""
+
+
+def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
+    """Make sure, before the long work, that a network can learn from these rows.
+
+    Raises: BadInput: it cannot; says why. MissingDependency: accelerate is not installed.
+    """
+    rows, reading, source = ready.rows.calibration, ready.subject.reading, smaller.source
+    if tuning.epochs and find_spec("accelerate") is None:
+        raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
+    missing = {*reading.outputs} - {port.name for port in smaller.outputs}
+    if missing:
+        raise BadInput(
+            f"{source} does not give {', '.join(sorted(missing))}, which is compared with the dense network: it has a "
+            "classifier of an earlier fine-tuning. Fine-tune from the folder that it was made of."
+        )
+    if rows.shared:
+        raise BadInput(f"inputs without an axis of samples ({', '.join(rows.shared)}) cannot be trained with.")
+    types = {str(smaller.weights[name].dtype) for name in learned(smaller)} - {"FLOAT", "DOUBLE"}
+    if types or not learned(smaller):
+        told = f"weights of {', '.join(sorted(types))}" if types else "no weights of real numbers"
+        raise BadInput(
+            f"{source} has {told}, in which small steps are lost. Fine-tune the model of a float32 network; `optin "
+            "build --precision fp16` makes its file of 16 bits afterwards."
+        )
+    shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}
+    if len(shapes) > 1 and not any(MASK in batch for batch in rows.batches):
+        raise BadInput(f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step.")
+    labelled = any(label is not None for label in rows.labels)
+    if not tuning.epochs and not (reading.kind == "embedding" and labelled):
+        raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
+    if tuning.distill == 0 and not labelled:
+        raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
 
 
 def finetune(
@@ -93,26 +133,24 @@ def finetune(
     Args:
         ready: the dense network with the rows that teach, and those that judge.
         smaller: the cut one.
-        scratch: folder in which the state of the training is kept; None: it is not kept.
+        scratch: folder in which the state of the training is kept, and gone on from; None: it is not kept.
 
-    Raises: BadInput: there is nothing to learn. MissingDependency: accelerate is not installed.
+    Raises: BadInput: see `check`. NonFiniteActivation, NotProven.
     """
-    rows, held_out = ready.rows.calibration, ready.rows.held_out
-    assert held_out is not None, "rows that judge were asked for"
+    check(ready, smaller, tuning)
+    rows = ready.rows.calibration
     labelled = any(label is not None for label in rows.labels)
     if ready.subject.reading.kind == "embedding" and labelled:
         return _with_classifier(ready, smaller, tuning, scratch, progress)
     before = ready.quality_of(smaller)
-    classes = _classes(rows.labels, ready.names) if labelled and _one_class(ready) else None
-    if classes is None and (labelled or tuning.distill == 0):
-        if tuning.distill == 0:
-            raise BadInput(f"{rows.origin}: no class of a row to learn, and --distill 0. Leave out --distill.")
-        log.warning("%s: the network puts out no class of a row: it learns from the dense outputs alone", rows.origin)
+    classes = _known_classes(ready) if labelled else None
+    if classes is None and tuning.distill == 0:
+        raise BadInput(f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out.")
     distill = 1.0 if classes is None else tuning.distill
     student = Student(smaller, ready.subject.program, ready.subject.reading, distill)
-    _train(student, rows, classes, tuning, scratch, progress)
+    _train(student, ready, classes, tuning, scratch, progress)
     network = student.trained()
-    return Tuned(network, before, ready.quality_of(network), ready.names)
+    return Tuned(network, before, ready.quality_of(network), ready.network)
 
 
 class Student(nn.Module):
@@ -121,10 +159,7 @@ class Student(nn.Module):
     def __init__(self, network: Network, teacher: Program, reading: Reading, distill: float) -> None:
         """Args: teacher: the dense network. reading: what is compared. distill: see `Tuning`."""
         super().__init__()
-        names = learned(network)
-        if not names:
-            raise BadInput(f"{network.source} has no weights of real numbers that could learn, such as quantised ones.")
-        self.graph = NetworkModule(network, trained=names)
+        self.graph = NetworkModule(network, trained=learned(network))
         self.head: nn.Linear | None = None
         self._reading, self._distill = reading, distill
         self._teacher = {teacher.device: teacher}
@@ -140,7 +175,7 @@ class Student(nn.Module):
         found = self._reading.read(outputs, valid)
         loss = torch.zeros((), device=found.values.device)
         if self._distill:
-            loss = loss + self._distill * self._distance(batch, valid, found)
+            loss = loss + self._distill * self._distance(batch, valid, found, outputs)
         logits = found.values.flatten(1) if self.head is None else self.head(self.pooled(outputs, valid))
         if classes is not None and self._distill < 1:
             loss = loss + (1 - self._distill) * nn.functional.cross_entropy(logits, classes)
@@ -154,14 +189,21 @@ class Student(nn.Module):
         """Return the graph with the weights that it has now."""
         return with_weights(self.graph.network, self.graph.trained())
 
-    def _distance(self, batch: Batch, valid: Tensor | None, found: Readout) -> Tensor:
+    def _distance(self, batch: Batch, valid: Tensor | None, found: Readout, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Distance of what is compared to the dense network's, and of its other outputs, as parts of their size."""
         device = found.values.device
         if device not in self._teacher:
             self._teacher[device] = Program(next(iter(self._teacher.values())).network, device=device)
         with torch.no_grad():
-            outputs = self._teacher[device]({name: batch[name] for name in self._inputs}).outputs
-            wanted = self._reading.read(outputs, valid)
-        return output_distance(wanted, found.values)[0].mean()
+            dense = self._teacher[device]({name: batch[name] for name in self._inputs}).outputs
+            wanted = self._reading.read(dense, valid)
+        apart = output_distance(wanted, found.values)[0].mean()
+        others = [
+            (value - outputs[name]).square().sum() / value.square().sum().clamp(min=LEAST)
+            for name, value in dense.items()
+            if self.head is None and name not in self._reading.outputs and value.is_floating_point()
+        ]
+        return apart + torch.stack(others).mean() if others else apart
 
 
 def features(outputs: Mapping[str, Tensor], reading: Reading, valid: Tensor | None) -> Tensor:
@@ -177,42 +219,50 @@ def features(outputs: Mapping[str, Tensor], reading: Reading, valid: Tensor | No
 
 
 def _with_classifier(ready: Ready, smaller: Network, tuning: Tuning, scratch: Path | None, progress: Progress) -> Tuned:
-    """The same of an embedder, which gets a classifier of the classes that the labels name."""
+    """Train a cut embedder with a classifier of the classes that the labels name."""
     rows, held_out, reading = ready.rows.calibration, ready.rows.held_out, ready.subject.reading
     assert held_out is not None, "rows that judge were asked for"
-    names = _names(rows.labels)
-    classes = _classes(rows.labels, names)
-    dense_head = _fitted(ready.subject.program, reading, rows, classes, len(names))
+    names = _names([*rows.labels, *held_out.labels])
+    classes = _classes(rows, names, len(names))
+    mask = next((port.name for port in smaller.inputs if ROLES.get(port.name.partition(":")[0]) == MASK), None)
+
+    def classifier(network: Network, head: tuple[Tensor, Tensor]) -> Network:
+        return with_classifier(network, reading.output, reading.pooling, mask, head)
+
+    dense = classifier(ready.network, _fitted(ready.subject.program, reading, rows, classes, len(names)))
+    logits = Reading(dense.outputs[0].name, "logits")
+    judge = NetworkJudge(readouts(Program(dense), logits, held_out), held_out, names=names, strict=ready.strict)
+
+    def worth(network: Network) -> Quality:
+        return judge.of(readouts(Program(network), Reading(network.outputs[0].name, "logits"), held_out))
+
     head = _fitted(Program(smaller), reading, rows, classes, len(names))
-    dense = with_classifier(ready.network, reading.output, reading.pooling, *dense_head)
-    probed = with_classifier(smaller, reading.output, reading.pooling, *head)
-    logits = Reading(LOGITS, "logits")
-    judge = NetworkJudge(readouts(Program(dense), logits, held_out), held_out, names=names, strict=True)
-    before = judge.of(readouts(Program(probed), logits, held_out))
-    if not tuning.epochs:
-        return Tuned(probed, before, before, names)
     student = Student(smaller, ready.subject.program, reading, tuning.distill)
     student.head = nn.Linear(head[0].shape[1], len(names))
     with torch.no_grad():
         student.head.weight.copy_(head[0])
         student.head.bias.copy_(head[1])
-    _train(student, rows, classes, tuning, scratch, progress)
-    student.cpu().eval()
-    learned_head = student.head.weight.detach(), student.head.bias.detach()
-    network = with_classifier(student.trained(), reading.output, reading.pooling, *learned_head)
+    probed = classifier(smaller, head)
+    _check_alike(probed, student, rows)
+    before = worth(probed)
+    if not tuning.epochs:
+        return Tuned(probed, before, before, dense, names)
+    _train(student, ready, classes, tuning, scratch, progress)
+    network = classifier(student.trained(), (student.head.weight.detach(), student.head.bias.detach()))
     _check_alike(network, student, rows)
-    return Tuned(network, before, judge.of(readouts(Program(network), logits, held_out)), names)
+    return Tuned(network, before, worth(network), dense, names)
 
 
 def _check_alike(network: Network, student: Student, rows: Feeds) -> None:
-    """Raises: NotProven: the graph with its classifier gives something else than what was trained."""
-    batch = rows.batches[0]
-    with torch.no_grad():
-        wanted = student(**batch)["logits"]
-        found = Program(network)({port.name: batch[port.name] for port in network.inputs}).outputs[LOGITS]
-    apart = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1))
-    if not apart <= ALIKE:
-        raise NotProven(f"{network.source}: the classifier gives logits that differ by {apart:.1e} from trained ones.")
+    """Raises: NotProven: the graph with its classifier gives something else than what is trained."""
+    for batch in (rows.batches[0], rows.batches[-1]):
+        with torch.no_grad():
+            wanted = student(**batch)["logits"]
+            outputs = Program(network)({port.name: batch[port.name] for port in network.inputs}).outputs
+        found = outputs[network.outputs[0].name]
+        apart = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1))
+        if not apart <= ALIKE:
+            raise NotProven(f"{network.source}: the classifier's logits differ by {apart:.1e} from the trained ones.")
 
 
 def _fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -240,11 +290,14 @@ def _fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, co
     return matrix, bias.detach() - matrix @ mean
 
 
-def _one_class(ready: Ready) -> bool:
-    """Whether the network puts out a class of each row."""
-    reading = ready.subject.reading
+def _known_classes(ready: Ready) -> Tensor | None:
+    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row."""
+    rows, reading = ready.rows.calibration, ready.subject.reading
     shape = ready.subject.structure.shapes.shape(reading.output)
-    return reading.kind in ("logits", "probabilities") and shape is not None and len(shape) == 2
+    if reading.kind not in ("logits", "probabilities") or shape is None or len(shape) != 2:
+        log.warning("%s: the network puts out no class of a row: it learns from the dense outputs alone", rows.origin)
+        return None
+    return _classes(rows, ready.names, int(shape[1]))
 
 
 def _names(labels: Sequence[Label]) -> tuple[str, ...]:
@@ -255,18 +308,22 @@ def _names(labels: Sequence[Label]) -> tuple[str, ...]:
     return tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
 
 
-def _classes(labels: Sequence[Label], names: Sequence[str] | None) -> Tensor:
+def _classes(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
     """Numbers of the classes, (rows,).
 
-    Raises: BadInput: a row has none.
+    Raises: BadInput: a row has none, or the network does not know it.
     """
     found = []
-    for number, label in enumerate(labels):
-        if not isinstance(label, str | int):
-            raise BadInput(f"row {number} of those to learn from has no class. Label all rows, or none.")
-        if names is None and isinstance(label, str):
-            raise BadInput(f"the label {label!r} is a name, and the order of the classes is not known: give numbers.")
-        found.append(class_index(label, names) if names is not None else int(label))
+    for label in rows.labels:
+        whole = int(label) if isinstance(label, float) and label.is_integer() else label
+        if not isinstance(whole, str | int):
+            raise BadInput(f"{rows.origin}: a row to learn from has no class, but {label!r}. Label all rows, or none.")
+        if names is None and isinstance(whole, str):
+            raise BadInput(f"the label {whole!r} is a name, and the order of the classes is not known: give numbers.")
+        number = class_index(whole, names) if names is not None else int(whole)
+        if not 0 <= number < count:
+            raise BadInput(f"{rows.origin}: the label {label!r} is class {number}; the network knows 0 to {count - 1}.")
+        found.append(number)
     return torch.tensor(found)
 
 
@@ -285,37 +342,48 @@ class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def _train(
-    student: Student, rows: Feeds, classes: Tensor | None, tuning: Tuning, scratch: Path | None, progress: Progress
+    student: Student, ready: Ready, classes: Tensor | None, tuning: Tuning, scratch: Path | None, progress: Progress
 ) -> None:
-    """Let Trainer do it; a state that a killed run left is gone on from."""
-    if not tuning.epochs:
-        return
-    if rows.shared:
-        raise BadInput(f"inputs without an axis of samples ({', '.join(rows.shared)}) cannot be trained with.")
-    if find_spec("accelerate") is None:
-        raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
+    """Let Trainer do it; the state that a killed run of the very same training left is gone on from."""
     from transformers import PrinterCallback
 
-    exact = takes(student.graph.network).rows
-    with _state(scratch, sha256_json([asdict(tuning), rows.fingerprint, student.graph.network.source])) as folder:
-        trainer = _trainer(student, rows, classes, replace(tuning, batch_size=exact or tuning.batch_size), folder)
+    rows, network = ready.rows.calibration, student.graph.network
+    labels = {} if classes is None else {"classes": classes}
+    key = [asdict(tuning), ready.key, rows.fingerprint, network_hash(network), sha256_tensors(labels)]
+    key += [sha256_tensors(student.state_dict()), version("torch"), version("transformers")]
+    exact = takes(network).rows
+    with TemporaryDirectory() as nowhere:
+        folder = Path(nowhere) if scratch is None else scratch / sha256_json(key)[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        how = replace(tuning, batch_size=exact or tuning.batch_size)
+        trainer = _trainer(
+            student, _Rows(rows, classes), how, folder, kept=scratch is not None, exact=exact is not None
+        )
         trainer.add_callback(_callback(progress))
         trainer.pop_callback(PrinterCallback)
-        saved = folder is not None and any(folder.glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=saved or None)
+        trainer.train(resume_from_checkpoint=_newest(folder))
     student.cpu().eval()
     if not all(bool(value.isfinite().all()) for value in student.parameters()):
         raise BadInput(f"--learning-rate {tuning.learning_rate:g} led to NaN or infinity. Give a lower one.")
 
 
-def _trainer(student: Student, rows: Feeds, classes: Tensor | None, tuning: Tuning, folder: Path | None) -> Any:
+def _newest(folder: Path) -> str | None:
+    """The newest state that was written whole; what a killed run left half is removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (path / "trainer_state.json").is_file():  # is written last
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _trainer(student: Student, rows: _Rows, tuning: Tuning, folder: Path, *, kept: bool, exact: bool) -> Any:
     from transformers import Trainer, TrainingArguments
 
     def collated(some: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: stacked([row[name] for row in some]) for name in some[0]}
 
     arguments = TrainingArguments(
-        output_dir=str(folder or "unused"),
+        output_dir=str(folder),
         num_train_epochs=tuning.epochs,
         per_device_train_batch_size=tuning.batch_size,
         learning_rate=tuning.learning_rate,
@@ -323,17 +391,17 @@ def _trainer(student: Student, rows: Feeds, classes: Tensor | None, tuning: Tuni
         warmup_steps=0.1,
         weight_decay=0.01,
         seed=tuning.seed % 2**32,
-        save_strategy="no" if folder is None else "steps",
+        save_strategy="steps" if kept else "no",
         save_steps=STEPS,
         save_total_limit=1,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_drop_last=takes(student.graph.network).rows is not None,
+        dataloader_drop_last=exact,
         use_cpu=not torch.cuda.is_available(),
     )
-    return Trainer(model=student, args=arguments, train_dataset=_Rows(rows, classes), data_collator=collated)
+    return Trainer(model=student, args=arguments, train_dataset=rows, data_collator=collated)
 
 
 def _callback(progress: Progress) -> Any:
@@ -344,15 +412,3 @@ def _callback(progress: Progress) -> Any:
             progress(state.global_step, state.max_steps)
 
     return Told()
-
-
-@contextmanager
-def _state(scratch: Path | None, key: str) -> Iterator[Path | None]:
-    """A folder for the state of this very training, which goes when it has ended well."""
-    if scratch is None:
-        yield None
-        return
-    folder = scratch / key[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(scratch)

@@ -41,22 +41,24 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     Raises: BadInput, InfeasibleBudget.
     """
     merges = choice.merges
-    if TOKENS in choice.kinds:
-        if set(choice.kinds) == {TOKENS}:
-            raise BadInput(
-                "--units tokens needs widths beside it, such as heads,neurons,tokens. To cut none of them, leave out "
-                "--units and give --tokens 0.7 --flops 1."
-            )
+    if set(choice.kinds) == {TOKENS}:
+        raise BadInput(
+            "--units tokens needs widths beside it, such as heads,neurons,tokens. To cut none of them, leave out "
+            "--units and give --tokens 0.7 --flops 1."
+        )
+    if TOKENS in choice.kinds and not merges:
         if choice.allocation != "curves":
             raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
-        merges = merges or schedules(token_stream(ready.layout))[-1]
+        merges = schedules(token_stream(ready.layout))[-1]
     costs = ready.costs_with(merges)
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
-        raise BadInput(
-            f"merging {sum(merges)} tokens takes more multiply-accumulates than it saves: {most:,} instead of "
-            f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
-        )
+        if choice.merges:
+            raise BadInput(
+                f"merging {sum(merges)} tokens takes more multiply-accumulates than it saves: {most:,} instead of "
+                f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
+            )
+        costs = ready.costs
     check_choice(ready.layout, limits_within(costs, limits), choice)
 
 
@@ -77,28 +79,29 @@ def least_error(
     choice: Choice,
     curves: Curves,
     limits: Callable[[tuple[int, ...]], Sequence[Limit]],
+    merges: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[int, ...], Keep]:
     """Return the merges and the kept units of least summed error: of the widths by their curves, of the merges as
     measured with all widths.
 
-    Args: limits: of the widths beside given merges.
+    Args: limits: of the widths beside given merges. merges: those that are tried.
     Raises: InfeasibleBudget: nothing fits.
     """
     found: list[tuple[float, tuple[int, ...], Keep]] = []
     problem: InfeasibleBudget | None = None
-    for merges in schedules(token_stream(ready.layout)):
+    for some in merges:
         try:
-            keep = pick(ready, scores, limits(merges), choice, curves, emptying=not any(merges))
+            keep = pick(ready, scores, limits(some), choice, curves, emptying=not any(some))
         except InfeasibleBudget as err:
             problem = err
             continue
         widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
-        found.append((widths + merge_error(ready, merges), merges, keep))
+        found.append((widths + merge_error(ready, some), some, keep))
     if not found:
         assert problem is not None
         raise problem
-    _, merges, keep = min(found, key=lambda each: each[0])
-    return merges, keep
+    _, chosen, keep = min(found, key=lambda each: each[0])
+    return chosen, keep
 
 
 def merge_error(ready: Ready, merges: tuple[int, ...]) -> float:

@@ -27,13 +27,17 @@ MOVING = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "F
 
 
 def learned(network: Network) -> frozenset[str]:
-    """Return the names of the learned weights; tables that are looked up, such as embeddings, are left as they are."""
-    return frozenset(
-        name
-        for node in network.nodes
-        for place, value in enumerate(node.inputs)
-        if (name := _stored(network, value)) is not None and _learns(network, node, place, name)
-    )
+    """Return the names of the learned weights.
+
+    What is read elsewhere too is none of them, such as embeddings that are looked up and multiplied by.
+    """
+    found, others = set[str](), set[str]()
+    for node in network.nodes:
+        for place, value in enumerate(node.inputs):
+            name = _stored(network, value)
+            if name is not None and node.op not in MOVING:
+                (found if _learns(network, node, place, name) else others).add(name)
+    return frozenset(found - others)
 
 
 def _learns(network: Network, node: Node, place: int, name: str) -> bool:

@@ -57,7 +57,7 @@ class Reading:
             values = _worth(values, outputs[self.masks])
         pictures = values if values.dim() == 4 and self.kind in ("logits", "probabilities") else None
         if self.masks is not None:
-            values = values / values.sum(1, keepdim=True)
+            values = values / values.sum(1, keepdim=True).clamp(min=LEAST)
         if values.dim() == 4:
             values = values.flatten(2).transpose(1, 2)  # (batch, places, classes)
         if values.dim() > 3:
@@ -107,8 +107,9 @@ def reading_of(
 
 def _worth(classes: Tensor, masks: Tensor) -> Tensor:
     """What each class is worth at each place, (batch, classes, height, width)."""
-    sure = classes.softmax(-1)[..., :-1]
-    return torch.einsum("bqc,bqhw->bchw", sure, masks.to(sure.dtype).sigmoid())
+    real = torch.promote_types(classes.dtype, torch.float32)
+    sure = classes.to(real).softmax(-1)[..., :-1]
+    return torch.einsum("bqc,bqhw->bchw", sure, masks.to(real).sigmoid())
 
 
 def _queries(names: Sequence[str], shapes: Mapping[str, Sequence[int] | None]) -> tuple[str, str] | None:
@@ -122,7 +123,7 @@ def _queries(names: Sequence[str], shapes: Mapping[str, Sequence[int] | None]) -
 
 def _kind(network: Network, output: str, shape: Sequence[int] | None) -> Kind:
     maker = _maker(network, output)
-    if shape is not None and len(shape) < 3 and shape[-1:] == (1,):
+    if shape is not None and ((len(shape) < 3 and shape[-1:] == (1,)) or (len(shape) == 4 and shape[1] == 1)):
         return "regression"  # one class alone says nothing
     if maker is not None and maker.op in ("Softmax", "Sigmoid"):
         return "probabilities" if maker.op == "Softmax" else "regression"
