@@ -24,6 +24,9 @@ from optin_deploy.checkpoint.smaller import save
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.networks import cut_by
+from optin_deploy.jobs.pruning import Ready
+from optin_deploy.network.graph import Network
 from optin_deploy.network.sealed import store
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Keep
@@ -112,7 +115,7 @@ def form_at(
     Args: keep: None: the dense network. merges: tokens that are merged in each block.
     """
     ready, dense = prepared.ready, prepared.dense
-    network = ready.network if keep is None else cut(ready.found_merging(merges).layout, keep)
+    network = ready.network if keep is None else _smaller(ready, keep, merges)
     if spec.pool is not None:
         network = pooled(network, spec.pool)
     graph = folder / ("dense.onnx" if keep is None else "model.onnx")
@@ -126,6 +129,13 @@ def form_at(
             module = folder / "model"
             save(smaller.module, smaller.attributes, plan_of(ready.layout, keep or {}), module)
     return Form(graph, network, module, prepared.source.task, dense.longest)
+
+
+def _smaller(ready: Ready, keep: Keep, merges: tuple[int, ...]) -> Network:
+    """A network of these widths, as it would be shipped but for its weights."""
+    if not any(merges):
+        return cut(ready.layout, keep)
+    return cut_by(ready.found, plan_of(ready.layout, keep, merges=merges))[0] if keep else ready.merging(merges)
 
 
 def setting_of(target: Exporter, spec: ExportSpec, feeds: Feeds, *, threads: int) -> dict[str, str | int]:

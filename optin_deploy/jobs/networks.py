@@ -115,17 +115,16 @@ def cut_by(found: Found, plan: NetworkPlan) -> tuple[Network, Proof]:
     return smaller, proof
 
 
-def found_merging(found: Found, merging: Network) -> Found:
-    """Return the groups of a network in the same network with its tokens merged."""
-    return Found(carried(found.layout, find(merging, found.probes).structure), found.probes)
-
-
-def costs_merging(merging: Found, costs: Costs, sizes: Callable[[Found], Mapping[Axis, int]] = lambda _: {}) -> Costs:
+def costs_merging(
+    found: Found, merging: Network, costs: Costs, sizes: Callable[[Found], Mapping[Axis, int]] = lambda _: {}
+) -> Costs:
     """Return what plans cost of a network that merges tokens; what they are compared with merges none.
 
-    Args: costs: of plans that merge none. sizes: finds sizes of axes other than the probe's.
+    Args: merging: the network of `found`, with its tokens merged. costs: of plans that merge none. sizes: finds sizes
+        of axes other than the probe's.
     """
-    counted = costs_of(merging.layout, sizes(merging))
+    layout = carried(found.layout, find(merging, found.probes).structure)
+    counted = costs_of(layout, sizes(Found(layout, found.probes)))
     return replace(costs, macs=replace(counted.macs, base=costs.macs.dense))
 
 

@@ -18,7 +18,7 @@ from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.ports import takes
 from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.jobs.networks import Found, costs_merging, cut_by, found_merging
+from optin_deploy.jobs.networks import Found, costs_merging, cut_by
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of
@@ -96,16 +96,7 @@ class Ready:
         if not any(merges):
             return self.costs
         sizes = partial(sizes_of, rows=self.rows.calibration)
-        return self.kept(("costs", merges), lambda: costs_merging(self.found_merging(merges), self.costs, sizes))
-
-    def found_merging(self, merges: tuple[int, ...]) -> Found:
-        """The network that merges so many tokens in each block, with the groups of this one.
-
-        Raises: BadInput: they cannot be merged.
-        """
-        if not any(merges):
-            return self.found
-        return self.kept(("found", merges), lambda: found_merging(self.found, self.merging(merges)))
+        return self.kept(("costs", merges), lambda: costs_merging(self.found, self.merging(merges), self.costs, sizes))
 
     def merging(self, merges: tuple[int, ...]) -> Network:
         """The network, with so many tokens merged in each block.

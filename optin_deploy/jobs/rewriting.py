@@ -15,7 +15,7 @@ from torch import Tensor
 from optin_deploy.cutting.proof import Proof, difference
 from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput, MissingDependency, ParityFailure
-from optin_deploy.jobs.networks import as_plan, costs_merging, cut_by, find_in, found_merging
+from optin_deploy.jobs.networks import as_plan, costs_merging, cut_by, find_in
 from optin_deploy.jobs.stored import MARK, marked
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file
@@ -77,8 +77,7 @@ def rewrite_file(
         chosen = as_plan(plan, found.layout)
         costs = costs_of(found.layout)
         if any(chosen.merges):
-            merging = found_merging(found, merged(found.layout, chosen.merges, found.probes))
-            costs = costs_merging(merging, costs)
+            costs = costs_merging(found, merged(found.layout, chosen.merges, found.probes), costs)
         chosen = replace(chosen, cost=plan_cost(found.layout, costs, chosen.keep))
     with stage("cut and prove"):
         smaller, proof = cut_by(found, chosen)

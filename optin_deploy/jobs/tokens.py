@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.jobs.pruning import Curves, Ready, pick
-from optin_deploy.jobs.trial import distance
+from optin_deploy.jobs.trial import distance, unseen_error
 from optin_deploy.judging import joined, judged_samples
 from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.tokens import schedule
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.labels import TOKENS
 from optin_deploy.structure.tokens import TokenStream, token_stream
 
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Mean shares of the tokens that are tried."""
+TRIED = 3
+"""Merges that are made and measured, with the widths beside them."""
 
 
 def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
@@ -81,9 +85,10 @@ def least_error(
     limits: Callable[[tuple[int, ...]], Sequence[Limit]],
     merges: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[int, ...], Keep]:
-    """Return the merges and the kept units of least summed error: of the widths by their curves, of the merges as
-    measured with all widths.
+    """Return the merges and the kept units of least error.
 
+    What is expected is a sum: of the widths by their curves, and of the merges as measured with all widths. The few of
+    the least are made and measured as a whole, on samples that their repair has not seen.
     Args: limits: of the widths beside given merges. merges: those that are tried.
     Raises: InfeasibleBudget: nothing fits.
     """
@@ -100,8 +105,11 @@ def least_error(
     if not found:
         assert problem is not None
         raise problem
-    _, chosen, keep = min(found, key=lambda each: each[0])
-    return chosen, keep
+    best = sorted(found, key=lambda each: each[0])[:TRIED]
+    if len(best) == 1:
+        return best[0][1:]
+    errors = [unseen_error(ready, plan_of(ready.layout, keep, merges=some)) for _, some, keep in best]
+    return best[int(np.argmin(errors))][1:]
 
 
 def merge_error(ready: Ready, merges: tuple[int, ...]) -> float:

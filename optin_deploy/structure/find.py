@@ -67,14 +67,14 @@ def signatures(structure: Structure) -> dict[Axis, Signature]:
 def carried(layout: Layout, structure: Structure) -> Layout:
     """Return the groups of a layout as they lie in another structure that holds the same weights.
 
-    Only names, units and leaves are those of the other: enough to count what plans cost, and to cut by.
-    Raises: BadInput: a group is not there, or cannot be cut there.
+    Only names, units and leaves are those of the other: enough to count what plans cost.
+    Raises: BadInput: a group is not there.
     """
     leaves = {_lies(slices, leaf): leaf for leaf, slices in leaf_slices(structure).items()}
     found, groups = leaf_slices(layout.structure), []
     for group in layout.groups:
         leaf = leaves.get(_lies(found[group.leaf.root], group.leaf))
-        if leaf is None or leaf.frozen:
+        if leaf is None:
             raise BadInput(f"{structure.network.source}: the group {group.name!r} cannot be found again in it.")
         groups.append(replace(group, leaf=leaf))
     return Layout(structure, tuple(groups), ())
