@@ -12,7 +12,6 @@ from exporters.job import record_samples
 from optin_deploy.checkpoint.support_files import support_file
 from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.jobs.finetuning import Tuned, Tuning, check, finetune
 from optin_deploy.jobs.pruning import check_plan
 from optin_deploy.jobs.stored import mark, plan_named
 from optin_deploy.network.graph import Network
@@ -24,6 +23,8 @@ from optin_deploy.pooling import POOLED
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.stages import ABOUT, MADE_FROM_MODEL, Prepared, dense_stage, prepare
 from optin_deploy.storage import atomic_file, json_text, read_json, sha256_json, write_json
+from optin_deploy.tuning.finetune import Tuned, check, finetune
+from optin_deploy.tuning.trainer import Tuning
 from optin_deploy.workspace import (
     DENSE,
     MADE_FROM_SCORES,

@@ -1,4 +1,4 @@
-"""Which calibration samples judge, where the others fit a compensation."""
+"""Which calibration samples judge, where the others fit a compensation; and how samples are joined to batches."""
 
 from __future__ import annotations
 

@@ -32,7 +32,6 @@ from exporters.tuning import STATE
 from optin_deploy.budget import Limits
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.finetuning import Tuning, finetune
 from optin_deploy.jobs.pruning import Ready
 from optin_deploy.jobs.trial import distance
 from optin_deploy.network.graph import Network
@@ -44,6 +43,8 @@ from optin_deploy.network.weights import with_weights
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.stages import prepare
+from optin_deploy.tuning.finetune import finetune
+from optin_deploy.tuning.trainer import Tuning
 from optin_deploy.workspace import Source, Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +120,7 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
 
 
 def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
-    monkeypatch.setattr("optin_deploy.jobs.finetuning.STEPS", 2)
+    monkeypatch.setattr("optin_deploy.tuning.trainer.STEPS", 2)
     options = ("--data", labelled(), "--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
     whole = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "whole")
     assert whole.code == 0, whole.err

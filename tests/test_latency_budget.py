@@ -19,7 +19,7 @@ from exporters.base import ExportSpec
 from exporters.bench.points import Point
 from exporters.bench.profiling import measure_table, read_table, table_at, with_held_out
 from exporters.bench.time_budget import Planning
-from exporters.bench.time_rounds import AIM, LEAST, LastWord, Round, judged
+from exporters.bench.time_rounds import AIM, LEAST, MOST, LastWord, Round, judged
 from exporters.bench.yardstick import Yardstick, inputs_of, yardstick
 from exporters.ready import Request, ready
 from optin_deploy.bench.report import Measurement
@@ -246,7 +246,9 @@ def test_a_table_that_is_off_is_corrected_by_measuring(
     limits = Limits(time=TimeTarget("--latency", goal))
     plan, rounds = scored.within(limits, table, scored.yard(slower), allocation)
     assert rounds[0].allowed_ns == pytest.approx(1e6 * AIM * goal, rel=1e-6)
-    assert NEAR[allocation] * goal <= slower(scored.layout, plan.keep) <= goal
+    taken = slower(scored.layout, plan.keep)
+    assert NEAR[allocation] * goal <= taken <= goal
+    assert taken <= MOST * goal or len(rounds) > 1, "so near to the budget, another plan is tried"
 
 
 def test_a_lucky_measurement_is_not_believed(scored: Scored) -> None:

@@ -165,11 +165,18 @@ class Case:
 
         Raises: InfeasibleBudget: none is.
         """
+        return self.ready.merging(self.first_within(flops, merges))
+
+    def first_within(self, flops: float, merges: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        """The first of these merges, ever more, that are within the budget.
+
+        Raises: InfeasibleBudget: none is.
+        """
         every = list(dict.fromkeys(merges))
         first = bisect_left(every, True, key=lambda some: fits(self.limits(flops, some), self.found.layout.units))
         if first == len(every):
             raise InfeasibleBudget(f"{flops:g} of the multiply-accumulates cannot be had by merging tokens alone.")
-        return self.ready.merging(every[first])
+        return every[first]
 
     def product(self, flops: float, allocation: str, *, tokens: bool = False) -> Network:
         """The smaller network, as `optin-export` makes it for ONNX Runtime.
@@ -185,11 +192,13 @@ class Case:
         keep = pick(self.ready, self.scores, self.limits(flops), choice, curves)
         return self.repaired(keep)
 
-    def plan(self, scores: Scores, flops: float, choice: Choice) -> Keep:
-        """What is kept by other scores; unless widths are equal, a bypassed branch may go as a whole."""
+    def plan(self, scores: Scores, flops: float, choice: Choice, merges: tuple[int, ...] = ()) -> Keep:
+        """What is kept by other scores, beside these merges; unless widths are equal or tokens are merged, a bypassed
+        branch may go as a whole.
+        """
         layout, numbers = self.found.layout, {name: values.numpy() for name, values in scores.items()}
-        emptying = () if choice.allocation == "uniform" else emptiable(layout)
-        return choose(layout, numbers, self.limits(flops), choice, emptying=emptying)
+        emptying = () if choice.allocation == "uniform" or any(merges) else emptiable(layout)
+        return choose(layout, numbers, self.limits(flops, merges), choice, emptying=emptying)
 
     def equal_shares(self, scores: Scores, flops: float, align: int = 1) -> Keep:
         """The same share of the units in every group, as a pruning ratio means it; the best units of each.
@@ -203,10 +212,11 @@ class Case:
         self.hear()
         return make(self.ready, plan_of(self.found.layout, keep, merges=merges)).network
 
-    def sliced(self, keep: Keep, network: Network | None = None) -> Network:
+    def sliced(self, keep: Keep, network: Network | None = None, merges: Sequence[int] = ()) -> Network:
         """The smaller network as it is, or with the weights of another."""
         if network is None:
-            return make(self.ready, plan_of(self.found.layout, keep), compensation=False).network
+            plan = plan_of(self.found.layout, keep, merges=merges)
+            return make(self.ready, plan, compensation=False).network
         layout = find(network, self.found.probes)
         smaller = cut(layout, keep)
         prove(layout, keep, smaller, self.found.probes)

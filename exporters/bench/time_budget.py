@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from exporters.bench.profiling import BLOCKS, NS
-from exporters.bench.time_rounds import AIM, LEAST, ROUNDS, Round, as_asked, measured_ms
+from exporters.bench.time_rounds import AIM, LEAST, MOST, ROUNDS, Round, as_asked, measured_ms
 from exporters.bench.yardstick import DENSE, Yardstick
 from optin_deploy.bench.timing import mean_ratio
 from optin_deploy.budget import Limits
@@ -73,9 +73,9 @@ class Planning:
                     again = measured_ms(target, self._yard.against_dense(keep, progress), dense_ms)
                 measured = math.sqrt(measured * again)
             tried.append((Round(allowed, predicted, measured), keep))
-            if LEAST * goal <= measured <= goal:
+            if LEAST * goal <= measured <= MOST * goal:
                 break
-            if measured > goal:  # these widths must not come again, however coarse the steps are
+            if measured > MOST * goal:  # these widths must not come again, however coarse the steps are
                 too_much_ns = min(too_much_ns, math.floor(predicted * NS))
             asked_ms = predicted * AIM * goal / measured
         rounds = [each for each, _ in tried]

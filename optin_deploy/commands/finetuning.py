@@ -55,7 +55,7 @@ def finetune(
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
     from exporters.tuning import Rows, finetune_folder
-    from optin_deploy.jobs.finetuning import Tuning
+    from optin_deploy.tuning.trainer import Tuning
 
     rows = Rows(data, evaluation, samples, text_column, label_column, pair_column)
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")

@@ -182,7 +182,7 @@ class TimeCost:
     """Of the same network: they tell what groups that meet save together."""
     option: str = "--latency"
     base: int | None = None
-    """See `planning.costs.Cost`: nanoseconds of the network that merges no tokens, where the table's does."""
+    """Nanoseconds of the network as it was given, where the table's merges tokens; None: it is the table's."""
 
     @property
     def dense(self) -> int:

@@ -1,0 +1,1 @@
+"""Fine-tuning of cut networks: the only room where anything is trained."""

@@ -1,0 +1,71 @@
+"""Classes that labels name, and a logistic regression on the states of an embedder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.data.labels import class_index
+from optin_deploy.data.rows import Feeds, Label
+from optin_deploy.errors import BadInput
+from optin_deploy.network.run import Program
+from optin_deploy.scoring.reading import Reading
+from optin_deploy.scoring.subject import valid_of
+from optin_deploy.tuning.student import features
+
+PENALTY = 0.02
+"""Weight of the squared entries of a classifier that is fitted to standardised features."""
+
+
+def fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A logistic regression on standardised features, as matrix (classes, hidden) and bias (classes,)."""
+    found = []
+    for batch in rows.batches:
+        with torch.inference_mode():
+            outputs = program({port.name: batch[port.name] for port in program.network.inputs}).outputs
+            found.append(features(outputs, reading, valid_of(batch)).float().cpu())
+    read = torch.cat(found).clone()
+    mean, scale = read.mean(0), read.std(0).clamp(min=1e-6)
+    read = (read - mean) / scale
+    weight = torch.zeros(count, read.shape[1], requires_grad=True)
+    bias = torch.zeros(count, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        total = nn.functional.cross_entropy(read @ weight.T + bias, classes) + PENALTY / 2 * weight.square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    matrix = weight.detach() / scale
+    return matrix, bias.detach() - matrix @ mean
+
+
+def names_of(labels: Sequence[Label]) -> tuple[str, ...]:
+    """Classes by the labels: whole numbers in their order, or words in that of the alphabet."""
+    found = {label for label in labels if isinstance(label, str | int)}
+    if len(found) < 2:
+        raise BadInput(f"labels name {len(found)} classes: a classifier needs two or more.")
+    return tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
+
+
+def classes_of(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
+    """Numbers of the classes, (rows,).
+
+    Raises: BadInput: a row has none, or the network does not know it.
+    """
+    found = []
+    for label in rows.labels:
+        whole = int(label) if isinstance(label, float) and label.is_integer() else label
+        if not isinstance(whole, str | int):
+            raise BadInput(f"{rows.origin}: a row to learn from has no class, but {label!r}. Label all rows, or none.")
+        if names is None and isinstance(whole, str):
+            raise BadInput(f"the label {whole!r} is a name, and the order of the classes is not known: give numbers.")
+        number = class_index(whole, names) if names is not None else int(whole)
+        if not 0 <= number < count:
+            raise BadInput(f"{rows.origin}: the label {label!r} is class {number}; the network knows 0 to {count - 1}.")
+        found.append(number)
+    return torch.tensor(found)

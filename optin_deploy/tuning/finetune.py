@@ -1,0 +1,168 @@
+"""Fine-tune a cut network on rows of one's own: towards its labels, and towards what the dense network gives.
+
+transformers' Trainer does the work. What is trained is the graph itself, so that whatever was cut, merged or repaired
+stays as it is; tables that are looked up, such as embeddings, are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.cutting.proof import NotProven
+from optin_deploy.data.rows import MASK, Feeds
+from optin_deploy.data.text_feeds import ROLES
+from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.jobs.pruning import Ready
+from optin_deploy.network.graph import Network
+from optin_deploy.network.heads import with_classifier
+from optin_deploy.network.learned import learned
+from optin_deploy.network.run import Program
+from optin_deploy.network_quality import NetworkJudge, readouts
+from optin_deploy.progress import Progress, silent
+from optin_deploy.quality import Quality
+from optin_deploy.scoring.reading import Reading
+from optin_deploy.tuning.classifier import classes_of, fitted, names_of
+from optin_deploy.tuning.student import Student
+from optin_deploy.tuning.trainer import Tuning, train
+
+log = logging.getLogger(__name__)
+ALIKE = 1e-3
+"""Most that what is written may differ from what was trained, as a part of the largest output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A trained network, and what it is worth on rows that nothing learned from."""
+
+    network: Network
+    before: Quality
+    """Quality of the cut network before; where classifiers were fitted, with one of its own, as the dense one has."""
+    after: Quality
+    dense: Network
+    """The dense network, with its classifier where one was fitted."""
+    names: tuple[str, ...] | None = None
+    """Classes of a new classifier, in the order of its outputs; None: the network had its own."""
+
+
+def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
+    """Make sure, before the long work, that a network can learn from these rows.
+
+    Raises: BadInput: it cannot; says why. MissingDependency: accelerate is not installed.
+    """
+    rows, reading, source = ready.rows.calibration, ready.subject.reading, smaller.source
+    if tuning.epochs and find_spec("accelerate") is None:
+        raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
+    missing = {*reading.outputs} - {port.name for port in smaller.outputs}
+    if missing:
+        raise BadInput(
+            f"{source} does not give {', '.join(sorted(missing))}, which is compared with the dense network: it has a "
+            "classifier of an earlier fine-tuning. Fine-tune from the folder that it was made of."
+        )
+    if rows.shared:
+        raise BadInput(f"inputs without an axis of samples ({', '.join(rows.shared)}) cannot be trained with.")
+    types = {str(smaller.weights[name].dtype) for name in learned(smaller)} - {"FLOAT", "DOUBLE"}
+    if types or not learned(smaller):
+        told = f"weights of {', '.join(sorted(types))}" if types else "no weights of real numbers"
+        raise BadInput(
+            f"{source} has {told}, in which small steps are lost. Fine-tune the model of a float32 network; `optin "
+            "build --precision fp16` makes its file of 16 bits afterwards."
+        )
+    shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}
+    if len(shapes) > 1 and not any(MASK in batch for batch in rows.batches):
+        raise BadInput(f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step.")
+    labelled = any(label is not None for label in rows.labels)
+    if not tuning.epochs and not (reading.kind == "embedding" and labelled):
+        raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
+    if tuning.distill == 0 and not labelled:
+        raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
+
+
+def finetune(
+    ready: Ready, smaller: Network, tuning: Tuning, *, scratch: Path | None = None, progress: Progress = silent
+) -> Tuned:
+    """Train a cut network.
+
+    Args:
+        ready: the dense network with the rows that teach, and those that judge.
+        smaller: the cut one.
+        scratch: folder in which the state of the training is kept, and gone on from; None: it is not kept.
+
+    Raises: BadInput: see `check`. NonFiniteActivation, NotProven.
+    """
+    check(ready, smaller, tuning)
+    rows = ready.rows.calibration
+    labelled = any(label is not None for label in rows.labels)
+    if ready.subject.reading.kind == "embedding" and labelled:
+        return _with_classifier(ready, smaller, tuning, scratch, progress)
+    before = ready.quality_of(smaller)
+    classes = _known_classes(ready) if labelled else None
+    if classes is None and tuning.distill == 0:
+        raise BadInput(f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out.")
+    distill = 1.0 if classes is None else tuning.distill
+    student = Student(smaller, ready.subject.program, ready.subject.reading, distill)
+    train(student, ready, classes, tuning, scratch, progress)
+    network = student.trained()
+    return Tuned(network, before, ready.quality_of(network), ready.network)
+
+
+def _with_classifier(ready: Ready, smaller: Network, tuning: Tuning, scratch: Path | None, progress: Progress) -> Tuned:
+    """Train a cut embedder with a classifier of the classes that the labels name."""
+    rows, held_out, reading = ready.rows.calibration, ready.rows.held_out, ready.subject.reading
+    assert held_out is not None, "rows that judge were asked for"
+    names = names_of([*rows.labels, *held_out.labels])
+    classes = classes_of(rows, names, len(names))
+    mask = next((port.name for port in smaller.inputs if ROLES.get(port.name.partition(":")[0]) == MASK), None)
+
+    def classifier(network: Network, head: tuple[Tensor, Tensor]) -> Network:
+        return with_classifier(network, reading.output, reading.pooling, mask, head)
+
+    dense = classifier(ready.network, fitted(ready.subject.program, reading, rows, classes, len(names)))
+    logits = Reading(dense.outputs[0].name, "logits")
+    judge = NetworkJudge(readouts(Program(dense), logits, held_out), held_out, names=names, strict=ready.strict)
+
+    def worth(network: Network) -> Quality:
+        return judge.of(readouts(Program(network), Reading(network.outputs[0].name, "logits"), held_out))
+
+    head = fitted(Program(smaller), reading, rows, classes, len(names))
+    student = Student(smaller, ready.subject.program, reading, tuning.distill)
+    student.head = nn.Linear(head[0].shape[1], len(names))
+    with torch.no_grad():
+        student.head.weight.copy_(head[0])
+        student.head.bias.copy_(head[1])
+    probed = classifier(smaller, head)
+    _check_alike(probed, student, rows)
+    before = worth(probed)
+    if not tuning.epochs:
+        return Tuned(probed, before, before, dense, names)
+    train(student, ready, classes, tuning, scratch, progress)
+    network = classifier(student.trained(), (student.head.weight.detach(), student.head.bias.detach()))
+    _check_alike(network, student, rows)
+    return Tuned(network, before, worth(network), dense, names)
+
+
+def _check_alike(network: Network, student: Student, rows: Feeds) -> None:
+    """Raises: NotProven: the graph with its classifier gives something else than what is trained."""
+    for batch in (rows.batches[0], rows.batches[-1]):
+        with torch.no_grad():
+            wanted = student(**batch)["logits"]
+            outputs = Program(network)({port.name: batch[port.name] for port in network.inputs}).outputs
+        found = outputs[network.outputs[0].name]
+        apart = float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1))
+        if not apart <= ALIKE:
+            raise NotProven(f"{network.source}: the classifier's logits differ by {apart:.1e} from the trained ones.")
+
+
+def _known_classes(ready: Ready) -> Tensor | None:
+    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row."""
+    rows, reading = ready.rows.calibration, ready.subject.reading
+    shape = ready.subject.structure.shapes.shape(reading.output)
+    if reading.kind not in ("logits", "probabilities") or shape is None or len(shape) != 2:
+        log.warning("%s: the network puts out no class of a row: it learns from the dense outputs alone", rows.origin)
+        return None
+    return classes_of(rows, ready.names, int(shape[1]))

@@ -1,0 +1,137 @@
+"""How a network is trained, by transformers' Trainer; what was killed goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optin_deploy.data.ports import takes
+from optin_deploy.data.rows import Feeds
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.pruning import Ready
+from optin_deploy.judging import stacked
+from optin_deploy.network.hashing import network_hash
+from optin_deploy.progress import Progress
+from optin_deploy.storage import sha256_json, sha256_tensors
+from optin_deploy.tuning.student import Student
+
+STEPS = 200
+"""The state of a training is kept after so many steps."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how fast, and what pulls."""
+
+    epochs: float = 1.0
+    """0: only a classifier is fitted, where the network has none."""
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    distill: float = 0.5
+    """Weight of the distance to the dense outputs; that of the labels is the rest. Without labels it is all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epochs <= 1000:
+            raise BadInput(f"--epochs {self.epochs:g}: possible are 0 to 1000.")
+        if not 0 < self.learning_rate < 1:
+            raise BadInput(f"--learning-rate {self.learning_rate:g}: give a rate above 0 and below 1, such as 2e-5.")
+        if self.batch_size < 1:
+            raise BadInput(f"--batch-size {self.batch_size}: give 1 or more rows.")
+        if not 0 <= self.distill <= 1:
+            raise BadInput(f"--distill {self.distill:g}: possible are 0 (labels alone) to 1 (the dense outputs alone).")
+
+
+def train(
+    student: Student, ready: Ready, classes: Tensor | None, tuning: Tuning, scratch: Path | None, progress: Progress
+) -> None:
+    """Let Trainer do it; the state that a killed run of the very same training left is gone on from."""
+    from transformers import PrinterCallback
+
+    rows, network = ready.rows.calibration, student.graph.network
+    labels = {} if classes is None else {"classes": classes}
+    key = [asdict(tuning), ready.key, rows.fingerprint, network_hash(network), sha256_tensors(labels)]
+    key += [sha256_tensors(student.state_dict()), version("torch"), version("transformers")]
+    exact = takes(network).rows
+    with TemporaryDirectory() as nowhere:
+        folder = Path(nowhere) if scratch is None else scratch / sha256_json(key)[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        how = replace(tuning, batch_size=exact or tuning.batch_size)
+        trainer = _trainer(
+            student, _Rows(rows, classes), how, folder, kept=scratch is not None, exact=exact is not None
+        )
+        trainer.add_callback(_callback(progress))
+        trainer.pop_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_newest(folder))
+    student.cpu().eval()
+    if not all(bool(value.isfinite().all()) for value in student.parameters()):
+        raise BadInput(f"--learning-rate {tuning.learning_rate:g} led to NaN or infinity. Give a lower one.")
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest state that was written whole; what a killed run left half is removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (path / "trainer_state.json").is_file():  # is written last
+            return str(path)
+        shutil.rmtree(path)
+    return None
+
+
+def _trainer(student: Student, rows: _Rows, tuning: Tuning, folder: Path, *, kept: bool, exact: bool) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    def collated(some: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: stacked([row[name] for row in some]) for name in some[0]}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=tuning.epochs,
+        per_device_train_batch_size=tuning.batch_size,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        seed=tuning.seed % 2**32,
+        save_strategy="steps" if kept else "no",
+        save_steps=STEPS,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=exact,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    return Trainer(model=student, args=arguments, train_dataset=rows, data_collator=collated)
+
+
+def _callback(progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    class Told(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress(state.global_step, state.max_steps)
+
+    return Told()
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows one by one, as Trainer draws them."""
+
+    def __init__(self, rows: Feeds, classes: Tensor | None) -> None:
+        self._rows, self._classes = rows.rows(), classes
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        labels = {} if self._classes is None else {"classes": self._classes[place : place + 1]}
+        return {**self._rows[place], **labels}
