@@ -115,7 +115,8 @@ class Ready:
     @cached_property
     def key(self) -> str:
         """Hash of all that scores, curves and repairs depend on beside their own settings."""
-        reading = asdict(self.subject.reading)
+        # What is not there counts as it did before it could be.
+        reading = {name: value for name, value in asdict(self.subject.reading).items() if value is not None}
         return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
 
     @cached_property
