@@ -455,3 +455,16 @@ def test_a_model_learns_from_scenes(name: str, tmp_path: Path, monkeypatch: pyte
     assert any(not torch.equal(after[each], value) for each, value in before.items())
     assert (folder / "preprocessor_config.json").is_file()
     assert module.trained(name, tmp_path) == folder
+
+
+def test_fewer_samples_judge_where_outputs_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, _ = queries()
+    scores = {group.name: -torch.arange(group.units).double() for group in subject.layout.groups}
+    batches = [{"pixels": torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(2))} for _ in range(20)]
+    monkeypatch.setattr("optin_deploy.planning.unit_curves.ROWS", 16)
+    whole = unit_curves(subject, scores, batches, kinds=("neurons",))
+    monkeypatch.setattr("optin_deploy.planning.unit_curves.MOST_HELD", 1)
+    some = unit_curves(subject, scores, batches, kinds=("neurons",))
+    for name, curve in whole.items():
+        assert some[name].errors != curve.errors
+        assert some[name].errors[0] == pytest.approx(curve.errors[0], rel=0.5)

@@ -154,12 +154,12 @@ class Merging:
         return self._slice(gap, self._put(gap, "Shape", tokens), 0, 1, 0)
 
     def _sorted(self, gap: ir.Node, places: ir.Value, count: int) -> ir.Value:
-        values, _ = self._top(gap, self._put(gap, "Cast", places, to=int(ir.DataType.FLOAT)), count, largest=0)
+        values, _ = self._top(gap, self._put(gap, "Cast", places, to=int(ir.DataType.INT32)), count, largest=0)
         return self._put(gap, "Cast", values, to=int(ir.DataType.INT64))
 
     def _inverse(self, gap: ir.Node, order: ir.Value, count: int) -> ir.Value:
         """Where each number stands in an order: what sorts it."""
-        return self._top(gap, self._put(gap, "Cast", order, to=int(ir.DataType.FLOAT)), count, largest=0)[1]
+        return self._top(gap, self._put(gap, "Cast", order, to=int(ir.DataType.INT32)), count, largest=0)[1]
 
     def _top(
         self, gap: ir.Node, value: ir.Value, count: int, *, axis: int = 1, largest: int = 1

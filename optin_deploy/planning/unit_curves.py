@@ -33,6 +33,9 @@ from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, reach
 
+MOST_HELD = 2**30
+"""Bytes of dense outputs that are kept; where they are more, as of large pictures, fewer samples judge."""
+
 
 def unit_curves(
     subject: Subject,
@@ -102,15 +105,20 @@ class _Bench:
         self.products = {group.name: list(_products(subject.structure, group)) for group in groups}
         network = apart(subject.structure.network, [alike for uses in self.products.values() for _, alike in uses])
         self.program = Program(network, device=subject.program.device, dtype=subject.program.dtype)
-        self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
-        self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
         self.dense: list[Readout] = []
         self.beside: list[Mapping[str, Tensor]] = []
         """Outputs that are read together: a group may change one of them alone."""
+        held = 0
         for batch in self.judged:
             found, read = self.program(subject.fed(batch)).outputs, subject.reading.outputs
             self.dense.append(replace(subject.read(found, valid_of(batch)), pictures=None))
             self.beside.append({name: found[name] for name in read} if len(read) > 1 else {})
+            held += sum(value.nbytes for value in (self.dense[-1].values, *self.beside[-1].values()))
+            if held > MOST_HELD:
+                break
+        self.judged = self.judged[: len(self.dense)]
+        self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
+        self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
 
     def curve(self, group: UnitGroup, order: Tensor) -> Curve:
         """The errors of a group that keeps its first units in this order."""
