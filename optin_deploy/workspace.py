@@ -218,7 +218,7 @@ class Workspace:
 
         Raises: BadInput.
         """
-        if (self.root / TUNED).is_file():
+        if self.record.owns(self.root / TUNED):
             raise BadInput(
                 f"{self.root} holds a fine-tuned model, which would be lost. Use another folder; to train it again, "
                 "`optin finetune` in the folder that it was made of."

@@ -104,7 +104,7 @@ class Scored:
     def yard(self, clock: Clock, *, batch: int = 1) -> FormulaYard:
         feeds, nowhere = inputs_of(self.prepared).feeds(Point(batch)), Path("never-opened")
         return FormulaYard(
-            self.prepared, exporter("onnx"), ExportSpec(), Point(batch), 1, feeds, nowhere, nowhere, clock
+            self.prepared, exporter("onnx"), ExportSpec(), Point(batch), 1, feeds, nowhere, nowhere, clock=clock
         )
 
     def cost(self, table: LatencyTable) -> TimeCost:
