@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
     parser.add_argument("--cells", type=Path, default=Path("out/accuracy"), help="keeps the finished cells")
+    parser.add_argument("--name", help="of the page, accuracy_NAME, where not all usual methods are asked for")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     if options.glue and not options.model:
@@ -88,6 +89,7 @@ def main() -> None:
         if not options.glue and options.tasks == GATE
         else f"accuracy_{'_'.join(dict.fromkeys(t for t, *_ in found))}"
     )
+    name = f"accuracy_{options.name}" if options.name else name
     folder = RESULTS if options.record else options.cells
     write_result(folder, name, data, text, command)
     draw(found, folder / f"{name}.png")
