@@ -33,6 +33,7 @@ BASES: dict[str, list[tuple[object, ...]]] = {
     ],
     "sweep": [(finished_job,)],
     "rewrite": [(finished_job,)],
+    "finetune": [(finished_job, "--data", labelled, "--out", "tuned")],
     "build": [(finished_job,)],
     "bench": [(finished_job,)],
     "gate": [(lambda: finished_job() / "model.onnx", finished_job)],
@@ -80,7 +81,7 @@ VALUES = st.one_of(
 FILES = st.sampled_from(
     ["absent.json", "absent/x.html", ".", "", "a\x00b", "x" * 300, "page.html", "{lines}", "{labelled}"]
 )
-OF_FILES = ("--calibration", "--eval", "--latency-table", "--timing-cache", "--out", "--suite", "--pin")
+OF_FILES = ("--calibration", "--data", "--eval", "--latency-table", "--timing-cache", "--out", "--suite", "--pin")
 """Values of options that name files: text of any kind could name a file of this machine."""
 
 
