@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
 from optin_deploy.data.label_order import check_order
-from optin_deploy.data.labels import class_index
+from optin_deploy.data.labels import class_number
 from optin_deploy.data.rows import MASK, Batch, Feeds, Label, rows_of
 from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.network.run import Program
@@ -196,18 +196,7 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
         return label.clamp(min=-1).masked_fill(label < 0, UNKNOWN)
     if positions > 1:
         raise BadInput(f"the label {label!r} is one for a row, and the network puts out {positions} positions.")
-    if isinstance(label, float):
-        if not label.is_integer():
-            raise BadInput(f"the label {label} is no class.")
-        label = int(label)
-    if names is not None and len(names) != note.classes:
-        names = None
-    if names is None and isinstance(label, str):
-        raise BadInput(
-            f"the label {label!r} is a name, and the order of the classes is not known: give their numbers (0 to"
-            f" {note.classes - 1}), or config.json with id2label beside the network."
-        )
-    return torch.tensor([class_index(label, names or [f"class {i}" for i in range(note.classes)])])
+    return torch.tensor([class_number(label, names, note.classes)])
 
 
 def _ordered(values: Tensor, batch: Batch) -> Tensor:

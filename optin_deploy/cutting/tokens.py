@@ -60,7 +60,9 @@ def merged(
     used = _used(merges)
     order = np.random.default_rng(0)
     places = [order.permutation(stream.tokens) for _ in used]
-    _prove_alike(layout.structure.network, broken(layout, stream, used, places).network, probes)
+    moved = broken(layout, stream, used, places).network
+    why = "its tokens change places: it treats them by where they stand, as with relative positions or windows"
+    _prove_same(layout.structure.network, moved, probes, why)
     result = _made(layout, stream, merges, probes)
     _check_runs(layout.structure.network, result, probes)
     _prove_weighed(layout, stream, used[0], probes)
@@ -159,14 +161,13 @@ def _picked(editor: Editor, name: str, places: np.ndarray) -> str:
     return picked.name
 
 
-def _prove_alike(network: Network, permuted: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raises: BadInput: outputs depend on where tokens stand in the stream."""
-    worst = _furthest(network, permuted, probes)
+def _prove_same(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]], why: str) -> None:
+    """Raises: BadInput: outputs differ in float64; `why` ends the sentence that says how much."""
+    worst = _furthest(network, changed, probes)
     if not worst <= TOLERANCE:
         raise BadInput(
-            f"{network.source}: outputs change by {worst:.1e} of the largest one when its tokens change places: it "
-            "treats them by where they stand, as with relative positions or windows, and tokens cannot be merged. "
-            "Leave out --tokens."
+            f"{network.source}: outputs change by {worst:.1e} of the largest one when {why}, and tokens cannot be "
+            "merged. Leave out --tokens."
         )
 
 
@@ -198,13 +199,11 @@ def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequ
     merging = replace(stream, blocks=tuple(blocks))
     structure = walk(double, all_shapes(double, probes[0]))
     result = _made(Layout(structure, (), ()), merging, merges, probes, np.eye(stream.tokens, dtype=np.float32)[places])
-    worst = _furthest(double, result, probes)
-    if not worst <= TOLERANCE:
-        raise BadInput(
-            f"{network.source}: outputs change by {worst:.1e} of the largest one when tokens that are equal become one "
-            "that stands for them: something between its blocks does not count how many a token stands for, such as "
-            "a mean of the tokens, and they cannot be merged. Leave out --tokens."
-        )
+    why = (
+        "tokens that are equal become one that stands for them: something between its blocks does not count how many a "
+        "token stands for, such as a mean of the tokens"
+    )
+    _prove_same(double, result, probes, why)
 
 
 def doubled(stream: TokenStream) -> np.ndarray:

@@ -27,6 +27,26 @@ def classifies(model: nn.Module) -> bool:
     return "Classification" in type(model).__name__ and several
 
 
+def class_number(label: str | float, names: Sequence[str] | None, count: int) -> int:
+    """The output of a network that a label stands for.
+
+    Args: names: of the classes, in their order; used where there are as many as outputs. count: of the outputs.
+    Raises: BadInput: no such class.
+    """
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise BadInput(f"the label {label} is no class.")
+        label = int(label)
+    if names is not None and len(names) != count:
+        names = None
+    if names is None and isinstance(label, str):
+        raise BadInput(
+            f"the label {label!r} is a name, and the order of the classes is not known: give their numbers (0 to"
+            f" {count - 1}), or config.json with id2label beside the network."
+        )
+    return class_index(label, names or [f"class {i}" for i in range(count)])
+
+
 def class_index(label: str | int | None, names: Sequence[str]) -> int:
     """The output that a label stands for: the class of that name, or of that number where names are no numbers.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.labels import class_index
+from optin_deploy.data.labels import class_number
 from optin_deploy.data.rows import Feeds, Label
 from optin_deploy.errors import BadInput
 from optin_deploy.network.run import Program
@@ -59,13 +59,7 @@ def classes_of(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
     """
     found = []
     for label in rows.labels:
-        whole = int(label) if isinstance(label, float) and label.is_integer() else label
-        if not isinstance(whole, str | int):
+        if not isinstance(label, str | int | float):
             raise BadInput(f"{rows.origin}: a row to learn from has no class, but {label!r}. Label all rows, or none.")
-        if names is None and isinstance(whole, str):
-            raise BadInput(f"the label {whole!r} is a name, and the order of the classes is not known: give numbers.")
-        number = class_index(whole, names) if names is not None else int(whole)
-        if not 0 <= number < count:
-            raise BadInput(f"{rows.origin}: the label {label!r} is class {number}; the network knows 0 to {count - 1}.")
-        found.append(number)
+        found.append(class_number(label, names, count))
     return torch.tensor(found)

@@ -46,14 +46,10 @@ class Student(nn.Module):
         loss = torch.zeros((), device=found.values.device)
         if self._distill:
             loss = loss + self._distill * self._distance(batch, valid, found, outputs)
-        logits = found.values.flatten(1) if self.head is None else self.head(self.pooled(outputs, valid))
+        logits = found.values.flatten(1) if self.head is None else self.head(features(outputs, self._reading, valid))
         if classes is not None and self._distill < 1:
             loss = loss + (1 - self._distill) * nn.functional.cross_entropy(logits, classes)
         return {"loss": loss, "logits": logits}
-
-    def pooled(self, outputs: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
-        """Return what a classifier reads, (rows, hidden)."""
-        return features(outputs, self._reading, valid)
 
     def trained(self) -> Network:
         """Return the graph with the weights that it has now."""
