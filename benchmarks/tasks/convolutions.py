@@ -1,0 +1,179 @@
+"""CIFAR-10 for convolutional networks: a ResNet-18 that learns it from nothing, and an EfficientNet-Lite0 fine-tuned.
+
+Both learn from four of the five sheets of training images; the fifth calibrates, the test batch judges.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.tasks.images import (
+    CALIBRATION,
+    CALIBRATION_SHEET,
+    CLASSES,
+    DEVIATION,
+    MEAN,
+    PER_SHEET,
+    TEST_SHEET,
+    TRAINING_SHEETS,
+    photographs,
+)
+from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Training, train
+from benchmarks.zoo.models import efficientnet_module
+from optin_deploy.data.samples import Sample
+from optin_deploy.progress import Progress, silent
+from optin_deploy.storage import atomic_folder, sha256_json
+from optin_deploy.terminal import stage_bar
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """How a network is trained; part of the trained network's folder name."""
+
+    model: str
+    image_size: int
+    """Pixels that the 32 are scaled to."""
+    train: tuple[str, ...] = TRAINING_SHEETS[:4]
+    """Sheets that it learns from."""
+    batch_size: int = 64
+    shift: float = 1 / 8
+    """Images are moved by chance by up to this part of their side, and mirrored."""
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "resnet": Recipe(model="resnet", image_size=64, epochs=10, learning_rate=1e-3),
+    "efficientnet": Recipe(
+        model="efficientnet", image_size=96, epochs=1, learning_rate=5e-4, train=TRAINING_SHEETS[:2]
+    ),
+}
+
+
+def cifar10_resnet(cache: Path) -> Task:
+    """32 x 32 photographs of ten things: which? By a ResNet-18."""
+    return _task("resnet", cache)
+
+
+def cifar10_efficientnet(cache: Path) -> Task:
+    """The same, by MobileNetV2's blocks: an EfficientNet-Lite0 with its weights of ImageNet to begin with."""
+    return _task("efficientnet", cache)
+
+
+def _task(name: str, cache: Path) -> Task:
+    recipe = RECIPES[name]
+    model, processor = trained(recipe, cache), processor_of(recipe.image_size)
+    unseen = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
+    calibration, test = unseen[:CALIBRATION], unseen[PER_SHEET:]
+    random.Random(recipe.seed).shuffle(test)
+    return Task(f"cifar10-{name}", model, processor, tuple(calibration), tuple(test), 1)
+
+
+def trained(recipe: Recipe, cache: Path) -> nn.Module:
+    """The network in evaluation mode; trained unless `cache` has its weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = cache / f"cifar10-{recipe.model}-{sha256_json(asdict(recipe))[:8]}"
+    torch.manual_seed(recipe.seed)
+    model = MODELS[recipe.model]()
+    if not folder.exists():
+        with stage_bar(f"train {recipe.model}") as progress:
+            learn(model, photographs(cache, recipe.train), recipe, progress=progress)
+        with atomic_folder(folder) as temporary:
+            save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary / WEIGHTS)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval()
+
+
+def resnet() -> nn.Module:
+    """ResNet-18 of transformers."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic",
+        id2label=dict(enumerate(CLASSES)),
+    )  # fmt: skip
+    return ResNetForImageClassification(config)
+
+
+class Classifier(nn.Module):
+    """A network that puts out logits alone, called as those of transformers are."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Logits of images, (rows, classes)."""
+        return {"logits": self.network(pixel_values)}
+
+
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 with a new last layer."""
+    network: Any = efficientnet_module()
+    network._fc = nn.Linear(network._fc.in_features, len(CLASSES))
+    return Classifier(network)
+
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {"resnet": resnet, "efficientnet": efficientnet}
+
+
+def processor_of(image_size: int) -> Any:
+    """Scales images and their colours."""
+    from transformers import ViTImageProcessor
+
+    size = {"height": image_size, "width": image_size}
+    return ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
+
+
+def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progress: Progress = silent) -> None:
+    """Train all weights, in bfloat16 where that is safe; images are moved and mirrored by chance."""
+    draw = random.Random(recipe.seed)
+    model.to(memory_format=torch.channels_last)
+    images, labels = _scaled(samples, recipe.image_size), torch.tensor([sample.label for sample in samples])
+    orders = [draw.sample(range(len(samples)), len(samples)) for _ in range(recipe.epochs)]
+    parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
+    mean, deviation = (torch.tensor(some).reshape(3, 1, 1) for some in (MEAN, DEVIATION))
+    span = round(recipe.shift * recipe.image_size)
+
+    def drawn() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        for part in parts:
+            moved = torch.stack([_moved(images[index], span, draw) for index in part])
+            yield {"pixel_values": (moved / 255 - mean) / deviation}, labels[part]
+
+    train(model, drawn(), len(parts), recipe, loss=_loss, progress=progress)
+    model.to(memory_format=torch.contiguous_format)
+
+
+def _loss(model: nn.Module, batch: tuple[Mapping[str, Tensor], Tensor]) -> Tensor:
+    inputs, labels = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(pixel_values=inputs["pixel_values"].to(memory_format=torch.channels_last))["logits"]
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+def _scaled(samples: Sequence[Sample], size: int) -> Tensor:
+    """Images as the processor scales them, (images, 3, size, size) of bytes."""
+    from PIL import Image
+
+    images: list[Any] = [sample.image for sample in samples]
+    pixels = np.stack([np.asarray(each.resize((size, size), Image.Resampling.BICUBIC)) for each in images])
+    return torch.from_numpy(pixels).movedim(-1, 1)
+
+
+def _moved(image: Tensor, span: int, draw: random.Random) -> Tensor:
+    """Moved by up to `span` pixels each way, with what it shows at its edges mirrored, and mirrored as a whole or not."""
+    size = image.shape[-1]
+    down, right = draw.randint(0, 2 * span), draw.randint(0, 2 * span)
+    padded = nn.functional.pad(image[None].float(), [span] * 4, mode="reflect")[0]
+    part = padded[:, down : down + size, right : right + size]
+    return part.flip(-1) if draw.random() < 0.5 else part
