@@ -22,7 +22,7 @@ from pathlib import Path
 import onnx
 
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import ABLATIONS, METHODS, OF_IMAGES, ONE_SEED, Method
+from benchmarks.accuracy.methods import ABLATIONS, METHODS, ONE_SEED, Method, fits
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, write_result
@@ -109,7 +109,7 @@ def asked(task: Task, seeds: Sequence[int], methods: Sequence[str], budgets: Seq
     return [
         (task.name, seed, method, flops)
         for seed, method, flops in product(seeds, methods, budgets)
-        if (task.test[0].image is not None or method not in OF_IMAGES) and (method not in ONE_SEED or seed == seeds[0])
+        if fits(method, task) and (method not in ONE_SEED or seed == seeds[0])
     ]
 
 
@@ -130,7 +130,7 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
             continue
         if time.monotonic() > end and method != DENSE:
             continue
-        read = read or find_in(task.model)
+        read = read or find_in(task.model, task.inputs)
         if seed not in cases and method != DENSE:
             cases[seed] = made_case(task, read, seed, rows, path.with_name(f"scores-seed{seed}.safetensors"))
         try:

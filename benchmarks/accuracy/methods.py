@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 
 from benchmarks.accuracy.case import ENGINE, Case, Scores
+from benchmarks.accuracy.convolutions import torch_pruning
 from benchmarks.accuracy.kwon import rearranged, tuned
 from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.scoring.rivals import magnitude, random, squared, torch_pruning_taylor
+from benchmarks.tasks import Task
 from exporters import exporter
 from optin_deploy.data.rows import MASK
 from optin_deploy.errors import InfeasibleBudget
@@ -135,6 +137,8 @@ METHODS: dict[str, Method] = {
     "OPTIN, tokens": optin_with_tokens,
     "Kwon et al.": kwon,
     "Taylor (Torch-Pruning)": partial(rival, "taylor"),
+    "Torch-Pruning, Taylor": partial(torch_pruning, "taylor"),
+    "Torch-Pruning, L1": partial(torch_pruning, "l1"),
     "magnitude": partial(rival, "magnitude"),
     "random": partial(rival, "random"),
     "Fisher + ours": partial(rival_compensated, "fisher"),
@@ -147,13 +151,24 @@ PEERS = (
     "OPTIN, tokens",
     "Kwon et al.",
     "Taylor (Torch-Pruning)",
+    "Torch-Pruning, Taylor",
+    "Torch-Pruning, L1",
     "magnitude",
     "random",
 )
 """As published; the others are ours or hold parts of ours."""
 OF_IMAGES = ("ours, tokens", "ours, tokens alone", "Token Merging", "OPTIN, tokens")
 """Only where the number of tokens is fixed."""
+OF_CONVOLUTIONS = ("ours", "ours, uniform", "onnxsim", "OPTIN", "Torch-Pruning, Taylor", "Torch-Pruning, L1")
+"""Of convolutional networks; Torch-Pruning's own pruner is tried on no others."""
 ONE_SEED = ("onnxsim",)
 """Only the first calibration seed: minutes a cell."""
 ABLATIONS = ("Fisher + ours", "random + ours")
 """What the score alone is worth; only on demand."""
+
+
+def fits(method: str, task: Task) -> bool:
+    """Whether a method is for such a network."""
+    if task.inputs is not None:
+        return method in OF_CONVOLUTIONS
+    return not method.startswith("Torch-Pruning") and (method not in OF_IMAGES or task.test[0].image is not None)

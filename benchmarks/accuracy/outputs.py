@@ -39,3 +39,9 @@ def outputs_of(
         found = [session.run([output], {name: batch[name] for name in names})[0] for batch in fed]
     rows = [len(next(iter(batch.values()))) for batch in batches]
     return torch.cat([torch.from_numpy(each[:count]) for each, count in zip(found, rows, strict=True)])
+
+
+def divergence(dense: Tensor, given: Tensor) -> float:
+    """Mean over rows, of logits."""
+    p, q = (values.double().log_softmax(-1) for values in (dense, given))
+    return float((p.exp() * (p - q)).sum(-1).mean())

@@ -10,11 +10,9 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from benchmarks.accuracy.__main__ import made_case
 from benchmarks.accuracy.case import OUTPUT
-from benchmarks.accuracy.outputs import outputs_of
+from benchmarks.accuracy.outputs import divergence, outputs_of
 from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.tasks import TASKS
 from optin_deploy.jobs.networks import find_in
@@ -30,7 +28,7 @@ def main() -> None:
     quiet_libraries()
     for name in parser.parse_args().tasks:
         task = TASKS[name](Path("out/tasks"))
-        case = made_case(task, find_in(task.model), SEED, min(ROWS, len(task.calibration) // 2))
+        case = made_case(task, find_in(task.model, task.inputs), SEED, min(ROWS, len(task.calibration) // 2))
         dense = outputs_of(case.found.network, OUTPUT, case.batches, case.seq_len)
         found = []
         for wanda, norm, everywhere in product((False, True), ("l2", "l1"), (False, True)):
@@ -39,12 +37,6 @@ def main() -> None:
             found.append((divergence(dense, given), str(ranking)))
             print(name, *found[-1], flush=True)
         print(name, "best:", *min(found), flush=True)
-
-
-def divergence(dense: torch.Tensor, given: torch.Tensor) -> float:
-    """Mean over rows, of logits."""
-    p, q = (values.double().log_softmax(-1) for values in (dense, given))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 if __name__ == "__main__":

@@ -71,11 +71,13 @@ def cifar10_efficientnet(cache: Path) -> Task:
 
 def _task(name: str, cache: Path) -> Task:
     recipe = RECIPES[name]
-    model, processor = trained(recipe, cache), processor_of(recipe.image_size)
+    size = recipe.image_size
+    model, processor = trained(recipe, cache), processor_of(size)
     unseen = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
     calibration, test = unseen[:CALIBRATION], unseen[PER_SHEET:]
     random.Random(recipe.seed).shuffle(test)
-    return Task(f"cifar10-{name}", model, processor, tuple(calibration), tuple(test), 1)
+    inputs = {"pixel_values": torch.zeros(2, 3, size, size)}
+    return Task(f"cifar10-{name}", model, processor, tuple(calibration), tuple(test), 1, inputs)
 
 
 def trained(recipe: Recipe, cache: Path) -> nn.Module:
@@ -138,7 +140,7 @@ def processor_of(image_size: int) -> Any:
 def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progress: Progress = silent) -> None:
     """Train all weights, in bfloat16 where that is safe; images are moved and mirrored by chance."""
     draw = random.Random(recipe.seed)
-    model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _scaled(samples, recipe.image_size), torch.tensor([sample.label for sample in samples])
     orders = [draw.sample(range(len(samples)), len(samples)) for _ in range(recipe.epochs)]
     parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
@@ -151,7 +153,6 @@ def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progre
             yield {"pixel_values": (moved / 255 - mean) / deviation}, labels[part]
 
     train(model, drawn(), len(parts), recipe, loss=_loss, progress=progress)
-    model.to(memory_format=torch.contiguous_format)
 
 
 def _loss(model: nn.Module, batch: tuple[Mapping[str, Tensor], Tensor]) -> Tensor:
@@ -171,7 +172,7 @@ def _scaled(samples: Sequence[Sample], size: int) -> Tensor:
 
 
 def _moved(image: Tensor, span: int, draw: random.Random) -> Tensor:
-    """Moved by up to `span` pixels each way, with what it shows at its edges mirrored, and mirrored as a whole or not."""
+    """Moved by up to `span` pixels each way, what it shows at its edges repeated; mirrored or not."""
     size = image.shape[-1]
     down, right = draw.randint(0, 2 * span), draw.randint(0, 2 * span)
     padded = nn.functional.pad(image[None].float(), [span] * 4, mode="reflect")[0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from scipy.stats import spearmanr
-from torch import nn
+from torch import Tensor, nn
 
 from optin_deploy.data.image_feeds import image_feeds, image_input
 from optin_deploy.data.ports import Takes
@@ -35,6 +36,8 @@ class Task:
     """For judging alone."""
     seq_len: int
     """Tokens at which texts are cut; of an image."""
+    inputs: Mapping[str, Tensor] | None = None
+    """By which a convolutional network is read; transformers' encoders say themselves what they take."""
 
     def batches(self, samples: Sequence[Sample], *, seq_len: int | None = None) -> Feeds:
         """As the model takes them, labels in the order of their rows."""
@@ -59,7 +62,8 @@ def images_of(model: nn.Module, samples: Sequence[Sample], processor: Any, *, ba
 
 
 def _takes(model: nn.Module, dtype: ir.DataType, *shape: int | str) -> Takes:
-    ports = {name: Port(name, dtype, shape) for name in input_names(model)}
+    names = input_names(model) if hasattr(model, "config") else signature(model.forward).parameters
+    ports = {name: Port(name, dtype, shape) for name in names}
     return Takes(type(model).__name__, ports, None, (), {})
 
 
