@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.network.examples import IMAGE_SIZE as ANY_SIZE
 from optin_deploy.network.examples import SERVED_SIZE as IMAGE_SIZE
 
 LOGITS = ("Classification", "CausalLM", "MaskedLM", "LMHead")
@@ -54,16 +53,6 @@ def example_inputs(model: nn.Module, *, batch: int, seq_len: int, seed: int = 0)
         "token_type_ids": torch.zeros(batch, seq_len, dtype=torch.long),
     }
     return {name: values[name] for name in names}
-
-
-def set_image_size(config: Any, height: int, width: int) -> None:
-    """Note in the config the size that the image processor makes, if it is not the size the model was built for.
-
-    DINOv2 checkpoints are built for 518 pixels and served at 224; everything is counted and measured as served.
-    """
-    size = getattr(config, "image_size", None) or ANY_SIZE
-    if [height, width] != (list(size) if isinstance(size, (tuple, list)) else [size, size]):
-        setattr(config, IMAGE_SIZE, [height, width])
 
 
 def config_settings(model: nn.Module) -> dict[str, Any]:

@@ -103,12 +103,13 @@ def _rows(dense: Dense, source: Source) -> Halves:
     pixels = None
     if source.mean is not None or source.std is not None:
         pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
-    explicit = pixels is not None or source.image_size is not None
+    size = source.image_size if source.is_file or pixels is not None else None  # the model's own processor knows it
+    explicit = pixels is not None or size is not None
     preparation = Preparation(
         tokenizer=source.tokenizer or dense.tokenizer,
         preprocessor=source.preprocessor or (None if explicit else dense.processor),
         pixels=pixels,
-        image_size=source.image_size,
+        image_size=size,
         seq_len=dense.seq_len(source.seq_len),
         text_column=source.text_column,
         label_column=source.label_column,

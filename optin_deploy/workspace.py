@@ -91,7 +91,9 @@ class Source:
     preprocessor: str | None = None
     """Folder, preprocessor_config.json or hub id; None = what lies beside the network."""
     image_size: tuple[int, int] | None = None
-    """Height and width, where the network leaves them free."""
+    """Height and width, where an ONNX file leaves them free; a transformers model is exported for them."""
+    any_size: bool = False
+    """Height and width stay free in the export of a transformers model."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     """Of channels, in place of a preprocessor: pixels become (pixel / 255 - mean) / std."""

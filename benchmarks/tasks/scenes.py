@@ -1,6 +1,7 @@
-"""Segmentation: shapes cut out of photographs, pasted on other photographs; and small models that learn their places.
+"""Segmentation: shapes cut out of photographs, before others out of focus; and small models that learn their places.
 
-Nothing but the outline tells a shape from its ground: both show pieces of CIFAR-10's photographs.
+All show pieces of CIFAR-10's photographs, as the ground does. Shapes are tinted, and two share a tint: these two are
+told apart by their outlines alone.
 """
 
 from __future__ import annotations
@@ -23,12 +24,22 @@ from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
 
 SIDE = 128
-SHAPES = ("disc", "square", "triangle", "cross", "ring", "star")
+SHAPES: Mapping[str, str] = {
+    "disc": "crimson", "ring": "crimson", "square": "seagreen", "cross": "seagreen",
+    "triangle": "royalblue", "star": "royalblue",
+}  # fmt: skip
+"""Colours by outline."""
+TINT = 0.5
+"""How much of its colour a shape has; the rest is the photograph's."""
 NAMES = ("ground", *SHAPES)
 """Classes, in the order of their numbers."""
 IGNORED = 255
-SPAN = (36, 76)
+SPAN = (40, 84)
 """Pixels across a shape."""
+BLUR = 5
+"""Pixels over which the ground is blurred."""
+DRAWN = (dict(SHAPES), SIDE, SPAN, BLUR, TINT)
+"""What scenes look like; part of the names of folders."""
 PARTS: Mapping[str, int] = {"training": 512, "validation": 256}
 """Scenes for calibration and for judging; models learn from others."""
 SHEETS: Mapping[str, str] = {"learning": "data_batch_1", "training": "data_batch_5", "validation": "test_batch"}
@@ -40,33 +51,36 @@ class Recipe(Training):
     """How a model is trained; part of the trained model's folder name."""
 
     model: str
-    scenes: int = 3000
+    scenes: int = 4000
     """Drawn once, seen in every epoch."""
-    epochs: int = 10
+    epochs: int = 12
     learning_rate: float = 1e-3
     batch_size: int = 16
 
 
 RECIPES: Mapping[str, Recipe] = {
     "segformer": Recipe(model="segformer"),
-    "mask2former": Recipe(model="mask2former", learning_rate=5e-4),
+    "mask2former": Recipe(model="mask2former", learning_rate=5e-4, epochs=9),
 }
 
 
 def scenes(part: str, count: int, cache: Path) -> Iterator[tuple[Any, np.ndarray]]:
     """Pictures, each with the class of every pixel, (SIDE, SIDE); seeded by the name of the part."""
-    from PIL import Image
+    from PIL import Image, ImageFilter, ImageOps
 
     draw = random.Random(part)
     photos: list[Any] = [sample.image for sample in photographs(cache, [SHEETS[part]])]
     for _ in range(count):
-        scene = draw.choice(photos).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        ground = draw.choice(photos).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        scene = ground.filter(ImageFilter.GaussianBlur(BLUR))
         classes = np.zeros((SIDE, SIDE), np.uint8)
         for _ in range(draw.randint(2, 4)):
             span, number = draw.randint(*SPAN), draw.randint(1, len(SHAPES))
-            inside = outline(SHAPES[number - 1], span, draw.uniform(0, 2 * np.pi))
+            shape = NAMES[number]
+            inside = outline(shape, span, draw.uniform(0, 2 * np.pi))
             left, top = (draw.randint(0, SIDE - span) for _ in range(2))
             piece = draw.choice(photos).resize((span, span), Image.Resampling.BICUBIC)
+            piece = Image.blend(piece, ImageOps.colorize(piece.convert("L"), "black", "white", SHAPES[shape]), TINT)
             scene.paste(piece, (left, top), Image.fromarray(np.uint8(255 * inside)))
             classes[top : top + span, left : left + span][inside] = number
         yield scene, classes
@@ -90,7 +104,7 @@ def outline(shape: str, span: int, turn: float) -> np.ndarray:
 
 def scenes_folder(cache: Path) -> Path:
     """Scenes laid out as ADE20K: images/ and annotations/, each with training/ and validation/."""
-    folder = cache / f"scenes-{sha256_json([SHAPES, SIDE, SPAN, dict(PARTS)])[:8]}"
+    folder = cache / f"scenes-{sha256_json([*DRAWN, dict(PARTS)])[:8]}"
     if not folder.exists():
         with atomic_folder(folder) as temporary:
             for part, count in PARTS.items():
@@ -103,7 +117,7 @@ def scenes_folder(cache: Path) -> Path:
 def trained(name: str, cache: Path) -> Path:
     """The folder of a model that knows the shapes; trained unless `cache` has it."""
     recipe = RECIPES[name]
-    folder = cache / f"scenes-{name}-{sha256_json(asdict(recipe))[:8]}"
+    folder = cache / f"scenes-{name}-{sha256_json([asdict(recipe), *DRAWN])[:8]}"
     if not folder.exists():
         torch.manual_seed(recipe.seed)
         model, processor = MODELS[name]()

@@ -29,7 +29,20 @@ Preprocessor = Annotated[
 ]
 ImageSize = Annotated[
     str | None,
-    typer.Option(metavar="SIZE|HxW", help="Of images, where the network leaves it free.", rich_help_panel=DATA),
+    typer.Option(
+        metavar="SIZE|HxW",
+        help="Of images: what an ONNX file leaves free, and what a transformers model is exported for. "
+        "[default: as its image processor makes them]",
+        rich_help_panel=DATA,
+    ),
+]
+AnySize = Annotated[
+    bool,
+    typer.Option(
+        "--any-size",
+        help="Leave height and width of images free in what a transformers model becomes, where it allows that.",
+        rich_help_panel=DATA,
+    ),
 ]
 Mean = Annotated[
     str | None,
@@ -78,7 +91,7 @@ def source_of(given: Mapping[str, Any]) -> Any:
     )
 
 
-AS_THEY_ARE = ("task", "text_column", "label_column", "pair_column", "seq_len", "samples", "seed")
+AS_THEY_ARE = ("task", "text_column", "label_column", "pair_column", "seq_len", "samples", "seed", "any_size")
 """Options that a source has under the same name."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from optin_deploy.commands.data import Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
+from optin_deploy.commands.data import AnySize, Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
 from optin_deploy.commands.networks import Shape, Units
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
@@ -128,6 +128,7 @@ def export(
     tokenizer: Tokenizer = None,
     preprocessor: Preprocessor = None,
     image_size: ImageSize = None,
+    any_size: AnySize = False,
     mean: Mean = None,
     std: Std = None,
     units: Units = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optin_deploy.commands.data import Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
+from optin_deploy.commands.data import AnySize, Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
 from optin_deploy.commands.networks import Shape, Units
 from optin_deploy.commands.options import (
     DEFAULT_WEIGHTING,
@@ -87,6 +87,7 @@ def score(
     tokenizer: Tokenizer = None,
     preprocessor: Preprocessor = None,
     image_size: ImageSize = None,
+    any_size: AnySize = False,
     mean: Mean = None,
     std: Std = None,
     units: Units = None,

@@ -12,7 +12,8 @@ import torch
 from optin_deploy.checkpoint.beside_graph import class_names
 from optin_deploy.data.labels import check_task, classifies
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import check_seq_len, config_settings, longest_text, set_image_size
+from optin_deploy.inputs import check_seq_len, config_settings, longest_text
+from optin_deploy.jobs.served_images import check_any_size, serve_images
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.graph import Network
@@ -98,13 +99,19 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
     if source.is_file:
         if source.task is not None:
             raise BadInput(f"--task {source.task} is for transformers models; {source.model} is an ONNX file.")
+        if source.any_size:
+            raise BadInput(
+                f"--any-size is for transformers models; {source.model} is an ONNX file, whose sizes it says."
+            )
         path = Path(source.model)
         network = read_file(path)
         return Dense(network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model))
     loaded = load_dense(source.model, source.task)
     check_task(loaded.model)
+    if loaded.is_text and (source.any_size or source.image_size is not None):
+        raise BadInput(f"{source.model} takes texts: --image-size and --any-size are for models that take images.")
     if not loaded.is_text:
-        _note_image_size(loaded)
+        serve_images(loaded, source.image_size, any_size=source.any_size)
     weights = sha256_tensors(loaded.model.state_dict())
     settings = [type(loaded.model).__name__, config_settings(loaded.model), [version(name) for name in PACKAGES]]
     key = sha256_json([weights, *settings])
@@ -114,26 +121,15 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
         stored = tidied(read_file(home / DENSE), without=POOLED)
         return Dense(Network(stored.model, type(loaded.model).__name__), key, loaded, names)
     _try_two(loaded)
-    return Dense(tidied(read(loaded.model)), key, loaded, names)
+    network = tidied(read(loaded.model))
+    if source.any_size:
+        check_any_size(loaded.model, network)
+    return Dense(network, key, loaded, names)
 
 
 def _names(loaded: LoadedModel) -> tuple[str, ...]:
     config: Any = loaded.model.config
     return tuple(str(config.id2label[index]) for index in range(config.num_labels))
-
-
-def _note_image_size(loaded: LoadedModel) -> None:
-    """The model is exported for the images that its own processor makes, also where it was built for others.
-
-    Raises: BadInput: it does not take them.
-    """
-    from PIL import Image
-
-    config: Any = loaded.model.config
-    grey = getattr(config, "num_channels", 3) == 1
-    image = Image.new("L" if grey else "RGB", (60, 40), 100 if grey else (200, 100, 50))
-    pixels = loaded.preprocessor(images=[image], return_tensors="pt")["pixel_values"]
-    set_image_size(config, *pixels.shape[-2:])
 
 
 def _try_two(loaded: LoadedModel) -> None:
@@ -147,5 +143,5 @@ def _try_two(loaded: LoadedModel) -> None:
     except ValueError as err:
         step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
         if not loaded.is_text:
-            step = "Check preprocessor_config.json: it makes other images than this model takes."
+            step = "Check --image-size and preprocessor_config.json: they make other images than this model takes."
         raise BadInput(f"{type(loaded.model).__name__} does not take two samples at once: {err} {step}") from err

@@ -16,10 +16,10 @@ BATCH, LENGTH, DECODER_LENGTH, SAMPLES = 2, 13, 11, 4000
 """Sizes of an example; none is 1, which torch would take for a constant."""
 IMAGE_SIZE, CHANNELS = 224, 3
 """Where the config does not tell."""
-
-
 SERVED_SIZE = "inference_image_size"
 """Our entry in a config: height and width of the images that the model is served with."""
+FREE_SIZE = "inference_any_image_size"
+"""Our entry in a config: height and width of images stay free."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ def example_of(model: Any) -> Example:
         name: values.to(weight.device, weight.dtype if values.is_floating_point() else None)
         for name, values in made.items()
     }
-    return Example(inputs, {name: _ROWS[name].axes for name in wanted})
+    axes = {name: _ROWS[name].axes for name in wanted}
+    if "pixel_values" in axes and getattr(model.config, FREE_SIZE, False):
+        images = inputs["pixel_values"]  # not square: else exporters take height and width for one
+        inputs["pixel_values"] = torch.cat((images, images.flip(-1)), -1)
+        axes["pixel_values"] = {**axes["pixel_values"], 2: "height", 3: "width"}
+    return Example(inputs, axes)
 
 
 def _wanted(model: Any) -> list[str]:

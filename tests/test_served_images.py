@@ -1,0 +1,118 @@
+"""Sizes of images that transformers models are exported for: their processor's, those asked for, or any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from tiny_checkpoint import bert, photos, run, vit
+
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.dense import Dense, dense_of
+from optin_deploy.jobs.served_images import check_any_size
+from optin_deploy.network.read import read
+from optin_deploy.network.run import Program
+from optin_deploy.workspace import Source
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+
+
+def saved(folder: Path, family: str, channels: int = 3, **settings: Any) -> str:
+    """A random classifier with a processor for squares of 32 pixels."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(num_labels=4, num_channels=channels, **settings)
+    getattr(transformers, f"{family}ForImageClassification")(config).save_pretrained(folder)
+    grey = {"image_mean": [0.5], "image_std": [0.5]} if channels == 1 else {}
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}, **grey).save_pretrained(folder)
+    return str(folder)
+
+
+def shape_of(dense: Dense) -> tuple[int | str, ...] | None:
+    return dense.network.inputs[0].shape
+
+
+def by_transformers(folder: str, images: torch.Tensor, **how: Any) -> torch.Tensor:
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(pixel_values=images, **how).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "settings", "how"),
+    [
+        ("ViT", 1, {**SIZES, "intermediate_size": 40}, {"interpolate_pos_encoding": True}),
+        ("Dinov2", 3, {**SIZES, "mlp_ratio": 2}, {}),
+        ("ResNet", 3, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}, {}),
+    ],
+)
+def test_height_and_width_stay_free(
+    tmp_path: Path, family: str, channels: int, settings: dict[str, Any], how: dict[str, Any]
+) -> None:
+    folder = saved(tmp_path / "model", family, channels, **settings)
+    dense = dense_of(Source(folder, any_size=True))
+    assert shape_of(dense) == ("batch", channels, "height", "width")
+    for height, width in ((32, 32), (40, 72), (96, 24)):
+        images = torch.randn(3, channels, height, width)
+        found = Program(dense.network)({"pixel_values": images}).outputs["logits"]
+        torch.testing.assert_close(found, by_transformers(folder, images, **how), atol=1e-5, rtol=1e-4)
+
+
+def test_one_size_that_was_asked_for() -> None:
+    dense = dense_of(Source(str(vit()), image_size=(48, 24)))
+    assert shape_of(dense) == ("batch", 3, 48, 24)
+    images = torch.randn(2, 3, 48, 24)
+    found = Program(dense.network)({"pixel_values": images}).outputs["logits"]
+    torch.testing.assert_close(found, by_transformers(str(vit()), images, interpolate_pos_encoding=True))
+    assert dense.processor(images=[np.zeros((9, 9, 3), np.uint8)], return_tensors="pt")["pixel_values"].shape == (
+        *(1, 3, 48, 24),
+    )
+
+
+def test_sizes_are_part_of_the_key() -> None:
+    sources = [Source(str(vit())), Source(str(vit()), any_size=True), Source(str(vit()), image_size=(48, 24))]
+    assert len({dense_of(source).key for source in sources}) == 3
+
+
+def test_a_graph_that_holds_for_one_size_is_refused(tmp_path: Path) -> None:
+    """BEiT's table of relative places is made for one size while it is traced."""
+    sizes = {**SIZES, "intermediate_size": 40, "use_relative_position_bias": True}
+    with pytest.raises(BadInput, match=r"--any-size: the graph of BeitFor.* holds for images of 32 x 64 pixels"):
+        dense_of(Source(saved(tmp_path / "model", "Beit", **sizes), any_size=True))
+
+
+def test_a_graph_that_computes_something_else_is_refused() -> None:
+    source = Source(str(vit()), any_size=True)
+    dense = dense_of(source)
+    other = dense_of(source).model
+    check_any_size(dense.model, dense.network)
+    with torch.no_grad():
+        other.vit.embeddings.position_embeddings[0, 7, :9] += 1
+    with pytest.raises(BadInput, match="--any-size"):
+        check_any_size(dense.model, read(other))
+
+
+def test_where_sizes_are_not_asked_for(tmp_path: Path) -> None:
+    for how in ({"any_size": True}, {"image_size": (32, 32)}):
+        with pytest.raises(BadInput, match="takes texts"):
+            dense_of(Source(str(bert()), **how))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(BadInput, match=r"--any-size is for transformers models"):
+        dense_of(Source(str(path), any_size=True))
+
+
+def test_a_whole_job_leaves_sizes_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    options = ["--calibration", photos(), "--samples", 8, "--flops", 0.7, "--any-size", "--image-size", "48x32"]
+    assert run("optin-export", vit(), *options, "--threads", 1, "--out", out, monkeypatch=monkeypatch) == 0
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for height, width in ((48, 32), (64, 88)):
+        images = np.zeros((2, 3, height, width), np.float32)
+        assert session.run(["logits"], {"pixel_values": images})[0].shape[0] == 2
