@@ -82,7 +82,7 @@ def test_sizes_are_part_of_the_key() -> None:
 def test_a_graph_that_holds_for_one_size_is_refused(tmp_path: Path) -> None:
     """BEiT's table of relative places is made for one size while it is traced."""
     sizes = {**SIZES, "intermediate_size": 40, "use_relative_position_bias": True}
-    with pytest.raises(BadInput, match=r"--any-size: the graph of BeitFor.* holds for images of 32 x 64 pixels"):
+    with pytest.raises(BadInput, match=r"--any-size: the graph of BeitFor.* holds for 32 x 64 pixels"):
         dense_of(Source(saved(tmp_path / "model", "Beit", **sizes), any_size=True))
 
 
