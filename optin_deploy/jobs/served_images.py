@@ -87,8 +87,8 @@ def check_any_size(model: Any, network: Network) -> None:
             same = False
         if not same:
             raise BadInput(
-                f"--any-size: the graph of {type(model).__name__} holds for {height} x {2 * width} pixels and "
-                f"not for images of {tall} x {wide}. Leave --any-size out, and say by --image-size what it is served with."
+                f"--any-size: the graph of {type(model).__name__} holds for {height} x {2 * width} pixels and not for "
+                f"images of {tall} x {wide}. Leave --any-size out, and say by --image-size what it is served with."
             )
 
 
