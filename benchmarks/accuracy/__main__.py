@@ -33,6 +33,7 @@ from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found as Read
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.graph import Network
+from optin_deploy.network.write import write as write_network
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.terminal import quiet_libraries
 
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="starts no cell after that")
     parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps the fine-tuned models")
     parser.add_argument("--cells", type=Path, default=Path("out/accuracy"), help="keeps the finished cells")
+    parser.add_argument("--networks", action="store_true", help="keeps those of the first seed too, see latency.py")
     parser.add_argument("--name", help="of the page, accuracy_NAME, where not all usual methods are asked for")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -68,7 +70,8 @@ def main() -> None:
         wanted = asked(task, options.seeds, options.methods, options.flops)
         open_cells += len(wanted) + 1
         test_rows = len(task.test) if options.glue else options.test_rows
-        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end)
+        keep = options.seeds[0] if options.networks else None
+        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end, networks_of=keep)
     open_cells -= len(found)
     refused = {cell: kept["refused"] for cell, kept in found.items() if "refused" in kept}
     found = {cell: kept for cell, kept in found.items() if cell not in refused}
@@ -113,8 +116,20 @@ def asked(task: Task, seeds: Sequence[int], methods: Sequence[str], budgets: Seq
     ]
 
 
-def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_rows: int, end: float) -> Found:
-    """The finished cells of one task; open ones are done until `end`."""
+def cells(
+    task: Task,
+    wanted: Sequence[Cell],
+    folder: Path,
+    *,
+    rows: int,
+    test_rows: int,
+    end: float,
+    networks_of: int | None = None,
+) -> Found:
+    """The finished cells of one task; open ones are done until `end`.
+
+    Args: networks_of: a seed whose networks are kept beside the cells, and the dense one.
+    """
     test = task.batches(task.test[:test_rows])
     read: Read | None = None
     rows = min(rows, len(task.calibration) // 2)  # else the seeds would hardly differ
@@ -125,7 +140,9 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
         _, seed, method, flops = cell
         name = re.sub(r"\W+", "_", method)
         path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}" / f"{name}-{flops:g}-seed{seed}.json"
-        if path.exists():
+        kept = networks_of is not None and seed in (-1, networks_of) and method not in ONE_SEED  # another tool's files
+        network_file = path.with_suffix(".onnx") if kept else None
+        if path.exists() and (network_file is None or network_file.exists()):
             found[cell] = read_json(path, "Delete it to measure it again.")
             continue
         if time.monotonic() > end and method != DENSE:
@@ -140,6 +157,8 @@ def cells(task: Task, wanted: Sequence[Cell], folder: Path, *, rows: int, test_r
             write_json(path, found[cell])
             print(*cell, f"refused: {err}", flush=True)
             continue
+        if isinstance(network, Network) and network_file is not None:
+            write_network(network, network_file)
         figures = judged(outputs_of(network, OUTPUT, test.batches, task.seq_len), test.labels)
         found[cell] = {**figures, "stages": stages, "calibration_rows": rows}
         write_json(path, found[cell])
