@@ -37,7 +37,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
 from optin_deploy.network.sealed import finished
 from optin_deploy.network.unused import tidied
-from optin_deploy.planning.plan import PlanCost
+from optin_deploy.planning.plan import PlanCost, told_merges
 from optin_deploy.pooling import POOLED, pooling_in
 from optin_deploy.progress import Stage, silent_stage
 from optin_deploy.quality import Quality
@@ -331,10 +331,7 @@ def _notes(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round],
         told = "; ".join(made.skipped)
         notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
     if any(made.plan.merges):
-        notes.append(
-            f"{sum(made.plan.merges)} tokens are merged, behind the attention of the blocks: "
-            f"{', '.join(map(str, made.plan.merges))}."
-        )
+        notes.append(f"{told_merges(made.plan.merges)}.")
     if made.why_graph:
         notes.append(f"There is no `model/`: {made.why_graph}. `optin_deploy.load` gives the graph as a torch module.")
     if built.problem is not None:

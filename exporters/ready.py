@@ -49,6 +49,8 @@ class Request:
     allocation: str = "curves"
     tokens: float | None = None
     """Mean share of the tokens that stay behind the attention of a block; None: all."""
+    drop_tokens: bool = False
+    """Whether tokens that go are dropped, not merged."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     memory_budget: int | None = None
     """Bytes that scoring may take beyond the network; None: most of what is free."""
@@ -88,7 +90,8 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     target = exporter(request.engine)
     precision = check_precision(target, request.precision)
     target.check(request.options, request.pool)
-    choice = Choice(source.units, target.align if request.align is None else request.align, request.allocation)
+    align = target.align if request.align is None else request.align
+    choice = Choice(source.units, align, request.allocation, drops=request.drop_tokens)
     check_threads(request.threads)
     if request.threads:
         target.threads(request.threads)

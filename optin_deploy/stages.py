@@ -243,7 +243,7 @@ class Planner:
 
     def schedules(self) -> list[tuple[int, ...]]:
         """Merges that are tried."""
-        return schedules(token_stream(self.prepared.ready.layout))
+        return schedules(token_stream(self.prepared.ready.layout), drops=self.choice.drops)
 
     def least_error(
         self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]

@@ -75,6 +75,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
 
     Args: units: of all groups, by name, as far as they are known. table: False: only the shares.
     """
+    from optin_deploy.planning.plan import told_merges
     from optin_deploy.reporting.kept import HEADER, kept_lines, kept_of, kept_rows
 
     cost = plan.cost
@@ -85,7 +86,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
             f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
         )
     if any(plan.merges):
-        typer.echo(f"merges {sum(plan.merges)} tokens, block by block: {', '.join(map(str, plan.merges))}")
+        typer.echo(told_merges(plan.merges))
     if not table:
         return
     groups = kept_of(plan.keep, units)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,13 +97,28 @@ def test_other_budgets_sweeps_and_rewrites_of_a_job_merge_too(finished: Path, sh
     assert swept.code == 0, swept.err
     planned = shell("optin", "plan", finished, "--tokens", 0.9, "--flops", 0.6)
     assert planned.code == 0, planned.err
-    assert "tokens, block by block: 0, " in planned.out
+    assert "tokens are merged, behind the attention of the blocks: 0, " in planned.out
     rewritten = shell(
         "optin", "rewrite", finished / "dense.onnx", "--plan", finished / "plan.json", "--out", tmp_path / "x.onnx"
     )
     assert rewritten.code == 0, rewritten.err
     plan = json.loads((finished / "plan.json").read_text())
     assert counted(tmp_path / "x.onnx") == plan["cost"]["macs_pruned"]
+
+
+def test_tokens_are_dropped_where_that_is_asked_for(finished: Path, shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished, tmp_path / "copy")
+    alone = shell("optin", "plan", folder, "--drop-tokens", "--flops", 0.6)
+    assert alone.code == 2
+    assert "--drop-tokens says how tokens go" in alone.err
+    planned = shell("optin", "plan", folder, "--tokens", 0.8, "--drop-tokens", "--flops", 0.6)
+    assert "tokens are dropped, behind the attention of the blocks: 0, " in planned.out
+    rewritten = shell("optin", "rewrite", folder, "--force")
+    assert rewritten.code == 0, rewritten.err
+    plan = json.loads((folder / "plan.json").read_text())
+    assert min(plan["merges"]) < 0 == max(plan["merges"])
+    assert counted(folder / "model.onnx") == plan["cost"]["macs_pruned"]
+    assert "Log" not in {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
 
 
 def test_a_module_is_given_as_a_graph_that_merges(tmp_path: Path) -> None:

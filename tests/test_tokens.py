@@ -60,7 +60,11 @@ class Block(nn.Module):
 
 
 def soft_matching(x: Tensor, keys: Tensor, size: Tensor | None, count: int, protected: int) -> tuple[Tensor, Tensor]:
-    """Bolya et al., appendix D, with scatter; `protected` tokens at the front are never merged."""
+    """Bolya et al., appendix D, with scatter; `protected` tokens at the front are never merged.
+
+    With a negative `count`, so many are left out in place of merged.
+    """
+    drops, count = count < 0, abs(count)
     size = torch.ones_like(x[..., :1]) if size is None else size
     keys = keys / keys.norm(dim=-1, keepdim=True)
     scores = keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)
@@ -74,12 +78,13 @@ def soft_matching(x: Tensor, keys: Tensor, size: Tensor | None, count: int, prot
     def reduced(values: Tensor) -> Tensor:
         first, second, width = values[:, ::2], values[:, 1::2], values.shape[-1]
         kept, moved = (first.gather(1, index.expand(-1, -1, width)) for index in (stays, goes))
-        second = second.scatter_reduce(1, into.expand(-1, -1, width), moved, reduce="sum")
+        if not drops:
+            second = second.scatter_reduce(1, into.expand(-1, -1, width), moved, reduce="sum")
         front = [(second if place % 2 else kept)[:, place // 2 : place // 2 + 1] for place in range(protected)]
         return torch.cat([*front, kept[:, (protected + 1) // 2 :], second[:, protected // 2 :]], dim=1)
 
     total = reduced(size)
-    return reduced(x * size) / total, total
+    return (reduced(x) if drops else reduced(x * size) / total), total
 
 
 class Vit(nn.Module):
@@ -108,7 +113,10 @@ class Vit(nn.Module):
         return self.head(torch.cat([x[:, 0], x[:, self.count :].mean(1)], -1))
 
     def merging(self, pixels: Tensor, merges: list[int]) -> Tensor:
-        """The same with merged tokens; the mean is weighted by how many patches each stands for."""
+        """The same with merged tokens; the mean is weighted by how many patches each stands for.
+
+        A dropped patch is stood for by the one that it would have become a part of.
+        """
         x, size = self.embedded(pixels), None
         for block, count in zip(self.blocks, merges, strict=True):
             x, size = block.merging(x, size, count, self.count)
@@ -119,6 +127,20 @@ class Vit(nn.Module):
         if not self.count:  # the first patch became a part of whatever it was merged into
             first = first * torch.nan
         return self.head(torch.cat([first, (patches * weights).sum(1) / weights.sum(1)], -1))
+
+
+class First(nn.Module):
+    """The class token alone."""
+
+    def __init__(self, vit: Vit) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.vit.embedded(pixels)
+        for block in self.vit.blocks:
+            x = block(x)
+        return self.vit.norm(x[:, 0])
 
 
 @cache
@@ -149,6 +171,51 @@ def test_a_merged_graph_computes_what_token_merging_computes(extra: int, merges:
             with runtime(tmp_path / "model.onnx", threads=1) as engine:
                 given = engine.run({"pixels": pixels.numpy()})[name]
             np.testing.assert_allclose(given, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+@pytest.mark.parametrize("merges", [[0, -7, -4], [-9, -6, 0], [-3, 5, -4], [6, -4, 2]])
+def test_a_graph_that_drops_tokens_computes_what_torch_does(extra: int, merges: list[int], tmp_path: Path) -> None:
+    """At the class token; merges may come before and behind."""
+    model, _ = made(extra)
+    first = First(model)
+    network = read_module(first, {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    layout = find(network, probes)
+    smaller = merged(layout, merges, probes)
+    assert macs(find(smaller, probes).structure) < macs(layout.structure)
+    write(smaller, tmp_path / "model.onnx")
+    for batch in (1, 3):
+        pixels = torch.randn(batch, 3, 20, 20)
+        with torch.no_grad():
+            x, size = model.embedded(pixels), None
+            for block, count in zip(model.blocks, merges, strict=True):
+                x, size = block.merging(x, size, count, extra)
+            wanted = model.norm(x[:, 0])
+        for runtime in (OrtRuntime, OpenVinoRuntime):
+            with runtime(tmp_path / "model.onnx", threads=1) as engine:
+                (found,) = engine.run({"pixels": pixels.numpy()}).values()
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4)
+
+
+def test_every_place_has_the_token_that_stands_for_a_dropped_one() -> None:
+    torch.manual_seed(1)
+    module = Vit(1).eval()
+    module.head = nn.Identity()  # the mean of the patches, each read by its place
+    network = read_module(module, {"pixels": torch.randn(2, 3, 20, 20)}, axes={"pixels": {0: "batch"}})
+    probes = probes_of(network)
+    (found,) = Program(merged(find(network, probes), [0, 0, -9], probes))(feeds := probes[0]).outputs.values()
+    with torch.no_grad():
+        x = module.embedded(feeds["pixels"])
+        x = module.blocks[1](module.blocks[0](x))
+        x, keys = module.blocks[2].attended(x)
+        keys = keys.mean(1) / keys.mean(1).norm(dim=-1, keepdim=True)
+        best, partner = (keys[:, 2::2] @ keys[:, 1::2].transpose(-1, -2)).max(-1)
+        for row in range(len(x)):
+            for even in best[row].topk(9).indices.tolist():
+                x[row, 2 * even + 2] = x[row, 2 * partner[row, even] + 1]
+        x = module.norm(x + module.blocks[2].mlp(module.blocks[2].norm2(x)))
+    torch.testing.assert_close(found, torch.cat([x[:, 0], x[:, 1:].mean(1)], -1), rtol=0, atol=1e-5)
 
 
 def test_nothing_merged_is_the_same_network() -> None:
@@ -193,7 +260,7 @@ def test_more_than_a_block_can_merge_is_refused() -> None:
     probes = probes_of(network)
     layout = find(network, probes)
     assert counted(token_stream(layout), [12, 6, 0]) == [14, 8, 8]
-    with pytest.raises(BadInput, match="block 0 has 26 tokens: 0 to 12 of them can be merged, not 13"):
+    with pytest.raises(BadInput, match="block 0 has 26 tokens: 0 to 12 of them can be merged or dropped, not 13"):
         merged(layout, [13, 0, 0], probes)
     with pytest.raises(BadInput, match="2 numbers of merged tokens for 3 blocks"):
         merged(layout, [1, 1], probes)

@@ -156,6 +156,7 @@ def rewrite_network(
 ) -> None:
     """Cut an ONNX file."""
     from optin_deploy.jobs.rewriting import rewrite_file
+    from optin_deploy.planning.plan import told_merges
 
     if plan is None or out is None:
         raise BadInput(
@@ -171,7 +172,7 @@ def rewrite_network(
     engine = "" if found.engine is None else f"; ONNX Runtime differs by {found.engine:.1e}"
     typer.echo(f"proven: it differs from the masked network by {found.proof.masked:.1e} of the largest output{engine}")
     if any(found.plan.merges):
-        typer.echo(f"merges {sum(found.plan.merges)} tokens, block by block: {', '.join(map(str, found.plan.merges))}")
+        typer.echo(told_merges(found.plan.merges))
     elif not found.proof.dense:
         warn("the plan changes nothing: all that it removes counts for nothing, or it removes nothing.")
     if found.bytes_pruned is None:

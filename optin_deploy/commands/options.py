@@ -63,6 +63,9 @@ Tokens = Annotated[
         "block, and widths get what is left of the budget. [default: all stay]"
     ),
 ]
+DropTokens = Annotated[
+    bool, typer.Option("--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them.")
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(

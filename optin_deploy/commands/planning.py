@@ -23,6 +23,7 @@ from optin_deploy.commands.networks import (
 from optin_deploy.commands.options import (
     Allocation,
     Compensation,
+    DropTokens,
     DryRun,
     EngineAlign,
     Eval,
@@ -54,7 +55,7 @@ Examples:
 """
 DEFAULT_ALIGN = 16
 """Of neurons and channels, where no engine says more."""
-OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens")
+OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens", "drop_tokens")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
 """Those that it has none for."""
@@ -71,6 +72,7 @@ def plan(
     align: EngineAlign = None,
     allocation: Allocation = "curves",
     tokens: Tokens = None,
+    drop_tokens: DropTokens = False,
     compensation: Compensation = True,
     magnitude: Magnitude = False,
     units: Units = None,
@@ -113,6 +115,7 @@ def plan(
         align=align,
         allocation=allocation,
         tokens=tokens,
+        drop_tokens=drop_tokens,
         compensation=compensation,
         force=force,
         dry_run=dry_run,
@@ -131,6 +134,7 @@ def _plan_job(
     align: int | None,
     allocation: str,
     tokens: float | None,
+    drop_tokens: bool,
     compensation: bool,
     force: bool,
     dry_run: bool,
@@ -144,7 +148,7 @@ def _plan_job(
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
     if max_drop is None:
         refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
-    planner = planner_of(folder, evaluation, align, allocation, tokens, limits)
+    planner = planner_of(folder, evaluation, align, allocation, tokens, drop_tokens, limits)
     if dry_run:
         echo(describe(planner.prepared, limits=limits, artifact=folder / "plan.json"))
         return
@@ -161,6 +165,7 @@ def planner_of(
     align: int | None,
     allocation: str,
     tokens: float | None,
+    drop_tokens: bool,
     limits: Any = None,
 ) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
@@ -174,7 +179,7 @@ def planner_of(
     workspace = Workspace(folder)
     workspace.read_scores()
     prepared = prepare(judged_by(workspace.source(), evaluation), folder)
-    choice = Choice(prepared.source.units, DEFAULT_ALIGN if align is None else align, allocation)
+    choice = Choice(prepared.source.units, DEFAULT_ALIGN if align is None else align, allocation, drops=drop_tokens)
     ready = prepared.ready
     choice = merging(ready, aligned(ready.layout, choice, align), tokens)
     workspace.scores_of(ready.layout)
@@ -203,6 +208,7 @@ def sweep(
     align: EngineAlign = None,
     allocation: Allocation = "curves",
     tokens: Tokens = None,
+    drop_tokens: DropTokens = False,
     compensation: Compensation = True,
     force: Force = False,
     dry_run: DryRun = False,
@@ -215,7 +221,7 @@ def sweep(
     from optin_deploy.sweep import sweep as sweep_folder
 
     shares = parse_shares(flops)
-    planner = planner_of(folder, evaluation, align, allocation, tokens)
+    planner = planner_of(folder, evaluation, align, allocation, tokens, drop_tokens)
     check_shares(planner, shares)
     if dry_run:
         typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")

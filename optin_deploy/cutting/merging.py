@@ -3,7 +3,8 @@
 Bipartite soft matching (Bolya et al., Token Merging, ICLR 2023, arXiv 2210.09461): behind the attention of a block the
 tokens at even places look for the most alike one at odd places, by the cosine of their keys; the pairs that are most
 alike become one token, a mean weighted by how many tokens each already stands for, and later attention adds the
-logarithm of that number to its scores.
+logarithm of that number to its scores. Where tokens are dropped, those that would have become a part of another leave,
+and nothing is weighted.
 """
 
 from __future__ import annotations
@@ -64,33 +65,41 @@ class Merging:
     ) -> None:
         """Put the merging of so many tokens in the place of a gap.
 
-        Args: keys: (samples, heads, width, tokens). kind: type of the keys. directions: by which tokens are alike in
-            place of their keys, (tokens, width).
+        Args: keys: (samples, heads, width, tokens). kind: type of the keys. count: negative: so many are dropped.
+            directions: by which tokens are alike in place of their keys, (tokens, width).
         """
+        drops, count = count < 0, abs(count)
         before, even, odd = self._left, (self._left + 1) // 2, self._left // 2
         tokens = gap.inputs[0]
+        assert tokens is not None
         found, places = self._alike(gap, keys, kind, directions)
         _, order = self._top(gap, found, even)
         goes = self._slice(gap, order, 0, count, 1)
         stays = self._sorted(gap, self._slice(gap, order, count, even, 1), even - count)
         into = self._put(gap, "GatherElements", places, goes, axis=1)
-        sizes = self._sizes or self._ones(gap, tokens)
-        both = self._put(gap, "Concat", self._put(gap, "Mul", tokens, sizes), sizes, axis=2)
+        sizes = self._sizes
+        if not drops:
+            sizes = sizes or self._ones(gap, tokens)
+            tokens = self._put(gap, "Mul", tokens, sizes)
+        both = tokens if sizes is None else self._put(gap, "Concat", tokens, sizes, axis=2)
         first, second = (self._slice(gap, both, start, before, 1, 2) for start in (0, 1))
         kept = self._put(gap, "GatherND", first, stays, batch_dims=1)
-        moved = self._put(gap, "GatherND", first, goes, batch_dims=1)
-        hot = self._put(gap, "Equal", into, self._cut.constant(np.arange(odd).reshape(1, 1, -1), "places"))
-        hot = self._put(gap, "Transpose", self._put(gap, "Cast", hot, to=int(self._real)), perm=[0, 2, 1])
-        second = self._put(gap, "Add", second, self._put(gap, "MatMul", hot, moved))
+        if not drops:
+            moved = self._put(gap, "GatherND", first, goes, batch_dims=1)
+            hot = self._put(gap, "Equal", into, self._cut.constant(np.arange(odd).reshape(1, 1, -1), "places"))
+            hot = self._put(gap, "Transpose", self._put(gap, "Cast", hot, to=int(self._real)), perm=[0, 2, 1])
+            second = self._put(gap, "Add", second, self._put(gap, "MatMul", hot, moved))
         out = self._put(gap, "Concat", kept, second, axis=1)
         if self._stream.protected > 1:
             out = self._put(gap, "Gather", out, self._cut.constant(self._front(even - count, odd), "places"), axis=1)
-        width = self._cut.structure.axes[self._stream.end][2].size
-        self._sizes = self._slice(gap, out, width, width + 1, 2)
-        result = self._put(gap, "Div", self._slice(gap, out, 0, width, 2), self._sizes)
-        bias = self._put(gap, "Transpose", self._put(gap, "Log", self._sizes), perm=[0, 2, 1])
-        self._bias = self._put(gap, "Unsqueeze", bias, self._whole([1]))
-        self._cut.renamed(gap, result)
+        if sizes is not None:
+            width = self._cut.structure.axes[self._stream.end][2].size
+            self._sizes = self._slice(gap, out, width, width + 1, 2)
+            out = self._slice(gap, out, 0, width, 2)
+            out = out if drops else self._put(gap, "Div", out, self._sizes)
+            bias = self._put(gap, "Transpose", self._put(gap, "Log", self._sizes), perm=[0, 2, 1])
+            self._bias = self._put(gap, "Unsqueeze", bias, self._whole([1]))
+        self._cut.renamed(gap, out)
         self._left = before - count
         self._steps.append(Step(before, self._left, self._put(gap, "Concat", stays, goes, axis=1), into))
 

@@ -45,7 +45,8 @@ def merged(
     """Return a network that merges tokens; the given one is untouched.
 
     Args:
-        merges: how many tokens go behind the attention of each block of `structure.tokens.token_stream`.
+        merges: how many tokens go behind the attention of each block of `structure.tokens.token_stream`: they are
+            merged into others, or, where the number is negative, dropped.
         probes: inputs on which it is proven that blocks treat tokens alike.
         stream: of the network that this one was cut from, whose values have the same names; None: it is looked for.
     Raises: BadInput: there is no stream of tokens, a block has too few to merge so many, or it does not treat tokens
@@ -65,7 +66,8 @@ def merged(
     _prove_same(layout.structure.network, moved, probes, why)
     result = _made(layout, stream, merges, probes)
     _check_runs(layout.structure.network, result, probes)
-    _prove_weighed(layout, stream, used[0], probes)
+    if any(count > 0 for count in merges):
+        _prove_weighed(layout, stream, used[0], probes)
     return result
 
 
@@ -102,9 +104,11 @@ def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
     found, left = list[int](), stream.tokens
     for number, count in enumerate(merges):
         most = most_merged(left, stream.protected)
-        if not 0 <= count <= most:
-            raise BadInput(f"block {number} has {left} tokens: 0 to {most} of them can be merged, not {count}.")
-        left -= count
+        if abs(count) > most:
+            raise BadInput(
+                f"block {number} has {left} tokens: 0 to {most} of them can be merged or dropped, not {abs(count)}."
+            )
+        left -= abs(count)
         found.append(left)
     return found
 

@@ -98,6 +98,7 @@ def prune(
     align: int | None = None,
     allocation: str = "curves",
     tokens: float | None = None,
+    drop_tokens: bool = False,
     settings: ScoreSettings | None = None,
     compensation: bool = True,
     seed: int = 0,
@@ -120,13 +121,17 @@ def prune(
         allocation: where to cut: `curves`, `uniform` or `paper`; see `planning.widths.Choice`.
         tokens: mean share of the tokens that stay behind the attention of a block, in (0, 1]: those that are alike are
             merged, and the widths get what is left of the limits; None: all stay.
+        drop_tokens: tokens that go are dropped, not merged.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve what is left in closed form.
         seed: of random projections, and of the rows that are taken.
     Raises: BadInput and its kinds; see errors.py.
     """
     limits, seed = Limits(flops, params, size), whole(seed, "seed")
-    how: dict[str, Any] = {"allocation": checked(allocation, str, "allocation") or "curves"}
+    how: dict[str, Any] = {
+        "allocation": checked(allocation, str, "allocation") or "curves",
+        "drops": bool(checked(drop_tokens, bool, "drop_tokens")),
+    }
     choice = Choice(**how) if align is None else Choice(align=whole(align, "align"), **how)
     scoring = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     compensation = bool(checked(compensation, bool, "compensation"))

@@ -14,7 +14,7 @@ from optin_deploy.jobs.pruning import Curves, Ready, pick
 from optin_deploy.jobs.trial import distance, unseen_error
 from optin_deploy.judging import joined, judged_samples
 from optin_deploy.planning.costs import Limit, limits_within
-from optin_deploy.planning.plan import plan_of
+from optin_deploy.planning.plan import plan_of, told_merges
 from optin_deploy.planning.tokens import schedule
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.scoring.unit_scores import UnitScores
@@ -33,10 +33,13 @@ def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
     Raises: BadInput: the network has no tokens that can be merged.
     """
     if share is None:
+        if choice.drops and TOKENS not in choice.kinds:
+            raise BadInput("--drop-tokens says how tokens go: give --tokens 0.7, or --units heads,neurons,tokens.")
         return choice
     if not 0 < share <= 1:
         raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")
-    return replace(choice, merges=schedule(token_stream(ready.layout), share))
+    merges = schedule(token_stream(ready.layout), share)
+    return replace(choice, merges=_dropped(merges) if choice.drops else merges)
 
 
 def check(ready: Ready, limits: Limits, choice: Choice) -> None:
@@ -53,28 +56,35 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     if TOKENS in choice.kinds and not merges:
         if choice.allocation != "curves":
             raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
-        merges = schedules(token_stream(ready.layout))[-1]
+        merges = schedules(token_stream(ready.layout), drops=choice.drops)[-1]
     costs = ready.costs_with(merges)
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
             raise BadInput(
-                f"merging {sum(merges)} tokens takes more multiply-accumulates than it saves: {most:,} instead of "
+                f"that {told_merges(merges)}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
             )
         costs = ready.costs
     check_choice(ready.layout, limits_within(costs, limits), choice)
 
 
-def schedules(stream: TokenStream, shares: Iterable[float] = SHARES) -> list[tuple[int, ...]]:
-    """Return merges for each share of the tokens, falling, that a stream can be brought to."""
+def schedules(stream: TokenStream, shares: Iterable[float] = SHARES, *, drops: bool = False) -> list[tuple[int, ...]]:
+    """Return merges for each share of the tokens, falling, that a stream can be brought to.
+
+    Args: drops: tokens are dropped, not merged.
+    """
     found = []
     for share in shares:
         try:
             found.append(schedule(stream, share))
         except BadInput:
             break
-    return found
+    return [_dropped(merges) for merges in found] if drops else found
+
+
+def _dropped(merges: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-count for count in merges)
 
 
 def least_error(

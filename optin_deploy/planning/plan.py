@@ -63,6 +63,14 @@ class Origin:
     """Of the latency table; None: no time was asked for."""
 
 
+def told_merges(merges: Sequence[int]) -> str:
+    """Say how many tokens go, and where."""
+    how = "dropped" if any(count < 0 for count in merges) else "merged"
+    return f"{sum(map(abs, merges))} tokens are {how}, behind the attention of the blocks: " + ", ".join(
+        str(abs(count)) for count in merges
+    )
+
+
 @dataclass(frozen=True)
 class NetworkPlan:
     """What stays of a network."""
@@ -78,7 +86,7 @@ class NetworkPlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How it was made."""
     merges: tuple[int, ...] = ()
-    """Tokens that are merged behind the attention of each block; empty: none."""
+    """Tokens that are merged behind the attention of each block, or, where negative, dropped; empty: none."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -153,7 +161,7 @@ def plan_of(
 
     Args:
         sizes: of axes of the inputs, at which multiply-accumulates are counted; None: those of the probe.
-        merges: tokens that are merged in each block. costs: of plans that merge so many; None: of plans without.
+        merges: see `NetworkPlan`. costs: of plans that merge so many; None: of plans without.
     Raises: BadInput: a group or unit is not there.
     """
     checked(layout, keep)

@@ -38,7 +38,9 @@ class Choice:
     """Whether scores of units of different kinds compare, so that kinds share what may be spent by the largest total;
     False: all kinds keep the same part."""
     merges: tuple[int, ...] = ()
-    """Tokens that are merged behind the attention of each block; none where it is empty."""
+    """Tokens that go behind the attention of each block, as in `planning.plan.NetworkPlan`; none where it is empty."""
+    drops: bool = False
+    """Whether tokens that go are dropped, not merged."""
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in (*KINDS, TOKENS)]:
