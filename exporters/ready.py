@@ -22,6 +22,7 @@ from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.judging import judged_samples
+from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.latency import LatencyTable
 from optin_deploy.planning.widths import Choice, aligned
@@ -117,6 +118,8 @@ def ready(request: Request, home: Path | None = None) -> Asked:
         check_pool(network, request.pool, prepared.dense.pooling)
     if target.reads_onnx:
         check_size(network, precision)
+    if target.has_profiles:
+        _check_free_sizes(network, request.engine)
     inputs = inputs_of(prepared)
     for point in points:
         settled = inputs.at(point)
@@ -159,6 +162,16 @@ def _check_needed(asked: Asked) -> None:
         samples = yard.together((), blocks=2).ms[DENSE]
     dense_ms = percentile([ms for block in samples for ms in block], 50)
     limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
+
+
+def _check_free_sizes(network: Network, engine: str) -> None:
+    """Raises: BadInput: an input has more free sizes than a profile names."""
+    for port in network.inputs:
+        if sum(isinstance(size, str) for size in (port.shape or ())[1:]) > 1:
+            raise BadInput(
+                f"engine {engine}: its profiles name one free size beside the batch, and input {port.name!r} of sizes "
+                f"{port.shape} has more. Export for one size: leave out --any-size, and give --image-size."
+            )
 
 
 def _check_profiles(profiles: Sequence[Profile], point: Point) -> None:

@@ -12,6 +12,8 @@ import torch
 import transformers
 from tiny_checkpoint import bert, photos, run, vit
 
+from exporters.ready import Request, ready
+from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.dense import Dense, dense_of
 from optin_deploy.jobs.served_images import check_any_size
@@ -105,6 +107,12 @@ def test_where_sizes_are_not_asked_for(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(BadInput, match=r"--any-size is for transformers models"):
         dense_of(Source(str(path), any_size=True))
+
+
+def test_engines_with_profiles_refuse_free_heights_and_widths() -> None:
+    source = Source(str(vit()), calibration=str(photos()), samples=8, any_size=True)
+    with pytest.raises(BadInput, match=r"engine trt-rtx: its profiles name one free size .* give --image-size"):
+        ready(Request(source, Limits(flops=0.9), engine="trt-rtx"))
 
 
 def test_a_whole_job_leaves_sizes_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
