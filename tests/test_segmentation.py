@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.tasks import scenes as module
 from benchmarks.zoo.families import FAMILIES
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
-from optin_deploy.data.image_feeds import _class_map
+from optin_deploy.data.image_feeds import _check_places, _class_map
 from optin_deploy.data.rows import Feeds
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
@@ -163,8 +163,29 @@ def test_labels_are_reduced_as_either_entry_of_a_processor_says(entry: str, tmp_
     for values, reduced in (({}, False), ({entry: True}, True)):
         found = _class_map(sample, SimpleNamespace(**values))
         assert found == ClassMap(tmp_path / "masks/a.png", reduced, tmp_path / "images/a.png")
-    with pytest.raises(BadInput, match="the image processor crops"):
-        _class_map(sample, SimpleNamespace(do_center_crop=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "what"),
+    [
+        ("SegformerImageProcessor", {"size": {"height": 32, "width": 48}}, None),
+        ("Mask2FormerImageProcessor", {"size": {"height": 32, "width": 48}}, None),
+        ("Mask2FormerImageProcessor", {"size": {"shortest_edge": 32, "longest_edge": 96}}, "pads"),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}, "crops"),
+    ],
+)
+def test_processors_that_show_other_places_are_refused(
+    kind: str, settings: dict[str, Any], what: str | None, tmp_path: Path
+) -> None:
+    photo(tmp_path / "images/a.png")
+    painted(tmp_path / "masks/a.png", np.zeros((80, 96)))
+    (sample,) = read_samples(tmp_path)
+    processor = getattr(hf, kind)(**settings)
+    if what is None:
+        _check_places(sample, processor, 3)
+        return
+    with pytest.raises(BadInput, match=f"the image processor {what} images"):
+        _check_places(sample, processor, 3)
 
 
 def test_maps_tell_classes_and_where_there_is_none(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ COLOURS = {1: "L", 3: "RGB"}
 PIXELS_AT_ONCE = 2**26
 """Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
 IMAGES_AT_ONCE = 32
+ONE_COLOUR = 1e-3
+"""Prepared pixels of one colour differ by no more."""
 LARGEST = 4096
 """Pixels of a side."""
 HOW = (
@@ -121,18 +123,33 @@ def image_feeds(
         if image.last:
             values = values.movedim(1, -1)
         rows += [fitted(image.takes, {image.name: one.unsqueeze(0).contiguous()}, origin) for one in values]
+    if (mapped := next((sample for sample in samples if sample.class_map is not None), None)) is not None:
+        _check_places(mapped, processor, image.channels)
     labels = [sample.label if sample.class_map is None else _class_map(sample, processor) for sample in samples]
     return grouped(rows, labels, origin, batching)
 
 
-def _class_map(sample: Sample, processor: Any) -> ClassMap:
-    """Raises: BadInput: prepared images do not show all that the map tells of."""
-    assert sample.class_map is not None
-    if getattr(processor, "do_center_crop", False):
+def _check_places(sample: Sample, processor: Any, channels: int) -> None:
+    """Raises: BadInput: prepared images do not show all that a map of classes tells of, and nothing else."""
+    what = "crops" if getattr(processor, "do_center_crop", False) else "pads" if _pads(processor, channels) else None
+    if what is not None:
         raise BadInput(
-            f"{sample.source} has a map of classes, and the image processor crops images, so that what is put out is "
-            "of other places. Set do_center_crop to false in preprocessor_config.json."
+            f"{sample.source} has a map of classes, and the image processor {what} images, so that what is put out is "
+            "of other places. Let it scale them to one height and width, and no more, in preprocessor_config.json."
         )
+
+
+def _pads(processor: Any, channels: int) -> bool:
+    """Whether a wide and a tall image of one colour do not stay of one colour."""
+    from PIL import Image
+
+    images = [Image.new("RGB", size, (200, 100, 50)).convert(COLOURS[channels]) for size in ((60, 40), (40, 60))]
+    pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    return bool((pixels.amax((2, 3)) - pixels.amin((2, 3)) > ONE_COLOUR).any())
+
+
+def _class_map(sample: Sample, processor: Any) -> ClassMap:
+    assert sample.class_map is not None
     # Before transformers 4.22 the entry was called reduce_labels; it still lies in the files of many models.
     reduced = any(getattr(processor, name, False) for name in ("do_reduce_labels", "reduce_labels"))
     return ClassMap(sample.class_map, reduced, sample.image if isinstance(sample.image, Path) else None)
