@@ -14,6 +14,8 @@ from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.quality import Quality
 from optin_deploy.scoring.losses import Readout
 
+VALUES = 2**26
+"""Of a picture that is scaled to the size of its map at once: 256 MiB."""
 log = logging.getLogger(__name__)
 
 
@@ -100,7 +102,22 @@ def _counted(picture: Tensor, label: ClassMap) -> Tensor:
             " class, set do_reduce_labels in preprocessor_config.json; else correct the map, or write 255 where no"
             " class counts."
         )
-    size = (int(wanted.shape[0]), int(wanted.shape[1]))
-    scaled = torch.nn.functional.interpolate(picture.unsqueeze(0).float(), size=size, mode="bilinear")
-    found, known = scaled[0].argmax(0).cpu(), wanted >= 0
+    found, known = largest(picture, wanted.shape[0], wanted.shape[1]).cpu(), wanted >= 0
     return torch.bincount(wanted[known] * classes + found[known], minlength=classes**2).view(classes, classes)
+
+
+def largest(picture: Tensor, height: int, width: int) -> Tensor:
+    """Return the class of the largest value at each pixel of a scaled picture, (height, width).
+
+    A few classes at a time: of a photograph, all of them take gigabytes.
+    Args: picture: (classes, height, width) of any size.
+    """
+    together = max(1, VALUES // (height * width))
+    best, found = picture.new_full((height, width), -torch.inf, dtype=torch.float32), None
+    for start in range(0, len(picture), together):
+        part = picture[start : start + together].unsqueeze(0).float()
+        values, classes = torch.nn.functional.interpolate(part, size=(height, width), mode="bilinear")[0].max(0)
+        found = classes if found is None else torch.where(values > best, classes + start, found)
+        best = torch.maximum(best, values)
+    assert found is not None, "there are classes"
+    return found

@@ -36,7 +36,7 @@ from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT
-from optin_deploy.segmentation_quality import SegmentationJudge, mean_iou
+from optin_deploy.segmentation_quality import SegmentationJudge, largest, mean_iou
 from optin_deploy.workspace import Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,6 +186,15 @@ def test_processors_that_show_other_places_are_refused(
         return
     with pytest.raises(BadInput, match=f"the image processor {what} images"):
         _check_places(sample, processor, 3)
+
+
+@pytest.mark.parametrize("values", [2**26, 24 * 36, 5 * 24 * 36])
+def test_classes_are_scaled_a_few_at_a_time(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optin_deploy.segmentation_quality.VALUES", values)
+    picture = torch.randn(7, 6, 9)
+    picture[5] = picture[2]  # of equals the first counts
+    scaled = nn.functional.interpolate(picture[None], size=(24, 36), mode="bilinear")[0]
+    assert torch.equal(largest(picture, 24, 36), scaled.argmax(0))
 
 
 def test_maps_tell_classes_and_where_there_is_none(tmp_path: Path) -> None:
