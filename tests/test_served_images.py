@@ -76,6 +76,12 @@ def test_one_size_that_was_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize(("size", "says"), [((99999, 32), "1 to 4096 pixels"), ((4, 4), "does not take")])
+def test_sizes_that_cannot_be_are_refused(size: tuple[int, int], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        dense_of(Source(str(vit()), image_size=size))
+
+
 def test_sizes_are_part_of_the_key() -> None:
     sources = [Source(str(vit())), Source(str(vit()), any_size=True), Source(str(vit()), image_size=(48, 24))]
     assert len({dense_of(source).key for source in sources}) == 3

@@ -19,7 +19,7 @@ from optin_deploy.network.examples import example_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.read_onnx import read_file
-from optin_deploy.network.read_torch import prepared
+from optin_deploy.network.read_torch import FAILURES, prepared
 from optin_deploy.network.sealed import finished
 from optin_deploy.network.unused import tidied
 from optin_deploy.pooling import POOLED, pooling_of
@@ -140,7 +140,7 @@ def _try_two(loaded: LoadedModel) -> None:
     try:
         with prepared(loaded.model), torch.no_grad():
             loaded.model(**example_of(loaded.model).inputs)
-    except ValueError as err:
+    except (ValueError,) if loaded.is_text else FAILURES as err:
         step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
         if not loaded.is_text:
             step = "Check --image-size and preprocessor_config.json: they make other images than this model takes."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optin_deploy.data.image_feeds import LARGEST
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel
 from optin_deploy.network.examples import FREE_SIZE, IMAGE_SIZE, SERVED_SIZE, example_of
@@ -32,6 +33,8 @@ def serve_images(loaded: LoadedModel, size: tuple[int, int] | None, *, any_size:
     """
     config: Any = loaded.model.config
     if size is not None:
+        if not all(1 <= side <= LARGEST for side in size):
+            raise BadInput(f"--image-size {size[0]}x{size[1]}: possible are 1 to {LARGEST} pixels a side.")
         _resize(loaded.preprocessor, size)
     height, width = _made_by(loaded)
     if size not in (None, (height, width)):
