@@ -137,10 +137,11 @@ def _try_two(loaded: LoadedModel) -> None:
 
     Raises: BadInput.
     """
+    refusals = (ValueError,) if loaded.is_text else FAILURES
     try:
         with prepared(loaded.model), torch.no_grad():
             loaded.model(**example_of(loaded.model).inputs)
-    except (ValueError,) if loaded.is_text else FAILURES as err:
+    except refusals as err:
         step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
         if not loaded.is_text:
             step = "Check --image-size and preprocessor_config.json: they make other images than this model takes."
