@@ -17,6 +17,7 @@ from exporters.passes.pooled import pooled
 from optin_deploy.checkpoint.config import longest_in
 from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import DATA, KEY, SEAL, finished, store
 from optin_deploy.network.unused import tidied
@@ -107,6 +108,19 @@ def forms_in(workspace: Workspace, pool: str | None, *, dense: bool = True) -> F
         pruned,
         Form(workspace.root / DENSE, whole, None if source.is_file else Path(source.model), source.task, longest),
     )
+
+
+def check_free_sizes(network: Network, engine: str) -> None:
+    """Make sure that an engine's profiles name all sizes of a network that are free.
+
+    Raises: BadInput: an input has more.
+    """
+    for port in network.inputs:
+        if sum(isinstance(size, str) for size in (port.shape or ())[1:]) > 1:
+            raise BadInput(
+                f"engine {engine}: its profiles name one free size beside the batch, and input {port.name!r} of sizes "
+                f"{port.shape} has more. Export it for one size: with --image-size, or with numbers in the ONNX file."
+            )
 
 
 def _pooled(path: Path, pool: str | None) -> Any:

@@ -19,7 +19,7 @@ from exporters.bench.profiling import read_table, table_at
 from exporters.bench.time_budget import Planning
 from exporters.bench.time_rounds import LastWord, Round, judged
 from exporters.bench.yardstick import inputs_of, yardstick
-from exporters.building import Built, build, forms_in, int8_samples
+from exporters.building import Built, build, check_free_sizes, forms_in, int8_samples
 from exporters.clock import Clock
 from exporters.origin import check_origin
 from exporters.passes.pooled import check_pool
@@ -160,6 +160,8 @@ def build_folder(
     check_origin(path, "pruned")
     if pool is not None:
         check_pool(tidied(network, without=POOLED), pool, pooling_in(workspace.model_folder))
+    if target.has_profiles:
+        check_free_sizes(network, engine)
     if target.reads_onnx:
         check_size(network, precision)
     samples = _int8_samples(workspace) if precision == "int8" else ()

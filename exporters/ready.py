@@ -12,7 +12,7 @@ from exporters.bench.measuring import check_threads
 from exporters.bench.points import Point, check_different
 from exporters.bench.room import check_room, least_bytes
 from exporters.bench.yardstick import DENSE, check_timeable, inputs_of, yardstick
-from exporters.building import int8_samples
+from exporters.building import check_free_sizes, int8_samples
 from exporters.passes.pooled import check_pool
 from exporters.profiles import Profile
 from exporters.tensorrt_plan import EngineOptions
@@ -22,7 +22,6 @@ from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.judging import judged_samples
-from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.latency import LatencyTable
 from optin_deploy.planning.widths import Choice, aligned
@@ -50,8 +49,6 @@ class Request:
     allocation: str = "curves"
     tokens: float | None = None
     """Mean share of the tokens that stay behind the attention of a block; None: all."""
-    drop_tokens: bool = False
-    """Whether tokens that go are dropped, not merged."""
     scoring: ScoreSettings = field(default_factory=ScoreSettings)
     memory_budget: int | None = None
     """Bytes that scoring may take beyond the network; None: most of what is free."""
@@ -92,7 +89,7 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     precision = check_precision(target, request.precision)
     target.check(request.options, request.pool)
     align = target.align if request.align is None else request.align
-    choice = Choice(source.units, align, request.allocation, drops=request.drop_tokens)
+    choice = Choice(source.units, align, request.allocation, drops=source.drop_tokens)
     check_threads(request.threads)
     if request.threads:
         target.threads(request.threads)
@@ -119,7 +116,7 @@ def ready(request: Request, home: Path | None = None) -> Asked:
     if target.reads_onnx:
         check_size(network, precision)
     if target.has_profiles:
-        _check_free_sizes(network, request.engine)
+        check_free_sizes(network, request.engine)
     inputs = inputs_of(prepared)
     for point in points:
         settled = inputs.at(point)
@@ -162,16 +159,6 @@ def _check_needed(asked: Asked) -> None:
         samples = yard.together((), blocks=2).ms[DENSE]
     dense_ms = percentile([ms for block in samples for ms in block], 50)
     limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
-
-
-def _check_free_sizes(network: Network, engine: str) -> None:
-    """Raises: BadInput: an input has more free sizes than a profile names."""
-    for port in network.inputs:
-        if sum(isinstance(size, str) for size in (port.shape or ())[1:]) > 1:
-            raise BadInput(
-                f"engine {engine}: its profiles name one free size beside the batch, and input {port.name!r} of sizes "
-                f"{port.shape} has more. Export for one size: leave out --any-size, and give --image-size."
-            )
 
 
 def _check_profiles(profiles: Sequence[Profile], point: Point) -> None:

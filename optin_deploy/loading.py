@@ -14,6 +14,7 @@ from torch import nn
 from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.files import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
+from optin_deploy.checkpoint.positions import scale_positions
 from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.checkpoint.sentence_modules import embeds
 from optin_deploy.checkpoint.smaller import MANIFEST
@@ -108,6 +109,7 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
         model, left_out = _load(source, data, task, stored)
         tell_left_out(source, model, left_out)
         drop_pooler(model, task)
+        scale_positions(model)
         _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
         model.config.name_or_path = name
     return model, task

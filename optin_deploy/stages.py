@@ -103,7 +103,8 @@ def _rows(dense: Dense, source: Source) -> Halves:
     pixels = None
     if source.mean is not None or source.std is not None:
         pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
-    size = source.image_size if source.is_file or pixels is not None else None  # the model's own processor knows it
+    own = not source.is_file and pixels is None and source.preprocessor is None
+    size = None if own else source.image_size  # the model's own processor knows it
     explicit = pixels is not None or size is not None
     preparation = Preparation(
         tokenizer=source.tokenizer or dense.tokenizer,

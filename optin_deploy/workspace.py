@@ -101,6 +101,8 @@ class Source:
     """Of free axes, by their names in the file, where it takes only some sizes."""
     units: tuple[str, ...] = DEFAULT_KINDS
     """Kinds of units that may be cut."""
+    drop_tokens: bool = False
+    """Whether tokens that go are dropped, not merged."""
     output: str | None = None
     """Output that is compared; None = found."""
     read_as: Kind | None = None

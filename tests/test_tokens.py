@@ -21,6 +21,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
+from optin_deploy.planning.plan import told_merges
 from optin_deploy.planning.tokens import schedule
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -216,6 +217,18 @@ def test_every_place_has_the_token_that_stands_for_a_dropped_one() -> None:
                 x[row, 2 * even + 2] = x[row, 2 * partner[row, even] + 1]
         x = module.norm(x + module.blocks[2].mlp(module.blocks[2].norm2(x)))
     torch.testing.assert_close(found, torch.cat([x[:, 0], x[:, 1:].mean(1)], -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("merges", "told"),
+    [
+        ((0, 3, 2), "5 tokens are merged, behind the attention of the blocks: 0, 3, 2"),
+        ((0, -3, -2), "5 tokens are dropped, behind the attention of the blocks: 0, 3, 2"),
+        ((4, -3), "7 tokens are merged or dropped (-), behind the attention of the blocks: 4, -3"),
+    ],
+)
+def test_what_is_told_of_merges(merges: tuple[int, ...], told: str) -> None:
+    assert told_merges(merges) == told
 
 
 def test_nothing_merged_is_the_same_network() -> None:

@@ -142,10 +142,12 @@ def cells(
         path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}" / f"{name}-{flops:g}-seed{seed}.json"
         kept = networks_of is not None and seed in (-1, networks_of) and method not in ONE_SEED  # another tool's files
         network_file = path.with_suffix(".onnx") if kept else None
-        if path.exists() and (network_file is None or network_file.exists()):
-            found[cell] = read_json(path, "Delete it to measure it again.")
+        known = read_json(path, "Delete it to measure it again.") if path.exists() else None
+        late = time.monotonic() > end and method != DENSE
+        if known is not None and (late or "refused" in known or network_file is None or network_file.exists()):
+            found[cell] = known
             continue
-        if time.monotonic() > end and method != DENSE:
+        if late:
             continue
         read = read or find_in(task.model, task.inputs)
         if seed not in cases and method != DENSE:

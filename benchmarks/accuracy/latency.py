@@ -73,7 +73,7 @@ def measured(folder: Path, path: Path, batch: int) -> dict[str, Any]:
 
 def page(name: str, found: list[dict[str, Any]]) -> str:
     """The result for people."""
-    parts = [f"# Measured time of the networks of {name}\n\nONNX Runtime, one thread, seed 0."]
+    parts = [f"# Measured time of the networks of {name}\n\nONNX Runtime, one thread, the first calibration seed."]
     for batch in dict.fromkeys(each["batch"] for each in found):
         rows = []
         for each in sorted(found, key=lambda one: (-one["flops"], one["method"])):

@@ -1,6 +1,6 @@
 """CIFAR-10 for convolutional networks: a ResNet-18 that learns it from nothing, and an EfficientNet-Lite0 fine-tuned.
 
-Both learn from four of the five sheets of training images; the fifth calibrates, the test batch judges.
+They learn from the first sheets of the training images; the fifth calibrates, the test batch judges.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optin_deploy.checkpoint.config import CONFIG_HINT, read_config
 from optin_deploy.checkpoint.files import read_header
 from optin_deploy.checkpoint.fit import sketch
+from optin_deploy.checkpoint.positions import scale_positions
 from optin_deploy.checkpoint.smaller import CONFIG, MANIFEST, WEIGHTS, config_hash, drop_pooler, read_saved, remedy
 from optin_deploy.checkpoint.wall import reason, shown, wall
 from optin_deploy.cutting.attributes import Sizes, numbers, write
@@ -45,6 +46,7 @@ def load(folder: Path) -> Any:
     drop_pooler(model, stored)
     _fill(model, stored, path, hint)
     write(model, _checked(model, saved.sizes, folder / MANIFEST, hint))
+    scale_positions(model)
     return model.eval()
 
 

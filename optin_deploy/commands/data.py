@@ -91,7 +91,17 @@ def source_of(given: Mapping[str, Any]) -> Any:
     )
 
 
-AS_THEY_ARE = ("task", "text_column", "label_column", "pair_column", "seq_len", "samples", "seed", "any_size")
+AS_THEY_ARE = (
+    "task",
+    "text_column",
+    "label_column",
+    "pair_column",
+    "seq_len",
+    "samples",
+    "seed",
+    "any_size",
+    "drop_tokens",
+)
 """Options that a source has under the same name."""
 
 

@@ -160,7 +160,6 @@ def export(
         align=align,
         allocation=allocation,
         tokens=tokens,
-        drop_tokens=drop_tokens,
         scoring=scoring_settings(scorer, paper, weighting, kl_weight),
         memory_budget=size_of(memory_budget, "--memory-budget"),
         compensation=compensation,

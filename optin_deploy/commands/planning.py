@@ -179,7 +179,8 @@ def planner_of(
     workspace = Workspace(folder)
     workspace.read_scores()
     prepared = prepare(judged_by(workspace.source(), evaluation), folder)
-    choice = Choice(prepared.source.units, DEFAULT_ALIGN if align is None else align, allocation, drops=drop_tokens)
+    source, multiple = prepared.source, DEFAULT_ALIGN if align is None else align
+    choice = Choice(source.units, multiple, allocation, drops=drop_tokens or source.drop_tokens)
     ready = prepared.ready
     choice = merging(ready, aligned(ready.layout, choice, align), tokens)
     workspace.scores_of(ready.layout)

@@ -88,11 +88,17 @@ def _ids(model: Any, length: int) -> Tensor:
     return torch.tensor(plain)[torch.randint(len(plain), (BATCH, length), generator=generator)]
 
 
-def _image(model: Any) -> Tensor:
-    size = getattr(model.config, SERVED_SIZE, None) or _entry(model.config, "image_size", IMAGE_SIZE)
+def built_for(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was built for, by its config."""
+    size = _entry(config, "image_size", IMAGE_SIZE)
     if isinstance(size, Mapping):
         size = (size["height"], size["width"])
     height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _image(model: Any) -> Tensor:
+    height, width = getattr(model.config, SERVED_SIZE, None) or built_for(model.config)
     return _normal(BATCH, _entry(model.config, "num_channels", CHANNELS), height, width)
 
 

@@ -64,11 +64,11 @@ class Origin:
 
 
 def told_merges(merges: Sequence[int]) -> str:
-    """Say how many tokens go, and where."""
-    how = "dropped" if any(count < 0 for count in merges) else "merged"
-    return f"{sum(map(abs, merges))} tokens are {how}, behind the attention of the blocks: " + ", ".join(
-        str(abs(count)) for count in merges
-    )
+    """Say how many tokens go, and where; where both happen, dropped ones have a minus."""
+    both = min(merges) < 0 < max(merges)
+    how = "merged or dropped (-)" if both else "dropped" if min(merges) < 0 else "merged"
+    counts = ", ".join(str(count if both else abs(count)) for count in merges)
+    return f"{sum(map(abs, merges))} tokens are {how}, behind the attention of the blocks: {counts}"
 
 
 @dataclass(frozen=True)
