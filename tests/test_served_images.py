@@ -79,7 +79,14 @@ def test_one_size_that_was_asked_for() -> None:
     )
 
 
-@pytest.mark.parametrize(("size", "says"), [((99999, 32), "1 to 4096 pixels"), ((4, 4), "does not take two samples")])
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ((99999, 32), "1 to 4096 pixels"),
+        ((4096, 2048), r"take [\d,.]+ GiB or more inside"),
+        ((4, 4), "does not take two samples"),
+    ],
+)
 def test_sizes_that_cannot_be_are_refused(size: tuple[int, int], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         dense_of(Source(str(vit()), image_size=size))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from optin_deploy.data.image_feeds import LARGEST
 from optin_deploy.errors import BadInput
@@ -14,6 +18,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import reason
 from optin_deploy.network.read_torch import FAILURES, prepared
 from optin_deploy.network.run import Program
+from optin_deploy.scoring.memory import free_bytes
 
 TOLERANCE = 1e-4
 """Of the largest value of an output."""
@@ -48,6 +53,34 @@ def serve_images(loaded: LoadedModel, size: tuple[int, int] | None, *, any_size:
         setattr(config, SERVED_SIZE, list(made))
     if any_size:
         setattr(config, FREE_SIZE, True)
+    if size is not None:
+        _check_room(loaded.model, size)
+
+
+def _check_room(model: Any, size: tuple[int, int]) -> None:
+    """Raises: BadInput: a value of two such images, beside what it is made of, takes more than what is free."""
+    largest, inputs = _Largest(), example_of(model).inputs  # type: ignore[no-untyped-call]
+    refused = suppress(*FAILURES)  # which is told when it is tried
+    with refused, prepared(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), largest:
+        model(**inputs)
+    free = free_bytes(torch.device("cpu"))
+    if 2 * largest.bytes > free:
+        raise BadInput(
+            f"--image-size {size[0]}x{size[1]}: two images take {2 * largest.bytes / 2**30:,.1f} GiB or more inside of "
+            f"the model, and {free / 2**30:,.1f} GiB are free. Give a smaller size."
+        )
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [each.numel() * each.element_size() for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return made
 
 
 def _resize(processor: Any, size: tuple[int, int]) -> None:
