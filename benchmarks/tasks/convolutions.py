@@ -42,8 +42,6 @@ class Recipe(Training):
     """How a network is trained; part of the trained network's folder name."""
 
     model: str
-    after: str | None = None
-    """The recipe whose weights it goes on from."""
     image_size: int
     """Pixels that the 32 are scaled to."""
     train: tuple[str, ...] = TRAINING_SHEETS[:4]
@@ -54,8 +52,6 @@ class Recipe(Training):
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "resnet-begun": Recipe(model="resnet", image_size=64, epochs=10, learning_rate=1e-3),
-    "resnet": Recipe(model="resnet", after="resnet-begun", image_size=64, epochs=3, learning_rate=5e-4, seed=1),
     "efficientnet": Recipe(
         model="efficientnet", image_size=96, epochs=1, learning_rate=5e-4, train=TRAINING_SHEETS[:2]
     ),
@@ -91,8 +87,6 @@ def trained(recipe: Recipe, cache: Path) -> nn.Module:
     torch.manual_seed(recipe.seed)
     model = MODELS[recipe.model]()
     if not folder.exists():
-        if recipe.after is not None:
-            model.load_state_dict(trained(RECIPES[recipe.after], cache).state_dict())
         with stage_bar(f"train {recipe.model}") as progress:
             learn(model, photographs(cache, recipe.train), recipe, progress=progress)
         with atomic_folder(folder) as temporary:
