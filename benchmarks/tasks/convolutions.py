@@ -52,6 +52,7 @@ class Recipe(Training):
 
 
 RECIPES: Mapping[str, Recipe] = {
+    "resnet": Recipe(model="resnet", image_size=64, epochs=10, learning_rate=1e-3),
     "efficientnet": Recipe(
         model="efficientnet", image_size=96, epochs=1, learning_rate=5e-4, train=TRAINING_SHEETS[:2]
     ),
