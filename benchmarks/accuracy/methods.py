@@ -116,6 +116,7 @@ RANKINGS = {
     "sentiment": Ranking(wanda=True),
     "r8": Ranking(wanda=True),
     "cifar10": Ranking(wanda=True),
+    "cifar10-resnet": Ranking(everywhere=True),
 }
 """Of onnxsim, by task: those that are nearest to the dense outputs on the calibration rows of seed 0 at 40% of the MACs
 (`python -m benchmarks.accuracy.rankings`)."""
