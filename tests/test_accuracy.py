@@ -24,21 +24,23 @@ from PIL import Image
 from scipy.stats import spearmanr
 from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from benchmarks.accuracy import __main__ as module
 from benchmarks.accuracy import case as case_module
 from benchmarks.accuracy import rival
-from benchmarks.accuracy.__main__ import cells
+from benchmarks.accuracy.__main__ import cells, made_case
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import METHODS, OF_IMAGES, every_block, importance
+from benchmarks.accuracy.methods import METHODS, OF_CONVOLUTIONS, OF_IMAGES, every_block, fits, importance
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
+from benchmarks.tasks.convolutions import processor_of
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import Task, judged
-from optin_deploy.data.samples import read_samples
+from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.loading import load_dense
@@ -80,7 +82,11 @@ def made(case: Case, method: str, flops: float = FLOPS) -> Any:
     return METHODS[method](case, flops)
 
 
-@pytest.mark.parametrize("method", METHODS)
+ENCODERS = [method for method in METHODS if not method.startswith("Torch-Pruning")]
+"""Methods for texts and images of transformers; the others are for convolutional networks."""
+
+
+@pytest.mark.parametrize("method", ENCODERS)
 def test_every_method_stays_within_the_budget_and_leaves_the_model_alone(case: Case, method: str) -> None:
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
     flops = {"ours, tokens alone": 0.95, "Token Merging": 0.8}.get(method, FLOPS)  # two blocks cannot merge more
@@ -129,10 +135,32 @@ def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flo
 
 
 def test_methods_differ(case: Case) -> None:
-    peers = [method for method in METHODS if method != "onnxsim" and method not in OF_IMAGES]  # may be each other
+    peers = [method for method in ENCODERS if method != "onnxsim" and method not in OF_IMAGES]  # may be each other
     outputs = [outputs_of(made(case, method), OUTPUT, case.batches[:1], case.seq_len) for method in peers]
     for i, j in product(range(len(outputs)), repeat=2):
         assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Torch-Pruning
+@pytest.mark.parametrize("method", ["ours", "Torch-Pruning, Taylor", "Torch-Pruning, L1"])
+def test_methods_for_convolutional_networks_stay_within_the_budget(method: str) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[32, 48], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(config).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    noise = np.random.default_rng(0)
+    some = [
+        Sample(image=Image.fromarray(noise.integers(0, 255, (32, 32, 3), np.uint8)), label=n % 3) for n in range(48)
+    ]
+    inputs = {"pixel_values": torch.zeros(2, 3, 32, 32)}
+    task = Task("convolutions", model, processor_of(32), tuple(some), tuple(some), 1, inputs)
+    assert [name for name in METHODS if fits(name, task)] == [name for name in METHODS if name in OF_CONVOLUTIONS]
+    case = made_case(task, find_in(model, inputs), 0, 24)
+    smaller = METHODS[method](case, 0.6)
+    assert isinstance(smaller, Network)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    counts = [multiplied(network, case.batches[0]) for network in (case.found.network, smaller)]
+    assert 0.3 < counts[1] / counts[0] <= 0.6
 
 
 def test_a_file_of_fixed_sizes_is_judged_on_every_row_as_a_free_one(case: Case) -> None:
