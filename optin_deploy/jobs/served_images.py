@@ -59,10 +59,10 @@ def serve_images(loaded: LoadedModel, size: tuple[int, int] | None, *, any_size:
 
 def _check_room(model: Any, size: tuple[int, int]) -> None:
     """Raises: BadInput: a value of two such images, beside what it is made of, takes more than what is free."""
-    largest, inputs = _Largest(), example_of(model).inputs  # type: ignore[no-untyped-call]
+    largest = _Largest()  # type: ignore[no-untyped-call]
     refused = suppress(*FAILURES)  # which is told when it is tried
     with refused, prepared(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), largest:
-        model(**inputs)
+        model(**example_of(model).inputs)
     free = free_bytes(torch.device("cpu"))
     if 2 * largest.bytes > free:
         raise BadInput(
