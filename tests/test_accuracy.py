@@ -31,14 +31,14 @@ from benchmarks.accuracy import case as case_module
 from benchmarks.accuracy import rival
 from benchmarks.accuracy.__main__ import cells, made_case
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import METHODS, OF_CONVOLUTIONS, OF_IMAGES, every_block, fits, importance
+from benchmarks.accuracy.methods import METHODS, OF_CONVOLUTIONS, OF_IMAGES, OWN_PRUNER, every_block, fits, importance
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, draw, page
 from benchmarks.scoring import accuracy as scores_benchmark
 from benchmarks.tasks import files, images, text
-from benchmarks.tasks.convolutions import processor_of
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
+from benchmarks.tasks.images import processor_of
 from benchmarks.tasks.task import Task, judged
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
@@ -82,7 +82,7 @@ def made(case: Case, method: str, flops: float = FLOPS) -> Any:
     return METHODS[method](case, flops)
 
 
-ENCODERS = [method for method in METHODS if not method.startswith("Torch-Pruning")]
+ENCODERS = [method for method in METHODS if method not in OWN_PRUNER]
 """Methods for texts and images of transformers; the others are for convolutional networks."""
 
 

@@ -160,8 +160,10 @@ PEERS = (
 """As published; the others are ours or hold parts of ours."""
 OF_IMAGES = ("ours, tokens", "ours, tokens alone", "Token Merging", "OPTIN, tokens")
 """Only where the number of tokens is fixed."""
-OF_CONVOLUTIONS = ("ours", "ours, uniform", "onnxsim", "OPTIN", "Torch-Pruning, Taylor", "Torch-Pruning, L1")
-"""Of convolutional networks; Torch-Pruning's own pruner is tried on no others."""
+OWN_PRUNER = ("Torch-Pruning, Taylor", "Torch-Pruning, L1")
+"""By Torch-Pruning's own pruner, which is tried on convolutional networks alone."""
+OF_CONVOLUTIONS = ("ours", "ours, uniform", "onnxsim", "OPTIN", *OWN_PRUNER)
+"""Of convolutional networks."""
 ONE_SEED = ("onnxsim",)
 """Only the first calibration seed: minutes a cell."""
 ABLATIONS = ("Fisher + ours", "random + ours")
@@ -172,4 +174,4 @@ def fits(method: str, task: Task) -> bool:
     """Whether a method is for such a network."""
     if task.inputs is not None:
         return method in OF_CONVOLUTIONS
-    return not method.startswith("Torch-Pruning") and (method not in OF_IMAGES or task.test[0].image is not None)
+    return method not in OWN_PRUNER and (method not in OF_IMAGES or task.test[0].image is not None)

@@ -15,19 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks.images import (
-    CALIBRATION,
-    CALIBRATION_SHEET,
-    CLASSES,
-    DEVIATION,
-    MEAN,
-    PER_SHEET,
-    TEST_SHEET,
-    TRAINING_SHEETS,
-    photographs,
-)
+from benchmarks.tasks.images import CLASSES, DEVIATION, MEAN, TRAINING_SHEETS, photographs, processor_of, unseen
 from benchmarks.tasks.task import Task
-from benchmarks.tasks.training import Training, train
+from benchmarks.tasks.training import Training, shuffled, train
 from benchmarks.zoo.models import efficientnet_module
 from optin_deploy.data.samples import Sample
 from optin_deploy.progress import Progress, silent
@@ -73,11 +63,8 @@ def _task(name: str, cache: Path) -> Task:
     recipe = RECIPES[name]
     size = recipe.image_size
     model, processor = trained(recipe, cache), processor_of(size)
-    unseen = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
-    calibration, test = unseen[:CALIBRATION], unseen[PER_SHEET:]
-    random.Random(recipe.seed).shuffle(test)
     inputs = {"pixel_values": torch.zeros(2, 3, size, size)}
-    return Task(f"cifar10-{name}", model, processor, tuple(calibration), tuple(test), 1, inputs)
+    return Task(f"cifar10-{name}", model, processor, *unseen(cache, recipe.seed), 1, inputs)
 
 
 def trained(recipe: Recipe, cache: Path) -> nn.Module:
@@ -129,21 +116,12 @@ def efficientnet() -> nn.Module:
 MODELS: Mapping[str, Callable[[], nn.Module]] = {"resnet": resnet, "efficientnet": efficientnet}
 
 
-def processor_of(image_size: int) -> Any:
-    """Scales images and their colours."""
-    from transformers import ViTImageProcessor
-
-    size = {"height": image_size, "width": image_size}
-    return ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
-
-
 def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progress: Progress = silent) -> None:
     """Train all weights, in bfloat16 where that is safe; images are moved and mirrored by chance."""
     draw = random.Random(recipe.seed)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _scaled(samples, recipe.image_size), torch.tensor([sample.label for sample in samples])
-    orders = [draw.sample(range(len(samples)), len(samples)) for _ in range(recipe.epochs)]
-    parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
+    parts = shuffled(range(len(samples)), recipe, draw)
     mean, deviation = (torch.tensor(some).reshape(3, 1, 1) for some in (MEAN, DEVIATION))
     span = round(recipe.shift * recipe.image_size)
 

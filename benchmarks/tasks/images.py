@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, images_of
-from benchmarks.tasks.training import Training, train
+from benchmarks.tasks.training import Training, shuffled, train
 from optin_deploy.data.rows import Batch, Feeds
 from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
@@ -88,11 +88,24 @@ def cifar10(cache: Path) -> Task:
             model.save_pretrained(temporary)
             processor.save_pretrained(temporary)
     loaded = load_dense(str(folder))
-    unseen = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
-    calibration, test = unseen[:CALIBRATION], unseen[PER_SHEET:]
-    random.Random(recipe.seed).shuffle(test)
     tokens = (recipe.image_size // 14) ** 2 + 1
-    return Task("cifar10", loaded.model, loaded.preprocessor, tuple(calibration), tuple(test), tokens)
+    return Task("cifar10", loaded.model, loaded.preprocessor, *unseen(cache, recipe.seed), tokens)
+
+
+def unseen(cache: Path, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Images that calibrate, and shuffled ones that judge; no model learns from either."""
+    both = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
+    test = both[PER_SHEET:]
+    random.Random(seed).shuffle(test)
+    return tuple(both[:CALIBRATION]), tuple(test)
+
+
+def processor_of(image_size: int) -> Any:
+    """Scales images and their colours."""
+    from transformers import ViTImageProcessor
+
+    size = {"height": image_size, "width": image_size}
+    return ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
 
 
 def photographs(cache: Path, sheets: Sequence[str]) -> list[Sample]:
@@ -120,16 +133,11 @@ def fine_tuned(
     The classifier starts from a logistic regression: from a random one, the first steps would spoil the backbone.
     Returns: the model in evaluation mode, and its image processor.
     """
-    from transformers import ViTImageProcessor
-
-    size = {"height": recipe.image_size, "width": recipe.image_size}
-    processor = ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
+    processor = processor_of(recipe.image_size)
     model = _untrained(recipe, cache)
     _fit_classifier(model, images_of(model, samples[: recipe.probe], processor), recipe.regularisation)
     model.dinov2.embeddings.requires_grad_(False)
-    draw = random.Random(recipe.seed)
-    orders = [draw.sample(samples, len(samples)) for _ in range(recipe.epochs)]
-    parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
+    parts = shuffled(samples, recipe, random.Random(recipe.seed))
     made = (images_of(model, part, processor, batch_size=recipe.batch_size) for part in parts)  # one at a time
     batches = ((each.batches[0], torch.tensor(each.labels)) for each in made)
     train(model, batches, len(parts), recipe, progress=progress)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.images import photographs
-from benchmarks.tasks.training import Training, train
+from benchmarks.tasks.training import Training, shuffled, train
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
@@ -191,8 +191,7 @@ def _learn(
     draw = random.Random(recipe.seed)
     images: Tensor = processor(images=[scene for scene, _ in some], return_tensors="pt")["pixel_values"]
     classes = torch.from_numpy(np.stack([each for _, each in some])).long()
-    orders = [draw.sample(range(len(some)), len(some)) for _ in range(recipe.epochs)]
-    parts = [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
+    parts = shuffled(range(len(some)), recipe, draw)
 
     def drawn() -> Iterator[dict[str, Tensor]]:
         for part in parts:

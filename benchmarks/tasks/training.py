@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.progress import Progress, silent
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,12 @@ class Training:
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0
+
+
+def shuffled(samples: Sequence[T], recipe: Training, draw: random.Random) -> list[list[T]]:
+    """Batches of all epochs, each epoch in an order of its own."""
+    orders = [draw.sample(samples, len(samples)) for _ in range(recipe.epochs)]
+    return [order[i : i + recipe.batch_size] for order in orders for i in range(0, len(order), recipe.batch_size)]
 
 
 def of_labels(model: nn.Module, batch: tuple[Mapping[str, Tensor], Tensor]) -> Tensor:
