@@ -29,6 +29,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
 from optin_deploy.pictures import DPI, save_figure
 from optin_deploy.scoring.reading import reading_of
+from optin_deploy.segmentation_quality import largest
 from optin_deploy.stages import prepare
 from optin_deploy.terminal import quiet_libraries, stage_bar
 from optin_deploy.workspace import DENSE, PRUNED, Source, Workspace
@@ -131,8 +132,7 @@ def _seen(file: Path, pixels: Tensor, size: Sequence[int]) -> list[np.ndarray]:
     reading = reading_of(network, {name: value.shape for name, value in outputs.items()})
     pictures = reading.read(outputs).pictures
     assert pictures is not None, "a segmentation model puts out pictures"
-    scaled = torch.nn.functional.interpolate(pictures, size=(size[0], size[1]), mode="bilinear")
-    return list(scaled.argmax(1).numpy())
+    return [largest(picture, size[0], size[1]).numpy() for picture in pictures]
 
 
 def _shown(pixels: Tensor) -> np.ndarray:

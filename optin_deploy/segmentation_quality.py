@@ -113,11 +113,11 @@ def largest(picture: Tensor, height: int, width: int) -> Tensor:
     Args: picture: (classes, height, width) of any size.
     """
     together = max(1, VALUES // (height * width))
-    best, found = picture.new_full((height, width), -torch.inf, dtype=torch.float32), None
+    best = picture.new_full((height, width), -torch.inf, dtype=torch.float32)
+    found = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, len(picture), together):
         part = picture[start : start + together].unsqueeze(0).float()
         values, classes = torch.nn.functional.interpolate(part, size=(height, width), mode="bilinear")[0].max(0)
-        found = classes if found is None else torch.where(values > best, classes + start, found)
+        found = torch.where(values > best, classes + start, found)
         best = torch.maximum(best, values)
-    assert found is not None, "there are classes"
     return found

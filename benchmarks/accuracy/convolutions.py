@@ -56,7 +56,6 @@ def cut(name: str, case: Case, ratio: float, *, everywhere: bool) -> nn.Module:
     work: nn.Module = copy.deepcopy(case.model).eval().requires_grad_(True)
     with torch.enable_grad():
         if name == "taylor":
-            work.load_state_dict(case.model.state_dict())
             gradients = case.shared("gradients of weights", lambda: weight_gradients(work, case))
             for path, parameter in work.named_parameters():
                 parameter.grad = gradients[path].clone()

@@ -253,9 +253,14 @@ def _plain(image: ImageInput, pixels: Pixels | None, size: tuple[int, int] | Non
             f"--image-size {size[0]} {size[1]}: {image.takes.source} takes {image.takes}, so images are"
             f" {height} x {width}. Leave --image-size out."
         )
+    check_image_size(height, width)
+    return PlainProcessor((height, width), pixels)
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raises: BadInput: no size of images that are prepared here."""
     if not (1 <= height <= LARGEST and 1 <= width <= LARGEST):
         raise BadInput(f"--image-size {height} {width}: possible are 1 to {LARGEST} pixels a side.")
-    return PlainProcessor((height, width), pixels)
 
 
 @dataclass(frozen=True)

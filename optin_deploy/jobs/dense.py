@@ -13,7 +13,7 @@ from optin_deploy.checkpoint.beside_graph import class_names
 from optin_deploy.data.labels import check_task, classifies
 from optin_deploy.errors import BadInput
 from optin_deploy.inputs import check_seq_len, config_settings, longest_text
-from optin_deploy.jobs.served_images import check_any_size, serve_images
+from optin_deploy.jobs.served_images import check_any_size, check_room, serve_images
 from optin_deploy.loading import LoadedModel, load_dense
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.graph import Network
@@ -108,10 +108,10 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
         return Dense(network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model))
     loaded = load_dense(source.model, source.task)
     check_task(loaded.model)
-    if loaded.is_text and (source.any_size or source.image_size is not None):
-        raise BadInput(f"{source.model} takes texts: --image-size and --any-size are for models that take images.")
     if not loaded.is_text:
         serve_images(loaded, source.image_size, any_size=source.any_size)
+    elif source.any_size or source.image_size is not None:
+        raise BadInput(f"{source.model} takes texts: --image-size and --any-size are for models that take images.")
     weights = sha256_tensors(loaded.model.state_dict())
     settings = [type(loaded.model).__name__, config_settings(loaded.model), [version(name) for name in PACKAGES]]
     key = sha256_json([weights, *settings])
@@ -120,6 +120,8 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
     if home is not None and known is not None and known.key == key:
         stored = tidied(read_file(home / DENSE), without=POOLED)
         return Dense(Network(stored.model, type(loaded.model).__name__), key, loaded, names)
+    if source.image_size is not None:
+        check_room(loaded.model, source.image_size)
     _try_two(loaded)
     network = tidied(read(loaded.model))
     if source.any_size:

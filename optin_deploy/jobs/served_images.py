@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from optin_deploy.data.image_feeds import LARGEST
+from optin_deploy.data.image_feeds import check_image_size
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import LoadedModel
 from optin_deploy.network.examples import FREE_SIZE, SERVED_SIZE, built_for, example_of
@@ -35,30 +35,35 @@ def serve_images(loaded: LoadedModel, size: tuple[int, int] | None, *, any_size:
     config: Any = loaded.model.config
     made = _made_by(loaded)
     if size is not None and size != made:
-        if not all(1 <= side <= LARGEST for side in size):
-            raise BadInput(f"--image-size {size[0]}x{size[1]}: possible are 1 to {LARGEST} pixels a side.")
-        try:
-            _resize(loaded.preprocessor, size)
-            made = _made_by(loaded)
-        except FAILURES as err:
-            made, why = (0, 0), f" ({reason(err)})"
-        else:
-            why = f" ({made[0]} x {made[1]} pixels all the same)"
-        if made != size:
-            raise BadInput(
-                f"--image-size {size[0]}x{size[1]}: {type(loaded.preprocessor).__name__} cannot be set to it{why}. Set "
-                "the size in the model's preprocessor_config.json, and leave --image-size out."
-            )
+        _set_to(loaded, size)
+        made = size
     if made != built_for(config):
         setattr(config, SERVED_SIZE, list(made))
     if any_size:
         setattr(config, FREE_SIZE, True)
-    if size is not None:
-        _check_room(loaded.model, size)
 
 
-def _check_room(model: Any, size: tuple[int, int]) -> None:
-    """Raises: BadInput: a value of two such images, beside what it is made of, takes more than what is free."""
+def _set_to(loaded: LoadedModel, size: tuple[int, int]) -> None:
+    """Raises: BadInput: its processor cannot make images of this size."""
+    check_image_size(*size)
+    try:
+        _resize(loaded.preprocessor, size)
+        height, width = _made_by(loaded)
+        why = "" if (height, width) == size else f"{height} x {width} pixels all the same"
+    except FAILURES as err:
+        why = reason(err)
+    if why:
+        raise BadInput(
+            f"--image-size {size[0]}x{size[1]}: {type(loaded.preprocessor).__name__} cannot be set to it ({why}). Set "
+            "the size in the model's preprocessor_config.json, and leave --image-size out."
+        )
+
+
+def check_room(model: Any, size: tuple[int, int]) -> None:
+    """Try a model on two images of this size without computing anything.
+
+    Raises: BadInput: a value of them, beside what it is made of, takes more than what is free.
+    """
     largest = _Largest()  # type: ignore[no-untyped-call]
     refused = suppress(*FAILURES)  # which is told when it is tried
     with refused, prepared(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), largest:
