@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import Shell, classifier, copy_of, labelled, photos, vit
+from tiny_checkpoint import Shell, copy_of, photos, vit
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -149,12 +149,6 @@ def test_shares_that_cannot_be_are_refused(tokens: str, flops: str, says: str, s
     assert ran.code == 2
     assert says in ran.err
     assert not out.exists()
-
-
-def test_texts_are_refused(shell: Shell, tmp_path: Path) -> None:
-    ran = shell("optin-export", classifier(), "--calibration", labelled(), "--out", tmp_path / "x", "--tokens", 0.8)
-    assert (ran.code, "are those of an input" in ran.err) == (2, True)
-    assert not (tmp_path / "x").exists()
 
 
 def tried(ready: Ready, expected: Mapping[tuple[int, ...], float], kept: Mapping[tuple[int, ...], Keep]) -> Any:

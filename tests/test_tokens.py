@@ -228,7 +228,8 @@ def test_every_place_has_the_token_that_stands_for_a_dropped_one() -> None:
     ],
 )
 def test_what_is_told_of_merges(merges: tuple[int, ...], told: str) -> None:
-    assert told_merges(merges) == told
+    assert told_merges(merges, of_text=False) == told
+    assert told_merges(merges, of_text=True) == told.replace(" tokens", "% of the tokens")
 
 
 def test_nothing_merged_is_the_same_network() -> None:
@@ -259,7 +260,7 @@ def test_streams_of_tokens_are_found_and_merged_in_real_families(family: str, pr
 
 @pytest.mark.parametrize(
     ("family", "why"),
-    [("bert", "are those of an input"), ("swin", "no attention of all tokens"), ("beit", "change places")],
+    [("bert", "dropped, not merged"), ("swin", "no attention of all tokens"), ("beit", "change places")],
 )
 def test_what_cannot_be_merged_is_refused_with_the_reason(family: str, why: str) -> None:
     network = read_file(export(family, "dynamo").path)

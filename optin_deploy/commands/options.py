@@ -59,12 +59,12 @@ Allocation = Annotated[
 Tokens = Annotated[
     float | None,
     typer.Option(
-        help="Mean share of an image model's tokens that stay, in (0, 1]: those that are alike are merged, block by "
-        "block, and widths get what is left of the budget. [default: all stay]"
+        help="Mean share of the tokens that stay, in (0, 1]: of images those that are alike are merged, block by block; "
+        "of texts they are dropped. Widths get what is left of the budget. [default: all stay]"
     ),
 ]
 DropTokens = Annotated[
-    bool, typer.Option("--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them.")
+    bool, typer.Option("--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it.")
 ]
 MaxDrop = Annotated[
     float | None,

@@ -10,12 +10,12 @@ and nothing is weighted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from optin_deploy.cutting.editing import Editor
+from optin_deploy.cutting.writing import Writer
 from optin_deploy.structure.tokens import TokenStream
 
 APART = -4.0
@@ -36,12 +36,13 @@ class Step:
     """Of those that go, the token at an odd place that each becomes a part of."""
 
 
-class Merging:
+class Merging(Writer):
     """The graph while merges are put in."""
 
     def __init__(self, cut: Editor, real: ir.DataType, stream: TokenStream) -> None:
         """Args: real: type of the values of the stream."""
-        self._cut, self._real, self._stream = cut, real, stream
+        super().__init__(cut)
+        self._real, self._stream = real, stream
         self._left = stream.tokens
         self._steps: list[Step] = []
         self._sizes: ir.Value | None = None
@@ -162,29 +163,6 @@ class Merging:
     def _samples(self, gap: ir.Node, tokens: ir.Value | None) -> ir.Value:
         return self._slice(gap, self._put(gap, "Shape", tokens), 0, 1, 0)
 
-    def _sorted(self, gap: ir.Node, places: ir.Value, count: int) -> ir.Value:
-        values, _ = self._top(gap, self._put(gap, "Cast", places, to=int(ir.DataType.INT32)), count, largest=0)
-        return self._put(gap, "Cast", values, to=int(ir.DataType.INT64))
-
     def _inverse(self, gap: ir.Node, order: ir.Value, count: int) -> ir.Value:
         """Where each number stands in an order: what sorts it."""
         return self._top(gap, self._put(gap, "Cast", order, to=int(ir.DataType.INT32)), count, largest=0)[1]
-
-    def _top(
-        self, gap: ir.Node, value: ir.Value, count: int, *, axis: int = 1, largest: int = 1
-    ) -> tuple[ir.Value, ir.Value]:
-        how = {"axis": axis, "largest": largest, "sorted": 1}
-        node = ir.node("TopK", [value, self._whole([count])], how, num_outputs=2)
-        for output in node.outputs:
-            output.name = self._cut.named("top")
-        self._cut.model.graph.insert_before(gap, node)
-        return node.outputs[0], node.outputs[1]
-
-    def _slice(self, gap: ir.Node, value: ir.Value, start: int, end: int, axis: int, step: int = 1) -> ir.Value:
-        return self._put(gap, "Slice", value, *(self._whole([each]) for each in (start, end, axis, step)))
-
-    def _put(self, gap: ir.Node, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        return self._cut.before(gap, op, inputs, attributes)
-
-    def _whole(self, numbers: Any) -> ir.Value:
-        return self._cut.constant(np.array(numbers, dtype=np.int64), "sizes")

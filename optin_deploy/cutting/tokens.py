@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
 from optin_deploy.cutting.editing import Editor
 from optin_deploy.cutting.graph import Cut
 from optin_deploy.cutting.merging import Merging
-from optin_deploy.cutting.proof import TOLERANCE, difference
+from optin_deploy.cutting.same import check_runs, prove_same
+from optin_deploy.cutting.texts import shortened
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, touched
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
-from optin_deploy.network.run import REAL_TYPES, Program
+from optin_deploy.network.run import REAL_TYPES
 from optin_deploy.structure.find import all_shapes
 from optin_deploy.structure.flow import Structure, walk
 from optin_deploy.structure.groups import Layout
@@ -53,19 +53,26 @@ def merged(
         alike.
     """
     stream = stream or token_stream(layout)
-    counted(stream, merges)
+    left = counted(stream, merges)
     if not any(merges):
         return layout.structure.network
     _check_opset(layout.structure.network)
     _check_there(layout.structure.network, stream)
+    if stream.of_text:
+        if any(count > 0 for count in merges):
+            raise BadInput(
+                f"{layout.structure.network.source}: its tokens are those of a text, which are dropped, not merged. "
+                "Add --drop-tokens."
+            )
+        return shortened(layout, stream, left, probes)
     used = _used(merges)
     order = np.random.default_rng(0)
     places = [order.permutation(stream.tokens) for _ in used]
     moved = broken(layout, stream, used, places).network
     why = "its tokens change places: it treats them by where they stand, as with relative positions or windows"
-    _prove_same(layout.structure.network, moved, probes, why)
+    prove_same(layout.structure.network, moved, probes, why)
     result = _made(layout, stream, merges, probes)
-    _check_runs(layout.structure.network, result, probes)
+    check_runs(layout.structure.network, result, probes)
     if any(count > 0 for count in merges):
         _prove_weighed(layout, stream, used[0], probes)
     return result
@@ -165,27 +172,6 @@ def _picked(editor: Editor, name: str, places: np.ndarray) -> str:
     return picked.name
 
 
-def _prove_same(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]], why: str) -> None:
-    """Raises: BadInput: outputs differ in float64; `why` ends the sentence that says how much."""
-    worst = _furthest(network, changed, probes)
-    if not worst <= TOLERANCE:
-        raise BadInput(
-            f"{network.source}: outputs change by {worst:.1e} of the largest one when {why}, and tokens cannot be "
-            "merged. Leave out --tokens."
-        )
-
-
-def _furthest(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]]) -> float:
-    """The largest difference of any output in float64, as a part of the largest one."""
-    one, other = (Program(each, dtype=torch.float64) for each in (network, changed))
-    worst = [0.0]
-    with torch.no_grad():
-        for feeds in probes:
-            wanted, found = one(feeds).outputs, other(feeds).outputs
-            worst += [difference(found[name], value) for name, value in wanted.items()]
-    return float(np.max(worst))  # a NaN is the largest
-
-
 def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequence[Mapping[str, Tensor]]) -> None:
     """Let tokens behind a block be the same as their neighbours, and merge these there: nothing may change.
 
@@ -207,7 +193,7 @@ def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequ
         "tokens that are equal become one that stands for them: something between its blocks does not count how many a "
         "token stands for, such as a mean of the tokens"
     )
-    _prove_same(double, result, probes, why)
+    prove_same(double, result, probes, why)
 
 
 def doubled(stream: TokenStream) -> np.ndarray:
@@ -238,29 +224,12 @@ def _check_apart(structure: Structure, kept: Mapping[Axis, np.ndarray], blocks: 
 def _check_there(network: Network, stream: TokenStream) -> None:
     """Raises: BadInput: a cut left out an attention."""
     blocks = [name for block in stream.blocks for name in (block.weights, block.keys, block.leaves)]
-    gone = [name for name in (*blocks, stream.end) if name not in network.producer]
+    gone = [name for name in (*blocks, stream.end) if name and name not in network.producer]
     if gone:
         raise BadInput(
             f"{network.source}: the value {gone[0][:80]!r} is gone, with the whole branch that made it, so that tokens "
             "cannot be merged there. Keep a unit of each attention, or leave out --tokens."
         )
-
-
-def _check_runs(network: Network, result: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raises: BadInput: merging left a graph that cannot be run, or gives outputs of other sizes."""
-    one, other = Program(network), Program(result)
-    with torch.no_grad():
-        for feeds in probes:
-            try:
-                found = other(feeds).outputs
-            except (BadInput, LookupError) as err:
-                raise BadInput(f"{network.source}: tokens cannot be merged: {err} Leave out --tokens.") from err
-            for name, value in one(feeds).outputs.items():
-                if found[name].shape != value.shape:
-                    raise BadInput(
-                        f"{network.source}: with merged tokens the output {name!r} is {tuple(found[name].shape)}, not "
-                        f"{tuple(value.shape)}. Leave out --tokens."
-                    )
 
 
 def _check_opset(network: Network) -> None:

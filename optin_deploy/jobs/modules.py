@@ -121,7 +121,7 @@ def prune(
         allocation: where to cut: `curves`, `uniform` or `paper`; see `planning.widths.Choice`.
         tokens: mean share of the tokens that stay behind the attention of a block, in (0, 1]: those that are alike are
             merged, and the widths get what is left of the limits; None: all stay.
-        drop_tokens: tokens that go are dropped, not merged.
+        drop_tokens: tokens that go are dropped, not merged, as only those of texts can be.
         settings: how units are scored; default: `ScoreSettings(seed=seed)`.
         compensation: re-solve what is left in closed form.
         seed: of random projections, and of the rows that are taken.

@@ -62,7 +62,7 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     if most > costs.macs.dense:
         if choice.merges:
             raise BadInput(
-                f"that {told_merges(merges)}, takes more multiply-accumulates than it saves: {most:,} instead of "
+                f"that {told_merges(merges, token_stream(ready.layout).of_text)}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
             )
         costs = ready.costs

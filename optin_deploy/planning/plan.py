@@ -14,6 +14,7 @@ from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
+from optin_deploy.structure.tokens import token_stream
 from optin_deploy.validation import STORED, holds, read_stored, validated
 
 SCHEMA_VERSION = 2
@@ -63,12 +64,16 @@ class Origin:
     """Of the latency table; None: no time was asked for."""
 
 
-def told_merges(merges: Sequence[int]) -> str:
-    """Say how many tokens go, and where; where both happen, dropped ones have a minus."""
+def told_merges(merges: Sequence[int], of_text: bool) -> str:
+    """Say how many tokens go, and where; where both happen, dropped ones have a minus.
+
+    Args: of_text: the numbers are percents.
+    """
     both = min(merges) < 0 < max(merges)
     how = "merged or dropped (-)" if both else "dropped" if min(merges) < 0 else "merged"
     counts = ", ".join(str(count if both else abs(count)) for count in merges)
-    return f"{sum(map(abs, merges))} tokens are {how}, behind the attention of the blocks: {counts}"
+    some = "% of the tokens" if of_text else " tokens"
+    return f"{sum(map(abs, merges))}{some} are {how}, behind the attention of the blocks: {counts}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class NetworkPlan:
     """How it was made."""
     merges: tuple[int, ...] = ()
     """Tokens that are merged behind the attention of each block, or, where negative, dropped; empty: none."""
+    of_text: bool = False
+    """Whether merges are percents of the tokens, because a text has any number of them."""
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -119,6 +126,8 @@ class NetworkPlan:
         found = asdict(self)
         if not any(self.merges):
             del found["merges"]
+        if not self.of_text:
+            del found["of_text"]
         return found
 
     def write(self, path: Path) -> None:
@@ -168,7 +177,8 @@ def plan_of(
     units = {name: tuple(sorted(kept)) for name, kept in keep.items()}
     cost = plan_cost(layout, costs or costs_of(layout, sizes), units, sizes)
     made_for = network_hash(layout.structure.network)
-    return NetworkPlan(units, made_for, cost, origin, dict(settings or {}), tuple(merges))
+    of_text = any(merges) and token_stream(layout).of_text
+    return NetworkPlan(units, made_for, cost, origin, dict(settings or {}), tuple(merges), of_text)
 
 
 def plan_cost(

@@ -16,6 +16,8 @@ from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.stream import features
 
+HUNDRED = 100
+"""Texts have any number of tokens: of how many they are told."""
 POINTWISE = ("Add", "Mul", "Div", "Sub", "Where", "Cast", "Identity", "Clip", "Max", "Min")
 """Operators between a product of queries and keys and its Softmax."""
 
@@ -40,14 +42,20 @@ class TokenStream:
 
     blocks: tuple[SelfAttention, ...]
     tokens: int
+    """A hundred if any number of them may be given: numbers of tokens are percents then."""
     protected: int
     """The first so many tokens are none of the input's own: class, distillation and register tokens."""
-    end: str
-    """The last value of the stream, (samples, tokens, features)."""
+    end: str = ""
+    """The last value of the stream, (samples, tokens, features); none of a text, which is left with what stays."""
+
+    @property
+    def of_text(self) -> bool:
+        """Whether the tokens are those of an input, of any number."""
+        return not self.end
 
 
 def token_stream(layout: Layout) -> TokenStream:
-    """Find the first stream of tokens whose number is fixed.
+    """Find the first stream of tokens whose number is fixed; of a network that has none such, that of its input.
 
     Raises: BadInput: there is none, with the reason.
     """
@@ -57,10 +65,9 @@ def token_stream(layout: Layout) -> TokenStream:
     free = {leaf for port in structure.network.inputs for each in structure.axes[port.name] for leaf in each.leaves()}
     found = [block for block in every if _tokens(structure, block.leaves).root not in free]
     if every and not found:
-        raise BadInput(
-            f"{source}: its {_tokens(structure, every[0].leaves).size} tokens are those of an input. Tokens are merged "
-            "where a network makes them of an image. Leave out --tokens."
-        )
+        axis = _tokens(structure, every[0].leaves)
+        same = tuple(block for block in every if alike(_tokens(structure, block.leaves), axis))
+        return TokenStream(same, HUNDRED, 1)
     if not found:
         raise BadInput(
             f"{source}: no attention of all tokens to all tokens with a residual Add behind it was found, so that "
