@@ -333,7 +333,7 @@ def _notes(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round],
         told = "; ".join(made.skipped)
         notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
     if any(made.plan.merges):
-        notes.append(f"{told_merges(made.plan.merges, made.plan.of_text)}.")
+        notes.append(f"{told_merges(made.plan.merges, of_text=made.plan.of_text)}.")
     if made.why_graph:
         notes.append(f"There is no `model/`: {made.why_graph}. `optin_deploy.load` gives the graph as a torch module.")
     if built.problem is not None:

@@ -315,7 +315,7 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
     name = type(loaded.model).__name__
     merges = any(made.plan.merges)
     repaired = None if merges else with_weights_of(loaded.model, made.dense, ready.network)
-    why = f"{name} has no merging of tokens" if merges else f"what was repaired is no weight of {name}"
+    why = f"{name} keeps all of its tokens" if merges else f"what was repaired is no weight of {name}"
     if repaired is not None:
         probes = ready.found.probes
         smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)

@@ -86,7 +86,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
             f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
         )
     if any(plan.merges):
-        typer.echo(told_merges(plan.merges, plan.of_text))
+        typer.echo(told_merges(plan.merges, of_text=plan.of_text))
     if not table:
         return
     groups = kept_of(plan.keep, units)

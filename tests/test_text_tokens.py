@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rtx import builds
 from tiny_checkpoint import Shell, classifier, labelled
 from torch import Tensor, nn
 
@@ -162,6 +163,13 @@ def test_a_text_of_which_only_padding_goes_is_read_as_before() -> None:
     few = feeds["attention_mask"].sum(1) <= 12
     assert changed[few].max() < 1e-5
     assert changed[~few].min() > 1e-5
+
+
+def test_tensorrt_rtx_builds_a_network_that_drops_tokens(tmp_path: Path) -> None:
+    network = read_file(export("bert", "dynamo").path)
+    probes = probes_of(network)
+    write(merged(find(network, probes), [-30, -20], probes), tmp_path / "model.onnx")
+    assert builds(tmp_path / "model.onnx", {port.name: ((1, 8), (2, 16), (4, 32)) for port in network.inputs})
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])

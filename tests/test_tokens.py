@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from rtx import builds
 from torch import Tensor, nn
 
 from benchmarks.zoo.export import export
@@ -304,19 +305,11 @@ def test_a_share_that_cannot_be_had_is_refused() -> None:
 
 
 def test_tensorrt_rtx_builds_a_network_that_merges_tokens(tmp_path: Path) -> None:
-    trt = pytest.importorskip("tensorrt_rtx_bindings")
     network = read_file(export("deit", "dynamo").path)
     probes = probes_of(network)
     write(merged(find(network, probes), [4, 2], probes), tmp_path / "model.onnx")
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)
-    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(definition, log)
-    assert parser.parse((tmp_path / "model.onnx").read_bytes()), [parser.get_error(n) for n in range(parser.num_errors)]
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    profile.set_shape("pixel_values", (1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(definition, config) is not None
+    profile = {"pixel_values": ((1, 3, 32, 32), (2, 3, 32, 32), (4, 3, 32, 32))}
+    assert builds(tmp_path / "model.onnx", profile)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6, 0.5])

@@ -156,7 +156,7 @@ class Case:
     def stream(self) -> TokenStream:
         """Its tokens.
 
-        Raises: BadInput: there are none of a fixed number.
+        Raises: BadInput: there are none that can be merged or dropped.
         """
         return token_stream(self.found.layout)
 
@@ -181,11 +181,11 @@ class Case:
     def product(self, flops: float, allocation: str, *, tokens: bool = False) -> Network:
         """The smaller network, as `optin-export` makes it for ONNX Runtime.
 
-        Args: tokens: merge them too.
+        Args: tokens: merge them too, or drop those of a text.
         """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
         if tokens:
-            within, every = partial(self.limits, flops), schedules(self.stream)
+            within, every = partial(self.limits, flops), schedules(self.stream, drops=self.stream.of_text)
             merges, keep = least_error(self.ready, self.scores, choice, self.curves, within, every)
             return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None

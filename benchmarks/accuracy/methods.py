@@ -36,7 +36,7 @@ def ours(case: Case, flops: float) -> Network:
 
 
 def ours_with_tokens(case: Case, flops: float) -> Network:
-    """The same, and tokens merged under the same budget."""
+    """The same, and tokens merged under the same budget, those of texts dropped."""
     return case.product(flops, "curves", tokens=True)
 
 
@@ -158,7 +158,7 @@ PEERS = (
     "random",
 )
 """As published; the others are ours or hold parts of ours."""
-OF_IMAGES = ("ours, tokens", "ours, tokens alone", "Token Merging", "OPTIN, tokens")
+OF_IMAGES = ("ours, tokens alone", "Token Merging", "OPTIN, tokens")
 """Only where the number of tokens is fixed."""
 OWN_PRUNER = ("Torch-Pruning, Taylor", "Torch-Pruning, L1")
 """By Torch-Pruning's own pruner, which is tried on convolutional networks alone."""

@@ -144,6 +144,16 @@ def fine_tuned(
     return model.eval().requires_grad_(True), processor
 
 
+def dinov2_folder(cache: Path, image_size: int = Recipe.image_size) -> Path:
+    """The backbone alone, with its image processor."""
+    folder = cache / f"dinov2-{image_size}"
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            _untrained(Recipe(image_size=image_size), cache).dinov2.save_pretrained(temporary)
+            processor_of(image_size).save_pretrained(temporary)
+    return folder
+
+
 def _untrained(recipe: Recipe, cache: Path) -> Any:
     """The backbone with a classifier of no meaning yet, in evaluation mode."""
     from transformers import Dinov2Config, Dinov2ForImageClassification

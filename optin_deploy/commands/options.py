@@ -59,12 +59,15 @@ Allocation = Annotated[
 Tokens = Annotated[
     float | None,
     typer.Option(
-        help="Mean share of the tokens that stay, in (0, 1]: of images those that are alike are merged, block by block; "
-        "of texts they are dropped. Widths get what is left of the budget. [default: all stay]"
+        help="Mean share of the tokens that stay, in (0, 1]: those of images that are alike are merged, block by "
+        "block, those of texts dropped; widths get what is left of the budget. [default: all stay]"
     ),
 ]
 DropTokens = Annotated[
-    bool, typer.Option("--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it.")
+    bool,
+    typer.Option(
+        "--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it."
+    ),
 ]
 MaxDrop = Annotated[
     float | None,

