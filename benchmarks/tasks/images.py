@@ -92,12 +92,12 @@ def cifar10(cache: Path) -> Task:
     return Task("cifar10", loaded.model, loaded.preprocessor, *unseen(cache, recipe.seed), tokens)
 
 
-def unseen(cache: Path, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Images that calibrate, and shuffled ones that judge; no model learns from either."""
+def unseen(cache: Path, seed: int, calibration: int = CALIBRATION) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """So many images that calibrate, and shuffled ones that judge; no model learns from either."""
     both = photographs(cache, [CALIBRATION_SHEET, TEST_SHEET])  # in one go: the archive is large
     test = both[PER_SHEET:]
     random.Random(seed).shuffle(test)
-    return tuple(both[:CALIBRATION]), tuple(test)
+    return tuple(both[:calibration]), tuple(test)
 
 
 def processor_of(image_size: int) -> Any:

@@ -48,14 +48,15 @@ def train(
     recipe: Training,
     *,
     loss: Callable[[nn.Module, Any], Tensor] = of_labels,
+    optimizer: torch.optim.Optimizer | None = None,
     progress: Progress = silent,
 ) -> None:
-    """AdamW on the parameters that require gradients; the model is left in training mode.
+    """Train the parameters that require gradients; the model is left in training mode.
 
-    Args: batches: `steps` of what `loss` takes.
+    Args: batches: `steps` of what `loss` takes. optimizer: None: AdamW.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate)
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps, recipe.warmup))
     model.train()
     for step, batch in enumerate(batches):
