@@ -277,7 +277,7 @@ def test_more_than_a_block_can_merge_is_refused() -> None:
     assert counted(token_stream(layout), [12, 6, 0]) == [14, 8, 8]
     with pytest.raises(BadInput, match="block 0 has 26 tokens: 0 to 12 of them can be merged or dropped, not 13"):
         merged(layout, [13, 0, 0], probes)
-    with pytest.raises(BadInput, match="2 numbers of merged tokens for 3 blocks"):
+    with pytest.raises(BadInput, match="merges for 2 blocks, where there are 3"):
         merged(layout, [1, 1], probes)
 
 

@@ -131,7 +131,7 @@ class Planning:
         if not any(merges):
             return TimeCost(table, macs)
         if merges not in self.merging_ns:
-            with self.stage(f"time {sum(map(abs, merges))} tokens less"):
+            with self.stage(f"time with fewer tokens {merges}"):
                 samples = replace(self.yard, merges=merges).together([{}], blocks=BLOCKS).ms
             self.merging_ns[merges] = round(table.dense_ns * mean_ratio(samples["0"], samples[DENSE]))
         expected = table.merging(self.merging_ns[merges], ready.costs.macs, macs)

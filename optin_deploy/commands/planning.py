@@ -174,13 +174,15 @@ def planner_of(
     from optin_deploy.judging import judged_samples
     from optin_deploy.planning.widths import Choice, aligned
     from optin_deploy.stages import Planner, prepare
+    from optin_deploy.structure.labels import TOKENS
     from optin_deploy.workspace import Workspace
 
     workspace = Workspace(folder)
     workspace.read_scores()
     prepared = prepare(judged_by(workspace.source(), evaluation), folder)
     source, multiple = prepared.source, DEFAULT_ALIGN if align is None else align
-    choice = Choice(source.units, multiple, allocation, drops=drop_tokens or source.drop_tokens)
+    drops = drop_tokens or (source.drop_tokens and (tokens is not None or TOKENS in source.units))
+    choice = Choice(source.units, multiple, allocation, drops=drops)
     ready = prepared.ready
     choice = merging(ready, aligned(ready.layout, choice, align), tokens)
     workspace.scores_of(ready.layout)

@@ -15,26 +15,22 @@ from optin_deploy.network.run import Program
 
 
 def prove_same(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]], why: str) -> None:
-    """Compare them.
+    """Compare all outputs in float64.
 
-    Raises: BadInput: outputs differ in float64; `why` ends the sentence that says how much."""
-    worst = _furthest(network, changed, probes)
-    if not worst <= TOLERANCE:
-        raise BadInput(
-            f"{network.source}: outputs change by {worst:.1e} of the largest one when {why}, and tokens cannot be "
-            "merged or dropped. Leave out --tokens."
-        )
-
-
-def _furthest(network: Network, changed: Network, probes: Sequence[Mapping[str, Tensor]]) -> float:
-    """The largest difference of any output in float64, as a part of the largest one."""
+    Args: why: what was changed, and what a difference would mean.
+    Raises: BadInput: they differ, or the changed network cannot be run.
+    """
     one, other = (Program(each, dtype=torch.float64) for each in (network, changed))
     worst = [0.0]
     with torch.no_grad():
         for feeds in probes:
-            wanted, found = one(feeds).outputs, other(feeds).outputs
+            wanted, found = one(feeds).outputs, _run(network, other, feeds)
             worst += [difference(found[name], value) for name, value in wanted.items()]
-    return float(np.max(worst))  # a NaN is the largest
+    if not np.max(worst) <= TOLERANCE:  # a NaN is the largest
+        raise BadInput(
+            f"{network.source}: outputs change by {np.max(worst):.1e} of the largest one when {why}; so tokens cannot "
+            "be merged or dropped. Leave out --tokens."
+        )
 
 
 def check_runs(network: Network, result: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:
@@ -45,15 +41,17 @@ def check_runs(network: Network, result: Network, probes: Sequence[Mapping[str, 
     one, other = Program(network), Program(result)
     with torch.no_grad():
         for feeds in probes:
-            try:
-                found = other(feeds).outputs
-            except (BadInput, LookupError) as err:
-                raise BadInput(
-                    f"{network.source}: tokens cannot be merged or dropped: {err} Leave out --tokens."
-                ) from err
+            found = _run(network, other, feeds)
             for name, value in one(feeds).outputs.items():
                 if found[name].shape != value.shape:
                     raise BadInput(
                         f"{network.source}: with fewer tokens the output {name!r} is {tuple(found[name].shape)}, not "
                         f"{tuple(value.shape)}. Leave out --tokens."
                     )
+
+
+def _run(network: Network, changed: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return changed(feeds).outputs
+    except (BadInput, LookupError) as err:
+        raise BadInput(f"{network.source}: tokens cannot be merged or dropped: {err} Leave out --tokens.") from err

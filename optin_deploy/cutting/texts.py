@@ -6,7 +6,8 @@ fixed share in each block, so that batches stay rectangular. The first and the l
 and [SEP] or their like, always stay; padding goes first. What stays keeps its order.
 
 Where a value that has all tokens meets one that has fewer, such as a mask, positions or a relative bias, it is picked
-by the same places. That the rest treats tokens alike is proven by their standing in another order.
+by the same places; what follows from such a value, such as the place of the last token, is computed anew. That the rest
+treats tokens alike is proven by their standing there twice, in another order. Padding is told by `attention_mask`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def shortened(
     }
     _check_outputs(layout.structure, stream)
     moved = Shortening(layout.structure, cuts, moves=True).made()
-    why = "its tokens change places: it treats them by where they stand, or reads another than the first by its place"
+    why = (
+        "its tokens change places and stand there twice: it treats them by where they stand or how many they are, or "
+        "reads another than the first by its place"
+    )
     prove_same(network, moved, probes, why)
     result = Shortening(layout.structure, cuts).made()
     check_runs(network, result, probes)
@@ -90,7 +94,7 @@ class Shortening(Writer):
     """The copy of a graph while tokens leave it."""
 
     def __init__(self, structure: Structure, cuts: Mapping[SelfAttention, int], *, moves: bool = False) -> None:
-        """Args: cuts: percents that stay behind blocks. moves: all stay in their place, in another order."""
+        """Args: cuts: percents that stay behind blocks. moves: all stay, twice and in another order."""
         super().__init__(Editor(structure, structure.network.model.clone(), {}))
         self._structure, self._moves = structure, moves
         self._cuts = {block.leaves: (block, share) for block, share in cuts.items()}
@@ -129,6 +133,7 @@ class Shortening(Writer):
             self._of_tokens.update(node.outputs)
         if not step or counts:
             return
+        self._check_reads(node)
         for place, name in enumerate(node.inputs):
             if name not in self._behind:
                 self._nodes[node.index].replace_input_with(place, self._fewer(node, place, step))
@@ -178,6 +183,7 @@ class Shortening(Writer):
     def _again(self, copy: ir.Node, name: str, step: int) -> ir.Value:
         """A value without tokens that follows from such with tokens: from those that stay."""
         node = self._structure.network.producer[name]
+        self._check_reads(node)
         old = self._nodes[node.index]
         inputs = [self._fewer(node, place, step, copy) for place in range(len(node.inputs))]
         new = ir.Node(old.domain, old.op_type, inputs, old.attributes.values(), num_outputs=len(old.outputs))
@@ -211,6 +217,11 @@ class Shortening(Writer):
             value = self._put(copy, "Transpose", value, perm=np.argsort(order).tolist())
         return value
 
+    def _check_reads(self, node: Node) -> None:
+        """Raises: BadInput: a graph inside of a node reads values of this one."""
+        if len(self._nodes[node.index].inputs) < len(node.inputs):
+            raise self._unknown(node, node.inputs[-1])
+
     def _unknown(self, node: Node, name: str) -> BadInput:
         return BadInput(
             f"{self._structure.network.source}: {node} reads {name[:80]!r}, which has all tokens, beside what has "
@@ -221,12 +232,20 @@ class Shortening(Writer):
         """Let only a share of the tokens go on behind a node."""
         after = self._nodes[node.index + 1]
         value = self._cut.value(block.leaves)
+        if self._behind.get(block.leaves, 0) < len(self._steps):
+            raise BadInput(
+                f"{self._structure.network.source}: its blocks do not follow on each other, so that their tokens "
+                "cannot leave one after the other. Leave out --tokens."
+            )
         if not self._steps:
             self._length = self._slice(after, self._put(after, "Shape", value), 1, 2, 0)
         before = self._steps[-1].standing if self._steps else self._standing(after, value)
         wanted = self._put(after, "Mul", self._length, self._whole([share]))
         wanted = self._put(after, "Add", wanted, self._whole([HUNDRED - 1]))  # rounded up
-        count = self._length if self._moves else self._put(after, "Div", wanted, self._whole([HUNDRED]))
+        both = self._put(after, "Min", self._length, self._whole([2]))  # the first and the last
+        count = self._put(after, "Max", self._put(after, "Div", wanted, self._whole([HUNDRED])), both)
+        if self._moves:
+            count = self._put(after, "Mul", self._length, self._whole([2]))
         places = self._moved(after, before) if self._moves else self._most(after, block, before, count)
         column = self._put(after, "Unsqueeze", places, self._whole([2]))
         standing = self._put(after, "GatherND", before, column, batch_dims=1)
@@ -235,6 +254,7 @@ class Shortening(Writer):
             first = self._put(after, "GatherND", self._steps[-1].places, column, batch_dims=1)
         fewer = self._put(after, "GatherND", value, column, batch_dims=1)
         for reader, place in self._structure.network.consumers[block.leaves]:
+            self._check_reads(reader)
             self._nodes[reader.index].replace_input_with(place, fewer)
         self._steps.append(Step(count, first, standing))
         self._behind[block.leaves] = len(self._steps)
@@ -250,13 +270,15 @@ class Shortening(Writer):
         return self._sorted(after, self._top(after, total, count)[1], count)
 
     def _moved(self, after: ir.Node, standing: ir.Value) -> ir.Value:
-        """All places, the first one first and the others in another order, (samples, tokens)."""
+        """All places, the first one first and the others in another order; the first time twice, (samples, tokens)."""
         shape = self._put(after, "Shape", standing)
         length = self._put(after, "Squeeze", self._slice(after, shape, 1, 2, 0), self._whole([0]))
         zero, one, two = (self._whole(number) for number in (0, 1, 2))
         evens, odds = (self._put(after, "Range", start, length, two) for start in (two, one))
-        zero = self._put(after, "Unsqueeze", zero, self._whole([0]))
-        return self._put(after, "Expand", self._put(after, "Concat", zero, evens, odds, axis=0), shape)
+        order = [self._put(after, "Unsqueeze", zero, self._whole([0])), evens, odds]
+        places = self._put(after, "Concat", *order, *([] if self._steps else order), axis=0)
+        rows = self._put(after, "Concat", self._slice(after, shape, 0, 1, 0), self._whole([1]), axis=0)
+        return self._put(after, "Expand", places, rows)
 
     def _real(self, number: float) -> ir.Value:
         return self._cut.constant(np.array([number], np.float32), "standing")
@@ -268,8 +290,13 @@ class Shortening(Writer):
         places = self._put(after, "Range", self._whole(0), length, self._whole(1))
         ones = self._put(after, "Expand", self._whole([[1]]), shape)
         given = next((port for port in self._cut.model.graph.inputs if port.name == MASK), None)
-        axes = [axis.root for axis in self._structure.axes.get(MASK, ())]
-        if given is not None and len(axes) == 2 and axes[1] is self._tokens:
+        sizes = [axis.size for axis in self._structure.axes.get(MASK, ())]  # what gathers from it ties no axes
+        if given is not None and sizes == [self._samples.size, self._tokens.size]:
+            if given.dtype is None or given.dtype.is_floating_point():
+                raise BadInput(
+                    f"{self._structure.network.source}: its {MASK} holds real numbers, of which it is not known what "
+                    "marks padding. Export it with whole numbers, or leave out --tokens."
+                )
             real = self._put(after, "Cast", given, to=int(ir.DataType.BOOL))
             ones = self._put(after, "Cast", real, to=int(ir.DataType.INT64))
         first, last = (self._put(after, "ArgMax", ones, axis=1, keepdims=1, select_last_index=at) for at in (0, 1))

@@ -62,7 +62,7 @@ def merged(
         if any(count > 0 for count in merges):
             raise BadInput(
                 f"{layout.structure.network.source}: its tokens are those of a text, which are dropped, not merged. "
-                "Add --drop-tokens."
+                "Add --drop-tokens; in a plan, numbers of dropped tokens are negative."
             )
         return shortened(layout, stream, left, probes)
     used = _used(merges)
@@ -107,13 +107,16 @@ def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
     Raises: BadInput: a block has too few to merge so many.
     """
     if len(merges) != len(stream.blocks):
-        raise BadInput(f"{len(merges)} numbers of merged tokens for {len(stream.blocks)} blocks: give one a block.")
+        raise BadInput(
+            f"merges for {len(merges)} blocks, where there are {len(stream.blocks)}: give a number for each."
+        )
     found, left = list[int](), stream.tokens
+    some = "% of the tokens" if stream.of_text else " tokens"
     for number, count in enumerate(merges):
         most = most_merged(left, stream.protected)
         if abs(count) > most:
             raise BadInput(
-                f"block {number} has {left} tokens: 0 to {most} of them can be merged or dropped, not {abs(count)}."
+                f"block {number} has {left}{some}: 0 to {most} of them can be merged or dropped, not {abs(count)}."
             )
         left -= abs(count)
         found.append(left)

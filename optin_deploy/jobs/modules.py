@@ -196,7 +196,7 @@ def cut_like(model: nn.Module, pruned: Cut, found: Found) -> CutModule:
     Args: found: the graph of the module, as it was read.
     """
     if any(pruned.plan.merges):
-        why = f"{type(model).__name__} is given as a graph: tokens are merged in it."
+        why = f"{type(model).__name__} is given as a graph, in which tokens are merged or dropped."
         return CutModule(NetworkModule(pruned.network).train(model.training), {}, why)
     repaired = with_weights_of(model, pruned.dense, found.network)
     if repaired is None:

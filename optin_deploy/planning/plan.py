@@ -110,7 +110,8 @@ class NetworkPlan:
     def check(self, layout: Layout) -> None:
         """Make sure that the plan fits a network.
 
-        Raises: PlanMismatch: it was made for another one. BadInput: it names groups or units that are not there.
+        Raises: PlanMismatch: it was made for another one. BadInput: it names groups or units that are not there, or
+            tokens that cannot go.
         """
         if self.network is not None:
             found = network_hash(layout.structure.network)
@@ -120,6 +121,12 @@ class NetworkPlan:
                     f"{found[:12]}: its operators or weights are others. Make a plan for this one with `optin plan`."
                 )
         checked(layout, self.keep)
+        if any(self.merges) and self.of_text != token_stream(layout).of_text:
+            raise BadInput(
+                f"the plan's merges are {'percents' if self.of_text else 'numbers'} of tokens (of_text is "
+                f"{self.of_text}), and {layout.structure.network.source} needs the other. Make a plan for it with "
+                "`optin plan`."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; without merges there are none in it, as before there could be any."""

@@ -81,6 +81,11 @@ def token_stream(layout: Layout) -> TokenStream:
                 f"{source} takes images of any size ({port.name} {port.shape}), so that the number of its tokens is "
                 "free. Export it for one size, or leave out --tokens."
             )
+    if any(structure.axes[port.name][at] in axis.leaves() for port in structure.network.inputs for at in _free(port)):
+        raise BadInput(
+            f"{source}: its tokens are those of a text and others beside them, {axis!r}, so that it is not known which "
+            "may go. Leave out --tokens."
+        )
     *first, largest = parts = flat("sum", [axis])
     if any(part.size > largest.size for part in parts):
         raise BadInput(
@@ -110,9 +115,9 @@ def alike(one: Axis, other: Axis) -> bool:
     return tuple(one.leaves()) == tuple(other.leaves())
 
 
-def _free(port: Port) -> bool:
-    """Whether other sizes of an input than the first are free."""
-    return any(isinstance(size, str) for size in (port.shape or ())[1:])
+def _free(port: Port) -> list[int]:
+    """Axes of an input, behind the first, whose sizes are free."""
+    return [place for place, size in enumerate(port.shape or ()) if place and isinstance(size, str)]
 
 
 def _tokens(structure: Structure, value: str) -> Axis:
