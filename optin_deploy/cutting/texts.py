@@ -220,7 +220,10 @@ class Shortening(Writer):
     def _check_reads(self, node: Node) -> None:
         """Raises: BadInput: a graph inside of a node reads values of this one."""
         if len(self._nodes[node.index].inputs) < len(node.inputs):
-            raise self._unknown(node, node.inputs[-1])
+            raise BadInput(
+                f"{self._structure.network.source}: {node} holds a graph that reads values from outside of it, beside "
+                "which tokens cannot leave. Leave out --tokens."
+            )
 
     def _unknown(self, node: Node, name: str) -> BadInput:
         return BadInput(
