@@ -42,7 +42,6 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import TOKENS
-from optin_deploy.structure.tokens import token_stream
 from optin_deploy.workspace import ARTIFACTS, DENSE, PRUNED, Source, Workspace
 
 log = logging.getLogger(__name__)
@@ -244,7 +243,7 @@ class Planner:
 
     def schedules(self) -> list[tuple[int, ...]]:
         """Merges that are tried."""
-        return schedules(token_stream(self.prepared.ready.layout), drops=self.choice.drops)
+        return schedules(self.prepared.ready, drops=self.choice.drops)
 
     def least_error(
         self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]

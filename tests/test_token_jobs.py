@@ -48,7 +48,6 @@ from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.stages import Planner, Prepared, curve_stage, prepare
 from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
-from optin_deploy.structure.tokens import token_stream
 from optin_deploy.workspace import Source, Workspace
 
 
@@ -225,7 +224,7 @@ def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], fr
         return
     scores, curves = workspace.scores_of(ready.layout), workspace.read_curves()[0]
     errors, kept = {}, {}
-    for merges in schedules(token_stream(ready.layout)):
+    for merges in schedules(ready):
         room = AIM * share * dense_ms * 10**6 - yard.fixed(merges)
         limit = Limit(ready.costs_with(merges).macs, int(room * ready.costs.macs.dense / yard.dense_macs), "by hand")
         with suppress(InfeasibleBudget):
@@ -249,7 +248,7 @@ def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path
     choice = Choice(align=plan.settings["align"], allocation="curves")
     errors, kept, moved = {}, {}, []
     judging = joined(ready.rows.calibration.batches, judged_samples(ready.rows.calibration.batches))
-    for merges in schedules(token_stream(ready.layout)):
+    for merges in schedules(ready):
         keep = pick(ready, scores, limits_within(ready.costs_with(merges), limits), choice, curves)
         widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
         errors[merges], kept[merges] = widths + merge_error(ready, merges), keep

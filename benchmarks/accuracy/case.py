@@ -185,7 +185,7 @@ class Case:
         """
         choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
         if tokens:
-            within, every = partial(self.limits, flops), schedules(self.stream, drops=self.stream.of_text)
+            within, every = partial(self.limits, flops), schedules(self.ready, drops=self.stream.of_text)
             merges, keep = least_error(self.ready, self.scores, choice, self.curves, within, every)
             return self.repaired(keep, merges)
         curves = self.curves if allocation == "curves" else None

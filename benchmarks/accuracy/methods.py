@@ -42,7 +42,7 @@ def ours_with_tokens(case: Case, flops: float) -> Network:
 
 def tokens_alone(case: Case, flops: float) -> Network:
     """All widths, and tokens merged by our schedules."""
-    return case.merging(flops, schedules(case.stream, np.linspace(1, 0, 101)))
+    return case.merging(flops, schedules(case.ready, np.linspace(1, 0, 101)))
 
 
 def tome(case: Case, flops: float) -> Network:

@@ -15,7 +15,7 @@ from optin_deploy.jobs.trial import distance, unseen_error
 from optin_deploy.judging import joined, judged_samples
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import plan_of, told_merges
-from optin_deploy.planning.tokens import schedule
+from optin_deploy.planning.tokens import Growth, growth, schedule, tried
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.labels import TOKENS
@@ -38,7 +38,9 @@ def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
         return choice
     if not 0 < share <= 1:
         raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")
-    merges = schedule(token_stream(ready.layout), share)
+    stream = token_stream(ready.layout)
+    schedule(stream, share)  # before anything is measured
+    merges = schedule(stream, share, growths(ready, drops=choice.drops))
     return replace(choice, merges=_dropped(merges) if choice.drops else merges)
 
 
@@ -56,7 +58,8 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     if TOKENS in choice.kinds and not merges:
         if choice.allocation != "curves":
             raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
-        merges = schedules(token_stream(ready.layout), drops=choice.drops)[-1]
+        merges = _reachable(token_stream(ready.layout), SHARES)[-1]
+        merges = _dropped(merges) if choice.drops else merges
     costs = ready.costs_with(merges)
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
@@ -70,18 +73,43 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     check_choice(ready.layout, limits_within(costs, limits), choice)
 
 
-def schedules(stream: TokenStream, shares: Iterable[float] = SHARES, *, drops: bool = False) -> list[tuple[int, ...]]:
-    """Return merges for each share of the tokens, falling, that a stream can be brought to.
+def schedules(ready: Ready, shares: Iterable[float] = SHARES, *, drops: bool = False) -> list[tuple[int, ...]]:
+    """Return merges for each share of the tokens, falling, that a network can be brought to.
 
     Args: drops: tokens are dropped, not merged.
     """
+    found = _reachable(token_stream(ready.layout), shares, growths(ready, drops=drops))
+    return [_dropped(merges) for merges in found] if drops else found
+
+
+def _reachable(
+    stream: TokenStream, shares: Iterable[float], errors: Sequence[Growth] | None = None
+) -> list[tuple[int, ...]]:
     found = []
     for share in shares:
         try:
-            found.append(schedule(stream, share))
+            found.append(schedule(stream, share, errors))
         except BadInput:
             break
-    return [_dropped(merges) for merges in found] if drops else found
+    return found
+
+
+def growths(ready: Ready, *, drops: bool) -> list[Growth]:
+    """Return what it costs if tokens go in each block alone, measured with all widths; in the first none go.
+
+    Args: drops: tokens are dropped, not merged.
+    """
+    return ready.kept(("growths", drops), lambda: _growths(ready, drops))
+
+
+def _growths(ready: Ready, drops: bool) -> list[Growth]:
+    stream = token_stream(ready.layout)
+    found, (less, more) = [Growth()], tried(stream)
+    for block in range(1, len(stream.blocks)):
+        few, many = (tuple(count * (at == block) for at in range(len(stream.blocks))) for count in (less, more))
+        errors = [merge_error(ready, _dropped(merges) if drops else merges) for merges in (few, many)]
+        found.append(growth((less, more), (errors[0], errors[1])))
+    return found
 
 
 def _dropped(merges: tuple[int, ...]) -> tuple[int, ...]:
