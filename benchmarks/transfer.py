@@ -28,7 +28,7 @@ from optin_deploy.tuning.trainer import Tuning
 from optin_deploy.workspace import Source
 
 NAME = "transfer"
-HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned", "speed-up [95%]")
+HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned")
 LEARNED, JUDGED = 4096, 1500
 """Pictures."""
 
@@ -60,14 +60,14 @@ def done(flops: float, samples: int, epochs: float, cache: Path, home: Path) -> 
     tuned = cut.with_name(f"{cut.name}-tuned-{epochs:g}")
     if not (cut / "report.json").is_file():
         source = Source(str(dinov2_folder(cache)), calibration=str(learned), samples=samples)
-        export_model(Request(source, Limits(flops=flops), threads=1), cut, stage=stage_bar)
+        export_model(Request(source, Limits(flops=flops), points=(), threads=1), cut, stage=stage_bar)
     if not (tuned / "tuned.json").is_file():
         finetune_folder(cut, tuned, Rows(learned, judged, LEARNED), Tuning(epochs), stage=stage_bar)
     report: dict[str, Any] = json.loads((cut / "report.json").read_text(encoding="utf-8"))
     told: dict[str, Any] = json.loads((tuned / "tuned.json").read_text(encoding="utf-8"))
     return {
         "flops": flops,
-        **{key: report[key] for key in ("macs", "latency", "seconds")},
+        **{key: report[key] for key in ("macs", "seconds")},
         **{key: told[key] for key in ("tuning", "before", "after")},
     }
 
@@ -95,20 +95,14 @@ def page(found: Sequence[dict[str, Any]], epochs: float) -> str:
     """The table."""
     rows = []
     for each in found:
-        before, after, measured = each["before"], each["after"], each["latency"][0]
-        low, high = measured["ci95"]
-        rows.append(
-            (
-                f"{each['macs']['kept']:.3f}",
-                *(f"{value:.1%}" for value in (before["dense"], before["pruned"], after["pruned"])),
-                f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]",
-            )
-        )
+        before, after = each["before"], each["after"]
+        figures = (f"{value:.1%}" for value in (before["dense"], before["pruned"], after["pruned"]))
+        rows.append((f"{each['macs']['kept']:.3f}", *figures))
     return (
         "# Transfer learning: a backbone cut without labels\n\nDINOv2 ViT-S on CIFAR-10, 98 pixels: cut on pictures "
         f"without labels; then a classifier is fitted to {LEARNED:,} labelled ones, on each network's own embeddings, "
         f"and the cut network learns from each {epochs:g} times, towards its label and the dense one's outputs. "
-        f"Right of {JUDGED:,} pictures that nothing learned from. ONNX Runtime, batch 1, 1 thread.\n\n"
+        f"Right of {JUDGED:,} pictures that nothing learned from.\n\n"
         f"{to_table(HEADER, rows)}"
     )
 
