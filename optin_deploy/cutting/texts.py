@@ -49,12 +49,8 @@ def shortened(
     Raises: BadInput: an output has tokens, or tokens are not treated alike.
     """
     network = layout.structure.network
-    shares = {block.leaves: share for block, share in zip(stream.blocks, left, strict=True)}
-    cuts = {
-        block: after
-        for block, before, after in zip(stream.blocks, [HUNDRED, *left], shares.values(), strict=False)
-        if after < before
-    }
+    steps = zip(stream.blocks, [HUNDRED, *left[:-1]], left, strict=True)
+    cuts = {block: after for block, before, after in steps if after < before}
     _check_outputs(layout.structure, stream)
     moved = Shortening(layout.structure, cuts, moves=True).made()
     why = (
@@ -169,7 +165,8 @@ class Shortening(Writer):
         name, copy = node.inputs[place], before or self._nodes[node.index]
         if not self._places(name) and name not in self._of_tokens:
             return self._nodes[node.index].inputs[place]
-        rank = len(self._structure.axes[node.outputs[0] if node.op in MEETING and before is None else name])
+        aligned = node.outputs[0] if node.op in MEETING and before is None else name
+        rank = len(self._structure.axes.get(aligned, ()))
         key = (name, step, rank)
         if key not in self._picked:
             value = self._nodes[node.index].inputs[place]
