@@ -76,9 +76,9 @@ def made(case: Case, method: str, flops: float = FLOPS) -> Any:
     if method == "onnxsim":
         pytest.importorskip("onnxsim")
     if method in OF_IMAGES and case.task == "text":
-        with pytest.raises(BadInput, match="are those of an input"):
+        with pytest.raises(BadInput, match="dropped, not merged"):
             METHODS[method](case, FLOPS)
-        pytest.skip("a text has tokens of no fixed number")
+        pytest.skip("tokens of a text are not merged")
     return METHODS[method](case, flops)
 
 
@@ -135,7 +135,8 @@ def test_equal_shares_keep_as_many_heads_as_neurons_and_the_best(case: Case, flo
 
 
 def test_methods_differ(case: Case) -> None:
-    peers = [method for method in ENCODERS if method != "onnxsim" and method not in OF_IMAGES]  # may be each other
+    alike = ("onnxsim", "ours, tokens", *OF_IMAGES)  # on so small a network these may be each other
+    peers = [method for method in ENCODERS if method not in alike]
     outputs = [outputs_of(made(case, method), OUTPUT, case.batches[:1], case.seq_len) for method in peers]
     for i, j in product(range(len(outputs)), repeat=2):
         assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])
