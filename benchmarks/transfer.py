@@ -101,7 +101,7 @@ def page(found: Sequence[dict[str, Any]], epochs: float) -> str:
     return (
         "# Transfer learning: a backbone cut without labels\n\nDINOv2 ViT-S on CIFAR-10, 98 pixels: cut on pictures "
         f"without labels; then a classifier is fitted to {LEARNED:,} labelled ones, on each network's own embeddings, "
-        f"and the cut network learns from each {epochs:g} times, towards its label and the dense one's outputs. "
+        f"and the cut network learns from them (epochs: {epochs:g}), towards their labels and the dense one's outputs. "
         f"Right of {JUDGED:,} pictures that nothing learned from.\n\n"
         f"{to_table(HEADER, rows)}"
     )
