@@ -32,7 +32,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.find import find
-from optin_deploy.structure.tokens import TokenStream, token_stream
+from optin_deploy.structure.tokens import TokenStream
 
 T = TypeVar("T")
 ENGINE = "onnx"
@@ -152,13 +152,13 @@ class Case:
         """A share of the MACs, for one of the widest calibration rows."""
         return limits_within(self.ready.costs_with(merges), Limits(flops=flops))
 
-    @cached_property
+    @property
     def stream(self) -> TokenStream:
         """Its tokens.
 
         Raises: BadInput: there are none that can be merged or dropped.
         """
-        return token_stream(self.found.layout)
+        return self.ready.stream
 
     def merging(self, flops: float, merges: Iterable[tuple[int, ...]]) -> Network:
         """The network with all widths, by the first of these merges, ever more, that are within the budget.

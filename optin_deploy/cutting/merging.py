@@ -107,7 +107,7 @@ class Merging(Writer):
     def restore(self, gap: ir.Node) -> None:
         """Give every token of the input the one that it became a part of."""
         tokens, place = gap.inputs[0], self._whole(np.arange(self._left).reshape(1, -1, 1))
-        samples = self._put(gap, "Concat", self._samples(gap, tokens), self._whole([1, 1]), axis=0)
+        samples = self._put(gap, "Concat", self._size(gap, tokens, 0), self._whole([1, 1]), axis=0)
         place = self._put(gap, "Expand", place, samples)
         for step in reversed(self._steps):
             even, odd = (step.tokens + 1) // 2, step.tokens // 2
@@ -156,12 +156,9 @@ class Merging(Writer):
         return self._top(gap, cosines, 1, axis=2)
 
     def _ones(self, gap: ir.Node, tokens: ir.Value | None) -> ir.Value:
-        shape = self._put(gap, "Concat", self._samples(gap, tokens), self._whole([self._left, 1]), axis=0)
+        shape = self._put(gap, "Concat", self._size(gap, tokens, 0), self._whole([self._left, 1]), axis=0)
         ones = self._cut.constant(np.ones((1, 1, 1), self._real.numpy()), "ones")
         return self._put(gap, "Expand", ones, shape)
-
-    def _samples(self, gap: ir.Node, tokens: ir.Value | None) -> ir.Value:
-        return self._slice(gap, self._put(gap, "Shape", tokens), 0, 1, 0)
 
     def _inverse(self, gap: ir.Node, order: ir.Value, count: int) -> ir.Value:
         """Where each number stands in an order: what sorts it."""

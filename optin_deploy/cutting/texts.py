@@ -204,8 +204,7 @@ class Shortening(Writer):
             value = self._put(copy, "Unsqueeze", value, self._whole(range(missing)))
         places = self._steps[step - 1].places
         if shared:
-            rows = self._slice(copy, self._put(copy, "Shape", places), 0, 1, 0)
-            shape = self._put(copy, "Concat", rows, self._whole([1] * (rank - 1)), axis=0)
+            shape = self._put(copy, "Concat", self._size(copy, places, 0), self._whole([1] * (rank - 1)), axis=0)
             value = self._put(copy, "Expand", value, shape)
         for at in self._places(name):
             order = [0, at + missing, *(n for n in range(1, rank) if n != at + missing)]
@@ -238,7 +237,7 @@ class Shortening(Writer):
                 "cannot leave one after the other. Leave out --tokens."
             )
         if not self._steps:
-            self._length = self._slice(after, self._put(after, "Shape", value), 1, 2, 0)
+            self._length = self._size(after, value, 1)
         before = self._steps[-1].standing if self._steps else self._standing(after, value)
         wanted = self._put(after, "Mul", self._length, self._whole([share]))
         wanted = self._put(after, "Add", wanted, self._whole([HUNDRED - 1]))  # rounded up
@@ -271,13 +270,12 @@ class Shortening(Writer):
 
     def _moved(self, after: ir.Node, standing: ir.Value) -> ir.Value:
         """All places, the first one first and the others in another order; the first time twice, (samples, tokens)."""
-        shape = self._put(after, "Shape", standing)
-        length = self._put(after, "Squeeze", self._slice(after, shape, 1, 2, 0), self._whole([0]))
+        length = self._put(after, "Squeeze", self._size(after, standing, 1), self._whole([0]))
         zero, one, two = (self._whole(number) for number in (0, 1, 2))
         evens, odds = (self._put(after, "Range", start, length, two) for start in (two, one))
         order = [self._put(after, "Unsqueeze", zero, self._whole([0])), evens, odds]
         places = self._put(after, "Concat", *order, *([] if self._steps else order), axis=0)
-        rows = self._put(after, "Concat", self._slice(after, shape, 0, 1, 0), self._whole([1]), axis=0)
+        rows = self._put(after, "Concat", self._size(after, standing, 0), self._whole([1]), axis=0)
         return self._put(after, "Expand", places, rows)
 
     def _real(self, number: float) -> ir.Value:
@@ -286,7 +284,7 @@ class Shortening(Writer):
     def _standing(self, after: ir.Node, value: ir.Value) -> ir.Value:
         """What is added to the attention that each token receives, (samples, tokens)."""
         shape = self._slice(after, self._put(after, "Shape", value), 0, 2, 0)
-        length = self._put(after, "Squeeze", self._slice(after, shape, 1, 2, 0), self._whole([0]))
+        length = self._put(after, "Squeeze", self._length, self._whole([0]))
         places = self._put(after, "Range", self._whole(0), length, self._whole(1))
         ones = self._put(after, "Expand", self._whole([[1]]), shape)
         given = next((port for port in self._cut.model.graph.inputs if port.name == MASK), None)

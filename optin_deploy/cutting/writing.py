@@ -26,6 +26,10 @@ class Writer:
     def _slice(self, before: ir.Node, value: ir.Value, start: int, end: int, axis: int, step: int = 1) -> ir.Value:
         return self._put(before, "Slice", value, *(self._whole([each]) for each in (start, end, axis, step)))
 
+    def _size(self, before: ir.Node, value: ir.Value | None, axis: int) -> ir.Value:
+        """Of an axis, (1,)."""
+        return self._slice(before, self._put(before, "Shape", value), axis, axis + 1, 0)
+
     def _sorted(self, before: ir.Node, places: ir.Value, count: int | ir.Value) -> ir.Value:
         """Places in rising order, (samples, count)."""
         values, _ = self._top(before, self._put(before, "Cast", places, to=int(ir.DataType.INT32)), count, largest=0)

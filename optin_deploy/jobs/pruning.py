@@ -43,6 +43,7 @@ from optin_deploy.storage import sha256_json
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.tokens import TokenStream, token_stream
 
 T = TypeVar("T")
 Curves = Mapping[str, Curve]
@@ -103,7 +104,15 @@ class Ready:
 
         Raises: BadInput: they cannot be merged.
         """
-        return self.kept(("network", merges), lambda: merged(self.layout, merges, self.found.probes))
+        return self.kept(("network", merges), lambda: merged(self.layout, merges, self.found.probes, self.stream))
+
+    @cached_property
+    def stream(self) -> TokenStream:
+        """Its tokens.
+
+        Raises: BadInput: there are none that can be merged or dropped.
+        """
+        return token_stream(self.layout)
 
     def kept(self, key: object, make: Callable[[], T]) -> T:
         """What is made once."""

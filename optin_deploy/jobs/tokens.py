@@ -19,7 +19,7 @@ from optin_deploy.planning.tokens import Growth, growth, schedule, tried
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.labels import TOKENS
-from optin_deploy.structure.tokens import TokenStream, token_stream
+from optin_deploy.structure.tokens import TokenStream
 
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Mean shares of the tokens that are tried."""
@@ -38,9 +38,8 @@ def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
         return choice
     if not 0 < share <= 1:
         raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")
-    stream = token_stream(ready.layout)
-    schedule(stream, share)  # before anything is measured
-    merges = schedule(stream, share, growths(ready, drops=choice.drops))
+    schedule(ready.stream, share)  # before anything is measured
+    merges = schedule(ready.stream, share, growths(ready, drops=choice.drops))
     return replace(choice, merges=_dropped(merges) if choice.drops else merges)
 
 
@@ -58,13 +57,13 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     if TOKENS in choice.kinds and not merges:
         if choice.allocation != "curves":
             raise BadInput(f"--units tokens needs error curves: leave out --allocation {choice.allocation}.")
-        merges = _reachable(token_stream(ready.layout), SHARES)[-1]
+        merges = _reachable(ready.stream, SHARES)[-1]
         merges = _dropped(merges) if choice.drops else merges
     costs = ready.costs_with(merges)
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
-            told = told_merges(merges, of_text=token_stream(ready.layout).of_text)
+            told = told_merges(merges, of_text=ready.stream.of_text)
             raise BadInput(
                 f"that {told}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
@@ -78,7 +77,7 @@ def schedules(ready: Ready, shares: Iterable[float] = SHARES, *, drops: bool = F
 
     Args: drops: tokens are dropped, not merged.
     """
-    found = _reachable(token_stream(ready.layout), shares, growths(ready, drops=drops))
+    found = _reachable(ready.stream, shares, growths(ready, drops=drops))
     return [_dropped(merges) for merges in found] if drops else found
 
 
@@ -103,7 +102,7 @@ def growths(ready: Ready, *, drops: bool) -> list[Growth]:
 
 
 def _growths(ready: Ready, drops: bool) -> list[Growth]:
-    stream = token_stream(ready.layout)
+    stream = ready.stream
     found, (less, more) = [Growth()], tried(stream)
     for block in range(1, len(stream.blocks)):
         few, many = (tuple(count * (at == block) for at in range(len(stream.blocks))) for count in (less, more))

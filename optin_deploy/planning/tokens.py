@@ -16,7 +16,6 @@ EVERY = 3
 operators."""
 POWERS = 1.0, 4.0
 """Between these an error may grow with the number of tokens."""
-
 PRICES = -30.0, 30.0
 """Logarithms of the prices of a token between which is sought."""
 STEPS = 40
@@ -32,9 +31,9 @@ class Growth:
     scale: float = 1.0
     power: float = 2.0
 
-    def at(self, count: float) -> float:
-        """The error."""
-        return float(self.scale * count**self.power)
+    def at(self, counts: np.ndarray) -> np.ndarray:
+        """The errors."""
+        return np.asarray(self.scale * counts**self.power)
 
 
 def growth(counts: tuple[int, int], errors: tuple[float, float]) -> Growth:
@@ -105,10 +104,10 @@ def _priced(stream: TokenStream, errors: Sequence[Growth], blocks: int, price: f
     most = np.array([most_merged(number, stream.protected) for number in range(stream.tokens + 1)])
     left, count = np.ogrid[: stream.tokens + 1, 1 : stream.tokens // 2 + 1]
     behind, each = np.maximum(left - count, 0), 1.0 if np.isinf(price) else price
+    parts = count * (stream.tokens / np.maximum(left, 1))
     rest, choices = np.zeros((stream.tokens + 1, blocks + 1)), []
     for block in reversed(range(len(stream.blocks))):
-        parts = count * (stream.tokens / np.maximum(left, 1))
-        known = 0.0 if np.isinf(price) else errors[block].scale * parts ** errors[block].power
+        known = 0.0 if np.isinf(price) else errors[block].at(parts)
         allowed = count <= (most[:, None] if block else 0)
         best, chosen = each * left + rest, np.zeros(rest.shape, dtype=int)
         for uses in range(1, blocks + 1):
@@ -144,8 +143,6 @@ def _given_back(
 
 def expected(stream: TokenStream, errors: Sequence[Growth], merges: Sequence[int]) -> float:
     """Return the sum of the errors of some merges."""
-    total, left = 0.0, stream.tokens
-    for each, count in zip(errors, merges, strict=True):
-        total += each.at(count * stream.tokens / left)
-        left -= count
-    return total
+    left = stream.tokens - np.cumsum([0, *merges[:-1]])
+    parts = np.array(merges) * stream.tokens / left
+    return float(sum(each.at(part) for each, part in zip(errors, parts, strict=True)))
