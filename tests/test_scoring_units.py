@@ -278,8 +278,9 @@ def both_terms(network: Subject, batches: Sequence[Batch], **more: Any) -> list[
 
 
 def close(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """The same but for float32's rounding: batches of other sizes are sums in another order, on each processor."""
     for one, other in zip(some, others, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-14)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["bert", "samples in several parts"])
