@@ -405,6 +405,8 @@ def test_a_shape_of_a_weight_that_is_used_in_part_tells_what_is_used() -> None:
     assert {group.units for group in layout.groups} == {8, 4}
     keep = {group.name: [0, 2] for group in layout.groups}
     prove(layout, keep, cut(layout, keep), probes_of(network))
+    done = compensated(Subject.of(layout), keep, [{"x": torch.randn(12, 3, 6, 7)}])
+    assert not done.skipped, "who asks for the shape alone reads no entry"
 
 
 # --- the zoo ----------------------------------------------------------------------------------------------------------

@@ -182,16 +182,27 @@ def test_a_vector_behind_a_product_shifts_it_where_its_entries_are_the_outputs(
     assert (None if shift is None else shift.place) == place
 
 
-def test_a_batch_norm_shifts_a_convolution_without_bias() -> None:
+ZEROS = [
+    helper.make_node("Shape", ["w"], ["sizes"], end=1),
+    helper.make_node("Expand", ["zero", "sizes"], ["zeros"]),
+]
+"""What torch's exporter adds to a convolution without bias: it reads the weight's shape, no entry."""
+
+
+@pytest.mark.parametrize("before", [[], ZEROS], ids=["no vector", "zeros made of the weight's shape"])
+def test_a_batch_norm_shifts_a_convolution_without_bias(before: list[onnx.NodeProto]) -> None:
     nodes = [
-        helper.make_node("Conv", ["x", "w"], ["p"]),
+        *before,
+        helper.make_node("Conv", ["x", "w", *(["zeros"] if before else [])], ["p"]),
         helper.make_node("BatchNormalization", ["p", "scale", "b", "mean", "variance"], ["out"]),
     ]
-    vectors = {name: np.abs(real(4)) + 0.5 for name in ("scale", "b", "mean", "variance")}
-    structure = structure_of(nodes, {"w": real(4, 6, 1, 1), **vectors}, {"x": real(2, 6, 5, 5)})
-    found = solvable(structure, 0)
+    weights = {name: np.abs(real(4)) + 0.5 for name in ("scale", "b", "mean", "variance")} | {"w": real(4, 6, 1, 1)}
+    weights |= {"zero": np.zeros((), np.float32)} if before else {}
+    structure = structure_of(nodes, weights, {"x": real(2, 6, 5, 5)})
+    product = len(before)
+    found = solvable(structure, product)
     assert found.shift is not None
-    assert (found.shift.place, found.shift.value, found.way.scale) == ((1, 2), "out", (1,))
+    assert (found.shift.place, found.shift.value, found.way.scale) == ((product + 1, 2), "out", (product + 1,))
 
 
 def test_a_stored_tensor_knows_its_type() -> None:

@@ -9,10 +9,12 @@ import math
 from dataclasses import dataclass
 
 from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.makers import Roles
+from optin_deploy.structure.stored import SIZES, stored_at
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""
@@ -22,7 +24,6 @@ SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Operators of ONNX Runtime that add their first two inputs, with the place of a bias."""
 BIASED = ("BiasGelu", "FastGelu", "BiasSplitGelu")
 """Operators of ONNX Runtime that add their second input and apply an activation."""
-SIZES = ("Shape", "Size")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, .
 def way_from(structure: Structure, index: int) -> Way:
     """Follow what a product gives for as long as it is only scaled by fixed vectors, shifted and moved around."""
     node = structure.network.nodes[index]
-    bias = own_bias(node)
+    bias = own_bias(structure, node)
     scale: list[int] = []
     way: list[int] = []
     value = node.outputs[0]
@@ -145,9 +146,15 @@ def way_from(structure: Structure, index: int) -> Way:
     return Way(bias, tuple(scale), tuple(way), value, None, None)
 
 
-def own_bias(node: Node) -> Place | None:
-    """Where a product itself adds a vector; None: it adds none."""
-    return (node.index, 2) if len(node.inputs) > 2 and bool(node.inputs[2]) else None
+def own_bias(structure: Structure, node: Node) -> Place | None:
+    """Where a product itself adds a vector of the file; None: it adds none, or one that is computed, such as zeros."""
+    if len(node.inputs) < 3 or not node.inputs[2]:
+        return None
+    try:
+        stored_at(structure, node.inputs[2])
+    except Unsupported:
+        return None
+    return node.index, 2
 
 
 def _next(structure: Structure, value: str) -> tuple[Node, int, tuple[int, ...]] | None:

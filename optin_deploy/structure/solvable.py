@@ -46,7 +46,7 @@ def solvable(structure: Structure, index: int, *, shared: bool = False) -> Solva
     factors = [name for scale in way.scale for name in network.nodes[scale].inputs if name in network.fixed]
     uneven = any(math.prod(structure.shapes.shape(name) or ()) not in (1, linear.outputs) for name in factors)
     if uneven or without(linear.node) is not None:
-        way = Way(own_bias(network.nodes[index]), (), (), linear.gives, None, None)
+        way = Way(own_bias(structure, network.nodes[index]), (), (), linear.gives, None, None)
     return Solvable(linear, way, _shift(structure, linear, way))
 
 

@@ -16,6 +16,8 @@ from optin_deploy.structure.flow import Structure
 
 MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
 """Operators between a stored tensor and where it is used that keep its entries."""
+SIZES = ("Shape", "Size")
+"""Operators that read no entry, only how many there are."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Stored:
     steps: tuple[Callable[[Tensor], Tensor], ...]
     """Views, from the stored tensor on."""
     places: frozenset[Place] = frozenset()
-    """All places that read it, one or several."""
+    """All places that read its entries, one or several."""
 
     def used(self, tensor: Tensor) -> Tensor:
         """View a tensor that is stored so as it is used."""
@@ -62,11 +64,11 @@ def stored_at(structure: Structure, name: str) -> Stored:
 
 
 def _places(network: Network, name: str) -> Iterator[Place]:
-    """Where a stored tensor is read in the end."""
+    """Where the entries of a stored tensor are read in the end."""
     for node, place in network.consumers.get(name, ()):
         if node.op in MOVING and place == 0:
             yield from _places(network, node.outputs[0])
-        else:
+        elif node.op not in SIZES:
             yield node.index, place
 
 
