@@ -56,24 +56,41 @@ class Moments:
 
     def solve(self, ridge: float, centred: bool) -> tuple[Tensor, Tensor]:
         """Coefficients (inputs, outputs) and offset (outputs,) of y ~ x @ coefficients + offset."""
-        count = self.count or 1.0
-        mean_x, mean_y = (self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0)
+        count, mean_x, mean_y = self._means(centred)
         if not self.x.shape[-1]:
             return self.xy, mean_y
-        covariance = self.xx / count - mean_x.unsqueeze(-1) * mean_x.unsqueeze(-2)
         cross = self.xy / count - mean_x.unsqueeze(-1) * mean_y.unsqueeze(-2)
+        coefficients = torch.cholesky_solve(cross, self._root(ridge, centred))
+        return coefficients, mean_y - (mean_x.unsqueeze(-2) @ coefficients).squeeze(-2)
+
+    def inverse(self, ridge: float, centred: bool) -> Tensor:
+        """The inverse of what `solve` divides by, (inputs, inputs)."""
+        return torch.cholesky_inverse(self._root(ridge, centred))
+
+    def _means(self, centred: bool) -> tuple[float, Tensor, Tensor]:
+        """The count of rows, and what is subtracted of x and y."""
+        count = self.count or 1.0
+        return count, *((self.x / count, self.y / count) if centred else (self.x * 0, self.y * 0))
+
+    def _root(self, ridge: float, centred: bool) -> Tensor:
+        """Cholesky root of the second moments of x with a ridge.
+
+        Raises: NonFiniteActivation.
+        """
+        count, mean, _ = self._means(centred)
+        covariance = self.xx / count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         # Inputs that hardly vary leave rounding noise alone; the ridge stays well above it.
         noise = 1e-8 * _diagonal(self.xx).mean(-1) / count
         spread = _diagonal(covariance).mean(-1).clamp(min=noise.clamp(min=1e-30))
         _diagonal(covariance).add_((ridge * spread).unsqueeze(-1))
         try:
-            coefficients = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+            root: Tensor = torch.linalg.cholesky(covariance)
         except RuntimeError as err:  # not positive, which a ridge makes every finite covariance
             raise NonFiniteActivation(
                 "what a projection reads on the calibration data holds NaN or infinity, or numbers too large to be "
                 "fitted. Check the weights and the data."
             ) from err
-        return coefficients, mean_y - (mean_x.unsqueeze(-2) @ coefficients).squeeze(-2)
+        return root
 
     def error(self, coefficients: Tensor, offset: Tensor) -> Tensor:
         """Sum of squared errors of a solution on these rows, of each group."""

@@ -58,7 +58,7 @@ def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(cas
     found = unit_curves(subject, random, batches)
     groups = [group for group in subject.layout.groups if group.kind == kind][:LAYERS]
     for layer, group in enumerate(groups):
-        path, order = family.columns(layer, kind, 0)[0], random[group.name].argsort(descending=True).tolist()
+        path, order = family.columns(layer, kind, 0)[0], found[group.name].order
         a = np.concatenate(inputs_of(model, path, judged_rows(batches, False)))
         errors = []
         for count in found[group.name].counts[:-1]:
@@ -108,7 +108,7 @@ def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
         dense = module(x[judged])["logits"].log_softmax(-1)
     errors = []
     for count in found[group.name].counts[:-1]:
-        kept = [9 * channel + tap for channel in range(8 - count, 8) for tap in range(9)]
+        kept = [9 * channel + tap for channel in sorted(found[group.name].order[:count]) for tap in range(9)]
         cut = [column for column in range(72) if column not in kept]
         a, y = (values.flatten(0, 1).numpy() for values in (patches[..., kept], patches[..., cut] @ flat[:, cut].T))
         centred = a - a.mean(0)

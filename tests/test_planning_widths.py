@@ -299,7 +299,13 @@ def test_scores_and_curves_of_something_else_are_refused() -> None:
     with pytest.raises(BadInput, match="there is no error curve of"):
         choose(layout, scores, limits, Choice(allocation="curves"), curves={})
     with pytest.raises(BadInput, match="is of 2 units"):
-        choose(layout, scores, limits, Choice(allocation="curves"), curves={**curves, name: Curve((0, 2), (1.0, 0.0))})
+        choose(
+            layout,
+            scores,
+            limits,
+            Choice(allocation="curves"),
+            curves={**curves, name: Curve((0, 2), (1.0, 0.0), (0, 1))},
+        )
 
 
 def test_groups_may_be_emptied_where_a_residual_stream_goes_around_them() -> None:

@@ -408,7 +408,7 @@ def test_a_folder_in_which_another_worker_is_writing_its_source_file_can_be_clai
 
 
 def test_curves_survive_the_disk_with_their_key(scored: Workspace) -> None:
-    curves = {"layer.0: heads": Curve((0, 2), (1.0, 0.0)), "layer.0: neurons": Curve((0, 8, 70), (3.0, 1e-9, 0.0))}
+    curves = {"layer.0: heads": Curve((0, 2), (1.0, 0.0), (1, 0))}
     scored.write_curves(curves, "key")
     assert scored.read_curves() == (curves, "key")
 

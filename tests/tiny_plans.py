@@ -30,4 +30,4 @@ def falling(units: int, rng: np.random.Generator) -> Curve:
     """Errors of a group at up to three widths, between none and all."""
     inner = sorted(rng.choice(np.arange(1, units), size=min(3, units - 1), replace=False).tolist()) if units > 1 else []
     errors = np.sort(rng.random(len(inner) + 1))[::-1].tolist()
-    return Curve((0, *inner, units), (*errors, 0.0))
+    return Curve((0, *inner, units), (*errors, 0.0), tuple(rng.permutation(units).tolist()))

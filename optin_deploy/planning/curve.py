@@ -27,6 +27,8 @@ class Curve:
     """Kept units, ascending from 0 to all."""
     errors: tuple[float, ...]
     """Mean distance of the outputs to the dense ones; never rises, 0 at the end."""
+    order: tuple[int, ...]
+    """All units: those that stay first. A group of some width keeps so many from the front."""
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.counts, self.counts[1:], strict=False))
@@ -35,6 +37,8 @@ class Curve:
             raise BadInput(f"curve: give an error for 0 to all units: {self.counts}, {self.errors}.")
         if not (ascending and falling and self.errors[-1] == 0 and np.isfinite(self.errors).all()):
             raise BadInput(f"curve: counts must rise, and errors fall to 0: {self.counts}, {self.errors}.")
+        if sorted(self.order) != list(range(self.counts[-1])):
+            raise BadInput(f"curve: the order must name each of {self.counts[-1]} units once: {self.order[:8]}, ..")
 
     def at(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """Interpolated errors, monotone between the measured widths."""

@@ -40,6 +40,10 @@ class Curve(Protocol):
     def counts(self) -> tuple[int, ...]:
         """Widths that were measured, ascending; the last one is all units."""
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All units: those that stay first."""
+
     def at(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return errors, never rising with the width."""
 

@@ -1,7 +1,8 @@
 """Error curves by group: how far the outputs move when one group alone gets narrower, compensated, at a few widths.
 
-Every group keeps its best units by score; the products that use them are solved for anew from what they read in the
-dense network. Between the measured widths the error is interpolated. No labels: the error is the scores' own distance.
+Every group keeps the units that the others make up for least, or its best by score where not all that uses them can be
+solved for; the products that use them are solved for anew from what they read in the dense network. Between the
+measured widths the error is interpolated. No labels: the error is the scores' own distance.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
 from optin_deploy.planning.curve import RIDGE, SHARES, Curve
+from optin_deploy.planning.removal import Use, kept_first, metrics
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import MOST_INPUTS, Moments
 from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
+from optin_deploy.scoring.slopes import rounding
 from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import UnitGroup
@@ -64,8 +67,7 @@ def unit_curves(
         bench = _Bench(subject, groups, batches, token_weights, budget_bytes)
         found = {}
         for number, group in enumerate(groups):
-            order = scores[group.name].argsort(descending=True, stable=True)
-            found[group.name] = bench.curve(group, order)
+            found[group.name] = bench.curve(group, scores[group.name])
             progress(number + 1, len(groups))
     return found
 
@@ -117,20 +119,27 @@ class _Bench:
             if held > MOST_HELD:
                 break
         self.judged = self.judged[: len(self.dense)]
+        solved = {
+            each.linear.gives: each.linear for uses in self.products.values() for _, alike in uses for each in alike
+        }
+        smooth = rounding(subject.structure.network) is None
+        self.metrics = metrics(subject, self.fitted, solved.values()) if smooth and solved else {}
         self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
         self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
 
-    def curve(self, group: UnitGroup, order: Tensor) -> Curve:
-        """The errors of a group that keeps its first units in this order."""
+    def curve(self, group: UnitGroup, scores: Tensor) -> Curve:
+        """The errors of a group, and the order in which its units stay."""
+        by_score = scores.argsort(descending=True, stable=True)
         counts = sorted({round(share * group.units) for share in SHARES} - {group.units})
         inside = self.program.cone({site.node for site in group.sites}).nodes
         made = {name for index in inside for name in self.program.network.nodes[index].outputs}
         outputs = [name for name in self.subject.reading.outputs if name in made]
         if not outputs:
-            return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0))
+            return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0), tuple(by_score.tolist()))
         self.fit.advance(group.depth)
         self.judge.advance(group.depth)
         uses = [_Use(site, alike, *self._moments(alike)) for site, alike in self.products[group.name]]
+        order = kept_first([self._use(group, use) for use in uses], scores) if self._whole(group, uses) else by_score
         cone = self.judge.spans.cone(group.depth, outputs, inside)
         starts = [self.judge.look(number, cone.needs) for number in range(len(self.judged))]
         errors = []
@@ -140,7 +149,23 @@ class _Bench:
             errors.append(self._error(group, units, cone, changes, starts))
         # A wider group can do what a narrower one does: where it measures worse, that is noise.
         falling = np.minimum.accumulate(errors).tolist()
-        return Curve((*counts, group.units), (*falling, 0.0))
+        return Curve((*counts, group.units), (*falling, 0.0), tuple(order.tolist()))
+
+    def _whole(self, group: UnitGroup, uses: Sequence[_Use]) -> bool:
+        """Whether all that uses units of a group can be solved for, and what it moves is known."""
+        solved = {product.linear.node.index for use in uses for product in use.products}
+        return bool(self.metrics) and solved == {site.node for site in group.sites}
+
+    def _use(self, group: UnitGroup, use: _Use) -> Use:
+        """The same as the order of removal looks at it."""
+        product = use.products[0]
+        metric = torch.stack([self.metrics[each.linear.gives] for each in use.products]).sum(0)
+        units = torch.empty(use.site.axis.size, dtype=torch.long)
+        for unit in range(group.units):
+            units[torch.from_numpy(kept(use.site.axis, {group.leaf.root: np.array([unit])}))] = unit
+        matrix = Changes(self.program.network, self.program.device).matrix(product)
+        centred = all(each.shift is not None for each in use.products)
+        return Use.of(matrix, metric, use.moments, units.repeat_interleave(product.linear.taps), centred=centred)
 
     def _moments(self, products: Sequence[Solvable]) -> tuple[Moments, Tensor]:
         """Sums of what products with one matrix read in the dense network, and see `solving.reach`."""

@@ -108,8 +108,10 @@ def choose(
         spend = filled if choice.allocation == "paper" else None
         widths = spend(pools, sizes, limits, whole) if spend else widths_of(pools, sizes, whole)
     assert fits(limits, widths), "a plan is within its limits"
-    names = [each.name for each in ladders if widths[each.name] < each.units]
-    return {name: best(scores[name], widths[name]) for name in names}
+    smaller = {each.name: widths[each.name] for each in ladders if widths[each.name] < each.units}
+    if choice.allocation == "curves" and curves is not None:
+        return {name: tuple(sorted(curves[name].order[:width])) for name, width in smaller.items()}
+    return {name: best(scores[name], width) for name, width in smaller.items()}
 
 
 def check_choice(

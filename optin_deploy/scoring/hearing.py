@@ -76,8 +76,31 @@ def token_weights(
 
 
 def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
+    gradients = slopes_at(subject, batch, [feature.value for feature in subject.features], seed)
+    found = {}
+    for feature in subject.features:
+        tokens = torch.stack([tokens_of(feature, each, rows_of(batch)) for each in gradients[feature.value]])
+        norms = torch.linalg.vector_norm(tokens.double(), dim=(0, -1))  # (batch, tokens)
+        valid = subject.real(batch, feature.value, feature.channels)
+        fits = valid is not None and valid.shape == norms.shape
+        real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)
+        mean = (norms * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+        shares = torch.where(mean > 0, norms / mean, 1.0)
+        found[feature.value] = ((FLOOR + (1 - FLOOR) * shares) * real).detach().cpu()
+    return found
+
+
+def slopes_at(
+    subject: Subject, batch: Batch, values: Sequence[str], seed: int, *, most: int | None = None
+) -> dict[str, list[Tensor]]:
+    """Return the gradients at some values of directions in which the output distance grows: the sum of their squares
+    is how far a small change moves the output.
+
+    Args: most: directions; where there are more, or they have no number, `PROBES` random ones stand for all.
+    Returns: by value, one tensor of its shape a direction; a single one of zeros where nothing moves the output.
+    """
     network = subject.structure.network
-    first = min((feature.node for feature in subject.features), default=-1)
+    first = min((network.producer[value].index for value in values), default=-1)
     early = {name for node in network.nodes[: first + 1] for name in node.inputs if name in network.weights}
     weights = {
         name: torch_tensor(network.weights[name]).to(subject.program.device, copy=True).requires_grad_()
@@ -85,12 +108,11 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         if int(network.weights[name].dtype) in REAL_TYPES
         and sum(size > 1 for size in network.weights[name].shape.numpy()) > 1
     }  # so that everything behind tables and matrices is recorded
-    values = [feature.value for feature in subject.features]
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
         readout = subject.read(run.outputs, valid_of(batch))
     directions = exact_directions(readout)
-    if directions is None:
+    if directions is None or (most is not None and len(directions) > most):
         keys = sample_keys(batch)
         directions = [random_direction(readout, keys, stream(seed, "token weights", n)) for n in range(PROBES)]
     live = {value: root for value, root in run.watched.items() if root.requires_grad}
@@ -101,18 +123,7 @@ def _of_batch(subject: Subject, batch: Batch, seed: int) -> dict[str, Tensor]:
         )
         for value, gradient in zip(live, back, strict=True):
             gradients[value] += [] if gradient is None else [gradient]
-    found = {}
-    for feature in subject.features:
-        along = gradients[feature.value] or [torch.zeros_like(run.watched[feature.value])]
-        tokens = torch.stack([tokens_of(feature, each, rows_of(batch)) for each in along])
-        norms = torch.linalg.vector_norm(tokens.double(), dim=(0, -1))  # (batch, tokens)
-        valid = subject.real(batch, feature.value, feature.channels)
-        fits = valid is not None and valid.shape == norms.shape
-        real = valid.to(norms) if fits and valid is not None else torch.ones_like(norms)
-        mean = (norms * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
-        shares = torch.where(mean > 0, norms / mean, 1.0)
-        found[feature.value] = ((FLOOR + (1 - FLOOR) * shares) * real).detach().cpu()
-    return found
+    return {value: some or [torch.zeros_like(run.watched[value])] for value, some in gradients.items()}
 
 
 class Counts:

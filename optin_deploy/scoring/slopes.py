@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
@@ -92,13 +93,17 @@ def check_smooth(subject: Subject) -> None:
 
     Raises: BadInput: names the first operator that does.
     """
-    network = subject.structure.network
-    for node in network.nodes:
-        if node.op in ROUNDING and node.inputs[0] not in network.fixed:
-            raise BadInput(
-                f"{node} rounds to 8 bits, so that slopes say nothing of the units before it. Score this network with "
-                "--scorer exact, or score the one that it was quantised from."
-            )
+    node = rounding(subject.structure.network)
+    if node is not None:
+        raise BadInput(
+            f"{node} rounds to 8 bits, so that slopes say nothing of the units before it. Score this network with "
+            "--scorer exact, or score the one that it was quantised from."
+        )
+
+
+def rounding(network: Network) -> Node | None:
+    """Return the first node that rounds activations to whole numbers."""
+    return next((node for node in network.nodes if node.op in ROUNDING and node.inputs[0] not in network.fixed), None)
 
 
 def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple[list[Gradients], bool]:

@@ -1,0 +1,112 @@
+"""The order in which units go is what trying every unit with an own regression gives, and metrics are own Jacobians."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from own_regression import texts
+from tiny_networks import made
+from tiny_scoring import bert, one_thread
+from torch import Tensor, nn
+
+from optin_deploy.network.read import read
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.planning.curve import RIDGE
+from optin_deploy.planning.removal import Use, kept_first, metrics
+from optin_deploy.planning.unit_curves import unit_curves
+from optin_deploy.regression import Moments
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
+from optin_deploy.structure.solvable import solvable
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+
+def loss(x: np.ndarray, weight: np.ndarray, metric: np.ndarray, kept: list[int]) -> float:
+    """What the outputs lose, with a ridge, if the columns kept are solved for: by least squares on the rows."""
+    x = x - x.mean(0)
+    spread = np.sqrt(RIDGE * x.var(0).mean() * len(x))
+    rows = np.concatenate([x, spread * np.eye(x.shape[1])])
+    cut = [column for column in range(x.shape[1]) if column not in kept]
+    lost = rows[:, cut] @ weight[:, cut].T
+    left = lost - rows[:, kept] @ np.linalg.lstsq(rows[:, kept], lost, rcond=None)[0] if kept else lost
+    return float(np.einsum("ro,op,rp->", left, metric, left)) / len(x)
+
+
+@pytest.mark.parametrize("columns", [1, 3], ids=["neurons", "heads of three"])
+def test_the_unit_goes_first_whose_loss_costs_least_among_all(columns: int) -> None:
+    rng, units = np.random.default_rng(0), 6
+    both = []
+    for outputs in (4, 5):  # two products use them
+        x = rng.standard_normal((90, units * columns)) @ rng.standard_normal((units * columns,) * 2) + 3
+        root = rng.standard_normal((2, outputs))
+        both.append((x, rng.standard_normal((outputs, units * columns)), root.T @ root))
+    unit = rng.permutation(np.repeat(np.arange(units), columns))
+    uses = []
+    for x, weight, metric in both:
+        moments = Moments(units * columns, 0)
+        moments.add(torch.tensor(x), torch.zeros(len(x), 0))
+        some = (torch.tensor(each) for each in (weight, metric))
+        uses.append(Use.of(*some, moments, torch.tensor(unit), centred=True))
+    left, expected = list(range(units)), []
+    while left:
+        costs = [
+            sum(loss(*use, [c for c in range(units * columns) if unit[c] in left and unit[c] != each]) for use in both)
+            for each in left
+        ]
+        expected.append(left.pop(int(np.argmin(costs))))
+    assert kept_first(uses, torch.rand(units)).tolist() == expected[::-1]
+    moved = [float(weight.diagonal() @ weight.diagonal()) for _, weight, _ in both]
+    assert len(set(moved)) == 2, "the cases differ"
+
+
+def test_what_is_there_twice_goes_before_what_is_there_once_and_equals_go_by_score() -> None:
+    x = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, x[:, :1]], dim=1)
+    moments, weight = Moments(4, 0), torch.tensor([[4.0, 1.0, 2.0, 4.0]]).double()
+    moments.add(x, x[:, :0])
+    use = Use.of(weight, torch.eye(1).double(), moments, torch.arange(4), centred=True)
+    order = kept_first([use], torch.zeros(4)).tolist()
+    assert {order[0], order[3]} == {0, 3}, "one of the two that move the output most: the other says what it says"
+    assert order[1:3] == [2, 1]
+    silent = Use(torch.zeros(1, 4).double(), torch.eye(4).double(), torch.arange(4))
+    assert kept_first([silent], torch.tensor([2.0, 1.0, 3.0, 0.0])).tolist() == [2, 0, 1, 3]
+
+
+class Mixed(nn.Module):
+    """Two products in a row, of a classifier of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.second(self.first(x).relu()).tanh())}
+
+
+def test_metrics_are_second_moments_of_the_jacobian_of_the_divergence() -> None:
+    module = made(Mixed).double()
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    group = next(g for g in subject.layout.groups if g.units == 8)
+    linear = solvable(subject.structure, group.sites[0].node).linear
+    found = metrics(subject, [{"x": x[:30]}, {"x": x[30:]}], [linear])[linear.gives]
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for row in x:
+        given = module.second(module.first(row).relu()).detach()
+        slope = torch.autograd.functional.jacobian(lambda z: module.head(z.tanh()), given)  # (2, 6)
+        p = module.head(given.tanh()).softmax(0).detach()
+        expected += slope.T @ (torch.diag(p) - torch.outer(p, p)) @ slope / 2
+    torch.testing.assert_close(found, expected / 40, rtol=1e-9, atol=1e-12)
+    assert float(found.abs().max()) > 1e-4
+
+
+def test_curves_keep_units_in_an_order_of_their_own() -> None:
+    subject, batches = Subject.of(find(read(bert()))), texts()
+    groups = [group for group in subject.layout.groups if group.kind == "neurons"]
+    scores = {group.name: torch.arange(group.units).double() for group in groups}
+    curves = unit_curves(subject, scores, batches)
+    for group in groups:
+        assert sorted(curves[group.name].order) == list(range(group.units))
+        assert curves[group.name].order != tuple(range(group.units))[::-1], "not that of the scores"
