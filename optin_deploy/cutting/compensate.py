@@ -126,6 +126,7 @@ class _Work:
         rows = 1 if subject.alone else ROWS
         self.subject = subject
         self.batches = micro_batches(batches, rows)
+        self.samples = sum(map(rows_of, self.batches))
         self.counts = Counts(subject, self.batches, None if token_weights is None else token_weights.split(rows))
         dense = subject.program
         self.changes = Changes(apart(dense.network, [each.products for each in todo]), dense.device)
@@ -190,7 +191,7 @@ class _Work:
             arrived, given = pupil[end], pupil[linear.gives]
             gap = torch.stack([teacher[name] - pupil[name] for name in compared]).sum(0)
             counts = self.counts.at(batch, end, arrived, linear.node.index, behind=True).to(arrived)
-            chosen = drawn(linear.places(given, count), len(repair.inputs))
+            chosen = drawn(linear.places(given, count), len(repair.inputs), self.samples)
             gaps, counted = (
                 linear.rows_out(each, count, chosen)
                 for each in pulled(
@@ -219,7 +220,7 @@ class _Work:
             found = self.pruned.look(batch, [value])[value]
             wanted = self.dense.look(batch, [value])[value]
             counts = self.counts.at(batch, value, found, linear.node.index, behind=False).to(found.device)
-            chosen = drawn(found.numel() // (count * linear.channels))
+            chosen = drawn(found.numel() // (count * linear.channels), len(repair.inputs), self.samples)
             before, after, counted = (
                 rows_of_value(each, linear.features, linear.samples[0], count, chosen)
                 for each in (found, wanted, counts.expand(found.shape))

@@ -102,6 +102,7 @@ class _Bench:
             [samples_of(batch, mark) for batch, mark in zip(batches, rest, strict=True) if mark.any()], rows
         )
         self.judged = micro_batches(joined(batches, marks), rows)
+        self.samples = sum(map(rows_of, self.fitted))
         weights = None if token_weights is None else token_weights.chosen(rest).split(rows)
         self.subject, self.counts = subject, Counts(subject, self.fitted, weights)
         self.products = {group.name: list(_products(subject.structure, group)) for group in groups}
@@ -176,7 +177,7 @@ class _Bench:
             values = self.fit.look(number, [linear.reads, linear.gives])
             given = values[linear.gives]
             counts = self.counts.at(number, linear.gives, given, linear.node.index, behind=True).to(given.device)
-            chosen = drawn(linear.places(given, samples))
+            chosen = drawn(linear.places(given, samples), linear.inputs, self.samples)
             rows = linear.rows_out(counts.expand(given.shape), samples, chosen)[..., 0]
             read = linear.rows_in(values[linear.reads], samples, chosen)[rows > 0]
             sums.add(read, read[:, :0], rows[rows > 0])

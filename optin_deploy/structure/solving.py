@@ -14,9 +14,9 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.network.weights import separated
 from optin_deploy.structure.solvable import Solvable
 
-MOST_PLACES, PLACES, TIMES = 512, 64, 4
-"""Rows of a regression for each sample: of pictures with more places the first number is drawn, the same places in all
-samples; for few unknowns so many times as many, but not less than the second."""
+MOST_PLACES, PLACES, TIMES = 512, 64, 256
+"""Rows of a regression for each sample: of pictures with more places so many are drawn, the same in all samples, that
+all samples together give the last number for each unknown; at most the first number, and not less than the second."""
 
 
 def apart(network: Network, sets: Iterable[Collection[Solvable]]) -> Network:
@@ -117,12 +117,12 @@ def reach(stream: Stream, product: Solvable, samples: int) -> Tensor:
     return scales(stream, product, product.shift.value, samples)
 
 
-def drawn(places: int, unknowns: int = MOST_PLACES) -> Tensor | None:
+def drawn(places: int, unknowns: int, samples: int) -> Tensor | None:
     """Return which places of each sample are taken; None: all.
 
-    Args: unknowns: of the regression, for each output.
+    Args: unknowns: of the regression, for each output. samples: of all batches.
     """
-    most = min(MOST_PLACES, max(PLACES, TIMES * unknowns))
+    most = min(MOST_PLACES, max(PLACES, TIMES * unknowns // samples))
     if places <= most:
         return None
     return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:most]
