@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import combinations, product
@@ -19,7 +19,11 @@ from rtx import builds
 from torch import Tensor, nn
 
 from benchmarks.zoo.export import export
+from optin_deploy.cutting.compensate import compensated
+from optin_deploy.cutting.graph import cut
+from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.tokens import counted, merged
+from optin_deploy.cutting.tying import ROWS, Ties
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
@@ -31,7 +35,9 @@ from optin_deploy.planning.plan import told_merges
 from optin_deploy.planning.tokens import Growth, growth, mean_share, schedule
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
+from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs
 from optin_deploy.structure.tokens import SelfAttention, TokenStream, most_merged, token_stream
 
@@ -223,6 +229,59 @@ def test_every_place_has_the_token_that_stands_for_a_dropped_one() -> None:
                 x[row, 2 * even + 2] = x[row, 2 * partner[row, even] + 1]
         x = module.norm(x + module.blocks[2].mlp(module.blocks[2].norm2(x)))
     torch.testing.assert_close(found, torch.cat([x[:, 0], x[:, 1:].mean(1)], -1), rtol=0, atol=1e-5)
+
+
+def some_cut(layout: Layout) -> dict[str, list[int]]:
+    """A head of one block, and half of the neurons of another."""
+    heads, neurons = ([g for g in layout.groups if g.kind == kind] for kind in ("heads", "neurons"))
+    return {heads[1].name: [1], neurons[0].name: list(range(0, 24, 2))}
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+@pytest.mark.parametrize("merges", [[0, 7, 4], [9, 6, 2], [3, 0, 5]])
+def test_tokens_that_are_the_same_compute_what_merged_ones_do(extra: int, merges: list[int]) -> None:
+    _, network = made(extra)
+    probes = probes_of(network)
+    layout = find(network, probes)
+    stream, keep, pixels = token_stream(layout), some_cut(layout), {"pixels": torch.randn(3, 3, 20, 20)}
+    smaller = merged(find(cut(layout, keep), probes), merges, probes, stream)
+    (wanted,) = Program(smaller, dtype=torch.float64)(pixels).outputs.values()
+
+    def tied(by: Mapping[str, Sequence[int]]) -> Tensor:
+        same = Ties(layout, stream, merges, by).tied(network)
+        assert [node.index for node in same.nodes] == [node.index for node in network.nodes]
+        program = Program(same, dtype=torch.float64, own=ROWS)
+        (found,) = program(pixels, masks=masks(layout, keep)).outputs.values()
+        return found
+
+    torch.testing.assert_close(tied(keep), wanted, rtol=0, atol=1e-9)
+    if merges[1]:
+        assert (tied({}) - wanted).abs().max() > 1e-6, "tokens are compared by the keys that stay"
+
+
+def test_weights_make_up_for_merging_too() -> None:
+    _, network = made(1)
+    probes = probes_of(network)
+    layout, merges = find(network, probes), [0, 8, 3]
+    subject, stream, keep = Subject.of(layout), token_stream(layout), some_cut(layout)
+    rows = torch.rand(400, 3, 5, 5, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
+    rows = rows.repeat_interleave(4, 3) + 0.1 * torch.randn(400, 3, 20, 20)
+    fitted, unseen = rows[:300], {"pixels": rows[300:]}
+    (dense,) = Program(network)(unseen).outputs.values()
+    errors = []
+    for kept, ties in (
+        ({}, None),
+        ({}, Ties(layout, stream, merges, {})),
+        (keep, None),
+        (keep, Ties(layout, stream, merges, keep)),
+    ):
+        repaired = compensated(subject, kept, [{"pixels": fitted}], ties=ties).network
+        whole = find(repaired, probes)
+        smaller = merged(find(cut(whole, kept), probes) if kept else whole, merges, probes, stream)
+        (found,) = Program(smaller)(unseen).outputs.values()
+        errors.append(float((found - dense).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[3] < 0.9 * errors[2]
 
 
 @pytest.mark.parametrize(

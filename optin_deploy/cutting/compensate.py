@@ -32,6 +32,8 @@ from torch import Tensor
 
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.repairs import Arrival, InputRepair, OutputRepair, Repair, Skipped, repairs
+from optin_deploy.cutting.tying import ROWS as TYING
+from optin_deploy.cutting.tying import Ties
 from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
@@ -83,6 +85,7 @@ def compensated(
     batches: Sequence[Batch],
     *,
     token_weights: TokenWeights | None = None,
+    ties: Ties | None = None,
     budget_bytes: int | None = None,
     progress: Progress = silent,
 ) -> Compensation:
@@ -94,16 +97,18 @@ def compensated(
         keep: kept units by name of group; a group that is not named stays whole.
         batches: unlabeled inputs by name; padding is left out of the fit.
         token_weights: what each token's error counts, of these batches; None = all the same.
+        ties: tokens that are merged, which is made up for too.
         budget_bytes: None = a share of what is free.
     Raises: BadInput: a group or unit is not there.
     """
     places = {place: mask.to(subject.program.device) for place, mask in masks(subject.layout, keep).items()}
-    changed = subject.program.cone({node for node, _ in places}).nodes if places else ()
+    starts = {node for node, _ in places} | (set() if ties is None else ties.nodes)
+    changed = subject.program.cone(starts).nodes if starts else ()
     todo, skipped = repairs(subject.layout, keep, places, changed)
     if budget_bytes is None:
         budget_bytes = int(SHARE * free_bytes(subject.program.device))
     with torch.no_grad():
-        work = _Work(subject, todo, batches, token_weights, places, budget_bytes)
+        work = _Work(subject, todo, batches, token_weights, places, ties, budget_bytes)
         done = []
         for number, repair in enumerate(todo):
             done.append(work.repaired(repair))
@@ -121,6 +126,7 @@ class _Work:
         batches: Sequence[Batch],
         token_weights: TokenWeights | None,
         places: Mapping[tuple[int, int], Tensor],
+        ties: Ties | None,
         budget_bytes: int,
     ) -> None:
         rows = 1 if subject.alone else ROWS
@@ -130,7 +136,8 @@ class _Work:
         self.counts = Counts(subject, self.batches, None if token_weights is None else token_weights.split(rows))
         dense = subject.program
         self.changes = Changes(apart(dense.network, [each.products for each in todo]), dense.device)
-        pupil = Program(self.changes.network, device=dense.device, dtype=dense.dtype)
+        cut = self.changes.network if ties is None else ties.tied(self.changes.network)
+        pupil = Program(cut, device=dense.device, dtype=dense.dtype, own=TYING)
         self.dense = Stream(dense, self.batches, budget_bytes=budget_bytes // 2)
         self.pruned = Stream(pupil, self.batches, masks=places, budget_bytes=budget_bytes // 2)
         self.pruned.weights = self.changes.weights

@@ -92,7 +92,13 @@ class Merging(Writer):
             second = self._put(gap, "Add", second, self._put(gap, "MatMul", hot, moved))
         out = self._put(gap, "Concat", kept, second, axis=1)
         if self._stream.protected > 1:
-            out = self._put(gap, "Gather", out, self._cut.constant(self._front(even - count, odd), "places"), axis=1)
+            out = self._put(
+                gap,
+                "Gather",
+                out,
+                self._cut.constant(in_front(even - count, odd, self._stream.protected), "places"),
+                axis=1,
+            )
         if sizes is not None:
             width = self._cut.structure.axes[self._stream.end][2].size
             self._sizes = self._slice(gap, out, width, width + 1, 2)
@@ -113,7 +119,7 @@ class Merging(Writer):
             even, odd = (step.tokens + 1) // 2, step.tokens // 2
             kept = step.left - odd
             if self._stream.protected > 1:
-                back = np.argsort(self._front(kept, odd))
+                back = np.argsort(in_front(kept, odd, self._stream.protected))
                 place = self._put(gap, "Gather", place, self._cut.constant(back, "places"), axis=1)
             into = self._put(gap, "Add", step.into, self._whole(kept))
             into = self._put(gap, "GatherND", place, into, batch_dims=1)
@@ -125,12 +131,6 @@ class Merging(Writer):
             both = self._put(gap, "Concat", first, second, axis=1)
             place = self._put(gap, "Gather", both, self._cut.constant(mixed, "places"), axis=1)
         self._cut.renamed(gap, self._put(gap, "GatherND", tokens, place, batch_dims=1))
-
-    def _front(self, kept: int, odd: int) -> np.ndarray:
-        """An order of those that stay and then those at odd places, in which protected ones are in front again."""
-        count = self._stream.protected
-        first = [place // 2 + (kept if place % 2 else 0) for place in range(count)]
-        return np.concatenate([first, np.setdiff1d(np.arange(kept + odd), first)])
 
     def _alike(
         self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, directions: np.ndarray | None
@@ -163,3 +163,9 @@ class Merging(Writer):
     def _inverse(self, gap: ir.Node, order: ir.Value, count: int) -> ir.Value:
         """Where each number stands in an order: what sorts it."""
         return self._top(gap, self._put(gap, "Cast", order, to=int(ir.DataType.INT32)), count, largest=0)[1]
+
+
+def in_front(kept: int, odd: int, protected: int) -> np.ndarray:
+    """Return an order of those that stay and then those at odd places, in which protected ones are in front again."""
+    first = [place // 2 + (kept if place % 2 else 0) for place in range(protected)]
+    return np.concatenate([first, np.setdiff1d(np.arange(kept + odd), first)])

@@ -13,6 +13,7 @@ from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.tokens import merged
+from optin_deploy.cutting.tying import Ties
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.feeds import Halves, check_runs
 from optin_deploy.data.ports import takes
@@ -300,8 +301,15 @@ def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress
     """
     found, keep, repaired = ready.found, plan.keep, None
     if compensation:
-        batches = ready.rows.calibration.batches
-        repaired = compensated(ready.subject, keep, batches, token_weights=ready.token_weights(), progress=progress)
+        merges = any(plan.merges) and min(plan.merges) >= 0  # one that is dropped is not tied to another
+        repaired = compensated(
+            ready.subject,
+            keep,
+            ready.rows.calibration.batches,
+            token_weights=ready.token_weights(),
+            ties=Ties(ready.layout, ready.stream, plan.merges, keep) if merges else None,
+            progress=progress,
+        )
     dense = found.network if repaired is None else repaired.network
     smaller, proof = cut_by(found if repaired is None else Found(find(dense, found.probes), found.probes), plan)
     return Cut(smaller, dense, plan, repaired, proof)

@@ -57,19 +57,22 @@ class Program:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         fed: Collection[str] = (),
+        own: Mapping[tuple[str, str], Row] | None = None,
     ) -> None:
         """Make a network ready.
 
         Args:
             dtype: the type of all real numbers; None: as the file stores them.
             fed: names of weights that each call brings among its feeds; they are not held here.
+            own: rows of operators of this network alone, by domain and name.
 
         Raises: BadInput: an operator has no row, or a weight a type that torch does not have.
         """
         self.network = network
         self.device = torch.device(device)
         self.dtype = dtype
-        self._steps = [(node, _row(node), self._adapted(node)) for node in network.nodes]
+        known = {**rows(), **(own or {})}
+        self._steps = [(node, _row(node, known), self._adapted(node)) for node in network.nodes]
         numbers = {
             name
             for node, row, _ in self._steps
@@ -94,7 +97,7 @@ class Program:
         """Return the same with another node in the place of the one of its index."""
         found = copy.copy(self)
         found._steps = [*self._steps]
-        found._steps[node.index] = (node, _row(node), self._adapted(node))
+        found._steps[node.index] = (node, _row(node, rows()), self._adapted(node))
         return found
 
     def __deepcopy__(self, memo: object) -> Program:
@@ -197,8 +200,8 @@ def together(inputs: list[Tensor | None], numbers: tuple[int, ...]) -> list[Tens
     ]
 
 
-def _row(node: Node) -> Row:
-    row = rows().get((node.domain, node.op))
+def _row(node: Node, known: Mapping[tuple[str, str], Row]) -> Row:
+    row = known.get((node.domain, node.op))
     if row is None:
         raise BadInput(
             f"{node}: the operator {node.domain or 'onnx'}.{node.op} is not known here, so the network cannot be run. "
