@@ -270,18 +270,18 @@ def test_a_shared_matrix_has_the_curve_of_one_regression_over_all_places() -> No
     curve = unit_curves(subject, scores, [{"x": x}])[group.name]
     count = curve.counts[3]
     fit, judge = x[[n for n in range(40) if n % 4 != 3]], x[3::4]
-    kept = list(range(40 - count, 40))
+    kept, lost_ones = sorted(curve.order[:count]), sorted(curve.order[count:])
     with torch.no_grad():
         hidden, stream = [], fit
         for _ in range(3):
             hidden.append(module.up(stream).tanh())
             stream = module.norm(stream + module.down(hidden[-1]))
         flat = torch.cat(hidden).flatten(0, 1)
-        lost = flat[:, : 40 - count] @ module.down.weight[:, : 40 - count].T
+        lost = flat[:, lost_ones] @ module.down.weight[:, lost_ones].T
         w, b = solved(flat[:, kept].numpy(), lost.numpy(), RIDGE)
         half = copy.deepcopy(module)
         half.down.weight[:, kept] += torch.from_numpy(w.T)
-        half.down.weight[:, : 40 - count] = 0
+        half.down.weight[:, lost_ones] = 0
         half.down.bias += torch.from_numpy(b)
         dense, found = (subject.read({subject.reading.output: each(judge)}, None) for each in (module, half))
         expected = float(output_distance(dense, found.values).mean())
