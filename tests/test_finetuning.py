@@ -33,7 +33,7 @@ from optin_deploy.budget import Limits
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.pruning import Ready
-from optin_deploy.jobs.trial import distance
+from optin_deploy.jobs.trial import error_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.read_onnx import read_file
@@ -68,7 +68,7 @@ def test_training_brings_a_cut_network_nearer(distill: float) -> None:
     ready, smaller = prepared.ready, read_file(folder / "model.onnx")
     batches = ready.rows.calibration.batches
     tuned = finetune(ready, smaller, Tuning(epochs=6, learning_rate=2e-3, distill=distill, batch_size=8))
-    before, after = (distance(ready.subject, network, batches) for network in (smaller, tuned.network))
+    before, after = (error_of(ready, network) for network in (smaller, tuned.network))
     if distill == 1:
         assert after < 0.7 * before
     wanted = torch.tensor([list(ready.names or ()).index(str(label)) for label in ready.rows.calibration.labels])

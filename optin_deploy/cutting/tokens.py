@@ -41,6 +41,8 @@ def merged(
     merges: Sequence[int],
     probes: Sequence[Mapping[str, Tensor]],
     stream: TokenStream | None = None,
+    *,
+    proven: bool = False,
 ) -> Network:
     """Return a network that merges tokens; the given one is untouched.
 
@@ -49,6 +51,7 @@ def merged(
             merged into others, or, where the number is negative, dropped.
         probes: inputs on which it is proven that blocks treat tokens alike.
         stream: of the network that this one was cut from, whose values have the same names; None: it is looked for.
+        proven: that was done before, for these blocks of this network, maybe for more.
     Raises: BadInput: there is no stream of tokens, a block has too few to merge so many, or it does not treat tokens
         alike.
     """
@@ -64,17 +67,14 @@ def merged(
                 f"{layout.structure.network.source}: its tokens are those of a text, which are dropped, not merged. "
                 "Add --drop-tokens; in a plan, numbers of dropped tokens are negative."
             )
-        return shortened(layout, stream, left, probes)
-    used = _used(merges)
-    order = np.random.default_rng(0)
-    places = [order.permutation(stream.tokens) for _ in used]
-    moved = broken(layout, stream, used, places).network
-    why = "its tokens change places: it treats them by where they stand, as with relative positions or windows"
-    prove_same(layout.structure.network, moved, probes, why)
+        return shortened(layout, stream, left, probes, proven=proven)
+    if not proven:
+        _prove_alike(layout, stream, _used(merges), probes)
     result = _made(layout, stream, merges, probes)
-    check_runs(layout.structure.network, result, probes)
-    if any(count > 0 for count in merges):
-        _prove_weighed(layout, stream, used[0], probes)
+    if not proven:
+        check_runs(layout.structure.network, result, probes)
+        if any(count > 0 for count in merges):
+            _prove_weighed(layout, stream, _used(merges)[0], probes)
     return result
 
 
@@ -173,6 +173,20 @@ def _picked(editor: Editor, name: str, places: np.ndarray) -> str:
     behind.replace_input_with(0, value)
     assert picked.name is not None
     return picked.name
+
+
+def _prove_alike(
+    layout: Layout, stream: TokenStream, used: Sequence[int], probes: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Let tokens behind these blocks change places: nothing may change.
+
+    Raises: BadInput.
+    """
+    order = np.random.default_rng(0)
+    places = [order.permutation(stream.tokens) for _ in used]
+    moved = broken(layout, stream, used, places).network
+    why = "its tokens change places: it treats them by where they stand, as with relative positions or windows"
+    prove_same(layout.structure.network, moved, probes, why)
 
 
 def _prove_weighed(layout: Layout, stream: TokenStream, block: int, probes: Sequence[Mapping[str, Tensor]]) -> None:

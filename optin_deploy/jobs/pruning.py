@@ -105,7 +105,16 @@ class Ready:
 
         Raises: BadInput: they cannot be merged.
         """
-        return self.kept(("network", merges), lambda: merged(self.layout, merges, self.found.probes, self.stream))
+
+        def made() -> Network:
+            used = {(block, count > 0) for block, count in enumerate(merges) if count}
+            known = self.kept("proven merges", list[set[tuple[int, bool]]])
+            proven = any(used <= some for some in known)
+            network = merged(self.layout, merges, self.found.probes, self.stream, proven=proven)
+            known += [] if proven else [used]
+            return network
+
+        return self.kept(("network", merges), made)
 
     @cached_property
     def stream(self) -> TokenStream:

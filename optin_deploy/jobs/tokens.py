@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.jobs.pruning import Curves, Ready, pick
-from optin_deploy.jobs.trial import distance, unseen_error
-from optin_deploy.judging import joined, judged_samples
+from optin_deploy.jobs.trial import error_of, unseen_error
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import plan_of, told_merges
 from optin_deploy.planning.tokens import Growth, growth, schedule, tried
@@ -104,6 +103,9 @@ def growths(ready: Ready, *, drops: bool) -> list[Growth]:
 def _growths(ready: Ready, drops: bool) -> list[Growth]:
     stream = ready.stream
     found, (less, more) = [Growth()], tried(stream)
+    one = tuple(int(at > 0) for at in range(len(stream.blocks)))
+    with suppress(BadInput):  # too few tokens: each block is proven alone
+        ready.merging(_dropped(one) if drops else one)
     for block in range(1, len(stream.blocks)):
         few, many = (tuple(count * (at == block) for at in range(len(stream.blocks))) for count in (less, more))
         errors = [merge_error(ready, _dropped(merges) if drops else merges) for merges in (few, many)]
@@ -154,10 +156,4 @@ def merge_error(ready: Ready, merges: tuple[int, ...]) -> float:
     """Mean distance of the outputs to the dense ones if nothing but tokens is merged, as error curves measure it."""
     if not any(merges):
         return 0.0
-    return ready.kept(("merge error", merges), lambda: _merge_error(ready, merges))
-
-
-def _merge_error(ready: Ready, merges: tuple[int, ...]) -> float:
-    batches, network = ready.rows.calibration.batches, ready.merging(merges)
-    with torch.inference_mode():
-        return distance(ready.subject, network, joined(batches, judged_samples(batches)))
+    return ready.kept(("merge error", merges), lambda: error_of(ready, ready.merging(merges)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.progress import Progress, silent
-from optin_deploy.scoring.losses import output_distance
+from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.subject import Subject, valid_of
 
 
@@ -32,17 +31,23 @@ def unseen_error(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, 
     rows = replace(ready.rows.calibration, batches=fitting, labels=(None,) * sum(map(rows_of, fitting)))
     part = replace(ready, rows=replace(ready.rows, calibration=rows))
     part.know_token_weights(None if weights is None else weights.chosen(rest))
-    smaller = make(part, plan, compensation=compensation, progress=progress).network
+    return error_of(ready, make(part, plan, compensation=compensation, progress=progress).network)
+
+
+def error_of(ready: Ready, smaller: Network) -> float:
+    """Mean distance of a smaller network's outputs to the dense ones, on the calibration samples that judge.
+
+    Raises: BadInput: too few samples.
+    """
+    batches, program = ready.rows.calibration.batches, Program(smaller)
+    judged = joined(batches, judged_samples(batches))
     with torch.inference_mode():
-        return distance(ready.subject, smaller, joined(batches, marks))
+        dense = ready.kept("judged", lambda: [_read(ready.subject, ready.subject.program, batch) for batch in judged])
+        found = (_read(ready.subject, program, batch) for batch in judged)
+        total = sum(float(output_distance(one, other.values).sum()) for one, other in zip(dense, found, strict=True))
+    return total / sum(map(rows_of, judged))
 
 
-def distance(subject: Subject, smaller: Network, batches: Sequence[Batch]) -> float:
-    """Mean distance of the outputs of a smaller network to those of the dense one."""
-    program, total = Program(smaller), 0.0
-    names = [port.name for port in smaller.inputs]
-    for batch in batches:
-        feeds, valid = {name: batch[name] for name in names}, valid_of(batch)
-        dense, found = (subject.reading.read(each(feeds).outputs, valid) for each in (subject.program, program))
-        total += float(output_distance(dense, found.values).sum())
-    return total / sum(map(rows_of, batches))
+def _read(subject: Subject, program: Program, batch: Batch) -> Readout:
+    feeds = {port.name: batch[port.name] for port in program.network.inputs}
+    return subject.reading.read(program(feeds).outputs, valid_of(batch))
