@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from optin_deploy.errors import BadInput
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
+from optin_deploy.planning import unit_curves as unit_curves_module
+from optin_deploy.planning.curve import Curve, fitted_curve
 from optin_deploy.planning.unit_curves import RIDGE, unit_curves
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.subject import Subject
@@ -46,22 +48,41 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+Measured = list[tuple[list[int], list[float]]]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    """What is measured of each group in turn: counts and errors."""
+    found: Measured = []
+
+    def noted(counts: list[int], errors: list[float], expected: np.ndarray, order: tuple[int, ...]) -> Curve:
+        found.append((counts, errors))
+        return fitted_curve(counts, errors, expected, order)
+
+    monkeypatch.setattr(unit_curves_module, "fitted_curve", noted)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(case: str, kind: str) -> None:
+def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(
+    case: str, kind: str, measured: Measured
+) -> None:
     model, family, batches = CASES[case]()
     subject = Subject.of(find(read(model)))
     generator = torch.Generator().manual_seed(0)
     random = {
         group.name: torch.rand(group.units, generator=generator, dtype=torch.float64) for group in subject.layout.groups
     }
-    found = unit_curves(subject, random, batches)
+    found = unit_curves(subject, random, batches, kinds=(kind,))
     groups = [group for group in subject.layout.groups if group.kind == kind][:LAYERS]
     for layer, group in enumerate(groups):
         path, order = family.columns(layer, kind, 0)[0], found[group.name].order
         a = np.concatenate(inputs_of(model, path, judged_rows(batches, False)))
+        counts, told = measured[layer]
         errors = []
-        for count in found[group.name].counts[:-1]:
+        for count in counts:
             kept = [c for unit in sorted(order[:count]) for c in family.columns(layer, kind, unit)[1]]
             cut = [c for c in range(a.shape[1]) if c not in kept]
             changed = copy.deepcopy(model)
@@ -74,8 +95,8 @@ def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(cas
             linear.weight.data, linear.bias.data = torch.tensor(weight), linear.bias.data + torch.tensor(b)
             errors.append(distance(changed, model, judged_rows(batches, True)))
         assert max(errors) > 1e-6, "the branch matters"
-        assert found[group.name].counts[-1] == group.units
-        np.testing.assert_allclose(found[group.name].errors, [*np.minimum.accumulate(errors), 0], rtol=1e-6, atol=1e-12)
+        assert (counts[0], found[group.name].counts[-1]) == (0, group.units)
+        np.testing.assert_allclose(told, errors, rtol=1e-6, atol=1e-12)
 
 
 class Convolved(nn.Module):
@@ -92,7 +113,7 @@ class Convolved(nn.Module):
         return {"logits": self.head(pooled), "more": self.last(self.other(pooled).tanh())}
 
 
-def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
+def test_a_convolution_is_solved_for_patches_of_the_dense_network(measured: Measured) -> None:
     module = made(Convolved).double()
     x = torch.randn(24, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
@@ -106,8 +127,9 @@ def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
     with torch.no_grad():
         patches = nn.functional.unfold(module.first(x[~judged]).relu(), 3, padding=1, stride=2).transpose(1, 2)
         dense = module(x[judged])["logits"].log_softmax(-1)
+    ((counts, told),) = measured
     errors = []
-    for count in found[group.name].counts[:-1]:
+    for count in counts:
         kept = [9 * channel + tap for channel in sorted(found[group.name].order[:count]) for tap in range(9)]
         cut = [column for column in range(72) if column not in kept]
         a, y = (values.flatten(0, 1).numpy() for values in (patches[..., kept], patches[..., cut] @ flat[:, cut].T))
@@ -125,8 +147,24 @@ def test_a_convolution_is_solved_for_patches_of_the_dense_network() -> None:
             changed.norm.bias += scale * torch.from_numpy(y.mean(0) - a.mean(0) @ w)
             after = changed(x[judged])["logits"].log_softmax(-1)
         errors.append(float((dense.exp() * (dense - after)).sum(-1).mean()))
-    np.testing.assert_allclose(found[group.name].errors[:-1], np.minimum.accumulate(errors), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(told, errors, rtol=1e-6, atol=1e-12)
     assert errors[0] > 1e-5
+
+
+def test_a_curve_is_a_power_of_what_is_expected_and_without_units_as_measured() -> None:
+    order, expected = tuple(range(200)), np.linspace(1, 0, 201) ** 3
+    curve = fitted_curve([0, 25, 75, 150], [9.0, *(0.5 * expected[[25, 75, 150]] ** 1.25)], expected, order)
+    assert (curve.counts[0], curve.counts[-1], curve.order) == (0, 200, order)
+    inside = np.array(curve.counts[1:-1])
+    np.testing.assert_allclose(curve.errors[1:-1], 0.5 * expected[inside] ** 1.25, rtol=1e-9)
+    assert curve.errors[0] == 9
+    assert len(curve.counts) < 70
+    noisy = fitted_curve([0, 25, 75, 150], [0.0, 0.9, 1.1, 0.0], expected, order)
+    assert noisy.errors[0] == max(noisy.errors) > 0.5, "never rises, though nothing was lost without units"
+    one = fitted_curve([0, 1], [2.0, 0.5], np.array([4.0, 1.0, 0.0]), (1, 0))
+    assert (one.counts, one.errors) == ((0, 1, 2), (2.0, 0.5, 0.0))
+    idle = fitted_curve([0, 1], [0.0, 0.0], np.zeros(3), (0, 1))
+    np.testing.assert_allclose(idle.errors, 0, atol=1e-12)
 
 
 def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.planning.curve import RIDGE
-from optin_deploy.planning.removal import Use, kept_first, metrics
+from optin_deploy.planning.removal import Use, metrics, removal
 from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.regression import Moments
 from optin_deploy.scoring.subject import Subject
@@ -49,14 +49,19 @@ def test_the_unit_goes_first_whose_loss_costs_least_among_all(columns: int) -> N
         moments.add(torch.tensor(x), torch.zeros(len(x), 0))
         some = (torch.tensor(each) for each in (weight, metric))
         uses.append(Use.of(*some, moments, torch.tensor(unit), centred=True))
-    left, expected = list(range(units)), []
+    left, expected, spent, before = list(range(units)), [], [], 0.0
     while left:
         costs = [
             sum(loss(*use, [c for c in range(units * columns) if unit[c] in left and unit[c] != each]) for use in both)
             for each in left
         ]
         expected.append(left.pop(int(np.argmin(costs))))
-    assert kept_first(uses, torch.rand(units)).tolist() == expected[::-1]
+        spent.append(min(costs) - before)
+        before = min(costs)
+    found = removal(uses, torch.rand(units))
+    assert list(found.order) == expected[::-1]
+    assert found.costs[units] == 0
+    np.testing.assert_allclose(np.diff(found.costs[::-1]), spent, rtol=1e-6)
     moved = [float(weight.diagonal() @ weight.diagonal()) for _, weight, _ in both]
     assert len(set(moved)) == 2, "the cases differ"
 
@@ -67,11 +72,11 @@ def test_what_is_there_twice_goes_before_what_is_there_once_and_equals_go_by_sco
     moments, weight = Moments(4, 0), torch.tensor([[4.0, 1.0, 2.0, 4.0]]).double()
     moments.add(x, x[:, :0])
     use = Use.of(weight, torch.eye(1).double(), moments, torch.arange(4), centred=True)
-    order = kept_first([use], torch.zeros(4)).tolist()
+    order = removal([use], torch.zeros(4)).order
     assert {order[0], order[3]} == {0, 3}, "one of the two that move the output most: the other says what it says"
-    assert order[1:3] == [2, 1]
+    assert order[1:3] == (2, 1)
     silent = Use(torch.zeros(1, 4).double(), torch.eye(4).double(), torch.arange(4))
-    assert kept_first([silent], torch.tensor([2.0, 1.0, 3.0, 0.0])).tolist() == [2, 0, 1, 3]
+    assert removal([silent], torch.tensor([2.0, 1.0, 3.0, 0.0])).order == (2, 0, 1, 3)
 
 
 class Mixed(nn.Module):

@@ -1,4 +1,4 @@
-"""The error of a network in which one group alone gets narrower, measured at a few widths and interpolated between."""
+"""The error of a network in which one group alone gets narrower, measured at a few widths and known between them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from optin_deploy.validation import STORED
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a group's units; with all of them the error is 0."""
+FEW = (0, 1 / 8, 3 / 8, 3 / 4)
+"""The same where it is known how the error falls between them."""
+TINY = 1e-12
+"""Errors and ratios of them below this are rounding."""
+GRID = 64
+"""Steps between no and all units in which such a curve is kept, at most."""
 RIDGE = 1e-2
 """Relative to the mean variance of the kept inputs: the middle of what compensation chooses from."""
 
@@ -44,3 +50,25 @@ class Curve:
         """Interpolated errors, monotone between the measured widths."""
         found: np.ndarray = PchipInterpolator(self.counts, self.errors)(np.asarray(counts)).clip(min=0)
         return found
+
+
+def fitted_curve(counts: Sequence[int], errors: Sequence[float], expected: np.ndarray, order: Sequence[int]) -> Curve:
+    """Return the curve that falls as expected, and lies where it was measured.
+
+    A measured error is that of a hundred samples or so, of which few count: an exact search picks what errs downwards.
+    What is expected comes of all samples but for small changes alone. So the errors are a power of it, by least squares
+    of the logarithms; without any unit the error is as measured.
+    Args: counts: from 0 on, without all units. expected: errors by number of kept units, falling to 0.
+    """
+    units = len(expected) - 1
+    grid = np.unique(np.linspace(0, units - 1, min(units, GRID)).round().astype(int))
+    measured = np.array([(count, error) for count, error in zip(counts, errors, strict=True) if count])
+    known, found = expected[grid], np.full(len(grid), errors[0])
+    if len(measured):
+        some = np.maximum(expected[measured[:, 0].astype(int)], TINY)
+        ratios = np.log(np.maximum(measured[:, 1] / some, TINY))
+        x = np.log(some)
+        power, scale = np.polyfit(x, ratios, 1) if np.ptp(x) else (0.0, ratios.mean())
+        found = known * np.exp(scale + max(power, -1) * np.log(np.maximum(known, TINY)))
+        found[0] = max(errors[0], *found[1:2])
+    return Curve((*grid.tolist(), units), (*np.minimum.accumulate(found).tolist(), 0.0), tuple(order))

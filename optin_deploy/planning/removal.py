@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,21 +76,32 @@ class Use:
         )
 
 
-def kept_first(uses: Sequence[Use], scores: Tensor) -> Tensor:
-    """Return all units of a group, those first that are kept longest; of equal ones those of the higher score.
+@dataclass(frozen=True)
+class Removal:
+    """Which units of a group stay, and what the others are expected to cost."""
+
+    order: tuple[int, ...]
+    """All units, those first that are kept longest."""
+    costs: np.ndarray
+    """By number of kept units, from none to all: how far the output is expected to move."""
+
+
+def removal(uses: Sequence[Use], scores: Tensor) -> Removal:
+    """Let the units of a group go one by one; of equal ones those of the lower score first.
 
     Args: uses: all matrices that use them. scores: (units,).
     """
     left = torch.arange(len(scores))
-    gone: list[int] = []
+    gone, costs = list[int](), [0.0]
     while len(left):
-        costs = torch.stack([use.costs(left) for use in uses]).sum(0)
+        each = torch.stack([use.costs(left) for use in uses]).sum(0)
         by_score = scores[left].argsort(stable=True)
-        cheapest = by_score[costs[by_score].argsort(stable=True)][: max(1, len(left) // ROUNDS)]
+        cheapest = by_score[each[by_score].argsort(stable=True)][: max(1, len(left) // ROUNDS)]
         gone += left[cheapest].tolist()
+        costs += (costs[-1] + each[cheapest].cumsum(0)).tolist()
         uses = [use.without(left[cheapest]) for use in uses]
         left = left[~torch.isin(left, left[cheapest])]
-    return torch.tensor(gone[::-1])
+    return Removal(tuple(gone[::-1]), np.array(costs[::-1]))
 
 
 def metrics(

@@ -2,7 +2,8 @@
 
 Every group keeps the units that the others make up for least, or its best by score where not all that uses them can be
 solved for; the products that use them are solved for anew from what they read in the dense network. Between the
-measured widths the error is interpolated. No labels: the error is the scores' own distance.
+measured widths the error falls as it is expected to, or is interpolated. No labels: the error is the scores' own
+distance.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from optin_deploy.network.axes import kept
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
-from optin_deploy.planning.curve import RIDGE, SHARES, Curve
-from optin_deploy.planning.removal import Use, kept_first, metrics
+from optin_deploy.planning.curve import FEW, RIDGE, SHARES, Curve, fitted_curve
+from optin_deploy.planning.removal import Use, metrics, removal
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.progress import Progress, silent
 from optin_deploy.regression import MOST_INPUTS, Moments
@@ -130,27 +131,30 @@ class _Bench:
 
     def curve(self, group: UnitGroup, scores: Tensor) -> Curve:
         """The errors of a group, and the order in which its units stay."""
-        by_score = scores.argsort(descending=True, stable=True)
-        counts = sorted({round(share * group.units) for share in SHARES} - {group.units})
+        by_score = tuple(scores.argsort(descending=True, stable=True).tolist())
         inside = self.program.cone({site.node for site in group.sites}).nodes
         made = {name for index in inside for name in self.program.network.nodes[index].outputs}
         outputs = [name for name in self.subject.reading.outputs if name in made]
         if not outputs:
-            return Curve((*counts, group.units), (*[0.0] * len(counts), 0.0), tuple(by_score.tolist()))
+            return Curve((0, group.units), (0.0, 0.0), by_score)
         self.fit.advance(group.depth)
         self.judge.advance(group.depth)
         uses = [_Use(site, alike, *self._moments(alike)) for site, alike in self.products[group.name]]
-        order = kept_first([self._use(group, use) for use in uses], scores) if self._whole(group, uses) else by_score
+        found = removal([self._use(group, use) for use in uses], scores) if self._whole(group, uses) else None
+        order = by_score if found is None else found.order
         cone = self.judge.spans.cone(group.depth, outputs, inside)
         starts = [self.judge.look(number, cone.needs) for number in range(len(self.judged))]
+        counts = sorted({round(share * group.units) for share in (SHARES if found is None else FEW)} - {group.units})
         errors = []
         for count in counts:
-            units = order[:count].sort().values.cpu()
+            units = torch.tensor(sorted(order[:count]), dtype=torch.long)
             changes = self._narrowed(group, uses, units)
             errors.append(self._error(group, units, cone, changes, starts))
+        if found is not None:
+            return fitted_curve(counts, errors, found.costs, order)
         # A wider group can do what a narrower one does: where it measures worse, that is noise.
         falling = np.minimum.accumulate(errors).tolist()
-        return Curve((*counts, group.units), (*falling, 0.0), tuple(order.tolist()))
+        return Curve((*counts, group.units), (*falling, 0.0), order)
 
     def _whole(self, group: UnitGroup, uses: Sequence[_Use]) -> bool:
         """Whether all that uses units of a group can be solved for, and what it moves is known."""
