@@ -26,11 +26,18 @@ from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.planning.curve import RIDGE
 from optin_deploy.regression import Moments
 from optin_deploy.scoring.hearing import PROBES, slopes_at
+from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import Linear
 
 SAMPLES = 512
 """On which gradients are taken, at most."""
+ROWS = 8
+"""Samples at once: a pass keeps all that it computes."""
+SEED = 0
+"""Of their random directions."""
+MOST_OUTPUTS = 4096
+"""What more of them count is not looked at, as of classifiers with tens of thousands of classes."""
 ROUNDS = 32
 """Of the units that are there, one in so many goes before the others are looked at anew."""
 
@@ -104,20 +111,20 @@ def removal(uses: Sequence[Use], scores: Tensor) -> Removal:
     return Removal(tuple(gone[::-1]), np.array(costs[::-1]))
 
 
-def metrics(
-    subject: Subject, batches: Sequence[Batch], products: Collection[Linear], *, seed: int = 0
-) -> Mapping[str, Tensor]:
+def metrics(subject: Subject, batches: Sequence[Batch], products: Collection[Linear]) -> Mapping[str, Tensor]:
     """What the outputs of products count: second moments of the gradient of the output distance, summed over the rows.
 
-    Args: batches: each is run as a whole; as many as hold `SAMPLES`.
-    Returns: (outputs, outputs) in float64, by name of what a product gives, of a sample on average.
+    Args: batches: of which the first `SAMPLES` are looked at.
+    Returns: (outputs, outputs) in float64, by name of what a product gives, of a sample on average; products with more
+        than `MOST_OUTPUTS` are left out.
     """
+    products = [linear for linear in products if linear.outputs <= MOST_OUTPUTS]
     found = {linear.gives: torch.zeros(linear.outputs, linear.outputs, dtype=torch.float64) for linear in products}
     samples = 0
-    for batch in batches:
+    for batch in micro_batches(batches, 1 if subject.alone else ROWS) if products else ():
         if samples >= SAMPLES:
             break
-        gradients = slopes_at(subject, batch, [*found], seed, most=PROBES)
+        gradients = slopes_at(subject, batch, [*found], SEED, most=PROBES)
         for linear in products:
             for each in gradients[linear.gives]:
                 rows = linear.rows_out(each, rows_of(batch)).flatten(0, 1).double().cpu()

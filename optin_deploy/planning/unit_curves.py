@@ -125,7 +125,7 @@ class _Bench:
             each.linear.gives: each.linear for uses in self.products.values() for _, alike in uses for each in alike
         }
         smooth = rounding(subject.structure.network) is None
-        self.metrics = metrics(subject, self.fitted, solved.values()) if smooth and solved else {}
+        self.metrics = metrics(subject, self.fitted, solved.values()) if smooth else {}
         self.fit = Stream(self.program, self.fitted, budget_bytes=budget_bytes // 2)
         self.judge = Stream(self.program, self.judged, spans=self.fit.spans, budget_bytes=budget_bytes // 2)
 
@@ -158,8 +158,9 @@ class _Bench:
 
     def _whole(self, group: UnitGroup, uses: Sequence[_Use]) -> bool:
         """Whether all that uses units of a group can be solved for, and what it moves is known."""
-        solved = {product.linear.node.index for use in uses for product in use.products}
-        return bool(self.metrics) and solved == {site.node for site in group.sites}
+        solved = {product.linear.node.index: product.linear for use in uses for product in use.products}
+        known = all(linear.gives in self.metrics for linear in solved.values())
+        return known and solved.keys() == {site.node for site in group.sites}
 
     def _use(self, group: UnitGroup, use: _Use) -> Use:
         """The same as the order of removal looks at it."""
