@@ -235,12 +235,16 @@ def sweep_chart(sweep: Sequence[SweepRow], kept: float) -> Chart:
     return Chart(name, "MACs that stay", metric, x.ticks("%"), y.ticks(), lines, dots, rules)
 
 
+LEAST = 1e-300
+"""A twentieth of less may be nothing."""
+
+
 def _axis(values: Sequence[float], start: float, end: float) -> Axis:
     """From the lowest to the highest value with a margin, also if all are equal."""
     low, high = min(values), max(values)
-    span = high - low
-    if span <= 1e-6 * max(abs(low), abs(high)):
-        span = abs(high) or 1.0
+    span, largest = high - low, max(abs(low), abs(high))
+    if span <= max(1e-6 * largest, LEAST):
+        span = largest if largest > LEAST else 1.0
     return Axis(low - 0.05 * span, high + 0.05 * span, start, end)
 
 

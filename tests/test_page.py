@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
@@ -717,6 +717,7 @@ def test_any_latencies_are_drawn_inside(
 shares = st.floats(0, 1)
 
 
+@example(points=[(0.0, 5e-324)], kept=0.0, dense=5e-324)
 @settings(deadline=None, derandomize=True)
 @given(
     points=st.lists(st.tuples(shares, st.floats(-1, 1)), min_size=1, max_size=9), kept=shares, dense=st.floats(-1, 1)
