@@ -34,25 +34,27 @@ def loss(x: np.ndarray, weight: np.ndarray, metric: np.ndarray, kept: list[int])
     return float(np.einsum("ro,op,rp->", left, metric, left)) / len(x)
 
 
+@pytest.mark.parametrize("others", [0, 4], ids=["alone", "beside columns of no unit"])
 @pytest.mark.parametrize("columns", [1, 3], ids=["neurons", "heads of three"])
-def test_the_unit_goes_first_whose_loss_costs_least_among_all(columns: int) -> None:
+def test_the_unit_goes_first_whose_loss_costs_least_among_all(columns: int, others: int) -> None:
     rng, units = np.random.default_rng(0), 6
+    many = units * columns + others
     both = []
     for outputs in (4, 5):  # two products use them
-        x = rng.standard_normal((90, units * columns)) @ rng.standard_normal((units * columns,) * 2) + 3
+        x = rng.standard_normal((90, many)) @ rng.standard_normal((many,) * 2) + 3
         root = rng.standard_normal((2, outputs))
-        both.append((x, rng.standard_normal((outputs, units * columns)), root.T @ root))
-    unit = rng.permutation(np.repeat(np.arange(units), columns))
+        both.append((x, rng.standard_normal((outputs, many)), root.T @ root))
+    unit = rng.permutation([*np.repeat(np.arange(units), columns), *[-1] * others])
     uses = []
     for x, weight, metric in both:
-        moments = Moments(units * columns, 0)
+        moments = Moments(many, 0)
         moments.add(torch.tensor(x), torch.zeros(len(x), 0))
         some = (torch.tensor(each) for each in (weight, metric))
         uses.append(Use.of(*some, moments, torch.tensor(unit), centred=True))
     left, expected, spent, before = list(range(units)), [], [], 0.0
     while left:
         costs = [
-            sum(loss(*use, [c for c in range(units * columns) if unit[c] in left and unit[c] != each]) for use in both)
+            sum(loss(*use, [c for c in range(many) if unit[c] in {*left, -1} - {each}]) for use in both)
             for each in left
         ]
         expected.append(left.pop(int(np.argmin(costs))))
@@ -105,6 +107,33 @@ def test_metrics_are_second_moments_of_the_jacobian_of_the_divergence() -> None:
         expected += slope.T @ (torch.diag(p) - torch.outer(p, p)) @ slope / 2
     torch.testing.assert_close(found, expected / 40, rtol=1e-9, atol=1e-12)
     assert float(found.abs().max()) > 1e-4
+
+
+class Joined(nn.Module):
+    """A convolution that reads channels of two others, 8 and 4 of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1)
+        self.last, self.head = nn.Conv2d(12, 5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        both = torch.cat([self.one(x).relu(), self.other(x).tanh()], 1)
+        return {"logits": self.head(self.last(both).mean((2, 3)))}
+
+
+def test_channels_beside_those_of_another_group_are_ordered_while_the_others_stay() -> None:
+    module = made(Joined).double()
+    with torch.no_grad():
+        module.one.weight[3], module.one.bias[3] = 0, -1
+    x = torch.randn(32, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    scores = {group.name: torch.zeros(group.units) for group in subject.layout.groups}
+    curves = unit_curves(subject, scores, [{"x": x}])
+    first, other = (next(c for name, c in curves.items() if len(c.order) == units) for units in (8, 4))
+    assert sorted(other.order) == list(range(4))
+    assert sorted(first.order) == list(range(8))
+    assert first.order[-1] == 3, "it says nothing"
 
 
 def test_curves_keep_units_in_an_order_of_their_own() -> None:

@@ -9,11 +9,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import SIZES, Network, Node
 
 ANGLES = ("Sin", "Cos")
-SIZES = ("Shape", "Size")
-"""They read no entry of what they are given."""
 SUMS = ("ReduceMean", "ReduceSum")
 SQUARED_SUMS = ("ReduceSumSquare", "ReduceL2")
 ON_THE_WAY = ("Add", "Max", "Clip", "Sqrt", "Reciprocal", "Pow", "Mul", "Div", "Cast", "Identity", "Unsqueeze")

@@ -92,13 +92,8 @@ class Merging(Writer):
             second = self._put(gap, "Add", second, self._put(gap, "MatMul", hot, moved))
         out = self._put(gap, "Concat", kept, second, axis=1)
         if self._stream.protected > 1:
-            out = self._put(
-                gap,
-                "Gather",
-                out,
-                self._cut.constant(in_front(even - count, odd, self._stream.protected), "places"),
-                axis=1,
-            )
+            front = in_front(even - count, odd, self._stream.protected)
+            out = self._put(gap, "Gather", out, self._cut.constant(front, "places"), axis=1)
         if sizes is not None:
             width = self._cut.structure.axes[self._stream.end][2].size
             self._sizes = self._slice(gap, out, width, width + 1, 2)

@@ -24,7 +24,7 @@ from optin_deploy.cutting.editing import Editor
 from optin_deploy.cutting.same import check_runs, prove_same
 from optin_deploy.cutting.writing import Writer
 from optin_deploy.errors import BadInput
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import SIZES, Network, Node
 from optin_deploy.network.pooling_nodes import MASK
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
@@ -34,7 +34,6 @@ FIRST, LAST, PADDING = 2e9, 1e9, -1e9
 """Are added to the attention that a token receives."""
 MEETING = (*POINTWISE, "MatMul", "And", "Or")
 """Operators that align their inputs from the right."""
-COUNTING = ("Shape", "Size")
 RESIZING = ("Reshape", "Expand")
 """Operators whose second input holds sizes."""
 
@@ -129,7 +128,7 @@ class Shortening(Writer):
     def _follow(self, node: Node) -> None:
         """Let a node take what stays."""
         step = max((self._behind.get(name, 0) for name in node.inputs), default=0)
-        counts = node.op in COUNTING
+        counts = node.op in SIZES
         if (counts and step) or not self._resized.isdisjoint(node.inputs):
             self._resized.update(node.outputs)
         if not counts and any(name in self._of_tokens or self._places(name) for name in node.inputs):

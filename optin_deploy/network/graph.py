@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+SIZES = ("Shape", "Size")
+"""Operators that read no entry of what they are given, only how many there are."""
+
 
 @dataclass(frozen=True)
 class Node:

@@ -51,7 +51,8 @@ class Use:
     inverse: Tensor
     """(columns, columns): of the second moments of what is multiplied, with a ridge."""
     unit: Tensor
-    """(columns,): the unit that each column belongs to; all units have the same number of them."""
+    """(columns,): the unit that each column belongs to, -1: to none, so that it stays; all units have the same number
+    of them."""
 
     @classmethod
     def of(cls, matrix: Tensor, metric: Tensor, moments: Moments, unit: Tensor, *, centred: bool) -> Use:
@@ -65,7 +66,8 @@ class Use:
 
     def costs(self, units: Tensor) -> Tensor:
         """What the loss of each of these units costs, if the others are solved for; (units,)."""
-        columns = self.unit.argsort(stable=True).view(len(units), -1)  # ascending, as units are
+        others = int((self.unit < 0).sum())
+        columns = self.unit.argsort(stable=True)[others:].view(len(units), -1)  # ascending, as units are
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
         lost = self.weight[:, columns].movedim(1, 0)  # (units, outputs, columns of a unit)
         costs: Tensor = (lost * torch.linalg.solve(blocks, lost.mT).mT).sum((1, 2))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.judging import joined, judged_samples, samples_of
-from optin_deploy.network.axes import kept
+from optin_deploy.network.axes import kept, units_along
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
@@ -83,6 +83,11 @@ class _Use:
     moments: Moments
     """Of what they read."""
     reach: Tensor
+
+    @property
+    def centred(self) -> bool:
+        """Whether an offset can be taken in: all have a vector that is added."""
+        return all(each.shift is not None for each in self.products)
 
 
 class _Bench:
@@ -166,12 +171,9 @@ class _Bench:
         """The same as the order of removal looks at it."""
         product = use.products[0]
         metric = torch.stack([self.metrics[each.linear.gives] for each in use.products]).sum(0)
-        units = torch.empty(use.site.axis.size, dtype=torch.long)
-        for unit in range(group.units):
-            units[torch.from_numpy(kept(use.site.axis, {group.leaf.root: np.array([unit])}))] = unit
+        units = torch.from_numpy(units_along(use.site.axis, group.leaf))
         matrix = Changes(self.program.network, self.program.device).matrix(product)
-        centred = all(each.shift is not None for each in use.products)
-        return Use.of(matrix, metric, use.moments, units.repeat_interleave(product.linear.taps), centred=centred)
+        return Use.of(matrix, metric, use.moments, units.repeat_interleave(product.linear.taps), centred=use.centred)
 
     def _moments(self, products: Sequence[Solvable]) -> tuple[Moments, Tensor]:
         """Sums of what products with one matrix read in the dense network, and see `solving.reach`."""
@@ -196,11 +198,10 @@ class _Bench:
             linear = product.linear
             channels = torch.from_numpy(kept(use.site.axis, {group.leaf.root: units.numpy()}))
             columns = (channels[:, None] * linear.taps + torch.arange(linear.taps)).flatten()
-            centred = all(each.shift is not None for each in use.products)
-            change, offset = use.moments.narrowed(columns, changes.matrix(product)).solve(RIDGE, centred)
+            change, offset = use.moments.narrowed(columns, changes.matrix(product)).solve(RIDGE, use.centred)
             every = torch.arange(linear.outputs)
             changes.add(product, every, columns, change.T)
-            for each in {changes.vector(each): each for each in use.products}.values() if centred else ():
+            for each in {changes.vector(each): each for each in use.products}.values() if use.centred else ():
                 changes.shift(each, every, offset * use.reach)
         return changes
 

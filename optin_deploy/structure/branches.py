@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from optin_deploy.network.graph import Node
+from optin_deploy.network.graph import SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.makers import Roles
-from optin_deploy.structure.stored import SIZES, stored_at
+from optin_deploy.structure.stored import stored_at
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import SIZES, Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.shapes import Shapes
 
@@ -61,7 +61,7 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
     given = {port.name for port in network.inputs}
     others: set[str] = set()
     for node in network.nodes:
-        if node.op in ("Shape", "Size"):
+        if node.op in SIZES:
             continue
         picked = node.inputs[PICKS[node.op] :][:1] if node.op in PICKS else ()
         looked_up = bool(given.intersection(picked)) and any(map(is_real, node.inputs))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from optin_deploy.network.operators.row import Unsupported
-from optin_deploy.network.run import REAL_TYPES, Place
+from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import Way, own_bias, way_from
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.linear import Linear, linear_of, without
@@ -59,12 +59,7 @@ def _shift(structure: Structure, linear: Linear, way: Way) -> Shift | None:
     try:
         stored = stored_at(structure, node.inputs[place])
     except Unsupported:
-        if node.inputs[place] not in structure.network.weights:
-            return None
-        tensor = structure.network.weights[node.inputs[place]]  # read elsewhere too: this place gets a copy
-        if int(tensor.dtype) not in REAL_TYPES:
-            return None
-        stored = Stored(node.inputs[place], tuple(tensor.shape.numpy()), ())
+        return None
     if math.prod(stored.shape) != linear.outputs:
         return None
     value = node.outputs[0] if index in (linear.node.index, *way.nodes) else way.value

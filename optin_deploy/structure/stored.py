@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import SIZES, Network, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import REAL_TYPES, Place
 from optin_deploy.network.tensors import torch_dtype
@@ -16,8 +16,6 @@ from optin_deploy.structure.flow import Structure
 
 MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
 """Operators between a stored tensor and where it is used that keep its entries."""
-SIZES = ("Shape", "Size")
-"""Operators that read no entry, only how many there are."""
 
 
 @dataclass(frozen=True)

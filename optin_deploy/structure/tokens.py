@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, flat
-from optin_deploy.network.graph import Node, Port
+from optin_deploy.network.graph import SIZES, Node, Port
 from optin_deploy.structure.branches import REARRANGING, projection_of, way_from
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.stored import SIZES
 from optin_deploy.structure.stream import features
 
 HUNDRED = 100
