@@ -113,6 +113,19 @@ def test_batches_of_one_sample_do_not_enter() -> None:
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 
 
+def test_of_many_samples_some_fit_that_are_spread_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = bert(), texts()
+    of = ready(model, batches)
+    of.know_token_weights(None)
+    plan, fitting = plan_for(of), judged_rows(batches, False)
+    half = ready(model, fitting[1::2])
+    half.know_token_weights(None)
+    monkeypatch.setattr("optin_deploy.jobs.trial.MOST_FITTED", len(fitting) // 2)
+    expected = distance(Runs(Program(make(half, plan).network)), model, judged_rows(batches, True))
+    assert len(fitting) % 2 == 0
+    assert unseen_error(of, plan) == pytest.approx(expected, rel=1e-5)
+
+
 def test_too_few_samples_are_refused() -> None:
     batch = {name: torch.as_tensor(value)[:3] for name, value in texts()[0].items()}
     of = ready(copy.deepcopy(bert()), [batch])
