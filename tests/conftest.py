@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from exported_once import exported_once
 from torch import Tensor, nn
+
+from optin_deploy.network import read_torch
 
 if TYPE_CHECKING:
     from tiny_checkpoint import Shell
@@ -143,6 +147,17 @@ def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -
     """The largest `error` over all outputs; both must have the same ones."""
     assert expected.keys() == found.keys()
     return max(error(expected[name], found[name]) for name in expected)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Most of the time of these tests would go into torch's exporter."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_torch, "_by_dynamo", exported_once(read_torch._by_dynamo, folder))
+        yield
 
 
 @pytest.fixture
