@@ -51,8 +51,6 @@ class Recipe(Training):
     """How a model is trained; part of the trained model's folder name."""
 
     model: str
-    after: str | None = None
-    """The recipe whose weights it goes on from."""
     scenes: int = 4000
     """Drawn once, seen in every epoch."""
     epochs: int = 12
@@ -62,8 +60,7 @@ class Recipe(Training):
 
 RECIPES: Mapping[str, Recipe] = {
     "segformer": Recipe(model="segformer"),
-    "mask2former-begun": Recipe(model="mask2former", learning_rate=5e-4, epochs=9),
-    "mask2former": Recipe(model="mask2former", after="mask2former-begun", learning_rate=5e-4, epochs=4, seed=1),
+    "mask2former": Recipe(model="mask2former", learning_rate=4e-4, epochs=14, batch_size=8),
 }
 
 
@@ -124,8 +121,6 @@ def trained(name: str, cache: Path) -> Path:
     if not folder.exists():
         torch.manual_seed(recipe.seed)
         model, processor = MODELS[recipe.model]()
-        if recipe.after is not None:
-            model = type(model).from_pretrained(trained(recipe.after, cache))
         with stage_bar(f"train {name}") as progress:
             _learn(model, processor, list(scenes("learning", recipe.scenes, cache)), recipe, progress)
         with atomic_folder(folder) as temporary:
