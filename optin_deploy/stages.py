@@ -26,7 +26,21 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.dense import Dense, dense_of
 from optin_deploy.jobs.modules import with_weights_of
 from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import Cut, Ready, check_plan, curves_of, make, pick, planned, ready_of, score, score_key
+from optin_deploy.jobs.pruning import (
+    Cut,
+    Ready,
+    check_plan,
+    curves_of,
+    make,
+    pick,
+    planned,
+    ready_of,
+    score,
+    score_key,
+    turned,
+    turns,
+    with_network,
+)
 from optin_deploy.jobs.stored import mark
 from optin_deploy.jobs.tokens import least_error, schedules
 from optin_deploy.network.graph import Network
@@ -91,10 +105,23 @@ def prepare(source: Source, home: Path | None = None) -> Prepared:
         metric="perplexity" if dense.task == "text-generation" else None,
         seed=source.seed,
     )
+    if turns(ready):
+        dense, ready = _turned(dense, ready, home)
     prepared = Prepared(source, dense, ready)
     if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
         _ = ready.judge  # refuses labels in another order before the long work
     return prepared
+
+
+def _turned(dense: Dense, ready: Ready, home: Path | None) -> tuple[Dense, Ready]:
+    """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
+    key = sha256_json(["turned", dense.key, ready.key])
+    known = None if home is None else finished(home / DENSE)
+    if home is not None and known is not None and known.key == key:
+        ready = with_network(ready, read_file(home / DENSE))
+    else:
+        ready = turned(ready)
+    return replace(dense, network=ready.network, key=key), ready
 
 
 def _rows(dense: Dense, source: Source) -> Halves:
@@ -312,9 +339,11 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
         workspace.record.remove("model")
         return ""
     name = type(loaded.model).__name__
-    merges = any(made.plan.merges)
-    repaired = None if merges else with_weights_of(loaded.model, made.dense, ready.network)
-    why = f"{name} keeps all of its tokens" if merges else f"what was repaired is no weight of {name}"
+    merges, turning = any(made.plan.merges), turns(ready)
+    repaired = None if merges or turning else with_weights_of(loaded.model, made.dense, ready.network)
+    why = f"what was repaired is no weight of {name}"
+    if merges or turning:
+        why = f"{name} keeps all of its tokens" if merges else f"{name} has one width for all that a head holds"
     if repaired is not None:
         probes = ready.found.probes
         smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)

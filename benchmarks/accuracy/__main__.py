@@ -34,6 +34,7 @@ from optin_deploy.jobs.networks import Found as Read
 from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.graph import Network
 from optin_deploy.network.write import write as write_network
+from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.storage import read_json, sha256_tensors, write_json
 from optin_deploy.terminal import quiet_libraries
 
@@ -181,10 +182,12 @@ def timed(method: Method, case: Case, flops: float) -> tuple[Network | onnx.Mode
     return network, {"forward": forward, **{stage: case.seconds[stage] for stage in sorted(case.used)}, "own": own}
 
 
-def made_case(task: Task, read: Read, seed: int, rows: int, kept: Path | None = None) -> Case:
-    """The calibration rows that a seed draws; `kept`: see `Case`."""
+def made_case(
+    task: Task, read: Read, seed: int, rows: int, kept: Path | None = None, kinds: tuple[str, ...] = DEFAULT_KINDS
+) -> Case:
+    """The calibration rows that a seed draws; `kept`, `kinds`: see `Case`."""
     drawn = random.Random(seed).sample(task.calibration, rows)
-    return Case(task.name, task.model, read, task.seq_len, task.batches(drawn), seed, kept)
+    return Case(task.name, task.model, read, task.seq_len, task.batches(drawn), seed, kept, kinds)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from optin_deploy.data.feeds import Halves
 from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score
+from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned, turns
 from optin_deploy.jobs.tokens import least_error, schedules
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
-from optin_deploy.planning.widths import Choice, Keep, aligned, choose
+from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, aligned, choose
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores
@@ -59,6 +59,8 @@ class Case:
     seed: int
     kept: Path | None = None
     """File that keeps the scores, which several runs share; None: they are kept in memory."""
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    """What ours cuts; the paper's and the peers' know heads and neurons alone."""
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     """What each shared stage took, and one dense forward over the calibration rows."""
     used: set[str] = field(default_factory=set, init=False)
@@ -68,13 +70,14 @@ class Case:
     def __post_init__(self) -> None:
         if self.kept is not None and self.kept.exists():
             found = UnitScores.read(self.kept)
-            found.check(self.found.layout)
+            found.check(self.ready.layout)
             self._made["scores"], self.seconds["scores"] = found, float(found.provenance["seconds"])
 
     @cached_property
     def ready(self) -> Ready:
         """As the product puts them together; no row judges, as the test rows do."""
-        return ready_of(self.found, Halves(self.calibration, None), seed=self.seed)
+        ready = ready_of(self.found, Halves(self.calibration, None), seed=self.seed, kinds=self.kinds)
+        return turned(ready) if turns(ready) else ready
 
     @property
     def subject(self) -> Subject:
@@ -173,7 +176,7 @@ class Case:
         Raises: InfeasibleBudget: none is.
         """
         every = list(dict.fromkeys(merges))
-        first = bisect_left(every, True, key=lambda some: fits(self.limits(flops, some), self.found.layout.units))
+        first = bisect_left(every, True, key=lambda some: fits(self.limits(flops, some), self.ready.layout.units))
         if first == len(every):
             raise InfeasibleBudget(f"{flops:g} of the multiply-accumulates cannot be had by merging tokens alone.")
         return every[first]
@@ -183,7 +186,8 @@ class Case:
 
         Args: tokens: merge them too, or drop those of a text.
         """
-        choice = aligned(self.found.layout, Choice(align=exporter(ENGINE).align, allocation=allocation), None)
+        how = Choice(kinds=self.kinds, align=exporter(ENGINE).align, allocation=allocation)
+        choice = aligned(self.ready.layout, how, None)
         if tokens:
             within, every = partial(self.limits, flops), schedules(self.ready, drops=self.stream.of_text)
             merges, keep = least_error(self.ready, self.scores, choice, self.curves, within, every)
@@ -196,7 +200,7 @@ class Case:
         """What is kept by other scores, beside these merges; unless widths are equal or tokens are merged, a bypassed
         branch may go as a whole.
         """
-        layout, numbers = self.found.layout, {name: values.numpy() for name, values in scores.items()}
+        layout, numbers = self.ready.layout, {name: values.numpy() for name, values in scores.items()}
         emptying = () if choice.allocation == "uniform" or any(merges) else emptiable(layout)
         return choose(layout, numbers, self.limits(flops, merges), choice, emptying=emptying)
 
@@ -210,14 +214,14 @@ class Case:
     def repaired(self, keep: Keep, merges: Sequence[int] = ()) -> Network:
         """The smaller network, compensated as in the product."""
         self.hear()
-        return make(self.ready, plan_of(self.found.layout, keep, merges=merges)).network
+        return make(self.ready, plan_of(self.ready.layout, keep, merges=merges)).network
 
     def sliced(self, keep: Keep, network: Network | None = None, merges: Sequence[int] = ()) -> Network:
         """The smaller network as it is, or with the weights of another."""
         if network is None:
-            plan = plan_of(self.found.layout, keep, merges=merges)
+            plan = plan_of(self.ready.layout, keep, merges=merges)
             return make(self.ready, plan, compensation=False).network
-        layout = find(network, self.found.probes)
+        layout = find(network, self.ready.found.probes)
         smaller = cut(layout, keep)
-        prove(layout, keep, smaller, self.found.probes)
+        prove(layout, keep, smaller, self.ready.found.probes)
         return smaller

@@ -13,6 +13,7 @@ from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.tokens import merged
+from optin_deploy.cutting.turning import turned as turned_network
 from optin_deploy.cutting.tying import Ties
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.feeds import Halves, check_runs
@@ -45,6 +46,7 @@ from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.tokens import TokenStream, token_stream
+from optin_deploy.structure.turning import KINDS as TURNED
 
 T = TypeVar("T")
 Curves = Mapping[str, Curve]
@@ -205,6 +207,28 @@ def ready_of(
         subject = replace(subject, reading=replace(subject.reading, pooling=pooling))
     check_runs(subject.program, rows.calibration)
     return Ready(found, rows, subject, kinds, names, strict, metric, seed)
+
+
+def turns(ready: Ready) -> bool:
+    """Whether widths of heads may be cut, which are turned before."""
+    return any(group.kind in TURNED and group.kind in ready.kinds for group in ready.layout.groups)
+
+
+def turned(ready: Ready) -> Ready:
+    """Turn the widths of heads that may be cut, so that a few of their entries hold most; see `cutting.turning`.
+
+    Raises: NotProven: our fault.
+    """
+    kinds = set(ready.kinds) & set(TURNED)
+    found = turned_network(ready.subject, ready.rows.calibration.batches, kinds, ready.found.probes)
+    return with_network(ready, found.network)
+
+
+def with_network(ready: Ready, network: Network) -> Ready:
+    """The same of a network of the same nodes with other weights."""
+    found = Found(find(network, ready.found.probes), ready.found.probes)
+    program = Program(network, device=ready.subject.program.device, dtype=ready.subject.program.dtype)
+    return replace(ready, found=found, subject=replace(ready.subject, layout=found.layout, program=program))
 
 
 def score(

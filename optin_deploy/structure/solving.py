@@ -50,6 +50,14 @@ class Changes:
         matrix[outputs[..., None], inputs] = part.to(matrix)
         self.weights[linear.stored.name] = tensor.to(self.device)
 
+    def offset(self, product: Solvable) -> Tensor:
+        """The vector behind a product as it is now, in the units in which it is added, (outputs,), float64; zeros where
+        there is none."""
+        shift, name = product.shift, self.vector(product)
+        if shift is None or name is None:
+            return torch.zeros(product.linear.outputs, dtype=torch.float64)
+        return self._copy(name).view(-1).double().cpu() * shift.factor
+
     def shift(self, product: Solvable, outputs: Tensor, offset: Tensor) -> None:
         """Add to some entries of the vector behind a product, in the units in which it is added."""
         shift, name = product.shift, self.vector(product)

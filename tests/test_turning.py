@@ -1,0 +1,183 @@
+"""Widths of heads are turned: the network computes the same, and what its last entries hold is the least possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_batches, tiny_model
+from tiny_checkpoint import Shell, bert, lines, text_options
+from torch import Tensor, nn
+
+from optin_deploy.cutting.turning import Turned, balanced, turned
+from optin_deploy.data.rows import Batch
+from optin_deploy.loading import load_model
+from optin_deploy.network.probe import probes_of
+from optin_deploy.network.read import read
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.network.tensors import torch_tensor
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
+from optin_deploy.structure.turning import KINDS
+
+
+def turn(
+    model: nn.Module, batches: Sequence[Batch], kinds: Sequence[str] = KINDS, **how: Any
+) -> tuple[Subject, Turned]:
+    network = read(model, **how)
+    probes = probes_of(network)
+    subject = Subject.of(find(network, probes))
+    return subject, turned(subject, batches, kinds, probes)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns"),
+    [("bert", KINDS), ("vit", KINDS), ("dinov2", KINDS), ("distilbert", KINDS), ("gpt2", ("v-width",))],
+)
+def test_a_network_whose_heads_are_turned_computes_the_same(name: str, turns: Sequence[str]) -> None:
+    model = tiny_model(name)
+    batches = tiny_batches(model)
+    subject, found = turn(model, batches)
+    before = subject.structure.network
+    assert found.groups == tuple(group.name for group in subject.layout.groups if group.kind in turns)
+    moved = {name for name, weight in found.network.weights.items() if weight is not before.weights.get(name)}
+    assert len(moved) >= 2 * len(found.groups)
+    for batch in batches:
+        feeds = subject.fed(batch)
+        one, other = (Program(network, dtype=torch.float64)(feeds).outputs for network in (before, found.network))
+        for output, value in one.items():
+            torch.testing.assert_close(other[output], value, rtol=1e-4, atol=1e-4)
+    assert [group.name for group in find(found.network).groups] == [group.name for group in subject.layout.groups]
+
+
+class Attention(nn.Module):
+    """Two heads of eight entries, without scaling."""
+
+    def __init__(self, *, rotary: bool = False) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.register_buffer("angles", torch.linspace(0.1, 1, 8).cos() if rotary else torch.ones(1))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], 2, 8).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (self.heads(part(x)) for part in (self.query, self.key, self.value))
+        weights = ((query * self.angles) @ (key * self.angles).transpose(-1, -2)).softmax(-1)
+        return x + self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
+def attention(seed: int = 0, **how: bool) -> tuple[Attention, list[Batch]]:
+    torch.manual_seed(seed)
+    spread = torch.linspace(0.2, 2, 16)
+    return Attention(**how).eval(), [{"x": torch.randn(6, 5, 16) * spread} for _ in range(2)]
+
+
+def entries(network: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Matrix and vector of a projection, in float64."""
+    return tuple(torch_tensor(network.weights[f"{name}.{part}"]).double() for part in ("weight", "bias"))  # type: ignore[return-value]
+
+
+def test_no_choice_of_so_few_entries_loses_less_of_the_scores() -> None:
+    """The singular values of the whole table of scores tell what the best table of that rank loses."""
+    model, batches = attention()
+    _, found = turn(model, batches, inputs=batches[0])
+    x = torch.cat([batch["x"] for batch in batches]).double().flatten(0, 1)
+    query, key = (
+        (x @ matrix.T + bias).view(-1, 2, 8)
+        for matrix, bias in (entries(found.network, name) for name in ("query", "key"))
+    )
+    key = key - key.mean(0)
+    for head in range(2):
+        table = query[:, head] @ key[:, head].T
+        least = torch.linalg.svdvals(table)
+        for width in range(1, 8):
+            kept = query[:, head, :width] @ key[:, head, :width].T
+            assert float((table - kept).norm()) == pytest.approx(float(least[width:].norm()), rel=1e-3)
+
+
+def test_no_choice_of_so_few_entries_loses_less_of_what_attention_brings() -> None:
+    model, batches = attention()
+    _, found = turn(model, batches, inputs=batches[0])
+    seen: list[Tensor] = []
+    model.out.register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
+    for part in ("query", "key", "value", "out"):
+        for name in ("weight", "bias"):
+            getattr(getattr(model, part), name).data = torch_tensor(found.network.weights[f"{part}.{name}"]).clone()
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    brought = torch.cat(seen).view(-1, 2, 8)
+    brought = brought - brought.mean(0)
+    matrix = entries(found.network, "out")[0].view(16, 2, 8)
+    for head in range(2):
+        table = brought[:, head] @ matrix[:, head].T
+        least = torch.linalg.svdvals(table)
+        for width in range(1, 8):
+            kept = brought[:, head, :width] @ matrix[:, head, :width].T
+            assert float((table - kept).norm()) == pytest.approx(float(least[width:].norm()), rel=1e-3)
+
+
+def test_a_head_that_is_dead_stays_a_number() -> None:
+    forward, back = balanced(torch.zeros(1, 4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)[None])
+    assert forward.isfinite().all()
+    assert back.isfinite().all()
+
+
+def test_padding_turns_nothing() -> None:
+    model = tiny_model("bert")
+    batch = tiny_batches(model)[0]
+    other = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"].bool(), torch.tensor(7))}
+    assert not torch.equal(batch["input_ids"], other["input_ids"])
+    one, two = (turn(model, [each])[1].network.weights for each in (batch, other))
+    for name in ("encoder.layer.0.attention.self.value.weight", "encoder.layer.2.attention.self.key.weight"):
+        torch.testing.assert_close(torch_tensor(one[name]), torch_tensor(two[name]), rtol=1e-3, atol=1e-4)
+
+
+def test_entries_that_something_tells_apart_stay_as_they_are() -> None:
+    model, batches = attention(rotary=True)
+    subject, found = turn(model, batches, inputs=batches[0])
+    kinds = {group.name: group.kind for group in subject.layout.groups}
+    assert [kinds[name] for name in found.groups] == ["v-width"]
+    assert list(found.skipped.values()) == ["Mul stands between"]
+
+
+class Watched(Attention):
+    """Gives its values too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.heads(self.value(x)).tanh()
+
+
+def test_what_something_else_reads_is_not_turned() -> None:
+    torch.manual_seed(0)
+    model, batches = Watched().eval(), attention()[1]
+    subject, found = turn(model, batches, inputs=batches[0])
+    kinds = {group.name: group.kind for group in subject.layout.groups}
+    assert "v-width" not in {kinds[name] for name in found.groups}
+
+
+def test_a_job_turns_the_widths_that_it_may_cut_and_keeps_them(shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    options = [bert(), *text_options(lines(), out), "--units", "heads,neurons,qk-width,v-width"]
+    options += ["--align", 2, "--threads", 1]
+    ran = shell("optin-export", *options)
+    assert ran.code == 0, ran.err
+    plan, dense = NetworkPlan.read(out / "plan.json"), read_file(out / "dense.onnx")
+    assert {name.split(": ")[1] for name in plan.keep} >= {"qk-width", "v-width"}
+    plan.check(find(dense))
+    before = read(load_model(str(bert()))[0])
+    ids, mask = torch.tensor([[2, 5, 7, 3], [2, 8, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    one, other = (Program(network)(feeds).outputs["last_hidden_state"] for network in (before, dense))
+    assert 0 < float((one - other).abs().max()) < 1e-4
+    again = shell("optin-export", *options, "--flops", 0.7)
+    assert again.code == 0, again.err
+    smaller = NetworkPlan.read(out / "plan.json")
+    smaller.check(find(dense))
+    assert smaller.keep != plan.keep
