@@ -36,6 +36,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.write import write as write_network
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.storage import read_json, sha256_tensors, write_json
+from optin_deploy.structure.labels import KINDS
 from optin_deploy.terminal import quiet_libraries
 
 GATE = ["sentiment", "r8", "cifar10"]
@@ -51,6 +52,7 @@ def main() -> None:
     usual = [method for method in METHODS if method not in ABLATIONS]
     parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
+    parser.add_argument("--units", nargs="+", default=DEFAULT_KINDS, choices=KINDS, help="what ours cuts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own calibration rows")
     parser.add_argument("--rows", type=int, default=1024, help="calibration rows of a seed, at most half of a task's")
     parser.add_argument("--test-rows", type=int, default=1500, help="of GLUE: all")
@@ -72,11 +74,14 @@ def main() -> None:
         open_cells += len(wanted) + 1
         test_rows = len(task.test) if options.glue else options.test_rows
         keep = options.seeds[0] if options.networks else None
-        found |= cells(task, wanted, options.cells, rows=options.rows, test_rows=test_rows, end=end, networks_of=keep)
+        how = {"rows": options.rows, "test_rows": test_rows, "networks_of": keep, "kinds": tuple(options.units)}
+        found |= cells(task, wanted, options.cells, end=end, **how)
     open_cells -= len(found)
     refused = {cell: kept["refused"] for cell, kept in found.items() if "refused" in kept}
     found = {cell: kept for cell, kept in found.items() if cell not in refused}
     text = page(found, refused)
+    if tuple(options.units) != DEFAULT_KINDS:
+        text += f"\n\nOurs cuts {', '.join(options.units)}."
     print(text)
     if open_cells and options.record:
         sys.exit(f"{open_cells} cells are open: nothing is recorded. Run it again.")
@@ -126,10 +131,11 @@ def cells(
     test_rows: int,
     end: float,
     networks_of: int | None = None,
+    kinds: tuple[str, ...] = DEFAULT_KINDS,
 ) -> Found:
     """The finished cells of one task; open ones are done until `end`.
 
-    Args: networks_of: a seed whose networks are kept beside the cells, and the dense one.
+    Args: networks_of: a seed whose networks are kept beside the cells, and the dense one. kinds: see `Case`.
     """
     test = task.batches(task.test[:test_rows])
     read: Read | None = None
@@ -140,7 +146,8 @@ def cells(
     for cell in [(task.name, -1, DENSE, 1.0), *wanted]:
         _, seed, method, flops = cell
         name = re.sub(r"\W+", "_", method)
-        path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}" / f"{name}-{flops:g}-seed{seed}.json"
+        units = "" if kinds == DEFAULT_KINDS else f"-{'-'.join(kinds)}"
+        path = folder / f"{task.name}-{key}" / f"{rows}-{test_rows}{units}" / f"{name}-{flops:g}-seed{seed}.json"
         kept = networks_of is not None and seed in (-1, networks_of) and method not in ONE_SEED  # another tool's files
         network_file = path.with_suffix(".onnx") if kept else None
         known = read_json(path, "Delete it to measure it again.") if path.exists() else None
@@ -152,7 +159,7 @@ def cells(
             continue
         read = read or find_in(task.model, task.inputs)
         if seed not in cases and method != DENSE:
-            cases[seed] = made_case(task, read, seed, rows, path.with_name(f"scores-seed{seed}.safetensors"))
+            cases[seed] = made_case(task, read, seed, rows, path.with_name(f"scores-seed{seed}.safetensors"), kinds)
         try:
             network, stages = (read.network, {}) if method == DENSE else timed(METHODS[method], cases[seed], flops)
         except InfeasibleBudget as err:

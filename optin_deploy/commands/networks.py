@@ -49,7 +49,7 @@ Units = Annotated[
     str | None,
     typer.Option(
         metavar="KINDS",
-        help="What may be cut: heads, groups, queries, neurons, channels, qk-width, v-width. "
+        help="What may be cut: heads, groups, queries, neurons, channels; qk-width, v-width: heads get narrower. "
         "[default: heads,groups,neurons,channels]",
         rich_help_panel=NETWORK,
     ),

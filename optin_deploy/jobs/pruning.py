@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -47,6 +48,8 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.tokens import TokenStream, token_stream
 from optin_deploy.structure.turning import KINDS as TURNED
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Curves = Mapping[str, Curve]
@@ -221,6 +224,9 @@ def turned(ready: Ready) -> Ready:
     """
     kinds = set(ready.kinds) & set(TURNED)
     found = turned_network(ready.subject, ready.rows.calibration.batches, kinds, ready.found.probes)
+    if found.skipped:
+        why, count = "; ".join(sorted(set(found.skipped.values()))), len(found.skipped)
+        log.warning("the widths of %d groups of heads may be cut, but not be turned before: %s.", count, why)
     return with_network(ready, found.network)
 
 
