@@ -20,7 +20,7 @@ from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.labels import TOKENS
 from optin_deploy.structure.tokens import TokenStream
 
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 """Mean shares of the tokens that are tried."""
 TRIED = 3
 """Merges that are made and measured, with the widths beside them."""
