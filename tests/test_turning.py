@@ -12,8 +12,10 @@ from conftest import tiny_batches, tiny_model
 from tiny_checkpoint import Shell, bert, lines, text_options
 from torch import Tensor, nn
 
+import optin_deploy
 from optin_deploy.cutting.turning import Turned, balanced, turned
 from optin_deploy.data.rows import Batch
+from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_model
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read
@@ -160,6 +162,26 @@ def test_what_something_else_reads_is_not_turned() -> None:
     subject, found = turn(model, batches, inputs=batches[0])
     kinds = {group.name: group.kind for group in subject.layout.groups}
     assert "v-width" not in {kinds[name] for name in found.groups}
+
+
+def test_a_module_is_pruned_to_narrower_heads_and_comes_back_as_a_graph(tmp_path: Path) -> None:
+    model = tiny_model("vit+head")
+    batches = tiny_batches(model)
+    pruned = optin_deploy.prune(model, batches, flops=0.6, align=2, units=["heads", "neurons", "qk-width", "v-width"])
+    assert {name.split(": ")[1] for name in pruned.plan.keep} >= {"qk-width", "v-width"}
+    macs = pruned.report["macs"]
+    assert macs["pruned"] <= 0.6 * macs["dense"]
+    pruned.save(tmp_path / "smaller")
+    loaded = optin_deploy.load(tmp_path / "smaller")
+    pixels = batches[0]["pixel_values"]
+    torch.testing.assert_close(loaded(pixel_values=pixels)["logits"], pruned.model(pixel_values=pixels)["logits"])
+
+
+@pytest.mark.parametrize("units", ["heads", [], ["tokens"], ["sheep"], 3])
+def test_units_are_a_list_of_known_kinds(units: Any) -> None:
+    model = tiny_model("vit+head")
+    with pytest.raises(BadInput, match="units"):
+        optin_deploy.prune(model, tiny_batches(model), units=units)
 
 
 def test_a_job_turns_the_widths_that_it_may_cut_and_keeps_them(shell: Shell, tmp_path: Path) -> None:

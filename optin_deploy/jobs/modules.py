@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -28,7 +28,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.guard import check_module, working
 from optin_deploy.jobs import stored
 from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import Cut, curves_of, make, pick, planned, ready_of, score
+from optin_deploy.jobs.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned, turns
 from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.network.examples import Example, example_of
 from optin_deploy.network.graph import Network
@@ -40,6 +40,7 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
+from optin_deploy.structure.labels import KINDS, TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def prune(
     size: int | None = None,
     align: int | None = None,
     allocation: str = "curves",
+    units: Sequence[str] | None = None,
     tokens: float | None = None,
     drop_tokens: bool = False,
     settings: ScoreSettings | None = None,
@@ -119,6 +121,8 @@ def prune(
         size: most bytes of all weights.
         align: neurons and channels in multiples of this; default: see `planning.widths.aligned`.
         allocation: where to cut: `curves`, `uniform` or `paper`; see `planning.widths.Choice`.
+        units: kinds of units that may be cut, such as ("heads", "neurons", "qk-width", "v-width"); default: all but
+            widths of heads, which no transformers class can hold.
         tokens: mean share of the tokens that stay behind the attention of a block, in (0, 1]: those that are alike are
             merged, and the widths get what is left of the limits; None: all stay.
         drop_tokens: tokens that go are dropped, not merged, as only those of texts can be.
@@ -132,6 +136,8 @@ def prune(
         "allocation": checked(allocation, str, "allocation") or "curves",
         "drops": bool(checked(drop_tokens, bool, "drop_tokens")),
     }
+    if units is not None:
+        how["kinds"] = _kinds(units)
     choice = Choice(**how) if align is None else Choice(align=whole(align, "align"), **how)
     scoring = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     compensation = bool(checked(compensation, bool, "compensation"))
@@ -145,6 +151,7 @@ def prune(
         rows = replace(rows, calibration=fitting(network, rows.calibration))
         found = find_in(network)
         ready = ready_of(found, rows, kinds=choice.kinds, seed=seed)
+        ready = turned(ready) if turns(ready) else ready
         choice = merging(ready, aligned(found.layout, choice, align), share)
         check(ready, limits, choice)
         scores = score(ready, scoring)
@@ -152,7 +159,7 @@ def prune(
         within = limits_within(ready.costs_with(choice.merges), limits)
         keep = pick(ready, scores, within, choice, curves, emptying=not any(choice.merges))
         pruned = make(ready, planned(ready, keep, scores, asdict(limits), choice.merges), compensation=compensation)
-        held = cut_like(model, pruned, found)
+        held = cut_like(model, pruned, ready.found, graph=turns(ready))
     report = {
         **_counts(pruned.plan),
         "params": {"dense": smaller.count(model), "pruned": smaller.count(held.module)},
@@ -164,6 +171,14 @@ def prune(
     if held.why_graph:
         logger.warning("%s", held.why_graph)
     return PrunedModel(held.module, pruned.network, pruned.plan, pruned.proof, report, held.attributes, found.probes)
+
+
+def _kinds(units: Sequence[str]) -> tuple[str, ...]:
+    """Raises: BadInput: no list of kinds that may be cut here."""
+    listed = isinstance(units, (list, tuple)) and all(isinstance(kind, str) for kind in units)
+    if not listed or not units or TOKENS in units:
+        raise BadInput(f"units {units!r}: give a list of {', '.join(KINDS)}; tokens are merged by tokens=0.7.")
+    return tuple(units)
 
 
 def load(folder: str | PathLike[str]) -> Any:
@@ -190,13 +205,14 @@ def fitting(network: Network, rows: Feeds) -> Feeds:
     return replace(rows, batches=tuple(batches))
 
 
-def cut_like(model: nn.Module, pruned: Cut, found: Found) -> CutModule:
+def cut_like(model: nn.Module, pruned: Cut, found: Found, *, graph: bool = False) -> CutModule:
     """The module cut as its graph was: of the same class where that holds it.
 
-    Args: found: the graph of the module, as it was read.
+    Args: found: the graph of the module, as it was read. graph: the class does not hold it.
     """
-    if any(pruned.plan.merges):
-        why = f"{type(model).__name__} is given as a graph, in which tokens are merged or dropped."
+    if graph or any(pruned.plan.merges):
+        what = "heads get narrower" if graph else "tokens are merged or dropped"
+        why = f"{type(model).__name__} is given as a graph, in which {what}."
         return CutModule(NetworkModule(pruned.network).train(model.training), {}, why)
     repaired = with_weights_of(model, pruned.dense, found.network)
     if repaired is None:
