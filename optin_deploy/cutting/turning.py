@@ -6,9 +6,10 @@ S^T R = U D V^T,
 
     P = D^-1/2 U^T S^T,   P^-1 = R V D^-1/2
 
-both sides have the moments D: the last entries are those that matter least, and what is lost by leaving them out is
-the least that any choice of so few entries can lose. Softmax does not hear what is added to all scores of a query, so
-that keys count from their mean; what attention brings on average is made up for by a bias, and counts from its mean.
+both sides have the moments D: the last entries are those that matter least. A is of what attention brings, as far as it
+differs from its mean, which a bias makes up for, and B of the gradient of the output distance there: what is lost times
+how far it moves the output. Scores are not what counts, but where softmax hears them. So A is of the gradients at the
+keys, which are queries by how much they were heard there, and B of those at the queries, which are keys.
 
 Source: balanced truncation, Moore 1981; of attention, by singular values of both sides on data: Lin et al., MoDeGPT
 (arXiv 2408.09632).
@@ -17,7 +18,7 @@ Source: balanced truncation, Moore 1981; of attention, by singular values of bot
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,16 +29,18 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 from optin_deploy.network.weights import with_weights
-from optin_deploy.scoring.hearing import Counts
+from optin_deploy.regression import Moments
+from optin_deploy.scoring.hearing import PROBES, Counts, slopes_at
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import rows_of_value
-from optin_deploy.structure.solvable import Solvable
 from optin_deploy.structure.solving import Changes, apart
 from optin_deploy.structure.turning import Side, Turnable, turnable
 
 SAMPLES, ROWS = 512, 8
 """Samples that are looked at, at most, and at once."""
+SEED = 0
+"""Of the random directions of gradients."""
 FLOOR = 1e-8
 """Least moment of a direction, relative to the largest: the matrices stay invertible."""
 TOLERANCE = 1e-3
@@ -75,9 +78,9 @@ def turned(
     sides = [side for each in found for side in (*each.makers, *each.others)]
     changes = Changes(apart(subject.structure.network, [[side.product] for side in sides]), torch.device("cpu"))
     with torch.no_grad():
-        sums = _sums(subject, found, batches)
+        sums = _sums(subject, {look for each in found for look in _looks(each)}, batches)
         for each in found:
-            one, other = _moments(each, sums, changes)
+            one, other = (look.moments(sums[look]) for look in _looks(each))
             if one.isfinite().all() and other.isfinite().all():  # scoring names what holds no numbers
                 _turn(each, changes, *balanced(one, other))
         network = with_weights(changes.network, changes.weights)
@@ -85,87 +88,91 @@ def turned(
     return Turned(network, tuple(each.group.name for each in found), skipped)
 
 
-@dataclass(eq=False)
-class _Sums:
-    """Of rows with so many heads and entries."""
+@dataclass(frozen=True)
+class _Look:
+    """Rows that one side of a product is judged by."""
 
-    count: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    first: Tensor | float = 0.0
-    """(heads, width)."""
-    second: Tensor | float = 0.0
-    """(heads, width, width)."""
+    side: Side
+    used: bool
+    """Whether the side uses the entries: rows are of what it reads, else of what it gives."""
+    slopes: bool
+    """Whether they are gradients of the output distance there, not what is there."""
 
-    def add(self, rows: Tensor, counts: Tensor) -> None:
-        """Take rows (rows, heads, width, again) that count so much, (rows,)."""
-        rows, counts = rows.double().cpu(), counts.double().cpu()
-        weighted = rows * counts.view(-1, 1, 1, 1)
-        self.count = self.count + counts.sum() * rows.shape[-1]
-        self.first = self.first + weighted.sum((0, -1))
-        self.second = self.second + torch.einsum("rhda,rhea->hde", weighted, rows)
+    @property
+    def value(self) -> str:
+        """Where they are."""
+        product = self.side.product
+        if self.used:
+            return product.linear.reads
+        return product.linear.gives if product.shift is None else product.shift.value
 
-    def moments(self, centred: bool) -> Tensor:
-        """Second moments, (heads, width, width)."""
-        count, first, second = self.count.clamp(min=1), torch.as_tensor(self.first), torch.as_tensor(self.second)
-        mean = first / count
-        return second / count - (mean[..., None] * mean[..., None, :] if centred else 0)
+    @property
+    def centred(self) -> bool:
+        """Whether only what differs from the mean counts."""
+        return not self.slopes and self.side.product.shift is not None
+
+    def add(self, sums: Moments, tensor: Tensor, samples: int, counts: Tensor | None = None) -> None:
+        """Take the rows of a value of so many samples, which count so much, (rows,)."""
+        linear, (heads, width, again) = self.side.product.linear, self.side.entries.shape
+        rows = linear.rows_in(tensor, samples) if self.used else linear.rows_out(tensor, samples)
+        found = rows.flatten(0, 1)[:, torch.as_tensor(self.side.entries)]  # (rows, heads, width, again)
+        found = found.permute(1, 0, 3, 2).reshape(heads, -1, width)
+        sums.add(found, found[..., :0], None if counts is None else counts.repeat_interleave(again))
+
+    def moments(self, sums: Moments) -> Tensor:
+        """(heads, width, width)."""
+        count = sums.count or 1.0
+        mean = sums.x / count if self.centred else torch.zeros_like(sums.x)
+        return sums.xx / count - mean[..., None] * mean[..., None, :]
 
 
-def _sums(subject: Subject, found: Sequence[Turnable], batches: Sequence[Batch]) -> dict[Side, _Sums]:
-    """Of what a side gives, or of what it reads where it uses the entries."""
-    looked = {
-        side: (each.used, side.product.linear.reads if each.used else _given(side.product))
-        for each in found
-        for side in ((*each.others,) if each.used else (*each.makers, *each.others))
-    }
-    sums = {side: _Sums() for side in looked}
+def _looks(each: Turnable) -> tuple[_Look, _Look]:
+    """What both sides' moments are of."""
+    one, other = each.makers[0], each.others[0]
+    if each.used:
+        return _Look(other, used=True, slopes=False), _Look(other, used=True, slopes=True)
+    return _Look(other, used=False, slopes=True), _Look(one, used=False, slopes=True)
+
+
+def _sums(subject: Subject, looks: Collection[_Look], batches: Sequence[Batch]) -> dict[_Look, Moments]:
+    """Of all rows that are looked at; of padding there are none."""
+    sums = {look: Moments(look.side.entries.shape[1], 0, look.side.entries.shape[0]) for look in looks}
     parts, samples = micro_batches(batches, 1 if subject.alone else ROWS), 0
     counts = Counts(subject, parts, None)
     for number, batch in enumerate(parts):
         if samples >= SAMPLES:
             break
         rows = rows_of(batch)
-        wanted = {value for _, value in looked.values()} | {side.product.linear.reads for side in looked}
-        watched = subject.run(batch, watch=wanted).watched
-        for side, (used, value) in looked.items():
-            linear = side.product.linear
-            read = watched[linear.reads]
-            count = counts.at(number, linear.reads, read, linear.node.index, behind=False).to(read)
-            weights = rows_of_value(count.expand(read.shape), linear.features, linear.samples[0], rows)[..., 0]
-            found_rows = linear.rows_in(read, rows) if used else linear.rows_out(watched[value], rows)
-            entries = torch.as_tensor(side.entries)
-            sums[side].add(found_rows.flatten(0, 1)[:, entries], weights.flatten())
+        values = subject.run(batch, watch={look.value for look in looks if not look.slopes}).watched
+        gradients = slopes_at(subject, batch, [look.value for look in looks if look.slopes], SEED, most=PROBES)
+        for look in looks:
+            if look.slopes:
+                for gradient in gradients[look.value]:
+                    look.add(sums[look], gradient, rows)
+                continue
+            linear, value = look.side.product.linear, values[look.value]
+            count = counts.at(number, look.value, value, linear.node.index, behind=False).to(value)
+            weights = rows_of_value(count.expand(value.shape), linear.features, linear.samples[0], rows)[..., 0]
+            look.add(sums[look], value, rows, weights.flatten())
         samples += rows
     return sums
-
-
-def _given(product: Solvable) -> str:
-    """What a product gives with the vector behind it."""
-    return product.linear.gives if product.shift is None else product.shift.value
-
-
-def _moments(each: Turnable, sums: Mapping[Side, _Sums], changes: Changes) -> tuple[Tensor, Tensor]:
-    """Of both sides, (heads, width, width)."""
-    if not each.used:
-        return sums[each.makers[0]].moments(centred=False), sums[each.others[0]].moments(centred=True)
-    user = each.others[0]
-    columns = changes.matrix(user.product)[:, torch.as_tensor(user.entries)]  # (outputs, heads, width, again)
-    brought = sums[user].moments(centred=user.product.shift is not None)
-    return brought, torch.einsum("ohda,ohea->hde", columns, columns)
 
 
 def balanced(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """P and P^-1 for the moments of both sides, (heads, width, width)."""
     root, sides = _root(one), _root(other)
     left, size, right = torch.linalg.svd(sides.mT @ root)
-    scale = size.clamp(min=torch.finfo(size.dtype).tiny).rsqrt()
+    scale = size.rsqrt()
     return scale[..., None] * (left.mT @ sides.mT), (root @ right.mT) * scale[..., None, :]
 
 
 def _root(moments: Tensor) -> Tensor:
-    """R with R R^T the moments, each direction with a least one."""
+    """R with R R^T the moments as a part of their sum, each direction with a least one; of none all are alike."""
+    size = moments.shape[-1]
+    whole = moments.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    moments = torch.where(whole > 0, moments / whole, torch.eye(size, dtype=moments.dtype) / size)
     values, vectors = torch.linalg.eigh(moments)
-    most = values[..., -1:].clamp(min=torch.finfo(values.dtype).tiny)
-    root: Tensor = vectors * torch.maximum(values, FLOOR * most).sqrt()[..., None, :]
+    root: Tensor = vectors * torch.maximum(values, FLOOR * values[..., -1:]).sqrt()[..., None, :]
     return root
 
 
