@@ -475,7 +475,7 @@ def test_outlines_are_apart_however_they_are_turned(shape: str) -> None:
 @pytest.mark.usefixtures("photographs")
 @pytest.mark.parametrize("name", module.MODELS)
 def test_a_model_learns_from_scenes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = replace(module.RECIPES[name], after=None, scenes=4, epochs=1, batch_size=2)
+    recipe = replace(module.RECIPES[name], scenes=4, epochs=1, batch_size=2)
     monkeypatch.setattr(module, "RECIPES", {name: recipe})
     folder = module.trained(name, tmp_path)
     torch.manual_seed(recipe.seed)
