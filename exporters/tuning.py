@@ -89,7 +89,7 @@ def finetune_folder(
         raise BadInput(f"--out {out} holds another model, which would be lost. Give another folder, or --force.")
     with stage("load"):
         known, smaller = _model_in(folder, plan)
-        prepared = prepare(learning, folder)
+        prepared = prepare(learning, folder, other_rows=True)
         check_plan(prepared.ready, plan)
         check(prepared.ready, smaller, tuning)
     if dry_run:

@@ -47,9 +47,11 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished, store
+from optin_deploy.network.unused import tidied
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
+from optin_deploy.pooling import POOLED
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
@@ -83,10 +85,11 @@ class Prepared:
         return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
 
 
-def prepare(source: Source, home: Path | None = None) -> Prepared:
+def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
     """Load network and data, and check that they fit together.
 
-    Args: home: an output folder, whose dense.onnx is read where it is of this very model.
+    Args: home: an output folder, whose dense.onnx is read where it is of this very model. other_rows: heads are turned
+        as they are there, though that was done by other rows.
     Raises: BadInput and its kinds: see errors.py.
     """
     dense = dense_of(source, home)
@@ -106,19 +109,20 @@ def prepare(source: Source, home: Path | None = None) -> Prepared:
         seed=source.seed,
     )
     if turns(ready):
-        dense, ready = _turned(dense, ready, home)
+        dense, ready = _turned(dense, ready, home, other_rows=other_rows)
     prepared = Prepared(source, dense, ready)
     if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
         _ = ready.judge  # refuses labels in another order before the long work
     return prepared
 
 
-def _turned(dense: Dense, ready: Ready, home: Path | None) -> tuple[Dense, Ready]:
+def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
     """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
     key = sha256_json(["turned", dense.key, ready.key])
     known = None if home is None else finished(home / DENSE)
-    if home is not None and known is not None and known.key == key:
-        ready = with_network(ready, read_file(home / DENSE))
+    if home is not None and known is not None and (other_rows or known.key == key):
+        stored = tidied(read_file(home / DENSE), without=POOLED)
+        ready = with_network(ready, Network(stored.model, dense.network.source))
     else:
         ready = turned(ready)
     return replace(dense, network=ready.network, key=key), ready

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_batches, tiny_model
-from tiny_checkpoint import Shell, bert, lines, text_options
+from tiny_checkpoint import Shell, bert, classifier, lines, text_options
 from torch import Tensor, nn
 
 import optin_deploy
@@ -191,3 +191,14 @@ def test_a_job_turns_the_widths_that_it_may_cut_and_keeps_them(shell: Shell, tmp
     smaller = NetworkPlan.read(out / "plan.json")
     smaller.check(find(dense))
     assert smaller.keep != plan.keep
+
+
+def test_a_model_of_narrower_heads_is_tuned_with_other_rows(shell: Shell, tmp_path: Path) -> None:
+    options = [*text_options(lines(), tmp_path / "job"), "--units", "heads,neurons,qk-width,v-width", "--align", 2]
+    ran = shell("optin-export", classifier(), *options, "--threads", 1)
+    assert ran.code == 0, ran.err
+    (tmp_path / "other.txt").write_text("\n".join(reversed(lines().read_text().splitlines()[:24])))
+    learning = ("--data", tmp_path / "other.txt", "--epochs", 1, "--out", tmp_path / "tuned")
+    ran = shell("optin", "finetune", tmp_path / "job", *learning)
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "tuned" / "model.onnx").is_file()
