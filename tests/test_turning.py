@@ -137,6 +137,14 @@ def test_entries_that_something_tells_apart_stay_as_they_are() -> None:
     assert list(found.skipped.values()) == ["Mul stands between"]
 
 
+def test_weights_of_16_bits_stay_as_they_are() -> None:
+    model, batches = attention()
+    half = [{"x": batch["x"].half()} for batch in batches]
+    subject, found = turn(model.half(), half, inputs=half[0])
+    assert found.network is subject.structure.network
+    assert set(found.skipped.values()) == {"a weight is stored in 16 bits, which would round anew"}
+
+
 class Watched(Attention):
     """Gives its values too."""
 

@@ -74,7 +74,7 @@ def turnable(structure: Structure, group: UnitGroup) -> Turnable:
     if not {place for way in found for place in way.added} <= biases:
         raise Unsupported("something else than a bias is added")
     users = [solvable(structure, node.index)] if projection else []
-    _check([*(product for some in makers for product in some), *users])
+    _check(structure, [*(product for some in makers for product in some), *users])
     given = [[(each, structure.axes[each.linear.gives][each.linear.outputs_axis]) for each in some] for some in makers]
     used = [(each, structure.axes[each.linear.reads][each.linear.features]) for each in users]
     heads = _shared([axis for _, axis in (*(pair for some in given for pair in some), *used)], group.leaf)
@@ -137,10 +137,12 @@ def _passes(structure: Structure, node: Node, value: str, held: Sequence[int], l
     return node.op in ("MatMul", "FusedMatMul") and len(held) == 1
 
 
-def _check(products: Sequence[Solvable]) -> None:
+def _check(structure: Structure, products: Sequence[Solvable]) -> None:
     """Raises: Unsupported: a product cannot be multiplied by another matrix."""
     for product in products:
         linear = product.linear
+        if structure.network.weights[linear.stored.name].dtype.bitwidth < 32:
+            raise Unsupported("a weight is stored in 16 bits, which would round anew")
         if not linear.plain or linear.groups > 1 or not linear.seen:
             raise Unsupported("a product of another kind makes or uses them")
         if product.way.bias is not None and product.shift is None:
