@@ -201,6 +201,14 @@ def test_a_job_turns_the_widths_that_it_may_cut_and_keeps_them(shell: Shell, tmp
     assert smaller.keep != plan.keep
 
 
+def test_turned_queries_stay_from_the_front() -> None:
+    model = tiny_model("vit+head")
+    pruned = optin_deploy.prune(model, tiny_batches(model), flops=0.6, align=2, units=["qk-width", "neurons"])
+    kept = [units for name, units in pruned.plan.keep.items() if name.endswith("qk-width")]
+    assert kept
+    assert all(units == tuple(range(len(units))) for units in kept)
+
+
 def test_a_model_of_narrower_heads_is_tuned_with_other_rows(shell: Shell, tmp_path: Path) -> None:
     options = [*text_options(lines(), tmp_path / "job"), "--units", "heads,neurons,qk-width,v-width", "--align", 2]
     ran = shell("optin-export", classifier(), *options, "--threads", 1)

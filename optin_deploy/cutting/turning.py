@@ -26,7 +26,6 @@ from torch import Tensor
 from optin_deploy.cutting.proof import NotProven, difference
 from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.network.graph import Network
-from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 from optin_deploy.network.weights import with_weights
 from optin_deploy.regression import Moments
@@ -35,7 +34,7 @@ from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import rows_of_value
 from optin_deploy.structure.solving import Changes, apart
-from optin_deploy.structure.turning import Side, Turnable, turnable
+from optin_deploy.structure.turning import Side, Turnable, turnables
 
 SAMPLES, ROWS = 512, 8
 """Samples that are looked at, at most, and at once."""
@@ -66,13 +65,8 @@ def turned(
     Args: batches: inputs; the first `SAMPLES` are looked at. probes: on which the result is compared.
     Raises: NotProven: the result computes something else, which is our fault.
     """
-    found, skipped = list[Turnable](), dict[str, str]()
-    for group in subject.layout.groups:
-        if group.kind in kinds:
-            try:
-                found.append(turnable(subject.structure, group))
-            except Unsupported as err:
-                skipped[group.name] = str(err)
+    some = (group for group in subject.layout.groups if group.kind in kinds)
+    found, skipped = turnables(subject.structure, some)
     if not found:
         return Turned(subject.structure.network, (), skipped)
     sides = [side for each in found for side in (*each.makers, *each.others)]

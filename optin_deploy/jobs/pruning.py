@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
@@ -48,6 +49,7 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.tokens import TokenStream, token_stream
 from optin_deploy.structure.turning import KINDS as TURNED
+from optin_deploy.structure.turning import turnables
 
 log = logging.getLogger(__name__)
 
@@ -273,9 +275,12 @@ def curves_of(ready: Ready, scores: UnitScores, progress: Progress = silent) -> 
 
     Raises: BadInput: too few samples.
     """
+    found, _ = turnables(ready.layout.structure, (group for group in ready.layout.groups if group.kind in ready.kinds))
+    units = {each.group.name: each.group.units for each in found}
+    fronts = {name: torch.arange(count, 0, -1, dtype=torch.float64) for name, count in units.items()}
     return unit_curves(
         ready.subject,
-        scores.scores,
+        {**scores.scores, **fronts},  # turned widths stay from the front
         ready.rows.calibration.batches,
         kinds=ready.kinds,
         token_weights=ready.token_weights(),

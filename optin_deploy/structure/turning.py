@@ -8,7 +8,7 @@ network computes the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,17 @@ class Turnable:
     """What is multiplied by its inverse."""
     used: bool
     """Whether the others use the entries, as the projection behind attention does; else they make them too."""
+
+
+def turnables(structure: Structure, groups: Iterable[UnitGroup]) -> tuple[list[Turnable], dict[str, str]]:
+    """Return those of some groups that may be turned, and why the others may not, by name."""
+    found, skipped = list[Turnable](), dict[str, str]()
+    for group in groups:
+        try:
+            found.append(turnable(structure, group))
+        except Unsupported as err:
+            skipped[group.name] = str(err)
+    return found, skipped
 
 
 def turnable(structure: Structure, group: UnitGroup) -> Turnable:
