@@ -38,8 +38,6 @@ from optin_deploy.jobs.pruning import (
     score,
     score_key,
     turned,
-    turns,
-    with_network,
 )
 from optin_deploy.jobs.stored import mark
 from optin_deploy.jobs.tokens import least_error, schedules
@@ -58,6 +56,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.storage import sha256_json
 from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.turning import KINDS as TURNED
 from optin_deploy.workspace import ARTIFACTS, DENSE, PRUNED, Source, Workspace
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
         metric="perplexity" if dense.task == "text-generation" else None,
         seed=source.seed,
     )
-    if turns(ready):
+    if set(ready.kinds) & set(TURNED):
         dense, ready = _turned(dense, ready, home, other_rows=other_rows)
     prepared = Prepared(source, dense, ready)
     if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
@@ -118,14 +117,13 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
 
 def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
     """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
-    key = sha256_json(["turned", dense.key, ready.key])
+    key, stored = sha256_json(["turned", dense.key, ready.key]), None
     known = None if home is None else finished(home / DENSE)
     if home is not None and known is not None and (other_rows or known.key == key):
-        stored = tidied(read_file(home / DENSE), without=POOLED)
-        ready = with_network(ready, Network(stored.model, dense.network.source))
-    else:
-        ready = turned(ready)
-    return replace(dense, network=ready.network, key=key), ready
+        model = tidied(read_file(home / DENSE), without=POOLED).model
+        stored = Network(model, dense.network.source)
+    after = turned(ready, stored)
+    return (replace(dense, network=after.network, key=key) if after.turned else dense), after
 
 
 def _rows(dense: Dense, source: Source) -> Halves:
@@ -343,11 +341,14 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
         workspace.record.remove("model")
         return ""
     name = type(loaded.model).__name__
-    merges, turning = any(made.plan.merges), turns(ready)
-    repaired = None if merges or turning else with_weights_of(loaded.model, made.dense, ready.network)
-    why = f"what was repaired is no weight of {name}"
-    if merges or turning:
-        why = f"{name} keeps all of its tokens" if merges else f"{name} has one width for all that a head holds"
+    repaired = None
+    if any(made.plan.merges):
+        why = f"{name} keeps all of its tokens"
+    elif ready.turned:
+        why = f"{name} has one width for all that a head holds"
+    else:
+        why = f"what was repaired is no weight of {name}"
+        repaired = with_weights_of(loaded.model, made.dense, ready.network)
     if repaired is not None:
         probes = ready.found.probes
         smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)

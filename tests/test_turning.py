@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from tiny_checkpoint import Shell, bert, classifier, lines, text_options
 from torch import Tensor, nn
 
 import optin_deploy
-from optin_deploy.cutting.turning import Turned, balanced, turned
+from optin_deploy.cutting.turning import balanced, turned
 from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
 from optin_deploy.loading import load_model
+from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read
 from optin_deploy.network.read_onnx import read_file
@@ -26,16 +27,22 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
-from optin_deploy.structure.turning import KINDS
+from optin_deploy.structure.turning import KINDS, turnables
 
 
-def turn(
-    model: nn.Module, batches: Sequence[Batch], kinds: Sequence[str] = KINDS, **how: Any
-) -> tuple[Subject, Turned]:
+class Turned(NamedTuple):
+    network: Network
+    groups: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+def turn(model: nn.Module, batches: Sequence[Batch], **how: Any) -> tuple[Subject, Turned]:
     network = read(model, **how)
     probes = probes_of(network)
     subject = Subject.of(find(network, probes))
-    return subject, turned(subject, batches, kinds, probes)
+    widths, skipped = turnables(subject.structure, (group for group in subject.layout.groups if group.kind in KINDS))
+    network = turned(subject, batches, widths, probes)
+    return subject, Turned(network, tuple(each.group.name for each in widths), skipped)
 
 
 @pytest.mark.parametrize(

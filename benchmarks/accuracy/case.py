@@ -22,7 +22,7 @@ from optin_deploy.data.feeds import Halves
 from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned, turns
+from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned
 from optin_deploy.jobs.tokens import least_error, schedules
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.costs import Limit, fits, limits_within
@@ -76,8 +76,7 @@ class Case:
     @cached_property
     def ready(self) -> Ready:
         """As the product puts them together; no row judges, as the test rows do."""
-        ready = ready_of(self.found, Halves(self.calibration, None), seed=self.seed, kinds=self.kinds)
-        return turned(ready) if turns(ready) else ready
+        return turned(ready_of(self.found, Halves(self.calibration, None), seed=self.seed, kinds=self.kinds))
 
     @property
     def subject(self) -> Subject:

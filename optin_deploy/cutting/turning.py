@@ -34,7 +34,7 @@ from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import rows_of_value
 from optin_deploy.structure.solving import Changes, apart
-from optin_deploy.structure.turning import Side, Turnable, turnables
+from optin_deploy.structure.turning import Side, Turnable
 
 SAMPLES, ROWS = 512, 8
 """Samples that are looked at, at most, and at once."""
@@ -46,40 +46,28 @@ TOLERANCE = 1e-3
 """Largest change of an output, as a part of the largest, that is still rounding of the new weights."""
 
 
-@dataclass(frozen=True, eq=False)
-class Turned:
-    """A network that computes the same, its widths turned."""
-
-    network: Network
-    groups: tuple[str, ...]
-    """Names of those that are turned."""
-    skipped: Mapping[str, str]
-    """Why others are not, by name."""
-
-
 def turned(
-    subject: Subject, batches: Sequence[Batch], kinds: Collection[str], probes: Sequence[Mapping[str, Tensor]]
-) -> Turned:
-    """Return the network with all widths of these kinds turned that may be.
+    subject: Subject,
+    batches: Sequence[Batch],
+    widths: Sequence[Turnable],
+    probes: Sequence[Mapping[str, Tensor]],
+) -> Network:
+    """Return the network with these widths turned.
 
     Args: batches: inputs; the first `SAMPLES` are looked at. probes: on which the result is compared.
     Raises: NotProven: the result computes something else, which is our fault.
     """
-    some = (group for group in subject.layout.groups if group.kind in kinds)
-    found, skipped = turnables(subject.structure, some)
-    if not found:
-        return Turned(subject.structure.network, (), skipped)
-    sides = [side for each in found for side in (*each.makers, *each.others)]
+    sides = [side for each in widths for side in (*each.makers, *each.others)]
     changes = Changes(apart(subject.structure.network, [[side.product] for side in sides]), torch.device("cpu"))
     with torch.no_grad():
-        sums = _sums(subject, {look for each in found for look in _looks(each)}, batches)
-        for each in found:
+        sums = _sums(subject, {look for each in widths for look in _looks(each)}, batches)
+        for each in widths:
             one, other = (look.moments(sums[look]) for look in _looks(each))
             if one.isfinite().all() and other.isfinite().all():  # scoring names what holds no numbers
                 _turn(each, changes, *balanced(one, other))
         network = with_weights(changes.network, changes.weights)
         _prove(subject.structure.network, network, probes)
-    return Turned(network, tuple(each.group.name for each in found), skipped)
+    return network
 
 
 @dataclass(frozen=True)
@@ -188,9 +176,8 @@ def _multiply(side: Side, changes: Changes, by: Tensor, *, columns: bool) -> Non
         return
     moved = torch.einsum("hpd,hdai->hpai", change, matrix[entries])
     changes.add(product, entries, torch.arange(matrix.shape[1]), moved)
-    if product.shift is not None:
-        vector = changes.offset(product)[entries]  # (heads, width, again)
-        changes.shift(product, entries, torch.einsum("hpd,hda->hpa", change, vector))
+    vector = changes.offset(product)[entries]  # (heads, width, again)
+    changes.shift(product, entries, torch.einsum("hpd,hda->hpa", change, vector))
 
 
 def _prove(before: Network, after: Network, probes: Sequence[Mapping[str, Tensor]]) -> None:

@@ -28,7 +28,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.guard import check_module, working
 from optin_deploy.jobs import stored
 from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned, turns
+from optin_deploy.jobs.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned
 from optin_deploy.jobs.tokens import check, merging
 from optin_deploy.network.examples import Example, example_of
 from optin_deploy.network.graph import Network
@@ -150,8 +150,7 @@ def prune(
         network = read_module(model, example.inputs, axes=example.axes)
         rows = replace(rows, calibration=fitting(network, rows.calibration))
         found = find_in(network)
-        ready = ready_of(found, rows, kinds=choice.kinds, seed=seed)
-        ready = turned(ready) if turns(ready) else ready
+        ready = turned(ready_of(found, rows, kinds=choice.kinds, seed=seed))
         choice = merging(ready, aligned(found.layout, choice, align), share)
         check(ready, limits, choice)
         scores = score(ready, scoring)
@@ -159,7 +158,7 @@ def prune(
         within = limits_within(ready.costs_with(choice.merges), limits)
         keep = pick(ready, scores, within, choice, curves, emptying=not any(choice.merges))
         pruned = make(ready, planned(ready, keep, scores, asdict(limits), choice.merges), compensation=compensation)
-        held = cut_like(model, pruned, ready.found, graph=turns(ready))
+        held = cut_like(model, pruned, ready.found, graph=bool(ready.turned))
     report = {
         **_counts(pruned.plan),
         "params": {"dense": smaller.count(model), "pruned": smaller.count(held.module)},

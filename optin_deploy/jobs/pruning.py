@@ -75,6 +75,8 @@ class Ready:
     """What is measured besides what fits the output."""
     seed: int = 0
     """Of random directions."""
+    turned: tuple[str, ...] = ()
+    """Names of the groups whose widths are turned: they stay from the front."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -214,29 +216,26 @@ def ready_of(
     return Ready(found, rows, subject, kinds, names, strict, metric, seed)
 
 
-def turns(ready: Ready) -> bool:
-    """Whether widths of heads may be cut, which are turned before."""
-    return any(group.kind in TURNED and group.kind in ready.kinds for group in ready.layout.groups)
-
-
-def turned(ready: Ready) -> Ready:
+def turned(ready: Ready, stored: Network | None = None) -> Ready:
     """Turn the widths of heads that may be cut, so that a few of their entries hold most; see `cutting.turning`.
 
+    Args: stored: the network with these widths turned, if that was done before.
+    Returns: the same where there is nothing to turn.
     Raises: NotProven: our fault.
     """
-    kinds = set(ready.kinds) & set(TURNED)
-    found = turned_network(ready.subject, ready.rows.calibration.batches, kinds, ready.found.probes)
-    if found.skipped:
-        why, count = "; ".join(sorted(set(found.skipped.values()))), len(found.skipped)
+    some = (group for group in ready.layout.groups if group.kind in TURNED and group.kind in ready.kinds)
+    widths, skipped = turnables(ready.layout.structure, some)
+    if skipped:
+        why, count = "; ".join(sorted(set(skipped.values()))), len(skipped)
         log.warning("the widths of %d groups of heads may be cut, but not be turned before: %s.", count, why)
-    return with_network(ready, found.network)
-
-
-def with_network(ready: Ready, network: Network) -> Ready:
-    """The same of a network of the same nodes with other weights."""
-    found = Found(find(network, ready.found.probes), ready.found.probes)
-    program = Program(network, device=ready.subject.program.device, dtype=ready.subject.program.dtype)
-    return replace(ready, found=found, subject=replace(ready.subject, layout=found.layout, program=program))
+    if not widths:
+        return ready
+    subject, probes = ready.subject, ready.found.probes
+    network = stored or turned_network(subject, ready.rows.calibration.batches, widths, probes)
+    found = Found(find(network, probes), probes)
+    program = Program(network, device=subject.program.device, dtype=subject.program.dtype)
+    subject = replace(subject, layout=found.layout, program=program)
+    return replace(ready, found=found, subject=subject, turned=tuple(each.group.name for each in widths))
 
 
 def score(
@@ -275,9 +274,8 @@ def curves_of(ready: Ready, scores: UnitScores, progress: Progress = silent) -> 
 
     Raises: BadInput: too few samples.
     """
-    found, _ = turnables(ready.layout.structure, (group for group in ready.layout.groups if group.kind in ready.kinds))
-    units = {each.group.name: each.group.units for each in found}
-    fronts = {name: torch.arange(count, 0, -1, dtype=torch.float64) for name, count in units.items()}
+    units = ready.layout.units
+    fronts = {name: torch.arange(units[name], 0, -1, dtype=torch.float64) for name in ready.turned}
     return unit_curves(
         ready.subject,
         {**scores.scores, **fronts},  # turned widths stay from the front
