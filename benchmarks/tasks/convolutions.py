@@ -26,8 +26,6 @@ from optin_deploy.storage import atomic_folder, sha256_json
 from optin_deploy.terminal import stage_bar
 
 WEIGHTS = "weights.safetensors"
-CALIBRATION = 8192
-"""Images of the calibration sheet: small feature maps have few places, so that a repair needs many images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def _task(name: str, cache: Path) -> Task:
     size = recipe.image_size
     model, processor = trained(recipe, cache), processor_of(size)
     inputs = {"pixel_values": torch.zeros(2, 3, size, size)}
-    return Task(f"cifar10-{name}", model, processor, *unseen(cache, recipe.seed, CALIBRATION), 1, inputs)
+    return Task(f"cifar10-{name}", model, processor, *unseen(cache, recipe.seed), 1, inputs)
 
 
 def trained(recipe: Recipe, cache: Path) -> nn.Module:
