@@ -43,7 +43,8 @@ def least_error(branches: Sequence[Options], limits: Sequence[int]) -> list[int]
             integrality=np.ones(len(errors)),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs / scale, -np.inf, room)],
-            options={"mip_rel_gap": GAP},
+            # Behind its presolve, HiGHS prints to stdout where a solution must be mended; without, it takes as long.
+            options={"mip_rel_gap": GAP, "presolve": False},
         )
         if found.x is None:
             return None

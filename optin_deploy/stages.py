@@ -352,7 +352,9 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
     if repaired is not None:
         probes = ready.found.probes
         smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)
-        why = smaller.why_graph or ("" if fits(smaller.module) else f"{name} is no class of transformers")
+        why = smaller.why_graph.removesuffix(".") or (
+            "" if fits(smaller.module) else f"{name} is no class of transformers"
+        )
         if not why:
             about = {TEXT_PAIRS: ready.rows.pairs}
             how: dict[str, Any] = {"preprocessor": loaded.preprocessor, "files": loaded.files, "about": about}
