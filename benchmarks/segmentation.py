@@ -1,13 +1,12 @@
 """Segmentation models through the whole job: mean IoU, MACs and measured speed, and pictures of what they see.
 
 The models learn shapes on photographs (benchmarks/tasks/scenes.py) once, which takes minutes; what is finished is not
-done again. Run: python -m benchmarks.segmentation --record
+done again, but measured in every run. Run: python -m benchmarks.segmentation --record
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.jobs import SPEED, THREADS, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
-from exporters.job import export_model
 from exporters.ready import Request
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Limits
@@ -31,13 +30,13 @@ from optin_deploy.pictures import DPI, save_figure
 from optin_deploy.scoring.reading import reading_of
 from optin_deploy.segmentation_quality import largest
 from optin_deploy.stages import prepare
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.terminal import quiet_libraries
 from optin_deploy.workspace import DENSE, PRUNED, Source, Workspace
 
 NAME = "segmentation"
 HEADER = (
     *("model", "MACs kept", "mean IoU", "dense", "points", "pixels right", "dense"),
-    *("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal"),
+    *SPEED,
 )
 SHOWN = 4
 """Scenes in the picture."""
@@ -70,27 +69,21 @@ def main() -> None:
 def done(name: str, flops: float, samples: int, cache: Path, home: Path) -> dict[str, Any]:
     """One job, as a user would do it."""
     data, out = scenes_folder(cache), home / f"{name}-{flops:g}-{samples}"
-    if not (out / "report.json").is_file():
-        source = Source(str(trained(name, cache)), calibration=str(data), evaluation=str(data), samples=samples)
-        export_model(Request(source, Limits(flops=flops), threads=1), out, stage=stage_bar)
-    told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    kept = {key: told[key] for key in ("quality", "macs", "params", "latency", "groups", "seconds", "notes")}
-    return {"model": name, "folder": str(out), **kept}
+    source = Source(str(trained(name, cache)), calibration=str(data), evaluation=str(data), samples=samples)
+    return {"model": name, **reported(Request(source, Limits(flops=flops), points=(), threads=THREADS), out)}
 
 
 def page(found: Sequence[Mapping[str, Any]]) -> str:
     """The result for people."""
     rows = []
     for each in found:
-        quality, measured = each["quality"], each["latency"][0]
+        quality = each["quality"]
         before, after = quality["beside"]["pixel_accuracy"]
-        low, high = measured["ci95"]
         rows.append(
             (
                 *(each["model"], f"{each['macs']['kept']:.3f}", f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}"),
                 *(f"{100 * (quality['pruned'] - quality['dense']):+.1f}", f"{after:.1%}", f"{before:.1%}"),
-                *(f"{measured['dense']['p50_ms']:.2f}", f"{measured['pruned']['p50_ms']:.2f}"),
-                *(f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{measured['ideal']:.2f}"),
+                *speed(each),
             )
         )
     return (

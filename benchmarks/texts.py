@@ -1,7 +1,8 @@
 """Text classifiers through the whole job, with tokens that go on their way and without: accuracy and measured speed.
 
 MiniLM-L6 fine-tuned on Reuters' newswire (benchmarks/tasks/text.py), every text padded to the model's 64 tokens, as a
-server with static shapes takes them. What is finished is not done again. Run: python -m benchmarks.texts --record
+server with static shapes takes them. What is finished is not done again, but measured in every run. Run:
+python -m benchmarks.texts --record
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.jobs import SPEED, THREADS, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS
-from exporters.job import export_model
 from exporters.ready import Request
 from optin_deploy.bench.report import to_table
 from optin_deploy.budget import Limits
@@ -24,11 +25,11 @@ from optin_deploy.data.samples import Sample
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.storage import atomic_folder
 from optin_deploy.structure.labels import TOKENS
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.terminal import quiet_libraries
 from optin_deploy.workspace import Source
 
 NAME = "texts"
-HEADER = ("what goes", "MACs kept", "right", "dense", "points", "dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal")
+HEADER = ("what goes", "MACs kept", "right", "dense", "points", *SPEED)
 UNITS: Mapping[str, tuple[str, ...]] = {"widths": DEFAULT_KINDS, "widths and tokens": (*DEFAULT_KINDS, TOKENS)}
 """Kinds of units by what a person calls them."""
 
@@ -77,31 +78,22 @@ def _lines(rows: Sequence[Sample]) -> str:
 
 def done(files: Path, flops: float, what: str, samples: int, out: Path) -> dict[str, Any]:
     """One job, as a user would do it."""
-    if not (out / "report.json").is_file():
-        longest = int((files / "seq_len").read_text(encoding="utf-8"))
-        source = Source(
-            str(files / "model"), calibration=str(files / "calibration.jsonl"), evaluation=str(files / "test.jsonl"),
-            seq_len=longest, samples=samples, units=UNITS[what], drop_tokens=TOKENS in UNITS[what],
-        )  # fmt: skip
-        export_model(Request(source, Limits(flops=flops), threads=1), out, stage=stage_bar)
-    told: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return {"what": what, **{key: told[key] for key in ("quality", "macs", "latency", "seconds", "notes")}}
+    source = Source(
+        str(files / "model"), calibration=str(files / "calibration.jsonl"), evaluation=str(files / "test.jsonl"),
+        seq_len=int((files / "seq_len").read_text(encoding="utf-8")), samples=samples,
+        units=UNITS[what], drop_tokens=TOKENS in UNITS[what],
+    )  # fmt: skip
+    return {"what": what, **reported(Request(source, Limits(flops=flops), points=(), threads=THREADS), out)}
 
 
 def page(task: str, found: Sequence[Mapping[str, Any]]) -> str:
     """The result for people."""
     rows = []
     for each in found:
-        quality, measured = each["quality"], each["latency"][0]
-        low, high = measured["ci95"]
-        rows.append(
-            (
-                *(each["what"], f"{each['macs']['kept']:.3f}", f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}"),
-                *(f"{100 * (quality['pruned'] - quality['dense']):+.1f}", f"{measured['dense']['p50_ms']:.2f}"),
-                *(f"{measured['pruned']['p50_ms']:.2f}", f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]"),
-                f"{measured['ideal']:.2f}",
-            )
-        )
+        quality = each["quality"]
+        lost = f"{100 * (quality['pruned'] - quality['dense']):+.1f}"
+        right = (f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}", lost)
+        rows.append((each["what"], f"{each['macs']['kept']:.3f}", *right, *speed(each)))
     count, longest = found[0]["quality"]["samples"], found[0]["latency"][0]["seq_len"]
     return (
         f"# Texts whose tokens go on their way\n\nMiniLM-L6 fine-tuned on {task}, {count:,} texts that nothing learned "

@@ -1,0 +1,42 @@
+"""Whole jobs, as a user does them, for pages of results: made once, measured in every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporters.bench.measuring import Bench, bench_folder
+from exporters.bench.points import Point
+from exporters.job import export_model
+from exporters.ready import Request
+from optin_deploy.terminal import stage_bar
+
+THREADS = 1
+SPEED = ("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal")
+"""The columns of `speed`."""
+KEPT = ("quality", "macs", "params", "groups", "seconds", "notes")
+"""What of a report is kept."""
+
+
+def reported(request: Request, out: Path) -> dict[str, Any]:
+    """What the report of a job says; it is made unless `out` has it, and measured on ONNX Runtime now.
+
+    Args: request: without points: what is measured in the job would not be measured beside the other jobs.
+    """
+    if not (out / "report.json").is_file():
+        export_model(request, out, stage=stage_bar)
+    bench_folder(out, Bench("onnx", None, (Point(),), THREADS), stage=stage_bar)
+    said, measured = (
+        json.loads((out / name).read_text(encoding="utf-8")) for name in ("report.json", "measurements.json")
+    )
+    return {"folder": str(out), **{key: said[key] for key in KEPT}, "latency": measured["latency"]}
+
+
+def speed(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was measured, for a table."""
+    measured = found["latency"][0]
+    low, high = measured["ci95"]
+    times = (f"{measured[each]['p50_ms']:.2f}" for each in ("dense", "pruned"))
+    return (*times, f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{measured['ideal']:.2f}")
