@@ -43,8 +43,7 @@ def least_error(branches: Sequence[Options], limits: Sequence[int]) -> list[int]
             integrality=np.ones(len(errors)),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs / scale, -np.inf, room)],
-            # Behind its presolve, HiGHS prints to stdout where a solution must be mended; without, it takes as long.
-            options={"mip_rel_gap": GAP, "presolve": False},
+            options={"mip_rel_gap": GAP},
         )
         if found.x is None:
             return None
