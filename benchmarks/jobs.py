@@ -11,7 +11,9 @@ from exporters.bench.measuring import Bench, bench_folder
 from exporters.bench.points import Point
 from exporters.job import export_model
 from exporters.ready import Request
+from optin_deploy.budget import Limits
 from optin_deploy.terminal import stage_bar
+from optin_deploy.workspace import Source
 
 THREADS = 1
 SPEED = ("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal")
@@ -20,18 +22,21 @@ KEPT = ("quality", "macs", "params", "groups", "seconds", "notes")
 """What of a report is kept."""
 
 
-def reported(request: Request, out: Path) -> dict[str, Any]:
-    """What the report of a job says; it is made unless `out` has it, and measured on ONNX Runtime now.
-
-    Args: request: without points: what is measured in the job would not be measured beside the other jobs.
-    """
+def reported(source: Source, flops: float, out: Path) -> dict[str, Any]:
+    """What a job at a share of the MACs reports; made unless `out` has it, and measured on ONNX Runtime in this run."""
     if not (out / "report.json").is_file():
-        export_model(request, out, stage=stage_bar)
+        export_model(Request(source, Limits(flops=flops), points=(), threads=THREADS), out, stage=stage_bar)
     bench_folder(out, Bench("onnx", None, (Point(),), THREADS), stage=stage_bar)
     said, measured = (
         json.loads((out / name).read_text(encoding="utf-8")) for name in ("report.json", "measurements.json")
     )
     return {"folder": str(out), **{key: said[key] for key in KEPT}, "latency": measured["latency"]}
+
+
+def quality(found: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What is right in the cut network and in the dense one, and the points between, for a table."""
+    cut, dense = (found["quality"][each] for each in ("pruned", "dense"))
+    return f"{cut:.1%}", f"{dense:.1%}", f"{100 * (cut - dense):+.1f}"
 
 
 def speed(found: Mapping[str, Any]) -> tuple[str, ...]:

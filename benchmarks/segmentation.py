@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.jobs import SPEED, THREADS, reported, speed
+from benchmarks.jobs import SPEED, quality, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
-from exporters.ready import Request
 from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
@@ -34,10 +32,7 @@ from optin_deploy.terminal import quiet_libraries
 from optin_deploy.workspace import DENSE, PRUNED, Source, Workspace
 
 NAME = "segmentation"
-HEADER = (
-    *("model", "MACs kept", "mean IoU", "dense", "points", "pixels right", "dense"),
-    *SPEED,
-)
+HEADER = ("model", "MACs kept", "mean IoU", "dense", "points", "pixels right", "dense", *SPEED)
 SHOWN = 4
 """Scenes in the picture."""
 
@@ -70,22 +65,16 @@ def done(name: str, flops: float, samples: int, cache: Path, home: Path) -> dict
     """One job, as a user would do it."""
     data, out = scenes_folder(cache), home / f"{name}-{flops:g}-{samples}"
     source = Source(str(trained(name, cache)), calibration=str(data), evaluation=str(data), samples=samples)
-    return {"model": name, **reported(Request(source, Limits(flops=flops), points=(), threads=THREADS), out)}
+    return {"model": name, **reported(source, flops, out)}
 
 
 def page(found: Sequence[Mapping[str, Any]]) -> str:
     """The result for people."""
     rows = []
     for each in found:
-        quality = each["quality"]
-        before, after = quality["beside"]["pixel_accuracy"]
-        rows.append(
-            (
-                *(each["model"], f"{each['macs']['kept']:.3f}", f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}"),
-                *(f"{100 * (quality['pruned'] - quality['dense']):+.1f}", f"{after:.1%}", f"{before:.1%}"),
-                *speed(each),
-            )
-        )
+        before, after = each["quality"]["beside"]["pixel_accuracy"]
+        pixels = (f"{after:.1%}", f"{before:.1%}")
+        rows.append((each["model"], f"{each['macs']['kept']:.3f}", *quality(each), *pixels, *speed(each)))
     return (
         f"# Segmentation without retraining\n\n{', '.join(NAMES[1:])} cut out of photographs on other photographs, "
         f"{found[0]['quality']['samples']} scenes of 128 x 128 pixels that nothing learned from. ONNX Runtime, batch 1,"

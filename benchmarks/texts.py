@@ -15,12 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.jobs import SPEED, THREADS, reported, speed
+from benchmarks.jobs import SPEED, quality, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS
-from exporters.ready import Request
 from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
 from optin_deploy.data.samples import Sample
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.storage import atomic_folder
@@ -83,17 +81,12 @@ def done(files: Path, flops: float, what: str, samples: int, out: Path) -> dict[
         seq_len=int((files / "seq_len").read_text(encoding="utf-8")), samples=samples,
         units=UNITS[what], drop_tokens=TOKENS in UNITS[what],
     )  # fmt: skip
-    return {"what": what, **reported(Request(source, Limits(flops=flops), points=(), threads=THREADS), out)}
+    return {"what": what, **reported(source, flops, out)}
 
 
 def page(task: str, found: Sequence[Mapping[str, Any]]) -> str:
     """The result for people."""
-    rows = []
-    for each in found:
-        quality = each["quality"]
-        lost = f"{100 * (quality['pruned'] - quality['dense']):+.1f}"
-        right = (f"{quality['pruned']:.1%}", f"{quality['dense']:.1%}", lost)
-        rows.append((each["what"], f"{each['macs']['kept']:.3f}", *right, *speed(each)))
+    rows = [(each["what"], f"{each['macs']['kept']:.3f}", *quality(each), *speed(each)) for each in found]
     count, longest = found[0]["quality"]["samples"], found[0]["latency"][0]["seq_len"]
     return (
         f"# Texts whose tokens go on their way\n\nMiniLM-L6 fine-tuned on {task}, {count:,} texts that nothing learned "

@@ -23,7 +23,7 @@ from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, re
 from optin_deploy.data.image_feeds import Pixels
 from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.dense import Dense, dense_of
+from optin_deploy.jobs.dense import Dense, dense_of, stored_in
 from optin_deploy.jobs.modules import with_weights_of
 from optin_deploy.jobs.networks import Found
 from optin_deploy.jobs.pruning import (
@@ -45,11 +45,9 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished, store
-from optin_deploy.network.unused import tidied
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
-from optin_deploy.pooling import POOLED
 from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
@@ -120,8 +118,7 @@ def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) 
     key, stored = sha256_json(["turned", dense.key, ready.key]), None
     known = None if home is None else finished(home / DENSE)
     if home is not None and known is not None and (other_rows or known.key == key):
-        model = tidied(read_file(home / DENSE), without=POOLED).model
-        stored = Network(model, dense.network.source)
+        stored = stored_in(home, dense.network.source)
     after = turned(ready, stored)
     return (replace(dense, network=after.network, key=key) if after.turned else dense), after
 

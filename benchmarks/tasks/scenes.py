@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.tasks.images import photographs
-from benchmarks.tasks.training import Training, shuffled, train
+from benchmarks.tasks.training import Training, kept, shuffled, train
 from optin_deploy.progress import Progress, silent
 from optin_deploy.storage import atomic_folder, sha256_json
-from optin_deploy.terminal import stage_bar
 
 SIDE = 128
 SHAPES: Mapping[str, str] = {
@@ -117,16 +116,14 @@ def scenes_folder(cache: Path) -> Path:
 def trained(name: str, cache: Path) -> Path:
     """The folder of a model that knows the shapes; trained unless `cache` has it."""
     recipe = RECIPES[name]
-    folder = cache / f"scenes-{recipe.model}-{sha256_json([asdict(recipe), *DRAWN])[:8]}"
-    if not folder.exists():
+
+    def make(progress: Progress) -> tuple[Any, Any]:
         torch.manual_seed(recipe.seed)
         model, processor = MODELS[recipe.model]()
-        with stage_bar(f"train {name}") as progress:
-            _learn(model, processor, list(scenes("learning", recipe.scenes, cache)), recipe, progress)
-        with atomic_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            processor.save_pretrained(temporary)
-    return folder
+        _learn(model, processor, list(scenes("learning", recipe.scenes, cache)), recipe, progress)
+        return model, processor
+
+    return kept(cache / f"scenes-{recipe.model}-{sha256_json([asdict(recipe), *DRAWN])[:8]}", name, make)
 
 
 def segformer() -> tuple[Any, Any]:

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, texts_of
-from benchmarks.tasks.training import Training, train
+from benchmarks.tasks.training import Training, kept, train
 from optin_deploy.checkpoint.preprocessor import load_preprocessor
 from optin_deploy.data.samples import Sample
 from optin_deploy.loading import load_dense
 from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_json
-from optin_deploy.terminal import stage_bar
+from optin_deploy.storage import sha256_json
 
 VADER = Archive(
     "vaderSentiment-3.3.2.tar.gz",
@@ -167,13 +166,7 @@ def _task(
     rows = _shuffled(samples, recipe.seed)
     held = recipe.calibration + (0 if own_test else recipe.test)
     folder = cache / f"{name}-{sha256_json(asdict(recipe))[:8]}"
-    if not folder.exists():
-        with stage_bar(f"train {name}") as progress:
-            trained, tokenizer = fine_tune(rows[held:], recipe, progress=progress)
-        with atomic_folder(folder) as temporary:
-            for part in (trained, tokenizer):
-                part.save_pretrained(temporary)
-    loaded = load_dense(str(folder))
+    loaded = load_dense(str(kept(folder, name, lambda progress: fine_tune(rows[held:], recipe, progress=progress))))
     seen = {row.text for row in rows}
     apart = [row for row in _shuffled(own_test, recipe.seed) if row.text not in seen][: recipe.test]
     calibration, test = rows[: recipe.calibration], apart or rows[recipe.calibration : held]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.progress import Progress, silent
+from optin_deploy.storage import atomic_folder
+from optin_deploy.terminal import stage_bar
 
 T = TypeVar("T")
 
@@ -27,6 +30,17 @@ class Training:
     clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0
+
+
+def kept(folder: Path, name: str, make: Callable[[Progress], tuple[Any, Any]]) -> Path:
+    """The folder of a model with its preprocessor, which are trained unless they are there."""
+    if not folder.exists():
+        with stage_bar(f"train {name}") as progress:
+            made = make(progress)
+        with atomic_folder(folder) as temporary:
+            for part in made:
+                part.save_pretrained(temporary)
+    return folder
 
 
 def shuffled(samples: Sequence[T], recipe: Training, draw: random.Random) -> list[list[T]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.jobs import SPEED, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.zoo import material, models
 from benchmarks.zoo.material import Counts, Make
@@ -34,7 +35,7 @@ COUNTS = Counts(64, 32)
 KEPT = ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds", "notes")
 HEADER = (
     *("model", "given as", "MACs kept", "rows", "allocation", "quality", "seen by users"),
-    *("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal", "seconds"),
+    *(*SPEED, "seconds"),
 )
 
 
@@ -175,15 +176,13 @@ def _rows(row: Row, counts: Counts, home: Path) -> material.Paths:
 
 def words(found: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
-    measured, quality = found["latency"][0], found["quality"]
-    low, high = measured["ci95"]
+    quality = found["quality"]
     dense = "" if quality["dense"] in (0.0, 1.0) else f" (dense {quality['dense']:.4g})"
     return (
         *(found["model"], found["given"], f"{found['macs']['kept']:.3f}", " + ".join(map(str, found["rows"]))),
         *(found["allocation"], f"{quality['metric']} {quality['pruned']:.4f}{dense}"),
         "; ".join(f"{name} {value}" for name, value in found["seen"].items()),
-        *(f"{measured['dense']['p50_ms']:.2f}", f"{measured['pruned']['p50_ms']:.2f}"),
-        *(f"{measured['speedup']:.2f} [{low:.2f}, {high:.2f}]", f"{measured['ideal']:.2f}"),
+        *speed(found),
         f"{found['wall_seconds']:.0f}",
     )
 

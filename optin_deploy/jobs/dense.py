@@ -118,8 +118,7 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
     names = _names(loaded) if classifies(loaded.model) else None
     known = None if home is None else finished(home / DENSE)
     if home is not None and known is not None and known.key == key:
-        stored = tidied(read_file(home / DENSE), without=POOLED)
-        return Dense(Network(stored.model, type(loaded.model).__name__), key, loaded, names)
+        return Dense(stored_in(home, type(loaded.model).__name__), key, loaded, names)
     if source.image_size is not None:
         check_room(loaded.model, source.image_size)
     _try_two(loaded)
@@ -127,6 +126,11 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
     if source.any_size:
         check_any_size(loaded.model, network)
     return Dense(network, key, loaded, names)
+
+
+def stored_in(home: Path, source: str) -> Network:
+    """The network of the dense.onnx there, without what pooling added; `source` is what it came from."""
+    return Network(tidied(read_file(home / DENSE), without=POOLED).model, source)
 
 
 def _names(loaded: LoadedModel) -> tuple[str, ...]:
