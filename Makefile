@@ -13,7 +13,7 @@ TEST_ARGS ?=
 TEST_JOBS ?= 2
 # The Python half of TensorRT: it does not run without NVIDIA's libraries, but it holds every name and signature.
 TENSORRT_BINDINGS := tensorrt-cu12-bindings==10.12.0.36 tensorrt-cu13-bindings==11.4.0.106
-CODE := optin_deploy exporters benchmarks
+CODE := optin_deploy benchmarks
 # Real inference servers, and KServe's schema; their packages clash with ours and with each other's.
 SERVER_STAMPS := $(patsubst %,.venv-%/.installed,triton mlserver kserve)
 

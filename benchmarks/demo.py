@@ -19,24 +19,26 @@ import numpy as np
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.points import Point
-from exporters.job import export_model
-from exporters.ready import Request
-from optin_deploy.bench.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
-from optin_deploy.budget import Limits
-from optin_deploy.data.ports import takes
-from optin_deploy.data.rows import Batching, Feeds
 from optin_deploy.data.samples import Sample
-from optin_deploy.data.text_feeds import text_feeds, text_inputs
-from optin_deploy.jobs.pruning import make
+from optin_deploy.feeds.ports import takes
+from optin_deploy.feeds.rows import Batching, Feeds
+from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
+from optin_deploy.files.names import PRUNED
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.stages import Planner, Prepared, prepare
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.measuring.points import Point
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
-from optin_deploy.network_quality import readouts
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.widths import Choice
-from optin_deploy.stages import Planner, Prepared, prepare
-from optin_deploy.terminal import print_table, quiet_libraries, stage_bar
-from optin_deploy.workspace import PRUNED, Source, Workspace
+from optin_deploy.pruning.pruning import make
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.outputs import readouts
+from optin_deploy.reporting.report import LATENCY_HEADER, SUMMARY_HEADER, Report, latency_rows, summary_rows, to_table
+from optin_deploy.reporting.terminal import print_table, quiet_libraries, stage_bar
 
 CALIBRATION, HELD_OUT = 256, 64
 PROBE_TRAIN, PROBE_TEST = 500, 500

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporters.bench.measuring import Bench, bench_folder
-from exporters.bench.points import Point
-from exporters.job import export_model
-from exporters.ready import Request
-from optin_deploy.budget import Limits
-from optin_deploy.terminal import stage_bar
-from optin_deploy.workspace import Source
+from optin_deploy.jobs.bench import Bench, bench_folder
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.measuring.points import Point
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.terminal import stage_bar
 
 THREADS = 1
 SPEED = ("dense p50 ms", "cut p50 ms", "speed-up [95%]", "ideal")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.bench.environment import environment
-from optin_deploy.storage import write_json, write_text
+from optin_deploy.common.environment import environment
+from optin_deploy.files.storage import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 

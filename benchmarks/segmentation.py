@@ -20,16 +20,18 @@ from torch import Tensor
 from benchmarks.jobs import SPEED, quality, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
-from optin_deploy.bench.report import to_table
 from optin_deploy.data.class_maps import ClassMap
+from optin_deploy.files.names import DENSE, PRUNED
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
-from optin_deploy.pictures import DPI, save_figure
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.segmentation import largest
+from optin_deploy.reporting.pictures import DPI, save_figure
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries
 from optin_deploy.scoring.reading import reading_of
-from optin_deploy.segmentation_quality import largest
-from optin_deploy.stages import prepare
-from optin_deploy.terminal import quiet_libraries
-from optin_deploy.workspace import DENSE, PRUNED, Source, Workspace
 
 NAME = "segmentation"
 HEADER = ("model", "MACs kept", "mean IoU", "dense", "points", "pixels right", "dense", *SPEED)

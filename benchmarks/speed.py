@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.measuring import Bench, bench_folder
-from exporters.bench.operator_times import RUNS, explain_folder
-from exporters.bench.points import Point
-from optin_deploy.bench.diagnosis import OPERATOR_HEADER, explained, operator_rows
-from optin_deploy.bench.report import LATENCY_HEADER, latency_rows, to_table
-from optin_deploy.findings import read_findings
-from optin_deploy.terminal import stage_bar
+from optin_deploy.jobs.bench import Bench, bench_folder
+from optin_deploy.jobs.operator_times import RUNS, explain_folder
+from optin_deploy.measuring.diagnosis import OPERATOR_HEADER, explained, operator_rows
+from optin_deploy.measuring.points import Point
+from optin_deploy.reporting.findings import read_findings
+from optin_deploy.reporting.report import LATENCY_HEADER, latency_rows, to_table
+from optin_deploy.reporting.terminal import stage_bar
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from typing import Any
 from benchmarks.jobs import SPEED, quality, reported, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS
-from optin_deploy.bench.report import to_table
 from optin_deploy.data.samples import Sample
+from optin_deploy.files.storage import atomic_folder
 from optin_deploy.planning.widths import DEFAULT_KINDS
-from optin_deploy.storage import atomic_folder
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries
 from optin_deploy.structure.labels import TOKENS
-from optin_deploy.terminal import quiet_libraries
-from optin_deploy.workspace import Source
 
 NAME = "texts"
 HEADER = ("what goes", "MACs kept", "right", "dense", "points", *SPEED)

@@ -16,16 +16,16 @@ from typing import Any
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2_folder, photographs
-from exporters.job import export_model
-from exporters.ready import Request
-from exporters.tuning import Rows, finetune_folder
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
 from optin_deploy.data.samples import Sample
-from optin_deploy.storage import atomic_folder
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.files.storage import atomic_folder
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
+from optin_deploy.tuning.folder import Rows, finetune_folder
 from optin_deploy.tuning.trainer import Tuning
-from optin_deploy.workspace import Source
 
 NAME = "transfer"
 HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned")

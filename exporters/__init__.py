@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from exporters.base import Exporter
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.base import Exporter
 
 ENGINES = {
-    "onnx": "exporters.to_onnx:OnnxExporter",
-    "openvino": "exporters.to_openvino:OpenVinoExporter",
-    "ort-cuda": "exporters.to_ort_gpu:OrtCudaExporter",
-    "ort-trt": "exporters.to_ort_gpu:OrtTensorRTExporter",
-    "torch": "exporters.to_torch:TorchExporter",
-    "torch-compile": "exporters.to_torch:CompiledTorchExporter",
-    "aoti": "exporters.to_aoti:AotiExporter",
-    "trt": "exporters.to_tensorrt:TensorRTExporter",
-    "trt-rtx": "exporters.to_tensorrt:RtxExporter",
+    "onnx": "optin_deploy.exporters.to_onnx:OnnxExporter",
+    "openvino": "optin_deploy.exporters.to_openvino:OpenVinoExporter",
+    "ort-cuda": "optin_deploy.exporters.to_ort_gpu:OrtCudaExporter",
+    "ort-trt": "optin_deploy.exporters.to_ort_gpu:OrtTensorRTExporter",
+    "torch": "optin_deploy.exporters.to_torch:TorchExporter",
+    "torch-compile": "optin_deploy.exporters.to_torch:CompiledTorchExporter",
+    "aoti": "optin_deploy.exporters.to_aoti:AotiExporter",
+    "trt": "optin_deploy.exporters.to_tensorrt:TensorRTExporter",
+    "trt-rtx": "optin_deploy.exporters.to_tensorrt:RtxExporter",
 }
 """Name on the command line -> module:class, imported when asked for."""
 

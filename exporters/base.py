@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from exporters.tensorrt_plan import EngineOptions
+from optin_deploy.common.processors import default_threads
 from optin_deploy.errors import BadInput
-from optin_deploy.processors import default_threads
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Artifact:
 
 
 class Exporter(Protocol):
-    """One engine. A new engine is one file with this protocol and one line in `exporters.ENGINES`."""
+    """One engine. A new engine is one file with this protocol and one line in `optin_deploy.exporters.ENGINES`."""
 
     engine: str
     precisions: tuple[str, ...]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from exporters.base import Artifact, ExportSpec, Form, graph_precision
-from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import CannotBuildHere
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, graph_precision
+from optin_deploy.exporters.to_onnx import OnnxExporter
 
 
 class OnnxEngineExporter(OnnxExporter):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from optin_deploy.common.validation import INT32
 from optin_deploy.errors import BadInput
-from optin_deploy.validation import INT32
 
 Range = tuple[int, int, int]
 """Smallest, usual and largest size of one axis."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from exporters.passes.folded import folded
-from exporters.passes.opset import raised
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes.folded import folded
+from optin_deploy.exporters.passes.opset import raised
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.write import write
 from optin_deploy.runtimes.base import Feeds

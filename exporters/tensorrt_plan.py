@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.profiles import Profile
 from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.exporters.profiles import Profile
+from optin_deploy.files.storage import atomic_file
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog
-from optin_deploy.storage import atomic_file
 
 COMPATIBLE = ("version", "hardware")
 WEIGHTS = ("fixed", "refittable", "stripped")

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
-from exporters.precisions import DTYPES
-from exporters.to_torch import module_of
-from optin_deploy.data.rows import MASK
 from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.precisions import DTYPES
+from optin_deploy.exporters.to_torch import module_of
+from optin_deploy.feeds.pooling import POOLED, pooled_states
+from optin_deploy.feeds.rows import MASK
+from optin_deploy.files.storage import atomic_file, sha256_file, sha256_json
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read_torch import FAILURES, Traced, prepared, quiet
 from optin_deploy.network.sealed import finished as sealed
-from optin_deploy.pooling import POOLED, pooled_states
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
-from optin_deploy.storage import atomic_file, sha256_file, sha256_json
 
 
 class AotiExporter(WithoutPlan):

@@ -5,21 +5,21 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
-from exporters.passes.folded import folded
-from exporters.passes.pooled import pooled
-from exporters.passes.typed import typed
-from exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.passes.folded import folded
+from optin_deploy.exporters.passes.pooled import pooled
+from optin_deploy.exporters.passes.typed import typed
+from optin_deploy.exporters.quantize import NEEDS_SAMPLES, NOISE_LIMIT, SETTINGS, quantize_int8
+from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.storage import scratch_folder, sha256_json
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of
 from optin_deploy.network.sealed import KEY, MADE_FROM, Finished, complete, finished, install, store
 from optin_deploy.network.unused import tidied
 from optin_deploy.network.write import SINGLE_FILE_BYTES
-from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.storage import scratch_folder, sha256_json
 
 PACKAGES = ("torch", "onnx", "onnxruntime")
 """What made a file; part of the artifact's `versions`."""

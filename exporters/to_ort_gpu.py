@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.onnx_engine import OnnxEngineExporter
 from optin_deploy.errors import MissingDependency
+from optin_deploy.exporters.onnx_engine import OnnxEngineExporter
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu
 from optin_deploy.runtimes.ort import OrtRuntime, import_onnxruntime

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from exporters.base import Artifact, ExportSpec, Form, graph_precision, typed_name
-from exporters.checks.preflight import build_ahead
-from exporters.tensorrt_plan import EngineOptions, build_engine
-from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, graph_precision, typed_name
+from optin_deploy.exporters.preflight import build_ahead
+from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
+from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.files.storage import atomic_file, sha256_file, sha256_json, write_text
 from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, finished, read_record, write_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
-from optin_deploy.storage import atomic_file, sha256_file, sha256_json, write_text
 
 TIMING_CACHE = "timing.cache"
 OLDEST, NEWEST = (10, 12), 12

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.base import Artifact, ExportSpec, Form, WithoutPlan
-from exporters.precisions import DTYPES
-from exporters.tensorrt_plan import EngineOptions
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.checkpoint.reloading import load
 from optin_deploy.checkpoint.smaller import MANIFEST, check_weights
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_dense
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan
+from optin_deploy.exporters.precisions import DTYPES
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.runtimes.base import Runtime, torch_threads
 from optin_deploy.runtimes.device import current_gpu, missing_compiler
 from optin_deploy.runtimes.torch import TorchRuntime
-from optin_deploy.storage import sha256_file
 
 MODULE = "model"
 """Folder of the transformers model in an output folder."""

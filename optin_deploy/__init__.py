@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optin_deploy.errors import OptinError
-    from optin_deploy.jobs.modules import PrunedModel, load, prune
-    from optin_deploy.jobs.networks import cut, inspect
     from optin_deploy.planning.plan import NetworkPlan
+    from optin_deploy.pruning.modules import PrunedModel, load, prune
+    from optin_deploy.pruning.networks import cut, inspect
     from optin_deploy.scoring.unit_scores import UnitScores
     from optin_deploy.structure.groups import Layout
 
@@ -27,12 +27,12 @@ _HOMES = {
     "Layout": "optin_deploy.structure.groups",
     "NetworkPlan": "optin_deploy.planning.plan",
     "OptinError": "optin_deploy.errors",
-    "PrunedModel": "optin_deploy.jobs.modules",
+    "PrunedModel": "optin_deploy.pruning.modules",
     "UnitScores": "optin_deploy.scoring.unit_scores",
-    "cut": "optin_deploy.jobs.networks",
-    "inspect": "optin_deploy.jobs.networks",
-    "load": "optin_deploy.jobs.modules",
-    "prune": "optin_deploy.jobs.modules",
+    "cut": "optin_deploy.pruning.networks",
+    "inspect": "optin_deploy.pruning.networks",
+    "load": "optin_deploy.pruning.modules",
+    "prune": "optin_deploy.pruning.modules",
 }
 """Public name -> module; imported when first used, so that `import optin_deploy` and `--help` stay quick."""
 

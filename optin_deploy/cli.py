@@ -15,21 +15,12 @@ from typing import Any, NoReturn
 
 import typer
 
-from optin_deploy.commands import (
-    artifacts,
-    finetuning,
-    gating,
-    job,
-    looking,
-    networks,
-    planning,
-    profiling,
-    scoring,
-    serving,
-)
+from optin_deploy.commands import artifacts, finetuning, gating, networks, planning, profiling, scoring, serving
+from optin_deploy.commands import export as job
+from optin_deploy.commands import show as looking
+from optin_deploy.common.processors import limit_libraries
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
-from optin_deploy.processors import limit_libraries
-from optin_deploy.terminal import quiet_libraries
+from optin_deploy.reporting.terminal import quiet_libraries
 
 INTERRUPTED = 130
 TRACEBACK = "--traceback"

@@ -21,7 +21,7 @@ import pytest
 from optin_deploy.errors import BadInput, GateFailed, OptinError, TooUnstable
 
 if TYPE_CHECKING:
-    from optin_deploy.bench.gate import Gate
+    from optin_deploy.measuring.gate import Gate
 
 MARKER = "latency_regression"
 STRICT = "--latency-strict"
@@ -124,9 +124,9 @@ def _check(name: str, value: Any) -> None:
 
 
 def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
-    from exporters.bench.comparing import settle
-    from exporters.bench.points import parse_point
-    from optin_deploy.bench.gate import limit_of
+    from optin_deploy.measuring.comparing import settle
+    from optin_deploy.measuring.gate import limit_of
+    from optin_deploy.measuring.points import parse_point
 
     for name, value in {"candidate": candidate, **settings}.items():
         _check(name, value)

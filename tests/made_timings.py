@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from optin_deploy.bench.timing import PairTiming
+from optin_deploy.measuring.timing import PairTiming
 
 BLOCKS = 12
 

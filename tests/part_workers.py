@@ -23,19 +23,20 @@ import pytest
 import tiny_scoring
 import torch
 
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.rows import Feeds
-from optin_deploy.jobs import pruning
-from optin_deploy.jobs.dense import Dense
-from optin_deploy.jobs.modules import example_for
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.common.progress import Progress
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.jobs.stages import Prepared, score_stage
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_torch import read_module
-from optin_deploy.progress import Progress
+from optin_deploy.pruning import pruning
+from optin_deploy.pruning.dense import Dense
+from optin_deploy.pruning.modules import example_for
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.source import Source
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, unit_job, unit_parts
 from optin_deploy.scoring.memory import Memory
 from optin_deploy.scoring.parts import FolderStore, Part, Store, run_parts
-from optin_deploy.stages import Prepared, score_stage
-from optin_deploy.workspace import Source, Workspace
 
 LEFT = 10
 """Exit code of a worker that left parts to others."""

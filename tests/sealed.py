@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.sealed import SEAL, _seal
-from optin_deploy.storage import sha256_file
 
 
 def put_artifact(proto: onnx.ModelProto, job: Path) -> None:

@@ -40,13 +40,13 @@ from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.images import processor_of
 from benchmarks.tasks.task import Task, judged
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.loading import load_dense
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.structure.find import find
 
 FLOPS = 0.5

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optin_deploy.allocate import Options, least_error
+from optin_deploy.planning.allocate import Options, least_error
 
 
 def brute_force(branches: list[Options], limits: list[int]) -> float | None:

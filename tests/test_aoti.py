@@ -14,15 +14,15 @@ import torch
 from conftest import error, outputs, tiny_batch
 from tiny_forms import Tiny, form_of, module_in, tiny
 
-from exporters import exporter, to_aoti, to_torch
-from exporters.base import Artifact, ExportSpec, Form
 from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.pooling import POOLED
+from optin_deploy.exporters import exporter, to_aoti, to_torch
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes import aoti
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.record import read_record
-from optin_deploy.storage import sha256_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

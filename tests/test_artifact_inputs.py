@@ -14,11 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_checkpoint import finished_job
 
-from exporters.bench.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
-from exporters.bench.comparing import settle
-from exporters.bench.points import Point
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import sha256_file
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.measuring.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
+from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.points import Point
 
 Shape = Sequence[int | str | None]
 
@@ -249,8 +249,8 @@ def test_other_inputs_are_refused_with_both_names(
 def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from made_timings import HOLDS, FakeMeasuring
 
-    from exporters.bench import measuring
-    from optin_deploy.bench.gate import Limit
+    from optin_deploy.measuring import artifacts as measuring
+    from optin_deploy.measuring.gate import Limit
 
     fake = FakeMeasuring([HOLDS])
     monkeypatch.setattr(measuring, "measure_pair", fake)

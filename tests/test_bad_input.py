@@ -450,7 +450,7 @@ def write_half_and_interrupt(content: object, path: Path, *_: object) -> None:
 def test_ctrl_c_keeps_finished_stages_for_the_next_run(shell: Shell, out: Path) -> None:
     options = [*text_options(lines(), out), "--engine", "torch", "--no-dense"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optin_deploy.jobs.pruning.compensated", interrupt)
+        patch.setattr("optin_deploy.pruning.pruning.compensated", interrupt)
         ran = shell("optin-export", bert(), *options)
     assert ran.code == 130
     assert "run the same command again" in ran.err
@@ -467,7 +467,7 @@ def test_ctrl_c_keeps_finished_stages_for_the_next_run(shell: Shell, out: Path) 
 
 def test_ctrl_c_in_the_middle_of_a_file_leaves_no_file(shell: Shell, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optin_deploy.storage.save_file", write_half_and_interrupt)
+        patch.setattr("optin_deploy.files.storage.save_file", write_half_and_interrupt)
         ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "torch")
     assert ran.code == 130
     assert set(snapshot(out)) == {"source.json", "dense.onnx"}

@@ -22,15 +22,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from optin_deploy.checkpoint.preprocessor import check_tokenizer
-from optin_deploy.data import files as data_files
 from optin_deploy.data.bundled import bundled_samples
 from optin_deploy.data.halves import split
 from optin_deploy.data.repeats import distinct
-from optin_deploy.data.rows import Feeds
 from optin_deploy.data.samples import Sample, read_samples
-from optin_deploy.data.text_feeds import encoded
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.preprocessor import check_tokenizer
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.feeds.text_feeds import encoded
+from optin_deploy.files import opening as data_files
 
 MASKED = ("input_ids", "attention_mask")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -22,13 +22,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import optin_deploy
 from optin_deploy.checkpoint import fit
-from optin_deploy.checkpoint.wall import wall
+from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.cutting.masks import masks
 from optin_deploy.data.bundled import bundled_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.loading import load_model
+from optin_deploy.files.wall import wall
 from optin_deploy.network.run import Program
+from optin_deploy.pruning.networks import find_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

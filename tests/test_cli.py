@@ -51,7 +51,7 @@ from optin_deploy.network.read_onnx import read_file
 COMMANDS = tuple(typer.main.get_group(app).commands)
 READ_ONLY = ("doctor",)
 """Commands that write nothing; every other one has --dry-run."""
-HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "exporters")
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime")
 EXPENSIVE = ("scores.safetensors", "model/model.safetensors", "model.onnx", "dense.onnx")
 """What a second run must not make again."""
 HELP_SCRIPT = """
@@ -412,7 +412,7 @@ def test_show_prints_the_report_of_a_finished_job(shell: Shell) -> None:
 
 def test_the_torch_engine_measures_the_dense_model_of_the_same_task(shell: Shell, tmp_path: Path) -> None:
     # The classifier's encoder as a feature extractor: its dense counterpart has no classifier either.
-    from exporters import to_torch
+    from optin_deploy.exporters import to_torch
 
     opened: list[str] = []
 

@@ -26,6 +26,7 @@ from tiny_scoring import (
 )
 from torch import Tensor, nn
 
+from optin_deploy.common.regression import RIDGES
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
@@ -35,7 +36,6 @@ from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.regression import RIDGES
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find

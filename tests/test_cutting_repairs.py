@@ -16,6 +16,7 @@ from tiny_scoring import one_thread
 from torch import Tensor, nn
 
 from benchmarks.zoo.repaired import repair
+from optin_deploy.common.regression import RIDGES, Moments
 from optin_deploy.cutting.compensate import Compensation, compensated
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
@@ -27,7 +28,6 @@ from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning import unit_curves as curves
 from optin_deploy.planning.curve import RIDGE, fitted_curve
-from optin_deploy.regression import RIDGES, Moments
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find

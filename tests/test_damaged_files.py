@@ -17,19 +17,20 @@ from made_timings import FakeMeasuring, made
 from onnx import TensorProto, helper, numpy_helper
 from tiny_checkpoint import finished_job
 
-from exporters import exporter
-from exporters.base import Artifact
-from exporters.bench import measuring
-from exporters.bench.float32_dense import float32_dense, measure_beside_float32
-from exporters.bench.measuring import inputs_in
-from exporters.bench.points import Point
-from exporters.building import Built, Pair
-from exporters.doctor import check_file
-from optin_deploy.bench.report import latency_rows
+from optin_deploy.doctor.doctor import check_file
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import Artifact
+from optin_deploy.jobs.bench import inputs_in
+from optin_deploy.jobs.building import Built, Pair
+from optin_deploy.jobs.float32_dense import float32_dense, measure_beside_float32
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.measuring import artifacts as measuring
+from optin_deploy.measuring.points import Point
 from optin_deploy.network import sealed
 from optin_deploy.network.write import write
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.report import latency_rows
 
 if TYPE_CHECKING:
     from tiny_checkpoint import Shell

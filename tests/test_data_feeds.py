@@ -16,11 +16,11 @@ from onnx import TensorProto
 from tiny_graphs import INT64, value
 from tiny_ports import LENGTH, text
 
-from optin_deploy.checkpoint.beside_graph import class_names, load_tokenizer
-from optin_deploy.data.feeds import Drawing, Halves, Preparation, check_runs, read_feeds, read_judging
-from optin_deploy.data.rows import Batching, Feeds, grouped, row_keys, rows_of
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.beside_graph import class_names, load_tokenizer
+from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, check_runs, read_feeds, read_judging
+from optin_deploy.feeds.rows import Batching, Feeds, grouped, row_keys, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from tiny_graphs import FLOAT, INT64, value
 
 from optin_deploy.data import arrays
-from optin_deploy.data.array_feeds import array_files
 from optin_deploy.data.arrays import open_arrays
-from optin_deploy.data.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
-from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.array_feeds import array_files
+from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.network.graph import Network
 
 RNG = np.random.default_rng(0)

@@ -18,10 +18,10 @@ from PIL import Image
 from tiny_graphs import value
 from tiny_ports import image
 
-from optin_deploy.data.feeds import Drawing, Preparation, read_feeds
-from optin_deploy.data.image_feeds import Pixels
-from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.feeds import Drawing, Preparation, read_feeds
+from optin_deploy.feeds.image_feeds import Pixels
+from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.network.graph import Network
 
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from optin_deploy.data.feeds import Drawing, feeds_of
-from optin_deploy.data.module_feeds import example_in
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.feeds import Drawing, feeds_of
+from optin_deploy.feeds.module_feeds import example_in
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 

@@ -17,16 +17,17 @@ from test_report import MEASURED, TIMING
 from tiny_checkpoint import Shell
 from torch import Tensor
 
-from exporters import ENGINES, exporter
-from exporters.bench.measuring import Bench, device_exporter
-from exporters.bench.points import Point
-from exporters.bench.suites import read_suite
-from optin_deploy.bench.device_clock import MAX_RUNS, stretch_runs
-from optin_deploy.bench.device_time import DeviceTime, measure_device_time
-from optin_deploy.bench.report import DEVICE_NOTE, device_rows, unstable_lines
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters import ENGINES, exporter
+from optin_deploy.jobs.bench import Bench
+from optin_deploy.jobs.suites import read_suite
+from optin_deploy.measuring.artifacts import device_exporter
+from optin_deploy.measuring.device_clock import MAX_RUNS, stretch_runs
+from optin_deploy.measuring.device_time import DeviceTime, measure_device_time
+from optin_deploy.measuring.points import Point
+from optin_deploy.reporting.report import DEVICE_NOTE, device_rows, unstable_lines
+from optin_deploy.reporting.terminal import print_latency
 from optin_deploy.runtimes.base import Closing, Feeds
-from optin_deploy.terminal import print_latency
 
 FEEDS = {"input_ids": np.arange(4, dtype=np.int64).reshape(1, 4)}
 LAUNCH_MS = {("dense", True): 3.0, ("pruned", True): 2.0, ("dense", False): 6.0, ("pruned", False): 5.0}

@@ -11,8 +11,8 @@ import pytest
 from conftest import tiny_batch, tiny_model
 from tiny_checkpoint import LAYERS, Shell
 
-from exporters.bench.operator_times import RUNS, WARMUP, operator_times, summed
-from optin_deploy.bench.diagnosis import OUTSIDE, Cut, Operators, Width, explained, layer_rows, operator_rows
+from optin_deploy.jobs.operator_times import RUNS, WARMUP, operator_times, summed
+from optin_deploy.measuring.diagnosis import OUTSIDE, Cut, Operators, Width, explained, layer_rows, operator_rows
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 

@@ -22,18 +22,18 @@ from onnx.numpy_helper import from_array
 from safetensors.torch import save_file
 from tiny_checkpoint import Shell
 
-import exporters
-from exporters import doctor
-from exporters.checks import half_range, support
-from exporters.checks.findings import Finding, named, plain, summary
-from exporters.checks.graph import UNSUPPORTED
-from exporters.checks.machine import check_machine
-from exporters.checks.preflight import build_ahead
-from exporters.doctor import EngineRow, check_file, diagnose
-from optin_deploy.bench import machine as machine_module
-from optin_deploy.bench.machine import Gpu, Machine, cuda_of_driver, examine, nvidia_smi, reason, working_providers
+from optin_deploy import exporters
+from optin_deploy.common.formatting import named, plain
+from optin_deploy.doctor import doctor, half_range, support
+from optin_deploy.doctor import machine as machine_module
+from optin_deploy.doctor.clashes import check_machine
+from optin_deploy.doctor.doctor import EngineRow, check_file, diagnose
+from optin_deploy.doctor.findings import Finding, summary
+from optin_deploy.doctor.graph import UNSUPPORTED
+from optin_deploy.doctor.machine import Gpu, Machine, cuda_of_driver, examine, nvidia_smi, reason, working_providers
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
-from optin_deploy.onnx_data import read_onnx
+from optin_deploy.exporters.preflight import build_ahead
+from optin_deploy.network.onnx_data import read_onnx
 
 HEALTHY = Machine(versions={"torch": "2.13.0+cpu", "transformers": "5.23.0", "onnxruntime": "1.32.0"})
 H100 = Gpu("NVIDIA H100", "9.0", 81559)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from optin_deploy.bench import state
-from optin_deploy.bench.environment import environment, installed_versions
-from optin_deploy.bench.state import machine_state, told_of
+from optin_deploy.common.environment import environment, installed_versions
+from optin_deploy.measuring import state
+from optin_deploy.measuring.state import machine_state, told_of
 
 KEYS = {
     "date", "platform", "cpu_model", "cores_physical", "cores_logical", "cpus_available",
@@ -98,7 +98,7 @@ def test_versions_are_those_of_installed_packages_only() -> None:
 
 def test_versions_are_read_without_importing_the_packages() -> None:
     script = (
-        "import sys; from optin_deploy.bench.environment import environment; environment(); "
+        "import sys; from optin_deploy.common.environment import environment; environment(); "
         "print(*sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

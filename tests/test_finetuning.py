@@ -26,26 +26,27 @@ from tiny_checkpoint import (
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import optin_deploy
-from exporters.job import build_folder, export_model
-from exporters.ready import Request
-from exporters.tuning import STATE
-from optin_deploy.budget import Limits
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.pruning import Ready
-from optin_deploy.jobs.trial import error_of
+from optin_deploy.jobs.export import build_folder, export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
 from optin_deploy.network.sealed import store
 from optin_deploy.network.weights import with_weights
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.source import Source
+from optin_deploy.pruning.trial import error_of
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.stages import prepare
 from optin_deploy.tuning.finetune import finetune
+from optin_deploy.tuning.folder import STATE
 from optin_deploy.tuning.trainer import Tuning
-from optin_deploy.workspace import Source, Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

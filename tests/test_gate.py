@@ -14,12 +14,12 @@ import pytest
 from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
-from exporters.bench.comparing import settle
-from exporters.bench.points import Point
-from optin_deploy.bench import timing as timing_module
-from optin_deploy.bench.gate import Gate, GatedPoint, Limit, judge, limit_of
-from optin_deploy.bench.timing import PairTiming
 from optin_deploy.errors import BadInput, GateFailed, TooUnstable
+from optin_deploy.measuring import timing as timing_module
+from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge, limit_of
+from optin_deploy.measuring.points import Point
+from optin_deploy.measuring.timing import PairTiming
 
 FIVE_PERCENT = Limit("max_ratio", 1.05)
 

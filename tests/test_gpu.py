@@ -21,22 +21,22 @@ from conftest import main_name, outputs, tiny_batch, tiny_batches, tiny_model
 from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor
 
-from exporters import ENGINES, exporter
-from exporters.base import Artifact, ExportSpec
-from exporters.precisions import TOLERANCES
-from exporters.profiles import Profile
-from exporters.proving import relative_error
-from exporters.tensorrt_plan import EngineOptions
-from optin_deploy.bench.device_time import measure_device_time
-from optin_deploy.bench.timing import measure_pair
 from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import MissingDependency
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.exporters import ENGINES, exporter
+from optin_deploy.exporters.base import Artifact, ExportSpec
+from optin_deploy.exporters.precisions import TOLERANCES
+from optin_deploy.exporters.profiles import Profile
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.jobs.proving import relative_error
+from optin_deploy.measuring.device_time import measure_device_time
+from optin_deploy.measuring.timing import measure_pair
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.unused import tidied
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.runtimes import tensorrt as tensorrt_runtime
 from optin_deploy.runtimes.device import NO_GPU, exact_float32
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
@@ -167,7 +167,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         fed = samples(tiny_of(name).model) if precision == "int8" else ()
         spec = ExportSpec(precision, options=given, calibration=fed)
         form = form_of(tiny_of(name).network, folder / "model.onnx", longest=128 if name == "wide" else 64)
-        with patch("exporters.to_aoti.module_of", lambda path, task: cut_of(name)):
+        with patch("optin_deploy.exporters.to_aoti.module_of", lambda path, task: cut_of(name)):
             return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
 
     return built
@@ -183,7 +183,7 @@ def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         if engine in TORCH:
             # Stands for a saved model, which only pydantic could read; type and device are the exporter's work.
             (tmp_path / MANIFEST).touch()
-            monkeypatch.setattr("exporters.to_torch.load", lambda path: cut_of(name))
+            monkeypatch.setattr("optin_deploy.exporters.to_torch.load", lambda path: cut_of(name))
             path = tmp_path
         else:
             path = build(engine, name, precision).path

@@ -32,9 +32,9 @@ from benchmarks.gpu.rows import append_row, read_rows
 from benchmarks.gpu.runner import run_cells
 from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import Workbench
-from optin_deploy.bench.device_clock import CpuTimer
-from optin_deploy.bench.state import gpu_state
 from optin_deploy.errors import BadInput
+from optin_deploy.measuring.device_clock import CpuTimer
+from optin_deploy.measuring.state import gpu_state
 from optin_deploy.runtimes.ort import import_onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import optin_deploy
+from optin_deploy.common.guard import alone, inference
 from optin_deploy.errors import BadInput
-from optin_deploy.guard import alone, inference
-from optin_deploy.jobs import modules
 from optin_deploy.network.read_torch import read_module
+from optin_deploy.pruning import modules
 from optin_deploy.scoring import ScoreSettings
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)

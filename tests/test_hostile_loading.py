@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optin_deploy.checkpoint.config import SWITCHES
+from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_model
 
 CPU_SECONDS = 10
 """Of this process, not of the clock: a busy machine does not fail the test."""

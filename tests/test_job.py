@@ -30,27 +30,28 @@ from tiny_checkpoint import (
 )
 
 import optin_deploy
-from exporters import ENGINES, check_precision, exporter
-from exporters.base import Artifact
-from exporters.bench import measuring
-from exporters.bench.points import Point
-from exporters.building import Built, Forms, Pair, forms_in
-from exporters.job import export_model, record_samples
-from exporters.precisions import TOLERANCES
-from exporters.proving import check_engine
-from exporters.ready import Request
-from optin_deploy.budget import Limits
+from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.data.halves import split
-from optin_deploy.data.rows import Batch, Feeds
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, ParityFailure
-from optin_deploy.loading import load_dense
+from optin_deploy.exporters import ENGINES, check_precision, exporter
+from optin_deploy.exporters.base import Artifact
+from optin_deploy.exporters.precisions import TOLERANCES
+from optin_deploy.feeds.rows import Batch, Feeds
+from optin_deploy.jobs.building import Built, Forms, Pair, forms_in
+from optin_deploy.jobs.export import export_model, record_samples
+from optin_deploy.jobs.proving import check_engine
+from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.measuring import artifacts as measuring
+from optin_deploy.measuring.points import Point
 from optin_deploy.network.examples import BATCH, LENGTH
 from optin_deploy.network.sealed import store
-from optin_deploy.progress import Stage, silent_stage
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.source import Source
 from optin_deploy.runtimes.base import Feeds as Arrays
-from optin_deploy.stages import prepare
-from optin_deploy.workspace import Source, Workspace
 
 
 def text_source() -> Source:
@@ -195,7 +196,7 @@ class Bent:
 def test_a_bent_engine_output_fails_the_job(
     finished: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch, error: float
 ) -> None:
-    from exporters.to_onnx import OnnxExporter
+    from optin_deploy.exporters.to_onnx import OnnxExporter
 
     honest = OnnxExporter.open
     monkeypatch.setattr(OnnxExporter, "open", lambda *args, **options: Bent(honest(*args, **options), error))
@@ -328,7 +329,7 @@ def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_pat
 
 
 def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished: Path) -> None:
-    from exporters.job import build_folder
+    from optin_deploy.jobs.export import build_folder
 
     assert (finished / "dense.onnx").is_file()
     build_folder(finished, engine="onnx", dense=False)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from benchmarks.accuracy import kwon
 from benchmarks.accuracy.kwon import DAMPING, rearranged, tuned
 from benchmarks.scoring.rivals import groups_of, mask_gradients
-from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.widths import Keep
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.groups import UnitGroup

@@ -21,15 +21,15 @@ from scipy.stats import binom, binomtest
 from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 from torch import nn
 
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.label_order import at_least, check_order, compared, upper_bound
 from optin_deploy.data.labels import class_index, classifies
-from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput, QualityLimit
-from optin_deploy.loading import load_dense
-from optin_deploy.quality import Quality
-from optin_deploy.stages import prepare
-from optin_deploy.sweep import Point, smallest_within
-from optin_deploy.workspace import Source
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.sweep import Point, smallest_within
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.quality import Quality
 
 # What a label stands for
 

@@ -28,7 +28,7 @@ def test_an_error_of_our_own_is_one_line_and_a_file(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("optin_deploy.workspace.Workspace.source", raising(error))
+    monkeypatch.setattr("optin_deploy.jobs.workspace.Workspace.source", raising(error))
     ran = shell("optin", "show", tmp_path)
     assert ran.code == OWN_FAULT == 5
     assert OWN_FAULT in EXIT_CODES
@@ -47,7 +47,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("optin_deploy.workspace.Workspace.source", raising(KeyError("heads")))
+    monkeypatch.setattr("optin_deploy.jobs.workspace.Workspace.source", raising(KeyError("heads")))
     arguments: list[object] = ["show", tmp_path]
     arguments.insert(place, "--traceback")
     ran = shell("optin", *arguments)
@@ -59,7 +59,7 @@ def test_where_no_file_can_be_written_the_line_still_comes(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    monkeypatch.setattr("optin_deploy.workspace.Workspace.source", raising(KeyError("heads")))
+    monkeypatch.setattr("optin_deploy.jobs.workspace.Workspace.source", raising(KeyError("heads")))
     ran = shell("optin", "show", tmp_path)
     assert ran.code == OWN_FAULT
     assert "could not be written" in ran.err
@@ -79,7 +79,7 @@ def test_where_no_file_can_be_written_the_line_still_comes(
 def test_what_the_machine_lacks_is_no_fault_of_ours(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
 ) -> None:
-    monkeypatch.setattr("optin_deploy.workspace.Workspace.source", raising(error))
+    monkeypatch.setattr("optin_deploy.jobs.workspace.Workspace.source", raising(error))
     ran = shell("optin", "show", tmp_path)
     assert ran.code == 2
     assert said in ran.err
@@ -87,7 +87,8 @@ def test_what_the_machine_lacks_is_no_fault_of_ours(
 
 PRESSED = """
 import os, signal, sys
-from optin_deploy import cli, storage
+from optin_deploy import cli
+from optin_deploy.files import storage
 pressed = lambda *args, **options: [os.kill(os.getpid(), signal.SIGINT) for _ in range(5)]
 storage.save_file = pressed
 unlink = storage.Path.unlink

@@ -14,26 +14,27 @@ from tiny_checkpoint import FFN, HEADS, HIDDEN, LAYERS, Shell, bert, classifier,
 from tiny_networks import VOCABULARY, Text, export, made
 
 from benchmarks.latency import equal_time
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.bench.points import Point
-from exporters.bench.profiling import measure_table, read_table, table_at, with_held_out
-from exporters.bench.time_budget import Planning
-from exporters.bench.time_rounds import AIM, LEAST, MOST, LastWord, Round, judged
-from exporters.bench.yardstick import Yardstick, inputs_of, yardstick
-from exporters.ready import Request, ready
-from optin_deploy.bench.report import Measurement
-from optin_deploy.bench.timing import PairTiming, Samples
-from optin_deploy.budget import Limits, TimeTarget, parse_latency
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime, OptinError, TooUnstable
-from optin_deploy.jobs.pruning import Ready
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.jobs.profiling import measure_table, read_table, table_at, with_held_out
+from optin_deploy.jobs.request import Request, ready
+from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare, score_stage
+from optin_deploy.jobs.time_budget import Planning
+from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, LastWord, Round, judged
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.jobs.yardstick import Yardstick, inputs_of, yardstick
+from optin_deploy.measuring.measurement import Measurement
+from optin_deploy.measuring.points import Point
+from optin_deploy.measuring.timing import PairTiming, Samples
+from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
 from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost, held_out_line, table_rows
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
-from optin_deploy.stages import Planner, Prepared, curve_stage, prepare, score_stage
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.source import Source
 from optin_deploy.structure.groups import Layout
-from optin_deploy.workspace import Source, Workspace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,7 +294,7 @@ def test_branches_are_emptied_only_where_that_keeps_the_outputs_nearer(
         assert how["compensation"]
         return float(all(plan.keep.values()) is emptied_is_nearer)
 
-    monkeypatch.setattr("exporters.bench.time_budget.unseen_error", error)
+    monkeypatch.setattr("optin_deploy.jobs.time_budget.unseen_error", error)
     formula = Branches()
     table = measure_table(scored.yard(formula), UNIFORM)
     slower = replace(formula, fixed=3.0)  # so that there are several rounds
@@ -308,7 +309,9 @@ def test_branches_are_emptied_only_where_that_keeps_the_outputs_nearer(
 
 
 def test_branches_are_emptied_where_nothing_else_is_in_time(scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporters.bench.time_budget.unseen_error", lambda *_, **__: pytest.fail("there is no choice"))
+    monkeypatch.setattr(
+        "optin_deploy.jobs.time_budget.unseen_error", lambda *_, **__: pytest.fail("there is no choice")
+    )
     yard = scored.yard(Branches())
     table = measure_table(yard, UNIFORM)
     limits = Limits(time=TimeTarget("--latency", 9.0))
@@ -568,7 +571,7 @@ def test_a_job_within_a_time_leaves_table_plan_and_rounds(
         judgements.append((target, measured.batch))
         return LastWord("holds", "It holds.")
 
-    monkeypatch.setattr("exporters.job.judged", said)
+    monkeypatch.setattr("optin_deploy.jobs.export.judged", said)
     out = tmp_path / "out"
     ran = shell(
         *("optin-export", classifier(), *text_options(lines(), out)),

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from tiny_checkpoint import Shell, finished_job, snapshot, temporary_files
 
-from exporters.bench import loadgen
-from exporters.bench.loadgen import run_load
-from exporters.bench.loadgen_system import SAMPLES
-from exporters.to_onnx import OnnxExporter
-from optin_deploy.bench.loadgen import Compared, Load, Run, compared_lines, run_rows
-from optin_deploy.bench.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log
 from optin_deploy.errors import OptinError
+from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.files.storage import atomic_folder, write_json
+from optin_deploy.jobs import loadgen_runs as loadgen
+from optin_deploy.jobs.loadgen_runs import run_load
+from optin_deploy.measuring.loadgen import Compared, Load, Run, compared_lines, run_rows
+from optin_deploy.measuring.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log
+from optin_deploy.measuring.loadgen_system import SAMPLES
 from optin_deploy.runtimes.base import Closing, Feeds
-from optin_deploy.storage import atomic_folder, write_json
 
 FEEDS = {"x": np.arange(SAMPLES)[:, None]}
 RUN_SECONDS = 0.002

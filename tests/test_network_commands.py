@@ -17,10 +17,10 @@ from tiny_networks import HIDDEN, NEURONS, Image, Text, export, inputs, made
 import optin_deploy
 from optin_deploy.cutting.masks import masks
 from optin_deploy.errors import BadInput, MissingDependency, PlanMismatch
-from optin_deploy.jobs import networks, rewriting
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan, plan_of
+from optin_deploy.pruning import networks, rewriting
 from optin_deploy.structure.groups import Layout
 
 

@@ -13,11 +13,11 @@ import pytest
 from damaged_graphs import damaged
 
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import cut, inspect
+from optin_deploy.jobs.stage_memory import StageMemory, resident_bytes
 from optin_deploy.network.probe import probe_inputs
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
-from optin_deploy.stage_memory import StageMemory, resident_bytes
+from optin_deploy.pruning.networks import cut, inspect
 
 LONGEST_SECONDS = 20
 SLACK_BYTES = 64 * 2**20

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tiny_networks import HEAD, HEADS, NEURONS, Image, Text, made, read
 from torch import nn
 
-from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget, PlanMismatch
 from optin_deploy.network.axes import Axis, kept, product, total, units_along
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of, network_hash
 from optin_deploy.network.probe import probes_of
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import costs_of, limits_within
 from optin_deploy.planning.ladder import best
 from optin_deploy.planning.magnitude import magnitudes

@@ -13,12 +13,12 @@ from onnx import helper
 from tiny_graphs import FLOAT, INT64, model_of, value, weight
 from torch import Tensor
 
-from optin_deploy.data.rows import Feeds, Label
 from optin_deploy.errors import BadInput, NonFiniteActivation
+from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
-from optin_deploy.network_quality import NetworkJudge, readouts
-from optin_deploy.quality import Quality
+from optin_deploy.quality.outputs import NetworkJudge, readouts
+from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading, reading_of
 

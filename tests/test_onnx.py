@@ -20,16 +20,17 @@ from conftest import error, main_name, outputs, tiny_batch, tiny_model
 from tiny_forms import Tiny, form_of, tiny
 from torch import Tensor
 
-from exporters.base import Artifact, ExportSpec, Form
-from exporters.passes.pooled import check_pool
-from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.exporters.passes.pooled import check_pool
+from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.jobs.stages import dense_stage, prepare
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network import sealed
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.read_torch import read_module
-from optin_deploy.stages import dense_stage, prepare
-from optin_deploy.storage import sha256_file
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.pruning.source import Source
 
 TOLERANCE = 1e-4
 
@@ -306,7 +307,7 @@ def test_a_failed_export_leaves_nothing_behind(
             Path(args[1]).write_bytes(b"half")  # type: ignore[arg-type]
         raise KeyboardInterrupt(failing)
 
-    owner = {"typed": "exporters.to_onnx.typed", "check_model": "onnx.checker.check_model"}
+    owner = {"typed": "optin_deploy.exporters.to_onnx.typed", "check_model": "onnx.checker.check_model"}
     monkeypatch.setattr(owner.get(failing, "optin_deploy.network.sealed.write"), raising)
     with pytest.raises(KeyboardInterrupt, match=failing):
         OnnxExporter().export(form, ExportSpec("fp16"), out)

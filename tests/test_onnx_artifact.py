@@ -19,15 +19,15 @@ from conftest import error, outputs, tiny_batch
 from onnx import numpy_helper
 from tiny_forms import Tiny, form_of, samples, tiny
 
-from exporters import exporter
-from exporters.base import Artifact, ExportSpec, Form
-from exporters.to_onnx import OnnxExporter
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.network import sealed
+from optin_deploy.network.onnx_data import data_files
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.write import data_path, write
-from optin_deploy.onnx_data import data_files
-from optin_deploy.storage import sha256_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -254,8 +254,8 @@ def test_an_interrupted_replacement_leaves_no_graph_beside_other_weights(
 
 def test_int8_of_large_weights_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     form = form_of(case().network, tmp_path / "model.onnx")
-    monkeypatch.setattr("exporters.to_onnx.SINGLE_FILE_BYTES", 1000)
-    monkeypatch.setattr("exporters.to_onnx.quantize_int8", no_writing)
+    monkeypatch.setattr("optin_deploy.exporters.to_onnx.SINGLE_FILE_BYTES", 1000)
+    monkeypatch.setattr("optin_deploy.exporters.to_onnx.quantize_int8", no_writing)
     spec = ExportSpec("int8", calibration=samples(case().model))
     with pytest.raises(BadInput, match=r"--precision int8: the float32 weights are .* GiB.*--precision fp16"):
         OnnxExporter().export(form, spec, tmp_path / "model.int8.onnx")

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from optin_deploy.errors import BadInput
-from optin_deploy.onnx_data import data_files, remedy
+from optin_deploy.network.onnx_data import data_files, remedy
 
 
 def graph_of(tensors: list[TensorProto]) -> onnx.ModelProto:

@@ -130,7 +130,7 @@ def test_finished_scores_are_reused_and_others_are_not(
         calls.append(arguments)
         return score_units(*arguments, **options)
 
-    monkeypatch.setattr("optin_deploy.jobs.pruning.score_units", counted)
+    monkeypatch.setattr("optin_deploy.pruning.pruning.score_units", counted)
     same = ("optin-export", text, "--calibration", ids, "--align", 4, "--allocation", "uniform", "--out", done)
     assert shell(*same, "--flops", 0.7).code == 0
     assert 0.6 < report(done)["macs"]["kept"] <= 0.7

@@ -22,14 +22,14 @@ from onnx import TensorProto, helper
 from tiny_checkpoint import Shell, classifier, labelled, text_options
 from tiny_forms import form_of, samples, tiny
 
-from exporters import exporter
-from exporters.base import Artifact, ExportSpec, Form
-from exporters.doctor import engine_rows
-from exporters.precisions import TOLERANCES
+from optin_deploy.doctor.doctor import engine_rows
 from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.exporters.precisions import TOLERANCES
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes import openvino as runtime_module
 from optin_deploy.runtimes.openvino import COMPUTED_IN, OpenVinoRuntime
-from optin_deploy.storage import sha256_file
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CASES = (

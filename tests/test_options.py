@@ -23,19 +23,20 @@ from tiny_checkpoint import (
     vit,
 )
 
-from exporters.bench import room
-from exporters.bench.measuring import inputs_in
-from exporters.bench.points import Point, parse_point
-from exporters.bench.room import check_room, least_bytes, widest
-from exporters.bench.suites import read_suite
 from optin_deploy import __version__
-from optin_deploy.budget import TimeTarget
+from optin_deploy.common.validation import parse_size, positive_number, whole_number
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.bench import inputs_in
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.suites import read_suite
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.measuring import room
+from optin_deploy.measuring.points import Point, parse_point
+from optin_deploy.measuring.room import check_room, least_bytes, widest
 from optin_deploy.network.run import Program
+from optin_deploy.planning.budget import TimeTarget
 from optin_deploy.planning.widths import Choice, aligned
-from optin_deploy.stages import prepare
-from optin_deploy.validation import parse_size, positive_number, whole_number
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.pruning.source import Source
 
 
 def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:

@@ -15,14 +15,14 @@ import pytest
 import torch
 from tiny_checkpoint import Shell, classifier, finished_job, labelled, text_options
 
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.building import forms_in
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.jobs.building import forms_in
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.runtimes import ort as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.storage import sha256_file
-from optin_deploy.workspace import Workspace
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {"ort-cuda": CUDA, "ort-trt": TENSORRT}
@@ -73,9 +73,9 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
 
     def put(*chosen: str, **options: Any) -> StubOrt:
         made = StubOrt(list(chosen), **options)
-        for module in ("optin_deploy.runtimes.ort", "exporters.to_ort_gpu"):
+        for module in ("optin_deploy.runtimes.ort", "optin_deploy.exporters.to_ort_gpu"):
             monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: made)
-        monkeypatch.setattr("exporters.to_ort_gpu.current_gpu", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr("optin_deploy.exporters.to_ort_gpu.current_gpu", lambda: torch.device("cuda", 0))
         return made
 
     return put
@@ -102,7 +102,7 @@ def test_with_the_provider_but_no_gpu_the_gpu_is_what_is_missing(
 ) -> None:
     stub(CPU)
     assert exporter(engine).obstacle() is None
-    monkeypatch.setattr("exporters.to_ort_gpu.current_gpu", lambda: None)
+    monkeypatch.setattr("optin_deploy.exporters.to_ort_gpu.current_gpu", lambda: None)
     assert exporter(engine).obstacle() == "no CUDA device is visible"
 
 
@@ -250,10 +250,10 @@ def test_bench_says_why_it_does_not_run(finished: Path, shell: Shell) -> None:
 
 def test_bench_measures_where_the_provider_is(finished: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's provider plays the GPU's: the command, the file names and the row are those of ort-cuda."""
-    from exporters.to_ort_gpu import OrtCudaExporter
+    from optin_deploy.exporters.to_ort_gpu import OrtCudaExporter
 
     monkeypatch.setattr(OrtCudaExporter, "provider", CPU)
-    monkeypatch.setattr("exporters.to_ort_gpu.current_gpu", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("optin_deploy.exporters.to_ort_gpu.current_gpu", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(OrtCudaExporter, "open", lambda self, path, **options: OrtRuntime(path, threads=1))
     ran = shell("optin", "bench", finished, "--engine", "ort-cuda")
     assert ran.code == 0, ran.err

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
 
-from exporters import ENGINES, exporter
-from optin_deploy import locking, storage
 from optin_deploy.errors import BadInput
-from optin_deploy.ownership import RECORD, Record, free_name
-from optin_deploy.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json, write_text
-from optin_deploy.workspace import ARTIFACTS, LOCK, NAMES, Source, Workspace
+from optin_deploy.exporters import ENGINES, exporter
+from optin_deploy.files import locking, storage
+from optin_deploy.files.names import ARTIFACTS, LOCK, NAMES
+from optin_deploy.files.ownership import RECORD, Record, free_name
+from optin_deploy.files.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json, write_text
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.pruning.source import Source
 
 TEMPTING = (
     *(name for name in NAMES if name not in ("model", "mlperf")),
@@ -344,7 +346,7 @@ def test_a_lock_that_is_no_file_is_refused_at_once(tmp_path: Path, make: Any) ->
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from optin_deploy.storage import atomic_file, atomic_folder
+from optin_deploy.files.storage import atomic_file, atomic_folder
 root = Path(sys.argv[1])
 with atomic_folder(root / "model") as folder:
     (folder / "config.json").write_text("half")
@@ -423,7 +425,7 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path, force: bool) -> None
 HELD = """
 import sys
 from pathlib import Path
-from optin_deploy.workspace import Workspace
+from optin_deploy.jobs.workspace import Workspace
 with Workspace(Path(sys.argv[1])).locked(shared=len(sys.argv) > 2):
     print("held", flush=True)
     sys.stdin.read()
@@ -475,7 +477,7 @@ def test_scorers_share_a_folder_and_keep_other_jobs_out(
         pass
     another_alone = Workspace.claim(tmp_path / "alone", Source("bert"))
     another(another_alone.root)
-    monkeypatch.setattr("optin_deploy.workspace.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("optin_deploy.jobs.workspace.PAUSE_SECONDS", 0.0)
     with pytest.raises(BadInput, match="another job"), another_alone.locked(shared=True):
         pass
 

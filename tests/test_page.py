@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
 
-from optin_deploy.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
-from optin_deploy.findings import LatencyRow, Samples, Side, SweepRow, read_findings
-from optin_deploy.numbers import figures, milliseconds, si, size
-from optin_deploy.page import render
+from optin_deploy.common.formatting import figures, milliseconds, si, size
+from optin_deploy.jobs.sweep import HEADER
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.sweep import HEADER
+from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
+from optin_deploy.reporting.findings import LatencyRow, Samples, Side, SweepRow, read_findings
+from optin_deploy.reporting.page import render
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -822,9 +822,9 @@ def test_the_wheel_carries_every_data_file() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "optin_deploy"
     ]
-    folder = ROOT / "optin_deploy" / "data"
-    files = [f"data/{path.name}" for path in folder.iterdir() if path.is_file() and path.suffix != ".py"]
-    assert "data/report.html" in files
+    folder = ROOT / "optin_deploy"
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    assert {"reporting/report.html", "data/calibration.txt"} <= {*files}
     assert [name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
 
 

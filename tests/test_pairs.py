@@ -11,13 +11,14 @@ import tiny_checkpoint as tiny
 import transformers
 from tiny_checkpoint import Shell
 
-from exporters.serving.shipments import Order
-from exporters.serving.shipping import ship_folder
 from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.stages import prepare
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.pruning.source import Source
+from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.shipping import ship_folder
 
 ROWS = [(first, second) for first, second in zip(tiny.texts(), reversed(tiny.texts()), strict=True) if first != second]
 

@@ -28,13 +28,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.pruning import score
-from optin_deploy.ownership import RECORD
+from optin_deploy.files.names import LOCK
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.jobs.stages import score_stage
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.pruning.pruning import score
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, UnitScores, Worker
 from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, run_parts, worker_of
 from optin_deploy.scoring.terms import ROWS
-from optin_deploy.stages import score_stage
-from optin_deploy.workspace import LOCK, Workspace
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ from tiny_networks import read as read_tiny
 
 from benchmarks.zoo.dialects import dialect
 from benchmarks.zoo.export import export
-from exporters.passes import opset as opset_pass
-from exporters.passes.folded import folded
-from exporters.passes.opset import raised
-from exporters.passes.pooled import pooled
-from exporters.passes.typed import typed
-from exporters.quantize import quantize_int8
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes import opset as opset_pass
+from optin_deploy.exporters.passes.folded import folded
+from optin_deploy.exporters.passes.opset import raised
+from optin_deploy.exporters.passes.pooled import pooled
+from optin_deploy.exporters.passes.typed import typed
+from optin_deploy.exporters.quantize import quantize_int8
+from optin_deploy.feeds.pooling import POOLED, POOLINGS, pooled_states
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
-from optin_deploy.pooling import POOLED, POOLINGS, pooled_states
 
 FLOAT, FLOAT16, BFLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT64
 TYPES = {"fp16": FLOAT16, "bf16": BFLOAT16}

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 from tiny_checkpoint import Shell
 
-from exporters.bench.peak_memory import ProcessFailed, peak_of
+from optin_deploy.measuring.peak_memory import ProcessFailed, peak_of
 
 MIB = 2**20
 

@@ -15,8 +15,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from optin_deploy.pictures import ANNOTATED_COLUMNS, draw_scores
-from optin_deploy.score_table import MOST_CELLS
+from optin_deploy.reporting.pictures import ANNOTATED_COLUMNS, draw_scores
+from optin_deploy.reporting.score_table import MOST_CELLS
 from optin_deploy.scoring.unit_scores import UnitScores
 
 LOWEST, MIDDLE, HIGHEST, WHITE = (68, 1, 84), (33, 145, 140), (253, 231, 37), (255, 255, 255)

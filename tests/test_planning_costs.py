@@ -19,18 +19,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.zoo.export import quiet
-from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_module
-from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.jobs.pruning import sizes_of
+from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.axes import Axis, product, size, total
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.polynomial import Polynomial, terms_of
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.pruning import sizes_of
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries

@@ -10,12 +10,12 @@ from tiny_networks import made
 from tiny_scoring import bert, one_thread
 from torch import Tensor, nn
 
+from optin_deploy.common.regression import Moments
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.planning.curve import RIDGE
 from optin_deploy.planning.removal import Use, metrics, removal
 from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.regression import Moments
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
 from optin_deploy.structure.solvable import solvable

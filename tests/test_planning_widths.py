@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_plans import costs_in, falling, layout_of
 
-from optin_deploy.allocate import Options
-from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning import trading
+from optin_deploy.planning.allocate import Options
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Cost, Limit, fits, limits_within
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import Ladder, best

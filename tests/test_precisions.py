@@ -22,15 +22,15 @@ from tiny_checkpoint import Shell
 from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor, nn
 
-from exporters.base import Artifact, ExportSpec, Form, typed_name
-from exporters.building import Built, Forms, Pair
-from exporters.precisions import TOLERANCES
-from exporters.proving import check_engine
-from exporters.to_onnx import OnnxExporter
+from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.errors import BadInput, ParityFailure
-from optin_deploy.loading import load_model
+from optin_deploy.exporters.base import Artifact, ExportSpec, Form, typed_name
+from optin_deploy.exporters.precisions import TOLERANCES
+from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.jobs.building import Built, Forms, Pair
+from optin_deploy.jobs.proving import check_engine
 from optin_deploy.network.read_torch import read_module
-from optin_deploy.pooling import POOLED
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.torch import TorchRuntime
 
@@ -352,7 +352,7 @@ def no_work(*args: object, **kwargs: object) -> None:
 @pytest.fixture
 def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optin_deploy.network.sealed.write", no_work)
-    monkeypatch.setattr("exporters.to_onnx.quantize_int8", no_work)
+    monkeypatch.setattr("optin_deploy.exporters.to_onnx.quantize_int8", no_work)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

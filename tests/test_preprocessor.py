@@ -17,15 +17,15 @@ from tiny_ports import text_rows
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
-from exporters.building import _copy_support_files
-from exporters.serving.texts import tokenizer_files
-from optin_deploy.checkpoint.preprocessor import load_preprocessor
-from optin_deploy.checkpoint.raw_tokenizer import as_in_file, warn_of_unknown
-from optin_deploy.checkpoint.wall import wall
+from optin_deploy.checkpoint.loading import LoadedModel, load_dense
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import LoadedModel, load_dense
-from optin_deploy.workspace import Workspace
+from optin_deploy.feeds.preprocessor import load_preprocessor
+from optin_deploy.feeds.raw_tokenizer import as_in_file, warn_of_unknown
+from optin_deploy.files.wall import wall
+from optin_deploy.jobs.building import _copy_support_files
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.serving.texts import tokenizer_files
 
 MIXED = ("The river, the bridge and 27 CARS!", *tiny.texts()[:6], "Straße café 東京")
 

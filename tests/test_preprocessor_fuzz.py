@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_folders import sentence_model
 
-from optin_deploy.checkpoint.preprocessor import load_beside
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.preprocessor import load_beside
 
 FIELDS = {
     "tokenizer_config.json": (

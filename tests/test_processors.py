@@ -11,10 +11,10 @@ import torch
 from test_environment import fake_machine, use_cpus
 from tiny_checkpoint import Shell, finished_job
 
-from exporters import ENGINES, exporter
-from optin_deploy import processors
+from optin_deploy.common import processors
+from optin_deploy.common.processors import available_cpus, default_threads, limit_libraries, quota_cpus
 from optin_deploy.errors import BadInput
-from optin_deploy.processors import available_cpus, default_threads, limit_libraries, quota_cpus
+from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.runtimes.base import torch_threads
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import optin_deploy
 from benchmarks.zoo.families import FAMILIES, scatter
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.jobs import modules
-from optin_deploy.jobs.modules import PrunedModel
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.widths import best
+from optin_deploy.pruning import modules
+from optin_deploy.pruning.modules import PrunedModel
 from optin_deploy.scoring.settings import ScoreSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,9 @@ from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from test_imports import HEAVY, ROOT
 from tiny_checkpoint import copy_of, finished_job
 
-from exporters.bench import measuring
-from exporters.bench.comparing import settle
-from optin_deploy.bench.timing import PairTiming
+from optin_deploy.measuring import artifacts as measuring
+from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.pytest_plugin import SETTINGS
 
 pytest_plugins = ["pytester"]

@@ -22,12 +22,14 @@ import torch
 from part_workers import Log, watched
 from tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, temporary_files
 
-from optin_deploy.cluster import score_on_ray
 from optin_deploy.errors import BadInput
-from optin_deploy.ownership import RECORD
+from optin_deploy.files.names import LOCK
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.jobs.cluster import score_on_ray
+from optin_deploy.jobs.stages import ScoreRequest
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.pruning.source import Source
 from optin_deploy.scoring import ScoreSettings, UnitScores, unit_parts
-from optin_deploy.stages import ScoreRequest
-from optin_deploy.workspace import LOCK, Source, Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 FINISHED = {"source.json", "dense.onnx", "scores.safetensors"}

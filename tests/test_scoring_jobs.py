@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.zoo.export import export
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Worker, unit_job, unit_parts
 from optin_deploy.scoring.features import Features
 from optin_deploy.scoring.masking_units import masked_terms

@@ -16,8 +16,8 @@ from benchmarks.zoo.dialects import dialect
 from benchmarks.zoo.export import export
 from optin_deploy.cutting.masks import masks
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.run import Program
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring.features import PAPER, Features
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.noise import sample_keys, signs, stream

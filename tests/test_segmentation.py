@@ -19,25 +19,25 @@ from torch import Tensor, nn
 
 from benchmarks.tasks import scenes as module
 from benchmarks.zoo.families import FAMILIES
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
-from optin_deploy.data.image_feeds import _check_places, _class_map
-from optin_deploy.data.rows import Feeds
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.dense import dense_of
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.loading import load_dense
+from optin_deploy.feeds.image_feeds import _check_places, _class_map
+from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.planning.unit_curves import unit_curves
+from optin_deploy.pruning.dense import dense_of
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.segmentation import SegmentationJudge, largest, mean_iou
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT
-from optin_deploy.segmentation_quality import SegmentationJudge, largest, mean_iou
-from optin_deploy.workspace import Source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,7 +190,7 @@ def test_processors_that_show_other_places_are_refused(
 
 @pytest.mark.parametrize("values", [2**26, 24 * 36, 5 * 24 * 36])
 def test_classes_are_scaled_a_few_at_a_time(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optin_deploy.segmentation_quality.VALUES", values)
+    monkeypatch.setattr("optin_deploy.quality.segmentation.VALUES", values)
     picture = torch.randn(7, 6, 9)
     picture[5] = picture[2]  # of equals the first counts
     scaled = nn.functional.interpolate(picture[None], size=(24, 36), mode="bilinear")[0]

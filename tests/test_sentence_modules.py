@@ -19,13 +19,13 @@ from tiny_folders import prepared_of, sentence_model, uncut
 from torch import Tensor
 
 import optin_deploy
-from exporters.passes.pooled import check_pool, pooled
-from optin_deploy.checkpoint.preprocessor import load_beside
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_dense
+from optin_deploy.exporters.passes.pooled import check_pool, pooled
+from optin_deploy.feeds.pooling import pooled_states, pooling_of
+from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
-from optin_deploy.pooling import pooled_states, pooling_of
 from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.subject import dense_run, valid_of

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
-from exporters.serving.checking import check_server, compare, differences
-from exporters.serving.shipments import Order
-from exporters.serving.shipping import ship_folder
 from optin_deploy.errors import BadInput, ServerFault
 from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.serving.checking import check_server, compare, differences
 from optin_deploy.serving.client import METADATA_BYTES, connect
 from optin_deploy.serving.load import Burst, LoadPoint, burst, measure_load
 from optin_deploy.serving.manifest import ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
+from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.shipping import ship_folder
 
 Json = dict[str, Any]
 
@@ -410,7 +410,7 @@ def test_the_command_checks_and_fails_with_1(served: Served, shell: tiny.Shell, 
 
 
 def test_two_versions_of_one_model_are_a_pair(repository: Repository) -> None:
-    from exporters.serving.checking import _pairs
+    from optin_deploy.serving.checking import _pairs
 
     pruned, dense = (repository.manifest(name, 1) for name in ("tiny", "tiny-dense"))
     as_version = replace(dense, name="tiny", version=2)

@@ -15,14 +15,14 @@ import transformers
 from tiny_checkpoint import bert, photos, run, vit
 
 import optin_deploy
-from exporters.ready import Request, ready
-from optin_deploy.budget import Limits
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.dense import Dense, dense_of
-from optin_deploy.jobs.served_images import check_any_size, serve_images
+from optin_deploy.jobs.request import Request, ready
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
-from optin_deploy.workspace import Source
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.dense import Dense, dense_of
+from optin_deploy.pruning.served_images import check_any_size, serve_images
+from optin_deploy.pruning.source import Source
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 

@@ -23,13 +23,13 @@ import yaml
 from sealed import put_artifact
 
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
-from exporters.serving.checking import check_server
-from exporters.serving.shipments import Order
-from exporters.serving.shipping import roll_back, ship_folder
+from optin_deploy.files.storage import read_tensors
 from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.serving.checking import check_server
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import read_tensors
+from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.shipping import roll_back, ship_folder
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 

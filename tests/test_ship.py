@@ -21,18 +21,18 @@ from onnx import TensorProto, helper
 from sealed import put_artifact
 from tritonclient.grpc import model_config_pb2
 
-from exporters.serving import SERVERS, server
-from exporters.serving.shipments import Order, default_name, preferred_batches, shipments
-from exporters.serving.shipping import roll_back, ship_folder
-from exporters.serving.tensors import V2_NAMES, largest_batch, tensors_of
-from exporters.serving.triton import config_of
 from optin_deploy.errors import BadInput
-from optin_deploy.findings import LatencyRow, Samples, Side
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.reporting.findings import LatencyRow, Samples, Side
 from optin_deploy.runtimes.record import EngineRecord, write_record
+from optin_deploy.serving import SERVERS, server
 from optin_deploy.serving import repository as repositories
 from optin_deploy.serving.manifest import LARGEST_VERSION, SCHEMA_VERSION, Manifest, ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import sha256_file
+from optin_deploy.serving.shipments import Order, default_name, preferred_batches, shipments
+from optin_deploy.serving.shipping import roll_back, ship_folder
+from optin_deploy.serving.tensors import V2_NAMES, largest_batch, tensors_of
+from optin_deploy.serving.triton import config_of
 
 ORT_RUN = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
 
@@ -181,7 +181,7 @@ def manifest_of(
 
 
 def test_text_in_pbtxt_is_quoted_and_escaped() -> None:
-    from exporters.serving.triton_config import Parameter, Word, _field
+    from optin_deploy.serving.triton_config import Parameter, Word, _field
 
     odd = 'quote " backslash \\ newline \n umlaut ü'
     text = "\n".join(_field("parameters", {"key": Parameter(odd)}, ""))

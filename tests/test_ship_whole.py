@@ -17,17 +17,17 @@ import pytest
 import tiny_checkpoint as tiny
 from test_ship import changed, everything, order, published
 
-import exporters.serving
-from exporters.serving import shipping
-from exporters.serving.shipments import shipments
-from exporters.serving.shipping import roll_back, ship_folder
-from optin_deploy.belonging import disagreements
+import optin_deploy.serving
 from optin_deploy.errors import BadInput
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.files.storage import read_json, read_tensors, sha256_file, write_tensors
+from optin_deploy.jobs.belonging import disagreements
 from optin_deploy.network import sealed
-from optin_deploy.ownership import RECORD
+from optin_deploy.serving import shipping
 from optin_deploy.serving.manifest import ServingOptions, check_files
 from optin_deploy.serving.repository import Repository
-from optin_deploy.storage import read_json, read_tensors, sha256_file, write_tensors
+from optin_deploy.serving.shipments import shipments
+from optin_deploy.serving.shipping import roll_back, ship_folder
 
 NEURONS = "bert.encoder.layer.0: neurons"
 URI = ServingOptions(storage_uri="s3://bucket/repository")
@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_repository_as_it_was(
     asked: dict[str, Any] = {"server": server, "options": URI, "text": server == "triton"}
     for first in (True, False):
         before = published(everything(repo)) if repo.exists() else None
-        models = shipments(job, order(repo, **asked), exporters.serving.server(server))
+        models = shipments(job, order(repo, **asked), optin_deploy.serving.server(server))
         writes = 0
         while True:
             with monkeypatch.context() as patch:

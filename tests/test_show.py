@@ -19,8 +19,10 @@ from PIL import Image
 from rich.console import Console
 from tiny_checkpoint import copy_of, finished_job
 
+from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.score_table import (
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.score_table import (
     PALETTE,
     colour_levels,
     compact,
@@ -31,7 +33,6 @@ from optin_deploy.score_table import (
     told,
 )
 from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.workspace import Source, Workspace
 
 if TYPE_CHECKING:
     from tiny_checkpoint import Shell

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.latency import simulated
 from benchmarks.latency.simulated import RUN_SECONDS, SCENARIOS, Found, Machine, Scenario, Session, checks, page
-from optin_deploy.bench.gate import Verdict
+from optin_deploy.measuring.gate import Verdict
 
 
 def runs_of(session: Session, machine: Machine, count: int) -> np.ndarray:

@@ -28,11 +28,11 @@ from optin_deploy.checkpoint.smaller import MANIFEST, config_hash, read_saved, r
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import CutModule, cut_and_tell
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.planning.plan import NetworkPlan, plan_of
-from optin_deploy.storage import sha256_file
 from optin_deploy.structure.find import find
 
 pytestmark = pytest.mark.usefixtures("one_thread")

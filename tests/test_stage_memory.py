@@ -13,15 +13,15 @@ import transformers
 from tiny_scoring import one_thread, subject_of
 from torch import Tensor
 
-from optin_deploy import stage_memory
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import NotProven, prove
+from optin_deploy.jobs import stage_memory
+from optin_deploy.jobs.stage_memory import StageMemory, over_budget
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.scoring.memory import PeakBytes
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.stage_memory import StageMemory, over_budget
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -152,7 +152,7 @@ def test_stages_over_the_budget_are_those_beyond_what_was_held_before() -> None:
 
 
 def test_a_job_says_once_which_stages_went_over_the_memory_budget(caplog: pytest.LogCaptureFixture) -> None:
-    from exporters.job import _over_budget
+    from optin_deploy.jobs.export import _over_budget
 
     peaks = {"score": 150 * MIB, "rewrite": 171 * MIB, "export": 230 * MIB}
     clock: Any = SimpleNamespace(memory=SimpleNamespace(peaks=peaks))

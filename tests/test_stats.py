@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optin_deploy.bench.stats import bootstrap_ci, percentile, throughput
 from optin_deploy.errors import BadInput
+from optin_deploy.measuring.stats import bootstrap_ci, percentile, throughput
 
 
 def test_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:

@@ -13,13 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from optin_deploy import storage
 from optin_deploy.errors import BadInput
-from optin_deploy.ownership import RECORD
-from optin_deploy.planning.curve import Curve
-from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.storage import (
+from optin_deploy.files import storage
+from optin_deploy.files.names import LOCK
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.files.storage import (
     atomic_file,
     atomic_folder,
     read_json,
@@ -32,7 +30,11 @@ from optin_deploy.storage import (
     write_tensors,
     write_text,
 )
-from optin_deploy.workspace import LOCK, Source, Workspace
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.planning.curve import Curve
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.pruning.source import Source
+from optin_deploy.scoring.unit_scores import UnitScores
 
 HINT = "Write it with `optin plan`."
 

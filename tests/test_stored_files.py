@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import read_json, read_metadata
+from optin_deploy.files.storage import read_json, read_metadata
 
 Tree = Any
 

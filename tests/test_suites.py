@@ -10,11 +10,11 @@ import pytest
 from test_report import MEASURED
 from tiny_checkpoint import Shell
 
-from exporters.bench.measuring import Bench
-from exporters.bench.points import Point
-from exporters.bench.suites import MOST_CASES, read_suite
-from optin_deploy.bench.report import latency_rows
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.bench import Bench
+from optin_deploy.jobs.suites import MOST_CASES, read_suite
+from optin_deploy.measuring.points import Point
+from optin_deploy.reporting.report import latency_rows
 
 
 def written(path: Path, text: str) -> Path:

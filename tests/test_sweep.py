@@ -21,20 +21,21 @@ from PIL import Image
 from tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled, lines, root, texts
 
 import optin_deploy
-from optin_deploy import sweep as module
-from optin_deploy.budget import Limits
-from optin_deploy.data.rows import Feeds
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
-from optin_deploy.jobs.pruning import Ready
-from optin_deploy.loading import load_dense
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.jobs import sweep as module
+from optin_deploy.jobs.stages import Planner, Prepared, ScoreRequest, prepare
+from optin_deploy.jobs.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice
-from optin_deploy.quality import Quality
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring import ScoreSettings
-from optin_deploy.stages import Planner, Prepared, ScoreRequest, prepare
-from optin_deploy.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
-from optin_deploy.workspace import Source, Workspace
 
 SHARES = "0.9,0.5,0.2"
 
@@ -311,7 +312,7 @@ def test_a_precision_that_loses_more_than_max_drop_fails_the_job(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("exporters.job._quality", lambda *rest: Quality("accuracy", 1.0, 0.7, 59))
+    monkeypatch.setattr("optin_deploy.jobs.export._quality", lambda *rest: Quality("accuracy", 1.0, 0.7, 59))
     data = ("--calibration", lines(), "--eval", judging(), "--seq-len", SEQ_LEN)
     ran = shell("optin-export", classifier(), *data, "--max-drop", 20, "--engine", "torch", "--align", 8,
                 "--no-dense", "--out", out)  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import optin_deploy
-from optin_deploy.loading import infer_task
+from optin_deploy.checkpoint.loading import infer_task
 
 NAMES = ("O", "B-name", "I-name")
 
@@ -55,8 +55,8 @@ def test_a_scorer_of_text_is_judged_by_its_perplexity(writer: Path, tmp_path: Pa
 
 def _perplexities(dense: Path, pruned: torch.nn.Module, out: Path) -> list[float]:
     """By transformers' own loss, over the rows that the job held out."""
-    from optin_deploy.stages import prepare
-    from optin_deploy.workspace import Workspace
+    from optin_deploy.jobs.stages import prepare
+    from optin_deploy.jobs.workspace import Workspace
 
     rows = prepare(Workspace(out).source(), out).ready.rows.held_out
     assert rows is not None

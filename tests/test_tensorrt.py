@@ -19,19 +19,19 @@ from tiny_checkpoint import Shell, bert, labelled, text_options
 from tiny_forms import Tiny, form_of, tiny
 
 from benchmarks.gpu import engines_trt
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.profiles import Profile, parse_profile
-from exporters.proving import relative_error
-from exporters.tensorrt_plan import EngineOptions
+from optin_deploy.common.validation import parse_size
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.exporters.profiles import Profile, parse_profile
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.jobs.proving import relative_error
 from optin_deploy.runtimes import tensorrt as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record, write_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
-from optin_deploy.storage import sha256_file
-from optin_deploy.validation import parse_size
 
 SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 
@@ -48,7 +48,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> Any:
 def put_device(monkeypatch: pytest.MonkeyPatch, described: tuple[str, str] | None) -> None:
     """Let the CPU pass for a GPU of this name and capability; None: no GPU."""
     device = None if described is None else torch.device("cpu")
-    for module in ("exporters.to_tensorrt", "optin_deploy.runtimes.tensorrt"):
+    for module in ("optin_deploy.exporters.to_tensorrt", "optin_deploy.runtimes.tensorrt"):
         monkeypatch.setattr(f"{module}.current_gpu", lambda: device)
         monkeypatch.setattr(f"{module}.describe_device", lambda _: described)
 
@@ -113,9 +113,9 @@ def test_bench_times_both_plans_on_the_device_with_and_without_graphs(
         def replays(self) -> bool:  # the stand-in records no graphs
             return opened[-1][1]
 
-    monkeypatch.setattr("exporters.to_tensorrt.TensorRTRuntime", Noting)
-    monkeypatch.setattr("optin_deploy.bench.timing.MAX_ROUNDS", 3)
-    monkeypatch.setattr("optin_deploy.bench.device_clock.STRETCH_MS", 0.0)
+    monkeypatch.setattr("optin_deploy.exporters.to_tensorrt.TensorRTRuntime", Noting)
+    monkeypatch.setattr("optin_deploy.measuring.timing.MAX_ROUNDS", 3)
+    monkeypatch.setattr("optin_deploy.measuring.device_clock.STRETCH_MS", 0.0)
     assert shell("optin", "build", finished, "--engine", "trt", "--profile", "batch=1,2,4 seq=4,16,32").code == 0
     opened.clear()
     ran = shell("optin", "bench", finished, "--engine", "trt", "--at", "batch=2,seq=16", "--device-time")

@@ -14,12 +14,12 @@ from onnx import numpy_helper
 from tiny_checkpoint import Shell, bert, lines, text_options
 from tiny_forms import Tiny, form_of, samples, tiny
 
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.checks.preflight import build_ahead
-from exporters.profiles import Profile
-from exporters.tensorrt_plan import EngineOptions, build_engine
 from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.exporters.preflight import build_ahead
+from optin_deploy.exporters.profiles import Profile
+from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt

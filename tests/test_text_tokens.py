@@ -26,12 +26,12 @@ import optin_deploy
 from benchmarks.zoo.export import export
 from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import network_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read_onnx import read_file, read_ir
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
+from optin_deploy.pruning.networks import network_of
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.structure.find import find

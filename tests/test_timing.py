@@ -11,7 +11,8 @@ from typing import Self
 import numpy as np
 import pytest
 
-from optin_deploy.bench.timing import (
+from optin_deploy.errors import BadInput
+from optin_deploy.measuring.timing import (
     MAX_ROUNDS,
     MAX_WARMUP,
     MIN_ROUNDS,
@@ -21,7 +22,6 @@ from optin_deploy.bench.timing import (
     measure_together,
     round_count,
 )
-from optin_deploy.errors import BadInput
 from optin_deploy.runtimes.base import Feeds
 
 FEEDS = {"input_ids": np.zeros((1, 4), dtype=np.int64)}

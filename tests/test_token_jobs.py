@@ -21,34 +21,35 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 import optin_deploy
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.bench.points import Point
-from exporters.bench.profiling import measure_table
-from exporters.bench.time_budget import Planning
-from exporters.bench.time_rounds import AIM
-from exporters.bench.yardstick import Yardstick, form_at, inputs_of
-from exporters.job import export_model
-from exporters.ready import Request
-from optin_deploy.bench.timing import PairTiming, Samples
-from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.jobs.pruning import Ready, pick
-from optin_deploy.jobs.tokens import merge_error, merging, schedules
-from optin_deploy.jobs.trial import unseen_error
-from optin_deploy.judging import joined, judged_samples
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.profiling import measure_table
+from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare
+from optin_deploy.jobs.time_budget import Planning
+from optin_deploy.jobs.time_rounds import AIM
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.jobs.yardstick import Yardstick, form_at, inputs_of
+from optin_deploy.measuring.points import Point
+from optin_deploy.measuring.timing import PairTiming, Samples
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
+from optin_deploy.planning.budget import Limits, TimeTarget
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.planning.widths import Choice, Keep
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.pruning import Ready, pick
+from optin_deploy.pruning.source import Source
+from optin_deploy.pruning.tokens import merge_error, merging, schedules
+from optin_deploy.pruning.trial import unseen_error
+from optin_deploy.quality.held_out import joined, judged_samples
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
-from optin_deploy.stages import Planner, Prepared, curve_stage, prepare
 from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
-from optin_deploy.workspace import Source, Workspace
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ from tiny_scoring import Batch, bare_bert, bert, dinov2, one_thread, rows, vit
 from torch import Tensor, nn
 
 from optin_deploy.cutting.graph import cut
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.rows import Feeds, rows_of
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import Ready, make, ready_of
-from optin_deploy.jobs.trial import unseen_error
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan, plan_of
+from optin_deploy.pruning.networks import Found
+from optin_deploy.pruning.pruning import Ready, make, ready_of
+from optin_deploy.pruning.trial import unseen_error
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 
@@ -120,7 +120,7 @@ def test_of_many_samples_some_fit_that_are_spread_over_all(monkeypatch: pytest.M
     plan, fitting = plan_for(of), judged_rows(batches, False)
     half = ready(model, fitting[1::2])
     half.know_token_weights(None)
-    monkeypatch.setattr("optin_deploy.jobs.trial.MOST_FITTED", len(fitting) // 2)
+    monkeypatch.setattr("optin_deploy.pruning.trial.MOST_FITTED", len(fitting) // 2)
     expected = distance(Runs(Program(make(half, plan).network)), model, judged_rows(batches, True))
     assert len(fitting) % 2 == 0
     assert unseen_error(of, plan) == pytest.approx(expected, rel=1e-5)

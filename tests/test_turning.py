@@ -14,10 +14,10 @@ from tiny_checkpoint import Shell, bert, classifier, lines, text_options
 from torch import Tensor, nn
 
 import optin_deploy
+from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.cutting.turning import balanced, turned
-from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_model
+from optin_deploy.feeds.rows import Batch
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read

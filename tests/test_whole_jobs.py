@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import optin_deploy
 from benchmarks.zoo.export import export
 from benchmarks.zoo.families import FAMILIES, SIZES
-from exporters.job import export_model
-from exporters.ready import Request
-from optin_deploy.budget import Limits
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.settings import ScoreSettings
-from optin_deploy.workspace import Source
 
 ROWS = 40
 KINDS = ("bert", "llama", "vit", "swin", "resnet", "efficientnet", "whisper-encoder")

@@ -25,8 +25,8 @@ import transformers
 from PIL import Image
 
 from optin_deploy import cli
-from optin_deploy.ownership import RECORD
-from optin_deploy.workspace import LOCK
+from optin_deploy.files.names import LOCK
+from optin_deploy.files.ownership import RECORD
 
 HIDDEN, LAYERS, HEADS, FFN = 48, 2, 6, 96
 SEQ_LEN = 16
@@ -155,15 +155,16 @@ class Shell:
 
 def run(program: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of `optin ...` or `optin-export ...`."""
-    from exporters.bench import measuring
-    from optin_deploy.bench.device_time import measure_device_time
-    from optin_deploy.bench.timing import measure_pair
+    from optin_deploy.jobs import bench
+    from optin_deploy.measuring import artifacts as measuring
+    from optin_deploy.measuring.device_time import measure_device_time
+    from optin_deploy.measuring.timing import measure_pair
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *map(str, arguments)])
         patch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
         patch.setattr(measuring, "measure_pair", partial(measure_pair, blocks=2))
-        patch.setattr(measuring, "measure_device_time", partial(measure_device_time, blocks=2))
+        patch.setattr(bench, "measure_device_time", partial(measure_device_time, blocks=2))
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, {"TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"))
         patch.setenv("COLUMNS", "200")  # tables and messages unbroken

@@ -9,11 +9,11 @@ from typing import Any
 
 import tiny_checkpoint as tiny
 
-from optin_deploy.jobs.modules import PrunedModel
-from optin_deploy.jobs.pruning import make
+from optin_deploy.jobs.stages import Prepared, prepare
 from optin_deploy.planning.plan import plan_of
-from optin_deploy.stages import Prepared, prepare
-from optin_deploy.workspace import Source
+from optin_deploy.pruning.modules import PrunedModel
+from optin_deploy.pruning.pruning import make
+from optin_deploy.pruning.source import Source
 
 
 def model_with(folder: Path, tokenizer: str | None = None, **settings: Any) -> Path:

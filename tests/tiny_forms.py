@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from conftest import tiny_batches, tiny_model
 
-from exporters.base import Form
-from exporters.passes.pooled import pooled
+from optin_deploy.checkpoint.loading import drop_pooler
 from optin_deploy.checkpoint.smaller import save
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_and_tell
-from optin_deploy.loading import drop_pooler
+from optin_deploy.exporters.base import Form
+from optin_deploy.exporters.passes.pooled import pooled
+from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.axes import kept
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.graph import Network
@@ -27,7 +28,6 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.sealed import store
 from optin_deploy.network.unused import tidied
 from optin_deploy.planning.plan import plan_of
-from optin_deploy.storage import sha256_json
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 

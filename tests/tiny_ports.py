@@ -10,11 +10,11 @@ import onnx
 from onnx import TensorProto, helper
 from tiny_graphs import INT64, model_of, value, weight
 
-from optin_deploy.data.image_feeds import image_feeds, image_input
-from optin_deploy.data.ports import takes
-from optin_deploy.data.rows import Batching, Feeds
 from optin_deploy.data.samples import Sample
-from optin_deploy.data.text_feeds import text_feeds, text_inputs
+from optin_deploy.feeds.image_feeds import image_feeds, image_input
+from optin_deploy.feeds.ports import takes
+from optin_deploy.feeds.rows import Batching, Feeds
+from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 

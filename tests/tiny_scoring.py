@@ -19,8 +19,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.read_torch import read_module
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring.subject import Subject
 
 LAYERS, HIDDEN, HEADS, NEURONS, VOCABULARY = 2, 12, 3, 6, 40

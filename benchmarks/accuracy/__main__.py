@@ -30,14 +30,14 @@ from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import judged
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.jobs.networks import Found as Read
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.files.storage import read_json, sha256_tensors, write_json
 from optin_deploy.network.graph import Network
 from optin_deploy.network.write import write as write_network
 from optin_deploy.planning.widths import DEFAULT_KINDS
-from optin_deploy.storage import read_json, sha256_tensors, write_json
+from optin_deploy.pruning.networks import Found as Read
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.terminal import quiet_libraries
 from optin_deploy.structure.labels import KINDS
-from optin_deploy.terminal import quiet_libraries
 
 GATE = ["sentiment", "r8", "cifar10"]
 

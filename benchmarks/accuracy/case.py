@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.scoring.rivals import mask_gradients
-from exporters import exporter
-from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.rows import Feeds
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.jobs.networks import Found
-from optin_deploy.jobs.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned
-from optin_deploy.jobs.tokens import least_error, schedules
+from optin_deploy.exporters import exporter
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.graph import Network
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, aligned, choose
+from optin_deploy.pruning.networks import Found
+from optin_deploy.pruning.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned
+from optin_deploy.pruning.tokens import least_error, schedules
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores

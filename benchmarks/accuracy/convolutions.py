@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy.case import OUTPUT, Case
 from benchmarks.accuracy.outputs import divergence
+from optin_deploy.common.guard import inference
 from optin_deploy.errors import MissingDependency
-from optin_deploy.guard import inference
-from optin_deploy.jobs.networks import find_in
 from optin_deploy.network.graph import Network
+from optin_deploy.pruning.networks import find_in
 
 STEPS = 8
 """Halvings of the interval of its pruning ratio."""

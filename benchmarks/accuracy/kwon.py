@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.scoring.rivals import groups_of
 from optin_deploy.cutting.masks import masks
-from optin_deploy.data.rows import MASK, Batch, rows_of
+from optin_deploy.feeds.rows import MASK, Batch, rows_of
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program

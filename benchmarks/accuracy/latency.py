@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.comparing import settle
-from exporters.bench.points import Point
-from optin_deploy.bench.gate import Limit
-from optin_deploy.bench.report import to_table
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import read_json
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.files.storage import read_json
+from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.gate import Limit
+from optin_deploy.measuring.points import Point
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 DENSE_NAME = "dense-1-seed-1"
 CELL = re.compile(r"(?P<method>\w+)-(?P<flops>[\d.]+)-seed(?P<seed>\d+)")

@@ -14,12 +14,12 @@ from benchmarks.accuracy.kwon import rearranged, tuned
 from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.scoring.rivals import magnitude, random, squared, torch_pruning_taylor
 from benchmarks.tasks import Task
-from exporters import exporter
-from optin_deploy.data.rows import MASK
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.jobs.tokens import schedules
+from optin_deploy.exporters import exporter
+from optin_deploy.feeds.rows import MASK
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.widths import Choice
+from optin_deploy.pruning.tokens import schedules
 from optin_deploy.structure.tokens import TokenStream, most_merged
 
 TAU = 0.775

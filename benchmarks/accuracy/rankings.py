@@ -15,8 +15,8 @@ from benchmarks.accuracy.case import OUTPUT
 from benchmarks.accuracy.outputs import divergence, outputs_of
 from benchmarks.accuracy.rival import Ranking, pruned
 from benchmarks.tasks import TASKS
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.terminal import quiet_libraries
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.terminal import quiet_libraries
 
 FLOPS, SEED, ROWS = 0.4, 0, 1024
 

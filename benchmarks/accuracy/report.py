@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.methods import METHODS, PEERS, RANKINGS
-from optin_deploy.bench.report import to_table
-from optin_deploy.pictures import DPI, plain, save_figure
+from optin_deploy.reporting.pictures import DPI, plain, save_figure
+from optin_deploy.reporting.report import to_table
 
 Cell = tuple[str, int, str, float]
 """Task, seed, method, share of the MACs."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.gpu.engines import ENGINES
 from benchmarks.gpu.models import MODELS, PRUNED, is_image
-from exporters.precisions import DTYPES
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.precisions import DTYPES
 
 KINDS = ("pair", "table", "score", "profile")
 INPUTS = ("full", "padded")

@@ -16,7 +16,7 @@ from benchmarks.gpu.engines import Run, Skipped, need_cuda
 from benchmarks.gpu.engines_trt import with_mask
 
 if TYPE_CHECKING:
-    from exporters.base import Form
+    from optin_deploy.exporters.base import Form
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PRECISIONS = ("fp32", "tf32", "fp16")
@@ -88,8 +88,8 @@ def _onnxruntime(engine: str, provider: str) -> Any:
 
 
 def _exported(model: nn.Module, precision: str, folder: Path) -> Path:
-    from exporters.base import ExportSpec
-    from exporters.to_onnx import OnnxExporter
+    from optin_deploy.exporters.base import ExportSpec
+    from optin_deploy.exporters.to_onnx import OnnxExporter
 
     typed = "fp32" if precision == "tf32" else precision
     name, _ = OnnxExporter().file_names(typed)
@@ -98,7 +98,7 @@ def _exported(model: nn.Module, precision: str, folder: Path) -> Path:
 
 def form_of(model: nn.Module, folder: Path) -> Form:
     """A model as artifacts are made of it."""
-    from exporters.base import Form
+    from optin_deploy.exporters.base import Form
     from optin_deploy.network.read import read
     from optin_deploy.network.sealed import store
 

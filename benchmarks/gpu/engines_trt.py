@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.engines import Run, Skipped, need_cuda
 
 if TYPE_CHECKING:
-    from exporters.profiles import Profile
+    from optin_deploy.exporters.profiles import Profile
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
         raise Skipped(f"engine {engine}: pydantic, which reads engine.json, is not installed; bring it along.")
     try:
         from benchmarks.gpu.engines_ort import form_of
-        from exporters import exporter
-        from exporters.base import ExportSpec
-        from exporters.tensorrt_plan import EngineOptions
+        from optin_deploy.exporters import exporter
+        from optin_deploy.exporters.base import ExportSpec
+        from optin_deploy.exporters.tensorrt_plan import EngineOptions
         from optin_deploy.runtimes.tensorrt import TensorRTRuntime
     except ImportError as err:
         raise Skipped(f"engine {engine}: {err}; bring it along.") from err
@@ -60,7 +60,7 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
 
 def _profile(inputs: Mapping[str, Tensor]) -> Profile:
     """The one shape that is measured; images have no length."""
-    from exporters.profiles import Profile
+    from optin_deploy.exporters.profiles import Profile
 
     batch, *rest = next(iter(inputs.values())).shape
     tokens = rest[0] if len(rest) == 1 else 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from optin_deploy.bench.state import gpu_state
+from optin_deploy.measuring.state import gpu_state
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from exporters.precisions import DTYPES, TOLERANCES
+from optin_deploy.exporters.precisions import DTYPES, TOLERANCES
 
 LIMITS = {name: TOLERANCES[name] for name in DTYPES}
 """Largest allowed max |a - b| / max(1, max |a|) against eager fp32 of the same weights."""

@@ -8,8 +8,8 @@ from typing import Any
 from benchmarks.gpu.cells import Cell, Requirement, Suite
 from benchmarks.gpu.models import PRUNED
 from benchmarks.gpu.rows import Row
-from optin_deploy.bench.report import to_table
-from optin_deploy.bench.state import told_of
+from optin_deploy.measuring.state import told_of
+from optin_deploy.reporting.report import to_table
 
 Found = Sequence[tuple[Cell, Row]]
 GPU_TOLD = ("sm_mhz", "temperature_c", "power_w")

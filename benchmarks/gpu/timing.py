@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.engines import Run
-from optin_deploy.bench.device_clock import Timer, stretch_runs
-from optin_deploy.bench.stats import bootstrap_ci, percentile, throughput
+from optin_deploy.measuring.device_clock import Timer, stretch_runs
+from optin_deploy.measuring.stats import bootstrap_ci, percentile, throughput
 
 WARMUP_SHARE = 0.2
 """Of the timed seconds, all variants in turn before anything counts: clocks rise, caches and allocators settle."""

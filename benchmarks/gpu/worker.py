@@ -20,7 +20,7 @@ from benchmarks.gpu.engines import Skipped
 from benchmarks.gpu.kinds import measure_cell
 from benchmarks.gpu.machine import describe
 from benchmarks.gpu.workbench import Workbench
-from optin_deploy.bench.state import gpu_state
+from optin_deploy.measuring.state import gpu_state
 
 
 def main() -> None:

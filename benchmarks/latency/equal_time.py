@@ -27,31 +27,32 @@ from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.task import judged
-from exporters import exporter
-from exporters.base import ExportSpec
-from exporters.bench.points import Point
-from exporters.bench.profiling import NS, table_at
-from exporters.bench.time_budget import Planning
-from exporters.bench.yardstick import DENSE, Yardstick, yardstick
-from optin_deploy.bench.report import to_table
-from optin_deploy.bench.stats import bootstrap_ci
-from optin_deploy.bench.timing import BLOCKS, log_ratios, mean_ratio
-from optin_deploy.budget import Limits, TimeTarget
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.rows import Feeds
-from optin_deploy.jobs.dense import Dense
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.jobs.pruning import emptiable, make, ready_of
-from optin_deploy.loading import LoadedModel
+from optin_deploy.checkpoint.loading import LoadedModel
+from optin_deploy.exporters import exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.files.storage import read_json, sha256_tensors, write_json
+from optin_deploy.jobs.profiling import NS, table_at
+from optin_deploy.jobs.stages import Planner, Prepared, score_stage
+from optin_deploy.jobs.sweep import measure_curves
+from optin_deploy.jobs.time_budget import Planning
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.jobs.yardstick import DENSE, Yardstick, yardstick
+from optin_deploy.measuring.points import Point
+from optin_deploy.measuring.stats import bootstrap_ci
+from optin_deploy.measuring.timing import BLOCKS, log_ratios, mean_ratio
+from optin_deploy.planning.budget import Limits, TimeTarget
 from optin_deploy.planning.ladder import narrowest
 from optin_deploy.planning.latency import LatencyTable, TimeCost
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, ladders_of
-from optin_deploy.stages import Planner, Prepared, score_stage
-from optin_deploy.storage import read_json, sha256_tensors, write_json
-from optin_deploy.sweep import measure_curves
-from optin_deploy.terminal import quiet_libraries, stage_bar
-from optin_deploy.workspace import Source, Workspace
+from optin_deploy.pruning.dense import Dense
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.pruning import emptiable, make, ready_of
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 SLACK = 0.02
 """The plan by MACs may take so much longer."""

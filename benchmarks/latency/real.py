@@ -15,14 +15,14 @@ from pathlib import Path
 
 from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.points import parse_point
-from exporters.bench.yardstick import Yardstick, yardstick
-from exporters.ready import Request, ready
-from optin_deploy.bench.gate import Limit, judge
-from optin_deploy.bench.report import to_table
-from optin_deploy.bench.timing import PairTiming
-from optin_deploy.progress import Progress
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.common.progress import Progress
+from optin_deploy.jobs.request import Request, ready
+from optin_deploy.jobs.yardstick import Yardstick, yardstick
+from optin_deploy.measuring.gate import Limit, judge
+from optin_deploy.measuring.points import parse_point
+from optin_deploy.measuring.timing import PairTiming
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 LIMIT = Limit("max_ratio", 1.05)
 KEPT = 0.75

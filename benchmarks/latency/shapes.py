@@ -20,17 +20,17 @@ import onnx
 
 from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
-from exporters import exporter
-from exporters.bench.measuring import time_pair
-from exporters.bench.points import parse_point
-from exporters.bench.yardstick import inputs_of
-from optin_deploy.bench.gate import Limit, judge
-from optin_deploy.bench.report import to_table
 from optin_deploy.cutting.graph import cut
+from optin_deploy.exporters import exporter
+from optin_deploy.jobs.stages import Prepared, prepare
+from optin_deploy.jobs.yardstick import inputs_of
+from optin_deploy.measuring.artifacts import time_pair
+from optin_deploy.measuring.gate import Limit, judge
+from optin_deploy.measuring.points import parse_point
 from optin_deploy.network.write import write
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.runtimes.base import Feeds
-from optin_deploy.stages import Prepared, prepare
-from optin_deploy.terminal import quiet_libraries, stage_bar
 
 SHARES = (1.0, 0.6, 0.4, 0.25)
 """Of the units of every group."""

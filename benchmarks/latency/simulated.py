@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import RESULTS, write_result
-from optin_deploy.bench.gate import OUTCOMES, Limit, Verdict, judge
-from optin_deploy.bench.report import to_table
-from optin_deploy.bench.timing import BLOCKS, measure_pair
-from optin_deploy.progress import Progress, silent
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.measuring.gate import OUTCOMES, Limit, Verdict, judge
+from optin_deploy.measuring.timing import BLOCKS, measure_pair
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import stage_bar
 from optin_deploy.runtimes.base import Closing, Feeds
-from optin_deploy.terminal import stage_bar
 
 RUN_SECONDS, OPEN_SECONDS = 0.02, 0.05
 """Of one run and one opening, before luck, drift and noise."""

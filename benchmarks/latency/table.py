@@ -15,12 +15,12 @@ import numpy as np
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.points import parse_point
-from exporters.bench.profiling import NS, profile_model
-from exporters.ready import Request
-from optin_deploy.bench.report import to_table
+from optin_deploy.jobs.profiling import NS, profile_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.measuring.points import parse_point
 from optin_deploy.planning.latency import TABLE_HEADER, LatencyTable, held_out_line, table_rows
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 MEDIAN, WORST = 0.05, 0.12
 """Relative errors that are allowed."""

@@ -16,20 +16,20 @@ from pathlib import Path
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
-from exporters.bench.points import parse_point
-from exporters.bench.profiling import table_at
-from exporters.bench.time_budget import Planning
-from exporters.bench.time_rounds import LEAST, Round
-from exporters.bench.yardstick import Yardstick, yardstick
-from exporters.ready import Request, ready
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits, TimeTarget
 from optin_deploy.errors import InfeasibleBudget
-from optin_deploy.stages import Planner, dense_stage, score_stage
-from optin_deploy.storage import read_json, write_json
-from optin_deploy.sweep import measure_curves
-from optin_deploy.terminal import quiet_libraries, stage_bar
-from optin_deploy.workspace import Workspace
+from optin_deploy.files.storage import read_json, write_json
+from optin_deploy.jobs.profiling import table_at
+from optin_deploy.jobs.request import Request, ready
+from optin_deploy.jobs.stages import Planner, dense_stage, score_stage
+from optin_deploy.jobs.sweep import measure_curves
+from optin_deploy.jobs.time_budget import Planning
+from optin_deploy.jobs.time_rounds import LEAST, Round
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.jobs.yardstick import Yardstick, yardstick
+from optin_deploy.measuring.points import parse_point
+from optin_deploy.planning.budget import Limits, TimeTarget
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 """Of the dense model's time."""

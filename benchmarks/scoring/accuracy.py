@@ -27,19 +27,21 @@ from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
 from benchmarks.scoring.clock import Clock
 from benchmarks.scoring.rivals import KINDS, RIVALS, Importance, Loss, Rival, groups_of
-from optin_deploy.bench.environment import environment
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
-from optin_deploy.data.feeds import Drawing, Preparation, read_feeds
-from optin_deploy.data.rows import Batch, Feeds, rows_of
+from optin_deploy.checkpoint.loading import load_model
+from optin_deploy.common.environment import environment
+from optin_deploy.common.progress import Progress
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import sizes_of
-from optin_deploy.loading import load_model
+from optin_deploy.feeds.feeds import Drawing, Preparation, read_feeds
+from optin_deploy.feeds.rows import Batch, Feeds, rows_of
+from optin_deploy.files.storage import read_json
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.widths import Choice, choose
-from optin_deploy.progress import Progress
+from optin_deploy.pruning.networks import Found, find_in
+from optin_deploy.pruning.pruning import sizes_of
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.slopes import Projections, slope_terms
@@ -47,9 +49,7 @@ from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.scoring.terms import Terms, TermWeights, combined, mean_scores
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
-from optin_deploy.storage import read_json
 from optin_deploy.structure.groups import UnitGroup
-from optin_deploy.terminal import quiet_libraries
 
 FLOPS = 0.6
 Units = Mapping[UnitGroup, Sequence[int]]

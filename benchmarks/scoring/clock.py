@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 
-from optin_deploy.data.rows import Batch, rows_of
-from optin_deploy.progress import Progress
+from optin_deploy.common.progress import Progress
+from optin_deploy.feeds.rows import Batch, rows_of
+from optin_deploy.reporting.terminal import stage_bar
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.terminal import stage_bar
 
 T = TypeVar("T")
 EVERY = 5.0

@@ -26,17 +26,17 @@ from benchmarks.record import RESULTS, write_result
 from benchmarks.scoring.accuracy import neurons_alone
 from benchmarks.scoring.clock import Clock
 from benchmarks.scoring.rivals import KINDS, groups_of
-from optin_deploy.bench.report import to_table
-from optin_deploy.data.rows import Batch
-from optin_deploy.guard import inference
-from optin_deploy.inputs import example_inputs
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.common.guard import inference
+from optin_deploy.feeds.inputs import example_inputs
+from optin_deploy.feeds.rows import Batch
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.scoring.memory import PeakBytes, peak_bytes
 from optin_deploy.scoring.precision import pass_dtype
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
-from optin_deploy.terminal import quiet_libraries, stage_bar
 
 CPU = torch.device("cpu")
 MEMORY_BATCH, MEMORY_LENGTH = 16, 128

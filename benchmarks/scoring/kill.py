@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from benchmarks.record import RESULTS, write_result
-from optin_deploy.bench.report import to_table
-from optin_deploy.storage import read_tensors
-from optin_deploy.terminal import stage_bar
+from optin_deploy.files.storage import read_tensors
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import stage_bar
 
 WORKERS, KILLED = 4, 2
 

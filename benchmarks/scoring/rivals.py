@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.common.guard import inference
 from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.guard import inference
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.scoring.subject import Subject, masks_of

@@ -20,27 +20,27 @@ from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
 from benchmarks.scoring.rivals import KINDS
 from benchmarks.tasks.text import sentiment, topics
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
-from optin_deploy.checkpoint.preprocessor import load_preprocessor
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.ports import takes
-from optin_deploy.data.rows import Batching, Feeds
+from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.data.samples import Sample
-from optin_deploy.data.text_feeds import text_feeds, text_inputs
-from optin_deploy.jobs.networks import Found, find_in
-from optin_deploy.jobs.pruning import make, pick, planned, ready_of
-from optin_deploy.loading import load_model
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.ports import takes
+from optin_deploy.feeds.preprocessor import load_preprocessor
+from optin_deploy.feeds.rows import Batching, Feeds
+from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.run import Program
-from optin_deploy.network_quality import readouts
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.widths import Choice
+from optin_deploy.pruning.networks import Found, find_in
+from optin_deploy.pruning.pruning import make, pick, planned, ready_of
+from optin_deploy.quality.outputs import readouts
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.scoring.parts import MemoryStore
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import WEIGHTINGS
 from optin_deploy.scoring.unit_job import score_units
-from optin_deploy.terminal import quiet_libraries, stage_bar
 
 PROBES, HEAD_SAMPLES = 6, 48
 ALLOCATIONS = ("uniform", "paper")

@@ -23,15 +23,16 @@ import numpy as np
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.serving.servers import TritonServer, environment
-from exporters.bench.measuring import Bench, bench_rows, checked
-from exporters.bench.points import Point
-from exporters.serving.shipments import Order
-from exporters.serving.shipping import ship_folder
-from optin_deploy.bench.report import Measurement, to_table
+from optin_deploy.files.storage import read_tensors
+from optin_deploy.jobs.bench import Bench, bench_rows, checked
+from optin_deploy.measuring.measurement import Measurement
+from optin_deploy.measuring.points import Point
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.names import dense_of
-from optin_deploy.storage import read_tensors
-from optin_deploy.terminal import quiet_libraries, stage_bar
+from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.shipping import ship_folder
 
 NAME = "model"
 CONCURRENCIES = (1, 4, 16)

@@ -19,10 +19,10 @@ from benchmarks.tasks.images import CLASSES, TRAINING_SHEETS, coloured, photogra
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Training, train
 from benchmarks.zoo.models import efficientnet_module
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.data.samples import Sample
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_json
-from optin_deploy.terminal import stage_bar
+from optin_deploy.files.storage import atomic_folder, sha256_json
+from optin_deploy.reporting.terminal import stage_bar
 
 WEIGHTS = "weights.safetensors"
 

@@ -28,10 +28,10 @@ from benchmarks.tasks.images import (
 )
 from benchmarks.tasks.task import Task
 from benchmarks.tasks.training import Training, kept, shuffled, train
+from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.data.samples import Sample
-from optin_deploy.loading import load_dense
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import sha256_json
+from optin_deploy.files.storage import sha256_json
 
 STEP = 2
 """One of so many hidden entries, heads and neurons of the larger network is taken."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import sha256_file, write_text
+from optin_deploy.files.storage import sha256_file, write_text
 
 SIZE_LIMIT_BYTES = 128 * 2**20
 """Nothing larger is unpacked."""

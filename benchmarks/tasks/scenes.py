@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.tasks.images import photographs
 from benchmarks.tasks.training import Training, kept, shuffled, train
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder, sha256_json
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.files.storage import atomic_folder, sha256_json
 
 SIDE = 128
 SHAPES: Mapping[str, str] = {

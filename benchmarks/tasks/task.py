@@ -12,12 +12,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from optin_deploy.data.image_feeds import image_feeds, image_input
-from optin_deploy.data.ports import Takes
-from optin_deploy.data.rows import Batching, Feeds
 from optin_deploy.data.samples import Sample
-from optin_deploy.data.text_feeds import text_feeds, text_inputs
-from optin_deploy.inputs import input_names
+from optin_deploy.feeds.image_feeds import image_feeds, image_input
+from optin_deploy.feeds.inputs import input_names
+from optin_deploy.feeds.ports import Takes
+from optin_deploy.feeds.rows import Batching, Feeds
+from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Port
 
 

@@ -16,11 +16,11 @@ from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.task import Task, texts_of
 from benchmarks.tasks.training import Training, kept, train
-from optin_deploy.checkpoint.preprocessor import load_preprocessor
+from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.data.samples import Sample
-from optin_deploy.loading import load_dense
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import sha256_json
+from optin_deploy.feeds.preprocessor import load_preprocessor
+from optin_deploy.files.storage import sha256_json
 
 VADER = Archive(
     "vaderSentiment-3.3.2.tar.gz",

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.progress import Progress, silent
-from optin_deploy.storage import atomic_folder
-from optin_deploy.terminal import stage_bar
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.files.storage import atomic_folder
+from optin_deploy.reporting.terminal import stage_bar
 
 T = TypeVar("T")
 

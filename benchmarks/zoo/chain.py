@@ -20,14 +20,15 @@ from benchmarks.zoo import material, models
 from benchmarks.zoo.material import Counts, Make
 from benchmarks.zoo.reading import Judge, entities_found, lines_read, things_found, words_right
 from benchmarks.zoo.real import Unavailable
-from exporters.job import export_model
-from exporters.ready import Request
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
 from optin_deploy.errors import OptinError
-from optin_deploy.storage import write_json
-from optin_deploy.terminal import stage_bar
-from optin_deploy.workspace import DENSE, PRUNED, Source
+from optin_deploy.files.names import DENSE, PRUNED
+from optin_deploy.files.storage import write_json
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.source import Source
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import stage_bar
 
 TOKENS = 64
 """Of a text."""

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.zoo.real import REAL, Unavailable, exported_by_torchscript
-from exporters.bench.comparing import settle
-from optin_deploy.bench.gate import Limit
-from optin_deploy.bench.report import to_table
-from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
-from optin_deploy.jobs.networks import find_in
+from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.gate import Limit
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import costs_of, limits_within
 from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Choice, choose
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.report import to_table
 
 FILES: Mapping[str, Mapping[str, int]] = {
     "minilm-l6": {"batch": 1, "length": 128},

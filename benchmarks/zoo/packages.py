@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.zoo.export import cache
 from benchmarks.zoo.real import Unavailable, from_pypi, run
-from optin_deploy.storage import atomic_folder
+from optin_deploy.files.storage import atomic_folder
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,16 @@ from benchmarks.zoo.cases import FIXED_BATCH
 from benchmarks.zoo.check import BROKEN
 from benchmarks.zoo.export import OPSETS, export
 from benchmarks.zoo.families import FAMILIES, Family
-from optin_deploy.budget import Limits
 from optin_deploy.cutting.graph import cut
-from optin_deploy.data.feeds import Halves
-from optin_deploy.data.rows import Feeds
-from optin_deploy.jobs.networks import find_in
-from optin_deploy.jobs.pruning import curves_of, make, pick, planned, ready_of, score
+from optin_deploy.feeds.feeds import Halves
+from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
+from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.widths import Choice
+from optin_deploy.pruning.networks import find_in
+from optin_deploy.pruning.pruning import curves_of, make, pick, planned, ready_of, score
 from optin_deploy.scoring.settings import ScoreSettings
 
 ROWS, UNSEEN = 40, 16

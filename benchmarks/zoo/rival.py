@@ -37,7 +37,6 @@ from benchmarks.zoo.check import BROKEN, Unrunnable, by_onnxruntime
 from benchmarks.zoo.export import OPSETS
 from benchmarks.zoo.families import FAMILIES
 from benchmarks.zoo.real import REAL, Unavailable
-from optin_deploy.bench.report import to_table
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.proof import difference
@@ -45,6 +44,7 @@ from optin_deploy.network.axes import touched, units_along
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
+from optin_deploy.reporting.report import to_table
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.zoo.export import quiet
-from optin_deploy.bench.report import to_table
-from optin_deploy.bench.stats import bootstrap_ci
 from optin_deploy.cutting.graph import cut
+from optin_deploy.jobs.stage_memory import StageMemory, resident_bytes
+from optin_deploy.measuring.stats import bootstrap_ci
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Place, Program
 from optin_deploy.network.write import write
-from optin_deploy.stage_memory import StageMemory, resident_bytes
+from optin_deploy.reporting.report import to_table
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 

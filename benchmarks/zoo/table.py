@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.record import RESULTS
 from benchmarks.zoo.families import FAMILIES, Family
-from optin_deploy.bench.report import to_table
-from optin_deploy.storage import read_json, write_text
+from optin_deploy.files.storage import read_json, write_text
+from optin_deploy.reporting.report import to_table
 
 README = Path(__file__).parents[2] / "README.md"
 START, END = "<!-- models: python -m benchmarks.zoo.table -->", "<!-- end of models -->"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from exporters.passes.schemas import signature, subgraphs
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes.schemas import signature, subgraphs
 from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import FOREIGN, normalise, reason
 

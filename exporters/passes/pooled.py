@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters.passes.schemas import types_of
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes.schemas import types_of
+from optin_deploy.feeds.pooling import POOLED, POOLINGS
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.pooling_nodes import MASK, PoolingNodes
-from optin_deploy.pooling import POOLED, POOLINGS
 
 STATES, LOGITS = "last_hidden_state", "logits"
 
 
 @uncollected()
 def pooled(network: Network, how: str) -> Network:
-    """Return a network with one more output, `sentence_embedding`: what `optin_deploy.pooling.pooled_states` gives.
+    """Return a network with one more output, `sentence_embedding`: what `feeds.pooling.pooled_states` gives.
 
     Its weights for the tokens are the input `attention_mask`; without one, all tokens count. In 16 bits a network is to
     be typed first and pooled then: the sums are in float32, as its outputs are.

@@ -7,10 +7,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from exporters.passes.exact import exact_nodes
-from exporters.passes.opset import raised
-from exporters.passes.schemas import Signature, fixed, signature, subgraphs, told, types_of
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes.exact import exact_nodes
+from optin_deploy.exporters.passes.opset import raised
+from optin_deploy.exporters.passes.schemas import Signature, fixed, signature, subgraphs, told, types_of
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 

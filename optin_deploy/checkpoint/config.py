@@ -10,10 +10,10 @@ from typing import Any
 
 import transformers
 
-from optin_deploy.checkpoint.wall import blamed, shown
 from optin_deploy.errors import BadInput
-from optin_deploy.inputs import longest_text
-from optin_deploy.storage import read_json
+from optin_deploy.feeds.inputs import longest_text
+from optin_deploy.files.storage import read_json
+from optin_deploy.files.wall import blamed, shown
 
 CONFIG_HINT = "Correct config.json, or take the one that was saved with these weights."
 SWITCHES: dict[str, Any] = {

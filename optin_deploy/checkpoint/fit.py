@@ -19,9 +19,9 @@ from torch.nn.modules.module import (
 )
 
 from optin_deploy.checkpoint.config import CONFIG_HINT, SWITCHES, make_config
-from optin_deploy.checkpoint.files import Stored
-from optin_deploy.checkpoint.wall import blamed, shown
 from optin_deploy.errors import BadInput
+from optin_deploy.files.wall import blamed, shown
+from optin_deploy.files.weights import Stored
 
 MODULES_PER_TENSOR, FREE_MODULES = 8, 2000
 """Modules and parameters that a class may build for each stored tensor, and besides: a bound, not a measure."""

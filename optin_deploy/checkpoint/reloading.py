@@ -12,19 +12,19 @@ import transformers
 from torch import Tensor, nn
 
 from optin_deploy.checkpoint.config import CONFIG_HINT, read_config
-from optin_deploy.checkpoint.files import read_header
 from optin_deploy.checkpoint.fit import sketch
 from optin_deploy.checkpoint.positions import scale_positions
 from optin_deploy.checkpoint.smaller import CONFIG, MANIFEST, WEIGHTS, config_hash, drop_pooler, read_saved, remedy
-from optin_deploy.checkpoint.wall import reason, shown, wall
 from optin_deploy.cutting.attributes import Sizes, numbers, write
 from optin_deploy.cutting.proof import difference
 from optin_deploy.cutting.torch import ROUNDING, copied, tensors
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.files.storage import read_tensors, sha256_file
+from optin_deploy.files.wall import reason, shown, wall
+from optin_deploy.files.weights import read_header
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_torch import FAILURES, Traced, prepared
 from optin_deploy.network.run import Program
-from optin_deploy.storage import read_tensors, sha256_file
 
 DENSE_RATIO = 256
 """Values that the dense model may have for each one that is left: a bound for configs that cannot be."""

@@ -14,13 +14,13 @@ import torch
 import transformers
 from torch import nn
 
+from optin_deploy.common.validation import OPEN, STORED, read_stored
 from optin_deploy.cutting.attributes import Sizes
 from optin_deploy.cutting.torch import tensors
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.ownership import Record
+from optin_deploy.files.ownership import Record
+from optin_deploy.files.storage import atomic_folder, read_json, sha256_file, sha256_json, write_json, write_tensors
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.storage import atomic_folder, read_json, sha256_file, sha256_json, write_json, write_tensors
-from optin_deploy.validation import OPEN, STORED, read_stored
 
 MANIFEST, CONFIG, WEIGHTS, PLAN = "optin.json", "config.json", "model.safetensors", "plan.json"
 SCHEMA_VERSION = 2

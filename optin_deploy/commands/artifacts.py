@@ -44,7 +44,7 @@ from optin_deploy.commands.parsing import (
     writing,
 )
 from optin_deploy.errors import BadInput
-from optin_deploy.terminal import print_latency, print_table, stage_bar
+from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
 
 BUILD_EXAMPLES = """
 Examples:
@@ -73,7 +73,7 @@ def build(
     dry_run: DryRun = False,
 ) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from exporters.job import build_folder
+    from optin_deploy.jobs.export import build_folder
 
     check_plan_options(ctx, engine)
     options = engine_options(profile, workspace, timing_cache, compatible, weights)
@@ -131,9 +131,9 @@ def bench(
     dry_run: DryRun = False,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from exporters.bench.measuring import Bench, bench_folder
-    from exporters.bench.points import Point, parse_points
-    from exporters.bench.suites import bench_suite, read_suite
+    from optin_deploy.jobs.bench import Bench, bench_folder
+    from optin_deploy.jobs.suites import bench_suite, read_suite
+    from optin_deploy.measuring.points import Point, parse_points
 
     warn_of_disagreements(folder)
     points = parse_points(at) or (Point(),)
@@ -166,8 +166,8 @@ def bench(
 
 
 def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
-    from exporters.bench.loadgen import FILE, LOGS, bench_loadgen
-    from optin_deploy.bench.loadgen import HEADER, compared_lines, run_rows
+    from optin_deploy.jobs.loadgen_runs import FILE, LOGS, bench_loadgen
+    from optin_deploy.measuring.loadgen import HEADER, compared_lines, run_rows
 
     found = bench_loadgen(folder, bench, load, dry_run=dry_run, stage=stage_bar)
     if found is None:
@@ -178,8 +178,8 @@ def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
 
 
 def _explain(folder: Path, precision: str | None, points: Sequence[Any], threads: int) -> None:
-    from exporters.bench.operator_times import FILE, explain_folder
-    from optin_deploy.bench.diagnosis import LAYER_HEADER, OPERATOR_HEADER, explained, layer_rows, operator_rows
+    from optin_deploy.jobs.operator_times import FILE, explain_folder
+    from optin_deploy.measuring.diagnosis import LAYER_HEADER, OPERATOR_HEADER, explained, layer_rows, operator_rows
 
     for found in explain_folder(folder, points, precision=precision, threads=threads):
         title = f"{found.batch} x {found.seq_len}, by ONNX Runtime's profiler (in {folder / FILE})"

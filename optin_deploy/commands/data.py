@@ -70,7 +70,7 @@ def source_of(given: Mapping[str, Any]) -> Any:
     """
     from optin_deploy.commands.networks import sizes_of
     from optin_deploy.planning.widths import DEFAULT_KINDS
-    from optin_deploy.workspace import Source
+    from optin_deploy.pruning.source import Source
 
     options = {name: given[name] for name in AS_THEY_ARE if name in given}
     for name in ("model", "calibration", "evaluation", "tokenizer", "preprocessor"):
@@ -138,7 +138,7 @@ def image_size_of(text: str | None) -> tuple[int, int] | None:
 
     Raises: BadInput.
     """
-    from optin_deploy.validation import whole_number
+    from optin_deploy.common.validation import whole_number
 
     if text is None:
         return None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from optin_deploy.commands.options import DryRun, Eval, Folder, Force, LabelColumn, PairColumn, Seed, TextColumn
-from optin_deploy.terminal import print_table, stage_bar
+from optin_deploy.reporting.terminal import print_table, stage_bar
 
 FINETUNE_EXAMPLES = """
 Examples:
@@ -54,7 +54,7 @@ def finetune(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
-    from exporters.tuning import Rows, finetune_folder
+    from optin_deploy.tuning.folder import Rows, finetune_folder
     from optin_deploy.tuning.trainer import Tuning
 
     rows = Rows(data, evaluation, samples, text_column, label_column, pair_column)

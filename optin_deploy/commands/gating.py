@@ -9,7 +9,7 @@ import typer
 
 from optin_deploy.commands.options import DryRun, Force
 from optin_deploy.errors import BadInput
-from optin_deploy.terminal import print_table, stage_bar, warn
+from optin_deploy.reporting.terminal import print_table, stage_bar, warn
 
 GATE_EXAMPLES = """
 Examples:
@@ -66,11 +66,11 @@ def gate(
     Exit code 1 if the whole 95% interval of the ratio misses the limit (the worst point decides), 4 if the baseline
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
-    from exporters.bench.comparing import check_not_input, settle
-    from exporters.bench.points import parse_points
-    from optin_deploy.bench.gate import HEADER, limit_of
-    from optin_deploy.ownership import free_name
-    from optin_deploy.storage import write_json
+    from optin_deploy.files.ownership import free_name
+    from optin_deploy.files.storage import write_json
+    from optin_deploy.measuring.comparing import check_not_input, settle
+    from optin_deploy.measuring.gate import HEADER, limit_of
+    from optin_deploy.measuring.points import parse_points
 
     points = parse_points(at)
     if pin is not None:
@@ -104,15 +104,15 @@ def gate(
 
 
 def _is_verdict(file: Path) -> bool:
-    from optin_deploy.validation import holds
+    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "verdict", "limit", "points", "environment")
 
 
 def _pin(contest: Any, file: Path, *, force: bool, dry_run: bool) -> None:
     """Write a pin of the baseline alone."""
-    from exporters.bench.pins import is_pin
-    from optin_deploy.ownership import free_name
+    from optin_deploy.files.ownership import free_name
+    from optin_deploy.measuring.pins import is_pin
 
     contest.check_pin(file)
     free_name(file, is_pin, force=force, dry_run=dry_run)

@@ -11,12 +11,12 @@ import typer
 
 from optin_deploy.commands.options import DryRun, Force
 from optin_deploy.commands.parsing import echo
+from optin_deploy.common.formatting import si, size
 from optin_deploy.errors import BadInput
-from optin_deploy.numbers import si, size
-from optin_deploy.terminal import print_table, stage_bar, warn
+from optin_deploy.reporting.terminal import print_table, stage_bar, warn
 
 if TYPE_CHECKING:
-    from optin_deploy.budget import Limits
+    from optin_deploy.planning.budget import Limits
 
 INSPECT_EXAMPLES = """
 Examples:
@@ -73,8 +73,8 @@ def inspect(
     dry_run: DryRun = False,
 ) -> None:
     """Say what can be cut in a network, what that costs, and what stays whole and why; no data is needed."""
-    from optin_deploy.jobs.networks import inspect as find
-    from optin_deploy.ownership import free_name
+    from optin_deploy.files.ownership import free_name
+    from optin_deploy.pruning.networks import inspect as find
     from optin_deploy.reporting.network_picture import draw, is_ours
     from optin_deploy.reporting.network_table import (
         FROZEN_HEADER,
@@ -126,8 +126,8 @@ def plan_network(
     dry_run: bool,
 ) -> None:
     """Plan a network by magnitude."""
-    from optin_deploy.jobs.planning import plan_network as plan
     from optin_deploy.planning.widths import DEFAULT_ALIGN, DEFAULT_KINDS, Choice
+    from optin_deploy.pruning.planning import plan_network as plan
 
     if out is None:
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
@@ -155,8 +155,8 @@ def rewrite_network(
     network: Path, *, plan: Path | None, out: Path | None, shape: Sequence[str] | None, force: bool, dry_run: bool
 ) -> None:
     """Cut an ONNX file."""
-    from optin_deploy.jobs.rewriting import rewrite_file
     from optin_deploy.planning.plan import told_merges
+    from optin_deploy.pruning.rewriting import rewrite_file
 
     if plan is None or out is None:
         raise BadInput(
@@ -199,7 +199,7 @@ def sizes_of(shape: Sequence[str] | None) -> dict[str, int]:
 
     Raises: BadInput.
     """
-    from optin_deploy.validation import whole_number
+    from optin_deploy.common.validation import whole_number
 
     found: dict[str, int] = {}
     for text in shape or ():

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from optin_deploy.errors import BadInput
-from optin_deploy.terminal import warn
+from optin_deploy.reporting.terminal import warn
 
 TABLES = (".jsonl", ".csv")
 """Calibration files that have columns."""
@@ -46,7 +46,7 @@ def check_plan_options(ctx: typer.Context, engine: str) -> None:
 
     Raises: BadInput.
     """
-    from exporters import exporter
+    from optin_deploy.exporters import exporter
 
     if not exporter(engine).has_profiles:
         refuse_idle(ctx, *PLAN_OPTIONS, why=f"they are for plans of trt and trt-rtx, and engine {engine} has none")
@@ -67,7 +67,7 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def alone(**options: Any) -> None:
-        from optin_deploy.workspace import Workspace
+        from optin_deploy.jobs.workspace import Workspace
 
         if options["dry_run"]:
             command(**options)
@@ -80,7 +80,7 @@ def writing(command: Callable[..., None]) -> Callable[..., None]:
 
 def warn_of_disagreements(folder: Path) -> None:
     """Say what in an output folder does not belong together."""
-    from optin_deploy.belonging import disagreements
+    from optin_deploy.jobs.belonging import disagreements
 
     for problem in disagreements(folder):
         warn(problem)
@@ -94,8 +94,8 @@ def engine_options(
     weights: str,
 ) -> Any:
     """How TensorRT builds its plan, checked."""
-    from exporters.profiles import Profile, parse_profile
-    from exporters.tensorrt_plan import EngineOptions
+    from optin_deploy.exporters.profiles import Profile, parse_profile
+    from optin_deploy.exporters.tensorrt_plan import EngineOptions
 
     return EngineOptions(
         profiles=tuple(map(parse_profile, profiles)) if profiles else (Profile(),),
@@ -135,7 +135,7 @@ def limits_of(
     throughput: float | None = None,
 ) -> Any:
     """What may stay, checked."""
-    from optin_deploy.budget import Limits, TimeTarget, parse_latency
+    from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
 
     latency_ms = None if latency is None else parse_latency(latency)
     asked = {"--latency": latency_ms, "--speedup": speedup, "--throughput": throughput}
@@ -149,7 +149,7 @@ def load_of(
     protocol: str, scenario: str | None, seconds: float | None, qps: float | None, target_latency: float | None
 ) -> Any:
     """What LoadGen sends, checked; None: our own protocol."""
-    from optin_deploy.bench.loadgen import Load
+    from optin_deploy.measuring.loadgen import Load
 
     asked = {"scenario": scenario, "seconds": seconds, "qps": qps, "target_latency_ms": target_latency}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -169,7 +169,7 @@ def judged_by(source: Any, evaluation: Path | None) -> Any:
 
 def size_of(text: str | None, option: str) -> int | None:
     """Bytes of a size such as 4GiB."""
-    from optin_deploy.validation import parse_size
+    from optin_deploy.common.validation import parse_size
 
     return None if text is None else parse_size(text, option)
 

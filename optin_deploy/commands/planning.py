@@ -38,7 +38,7 @@ from optin_deploy.commands.options import (
 )
 from optin_deploy.commands.parsing import echo, given, judged_by, limits_of, refuse_idle, writing
 from optin_deploy.errors import BadInput
-from optin_deploy.terminal import print_plan, print_table, stage_bar
+from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
 
 PLAN_EXAMPLES = """
 Examples:
@@ -140,8 +140,8 @@ def _plan_job(
     dry_run: bool,
 ) -> None:
     """Plan from the scores of a job."""
-    from exporters.ready import describe
-    from optin_deploy.sweep import planned
+    from optin_deploy.jobs.request import describe
+    from optin_deploy.jobs.sweep import planned
 
     limits = limits_of(flops, params, size, max_drop)
     if evaluation is not None and max_drop is None:
@@ -169,13 +169,13 @@ def planner_of(
     limits: Any = None,
 ) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
-    from optin_deploy.budget import Limits
-    from optin_deploy.jobs.tokens import check, merging
-    from optin_deploy.judging import judged_samples
+    from optin_deploy.jobs.stages import Planner, prepare
+    from optin_deploy.jobs.workspace import Workspace
+    from optin_deploy.planning.budget import Limits
     from optin_deploy.planning.widths import Choice, aligned
-    from optin_deploy.stages import Planner, prepare
+    from optin_deploy.pruning.tokens import check, merging
+    from optin_deploy.quality.held_out import judged_samples
     from optin_deploy.structure.labels import TOKENS
-    from optin_deploy.workspace import Workspace
 
     workspace = Workspace(folder)
     workspace.read_scores()
@@ -220,8 +220,8 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
-    from optin_deploy.sweep import HEADER, check_shares, parse_shares
-    from optin_deploy.sweep import sweep as sweep_folder
+    from optin_deploy.jobs.sweep import HEADER, check_shares, parse_shares
+    from optin_deploy.jobs.sweep import sweep as sweep_folder
 
     shares = parse_shares(flops)
     planner = planner_of(folder, evaluation, align, allocation, tokens, drop_tokens)
@@ -268,9 +268,10 @@ def rewrite(
 @writing
 def _rewrite_job(folder: Path, compensation: bool, force: bool, dry_run: bool) -> None:
     """Rewrite by the plan of a job."""
-    from optin_deploy.jobs.pruning import check_plan
-    from optin_deploy.stages import prepare, rewrite_stage
-    from optin_deploy.workspace import PRUNED, Workspace
+    from optin_deploy.files.names import PRUNED
+    from optin_deploy.jobs.stages import prepare, rewrite_stage
+    from optin_deploy.jobs.workspace import Workspace
+    from optin_deploy.pruning.pruning import check_plan
 
     workspace = Workspace(folder)
     chosen = workspace.read_plan()

@@ -24,7 +24,7 @@ from optin_deploy.commands.options import (
     Threads,
 )
 from optin_deploy.commands.parsing import check_plan_options, engine_options
-from optin_deploy.terminal import print_table, stage_bar
+from optin_deploy.reporting.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
 Examples:
@@ -60,11 +60,11 @@ def profile(
     dry_run: DryRun = False,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
-    from exporters.bench.points import parse_point
-    from exporters.bench.profiling import profile_model
-    from exporters.ready import Request
+    from optin_deploy.common.validation import whole_number
+    from optin_deploy.jobs.profiling import profile_model
+    from optin_deploy.jobs.request import Request
+    from optin_deploy.measuring.points import parse_point
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
-    from optin_deploy.validation import whole_number
 
     check_plan_options(ctx, engine)
     whole_number(check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")

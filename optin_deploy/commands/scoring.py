@@ -40,9 +40,9 @@ from optin_deploy.commands.parsing import (
     size_of,
     warn_if_bundled,
 )
+from optin_deploy.common.progress import silent
 from optin_deploy.errors import BadInput
-from optin_deploy.progress import silent
-from optin_deploy.terminal import stage_bar
+from optin_deploy.reporting.terminal import stage_bar
 
 SCORE_EXAMPLES = """
 Examples:
@@ -111,12 +111,12 @@ def score(
     skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
     takes over what a killed one left.
     """
-    from exporters.ready import describe
-    from optin_deploy.budget import Limits
+    from optin_deploy.common.validation import whole_number
+    from optin_deploy.jobs.request import describe
+    from optin_deploy.jobs.stages import ScoreRequest, prepare
+    from optin_deploy.jobs.workspace import Workspace
+    from optin_deploy.planning.budget import Limits
     from optin_deploy.scoring.parts import MOST_WORKERS, PartsLeft, worker_of
-    from optin_deploy.stages import ScoreRequest, prepare
-    from optin_deploy.validation import whole_number
-    from optin_deploy.workspace import Workspace
 
     check_columns(ctx, calibration)
     if scorer == "exact":
@@ -141,7 +141,7 @@ def score(
             if ray is None:
                 reused = request.run(worker, progress)
             else:
-                from optin_deploy.cluster import score_on_ray
+                from optin_deploy.jobs.cluster import score_on_ray
 
                 reused = score_on_ray(request, ray)
     except PartsLeft as left:

@@ -10,7 +10,7 @@ import typer
 from optin_deploy.commands.options import DryRun, Engine, Force, Precision
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.errors import BadInput, ParityFailure
-from optin_deploy.terminal import print_table, stage_bar
+from optin_deploy.reporting.terminal import print_table, stage_bar
 
 SHIP_EXAMPLES = """
 Examples:
@@ -73,9 +73,9 @@ def ship(
     dry_run: DryRun = False,
 ) -> None:
     """Publish the artifacts in DIR to an inference server: a new version, whole, and never over an old one."""
-    from exporters.serving.shipments import Order, default_name
-    from exporters.serving.shipping import roll_back, ship_folder
     from optin_deploy.serving.manifest import ServingOptions
+    from optin_deploy.serving.shipments import Order, default_name
+    from optin_deploy.serving.shipping import roll_back, ship_folder
 
     if rollback:
         idle = [each.name or "" for each in ctx.command.params if each.name not in OF_ROLLBACK]
@@ -168,11 +168,11 @@ def serve_check(
 
     Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
     """
-    from exporters.serving.check_result import LOAD_HEADER, label
-    from exporters.serving.checking import check_server
-    from optin_deploy.ownership import free_name
-    from optin_deploy.storage import write_json
-    from optin_deploy.validation import UINT64, positive_number, whole_number
+    from optin_deploy.common.validation import UINT64, positive_number, whole_number
+    from optin_deploy.files.ownership import free_name
+    from optin_deploy.files.storage import write_json
+    from optin_deploy.serving.check_result import LOAD_HEADER, label
+    from optin_deploy.serving.checking import check_server
 
     if not latency:
         refuse_idle(ctx, "concurrency", "batch", "seconds", "seed", why="with --no-latency nothing is measured")
@@ -215,14 +215,14 @@ def serve_check(
 
 
 def _is_check(file: Path) -> bool:
-    from optin_deploy.validation import holds
+    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "settings", "environment", "models", "load")
 
 
 def _threads(engine: str, server: str, instances: int) -> int | None:
     """Left to itself, a server in a container would start a thread for every core of its host."""
-    from optin_deploy.processors import default_threads
+    from optin_deploy.common.processors import default_threads
 
     if engine not in ON_CPU:
         return None

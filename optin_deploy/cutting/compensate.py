@@ -30,17 +30,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.common.regression import Ridge, Solution
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.repairs import Arrival, InputRepair, OutputRepair, Repair, Skipped, repairs
 from optin_deploy.cutting.tying import ROWS as TYING
 from optin_deploy.cutting.tying import Ties
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.spans import Stream
 from optin_deploy.network.weights import with_weights
-from optin_deploy.progress import Progress, silent
-from optin_deploy.regression import Ridge, Solution
 from optin_deploy.scoring.hearing import Counts, TokenWeights
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.subject import Subject

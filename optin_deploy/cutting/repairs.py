@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optin_deploy.common.regression import MOST_INPUTS
 from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
-from optin_deploy.regression import MOST_INPUTS
 from optin_deploy.structure.branches import projection_of
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout

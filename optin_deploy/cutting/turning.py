@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.common.regression import Moments
 from optin_deploy.cutting.proof import NotProven, difference
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.weights import with_weights
-from optin_deploy.regression import Moments
 from optin_deploy.scoring.hearing import PROBES, Counts, slopes_at
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject

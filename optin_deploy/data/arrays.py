@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from optin_deploy.checkpoint.files import read_header, refuse_pointer
-from optin_deploy.checkpoint.wall import wall
-from optin_deploy.data.files import MAX_FILE_BYTES, check_name, check_size, short, special_kind
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import MAX_FILE_BYTES, check_name, check_size, short, special_kind
+from optin_deploy.files.wall import wall
+from optin_deploy.files.weights import read_header, refuse_pointer
 
 ENDINGS = (".npz", ".safetensors")
 MOST_ARRAYS = 1024

@@ -6,9 +6,9 @@ import math
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
-from optin_deploy.data.files import short
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.data.files import check_size, special_kind
 from optin_deploy.data.images import DECODER_ERRORS, IMAGE_EXTENSIONS, entries, upright_size
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import sha256_file, sha256_json
+from optin_deploy.files.opening import check_size, special_kind
+from optin_deploy.files.storage import sha256_file, sha256_json
 
 UNKNOWN = -100
 """In place of the class of a pixel, or of a token, that does not count."""

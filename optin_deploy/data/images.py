@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optin_deploy.data.files import check_name, check_size, short, special_kind
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import check_name, check_size, short, special_kind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,7 +118,7 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
     except BadInput:
         raise
     except DECODER_ERRORS as err:
-        from optin_deploy.checkpoint.files import refuse_pointer
+        from optin_deploy.files.weights import refuse_pointer
 
         refuse_pointer(path)
         raise BadInput(

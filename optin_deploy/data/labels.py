@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
 
 
 def check_task(model: nn.Module) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optin_deploy.data.class_maps import mapped_photographs
-from optin_deploy.data.files import check_name, check_size, short, special_kind, text_lines
 from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
 from optin_deploy.data.tables import csv_rows, jsonl_rows
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import check_name, check_size, short, special_kind, text_lines
 
 if TYPE_CHECKING:
     from PIL import Image

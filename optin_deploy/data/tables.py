@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.data.files import MAX_LINE_BYTES, short
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import MAX_LINE_BYTES, short
 
 DELIMITERS = (",", ";", "\t", "|")
 """Of CSV. Where the comma is the decimal sign, spreadsheets write semicolons."""

@@ -17,8 +17,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
 
 MOST_NODES = 2**16
 """Nodes of a model, also after its functions took the place of their calls."""

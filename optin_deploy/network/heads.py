@@ -21,7 +21,7 @@ def with_classifier(
     """Return a network whose only output are logits, (batch, classes).
 
     Args:
-        states: output that is read, (batch, tokens, hidden) or (batch, hidden). pooling: see `optin_deploy.pooling`.
+        states: output that is read, (batch, tokens, hidden) or (batch, hidden). pooling: see `feeds.pooling`.
         mask: input that tells tokens from padding; None: all tokens count.
         head: weight, (classes, hidden), and bias, (classes,).
     Raises: BadInput: the output has another form.

@@ -13,8 +13,8 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
-from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
 from optin_deploy.network.sequences import replace_sequences
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from optin_deploy.data.files import short
 from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
 from optin_deploy.network.graph import Network, Port
 from optin_deploy.network.indices import table_rows
 from optin_deploy.network.shapes import shapes_of

@@ -23,8 +23,8 @@ from optin_deploy.network.checks import check_model
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import FOREIGN, normalise, reason
+from optin_deploy.network.onnx_data import PROTOBUF_BYTES, all_tensors, data_location, external_fault, remedy
 from optin_deploy.network.wire import HERE, Malformed, slim
-from optin_deploy.onnx_data import PROTOBUF_BYTES, all_tensors, data_location, external_fault, remedy
 
 Content = mmap.mmap | bytes
 """Bytes of a file."""

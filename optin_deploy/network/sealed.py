@@ -15,10 +15,10 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from optin_deploy.files.ownership import Record
+from optin_deploy.files.storage import atomic_file, scratch_folder, sha256_file
 from optin_deploy.network.graph import Network
 from optin_deploy.network.write import data_path, write
-from optin_deploy.ownership import Record
-from optin_deploy.storage import atomic_file, scratch_folder, sha256_file
 
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""

@@ -12,12 +12,12 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import Message
 
+from optin_deploy.files.ownership import Record
+from optin_deploy.files.storage import atomic_file
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
+from optin_deploy.network.onnx_data import all_nodes
 from optin_deploy.network.wire import LARGE_BYTES, length_delimited
-from optin_deploy.onnx_data import all_nodes
-from optin_deploy.ownership import Record
-from optin_deploy.storage import atomic_file
 
 SINGLE_FILE_BYTES = 2**31 - 2**26
 """protobuf holds 2 GiB; the weights of larger networks lie in a second file."""

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from optin_deploy.budget import Budget, Limits
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis
+from optin_deploy.planning.budget import Budget, Limits
 from optin_deploy.planning.polynomial import Known, Polynomial, Terms, Widths, add, terms_of, values
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout

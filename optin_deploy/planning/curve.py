@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
-from optin_deploy.validation import STORED
 
 SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 """Measured widths, of a group's units; with all of them the error is 0."""

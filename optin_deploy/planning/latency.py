@@ -17,13 +17,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from optin_deploy.common.validation import STORED, read_stored, validated
 from optin_deploy.errors import BadInput
+from optin_deploy.files.storage import sha256_json, write_json
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import Cost
 from optin_deploy.planning.polynomial import Widths
-from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
-from optin_deploy.validation import STORED, read_stored, validated
 
 SCHEMA_VERSION = 2
 HINT = "Measure it again with `optin profile`."

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optin_deploy.common.validation import STORED, holds, read_stored, validated
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.files.storage import sha256_json, write_json
 from optin_deploy.network.axes import Axis, size
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import Costs, costs_of
-from optin_deploy.storage import sha256_json, write_json
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
 from optin_deploy.structure.tokens import token_stream
-from optin_deploy.validation import STORED, holds, read_stored, validated
 
 SCHEMA_VERSION = 2
 HINT = (

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import block_diag
 
-from optin_deploy.allocate import Options
+from optin_deploy.planning.allocate import Options
 
 SLACK = 1e-9
 """Of the largest error: what rounding may hide."""

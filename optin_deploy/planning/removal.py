@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.common.regression import Moments
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.planning.curve import RIDGE
-from optin_deploy.regression import Moments
 from optin_deploy.scoring.hearing import PROBES, slopes_at
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from optin_deploy.allocate import Options, least_error
 from optin_deploy.errors import BadInput
+from optin_deploy.planning.allocate import Options, least_error
 from optin_deploy.planning.costs import Limit
 from optin_deploy.planning.ladder import Ladder
 from optin_deploy.planning.polynomial import Widths

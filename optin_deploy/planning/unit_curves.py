@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch, rows_of
-from optin_deploy.judging import joined, judged_samples, samples_of
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.common.regression import MOST_INPUTS, Moments
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.axes import kept, units_along
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Cone, Program
@@ -25,8 +26,7 @@ from optin_deploy.network.spans import Stream
 from optin_deploy.planning.curve import FEW, RIDGE, SHARES, Curve, fitted_curve
 from optin_deploy.planning.removal import Use, metrics, removal
 from optin_deploy.planning.widths import DEFAULT_KINDS
-from optin_deploy.progress import Progress, silent
-from optin_deploy.regression import MOST_INPUTS, Moments
+from optin_deploy.quality.held_out import joined, judged_samples, samples_of
 from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optin_deploy.reporting.blocks import by_block
+from optin_deploy.files.storage import atomic_file
 from optin_deploy.reporting.network_table import summary
-from optin_deploy.storage import atomic_file
+from optin_deploy.structure.blocks import by_block
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.labels import KINDS
 from optin_deploy.structure.shares import Share, shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from optin_deploy.numbers import si
+from optin_deploy.common.formatting import si
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries
 from optin_deploy.structure.shares import shares

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optin_deploy.common.processors import available_cpus
 from optin_deploy.errors import BadInput
-from optin_deploy.processors import available_cpus
 
 Feeds = Mapping[str, np.ndarray]
 """Named input arrays, batch first."""
@@ -116,7 +116,7 @@ def check_names(needed: Sequence[str], given: Mapping[str, object], path: Path |
 
 def does_not_load(path: Path, engine: str, err: Exception) -> BadInput:
     """The error of an engine that cannot load an ONNX file: what is wrong with the file, else what the engine said."""
-    from optin_deploy.onnx_data import data_files, remedy
+    from optin_deploy.network.onnx_data import data_files, remedy
 
     try:
         data_files(path)
@@ -127,7 +127,7 @@ def does_not_load(path: Path, engine: str, err: Exception) -> BadInput:
 
 def does_not_run(path: Path, engine: str, feeds: Feeds, err: Exception) -> BadInput:
     """The error of an engine that loaded a file and cannot run it."""
-    from optin_deploy.onnx_data import remedy
+    from optin_deploy.network.onnx_data import remedy
 
     sizes = ", ".join(f"{name} {'x'.join(map(str, np.shape(value)))}" for name, value in feeds.items())
     return BadInput(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from optin_deploy.bench.environment import environment
+from optin_deploy.common.environment import environment
 
 COMPILERS = ("c++", "g++", "clang++")
 NO_GPU = "no CUDA device is visible"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from optin_deploy.common.processors import available_cpus, usable_cpus
 from optin_deploy.errors import MissingDependency
-from optin_deploy.processors import available_cpus, usable_cpus
 from optin_deploy.runtimes.base import (
     Closing,
     Feeds,

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from optin_deploy.common.processors import default_threads, is_limited
 from optin_deploy.errors import MissingDependency
-from optin_deploy.processors import default_threads, is_limited
 from optin_deploy.runtimes.base import (
     Closing,
     Feeds,

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from optin_deploy.common.validation import STORED, read_stored
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import sha256_file, write_json
-from optin_deploy.validation import STORED, read_stored
+from optin_deploy.files.storage import sha256_file, write_json
 
 FILE = "engine.json"
 SCHEMA_VERSION = 1

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes.base import Closing, Feeds, check_names, closed
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, read_record
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
-from optin_deploy.storage import sha256_file
 
 logger = logging.getLogger(__name__)
 

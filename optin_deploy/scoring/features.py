@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Batch
 from optin_deploy.scoring.noise import sample_keys, stream, uniform_order
-from optin_deploy.validation import whole_number
 
 Site = Literal["block", "ffn"]
 SITES: tuple[Site, ...] = ("block", "ffn")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.run import REAL_TYPES
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, stream

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optin_deploy.pooling import pooled_states
+from optin_deploy.feeds.pooling import pooled_states
 from optin_deploy.scoring.noise import signs
 
 OutputKind = Literal["logits", "regression", "embedding"]

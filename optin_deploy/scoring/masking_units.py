@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch, rows_of
-from optin_deploy.progress import Progress, silent
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.scoring.copies import copies
 from optin_deploy.scoring.features import ALL_TOKENS, Features, trajectory_distance
 from optin_deploy.scoring.losses import output_distance

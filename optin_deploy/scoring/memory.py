@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from optin_deploy.data.rows import Batch, rows_of
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Batch, rows_of
 
 SHARE = 0.8
 """Of the free memory; the rest is for kernels' scratch and other processes."""

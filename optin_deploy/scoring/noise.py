@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import MASK, Batch
-from optin_deploy.storage import tensor_bytes
+from optin_deploy.feeds.rows import MASK, Batch
+from optin_deploy.files.storage import tensor_bytes
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))

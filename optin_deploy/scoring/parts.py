@@ -20,13 +20,13 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError
 
+from optin_deploy.common.progress import Progress
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput, OptinError
-from optin_deploy.locking import Lock, opened
-from optin_deploy.ownership import Record
-from optin_deploy.progress import Progress
+from optin_deploy.files.locking import Lock, opened
+from optin_deploy.files.ownership import Record
+from optin_deploy.files.storage import read_metadata, read_tensors, sha256_file, write_tensors
 from optin_deploy.scoring.terms import ROWS, Terms, Units
-from optin_deploy.storage import read_metadata, read_tensors, sha256_file, write_tensors
-from optin_deploy.validation import whole_number
 
 FIGURES = ("samples", "probes", "output_probes", "forward_seconds", "seconds", "peak_bytes")
 """Fields of `Terms` that a part's file holds beside the sums."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.run import Cone
 from optin_deploy.network.spans import Spans
 from optin_deploy.scoring.subject import Key, Site, Subject, masks_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optin_deploy.arguments import checked, number, whole
+from optin_deploy.common.arguments import checked, number, whole
+from optin_deploy.common.validation import INT32, whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
-from optin_deploy.validation import INT32, whole_number
 
 SCORERS = ("sketch", "exact")
 MOST_WEIGHT = 1e12

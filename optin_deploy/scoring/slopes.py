@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import Batch
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Batch
 from optin_deploy.network.graph import Network, Node
-from optin_deploy.progress import Progress, silent
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optin_deploy.data.rows import MASK, Batch, rows_of
 from optin_deploy.errors import NonFiniteActivation
+from optin_deploy.feeds.rows import MASK, Batch, rows_of
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.hashing import network_hash

@@ -9,10 +9,10 @@ from itertools import chain, islice, pairwise
 import torch
 from torch import Tensor
 
-from optin_deploy.arguments import checked, whole
-from optin_deploy.data.rows import MASK, Batch
+from optin_deploy.common.arguments import checked, whole
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.errors import BadInput
-from optin_deploy.progress import Progress, silent
+from optin_deploy.feeds.rows import MASK, Batch
 from optin_deploy.scoring.parts import MemoryStore, Part, Store, Worker, run_parts
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.stability import STABLE_HEADS, STABLE_NEURONS, enough, rank_stability

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import torch
 
-from optin_deploy.data.rows import Batch, rows_of
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.errors import BadInput, NonFiniteActivation
-from optin_deploy.progress import Progress, silent
+from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.memory import Memory, measured, micro_batches, peak_bytes
 from optin_deploy.scoring.noise import drawn, sample_keys

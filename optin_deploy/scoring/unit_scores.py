@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.files.storage import parsed_json, read_metadata, read_tensors, write_tensors
 from optin_deploy.network.hashing import network_hash
-from optin_deploy.storage import parsed_json, read_metadata, read_tensors, write_tensors
 from optin_deploy.structure.groups import Layout
-from optin_deploy.validation import STORED, validated
 
 SCHEMA_VERSION = 3
 """Two editions of scores by layer came before."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optin_deploy.common.validation import STORED, read_stored
 from optin_deploy.errors import BadInput
-from optin_deploy.storage import sha256_file
-from optin_deploy.validation import STORED, read_stored
+from optin_deploy.files.storage import sha256_file
 
 SCHEMA_VERSION = 1
 FOLDER = "optin"

@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from optin_deploy.common.validation import STORED, read_stored
 from optin_deploy.errors import BadInput
-from optin_deploy.locking import opened
-from optin_deploy.ownership import RECORD
+from optin_deploy.files.locking import opened
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.files.storage import sha256_file, write_json
 from optin_deploy.serving.manifest import FILE, FOLDER, Manifest, check_files, check_name, check_version, read_manifest
 from optin_deploy.serving.staging import Staging
-from optin_deploy.storage import sha256_file, write_json
-from optin_deploy.validation import STORED, read_stored
 
 STATE = "optin.json"
 """In a model's folder: which versions are served."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.ownership import Record
-from optin_deploy.storage import scratch_folder, sha256_file
+from optin_deploy.files.ownership import Record
+from optin_deploy.files.storage import scratch_folder, sha256_file
 
 
 @dataclass(frozen=True, eq=False)

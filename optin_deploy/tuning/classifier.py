@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.data.labels import class_number
-from optin_deploy.data.rows import Feeds, Label
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.network.run import Program
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import valid_of

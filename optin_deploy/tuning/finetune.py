@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.proof import NotProven
-from optin_deploy.data.rows import MASK, Feeds
-from optin_deploy.data.text_feeds import ROLES
 from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.jobs.pruning import Ready
+from optin_deploy.feeds.rows import MASK, Feeds
+from optin_deploy.feeds.text_feeds import ROLES
 from optin_deploy.network.graph import Network
 from optin_deploy.network.heads import with_classifier
 from optin_deploy.network.learned import learned
 from optin_deploy.network.run import Program
-from optin_deploy.network_quality import NetworkJudge, readouts
-from optin_deploy.progress import Progress, silent
-from optin_deploy.quality import Quality
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.quality.outputs import NetworkJudge, readouts
+from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.tuning.classifier import classes_of, fitted, names_of
 from optin_deploy.tuning.student import Student

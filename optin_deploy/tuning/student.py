@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.rows import Batch
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.pooling import pooled_states
+from optin_deploy.feeds.rows import Batch
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.run import Program
 from optin_deploy.network.weights import with_weights
-from optin_deploy.pooling import pooled_states
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import valid_of

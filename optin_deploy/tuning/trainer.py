@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optin_deploy.data.ports import takes
-from optin_deploy.data.rows import Feeds
+from optin_deploy.common.progress import Progress
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.pruning import Ready
-from optin_deploy.judging import stacked
+from optin_deploy.feeds.ports import takes
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.files.storage import sha256_json, sha256_tensors
 from optin_deploy.network.hashing import network_hash
-from optin_deploy.progress import Progress
-from optin_deploy.storage import sha256_json, sha256_tensors
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.quality.held_out import stacked
 from optin_deploy.tuning.student import Student
 
 STEPS = 200

@@ -15,7 +15,7 @@ from benchmarks.gpu.engines import Run, open_engine
 from benchmarks.gpu.precision import LIMITS, matmul_mode, parity_error
 from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import SEED, Variant, Workbench
-from optin_deploy.bench.device_clock import timer_for
+from optin_deploy.measuring.device_clock import timer_for
 
 
 def pair(cell: Cell, bench: Workbench) -> dict[str, Any]:

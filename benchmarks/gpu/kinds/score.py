@@ -33,8 +33,8 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     Raises: Skipped: the packages that read graphs are not here.
     """
     try:
-        from optin_deploy.jobs.networks import find_in
         from optin_deploy.network.read_torch import read_module
+        from optin_deploy.pruning.networks import find_in
         from optin_deploy.scoring.masking_units import masked_terms
         from optin_deploy.scoring.settings import ScoreSettings
         from optin_deploy.scoring.subject import Subject

@@ -12,7 +12,7 @@ from benchmarks.gpu.models import MODELS, equal_plan
 from benchmarks.gpu.precision import matmul_mode
 from benchmarks.gpu.timing import compare, measure
 from benchmarks.gpu.workbench import SEED, Workbench
-from optin_deploy.bench.device_clock import timer_for
+from optin_deploy.measuring.device_clock import timer_for
 
 
 def table(cell: Cell, bench: Workbench) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""What a job is asked for; load what it needs, and refuse early what cannot be done; say what would be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from optin_deploy.errors import BadInput
+from optin_deploy.exporters import check_precision, exporter
+from optin_deploy.exporters.base import Exporter, ExportSpec
+from optin_deploy.exporters.passes.pooled import check_pool
+from optin_deploy.exporters.profiles import Profile
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.to_onnx import check_size
+from optin_deploy.jobs.building import check_free_sizes, int8_samples
+from optin_deploy.jobs.stages import Prepared, prepare
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.jobs.yardstick import DENSE, check_timeable, inputs_of, yardstick
+from optin_deploy.measuring.artifacts import check_threads
+from optin_deploy.measuring.points import Point, check_different
+from optin_deploy.measuring.room import check_room, least_bytes
+from optin_deploy.measuring.stats import percentile
+from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.costs import limits_within
+from optin_deploy.planning.latency import LatencyTable
+from optin_deploy.planning.widths import Choice, aligned
+from optin_deploy.pruning.source import Source
+from optin_deploy.pruning.tokens import check, merging
+from optin_deploy.quality.held_out import judged_samples
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.structure.labels import TOKENS
+
+CLEARLY = 1.2
+"""A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that one job is asked for."""
+
+    source: Source
+    limits: Limits = field(default_factory=Limits)
+    """What may stay."""
+    engine: str = "onnx"
+    precision: str | None = None
+    """None: the engine's first."""
+    align: int | None = None
+    """Neurons, channels and widths in multiples of this; None: what the engine likes."""
+    allocation: str = "curves"
+    tokens: float | None = None
+    """Mean share of the tokens that stay behind the attention of a block; None: all."""
+    scoring: ScoreSettings = field(default_factory=ScoreSettings)
+    memory_budget: int | None = None
+    """Bytes that scoring may take beyond the network; None: most of what is free."""
+    compensation: bool = True
+    points: tuple[Point, ...] = (Point(),)
+    """Where dense and pruned are measured against each other."""
+    threads: int = 0
+    """Intra-op threads of the engine; 0 = its default."""
+    table: Path | None = None
+    """Latency table for `limits.time`; None: latency.json in the output folder, measured if need be."""
+    pool: str | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
+    dense: bool = True
+    """Is the dense network exported too, and measured beside?"""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The same, with everything loaded and checked."""
+
+    request: Request
+    target: Exporter
+    spec: ExportSpec
+    prepared: Prepared
+    choice: Choice
+
+
+def ready(request: Request, home: Path | None = None) -> Asked:
+    """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
+
+    Args: home: the output folder, where an earlier run may have left the exported network.
+    Raises: BadInput and its kinds.
+    """
+    source, limits, points = request.source, request.limits, request.points
+    if home is not None:
+        Workspace(home).check_untuned()
+    target = exporter(request.engine)
+    precision = check_precision(target, request.precision)
+    target.check(request.options, request.pool)
+    align = target.align if request.align is None else request.align
+    choice = Choice(source.units, align, request.allocation, drops=source.drop_tokens)
+    check_threads(request.threads)
+    if request.threads:
+        target.threads(request.threads)
+    check_different(points)
+    if limits.time is not None and not target.reads_onnx and (request.tokens is not None or TOKENS in source.units):
+        raise BadInput(
+            f"engine {request.engine} runs what merges tokens as a graph, and the dense model as its class: a time of "
+            "both does not tell what merging saves. Plan for an engine that reads graphs, such as --engine onnx."
+        )
+    if limits.time is not None and not (request.dense and points):
+        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
+    if request.table is not None and limits.time is None:
+        raise BadInput(
+            f"--latency-table {request.table} is for --latency, --speedup or --throughput: give one of them."
+        )
+    prepared = prepare(source, home)
+    network, calibration = prepared.ready.network, prepared.ready.rows.calibration
+    choice = merging(prepared.ready, aligned(prepared.ready.layout, choice, request.align), request.tokens)
+    check(prepared.ready, limits, choice)
+    if choice.allocation == "curves":
+        judged_samples(calibration.batches)  # enough of them
+    if request.pool is not None:
+        check_pool(network, request.pool, prepared.dense.pooling)
+    if target.reads_onnx:
+        check_size(network, precision)
+    if target.has_profiles:
+        check_free_sizes(network, request.engine)
+    inputs = inputs_of(prepared)
+    for point in points:
+        settled = inputs.at(point)
+        room = least_bytes(network, inputs.feeds(replace(settled, batch=1)), precision)
+        check_room(room, str(point), point.batch)
+        if target.has_profiles:
+            _check_profiles(request.options.profiles, settled)
+    for profile in request.options.profiles if target.has_profiles else ():
+        longest = profile.up_to(prepared.dense.longest).seq[2]
+        seq = longest if inputs.at(Point()).seq is not None else None
+        room = least_bytes(network, inputs.feeds(Point(1, seq)), precision)
+        check_room(room, f'--profile "{profile}"', profile.batch[2])
+    names = [port.name for port in network.inputs]
+    samples = int8_samples(calibration.batches, names) if precision == "int8" else ()
+    spec = ExportSpec(precision, request.pool, request.options, samples, of_module=not target.reads_onnx)
+    asked = Asked(request, target, spec, prepared, choice)
+    if limits.time is not None:
+        check_timeable(target, spec)
+        _check_needed(asked)
+    return asked
+
+
+def _check_needed(asked: Asked) -> None:
+    """Refuse a time that the dense network keeps clearly: by its table, or measured here for a few seconds.
+
+    Raises: InfeasibleBudget. BadInput: the table is of another network or setting.
+    """
+    request, limits = asked.request, asked.request.limits
+    if request.table is not None:
+        table = LatencyTable.read(request.table)
+        table.check(asked.prepared.ready.layout)
+    assert limits.time is not None, "there is a time to plan for"
+    if limits.time.option == "--speedup" or limits.budgets():
+        return
+    point = request.points[0]
+    if request.table is not None:
+        limits.time.check_needed(table.dense_ns / 10**6, point.batch)
+        return
+    with yardstick(asked.prepared, asked.target, asked.spec, point, threads=request.threads) as yard:
+        samples = yard.together((), blocks=2).ms[DENSE]
+    dense_ms = percentile([ms for block in samples for ms in block], 50)
+    limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
+
+
+def _check_profiles(profiles: Sequence[Profile], point: Point) -> None:
+    if not any(profile.holds(point.batch, point.seq) for profile in profiles):
+        at = f"batch={point.batch}" + ("" if point.seq is None else f",seq={point.seq}")
+        raise BadInput(
+            f"the point to measure, {at}, lies outside of --profile {' and '.join(map(str, profiles))}. "
+            "Give --at with a point inside, or wider profiles."
+        )
+
+
+def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:
+    """What a job would do, line by line."""
+    ready = prepared.ready
+    budgets = [
+        f"{limit.asked}: {limit.most:,} of {limit.resource.dense:,}" for limit in limits_within(ready.costs, limits)
+    ]
+    if limits.max_drop is not None:
+        budgets.append(f"--max-drop {limits.max_drop:g}: the smallest model that loses no more points")
+    if limits.time is not None:
+        budgets.append(f"{limits.time}: planned by a latency table, then measured and corrected")
+    units: dict[str, int] = {}
+    for group in ready.layout.groups:
+        if group.kind in ready.kinds:
+            units[group.kind] = units.get(group.kind, 0) + group.units
+    loaded = prepared.dense.loaded
+    what = "ONNX file" if loaded is None else f"{type(loaded.model).__name__}, {loaded.task}"
+    held_out = 0 if ready.rows.held_out is None else len(ready.rows.held_out)
+    return [
+        f"model        {prepared.source.model}: {what}, {len(ready.layout.groups)} groups",
+        f"units        {', '.join(f'{count} {kind}' for kind, count in units.items())}",
+        f"compared     {ready.subject.reading.output} as {ready.subject.reading.kind}",
+        f"calibration  {len(ready.rows.calibration)} samples, {held_out} held out",
+        *(f"budget       {budget}" for budget in budgets),
+        f"writes       {artifact}",
+        "dry run: nothing was written",
+    ]

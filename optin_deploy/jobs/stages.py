@@ -1,0 +1,365 @@
+"""The stages of a job as functions on a workspace: each reads files, does one thing, writes files.
+
+A finished stage is recognised by the hash of everything that went into it and is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.checkpoint.reloading import differs
+from optin_deploy.checkpoint.smaller import fits, intact, save
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.cutting.torch import cut_and_tell
+from optin_deploy.data.pairs import TEXT_PAIRS
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.feeds.image_feeds import Pixels
+from optin_deploy.files.names import ARTIFACTS, DENSE, PRUNED
+from optin_deploy.files.storage import sha256_json
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.network.graph import Network
+from optin_deploy.network.probe import Given, probes_of
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.sealed import finished, store
+from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.planning.widths import Choice, Keep
+from optin_deploy.pruning.dense import Dense, dense_of, stored_in
+from optin_deploy.pruning.modules import with_weights_of
+from optin_deploy.pruning.networks import Found
+from optin_deploy.pruning.pruning import (
+    Cut,
+    Ready,
+    check_plan,
+    curves_of,
+    make,
+    pick,
+    planned,
+    ready_of,
+    score,
+    score_key,
+    turned,
+)
+from optin_deploy.pruning.source import Source
+from optin_deploy.pruning.stored import mark
+from optin_deploy.pruning.tokens import least_error, schedules
+from optin_deploy.scoring.parts import FolderStore, Worker
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.structure.find import find
+from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.turning import KINDS as TURNED
+
+log = logging.getLogger(__name__)
+
+MADE_FROM_MODEL = (
+    *(name for name in ARTIFACTS if name.startswith("model.")),
+    *("samples.safetensors", "measurements.json", "operators.json"),
+    *("mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
+)
+"""What in the output folder a new model.onnx makes stale: artifacts of every engine, and what was measured. Names that
+the user gave, such as `optin report --out model.html`, are none of these."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The dense network and its data: what every computing stage needs."""
+
+    source: Source
+    dense: Dense
+    ready: Ready
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
+        return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
+
+
+def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
+    """Load network and data, and check that they fit together.
+
+    Args: home: an output folder, whose dense.onnx is read where it is of this very model. other_rows: heads are turned
+        as they are there, though that was done by other rows.
+    Raises: BadInput and its kinds: see errors.py.
+    """
+    dense = dense_of(source, home)
+    network = dense.network
+    probes = probes_of(network, given=Given(source.sizes, {}))
+    found = Found(find(network, probes), tuple(probes))
+    ready = ready_of(
+        found,
+        _rows(dense, source),
+        output=source.output,
+        read_as=source.read_as,
+        pooling=dense.pooling,
+        kinds=tuple(kind for kind in source.units if kind != TOKENS),
+        names=dense.class_names,
+        strict=source.evaluation is not None,
+        metric="perplexity" if dense.task == "text-generation" else None,
+        seed=source.seed,
+    )
+    if set(ready.kinds) & set(TURNED):
+        dense, ready = _turned(dense, ready, home, other_rows=other_rows)
+    prepared = Prepared(source, dense, ready)
+    if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
+        _ = ready.judge  # refuses labels in another order before the long work
+    return prepared
+
+
+def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
+    """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
+    key, stored = sha256_json(["turned", dense.key, ready.key]), None
+    known = None if home is None else finished(home / DENSE)
+    if home is not None and known is not None and (other_rows or known.key == key):
+        stored = stored_in(home, dense.network.source)
+    after = turned(ready, stored)
+    return (replace(dense, network=after.network, key=key) if after.turned else dense), after
+
+
+def _rows(dense: Dense, source: Source) -> Halves:
+    """Rows that teach and rows that judge."""
+    pixels = None
+    if source.mean is not None or source.std is not None:
+        pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
+    own = not source.is_file and pixels is None and source.preprocessor is None
+    size = None if own else source.image_size  # the model's own processor knows it
+    explicit = pixels is not None or size is not None
+    preparation = Preparation(
+        tokenizer=source.tokenizer or dense.tokenizer,
+        preprocessor=source.preprocessor or (None if explicit else dense.processor),
+        pixels=pixels,
+        image_size=size,
+        seq_len=dense.seq_len(source.seq_len),
+        text_column=source.text_column,
+        label_column=source.label_column,
+        pair_column=source.pair_column,
+    )
+    found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))
+    if source.evaluation is None:
+        return found
+    judging = read_judging(dense.network, source.evaluation, found.calibration, preparation)
+    return replace(found, held_out=judging)
+
+
+def dense_stage(workspace: Workspace, prepared: Prepared) -> None:
+    """Write dense.onnx, unless it is there."""
+    dense = prepared.dense
+    store(dense.network, workspace.root / DENSE, dense.key, mark(prepared.ready.subject.hash))
+
+
+def score_stage(
+    workspace: Workspace,
+    prepared: Prepared,
+    settings: ScoreSettings | None = None,
+    *,
+    memory_budget: int | None = None,
+    worker: Worker | None = None,
+    progress: Progress = silent,
+) -> bool:
+    """Write scores.safetensors; True if finished ones were reused.
+
+    Parts that are finished lie in parts/ until the scores are written: by whichever worker finds all of them there.
+    Raises: PartsLeft: this worker's are done, others' are not.
+    """
+    settings, ready = replace(settings or ScoreSettings(), seed=prepared.source.seed), prepared.ready
+    key = score_key(ready, settings)
+    parts = FolderStore(workspace.parts_folder / key[:16], ready.layout.groups)
+    if workspace.has_scores(key) and not parts.folder.exists():
+        return True
+    with parts.shared(finished=lambda: workspace.has_scores(key)) as done:
+        if done:
+            return True
+        scores = score(ready, settings, memory_budget=memory_budget, store=parts, worker=worker, progress=progress)
+        with parts.claimed("scores", wait=True):
+            if not workspace.has_scores(key):
+                dense_stage(workspace, prepared)
+                workspace.write_scores(scores)
+    return False
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """All that a worker needs to score, wherever it runs."""
+
+    source: Source
+    out: Path
+    settings: ScoreSettings
+    memory_budget: int | None = None
+    force: bool = False
+
+    def run(self, worker: Worker | None = None, progress: Progress = silent) -> bool:
+        """Load network and data, then `score_stage`."""
+        with Workspace.at_work(self.out, self.source, force=self.force, shared=True) as workspace:
+            prepared = prepare(self.source, self.out)
+            workspace.take(self.source, force=self.force)
+            return score_stage(
+                workspace, prepared, self.settings, memory_budget=self.memory_budget, worker=worker, progress=progress
+            )
+
+
+def curve_stage(workspace: Workspace, prepared: Prepared, *, progress: Progress = silent) -> bool:
+    """Write curves.json, by which `--allocation curves` plans; True if a finished one was reused."""
+    scores = workspace.scores_of(prepared.ready.layout)
+    key = sha256_json([prepared.key, scores.provenance.get("key")])
+    try:
+        if workspace.read_curves()[1] == key:
+            return True
+    except BadInput:
+        pass  # absent or damaged: measured again
+    workspace.write_curves(curves_of(prepared.ready, scores, progress), key)
+    return False
+
+
+ABOUT = "optin.about"
+"""Entry of the metadata of model.onnx: how it was made, as JSON."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A cut network in its output folder."""
+
+    network: Network
+    plan: NetworkPlan
+    error: float
+    """Largest difference between the cut and the masked network, as a part of the largest output."""
+    skipped: Mapping[str, int]
+    """Products that could not be repaired, by why."""
+    why_graph: str
+    """Why there is no model/ of a transformers class; empty: there is one, or the network came as a graph."""
+    compensated: bool = True
+    reused: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Plans from stored scores and curves, within any limits."""
+
+    workspace: Workspace
+    prepared: Prepared
+    choice: Choice
+
+    @cached_property
+    def _scores(self) -> Any:
+        return self.workspace.scores_of(self.prepared.ready.layout)
+
+    @cached_property
+    def _curves(self) -> Any:
+        return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
+
+    def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[Limit]:
+        """Of multiply-accumulates, parameters and bytes; None: with the merges that were asked for."""
+        merges = self.choice.merges if merges is None else merges
+        return limits_within(self.prepared.ready.costs_with(merges), limits)
+
+    @property
+    def merges_freely(self) -> bool:
+        """Whether it is to be found how many tokens are merged."""
+        return TOKENS in self.choice.kinds and not self.choice.merges
+
+    def merging(self, merges: tuple[int, ...]) -> Planner:
+        """The same with these merges."""
+        return replace(self, choice=replace(self.choice, merges=merges))
+
+    def schedules(self) -> list[tuple[int, ...]]:
+        """Merges that are tried."""
+        return schedules(self.prepared.ready, drops=self.choice.drops)
+
+    def least_error(
+        self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[int, ...], Keep]:
+        """See `jobs.tokens.least_error`.
+
+        Raises: InfeasibleBudget.
+        """
+        return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
+
+    def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
+        """Choose what stays; see `jobs.pruning.pick`.
+
+        Raises: BadInput, InfeasibleBudget.
+        """
+        return pick(self.prepared.ready, self._scores, limits, self.choice, self._curves, emptying=emptying)
+
+    def plan(self, limits: Limits, keep: Keep | None = None, noted: Mapping[str, Any] | None = None) -> NetworkPlan:
+        """The plan within these limits.
+
+        Args: keep: what stays, where it was chosen already. noted: more to write down of how it was found.
+        Raises: BadInput, InfeasibleBudget.
+        """
+        if limits.time is not None and keep is None:
+            raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
+        ready, merges = self.prepared.ready, self.choice.merges
+        if keep is None and self.merges_freely:
+            merges, keep = self.least_error(lambda some: self.limits(limits, some), self.schedules())
+        chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
+        settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
+        return planned(ready, chosen, self._scores, settings, merges)
+
+
+def rewrite_stage(
+    workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
+) -> Rewritten:
+    """Write model.onnx from the stored plan, and model/ where a transformers class holds it."""
+    workspace.check_untuned()
+    plan, ready = workspace.read_plan(), prepared.ready
+    check_plan(ready, plan)
+    key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED
+    dense_stage(workspace, prepared)
+    known = finished(path)
+    if known is not None and known.key == key:
+        told = json.loads(known.said[ABOUT])
+        if prepared.dense.loaded is None or told["why_graph"] or intact(workspace.model_folder, plan.hash):
+            return Rewritten(network=read_file(path), plan=plan, reused=True, **told)
+    made = make(ready, plan, compensation=compensation, progress=progress)
+    for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
+        workspace.record.remove(name)
+    skipped = () if made.compensation is None else made.compensation.skipped
+    told = {
+        "error": made.proof.masked,
+        "skipped": dict(Counter(each.why for each in skipped)),
+        "why_graph": _write_module(workspace, prepared, made),
+        "compensated": compensation,
+    }
+    store(made.network, path, key, {**mark(ready.subject.hash, plan.hash), ABOUT: json.dumps(told)}, anew=True)
+    return Rewritten(network=made.network, plan=plan, **told)
+
+
+def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
+    """Write model/, the cut network as a transformers class. Returns: why there is none; empty where there is."""
+    loaded, ready = prepared.dense.loaded, prepared.ready
+    if loaded is None:
+        workspace.record.remove("model")
+        return ""
+    name = type(loaded.model).__name__
+    repaired = None
+    if any(made.plan.merges):
+        why = f"{name} keeps all of its tokens"
+    elif ready.turned:
+        why = f"{name} has one width for all that a head holds"
+    else:
+        why = f"what was repaired is no weight of {name}"
+        repaired = with_weights_of(loaded.model, made.dense, ready.network)
+    if repaired is not None:
+        probes = ready.found.probes
+        smaller = cut_and_tell(repaired, find(made.dense, probes), made.plan.keep, probes)
+        why = smaller.why_graph.removesuffix(".") or (
+            "" if fits(smaller.module) else f"{name} is no class of transformers"
+        )
+        if not why:
+            about = {TEXT_PAIRS: ready.rows.pairs}
+            how: dict[str, Any] = {"preprocessor": loaded.preprocessor, "files": loaded.files, "about": about}
+            save(smaller.module, smaller.attributes, made.plan, workspace.model_folder, **how)
+            why = differs(workspace.model_folder, made.network, probes)
+    if why:
+        workspace.record.remove("model")
+        log.warning("there is no model/: %s. model.onnx is there, and optin_deploy.load reads it.", why)
+    return why

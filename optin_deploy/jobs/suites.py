@@ -1,0 +1,90 @@
+"""A matrix of measurements as a TOML file: every engine, precision, number of threads, batch and length of it."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from optin_deploy.common.progress import Stage, silent_stage
+from optin_deploy.common.validation import STORED, validated
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.bench import Bench, bench_rows, checked, keep
+from optin_deploy.measuring.measurement import Measurement
+from optin_deploy.measuring.points import Point
+
+HINT = 'Give lists such as engines = ["onnx"], batch = [1, 8], seq = [128], threads = [2].'
+MOST_BYTES = 2**20
+MOST_CASES = 500
+"""Each takes half a minute or more."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The lists of a file."""
+
+    __pydantic_config__ = STORED
+
+    batch: tuple[int, ...] = (1,)
+    seq: tuple[int, ...] = ()
+    """Tokens; none = the calibration length."""
+    engines: tuple[str, ...] = ("onnx",)
+    precisions: tuple[str, ...] = ()
+    """None = each engine's default."""
+    threads: tuple[int, ...] = (0,)
+    memory: bool = False
+    """Measure peak memory too."""
+    device_time: bool = False
+    """Measure the time on the device too; every engine must be able to."""
+
+    def __post_init__(self) -> None:
+        cases = (self.engines, self.precisions or (None,), self.threads), (self.batch, self.seq or (None,))
+        if not all(1 <= math.prod(map(len, lists)) <= MOST_CASES for lists in cases):
+            raise BadInput(f"a suite needs 1 to {MOST_CASES} cases of 1 to {MOST_CASES} points")
+        _ = self.points  # each is checked
+        for name in ("batch", "seq", "engines", "precisions", "threads"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise BadInput(f"{name} names one value twice. Give each once")
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every batch at every length."""
+        return tuple(Point(batch, seq) for batch, seq in product(self.batch, self.seq or (None,)))
+
+    def benches(self) -> Iterator[Bench]:
+        """Every other combination, each with all points."""
+        for engine, precision, threads in product(self.engines, self.precisions or (None,), self.threads):
+            yield Bench(engine, precision, self.points, threads, self.memory, self.device_time)
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a TOML file.
+
+    Raises: BadInput: absent, no TOML, too large, an unknown name or a wrong type.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise BadInput(f"--suite {path} is larger than 1 MiB: that is no suite. {HINT}")
+        with path.open("rb") as file:
+            data = tomllib.load(file)
+    except (OSError, ValueError, RecursionError) as err:  # of TOML, of Unicode, of a number of thousands of digits
+        raise BadInput(f"--suite {path} cannot be read: {err}. {HINT}") from err
+    return validated(Suite, data, f"--suite {path}", HINT)
+
+
+def bench_suite(folder: Path, suite: Suite, *, dry_run: bool = False, stage: Stage = silent_stage) -> list[Measurement]:
+    """Measure an output folder's artifacts in every case; measurements.json grows with each.
+
+    Args: dry_run: only check that it could be done.
+    Raises: BadInput: an artifact is missing, or a case is impossible; before anything is measured.
+    """
+    cases = [checked(folder, bench) for bench in suite.benches()]
+    measured: list[Measurement] = []
+    for case in cases if not dry_run else ():
+        measured += bench_rows(case, stage=stage)
+        keep(folder, measured)
+    return measured

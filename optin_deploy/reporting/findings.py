@@ -1,0 +1,321 @@
+"""Read back what a job found, checked: report.json, measurements.json, sweep.csv, and the plan that was cut."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from optin_deploy.common.validation import read_stored, validated
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.files.storage import sha256_file
+from optin_deploy.measuring.measurement import beside
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.report import quality_lines
+
+if TYPE_CHECKING:
+    from optin_deploy.reporting.report import Report
+
+READABLE = (1, 2)
+"""Schema versions of report.json and measurements.json; 2 has more fields."""
+LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
+"""`__pydantic_config__` of what other versions may have added fields to."""
+OF_TEXT = {**LENIENT, "strict": False}
+"""The same for a table, where every value is text."""
+
+Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
+Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Metric = Annotated[float, Field(ge=-1, le=1)]
+"""Accuracy, agreement, cosine or correlation."""
+Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=2)]
+"""(blocks, runs) raw samples."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure of both models."""
+
+    __pydantic_config__ = LENIENT
+
+    dense: PositiveFloat
+    pruned: PositiveFloat
+
+
+@dataclass(frozen=True)
+class Macs(Pair):
+    """MACs of one sample."""
+
+    __pydantic_config__ = LENIENT
+
+    kept: Share
+    prunable_kept: Share
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the artifacts."""
+
+    __pydantic_config__ = LENIENT
+
+    pruned: PositiveFloat
+    dense: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Latency of one model at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+    throughput: float
+    """Samples a second."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw samples of one comparison."""
+
+    __pydantic_config__ = LENIENT
+
+    dense: Blocks
+    pruned: Blocks
+
+    def __post_init__(self) -> None:
+        if len(self.dense) != len(self.pruned):
+            raise BadInput(f"{len(self.dense)} blocks of the dense model, {len(self.pruned)} of the pruned one")
+
+    @property
+    def block_ratios(self) -> tuple[float, ...]:
+        """Median dense / median pruned latency of each block."""
+        return tuple(median(a) / median(b) for a, b in zip(self.dense, self.pruned, strict=True))
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Dense against pruned at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    engine: str
+    precision: str
+    batch: PositiveInt
+    seq_len: PositiveInt | None
+    threads: int
+    dense: Side
+    pruned: Side
+    speedup: Ratio
+    ci95: tuple[Ratio, Ratio]
+    ideal: Ratio
+    realised: float
+    samples_ms: Samples
+    same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
+    """Of the dense model's two sessions; since schema 2."""
+    unstable: bool = False
+    dense_engine: str | None = None
+    dense_precision: str | None = None
+    """Of the dense model, where they are not those of the pruned one; None: in reports that did not say them."""
+
+    @property
+    def beside(self) -> str:
+        """See `Measurement.beside`."""
+        return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Units of one group of a network that was cut in its graph."""
+
+    __pydantic_config__ = LENIENT
+
+    name: str
+    kind: str
+    kept: Annotated[int, Field(ge=0, le=2**24)]
+    units: Annotated[int, Field(ge=1, le=2**24)]
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """What is read of report.json; the fields are those of bench.report.Report."""
+
+    __pydantic_config__ = LENIENT
+
+    quality: Quality
+    params: Pair
+    macs: Macs
+    size_bytes: Sizes
+    parity: Mapping[str, float]
+    latency: tuple[LatencyRow, ...]
+    environment: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    seconds: Mapping[str, float]
+    settings: Mapping[str, Any]
+    schema_version: int
+    notes: tuple[str, ...] = ()
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Highest resident bytes of each stage; absent in reports of earlier versions."""
+    groups: tuple[StoredGroup, ...] = ()
+    """Of a network that was cut in its graph."""
+
+    def __post_init__(self) -> None:
+        check_readable(self.schema_version)
+        try:
+            _ = self.quality_lines
+        except KeyError as err:
+            raise BadInput(f"quality has metric {err}, which is not known") from err
+
+    @property
+    def quality_lines(self) -> list[str]:
+        """The sentence that a report opens with, and a warning if agreement is low."""
+        return quality_lines(cast("Report", self))  # of a report it reads `quality`, which is the same here
+
+    @property
+    def model(self) -> str:
+        """Folder or hub id of the dense model, or its ONNX file."""
+        return str(self.settings.get("model") or self.settings.get("source") or "a model")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is read of measurements.json."""
+
+    __pydantic_config__ = LENIENT
+
+    latency: tuple[LatencyRow, ...]
+    environment: Mapping[str, Any]
+    schema_version: int
+
+    def __post_init__(self) -> None:
+        check_readable(self.schema_version)
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One line of sweep.csv."""
+
+    __pydantic_config__ = OF_TEXT
+
+    flops: Share
+    """Of the dense MACs, that was allowed."""
+    kept: Share
+    """That the model takes."""
+    parameters: PositiveInt
+    metric: str
+    dense: Metric
+    pruned: Metric
+    drop: float
+    """Points lost."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Units of one kind: which of them stay."""
+
+    names: tuple[str, ...]
+    """Of layers or groups."""
+    stay: tuple[tuple[bool, ...], ...]
+    """One row a name."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known about a finished output folder."""
+
+    report: StoredReport
+    report_sha256: str
+    kept: Mapping[str, Kept]
+    """Which units of the dense model are in the pruned one, by kind."""
+    bench: Bench | None
+    """Measured again by `optin bench`."""
+    sweep: tuple[SweepRow, ...]
+    """Empty if there was no sweep."""
+
+
+def read_findings(folder: Path) -> Findings:
+    """Everything in an output folder that people want to look at.
+
+    Raises: BadInput: the job is not finished, or a file is damaged. PlanMismatch: the model is not the report's.
+    """
+    path = folder / "report.json"
+    report = read_stored(StoredReport, path, _export(folder))
+    bench, sweep = folder / "measurements.json", folder / "sweep.csv"
+    return Findings(
+        report,
+        sha256_file(path),
+        _kept(folder, report),
+        read_stored(Bench, bench, f"Measure again with `optin bench {folder}`.") if bench.exists() else None,
+        _read_sweep(sweep, f"Make it again with `optin sweep {folder}`.") if sweep.exists() else (),
+    )
+
+
+def read_report(folder: Path) -> StoredReport | None:
+    """The report.json of an output folder; None: there is none, as after `optin build` alone.
+
+    Raises: BadInput: it is damaged or edited.
+    """
+    path = folder / "report.json"
+    return read_stored(StoredReport, path, _export(folder)) if os.path.lexists(path) else None
+
+
+def check_readable(version: int) -> None:
+    """Refuse a report or measurements of another version.
+
+    Raises: BadInput.
+    """
+    if version not in READABLE:
+        raise BadInput(f"schema_version {version}; this version reads {' and '.join(map(str, READABLE))}")
+
+
+def _export(folder: Path) -> str:
+    return f"Make it with `optin-export MODEL --out {folder}`."
+
+
+def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
+    """Of the plan that the report is about."""
+    plan = _plan_of(folder, report)
+    found: dict[str, tuple[list[str], list[tuple[bool, ...]]]] = {}
+    for group in report.groups:
+        kept = set(plan.keep.get(group.name, range(group.units)))
+        names, stay = found.setdefault(group.kind, ([], []))
+        names.append(group.name)
+        stay.append(tuple(unit in kept for unit in range(group.units)))
+    return {kind: Kept(tuple(names), tuple(stay)) for kind, (names, stay) in found.items()}
+
+
+def _plan_of(folder: Path, report: StoredReport) -> NetworkPlan:
+    """The plan that a report is about: that of the folder, or of model/ where a newer one lies in the folder.
+
+    Raises: PlanMismatch: none is.
+    """
+    first = NetworkPlan.read(folder / "plan.json")
+    saved = folder / "model" / "plan.json"
+    plans = [first, NetworkPlan.read(saved)] if saved.is_file() else [first]
+    for plan in plans:
+        if plan.hash == report.hashes.get("plan"):
+            return plan
+    raise PlanMismatch(
+        f"{folder / 'report.json'} is about plan {report.hashes.get('plan', '-')[:12]}, but {folder / 'plan.json'} is "
+        f"{first.hash[:12]}. {_export(folder).replace('Make it', 'Make both')}"
+    )
+
+
+def _read_sweep(path: Path, hint: str) -> tuple[SweepRow, ...]:
+    what = f"{path}: not of this version"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{str(name): text for name, text in row.items()} for row in csv.DictReader(file)]
+    except (csv.Error, UnicodeDecodeError) as err:
+        raise BadInput(f"{path} is not a table ({err}). {hint}") from err
+    if not rows:
+        raise BadInput(f"{path} holds no row. {hint}")
+    return tuple(validated(SweepRow, row, what, hint) for row in rows)

@@ -1,0 +1,146 @@
+"""An output folder whose network was fine-tuned: the same plan and dense network, with other weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.common.progress import Stage, silent_stage
+from optin_deploy.data.pairs import PAIR_COLUMN
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
+from optin_deploy.files.storage import atomic_file, json_text, read_json, sha256_json, write_json
+from optin_deploy.files.support_files import support_file
+from optin_deploy.jobs.export import record_samples
+from optin_deploy.jobs.stages import ABOUT, MADE_FROM_MODEL, Prepared, dense_stage, prepare
+from optin_deploy.jobs.workspace import Workspace, is_job
+from optin_deploy.network.graph import Network
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.sealed import finished, store
+from optin_deploy.network.unused import tidied
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.pruning.pruning import check_plan
+from optin_deploy.pruning.stored import mark, plan_named
+from optin_deploy.tuning.finetune import Tuned, check, finetune
+from optin_deploy.tuning.trainer import Tuning
+
+STATE = ".optin-training"
+"""Folder of an unfinished training."""
+ABOUT_TUNED = {"error": 0.0, "skipped": {}, "why_graph": "it was fine-tuned as a graph", "compensated": True}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learned from."""
+
+    data: Path
+    evaluation: Path | None = None
+    """None: some rows of `data` judge."""
+    samples: int = 2048
+    text_column: str = "text"
+    label_column: str = "label"
+    pair_column: str = PAIR_COLUMN
+
+
+def finetune_folder(
+    folder: Path,
+    out: Path,
+    rows: Rows,
+    tuning: Tuning,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    stage: Stage = silent_stage,
+) -> Tuned | None:
+    """Train the network in an output folder and write another one; a run that was killed is gone on from.
+
+    Args: dry_run: only check that it could be done; returns None.
+    Raises: BadInput: the folder holds no finished model, `out` holds something else, or what `finetune` raises.
+        PlanMismatch: the model was cut by another plan.
+    """
+    workspace = Workspace(folder)
+    source, plan = workspace.source(), workspace.read_plan()
+    if out.resolve() == folder.resolve():
+        raise BadInput(f"--out {out} is the folder of the model itself, which stays as it is. Give another one.")
+    learning = replace(
+        source,
+        calibration=str(rows.data.absolute()),
+        evaluation=None if rows.evaluation is None else str(rows.evaluation.absolute()),
+        samples=rows.samples,
+        seed=tuning.seed,
+        text_column=rows.text_column,
+        label_column=rows.label_column,
+        pair_column=rows.pair_column,
+    )
+    Workspace.check(out, learning, force=force)
+    if is_job(out) and (out / PRUNED).is_file() and not (out / TUNED).is_file() and not force:
+        raise BadInput(f"--out {out} holds another model, which would be lost. Give another folder, or --force.")
+    with stage("load"):
+        known, smaller = _model_in(folder, plan)
+        prepared = prepare(learning, folder, other_rows=True)
+        check_plan(prepared.ready, plan)
+        check(prepared.ready, smaller, tuning)
+    if dry_run:
+        return None
+    with Workspace.at_work(out, learning, force=force) as tuned:
+        tuned.take(learning, force=force)
+        for name in (*MADE_FROM_MODEL, *MADE_FROM_SCORES, SCORES, TUNED, "model"):
+            tuned.record.remove(name)
+        with stage("fine-tune") as progress:
+            found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
+        _write(tuned, prepared, plan, found, tuning, sha256_json([prepared.key, plan.hash, known, asdict(tuning)]))
+        _copy_support(folder, out, found.names)
+        shutil.rmtree(out / STATE, ignore_errors=True)
+    return found
+
+
+def _model_in(folder: Path, plan: NetworkPlan) -> tuple[str, Network]:
+    """Hash and network of a finished model.onnx that was cut by this plan."""
+    path = folder / PRUNED
+    known = finished(path)
+    if known is None:
+        raise BadInput(f"{path} is missing, or was changed since. Write it with `optin rewrite {folder}`.")
+    network = read_file(path)
+    if plan_named(network) != plan.hash:
+        raise PlanMismatch(
+            f"{path} was cut by another plan than {folder / 'plan.json'}. Cut it by this one: `optin rewrite {folder}`."
+        )
+    return known.sha256, tidied(network, without=POOLED)
+
+
+def _write(tuned: Workspace, prepared: Prepared, plan: NetworkPlan, found: Tuned, tuning: Tuning, key: str) -> None:
+    """Write the model, last but for what is recorded of it, and what belongs to it."""
+    network = prepared.ready.subject.hash
+    told: dict[str, Any] = {"schema_version": 1, "tuning": asdict(tuning)}
+    told |= {"before": found.before.to_json(), "after": found.after.to_json()}
+    if found.names is None:
+        dense_stage(tuned, prepared)
+    else:
+        told["classes"] = list(found.names)
+        store(found.dense, tuned.root / DENSE, key, mark(network), anew=True)
+    plan.write(tuned.root / "plan.json")
+    write_json(tuned.root / TUNED, told)
+    entries = {**mark(network, plan.hash), ABOUT: json.dumps(ABOUT_TUNED)}
+    store(found.network, tuned.root / PRUNED, key, entries, anew=True)
+    output = None if found.names is None else found.network.outputs[0].name
+    record_samples(tuned, prepared, found.network, dense=found.dense, output=output)
+
+
+def _copy_support(folder: Path, out: Path, names: tuple[str, ...] | None) -> None:
+    """Copy tokenizer, image processor and config, with the classes that the model has now."""
+    for name in SUPPORT_FILES:
+        found = support_file(folder, name) or support_file(folder / "model", name)
+        if found is None:
+            continue
+        held = found.read_bytes()
+        if name == "config.json" and names is not None:
+            config = read_json(found, "Run the export again.")
+            config["id2label"] = {str(number): each for number, each in enumerate(names)}
+            config["label2id"] = {each: number for number, each in enumerate(names)}
+            held = json_text(config).encode()
+        with atomic_file(out / name) as temporary:
+            temporary.write_bytes(held)
