@@ -1,8 +1,8 @@
-"""The code blocks of the README run as they stand.
+"""The code blocks of README and documentation run as they stand, each page in an empty folder of its own.
 
 Python blocks run in order in one process, as a reader would type them; of bash blocks the lines that start with
-`optin` or `optin-export` run after that, in the same empty folder. A fence marked `no-test: GPU`, `no-test: docker`
-or `no-test: minutes` is left out; there is no other reason.
+`optin` or `optin-export` run after that, in the same folder. A fence marked `no-test: GPU`, `no-test: docker`,
+`no-test: minutes` or `no-test: part` (of a file that belongs to the reader) is left out; there is no other reason.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import typer
 
 from optin_deploy.cli import app
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-REASONS = ("GPU", "docker", "minutes")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+REASONS = ("GPU", "docker", "minutes", "part")
 MISNAMED = {"py": "python", "python3": "python", "sh": "bash", "shell": "bash", "console": "bash", "zsh": "bash"}
 """Fence languages that would slip past this test."""
 SECONDS = 300
@@ -31,7 +32,7 @@ RUNNER = """
 import json, sys
 namespace = {"__name__": "__main__"}
 for line, code in json.loads(sys.stdin.read()):
-    exec(compile("\\n" * line + code, "README.md", "exec"), namespace)  # tracebacks name the README's line
+    exec(compile("\\n" * line + code, "page", "exec"), namespace)  # tracebacks name the page's line
 """
 
 
@@ -61,27 +62,27 @@ def blocks_of(text: str) -> list[Block]:
             if fence:
                 opened, code = (fence[1], fence[2].strip(), number), []
         elif re.match(rf"\s*{opened[0]}\w", line):
-            raise ValueError(f"README.md:{number}: a fence opens inside the block of line {opened[2]}; close that one.")
+            raise ValueError(f"line {number}: a fence opens inside the block of line {opened[2]}; close that one.")
         elif line.strip() == opened[0]:
             found.append(_block(opened[1], "\n".join(code) + "\n", opened[2]))
             opened = None
         else:
             code.append(line)
     if opened:
-        raise ValueError(f"README.md:{opened[2]}: this fence never ends.")
+        raise ValueError(f"line {opened[2]}: this fence never ends.")
     return found
 
 
 def _block(info: str, code: str, line: int) -> Block:
     language = info.split()[0] if info else ""
     if language in MISNAMED:
-        raise ValueError(f"README.md:{line}: write {MISNAMED[language]} for {language}, so that the block is run.")
+        raise ValueError(f"line {line}: write {MISNAMED[language]} for {language}, so that the block is run.")
     reason: str | None = None
     if "no-test" in info:
         marked = re.search(r"no-test:\s*([A-Za-z]+)\s*$", info)
         reason = marked[1] if marked else ""
         if reason not in REASONS:
-            raise ValueError(f"README.md:{line}: {info!r}; the reasons are no-test: {' | '.join(REASONS)}.")
+            raise ValueError(f"line {line}: {info!r}; the reasons are no-test: {' | '.join(REASONS)}.")
     return Block(language, code, line, reason)
 
 
@@ -92,21 +93,13 @@ def commands_of(code: str) -> list[str]:
     return [line for line in lines if re.match(r"optin(-export)?(\s|$)", line)]
 
 
-def blocks(language: str) -> list[Block]:
-    """The README's blocks of a language, also those left out."""
-    if not README.is_file():
-        pytest.fail(f"{README} does not exist; it must, with code blocks that run.")
-    return [block for block in blocks_of(README.read_text(encoding="utf-8")) if block.language == language]
+def blocks(page: Path, language: str) -> list[Block]:
+    """The blocks of a page in a language, also those left out."""
+    return [block for block in blocks_of(page.read_text(encoding="utf-8")) if block.language == language]
 
 
-def blocks_to_run(language: str) -> list[Block]:
-    return [block for block in blocks(language) if block.left_out is None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The empty folder in which a reader tries the README out."""
-    return tmp_path_factory.mktemp("readme")
+def blocks_to_run(page: Path, language: str) -> list[Block]:
+    return [block for block in blocks(page, language) if block.left_out is None]
 
 
 def environment() -> dict[str, str]:
@@ -115,55 +108,56 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def test_the_readme_exists_and_has_code_to_run() -> None:
-    assert blocks_to_run("python")
-    assert any(commands_of(block.code) for block in blocks("bash"))
+def with_blocks(language: str) -> list[Path]:
+    """The pages with blocks to run."""
+    return [
+        page
+        for page in PAGES
+        if any(block.language != "bash" or commands_of(block.code) for block in blocks_to_run(page, language))
+    ]
 
 
-def test_the_python_blocks_run(folder: Path) -> None:
-    blocks = blocks_to_run("python")
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([(block.line, block.code) for block in blocks]),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+def test_the_readme_is_short_and_has_code_to_run() -> None:
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 100
+    assert PAGES[0] in with_blocks("python")
+    assert any(commands_of(block.code) for block in blocks(PAGES[0], "bash"))
 
 
-def test_the_commands_of_the_bash_blocks_run(folder: Path) -> None:
-    for block in blocks_to_run("bash"):
+@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    code = [(block.line, block.code) for block in blocks_to_run(page, "python")]
+    called([sys.executable, "-c", RUNNER], tmp_path, page.name, input=json.dumps(code))
+    for block in blocks_to_run(page, "bash"):
         for command in commands_of(block.code):
-            done = subprocess.run(
-                ["bash", "-c", command],
-                cwd=folder,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                check=False,
-            )
-            assert done.returncode == 0, (
-                f"README.md:{block.line}: {command}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
-            )
+            called(["bash", "-c", command], tmp_path, f"{page.name}:{block.line}: {command}")
+
+
+def test_commands_are_run_after_the_code_that_they_need() -> None:
+    assert {*with_blocks("bash")} <= {*with_blocks("python")}
+
+
+def called(command: list[str], folder: Path, where: str, **options: Any) -> None:
+    """Run a command as a reader does.
+
+    Raises: AssertionError: it failed.
+    """
+    usual = {"env": environment(), "capture_output": True, "text": True, "timeout": SECONDS, "check": False}
+    done = subprocess.run(command, cwd=folder, **usual, **options)
+    assert done.returncode == 0, f"{where}\n{done.stdout[-2000:]}{done.stderr[-5000:]}"
 
 
 def test_all_commands_of_the_bash_blocks_exist_with_their_flags() -> None:
     # Also of those that are too long to run here.
     group: Any = typer.main.get_command(app)
-    for block in blocks("bash"):
+    for page, block in [(each, block) for each in PAGES for block in blocks(each, "bash")]:
         for command in commands_of(block.code):
             program, *words = shlex.split(command, comments=True)
             name = "export" if program == "optin-export" else words[0]
-            assert name in group.commands, f"README.md:{block.line}: {command}"
+            assert name in group.commands, f"{page.name}:{block.line}: {command}"
             known = {option for parameter in group.commands[name].params for option in parameter.opts}
             known |= {option for parameter in group.commands[name].params for option in parameter.secondary_opts}
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            assert flags <= known | {"--help"}, f"README.md:{block.line}: {command}"
+            assert flags <= known | {"--help"}, f"{page.name}:{block.line}: {command}"
 
 
 # the test's own tools
@@ -217,15 +211,15 @@ def test_only_our_own_commands_are_taken_from_bash() -> None:
     ["python no-test: lazy", "python no-test", "bash no-test:", "bash no-test: GPU later", "sh", "py", "console"],
 )
 def test_no_block_escapes_without_a_good_reason(info: str) -> None:
-    with pytest.raises(ValueError, match=r"README.md:1: "):
+    with pytest.raises(ValueError, match=r"line 1: "):
         blocks_of(f"```{info}\npass\n```\n")
 
 
 def test_a_block_that_swallows_the_next_fence_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"README.md:3.*line 1"):
+    with pytest.raises(ValueError, match=r"line 3.*line 1"):
         blocks_of("```bash\noptin show work\n```text\n")
 
 
 def test_a_fence_that_never_ends_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"README.md:2.*never ends"):
+    with pytest.raises(ValueError, match=r"line 2.*never ends"):
         blocks_of("text\n```python\nx = 1\n")

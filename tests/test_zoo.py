@@ -99,7 +99,8 @@ def test_other_units_than_those_masked_are_a_fault(monkeypatch: pytest.MonkeyPat
     assert found.float32 > 1e-2
 
 
-def test_the_tables_in_the_readme_are_those_of_the_recorded_results() -> None:
-    readme = models.README.read_text(encoding="utf-8")
-    assert f"{models.START}\n{models.table()}\n{models.END}" in readme
-    assert f"{models.REAL_START}\n{models.real_models()}\n{models.REAL_END}" in readme
+def test_the_tables_of_models_are_those_of_the_recorded_results() -> None:
+    found = models.pages()
+    assert models.table() in found["README.md"]
+    assert models.real_models() in found["docs/networks.md"]
+    assert found == {name: (models.ROOT / name).read_text(encoding="utf-8") for name in found}
