@@ -22,7 +22,6 @@ import transformers
 from matplotlib.axes import Axes
 from PIL import Image
 from scipy.stats import spearmanr
-from tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -48,6 +47,7 @@ from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.structure.find import find
+from support.tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
 
 FLOPS = 0.5
 

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny_scoring import BERT, HEADS, HIDDEN, NEURONS, bert, one_thread, text_batch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import kwon
@@ -20,6 +19,7 @@ from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.groups import UnitGroup
+from support.tiny_scoring import BERT, HEADS, HIDDEN, NEURONS, bert, one_thread, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

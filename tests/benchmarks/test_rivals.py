@@ -11,8 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_batches, tiny_model
-from tiny_scoring import (
+from torch import Tensor, nn
+
+from benchmarks.scoring.rivals import (
+    KINDS,
+    RIVALS,
+    Importance,
+    Loss,
+    Rival,
+    fisher,
+    magnitude,
+    random,
+    torch_pruning_taylor,
+)
+from optin_deploy.errors import BadInput, MissingDependency
+from optin_deploy.network.read import read
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
+from support.tiny_models import tiny_batches, tiny_model
+from support.tiny_scoring import (
     BARE_BERT,
     BERT,
     DINOV2,
@@ -31,23 +48,6 @@ from tiny_scoring import (
     state_of,
     text_batch,
 )
-from torch import Tensor, nn
-
-from benchmarks.scoring.rivals import (
-    KINDS,
-    RIVALS,
-    Importance,
-    Loss,
-    Rival,
-    fisher,
-    magnitude,
-    random,
-    torch_pruning_taylor,
-)
-from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.network.read import read
-from optin_deploy.scoring.subject import Subject
-from optin_deploy.structure.find import find
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
 import torch
 import transformers
-from conftest import IMAGE, error, outputs, probes, tiny_batches
 from safetensors.torch import load_file, save_file
-from tiny_ports import image_rows
 from torch import Tensor, nn
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -29,6 +26,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.wall import wall
 from optin_deploy.network.run import Program
 from optin_deploy.pruning.networks import find_in
+from support import tiny_checkpoint as tiny
+from support.tiny_models import IMAGE, error, outputs, probes, tiny_batches
+from support.tiny_ports import image_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

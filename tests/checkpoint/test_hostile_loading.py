@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoint as tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optin_deploy.checkpoint.config import SWITCHES
 from optin_deploy.checkpoint.loading import load_model
 from optin_deploy.errors import BadInput
+from support import tiny_checkpoint as tiny
 
 CPU_SECONDS = 10
 """Of this process, not of the clock: a busy machine does not fail the test."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
@@ -34,6 +33,7 @@ from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.structure.find import find
+from support import tiny_checkpoint as tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import (
+
+import optin_deploy
+from support.tiny_checkpoint import (
     POSITIONS,
     Ran,
     Shell,
@@ -35,8 +37,6 @@ from tiny_checkpoint import (
     text_options,
     vit,
 )
-
-import optin_deploy
 
 CHILD = """
 import signal

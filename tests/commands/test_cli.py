@@ -20,7 +20,13 @@ import torch
 import transformers
 import typer
 from safetensors.torch import load_file
-from tiny_checkpoint import (
+
+import optin_deploy
+from optin_deploy.cli import app
+from optin_deploy.errors import EXIT_CODES
+from optin_deploy.network.hashing import network_hash
+from optin_deploy.network.read_onnx import read_file
+from support.tiny_checkpoint import (
     CLASSES,
     FFN,
     HIDDEN,
@@ -41,12 +47,6 @@ from tiny_checkpoint import (
     texts,
     vit,
 )
-
-import optin_deploy
-from optin_deploy.cli import app
-from optin_deploy.errors import EXIT_CODES
-from optin_deploy.network.hashing import network_hash
-from optin_deploy.network.read_onnx import read_file
 
 COMMANDS = tuple(typer.main.get_group(app).commands)
 READ_ONLY = ("doctor",)

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
-from made_timings import FakeMeasuring, made
 from onnx import TensorProto, helper, numpy_helper
-from tiny_checkpoint import finished_job
 
 from optin_deploy.doctor.doctor import check_file
 from optin_deploy.errors import BadInput
@@ -31,9 +29,11 @@ from optin_deploy.network import sealed
 from optin_deploy.network.write import write
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import latency_rows
+from support.made_timings import FakeMeasuring, made
+from support.tiny_checkpoint import finished_job
 
 if TYPE_CHECKING:
-    from tiny_checkpoint import Shell
+    from support.tiny_checkpoint import Shell
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,9 @@ import pytest
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_checkpoint import SEQ_LEN, bert, classifier, finished_job, labelled, lines, photos, root, run, vit
 
 from optin_deploy.cli import app
+from support.tiny_checkpoint import SEQ_LEN, bert, classifier, finished_job, labelled, lines, photos, root, run, vit
 
 COMMANDS: dict[str, Any] = typer.main.get_group(app).commands  # type: ignore[attr-defined]
 TEXT_JOB = ("--calibration", lines, "--seq-len", SEQ_LEN)

@@ -10,8 +10,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as Photo
-from tiny_checkpoint import Shell, bert
-from tiny_networks import HEAD, HEADS, NEURONS, Image, Text, export, inputs, made
 
 import optin_deploy
 from optin_deploy.errors import BadInput
@@ -19,6 +17,8 @@ from optin_deploy.reporting import network_picture
 from optin_deploy.reporting.network_picture import blocks_of, draw, joined
 from optin_deploy.structure.labels import KINDS
 from optin_deploy.structure.shares import shares
+from support.tiny_checkpoint import Shell, bert
+from support.tiny_networks import HEAD, HEADS, NEURONS, Image, Text, export, inputs, made
 
 
 @pytest.fixture(scope="module")

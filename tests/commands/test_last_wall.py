@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import Shell, bert, lines, temporary_files, text_options
 
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT
+from support.tiny_checkpoint import Shell, bert, lines, temporary_files, text_options
 
 
 def raising(error: BaseException) -> Any:

@@ -11,8 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny_checkpoint import Shell
-from tiny_networks import HIDDEN, NEURONS, Image, Text, export, inputs, made
 
 import optin_deploy
 from optin_deploy.cutting.masks import masks
@@ -22,6 +20,8 @@ from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.pruning import networks, rewriting
 from optin_deploy.structure.groups import Layout
+from support.tiny_checkpoint import Shell
+from support.tiny_networks import HIDDEN, NEURONS, Image, Text, export, inputs, made
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoint import Shell, photos
-from tiny_checkpoint import run as job
-from tiny_networks import VOCABULARY, Image, Text, export, made
 
 import optin_deploy
 from optin_deploy.network.read import read
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
+from support.tiny_checkpoint import Shell, photos
+from support.tiny_checkpoint import run as job
+from support.tiny_networks import VOCABULARY, Image, Text, export, made
 
 ROWS = 60
 

@@ -7,21 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import (
-    FFN,
-    HIDDEN,
-    POSITIONS,
-    SEQ_LEN,
-    Shell,
-    bert,
-    classifier,
-    finished_job,
-    labelled,
-    lines,
-    photos,
-    snapshot,
-    vit,
-)
 
 from optin_deploy import __version__
 from optin_deploy.common.validation import parse_size, positive_number, whole_number
@@ -37,6 +22,21 @@ from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import TimeTarget
 from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.pruning.source import Source
+from support.tiny_checkpoint import (
+    FFN,
+    HIDDEN,
+    POSITIONS,
+    SEQ_LEN,
+    Shell,
+    bert,
+    classifier,
+    finished_job,
+    labelled,
+    lines,
+    photos,
+    snapshot,
+    vit,
+)
 
 
 def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:

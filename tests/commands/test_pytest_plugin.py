@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from test_imports import HEAVY, ROOT
-from tiny_checkpoint import copy_of, finished_job
 
 from optin_deploy.measuring import artifacts as measuring
 from optin_deploy.measuring.comparing import settle
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.pytest_plugin import SETTINGS
+from support.made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
+from support.tiny_checkpoint import copy_of, finished_job
 
 pytest_plugins = ["pytester"]
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from part_workers import Log, watched
-from tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, temporary_files
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.names import LOCK
@@ -30,6 +28,8 @@ from optin_deploy.jobs.stages import ScoreRequest
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring import ScoreSettings, UnitScores, unit_parts
+from support.part_workers import Log, watched
+from support.tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, temporary_files
 
 ROOT = Path(__file__).resolve().parents[1]
 FINISHED = {"source.json", "dense.onnx", "scores.safetensors"}
@@ -42,7 +42,7 @@ import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
 sys.path.insert(0, sys.argv.pop(1))
-from part_workers import Log, watched
+from support.part_workers import Log, watched
 from optin_deploy.cli import main
 from optin_deploy.scoring import unit_parts
 unit_parts.UNITS_A_PART, log = int(sys.argv.pop(1)), Log(Path(sys.argv.pop(1)))

@@ -17,7 +17,6 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 from rich.console import Console
-from tiny_checkpoint import copy_of, finished_job
 
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.plan import NetworkPlan
@@ -33,9 +32,10 @@ from optin_deploy.reporting.score_table import (
     told,
 )
 from optin_deploy.scoring.unit_scores import UnitScores
+from support.tiny_checkpoint import copy_of, finished_job
 
 if TYPE_CHECKING:
-    from tiny_checkpoint import Shell
+    from support.tiny_checkpoint import Shell
 
 HEADS = [[6.0, 0.06, 3.0], [0.0, 0.94]]
 CELLS = [["3.0", ".03", "1.5"], ["0", ".47"]]

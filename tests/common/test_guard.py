@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_scoring import VOCABULARY, bert, one_thread, state_of, text_batch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -22,6 +21,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.pruning import modules
 from optin_deploy.scoring import ScoreSettings
+from support.tiny_scoring import VOCABULARY, bert, one_thread, state_of, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

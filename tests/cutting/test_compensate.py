@@ -8,22 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from own_regression import best_ridge, images, inputs_of, texts
-from tiny_networks import Image, made
-from tiny_scoring import (
-    BERT,
-    DINOV2,
-    LAYERS,
-    SWIGLU,
-    VIT,
-    Batch,
-    Family,
-    bert,
-    dinov2,
-    image_batch,
-    one_thread,
-    vit,
-)
 from torch import Tensor, nn
 
 from optin_deploy.common.regression import RIDGES
@@ -39,6 +23,22 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.scoring.hearing import token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
+from support.own_regression import best_ridge, images, inputs_of, texts
+from support.tiny_networks import Image, made
+from support.tiny_scoring import (
+    BERT,
+    DINOV2,
+    LAYERS,
+    SWIGLU,
+    VIT,
+    Batch,
+    Family,
+    bert,
+    dinov2,
+    image_batch,
+    one_thread,
+    vit,
+)
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

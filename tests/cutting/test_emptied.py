@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from one_cut import Feeds, graph, run, tensors
 from onnx import helper
 from onnx.helper import make_node as node
 
@@ -20,6 +19,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
+from support.one_cut import Feeds, graph, run, tensors
 
 RNG = np.random.default_rng(3)
 

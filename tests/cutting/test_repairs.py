@@ -9,10 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from one_cut import graph
 from onnx import helper
-from tiny_networks import made
-from tiny_scoring import one_thread
 from torch import Tensor, nn
 
 from benchmarks.zoo.repaired import repair
@@ -31,6 +28,9 @@ from optin_deploy.planning.curve import RIDGE, fitted_curve
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
+from support.one_cut import graph
+from support.tiny_networks import made
+from support.tiny_scoring import one_thread
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

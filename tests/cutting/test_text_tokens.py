@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewer_tokens import check_fewer
-from rtx import builds
-from tiny_checkpoint import Shell, classifier, copy_of, labelled
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -37,6 +34,9 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
 from optin_deploy.structure.tokens import token_stream
+from support.fewer_tokens import check_fewer
+from support.rtx import builds
+from support.tiny_checkpoint import Shell, classifier, copy_of, labelled
 
 FAMILIES = ("bert", "roberta", "distilbert", "albert", "electra", "mpnet", "modernbert", "clip-text")
 WORDS, WIDTH, HEADS = 30, 16, 2

@@ -14,8 +14,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fewer_tokens import check_fewer
-from rtx import builds
 from torch import Tensor, nn
 
 from benchmarks.zoo.export import export
@@ -40,6 +38,8 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs
 from optin_deploy.structure.tokens import SelfAttention, TokenStream, most_merged, token_stream
+from support.fewer_tokens import check_fewer
+from support.rtx import builds
 
 WIDTH, HEADS, BLOCKS = 16, 2, 3
 

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import tiny_batches, tiny_model
-from tiny_checkpoint import Shell, bert, classifier, lines, text_options
 from torch import Tensor, nn
 
 import optin_deploy
@@ -28,6 +26,8 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
 from optin_deploy.structure.turning import KINDS, turnables
+from support.tiny_checkpoint import Shell, bert, classifier, lines, text_options
+from support.tiny_models import tiny_batches, tiny_model
 
 
 class Turned(NamedTuple):

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_ports import TEXT as BERT_INPUTS
-from tiny_ports import image_rows, text_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -31,6 +29,8 @@ from optin_deploy.feeds.preprocessor import check_tokenizer
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.feeds.text_feeds import encoded
 from optin_deploy.files import opening as data_files
+from support.tiny_ports import TEXT as BERT_INPUTS
+from support.tiny_ports import image_rows, text_rows
 
 MASKED = ("input_ids", "attention_mask")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

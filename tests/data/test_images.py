@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_calibration import processor, save_image, write
-from tiny_ports import image_rows
 
 from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
+from support.tiny_ports import image_rows
 
 
 def test_images_that_are_not_read_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

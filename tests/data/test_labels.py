@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 from scipy.stats import binom, binomtest
-from tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 from torch import nn
 
 from optin_deploy.checkpoint.loading import load_dense
@@ -30,6 +29,7 @@ from optin_deploy.jobs.stages import prepare
 from optin_deploy.jobs.sweep import Point, smallest_within
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality
+from support.tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
 
 # What a label stands for
 

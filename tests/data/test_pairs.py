@@ -7,9 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint as tiny
 import transformers
-from tiny_checkpoint import Shell
 
 from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.data.samples import read_samples
@@ -19,6 +17,8 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import ship_folder
+from support import tiny_checkpoint as tiny
+from support.tiny_checkpoint import Shell
 
 ROWS = [(first, second) for first, second in zip(tiny.texts(), reversed(tiny.texts()), strict=True) if first != second]
 

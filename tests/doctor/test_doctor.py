@@ -20,7 +20,6 @@ import torch
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 from safetensors.torch import save_file
-from tiny_checkpoint import Shell
 
 from optin_deploy import exporters
 from optin_deploy.common.formatting import named, plain
@@ -34,6 +33,7 @@ from optin_deploy.doctor.machine import Gpu, Machine, cuda_of_driver, examine, n
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.exporters.preflight import build_ahead
 from optin_deploy.network.onnx_data import read_onnx
+from support.tiny_checkpoint import Shell
 
 HEALTHY = Machine(versions={"torch": "2.13.0+cpu", "transformers": "5.23.0", "onnxruntime": "1.32.0"})
 H100 = Gpu("NVIDIA H100", "9.0", 81559)

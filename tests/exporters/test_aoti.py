@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import error, outputs, tiny_batch
-from tiny_forms import Tiny, form_of, module_in, tiny
 
 from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.errors import BadInput, CannotBuildHere
@@ -23,6 +21,8 @@ from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes import aoti
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.record import read_record
+from support.tiny_forms import Tiny, form_of, module_in, tiny
+from support.tiny_models import error, outputs, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import main_name, outputs, tiny_batch, tiny_batches, tiny_model
-from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor
 
 from optin_deploy.checkpoint.smaller import MANIFEST
@@ -44,6 +42,8 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.structure.find import find
+from support.tiny_forms import Tiny, form_of, samples, tiny
+from support.tiny_models import main_name, outputs, tiny_batch, tiny_batches, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny_checkpoint
 import torch
-from conftest import error, main_name, outputs, tiny_batch, tiny_model
-from tiny_forms import Tiny, form_of, tiny
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
@@ -31,6 +28,9 @@ from optin_deploy.network import sealed
 from optin_deploy.network.examples import example_of
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.pruning.source import Source
+from support import tiny_checkpoint
+from support.tiny_forms import Tiny, form_of, tiny
+from support.tiny_models import error, main_name, outputs, tiny_batch, tiny_model
 
 TOLERANCE = 1e-4
 

@@ -15,9 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import error, outputs, tiny_batch
 from onnx import numpy_helper
-from tiny_forms import Tiny, form_of, samples, tiny
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import exporter
@@ -28,6 +26,8 @@ from optin_deploy.network import sealed
 from optin_deploy.network.onnx_data import data_files
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.write import data_path, write
+from support.tiny_forms import Tiny, form_of, samples, tiny
+from support.tiny_models import error, outputs, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

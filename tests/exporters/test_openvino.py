@@ -17,10 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import error, main_name, outputs, tiny_batch
 from onnx import TensorProto, helper
-from tiny_checkpoint import Shell, classifier, labelled, text_options
-from tiny_forms import form_of, samples, tiny
 
 from optin_deploy.doctor.doctor import engine_rows
 from optin_deploy.errors import BadInput, MissingDependency
@@ -30,6 +27,9 @@ from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes import openvino as runtime_module
 from optin_deploy.runtimes.openvino import COMPUTED_IN, OpenVinoRuntime
+from support.tiny_checkpoint import Shell, classifier, labelled, text_options
+from support.tiny_forms import form_of, samples, tiny
+from support.tiny_models import error, main_name, outputs, tiny_batch
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CASES = (

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_checkpoint import Shell, classifier, finished_job, labelled, text_options
 
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.exporters import exporter
@@ -23,6 +22,7 @@ from optin_deploy.jobs.building import forms_in
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.runtimes import ort as runtime_module
 from optin_deploy.runtimes.ort import OrtRuntime
+from support.tiny_checkpoint import Shell, classifier, finished_job, labelled, text_options
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 PROVIDERS = {"ort-cuda": CUDA, "ort-trt": TENSORRT}

@@ -14,9 +14,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tiny_graphs import FORMS, WIDTH, branches, feeds, model_of, value, weight
-from tiny_networks import Image, Text, inputs, made
-from tiny_networks import read as read_tiny
 
 from benchmarks.zoo.dialects import dialect
 from benchmarks.zoo.export import export
@@ -33,6 +30,9 @@ from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
+from support.tiny_graphs import FORMS, WIDTH, branches, feeds, model_of, value, weight
+from support.tiny_networks import Image, Text, inputs, made
+from support.tiny_networks import read as read_tiny
 
 FLOAT, FLOAT16, BFLOAT16, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT64
 TYPES = {"fp16": FLOAT16, "bf16": BFLOAT16}

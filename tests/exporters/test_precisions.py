@@ -14,12 +14,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import error, main_name, outputs, tiny_batch, tiny_batches
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
-from tiny_checkpoint import Shell
-from tiny_forms import Tiny, form_of, samples, tiny
 from torch import Tensor, nn
 
 from optin_deploy.checkpoint.loading import load_model
@@ -33,6 +30,9 @@ from optin_deploy.jobs.proving import check_engine
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.torch import TorchRuntime
+from support.tiny_checkpoint import Shell
+from support.tiny_forms import Tiny, form_of, samples, tiny
+from support.tiny_models import error, main_name, outputs, tiny_batch, tiny_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

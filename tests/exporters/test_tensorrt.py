@@ -9,14 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_tensorrt as fake
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import main_name, outputs, tiny_batch
-from tiny_checkpoint import Shell, bert, labelled, text_options
-from tiny_forms import Tiny, form_of, tiny
 
 from benchmarks.gpu import engines_trt
 from optin_deploy.common.validation import parse_size
@@ -32,6 +28,10 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.record import read_record, write_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import import_tensorrt
+from support import fake_tensorrt as fake
+from support.tiny_checkpoint import Shell, bert, labelled, text_options
+from support.tiny_forms import Tiny, form_of, tiny
+from support.tiny_models import main_name, outputs, tiny_batch
 
 SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fake_tensorrt
 import pytest
-from tensorrt_names import classes
+
+from support import fake_tensorrt
+from support.tensorrt_names import classes
 
 Names = Mapping[str, Mapping[str, int | None]]
 VERSIONS = {"tensorrt-10": "10.12.0.36", "tensorrt-11": "11.4.0.106"}

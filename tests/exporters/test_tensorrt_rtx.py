@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from tiny_checkpoint import Shell, bert, lines, text_options
-from tiny_forms import Tiny, form_of, samples, tiny
 
 from optin_deploy.errors import BadInput, CannotBuildHere
 from optin_deploy.exporters import exporter
@@ -23,6 +21,8 @@ from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt
+from support.tiny_checkpoint import Shell, bert, lines, text_options
+from support.tiny_forms import Tiny, form_of, samples, tiny
 
 OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 MODELS = [

@@ -15,13 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
-import tiny_ports
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from safetensors.torch import save_file
-from tiny_graphs import FLOAT, INT64, value
 
 from optin_deploy.data import arrays
 from optin_deploy.data.arrays import open_arrays
@@ -30,6 +27,9 @@ from optin_deploy.feeds.array_feeds import array_files
 from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
 from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.network.graph import Network
+from support import tiny_checkpoint as tiny
+from support import tiny_ports
+from support.tiny_graphs import FLOAT, INT64, value
 
 RNG = np.random.default_rng(0)
 ROWS = 40

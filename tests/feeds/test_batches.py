@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from tiny_scoring import bare_bert, bert, one_thread, vit
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.feeds import Drawing, feeds_of
 from optin_deploy.feeds.module_feeds import module_feeds
 from optin_deploy.feeds.rows import rows_of
+from support.tiny_scoring import bare_bert, bert, one_thread, vit
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

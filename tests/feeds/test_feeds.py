@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoint as tiny
-import tiny_ports
 import torch
 import transformers
 from onnx import TensorProto
-from tiny_graphs import INT64, value
-from tiny_ports import LENGTH, text
 
 from optin_deploy.data.samples import Sample, read_samples
 from optin_deploy.errors import BadInput
@@ -23,6 +19,10 @@ from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, check_runs, r
 from optin_deploy.feeds.rows import Batching, Feeds, grouped, row_keys, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
+from support import tiny_checkpoint as tiny
+from support import tiny_ports
+from support.tiny_graphs import INT64, value
+from support.tiny_ports import LENGTH, text
 
 
 def fed(network: Network, source: Any = None, drawing: Drawing = Drawing(), **options: Any) -> Halves:  # noqa: B008

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
-import tiny_ports
 import torch
 import transformers
 from onnx import TensorProto
 from PIL import Image
-from tiny_graphs import value
-from tiny_ports import image
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.feeds import Drawing, Preparation, read_feeds
 from optin_deploy.feeds.image_feeds import Pixels
 from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.network.graph import Network
+from support import tiny_checkpoint as tiny
+from support import tiny_ports
+from support.tiny_graphs import value
+from support.tiny_ports import image
 
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ALL = Drawing(held_out=0)

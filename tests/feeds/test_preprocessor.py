@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoint as tiny
 import transformers
-from tiny_folders import model_with, uncut
-from tiny_ports import text_rows
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
@@ -26,6 +23,9 @@ from optin_deploy.files.wall import wall
 from optin_deploy.jobs.building import _copy_support_files
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.serving.texts import tokenizer_files
+from support import tiny_checkpoint as tiny
+from support.tiny_folders import model_with, uncut
+from support.tiny_ports import text_rows
 
 MIXED = ("The river, the bridge and 27 CARS!", *tiny.texts()[:6], "Straße café 東京")
 

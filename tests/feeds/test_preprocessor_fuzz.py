@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoint as tiny
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_folders import sentence_model
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.preprocessor import load_beside
+from support import tiny_checkpoint as tiny
+from support.tiny_folders import sentence_model
 
 FIELDS = {
     "tokenizer_config.json": (

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
 import torch
 import transformers
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from optin_deploy.feeds.feeds import Drawing, feeds_of
 from optin_deploy.feeds.module_feeds import example_in
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
+from support import tiny_checkpoint as tiny
 
 
 class One(nn.Module):

@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_checkpoint import Shell
-from tiny_folders import prepared_of, sentence_model, uncut
 from torch import Tensor
 
 import optin_deploy
@@ -29,6 +26,9 @@ from optin_deploy.network.write import write
 from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.subject import dense_run, valid_of
+from support import tiny_checkpoint as tiny
+from support.tiny_checkpoint import Shell
+from support.tiny_folders import prepared_of, sentence_model, uncut
 
 FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import ENGINES, exporter
@@ -22,6 +21,7 @@ from optin_deploy.files.ownership import RECORD, Record, free_name
 from optin_deploy.files.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json, write_text
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
+from support.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
 
 TEMPTING = (
     *(name for name in NAMES if name not in ("model", "mlperf")),

@@ -11,7 +11,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import tiny_checkpoint as tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import read_json, read_metadata
+from support import tiny_checkpoint as tiny
 
 Tree = Any
 

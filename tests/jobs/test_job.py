@@ -13,21 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import (
-    SEQ_LEN,
-    Shell,
-    bert,
-    classifier,
-    finished_job,
-    labelled,
-    lines,
-    one_thread,
-    photos,
-    temporary_files,
-    text_options,
-    texts,
-    vit,
-)
 
 import optin_deploy
 from optin_deploy.checkpoint.loading import load_dense
@@ -52,6 +37,21 @@ from optin_deploy.network.sealed import store
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.runtimes.base import Feeds as Arrays
+from support.tiny_checkpoint import (
+    SEQ_LEN,
+    Shell,
+    bert,
+    classifier,
+    finished_job,
+    labelled,
+    lines,
+    one_thread,
+    photos,
+    temporary_files,
+    text_options,
+    texts,
+    vit,
+)
 
 
 def text_source() -> Source:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoint import FFN, HEADS, HIDDEN, LAYERS, Shell, bert, classifier, lines, text_options
-from tiny_networks import VOCABULARY, Text, export, made
 
 from benchmarks.latency import equal_time
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime, OptinError, TooUnstable
@@ -35,6 +33,8 @@ from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.pruning.pruning import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.structure.groups import Layout
+from support.tiny_checkpoint import FFN, HEADS, HIDDEN, LAYERS, Shell, bert, classifier, lines, text_options
+from support.tiny_networks import VOCABULARY, Text, export, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

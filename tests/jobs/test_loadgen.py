@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoint import Shell, finished_job, snapshot, temporary_files
 
 from optin_deploy.errors import OptinError
 from optin_deploy.exporters.to_onnx import OnnxExporter
@@ -28,6 +27,7 @@ from optin_deploy.measuring.loadgen import Compared, Load, Run, compared_lines, 
 from optin_deploy.measuring.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log
 from optin_deploy.measuring.loadgen_system import SAMPLES
 from optin_deploy.runtimes.base import Closing, Feeds
+from support.tiny_checkpoint import Shell, finished_job, snapshot, temporary_files
 
 FEEDS = {"x": np.arange(SAMPLES)[:, None]}
 RUN_SECONDS = 0.002

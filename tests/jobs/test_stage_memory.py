@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from tiny_scoring import one_thread, subject_of
 from torch import Tensor
 
 from optin_deploy.cutting.graph import cut
@@ -22,6 +21,7 @@ from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.scoring.memory import PeakBytes
 from optin_deploy.scoring.subject import Subject
+from support.tiny_scoring import one_thread, subject_of
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

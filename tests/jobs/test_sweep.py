@@ -18,7 +18,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled, lines, root, texts
 
 import optin_deploy
 from optin_deploy.checkpoint.loading import load_dense
@@ -36,6 +35,7 @@ from optin_deploy.pruning.pruning import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring import ScoreSettings
+from support.tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled, lines, root, texts
 
 SHARES = "0.9,0.5,0.2"
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_checkpoint as tiny
 import torch
 import transformers
 
 import optin_deploy
 from optin_deploy.checkpoint.loading import infer_task
+from support import tiny_checkpoint as tiny
 
 NAMES = ("O", "B-name", "I-name")
 

@@ -16,7 +16,6 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import Shell, copy_of, photos, vit
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -50,6 +49,7 @@ from optin_deploy.quality.held_out import joined, judged_samples
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.structure.find import find
 from optin_deploy.structure.macs import macs
+from support.tiny_checkpoint import Shell, copy_of, photos, vit
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_checkpoint import finished_job
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.measuring.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
 from optin_deploy.measuring.comparing import settle
 from optin_deploy.measuring.points import Point
+from support.tiny_checkpoint import finished_job
 
 Shape = Sequence[int | str | None]
 
@@ -247,10 +247,9 @@ def test_other_inputs_are_refused_with_both_names(
 
 
 def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from made_timings import HOLDS, FakeMeasuring
-
     from optin_deploy.measuring import artifacts as measuring
     from optin_deploy.measuring.gate import Limit
+    from support.made_timings import HOLDS, FakeMeasuring
 
     fake = FakeMeasuring([HOLDS])
     monkeypatch.setattr(measuring, "measure_pair", fake)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from test_report import MEASURED, TIMING
-from tiny_checkpoint import Shell
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
@@ -28,6 +27,7 @@ from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import DEVICE_NOTE, device_rows, unstable_lines
 from optin_deploy.reporting.terminal import print_latency
 from optin_deploy.runtimes.base import Closing, Feeds
+from support.tiny_checkpoint import Shell
 
 FEEDS = {"input_ids": np.arange(4, dtype=np.int64).reshape(1, 4)}
 LAUNCH_MS = {("dense", True): 3.0, ("pruned", True): 2.0, ("dense", False): 6.0, ("pruned", False): 5.0}

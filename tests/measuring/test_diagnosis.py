@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_batch, tiny_model
-from tiny_checkpoint import LAYERS, Shell
 
 from optin_deploy.jobs.operator_times import RUNS, WARMUP, operator_times, summed
 from optin_deploy.measuring.diagnosis import OUTSIDE, Cut, Operators, Width, explained, layer_rows, operator_rows
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
+from support.tiny_checkpoint import LAYERS, Shell
+from support.tiny_models import tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

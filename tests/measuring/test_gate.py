@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
-from tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
 from optin_deploy.errors import BadInput, GateFailed, TooUnstable
 from optin_deploy.measuring import timing as timing_module
@@ -20,6 +18,8 @@ from optin_deploy.measuring.comparing import settle
 from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge, limit_of
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming
+from support.made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
+from support.tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
 FIVE_PERCENT = Limit("max_ratio", 1.05)
 

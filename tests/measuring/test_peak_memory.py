@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from tiny_checkpoint import Shell
 
 from optin_deploy.measuring.peak_memory import ProcessFailed, peak_of
+from support.tiny_checkpoint import Shell
 
 MIB = 2**20
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from damaged_graphs import damaged
 
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.stage_memory import StageMemory, resident_bytes
@@ -18,6 +17,7 @@ from optin_deploy.network.probe import probe_inputs
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 from optin_deploy.pruning.networks import cut, inspect
+from support.damaged_graphs import damaged
 
 LONGEST_SECONDS = 20
 SLACK_BYTES = 64 * 2**20

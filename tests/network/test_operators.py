@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from one_node import model_of, ours, reference, runtime
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Row, Unsupported
 from optin_deploy.network.shapes import shapes_of
+from support.one_node import model_of, ours, reference, runtime
 
 RNG = np.random.default_rng(0)
 OTHER_FILES = ("test_network_operators_*.py",)

@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from one_node import model_of, ours, runtime, same
 
 from optin_deploy.network.graph import Network
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
+from support.one_node import model_of, ours, runtime, same
 
 BATCH, LENGTH, INNER, HEADS, WIDTH = 2, 5, 6, 3, 4
 MICROSOFT = {"domain": "com.microsoft"}

@@ -9,8 +9,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from one_cut import graph, holds, run, tensors
-from one_node import model_of, ours, same
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node as node
 
@@ -21,6 +19,8 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
 from optin_deploy.network.shapes import shapes_of
 from optin_deploy.structure.find import find
+from support.one_cut import graph, holds, run, tensors
+from support.one_node import model_of, ours, same
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from one_node import model_of, ours, same
 from torch.nn import functional
 
 from optin_deploy.errors import BadInput
@@ -16,6 +15,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Program
+from support.one_node import model_of, ours, same
 
 MICROSOFT = {"domain": "com.microsoft"}
 Form = dict[str, Any]

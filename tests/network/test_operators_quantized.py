@@ -11,11 +11,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from one_node import model_of, ours, same
 from onnx import helper, numpy_helper
 
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
+from support.one_node import model_of, ours, same
 
 MICROSOFT = {"domain": "com.microsoft"}
 BOTH: dict[str, Any] = {"version": 21, "judges": "both"}

@@ -7,12 +7,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from tiny_graphs import FLOAT, FORMS, INT64, WIDTH, chain, model_of, outputs, text, value, weight
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.probe import Given, probe_inputs, probes, probes_of
 from optin_deploy.network.read import read
+from support.tiny_graphs import FLOAT, FORMS, INT64, WIDTH, chain, model_of, outputs, text, value, weight
 
 
 def shapes(feeds: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -14,12 +14,25 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_graphs import FLOAT, FORMS, INT64, WIDTH, chain, feeds, functions, model_of, outputs, text, value, weight
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.wire import LARGE_BYTES, Malformed, length_delimited, slim
+from support.tiny_graphs import (
+    FLOAT,
+    FORMS,
+    INT64,
+    WIDTH,
+    chain,
+    feeds,
+    functions,
+    model_of,
+    outputs,
+    text,
+    value,
+    weight,
+)
 
 Change = Callable[[onnx.ModelProto], None]
 

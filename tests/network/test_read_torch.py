@@ -10,7 +10,6 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from tiny_graphs import outputs
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
@@ -18,6 +17,7 @@ from optin_deploy.network.examples import example_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import read_module
+from support.tiny_graphs import outputs
 
 TEXT: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40},

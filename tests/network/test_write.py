@@ -9,12 +9,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import helper
-from tiny_graphs import FORMS, WIDTH, branches, chain, feeds, model_of, outputs, value, weight
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import Record
 from optin_deploy.network.read import read
 from optin_deploy.network.write import data_path, write
+from support.tiny_graphs import FORMS, WIDTH, branches, chain, feeds, model_of, outputs, value, weight
 
 BESIDE = {"single_file_bytes": 1000}
 """As if a file held this many bytes."""

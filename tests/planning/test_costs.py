@@ -11,10 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from one_cut import graph, tensors
 from onnx.helper import make_node as node
-from tiny_networks import Image, Text, inputs, made, read
-from tiny_plans import layout_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +31,9 @@ from optin_deploy.pruning.pruning import sizes_of
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries
+from support.one_cut import graph, tensors
+from support.tiny_networks import Image, Text, inputs, made, read
+from support.tiny_plans import layout_of
 
 FAMILIES = ("bert", "llama", "resnet", "mobilenet-v2", "swin", "efficientnet")
 """Heads and neurons, K/V groups, channels over stages, depthwise, windows, squeeze-and-excite."""

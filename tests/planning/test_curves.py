@@ -8,9 +8,20 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from own_regression import distance, images, inputs_of, judged_rows, ridge, texts
-from tiny_networks import made
-from tiny_scoring import (
+from torch import Tensor, nn
+
+from optin_deploy.errors import BadInput
+from optin_deploy.network.read import read
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.planning import unit_curves as unit_curves_module
+from optin_deploy.planning.curve import Curve, fitted_curve
+from optin_deploy.planning.unit_curves import RIDGE, unit_curves
+from optin_deploy.scoring.hearing import token_weights
+from optin_deploy.scoring.subject import Subject
+from optin_deploy.structure.find import find
+from support.own_regression import distance, images, inputs_of, judged_rows, ridge, texts
+from support.tiny_networks import made
+from support.tiny_scoring import (
     BARE_BERT,
     BERT,
     LAYERS,
@@ -24,17 +35,6 @@ from tiny_scoring import (
     one_thread,
     vit,
 )
-from torch import Tensor, nn
-
-from optin_deploy.errors import BadInput
-from optin_deploy.network.read import read
-from optin_deploy.network.read_torch import read_module
-from optin_deploy.planning import unit_curves as unit_curves_module
-from optin_deploy.planning.curve import Curve, fitted_curve
-from optin_deploy.planning.unit_curves import RIDGE, unit_curves
-from optin_deploy.scoring.hearing import token_weights
-from optin_deploy.scoring.subject import Subject
-from optin_deploy.structure.find import find
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

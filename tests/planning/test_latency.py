@@ -12,9 +12,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_cut import graph, tensors
 from onnx.helper import make_node as node
-from tiny_plans import costs_in, falling, layout_of
 
 from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget
@@ -29,6 +27,8 @@ from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs
+from support.one_cut import graph, tensors
+from support.tiny_plans import costs_in, falling, layout_of
 
 SETTING: dict[str, str | int] = {"engine": "a formula", "threads": 1}
 CHOICE = Choice(align=2)

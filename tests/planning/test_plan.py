@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_networks import HEAD, HEADS, NEURONS, Image, Text, made, read
 from torch import nn
 
 from optin_deploy.cutting.graph import cut
@@ -33,6 +32,7 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries
 from optin_deploy.structure.shares import shares
+from support.tiny_networks import HEAD, HEADS, NEURONS, Image, Text, made, read
 
 COST = {
     **{"macs_dense": 1, "macs_pruned": 1, "weights_dense": 1, "weights_pruned": 1, "bytes_dense": 4, "bytes_pruned": 4},

@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from own_regression import texts
-from tiny_networks import made
-from tiny_scoring import bert, one_thread
 from torch import Tensor, nn
 
 from optin_deploy.common.regression import Moments
@@ -19,6 +16,9 @@ from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
 from optin_deploy.structure.solvable import solvable
+from support.own_regression import texts
+from support.tiny_networks import made
+from support.tiny_scoring import bert, one_thread
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_plans import costs_in, falling, layout_of
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning import trading
@@ -24,6 +23,7 @@ from optin_deploy.planning.promising import bound
 from optin_deploy.planning.trading import least_summed_error
 from optin_deploy.planning.widths import ALLOCATIONS, Choice, choose
 from optin_deploy.structure.branches import bypassed
+from support.tiny_plans import costs_in, falling, layout_of
 
 FAMILIES = ("bert", "llama", "resnet", "mobilenet-v2", "swin")
 

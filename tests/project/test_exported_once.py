@@ -8,14 +8,14 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import tiny_model
-from exported_once import exported_once
 from torch import Tensor, nn
 
 from optin_deploy.network import read_torch
 from optin_deploy.network.read import read
 from optin_deploy.network.read_torch import Axes, Traced
 from optin_deploy.network.run import Program
+from support.exported_once import exported_once
+from support.tiny_models import tiny_model
 
 
 class Scaled(nn.Module):

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny_networks import VOCABULARY, Image, Text, made
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,6 +26,7 @@ from optin_deploy.planning.widths import best
 from optin_deploy.pruning import modules
 from optin_deploy.pruning.modules import PrunedModel
 from optin_deploy.scoring.settings import ScoreSettings
+from support.tiny_networks import VOCABULARY, Image, Text, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

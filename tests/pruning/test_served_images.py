@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from tiny_checkpoint import bert, photos, run, vit
 
 import optin_deploy
 from optin_deploy.errors import BadInput
@@ -23,6 +22,7 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.dense import Dense, dense_of
 from optin_deploy.pruning.served_images import check_any_size, serve_images
 from optin_deploy.pruning.source import Source
+from support.tiny_checkpoint import bert, photos, run, vit
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 

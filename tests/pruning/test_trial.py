@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from own_regression import distance, images, judged_rows, texts
-from tiny_scoring import Batch, bare_bert, bert, dinov2, one_thread, rows, vit
 from torch import Tensor, nn
 
 from optin_deploy.cutting.graph import cut
@@ -25,6 +23,8 @@ from optin_deploy.pruning.pruning import Ready, make, ready_of
 from optin_deploy.pruning.trial import unseen_error
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
+from support.own_regression import distance, images, judged_rows, texts
+from support.tiny_scoring import Batch, bare_bert, bert, dinov2, one_thread, rows, vit
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

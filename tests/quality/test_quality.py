@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import tiny_ports
 import torch
 from onnx import helper
-from tiny_graphs import FLOAT, INT64, model_of, value, weight
 from torch import Tensor
 
 from optin_deploy.errors import BadInput, NonFiniteActivation
@@ -21,6 +19,8 @@ from optin_deploy.quality.outputs import NetworkJudge, readouts
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading, reading_of
+from support import tiny_ports
+from support.tiny_graphs import FLOAT, INT64, model_of, value, weight
 
 ROWS, LENGTH, CLASSES = 40, 6, 5
 

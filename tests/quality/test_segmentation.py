@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from tiny_checkpoint import Shell
 from torch import Tensor, nn
 
 from benchmarks.tasks import scenes as module
@@ -38,6 +37,7 @@ from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT
+from support.tiny_checkpoint import Shell
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
 
 from optin_deploy.common.formatting import figures, milliseconds, si, size
 from optin_deploy.jobs.sweep import HEADER
@@ -34,6 +33,7 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
 from optin_deploy.reporting.findings import LatencyRow, Samples, Side, SweepRow, read_findings
 from optin_deploy.reporting.page import render
+from support.tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "br", "hr", "img", "link", "input"}

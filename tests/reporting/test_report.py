@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import HEADS, LAYERS, finished_job
 
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.quality.quality import Quality, correlation
 from optin_deploy.reporting.report import Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_of, kept_rows
+from support.tiny_checkpoint import HEADS, LAYERS, finished_job
 
 TIMING = PairTiming(
     dense_ms=((6.0, 6.0, 8.0), (6.0,)),

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny_scoring import BERT, VIT, Batch, Family, bert, image_batch, one_thread, padded, rows, text_batch, vit
 from torch import Tensor, nn
 
 from optin_deploy.network.read import read
 from optin_deploy.scoring.hearing import FLOOR, token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
+from support.tiny_scoring import BERT, VIT, Batch, Family, bert, image_batch, one_thread, padded, rows, text_batch, vit
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

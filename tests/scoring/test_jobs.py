@@ -14,7 +14,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
-from tiny_graphs import WIDTH, chain
 from torch import Tensor
 
 from benchmarks.zoo.export import export
@@ -30,6 +29,7 @@ from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
+from support.tiny_graphs import WIDTH, chain
 
 EXACT = ScoreSettings("exact")
 ONE_ROUND = ScoreSettings(probes=2, head_samples=3)

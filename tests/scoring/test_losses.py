@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracle_scoring import drawn_tokens, key_of, signs_of, splitmix, stream_of
-from tiny_scoring import Batch, image_batch, one_thread, padded, rows, text_batch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
@@ -25,6 +23,8 @@ from optin_deploy.scoring.losses import (
 )
 from optin_deploy.scoring.noise import drawn, sample_keys, signs, stream, uniform_order
 from optin_deploy.scoring.reading import Reading
+from support.oracle_scoring import drawn_tokens, key_of, signs_of, splitmix, stream_of
+from support.tiny_scoring import Batch, image_batch, one_thread, padded, rows, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

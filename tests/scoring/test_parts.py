@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from part_workers import LEFT, SETTINGS, SOURCE, Log, Workers, prepared, small_parts, watched
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +35,7 @@ from optin_deploy.pruning.pruning import score
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, UnitScores, Worker
 from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, run_parts, worker_of
 from optin_deploy.scoring.terms import ROWS
+from support.part_workers import LEFT, SETTINGS, SOURCE, Log, Workers, prepared, small_parts, watched
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from tiny_scoring import bert, one_thread, subject_of, text_batch
 from torch import Tensor
 
 from optin_deploy.scoring import ScoreSettings, UnitScores, score_units, unit_parts
@@ -18,6 +17,7 @@ from optin_deploy.scoring import unit_job as job_module
 from optin_deploy.scoring.parts import MemoryStore
 from optin_deploy.scoring.stability import enough, rank_stability
 from optin_deploy.scoring.subject import Subject
+from support.tiny_scoring import bert, one_thread, subject_of, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_checkpoint as tiny
 
 from optin_deploy.errors import BadInput, ServerFault
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -24,6 +23,7 @@ from optin_deploy.serving.manifest import ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import ship_folder
+from support import tiny_checkpoint as tiny
 
 Json = dict[str, Any]
 

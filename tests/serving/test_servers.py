@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny_checkpoint as tiny
 import tritonclient.grpc
 import tritonclient.http
 import tritonclient.utils
 import yaml
-from sealed import put_artifact
 
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from optin_deploy.files.storage import read_tensors
@@ -30,6 +28,8 @@ from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import roll_back, ship_folder
+from support import tiny_checkpoint as tiny
+from support.sealed import put_artifact
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 

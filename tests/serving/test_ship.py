@@ -14,11 +14,9 @@ import numpy as np
 import onnx
 import openvino
 import pytest
-import tiny_checkpoint as tiny
 import yaml
 from google.protobuf import text_format
 from onnx import TensorProto, helper
-from sealed import put_artifact
 from tritonclient.grpc import model_config_pb2
 
 from optin_deploy.errors import BadInput
@@ -33,6 +31,8 @@ from optin_deploy.serving.shipments import Order, default_name, preferred_batche
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from optin_deploy.serving.tensors import V2_NAMES, largest_batch, tensors_of
 from optin_deploy.serving.triton import config_of
+from support import tiny_checkpoint as tiny
+from support.sealed import put_artifact
 
 ORT_RUN = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
 

@@ -14,7 +14,6 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-import tiny_checkpoint as tiny
 from test_ship import changed, everything, order, published
 
 import optin_deploy.serving
@@ -28,6 +27,7 @@ from optin_deploy.serving.manifest import ServingOptions, check_files
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import shipments
 from optin_deploy.serving.shipping import roll_back, ship_folder
+from support import tiny_checkpoint as tiny
 
 NEURONS = "bert.encoder.layer.0: neurons"
 URI = ServingOptions(storage_uri="s3://bucket/repository")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_networks import Image, Text, export, made, read
 
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
@@ -15,6 +14,7 @@ from optin_deploy.network.run import Program
 from optin_deploy.structure.branches import Branch, branches
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
+from support.tiny_networks import Image, Text, export, made, read
 
 
 def branch(layout: Layout, name: str) -> Branch:

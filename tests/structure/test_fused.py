@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from one_cut import graph, holds
 from onnx.helper import make_node as node
+
+from support.one_cut import graph, holds
 
 RUNTIME = {"domain": "com.microsoft"}
 HEADS, GROUPS, WIDTH, INNER, NEURONS = 6, 3, 4, 10, 9

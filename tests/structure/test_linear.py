@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from one_cut import graph
 from onnx import helper
 
 from optin_deploy.network.graph import Network
@@ -20,6 +19,7 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.linear import linear_of
 from optin_deploy.structure.solvable import solvable
+from support.one_cut import graph
 
 RNG = np.random.default_rng(0)
 Arrays = Mapping[str, np.ndarray]

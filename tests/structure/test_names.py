@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_networks import Image, Text, export, made, read
 
 from optin_deploy.cutting.graph import cut
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read as read_any
 from optin_deploy.structure.find import find
+from support.tiny_networks import Image, Text, export, made, read
 
 LAYER = (
     "layers.{}.attention: qk-width",

@@ -11,9 +11,9 @@ from random import Random
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper
-from tiny_graphs import FORMS, value
 
 from optin_deploy.network.wire import length_delimited
+from support.tiny_graphs import FORMS, value
 
 Damage = Callable[[onnx.ModelProto, Random], None]
 

@@ -7,8 +7,9 @@ import struct
 from collections.abc import Callable
 
 import torch
-from tiny_scoring import Batch, rows
 from torch import Tensor
+
+from support.tiny_scoring import Batch, rows
 
 Pick = Callable[[Batch, int], list[int]]
 """Places of the tokens of one sample that are compared, in order."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tiny_scoring import Batch, image_batch, rows, text_batch
 from torch import Tensor, nn
+
+from support.tiny_scoring import Batch, image_batch, rows, text_batch
 
 Samples = Sequence[np.ndarray]
 """(rows, ..) each."""

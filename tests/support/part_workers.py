@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_scoring
 import torch
 
 from optin_deploy.common.progress import Progress
@@ -37,6 +36,7 @@ from optin_deploy.pruning.source import Source
 from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, unit_job, unit_parts
 from optin_deploy.scoring.memory import Memory
 from optin_deploy.scoring.parts import FolderStore, Part, Store, run_parts
+from support import tiny_scoring
 
 LEFT = 10
 """Exit code of a worker that left parts to others."""

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tiny_checkpoint as tiny
-
 from optin_deploy.jobs.stages import Prepared, prepare
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.pruning.modules import PrunedModel
 from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.source import Source
+from support import tiny_checkpoint as tiny
 
 
 def model_with(folder: Path, tokenizer: str | None = None, **settings: Any) -> Path:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import tiny_batches, tiny_model
 
 from optin_deploy.checkpoint.loading import drop_pooler
 from optin_deploy.checkpoint.smaller import save
@@ -30,6 +29,7 @@ from optin_deploy.network.unused import tidied
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
+from support.tiny_models import tiny_batches, tiny_model
 
 HEADS, NEURONS = (1, 3, 4), (17, 31, 50)
 """Units that stay in the three layers, in some order."""

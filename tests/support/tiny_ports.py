@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
-from tiny_graphs import INT64, model_of, value, weight
 
 from optin_deploy.data.samples import Sample
 from optin_deploy.feeds.image_feeds import image_feeds, image_input
@@ -17,6 +16,7 @@ from optin_deploy.feeds.rows import Batching, Feeds
 from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
+from support.tiny_graphs import INT64, model_of, value, weight
 
 LENGTH = "length"
 TEXT = ("input_ids", "attention_mask", "token_type_ids")

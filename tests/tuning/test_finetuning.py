@@ -10,19 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import (
-    Shell,
-    bert,
-    classifier,
-    copy_of,
-    finished_job,
-    labelled,
-    lines,
-    photos,
-    temporary_files,
-    text_options,
-    vit,
-)
 from transformers import AutoModelForSequenceClassification, Trainer
 
 import optin_deploy
@@ -47,6 +34,19 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.tuning.finetune import finetune
 from optin_deploy.tuning.folder import STATE
 from optin_deploy.tuning.trainer import Tuning
+from support.tiny_checkpoint import (
+    Shell,
+    bert,
+    classifier,
+    copy_of,
+    finished_job,
+    labelled,
+    lines,
+    photos,
+    temporary_files,
+    text_options,
+    vit,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
