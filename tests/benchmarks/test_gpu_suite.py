@@ -36,8 +36,8 @@ from optin_deploy.errors import BadInput
 from optin_deploy.measuring.device_clock import CpuTimer
 from optin_deploy.measuring.state import gpu_state
 from optin_deploy.runtimes.ort import import_onnxruntime
+from support.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CELLS = ROOT / "benchmarks/gpu/cells.toml"
 SMOKE = ROOT / "benchmarks/gpu/cells_smoke.toml"
 CPU = torch.device("cpu")

@@ -34,10 +34,10 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.structure.find import find
 from support import tiny_checkpoint as tiny
+from support.project import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("heads", "groups", "neurons", "channels")
 NAMES = (
     *("bert", "roberta", "distilbert", "gpt2", "llama", "phi-3", "bart"),

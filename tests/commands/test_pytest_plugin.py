@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_imports import HEAVY, ROOT
 
 from optin_deploy.measuring import artifacts as measuring
 from optin_deploy.measuring.comparing import settle
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.pytest_plugin import SETTINGS
 from support.made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
+from support.project import HEAVY, ROOT
 from support.tiny_checkpoint import copy_of, finished_job
 
 pytest_plugins = ["pytester"]

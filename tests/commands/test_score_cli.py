@@ -29,9 +29,9 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring import ScoreSettings, UnitScores, unit_parts
 from support.part_workers import Log, watched
+from support.project import ROOT
 from support.tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, temporary_files
 
-ROOT = Path(__file__).resolve().parents[1]
 FINISHED = {"source.json", "dense.onnx", "scores.safetensors"}
 PIECES = 8
 """Units of one part, so that an exact scoring has PARTS."""

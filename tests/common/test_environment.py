@@ -18,29 +18,12 @@ import torch
 from optin_deploy.common.environment import environment, installed_versions
 from optin_deploy.measuring import state
 from optin_deploy.measuring.state import machine_state, told_of
+from support.fake_machine import fake_machine, use_cpus
 
 KEYS = {
     "date", "platform", "cpu_model", "cores_physical", "cores_logical", "cpus_available",
     "memory_bytes", "load_average", "governor", "python", "versions",
 }  # fmt: skip
-
-
-def fake_machine(root: Path) -> None:
-    """Four logical CPUs, two physical cores of one socket."""
-    cpuinfo = "\n\n".join(
-        f"processor\t: {cpu}\nmodel name\t: Fake CPU @ 3.00GHz: v2\nphysical id\t: 0\ncore id\t\t: {cpu // 2}"
-        for cpu in range(4)
-    )
-    governor = root / "sys/devices/system/cpu/cpu2/cpufreq/scaling_governor"
-    governor.parent.mkdir(parents=True)
-    (root / "proc").mkdir()
-    governor.write_text("performance\n")
-    (root / "proc/cpuinfo").write_text(cpuinfo + "\n\n")
-    (root / "proc/meminfo").write_text("MemTotal:       2048 kB\nMemFree:        1 kB\n")
-
-
-def use_cpus(monkeypatch: pytest.MonkeyPatch, *cpus: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cpus), raising=False)
 
 
 def test_a_machine_is_read_from_its_system_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_environment import fake_machine, use_cpus
 
 from optin_deploy.common import processors
 from optin_deploy.common.processors import available_cpus, default_threads, limit_libraries, quota_cpus
@@ -17,6 +16,7 @@ from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.runtimes.base import torch_threads
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime
+from support.fake_machine import fake_machine, use_cpus
 from support.tiny_checkpoint import Shell, finished_job
 
 GROUP = "proc/self/cgroup"

@@ -29,6 +29,7 @@ from optin_deploy.feeds.preprocessor import check_tokenizer
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.feeds.text_feeds import encoded
 from optin_deploy.files import opening as data_files
+from support.tiny_files import processor, save_image, write
 from support.tiny_ports import TEXT as BERT_INPUTS
 from support.tiny_ports import image_rows, text_rows
 
@@ -54,17 +55,6 @@ def texts(*lengths: int) -> list[Sample]:
 
 def many(rows: int) -> list[Sample]:
     return [Sample(text=f"w{i}", label=i, source=f"t:{i}") for i in range(rows)]
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def save_image(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 100).save(path)
-    return path
 
 
 # Reading
@@ -420,10 +410,6 @@ def test_a_sample_of_the_wrong_kind_is_named() -> None:
 
 
 # Image batches
-
-
-def processor(**options: Any) -> ViTImageProcessorPil:
-    return ViTImageProcessorPil(size={"height": 16, "width": 16}, **options)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_calibration import processor, save_image, write
 
 from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
+from support.tiny_files import processor, save_image, write
 from support.tiny_ports import image_rows
 
 

@@ -7,13 +7,13 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from test_calibration import write
 
 from optin_deploy.data import samples as samples_module
 from optin_deploy.data import tables
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
 from optin_deploy.files import opening as data_files
+from support.tiny_files import write
 
 TABLE = [("Schön, oder; nicht?", "3.5"), ("zwei\nZeilen", "1"), ("drei", "2")]
 

@@ -1,6 +1,7 @@
-"""Every engine on a real GPU against float32 torch on the CPU; runs alone: `python -m pytest tests/test_gpu.py`.
+"""Every engine on a real GPU against float32 torch on the CPU.
 
-Needs the checkout, torch, transformers and onnx; the engines that are not installed are skipped by their own words.
+Runs alone: `python -m pytest tests/exporters/test_gpu.py`. Needs the checkout, torch, transformers
+and onnx; the engines that are not installed are skipped by their own words.
 """
 
 from __future__ import annotations

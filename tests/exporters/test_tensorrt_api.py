@@ -1,6 +1,6 @@
 """No call to a name that TensorRT 10.12, TensorRT 11 or TensorRT-RTX lacks: the stand-in against the real bindings.
 
-All tests of plans and their runtime run on tests/fake_tensorrt.py, so what it does not have is never called.
+All tests of plans and their runtime run on tests/support/fake_tensorrt.py, so what it does not have is never called.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from support import fake_tensorrt
+from support.project import ROOT
 from support.tensorrt_names import classes
 
 Names = Mapping[str, Mapping[str, int | None]]
@@ -35,7 +36,7 @@ def names(request: pytest.FixtureRequest, tmp_path: Path) -> Names:
     bindings = Path(sys.prefix) / request.param
     assert bindings.is_dir(), "run `make venv`: it fetches the bindings of both versions"
     libraries = Path(tensorrt_rtx_libs.__path__[0])
-    script = Path(__file__).with_name("tensorrt_names.py")
+    script = ROOT / "tests/support/tensorrt_names.py"
     command = [sys.executable, script, bindings, libraries, tmp_path]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert told["version"] == VERSIONS[request.param]

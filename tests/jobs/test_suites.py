@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_report import MEASURED
 
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.bench import Bench
 from optin_deploy.jobs.suites import MOST_CASES, read_suite
 from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import latency_rows
+from support.made_timings import MEASURED
 from support.tiny_checkpoint import Shell
 
 

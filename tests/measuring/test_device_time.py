@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_report import MEASURED, TIMING
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
@@ -27,6 +26,7 @@ from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import DEVICE_NOTE, device_rows, unstable_lines
 from optin_deploy.reporting.terminal import print_latency
 from optin_deploy.runtimes.base import Closing, Feeds
+from support.made_timings import MEASURED, TIMING
 from support.tiny_checkpoint import Shell
 
 FEEDS = {"input_ids": np.arange(4, dtype=np.int64).reshape(1, 4)}

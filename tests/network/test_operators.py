@@ -21,7 +21,7 @@ from optin_deploy.network.shapes import shapes_of
 from support.one_node import model_of, ours, reference, runtime
 
 RNG = np.random.default_rng(0)
-OTHER_FILES = ("test_network_operators_*.py",)
+OTHER_FILES = ("test_operators_*.py",)
 """Files beside this one that test rows of their own families, by naming them."""
 CONSTANT = ("NonMaxSuppression", "CastLike", "EyeLike", "Hardmax")
 """Operators whose output does not change with small changes of what they read."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shutil
-import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +14,16 @@ import pytest
 import transformers
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.dockerfiles import instructions, pins, run, tool, values
+from support.project import ROOT
+
 DOCKER = ROOT / "docker"
 DOCKERFILES = tuple(sorted(path for path in DOCKER.glob("Dockerfile.*") if path.suffix != ".dockerignore"))
 SCRIPT = DOCKER / "build_without_docker.sh"
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of a Dockerfile, its lines joined."""
-
-    keyword: str
-    value: str
-
-
-def instructions(path: Path) -> list[Instruction]:
-    text = "".join(line for line in path.read_text().splitlines(keepends=True) if not line.lstrip().startswith("#"))
-    lines = (line.strip() for line in text.replace("\\\n", " ").splitlines())
-    return [Instruction(keyword.upper(), value.strip()) for keyword, _, value in (x.partition(" ") for x in lines if x)]
-
-
-def values(path: Path, keyword: str) -> list[str]:
-    return [entry.value for entry in instructions(path) if entry.keyword == keyword]
-
-
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if "==" in line)
-
-
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def tool(name: str) -> str:
-    """Path of a program of this environment; skips the test where it is not installed."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    return found or pytest.skip(f"{name} is not installed")
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
 every_dockerfile = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
-from test_docker import instructions, pins, run, tool
 
-FOLDER = Path(__file__).resolve().parent.parent / "docker/triton"
+from support.dockerfiles import instructions, pins, run, tool
+from support.project import ROOT
+
+FOLDER = ROOT / "docker/triton"
 
 
 def read(name: str) -> Any:

@@ -12,18 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.project import HEAVY, ROOT
+
 FOLDERS = ("optin_deploy", "exporters", "benchmarks", "tests", "docker")
-HEAVY = (
-    "benchmarks",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt_rtx_bindings",
-    "torch",
-    "transformers",
-)
 UNSAFE = {
     r"torch\.load\s*\((?!.*weights_only=True)": "x = torch" + ".load(path)",
     r"pickle\.load": "x = pickle" + ".loads(data)",

@@ -21,8 +21,9 @@ import pytest
 import typer
 
 from optin_deploy.cli import app
+from support.project import ROOT
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 REASONS = ("GPU", "docker", "minutes")
 MISNAMED = {"py": "python", "python3": "python", "sh": "bash", "shell": "bash", "console": "bash", "zsh": "bash"}
 """Fence languages that would slip past this test."""

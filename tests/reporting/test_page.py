@@ -33,9 +33,9 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
 from optin_deploy.reporting.findings import LatencyRow, Samples, Side, SweepRow, read_findings
 from optin_deploy.reporting.page import render
+from support.project import ROOT
 from support.tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
 
-ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 """Elements of HTML without an end tag."""
 LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "background", "style"}

@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from optin_deploy.measuring.measurement import Measurement
-from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.quality.quality import Quality, correlation
 from optin_deploy.reporting.report import Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_of, kept_rows
+from support.made_timings import MEASURED, TIMING
 from support.tiny_checkpoint import HEADS, LAYERS, finished_job
 
-TIMING = PairTiming(
-    dense_ms=((6.0, 6.0, 8.0), (6.0,)),
-    pruned_ms=((4.0, 4.0, 4.0), (4.0,)),
-    again_ms=((6.0, 6.0, 6.0), (6.0,)),
-    seed=0,
-    load_ms={"dense": 30.0, "pruned": 20.0},
-)
-"""Medians 6 and 4 ms in both blocks: exactly 1.5x."""
-MEASURED = Measurement(engine="onnx", batch=3, seq_len=16, threads=2, ideal=2.0, timing=TIMING)
 ENVIRONMENT = {
     "date": "today",
     "cpu_model": "a CPU",

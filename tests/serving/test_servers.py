@@ -29,6 +29,7 @@ from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from support import tiny_checkpoint as tiny
+from support.project import ROOT
 from support.sealed import put_artifact
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
@@ -379,7 +380,7 @@ def kserve_reads(service: Path, metadata: Path) -> Any:
 
     Raises: ValueError: they do not.
     """
-    command = [home("kserve") / "bin/python", Path(__file__).parent / "servers/read_kserve.py", service, metadata]
+    command = [home("kserve") / "bin/python", ROOT / "tests/servers/read_kserve.py", service, metadata]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise ValueError(done.stderr)

@@ -27,12 +27,12 @@ from optin_deploy.serving import SERVERS, server
 from optin_deploy.serving import repository as repositories
 from optin_deploy.serving.manifest import LARGEST_VERSION, SCHEMA_VERSION, Manifest, ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
-from optin_deploy.serving.shipments import Order, default_name, preferred_batches, shipments
+from optin_deploy.serving.shipments import default_name, preferred_batches, shipments
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from optin_deploy.serving.tensors import V2_NAMES, largest_batch, tensors_of
 from optin_deploy.serving.triton import config_of
 from support import tiny_checkpoint as tiny
-from support.sealed import put_artifact
+from support.shipped import changed, everything, order, published
 
 ORT_RUN = {"TYPE_INT64": "tensor(int64)", "TYPE_FP32": "tensor(float)"}
 
@@ -52,28 +52,8 @@ def pbtxt(path: Path) -> Any:
     return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
 
 
-def order(out: Path, **settings: Any) -> Order:
-    return Order(**{"server": "triton", "out": out, "name": "tiny", **settings})
-
-
 def edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def changed(job: Path) -> None:
-    """Another pruned artifact of the same inputs and outputs, as a new export would leave it."""
-    proto = onnx.load(job / "model.onnx")
-    proto.doc_string += "another"
-    put_artifact(proto, job)
-
-
-def published(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Without our lock and our record."""
-    return {name: content for name, content in files.items() if not name.startswith(".optin")}
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_triton_gets_dense_and_pruned_side_by_side_as_two_models(job: Path, repo: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import onnx
 import onnxruntime
 import pytest
-from test_ship import changed, everything, order, published
 
 import optin_deploy.serving
 from optin_deploy.errors import BadInput
@@ -28,6 +27,7 @@ from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import shipments
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from support import tiny_checkpoint as tiny
+from support.shipped import changed, everything, order, published
 
 NEURONS = "bert.encoder.layer.0: neurons"
 URI = ServingOptions(storage_uri="s3://bucket/repository")

@@ -1,8 +1,8 @@
 """A stand-in for the `tensorrt` module on machines without it: the calls this project makes, run by ONNX Runtime.
 
-Only what the project calls is here, under TensorRT's own names; tests/test_tensorrt_api.py holds every name and its
-number of arguments against the real bindings of TensorRT 10 and 11. So code that runs on this module calls nothing that
-a real one lacks. Memory is the CPU's: addresses are read and written through ctypes.
+Only what the project calls is here, under TensorRT's own names; tests/exporters/test_tensorrt_api.py holds every name
+and its number of arguments against the real bindings of TensorRT 10 and 11. So code that runs on this module calls
+nothing that a real one lacks. Memory is the CPU's: addresses are read and written through ctypes.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.timing import PairTiming
 
 BLOCKS = 12
@@ -29,6 +30,16 @@ def made(ratio: float, *, spread: float = 0.0, same: float = 1.0) -> PairTiming:
 
 HOLDS, STRADDLES, FAILS, UNSTABLE = made(0.9), made(1.05, spread=0.03), made(1.2), made(1.2, same=1.1)
 """At a limit of 1.05."""
+
+TIMING = PairTiming(
+    dense_ms=((6.0, 6.0, 8.0), (6.0,)),
+    pruned_ms=((4.0, 4.0, 4.0), (4.0,)),
+    again_ms=((6.0, 6.0, 6.0), (6.0,)),
+    seed=0,
+    load_ms={"dense": 30.0, "pruned": 20.0},
+)
+"""Medians 6 and 4 ms in both blocks: exactly 1.5x."""
+MEASURED = Measurement(engine="onnx", batch=3, seq_len=16, threads=2, ideal=2.0, timing=TIMING)
 
 
 class FakeMeasuring:

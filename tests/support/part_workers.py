@@ -37,6 +37,7 @@ from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, unit_j
 from optin_deploy.scoring.memory import Memory
 from optin_deploy.scoring.parts import FolderStore, Part, Store, run_parts
 from support import tiny_scoring
+from support.project import ROOT
 
 LEFT = 10
 """Exit code of a worker that left parts to others."""
@@ -174,13 +175,14 @@ class Workers:
 
     def __init__(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        paths = (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
         self._process = subprocess.Popen(
             # Newer versions of Python warn of a fork beside other threads.
-            [sys.executable, "-W", "error::DeprecationWarning:__main__", __file__],
+            [sys.executable, "-W", "error::DeprecationWarning:__main__", "-m", "support.part_workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **threads},
+            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
 
     def start(self, what: str, **options: Any) -> int:
