@@ -160,3 +160,19 @@ def test_the_rooms_of_any_network_know_no_family() -> None:
     for room in ("network", "structure", "planning", "cutting"):
         for path in python_files(f"optin_deploy/{room}"):
             assert not re.search(r"bert|llama|resnet|swin", path.read_text(), re.IGNORECASE), path
+
+
+def test_tests_mirror_the_rooms() -> None:
+    others = {"support", "benchmarks", "invariants", "project", "servers"}
+    found = {path.relative_to(ROOT / "tests").parts[0] for path in python_files("tests")}
+    assert found - {"conftest.py"} - others <= set(ROOMS)
+
+
+def test_no_test_imports_another_test() -> None:
+    found = []
+    for path in python_files("tests"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [name for node in nodes for name in imported_names(node)]
+        names += [alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in names if re.search(r"\b(test_|conftest$)", name)]
+    assert found == []
