@@ -66,7 +66,7 @@ class Tiny:
 
 @cache
 def tiny(name: str, *, no_heads: tuple[int, ...] = (1,), no_neurons: tuple[int, ...] = (2,)) -> Tiny:
-    """A model of conftest by its name; the named layers lose all of a kind.
+    """A model of tiny_models by its name; the named layers lose all of a kind.
 
     Args: name: `dense NAME` loses nothing; `dynamo NAME` is read by torch's new exporter, which takes twenty times as
         long as TorchScript's.
