@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.project import ROOT
+
 SERVER = """
 from optin_deploy.serving.kserve import KServe
 
