@@ -33,8 +33,10 @@ from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.files.storage import read_json, sha256_tensors, write_json
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.profiling import NS, table_at
-from optin_deploy.jobs.stages import Planner, Prepared, score_stage
+from optin_deploy.jobs.stages import score_stage
 from optin_deploy.jobs.sweep import measure_curves
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.workspace import Workspace

@@ -18,9 +18,10 @@ from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.files.storage import read_json, write_json
+from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import table_at
 from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.stages import Planner, dense_stage, score_stage
+from optin_deploy.jobs.stages import dense_stage, score_stage
 from optin_deploy.jobs.sweep import measure_curves
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import LEAST, Round

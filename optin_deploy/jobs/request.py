@@ -14,7 +14,7 @@ from optin_deploy.exporters.profiles import Profile
 from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.jobs.building import check_free_sizes, int8_samples
-from optin_deploy.jobs.stages import Prepared, prepare
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.jobs.yardstick import DENSE, check_timeable, inputs_of, yardstick
 from optin_deploy.measuring.artifacts import check_threads

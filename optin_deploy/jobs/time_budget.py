@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import InfeasibleBudget
+from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import BLOCKS, NS
-from optin_deploy.jobs.stages import Planner
 from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, ROUNDS, Round, as_asked, measured_ms
 from optin_deploy.jobs.yardstick import DENSE, Yardstick
 from optin_deploy.measuring.timing import mean_ratio

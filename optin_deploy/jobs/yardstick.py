@@ -24,7 +24,7 @@ from optin_deploy.exporters.base import Exporter, ExportSpec, Form
 from optin_deploy.exporters.passes.pooled import pooled
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.jobs.bench import Inputs
-from optin_deploy.jobs.stages import Prepared
+from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.measuring.artifacts import check_runs
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming, Samples, measure_pair, measure_together

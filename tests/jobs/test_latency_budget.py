@@ -15,9 +15,11 @@ from benchmarks.latency import equal_time
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime, OptinError, TooUnstable
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table, read_table, table_at, with_held_out
 from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare, score_stage
+from optin_deploy.jobs.stages import curve_stage, score_stage
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, LastWord, Round, judged
 from optin_deploy.jobs.workspace import Workspace

@@ -25,9 +25,11 @@ from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table
 from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare
+from optin_deploy.jobs.stages import curve_stage
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import AIM
 from optin_deploy.jobs.workspace import Workspace

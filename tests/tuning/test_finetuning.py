@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, Trainer
 import optin_deploy
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.export import build_folder, export_model
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.folder_build import build_folder
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
