@@ -62,7 +62,7 @@ def plan(
 
 def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
-    from optin_deploy.jobs.request import describe
+    from optin_deploy.jobs.job import describe
     from optin_deploy.jobs.sweep import planned
 
     limits = budget.limits()

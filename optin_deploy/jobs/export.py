@@ -14,19 +14,19 @@ from optin_deploy.jobs.bench import measure
 from optin_deploy.jobs.building import Built, build, forms_in
 from optin_deploy.jobs.clock import Clock
 from optin_deploy.jobs.float32_dense import measure_beside_float32
+from optin_deploy.jobs.job import CheckedJob, Job, checked_job
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import read_table, table_at
 from optin_deploy.jobs.proving import check_engine
 from optin_deploy.jobs.reported import notes_of, quality_of, report_of
-from optin_deploy.jobs.request import Asked, Request, ready
 from optin_deploy.jobs.samples import record_samples
 from optin_deploy.jobs.stage_memory import over_budget, resident_bytes
 from optin_deploy.jobs.stages import Rewritten, dense_stage, rewrite_stage, score_stage
 from optin_deploy.jobs.sweep import measure_curves, planned
 from optin_deploy.jobs.time_budget import Planning
-from optin_deploy.jobs.time_rounds import LastWord, Round, judged
+from optin_deploy.jobs.time_rounds import Round, TimeVerdict, judged
+from optin_deploy.jobs.width_timer import inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import inputs_of, yardstick
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.report import Report, to_markdown
@@ -37,30 +37,30 @@ LATENCY = "latency.json"
 """The latency table of an output folder."""
 
 
-def export_model(request: Request, out: Path, *, force: bool = False, stage: Stage = silent_stage) -> Report:
+def export_model(job: Job, out: Path, *, force: bool = False, stage: Stage = silent_stage) -> Report:
     """Prune a network end to end; everything it makes lies in `out`, finished stages are reused.
 
     Args: stage: draws progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
-    clock, limits = Clock(stage), request.limits
+    clock, limits = Clock(stage), job.limits
     with clock("load"):
-        asked = ready(request, out)
-        workspace = Workspace.claim(out, request.source, force=force)
+        asked = checked_job(job, out)
+        workspace = Workspace.claim(out, job.source, force=force)
     prepared, loaded_bytes = asked.prepared, resident_bytes()
     with clock("score") as progress:
         dense_stage(workspace, prepared)
-        budget = request.memory_budget
-        score_stage(workspace, prepared, request.scoring, memory_budget=budget, progress=progress)
+        budget = job.memory_budget
+        score_stage(workspace, prepared, job.scoring, memory_budget=budget, progress=progress)
     planner, rounds = Planner(workspace, prepared, asked.choice), list[Round]()
     if limits.time is None:
-        planned(planner, limits, compensation=request.compensation, stage=clock)
+        planned(planner, limits, compensation=job.compensation, stage=clock)
     else:
         rounds = _plan_in_time(asked, planner, clock)
     with clock("rewrite") as progress:
-        made = rewrite_stage(workspace, prepared, compensation=request.compensation, progress=progress)
+        made = rewrite_stage(workspace, prepared, compensation=job.compensation, progress=progress)
     with clock("export"):
-        forms = forms_in(workspace, request.pool, dense=request.dense)
+        forms = forms_in(workspace, job.pool, dense=job.dense)
         built = build(workspace, asked.target, asked.spec, forms)
     with clock("check"):
         parity = check_engine(built, forms, prepared.ready.rows.calibration.batches)
@@ -78,40 +78,40 @@ def export_model(request: Request, out: Path, *, force: bool = False, stage: Sta
     report = replace(report, notes=notes)
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
-    _last_word(request, built, quality, verdict)
+    _last_word(job, built, quality, verdict)
     return report
 
 
-def _plan_in_time(asked: Asked, planner: Planner, clock: Clock) -> list[Round]:
+def _plan_in_time(asked: CheckedJob, planner: Planner, clock: Clock) -> list[Round]:
     """Write the plan whose time was measured, and what was tried on the way."""
-    request, workspace = asked.request, planner.workspace
+    job, workspace = asked.job, planner.workspace
     measure_curves(planner, clock)
-    with yardstick(asked.prepared, asked.target, asked.spec, request.points[0], threads=request.threads) as yard:
-        if request.table is not None:
-            table = read_table(request.table, yard, asked.choice)
+    with width_timer(asked.prepared, asked.target, asked.spec, job.points[0], threads=job.threads) as yard:
+        if job.table is not None:
+            table = read_table(job.table, yard, asked.choice)
         else:
             with clock("profile") as progress:
                 table = table_at(workspace.root / LATENCY, yard, asked.choice, progress=progress)
-        plan, rounds = Planning(planner, yard, request.limits, request.compensation, clock).within(table)
+        plan, rounds = Planning(planner, yard, job.limits, job.compensation, clock).within(table)
     plan.write(workspace.root / "plan.json")
     return rounds
 
 
-def _measured(asked: Asked, built: Built, made: Rewritten, clock: Clock) -> list[Measurement]:
+def _measured(asked: CheckedJob, built: Built, made: Rewritten, clock: Clock) -> list[Measurement]:
     """Dense against pruned at all points, where the engine runs here."""
-    request, pair = asked.request, built.pairs[-1] if built.pairs else None
-    if pair is None or built.obstacle is not None or not request.dense:
+    job, pair = asked.job, built.pairs[-1] if built.pairs else None
+    if pair is None or built.obstacle is not None or not job.dense:
         return []
     inputs = replace(inputs_of(asked.prepared), plan=made.plan)
-    how: dict[str, Any] = {"threads": request.threads, "stage": clock}
-    dense = pair.dense.path if pair.dense else Path(request.source.model)
+    how: dict[str, Any] = {"threads": job.threads, "stage": clock}
+    dense = pair.dense.path if pair.dense else Path(job.source.model)
     found = measure(
-        *(pair.engine, dense, pair.pruned.path, inputs, request.points),
+        *(pair.engine, dense, pair.pruned.path, inputs, job.points),
         precision=pair.precision,
-        task=request.source.task,
+        task=job.source.task,
         **how,
     )
-    return found + measure_beside_float32(built, inputs, request.source, request.points, **how)
+    return found + measure_beside_float32(built, inputs, job.source, job.points, **how)
 
 
 def _over_budget(clock: Clock, before: int, budget: int | None) -> list[str]:
@@ -127,15 +127,15 @@ def _over_budget(clock: Clock, before: int, budget: int | None) -> list[str]:
     return [sentence]
 
 
-def _last_word(request: Request, built: Built, quality: Quality, verdict: LastWord | None) -> None:
+def _last_word(job: Job, built: Built, quality: Quality, verdict: TimeVerdict | None) -> None:
     """Raise what was found wrong, when all that can be written is written."""
     if built.problem is not None:
         raise built.problem
     if verdict is not None:
         verdict.check()
-    drop = request.limits.max_drop
+    drop = job.limits.max_drop
     if drop is not None and not quality.holds(drop):  # the engine's own precision costs more
         raise QualityLimit(
-            f"--max-drop {drop:g}: the model held it, but {request.engine} in {built.pairs[-1].precision} does not "
+            f"--max-drop {drop:g}: the model held it, but {job.engine} in {built.pairs[-1].precision} does not "
             f"({quality}). Allow more, or use a higher --precision. The artifacts are written."
         )

@@ -14,8 +14,8 @@ from optin_deploy.common.environment import environment
 from optin_deploy.feeds.rows import MASK, Feeds
 from optin_deploy.jobs.building import Built
 from optin_deploy.jobs.clock import Clock
+from optin_deploy.jobs.job import CheckedJob
 from optin_deploy.jobs.prepared import Prepared
-from optin_deploy.jobs.request import Asked
 from optin_deploy.jobs.stages import Rewritten
 from optin_deploy.jobs.time_rounds import Round
 from optin_deploy.measuring.measurement import Measurement
@@ -48,7 +48,7 @@ def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
 
 
 def report_of(
-    asked: Asked,
+    asked: CheckedJob,
     made: Rewritten,
     built: Built,
     quality: Quality,
@@ -58,7 +58,7 @@ def report_of(
     folder: Path,
 ) -> Report:
     """Return the report of a job, without its notes."""
-    plan, ready, request = made.plan, asked.prepared.ready, asked.request
+    plan, ready, job = made.plan, asked.prepared.ready, asked.job
     cost = plan.cost
     assert cost is not None, "plans of jobs tell what they cost"
     kept = {group.name: len(plan.keep.get(group.name, range(group.units))) for group in ready.layout.groups}
@@ -67,13 +67,13 @@ def report_of(
         for group in ready.layout.groups
     ]
     settings = {
-        **asdict(request.source),
-        **asdict(request.limits),
-        "engine": request.engine,
+        **asdict(job.source),
+        **asdict(job.limits),
+        "engine": job.engine,
         "precision": asked.spec.precision,
-        "scoring": {**asdict(request.scoring), "seed": request.source.seed},
+        "scoring": {**asdict(job.scoring), "seed": job.source.seed},
         **asdict(asked.choice),
-        "compensation": request.compensation,
+        "compensation": job.compensation,
         "calibration_fingerprint": ready.rows.calibration.fingerprint,
     }
     return Report(
@@ -114,12 +114,12 @@ def _macs(prepared: Prepared, cost: PlanCost, merges: tuple[int, ...]) -> dict[s
     }
 
 
-def notes_of(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round], quality: Quality) -> list[str]:
+def notes_of(asked: CheckedJob, made: Rewritten, built: Built, rounds: Sequence[Round], quality: Quality) -> list[str]:
     """Return the sentences that people should read beside the figures."""
-    notes, request = [], asked.request
-    if request.limits.max_drop is not None:
+    notes, job = [], asked.job
+    if job.limits.max_drop is not None:
         notes.append(
-            f"The budget was chosen by `--max-drop {request.limits.max_drop:g}` on the rows that quality is told of"
+            f"The budget was chosen by `--max-drop {job.limits.max_drop:g}` on the rows that quality is told of"
             + (
                 "."
                 if quality.metric == "mean_iou"
@@ -128,12 +128,10 @@ def notes_of(asked: Asked, made: Rewritten, built: Built, rounds: Sequence[Round
         )
     if rounds:
         told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
-        notes.append(
-            f"Planned for `{request.limits.time}` by a latency table; plans that were measured took {told} ms."
-        )
-    if request.source.calibration is None:
+        notes.append(f"Planned for `{job.limits.time}` by a latency table; plans that were measured took {told} ms.")
+    if job.source.calibration is None:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
-    if not request.compensation:
+    if not job.compensation:
         notes.append("Nothing was compensated (--no-compensation).")
     elif made.skipped:
         told = "; ".join(made.skipped)

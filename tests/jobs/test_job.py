@@ -26,9 +26,9 @@ from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.feeds.rows import Batch, Feeds
 from optin_deploy.jobs.building import Built, Forms, Pair, forms_in
 from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.proving import check_engine
-from optin_deploy.jobs.request import Request
 from optin_deploy.jobs.samples import record_samples
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring import artifacts as measuring
@@ -62,7 +62,7 @@ def text_source() -> Source:
 def run_job(out: Path, source: Source, stage: Stage = silent_stage, **options: Any) -> Any:
     how: dict[str, Any] = {"engine": "torch", "align": 8, "dense": False, **options}
     with one_thread():
-        return export_model(Request(source, **how), out, stage=stage)
+        return export_model(Job(source, **how), out, stage=stage)
 
 
 # what the report says is true
