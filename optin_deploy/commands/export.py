@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Output:
-    """Where the result goes, and where options come from."""
+    """The place of the result, and the file of options."""
 
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")] = None
     config: Annotated[

@@ -41,7 +41,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Place:
-    """Where both are measured; None is what the pin says."""
+    """The engine and the points at which both are measured; None is what the pin says."""
 
     engine: Annotated[
         str | None,

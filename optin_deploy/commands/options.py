@@ -228,7 +228,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Measuring:
-    """Where artifacts are measured."""
+    """The points at which artifacts are measured."""
 
     at: Annotated[
         list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")

@@ -31,7 +31,7 @@ Examples:
     optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
 DEFAULT_ALIGN = 16
-"""Of neurons and channels, where no engine says more."""
+"""Multiples of neurons and channels, where no engine says more."""
 OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens", "drop_tokens")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")

@@ -23,7 +23,7 @@ Examples:
 """
 
 MOST_PLANS = 1000
-"""Of --check; half a minute each."""
+"""Most plans of --check; each takes half a minute."""
 
 
 @dataclass(frozen=True)

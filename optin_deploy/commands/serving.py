@@ -31,7 +31,7 @@ Examples:
 
 @dataclass(frozen=True)
 class Place:
-    """Where artifacts are published."""
+    """The repository that artifacts are published to."""
 
     server: Annotated[str, typer.Option(help="triton, ovms, mlserver or kserve.")] = "triton"
     out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")] = Path("repository")

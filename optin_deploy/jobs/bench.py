@@ -52,7 +52,7 @@ class Inputs:
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
-        """By name, type and shape."""
+        """Inputs with their names, types and shapes."""
         return with_sizes(network_inputs(self.network), self.plan)
 
     @cached_property

@@ -52,7 +52,7 @@ class Pair:
         return self.engine.obstacle(self.precision)
 
     def artifacts(self) -> dict[str, Artifact]:
-        """By name."""
+        """Artifacts by file name."""
         named = {"pruned": self.pruned, "dense": self.dense}
         return {name: artifact for name, artifact in named.items() if artifact is not None}
 

@@ -11,7 +11,7 @@ from optin_deploy.jobs.stages import ScoreRequest
 from optin_deploy.scoring.parts import MOST_WORKERS, Worker
 
 RETRIES = 3
-"""Of a worker whose machine or process is lost; what it had finished stays."""
+"""Restarts of a worker whose machine or process is lost; what it had finished stays."""
 
 
 def score_on_ray(request: ScoreRequest, workers: int) -> bool:

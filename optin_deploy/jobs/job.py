@@ -55,7 +55,7 @@ class Job:
     """Bytes that scoring may take beyond the network; None: most of what is free."""
     compensation: bool = True
     points: tuple[Point, ...] = (Point(),)
-    """Where dense and pruned are measured against each other."""
+    """Points at which dense and pruned are measured against each other."""
     threads: int = 0
     """Intra-op threads of the engine; 0 = its default."""
     table: Path | None = None

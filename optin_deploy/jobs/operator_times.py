@@ -26,7 +26,7 @@ RUNS, WARMUP = 30, 5
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the modules that it was traced in, outermost first."""
 NUMBER = re.compile(r"[./](\d+)(?![\w])")
-"""Of a block, in the path of a module."""
+"""Number of a block, in the path of a module."""
 FILE = "operators.json"
 
 

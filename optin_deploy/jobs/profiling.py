@@ -25,7 +25,7 @@ from optin_deploy.pruning.pruning import emptiable
 from optin_deploy.structure.labels import TOKENS
 
 BLOCKS = 6
-"""Of a table's measurements: half of those that a verdict needs; neighbours in the table check each other."""
+"""Blocks of a table's measurements: half of those that a verdict needs; neighbours in the table check each other."""
 AT_ONCE = 3
 """Candidates that are open beside the dense network: each takes the memory of a network."""
 NS = 10**6

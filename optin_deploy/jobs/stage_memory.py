@@ -54,7 +54,7 @@ class StageMemory:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Resident memory of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 

@@ -26,7 +26,7 @@ from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.pictures import draw_sweep
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Of the MACs, if nothing else is asked."""
+"""Shares of the MACs, if nothing else is asked."""
 HEADER = ("flops", "kept", "parameters", "metric", "dense", "pruned", "drop")
 HINT = "It will be made again."
 
@@ -43,11 +43,11 @@ class Point:
     """Its parameters."""
     quality: Quality
     seconds: float
-    """Of compensation, cut and judging."""
+    """Seconds of compensation, cut and judging."""
 
     @property
     def row(self) -> tuple[str, ...]:
-        """For a table with HEADER; the drop is in points."""
+        """The row of a table with HEADER; the drop is in points."""
         found = self.quality
         figures = (f"{found.dense:.4f}", f"{found.pruned:.4f}", f"{found.drop:.2f}")
         return (f"{self.flops:g}", f"{self.kept:.4f}", str(self.params), found.metric, *figures)

@@ -24,7 +24,7 @@ from optin_deploy.pruning.pruning import emptiable, emptied
 from optin_deploy.pruning.trial import unseen_error
 
 EVERY = 2
-"""Of the merges that are tried, one in so many is timed, as an engine is built for each."""
+"""One in so many of the merges that are tried is timed, as an engine is built for each."""
 
 
 @dataclass(frozen=True, eq=False)

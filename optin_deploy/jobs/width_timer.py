@@ -65,7 +65,7 @@ class WidthTimer:
 
     @property
     def precision(self) -> str:
-        """Of the artifacts."""
+        """Type of the artifacts."""
         return check_precision(self.target, self.spec.precision)
 
     @property

@@ -180,12 +180,12 @@ class Workspace:
 
     @property
     def model_folder(self) -> Path:
-        """Where the pruned transformers model lies."""
+        """Folder of the pruned transformers model."""
         return self.root / "model"
 
     @property
     def parts_folder(self) -> Path:
-        """Where parts of an unfinished scoring lie."""
+        """Folder of the parts of an unfinished scoring."""
         return self.root / "parts"
 
     def source(self) -> Source:
