@@ -39,7 +39,7 @@ class Planner:
         return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
 
     def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[Limit]:
-        """Return the limits of multiply-accumulates, parameters and bytes; without `merges`, with those that were asked for."""
+        """Return the limits of MACs, parameters and bytes; without `merges`, with those that were asked for."""
         merges = self.choice.merges if merges is None else merges
         return limits_within(self.prepared.ready.costs_with(merges), limits)
 
