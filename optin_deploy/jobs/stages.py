@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from optin_deploy import __version__
 from optin_deploy.checkpoint.reloading import differs
 from optin_deploy.checkpoint.smaller import fits, intact, save
 from optin_deploy.common.progress import Progress, silent
@@ -81,7 +82,7 @@ class Prepared:
     @cached_property
     def key(self) -> str:
         """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
-        return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
+        return sha256_json([self.ready.key, self.source.seed, __version__, version("torch")])
 
 
 def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
