@@ -20,7 +20,7 @@ SERVER_STAMPS := $(patsubst %,.venv-%/.installed,triton mlserver kserve)
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv browser servers demo test test-servers lint format clean
+.PHONY: help venv browser servers demo test test-servers docs lint format clean
 
 help: ## list the targets
 	@echo "optin-deploy: smaller transformers, measured"
@@ -51,6 +51,9 @@ test: $(STAMP) ## run the tests, a file a process, TEST_JOBS at a time
 
 test-servers: $(STAMP) $(SERVER_STAMPS) ## run the tests that start real inference servers
 	@$(PY) -m pytest -m servers $(TEST_ARGS)
+
+docs: $(STAMP) ## build the documentation into out/docs; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict --site-dir out/docs
 
 lint: $(STAMP) ## check format, style and types
 	@echo "==> ruff format --check" && $(PY) -m ruff format --check .
@@ -88,8 +91,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
 	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
-	@echo "==> installing optin-deploy[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,dev] with the versions of constraints.txt"
-	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,dev]' -c constraints.txt | $(show)
+	@echo "==> installing optin-deploy[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev] with the versions of constraints.txt"
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev]' -c constraints.txt | $(show)
 	@$(PY) -m pip check
 	@echo "==> fetching the bindings of TensorRT 10 and 11, whose names the tests compare (both cannot be installed at once)"
 	@set -o pipefail; for wheel in $(TENSORRT_BINDINGS); do \

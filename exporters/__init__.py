@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.base import Exporter
 
-ENGINES = {
+OWN = {
     "onnx": "optin_deploy.exporters.to_onnx:OnnxExporter",
     "openvino": "optin_deploy.exporters.to_openvino:OpenVinoExporter",
     "ort-cuda": "optin_deploy.exporters.to_ort_gpu:OrtCudaExporter",
@@ -18,7 +19,8 @@ ENGINES = {
     "trt": "optin_deploy.exporters.to_tensorrt:TensorRTExporter",
     "trt-rtx": "optin_deploy.exporters.to_tensorrt:RtxExporter",
 }
-"""Name on the command line -> module:class, imported when asked for."""
+ENGINES = with_added("engines", OWN)
+"""Name on the command line -> module:class, imported when asked for; other packages may add theirs."""
 
 
 def exporter(engine: str) -> Exporter:

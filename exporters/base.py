@@ -72,7 +72,7 @@ class Artifact:
 
 
 class Exporter(Protocol):
-    """One engine. A new engine is one file with this protocol and one line in `optin_deploy.exporters.ENGINES`."""
+    """One engine. A new engine is one file with this protocol and one line in the table of `__init__.py`."""
 
     engine: str
     precisions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""README's tables of models, of the recorded results of the zoo: python -m benchmarks.zoo.table writes them.
+"""Tables of models in README and docs, of the recorded results of the zoo: python -m benchmarks.zoo.table writes them.
 
 A test compares both, so that the tables are never older than the results.
 """
@@ -14,7 +14,7 @@ from benchmarks.zoo.families import FAMILIES, Family
 from optin_deploy.files.storage import read_json, write_text
 from optin_deploy.reporting.report import to_table
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 START, END = "<!-- models: python -m benchmarks.zoo.table -->", "<!-- end of models -->"
 REAL_START, REAL_END = "<!-- real models: python -m benchmarks.zoo.table -->", "<!-- end of real models -->"
 REAL_HEADER = ("model", "at 60% of the MACs", "faster", "at 40%", "faster")
@@ -35,12 +35,19 @@ KINDS: Mapping[str, str] = {"ids": "texts", "picture": "pictures", "real": "pict
 
 
 def main() -> None:
-    """Write the tables into the README."""
-    text = README.read_text(encoding="utf-8")
+    """Write each table where it stands."""
+    for name, text in pages().items():
+        write_text(ROOT / name, text)
+
+
+def pages() -> dict[str, str]:
+    """Path of each file with tables -> its text with those of the recorded results."""
+    found = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/networks.md")}
     for start, written, end in ((START, table(), END), (REAL_START, real_models(), REAL_END)):
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{written}\n{end}{rest.split(end)[1]}"
-    write_text(README, text)
+        for name in [name for name, text in found.items() if start in text]:
+            before, rest = found[name].split(start)
+            found[name] = f"{before}{start}\n{written}\n{end}{rest.split(end)[1]}"
+    return found
 
 
 def table() -> str:

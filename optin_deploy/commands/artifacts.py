@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import (
-    At,
-    Compatible,
-    Dense,
-    DeviceTime,
-    DryRun,
-    Engine,
-    Folder,
-    Force,
-    Memory,
-    Operators,
-    Pool,
-    Precision,
-    PrepareOnly,
-    ProfileOption,
-    Protocol,
-    Qps,
-    Scenario,
-    Seconds,
-    SuiteFile,
-    TargetLatency,
-    Threads,
-    TimingCache,
-    Weights,
-    Workspace_,
-)
+from optin_deploy.commands.options import Building, Engine, Folder, Measuring, Writing
 from optin_deploy.commands.parsing import (
     check_plan_options,
     echo,
-    engine_options,
-    load_of,
     refuse_idle,
     warn_of_disagreements,
-    writing,
+    writing_to,
 )
+from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
 
+LOADGEN = "MLCommons LoadGen"
 BUILD_EXAMPLES = """
 Examples:
 
@@ -55,41 +31,32 @@ Examples:
 """
 
 
-@writing
-def build(
-    ctx: typer.Context,
-    folder: Folder,
-    engine: Engine = "onnx",
-    precision: Precision = None,
-    pool: Pool = None,
-    dense: Dense = True,
-    profile: ProfileOption = None,
-    workspace: Workspace_ = None,
-    timing_cache: TimingCache = None,
-    compatible: Compatible = None,
-    weights: Weights = "fixed",
-    prepare_only: PrepareOnly = False,
-    force: Force = False,
-    dry_run: DryRun = False,
-) -> None:
+@options
+def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building, writing: Writing) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from optin_deploy.jobs.export import build_folder
 
-    check_plan_options(ctx, engine)
-    options = engine_options(profile, workspace, timing_cache, compatible, weights)
-    warn_of_disagreements(folder)
-    with stage_bar("export"):
-        built = build_folder(
-            folder, engine=engine, precision=precision, pool=pool, options=options, dense=dense, dry_run=dry_run
-        )
+    check_plan_options(ctx, engine.engine)
+    with writing_to(folder, writing):
+        warn_of_disagreements(folder)
+        with stage_bar("export"):
+            built = build_folder(
+                folder,
+                engine=engine.engine,
+                precision=engine.precision,
+                pool=building.pool,
+                options=building.options(),
+                dense=building.dense,
+                dry_run=writing.dry_run,
+            )
     if built is None:
-        typer.echo(f"would export {folder / 'model'} to engine {engine}")
+        typer.echo(f"would export {folder / 'model'} to engine {engine.engine}")
         return
     for pair in built.pairs:
         for artifact in pair.artifacts().values():
             size = f"{artifact.size_bytes / 2**20:.1f} MiB"
             typer.echo(f"{artifact.path}  {pair.precision}  {size}  sha256 {artifact.sha256[:12]}")
-    if built.problem is not None and not prepare_only:
+    if built.problem is not None and not building.prepare_only:
         raise built.problem
     if built.obstacle is not None:
         typer.echo(f"not run here: {built.obstacle}")
@@ -110,44 +77,112 @@ Example:
 """
 
 
-@writing
+@dataclass(frozen=True)
+class Besides:
+    """What is measured beside the latency, or in place of it."""
+
+    suite: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of lists: engines, precisions, threads, batch, seq. Every combination is measured."
+        ),
+    ] = None
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in fresh processes.")] = False
+    device_time: Annotated[
+        bool,
+        typer.Option(
+            "--device-time",
+            help="trt and trt-rtx: measure the time on the GPU too, without transfers, with and without a CUDA graph.",
+        ),
+    ] = False
+    operators: Annotated[
+        bool,
+        typer.Option(
+            "--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Who says how it is measured."""
+
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="interleaved (our own, with confidence intervals) or mlperf (LoadGen's scenarios).",
+            rich_help_panel=LOADGEN,
+        ),
+    ] = "interleaved"
+    scenario: Annotated[
+        str | None,
+        typer.Option(help="single-stream, offline or server. [default: single-stream]", rich_help_panel=LOADGEN),
+    ] = None
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Least duration of each of the four runs; MLPerf's own rules ask for 600. [default: 10]",
+            rich_help_panel=LOADGEN,
+        ),
+    ] = None
+    qps: Annotated[
+        float | None, typer.Option(help="Server: queries a second, Poisson arrivals.", rich_help_panel=LOADGEN)
+    ] = None
+    target_latency: Annotated[
+        float | None,
+        typer.Option(help="Server: milliseconds that 99% of the queries must keep.", rich_help_panel=LOADGEN),
+    ] = None
+
+    def load(self) -> Any:
+        """Return what LoadGen sends, checked; None means our own protocol."""
+        from optin_deploy.measuring.loadgen import Load
+
+        asked = {"scenario": self.scenario, "seconds": self.seconds, "qps": self.qps}
+        given = {k: v for k, v in {**asked, "target_latency_ms": self.target_latency}.items() if v is not None}
+        if self.protocol not in ("interleaved", "mlperf"):
+            raise BadInput(f"--protocol {self.protocol!r}: possible are interleaved, mlperf.")
+        if self.protocol == "mlperf":
+            return Load(**given)  # type: ignore[arg-type]  # a dict forgets which value is of which type
+        if given:
+            raise BadInput("--scenario, --seconds, --qps and --target-latency are LoadGen's: add --protocol mlperf.")
+        return None
+
+
+@options
 def bench(
     ctx: typer.Context,
     folder: Folder,
-    engine: Engine = "onnx",
-    precision: Precision = None,
-    at: At = None,
-    threads: Threads = 0,
-    suite: SuiteFile = None,
-    memory: Memory = False,
-    device_time: DeviceTime = False,
-    operators: Operators = False,
-    protocol: Protocol = "interleaved",
-    scenario: Scenario = None,
-    seconds: Seconds = None,
-    qps: Qps = None,
-    target_latency: TargetLatency = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    engine: Engine,
+    measuring: Measuring,
+    besides: Besides,
+    protocol: Protocol,
+    writing: Writing,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from optin_deploy.jobs.bench import Bench, bench_folder
-    from optin_deploy.jobs.suites import bench_suite, read_suite
-    from optin_deploy.measuring.points import Point, parse_points
+    from optin_deploy.jobs.bench import Bench
 
-    warn_of_disagreements(folder)
-    points = parse_points(at) or (Point(),)
-    load = load_of(protocol, scenario, seconds, qps, target_latency)
-    if load is not None:
-        if suite is not None or memory or operators or device_time:
+    with writing_to(folder, writing):
+        warn_of_disagreements(folder)
+        bench = Bench(engine.engine, engine.precision, measuring.points(), measuring.threads)
+        load = protocol.load()
+        if load is None:
+            _interleaved(ctx, folder, bench, besides, dry_run=writing.dry_run)
+            return
+        if besides != Besides():
             raise BadInput(
                 "--protocol mlperf stands alone: leave out --suite, --memory, --operators and --device-time."
             )
-        _loadgen(folder, Bench(engine, precision, points, threads), load, dry_run=dry_run)
-        return
-    if operators and (engine != "onnx" or suite is not None):
-        raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {suite or engine}.")
-    if device_time and suite is not None:
+        _loadgen(folder, bench, load, dry_run=writing.dry_run)
+
+
+def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides, *, dry_run: bool) -> None:
+    from optin_deploy.jobs.bench import bench_folder
+    from optin_deploy.jobs.suites import bench_suite, read_suite
+
+    suite, operators = besides.suite, besides.operators
+    if operators and (bench.engine != "onnx" or suite is not None):
+        raise BadInput(f"--operators is ONNX Runtime's profiler: it is for --engine onnx, not {suite or bench.engine}.")
+    if besides.device_time and suite is not None:
         raise BadInput(f"--device-time beside --suite: write `device_time = true` into {suite}.")
     if suite is not None:
         refuse_idle(
@@ -155,14 +190,15 @@ def bench(
         )
         measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
     else:
-        bench = Bench(engine, precision, points, threads, memory, device_time)
+        bench = replace(bench, memory=besides.memory, device_time=besides.device_time)
         measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)
     if dry_run:
-        typer.echo(f"would measure {suite}" if suite else f"would measure {len(points)} points on engine {engine}")
+        many = len(bench.points)
+        typer.echo(f"would measure {suite}" if suite else f"would measure {many} points on engine {bench.engine}")
         return
     print_latency(measured)
     if operators:
-        _explain(folder, precision, points, threads)
+        _explain(folder, bench.precision, bench.points, bench.threads)
 
 
 def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:

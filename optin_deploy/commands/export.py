@@ -2,70 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.data import AnySize, Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
-from optin_deploy.commands.networks import Shape, Units
-from optin_deploy.commands.options import (
-    DEFAULT_WEIGHTING,
-    Allocation,
-    At,
-    Calibration,
-    Compatible,
-    Compensation,
-    Dense,
-    DropTokens,
-    DryRun,
-    Engine,
-    EngineAlign,
-    Eval,
-    Flops,
-    Force,
-    KlWeight,
-    LabelColumn,
-    Latency,
-    LatencyTableFile,
-    MaxDrop,
-    MemoryBudget,
-    Model,
-    Out,
-    PairColumn,
-    Paper,
-    Params,
-    Pool,
-    Precision,
-    PrepareOnly,
-    ProfileOption,
-    Samples,
-    ScorerName,
-    Seed,
-    SeqLen,
-    Size,
-    Speedup,
-    Task,
-    TextColumn,
-    Threads,
-    Throughput,
-    TimingCache,
-    Tokens,
-    WeightingName,
-    Weights,
-    Workspace_,
-)
-from optin_deploy.commands.parsing import (
-    check_columns,
-    check_plan_options,
-    echo,
-    engine_options,
-    limits_of,
-    refuse_idle,
-    scoring_settings,
-    size_of,
-    warn_if_bundled,
-)
+from optin_deploy.commands.job_file import kept_beside, read_job
+from optin_deploy.commands.options import BudgetInTime, Building, Engine, Making, Measuring, Model, Scoring, Writing
+from optin_deploy.commands.parsing import check_columns, check_plan_options, echo, refuse_idle, warn_if_bundled
+from optin_deploy.commands.source import AllRows
+from optin_deploy.commands.values import options
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.reporting.terminal import print_report, stage_bar
 
@@ -83,108 +30,90 @@ Examples:
     optin-export model.onnx --calibration texts.jsonl --tokenizer ./my-tokenizer --flops 0.6
 
     optin-export model.onnx --calibration inputs.npz --at batch=1 --at batch=8
+
+    optin-export --config my-bert-0.6/job.toml --flops 0.5   # the same job, with another budget
 """
 
 
+@dataclass(frozen=True)
+class Target:
+    """The engine, how it is built, and where it is measured."""
+
+    engine: Engine
+    building: Building
+    measuring: Measuring
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes, and where options come from."""
+
+    out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JOB.toml",
+            help="File with options by their names, as job.toml of an output folder; those given here win.",
+            is_eager=True,
+            callback=read_job,
+        ),
+    ] = None
+
+
+@options
 def export(
     ctx: typer.Context,
     model: Model,
-    task: Task = None,
-    calibration: Calibration = None,
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = "text_pair",
-    label_column: LabelColumn = "label",
-    seq_len: SeqLen = None,
-    samples: Samples = 512,
-    seed: Seed = 0,
-    flops: Flops = None,
-    params: Params = None,
-    size: Size = None,
-    max_drop: MaxDrop = None,
-    latency: Latency = None,
-    speedup: Speedup = None,
-    throughput: Throughput = None,
-    latency_table: LatencyTableFile = None,
-    evaluation: Eval = None,
-    align: EngineAlign = None,
-    allocation: Allocation = "curves",
-    tokens: Tokens = None,
-    drop_tokens: DropTokens = False,
-    scorer: ScorerName = "sketch",
-    paper: Paper = False,
-    weighting: WeightingName = DEFAULT_WEIGHTING,
-    kl_weight: KlWeight = None,
-    memory_budget: MemoryBudget = None,
-    compensation: Compensation = True,
-    engine: Engine = "onnx",
-    precision: Precision = None,
-    at: At = None,
-    threads: Threads = 0,
-    pool: Pool = None,
-    dense: Dense = True,
-    profile: ProfileOption = None,
-    workspace: Workspace_ = None,
-    timing_cache: TimingCache = None,
-    compatible: Compatible = None,
-    weights: Weights = "fixed",
-    tokenizer: Tokenizer = None,
-    preprocessor: Preprocessor = None,
-    image_size: ImageSize = None,
-    any_size: AnySize = False,
-    mean: Mean = None,
-    std: Std = None,
-    units: Units = None,
-    compared: Compared = None,
-    shape: Shape = None,
-    out: Out = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    prepare_only: PrepareOnly = False,
+    rows: AllRows,
+    budget: BudgetInTime,
+    making: Making,
+    scoring: Scoring,
+    target: Target,
+    output: Output,
+    writing: Writing,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
     from optin_deploy.jobs.export import export_model
     from optin_deploy.jobs.request import Request, describe, ready
     from optin_deploy.jobs.workspace import Workspace
-    from optin_deploy.measuring.points import Point, parse_points
 
-    check_columns(ctx, calibration, evaluation)
-    check_plan_options(ctx, engine)
-    source = source_of(ctx.params)
-    times = {"latency": latency, "speedup": speedup, "throughput": throughput}
-    limits = limits_of(flops, params, size, max_drop, **times)  # type: ignore[arg-type]  # a dict of several types
+    check_columns(ctx, rows.calibration, making.evaluation)
+    check_plan_options(ctx, target.engine.engine)
+    judge = None if making.evaluation is None else str(making.evaluation.absolute())
+    source = rows.of(model, evaluation=judge, drop_tokens=making.drop_tokens)
     request = Request(
         source=source,
-        limits=limits,
-        engine=engine,
-        precision=precision,
-        align=align,
-        allocation=allocation,
-        tokens=tokens,
-        scoring=scoring_settings(scorer, paper, weighting, kl_weight),
-        memory_budget=size_of(memory_budget, "--memory-budget"),
-        compensation=compensation,
-        points=parse_points(at) or (Point(),),
-        threads=threads,
-        table=latency_table,
-        pool=pool,
-        options=engine_options(profile, workspace, timing_cache, compatible, weights),
-        dense=dense,
+        limits=budget.limits(),
+        engine=target.engine.engine,
+        precision=target.engine.precision,
+        align=making.align,
+        allocation=making.allocation,
+        tokens=making.tokens,
+        scoring=scoring.settings(),
+        memory_budget=scoring.memory(),
+        compensation=making.compensation,
+        points=target.measuring.points(),
+        threads=target.measuring.threads,
+        table=budget.latency_table,
+        pool=target.building.pool,
+        options=target.building.options(),
+        dense=target.building.dense,
     )
-    if not dense:
+    if not request.dense:
         refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
-    folder = out or Path(f"{named(source)}-{limits}")
-    if dry_run:
-        Workspace.check(folder, source, force=force)
+    folder = output.out or Path(f"{named(source)}-{request.limits}")
+    if writing.dry_run:
+        Workspace.check(folder, source, force=writing.force)
         asked = ready(request)
         name, _ = asked.target.file_names(asked.spec.precision or asked.target.precisions[0])
-        echo(describe(asked.prepared, limits=limits, artifact=folder / name))
+        echo(describe(asked.prepared, limits=request.limits, artifact=folder / name))
         return
-    warn_if_bundled(calibration)
+    warn_if_bundled(rows.calibration)
     try:
-        with Workspace.at_work(folder, source, force=force):
-            report = export_model(request, folder, force=force, stage=stage_bar)
+        with Workspace.at_work(folder, source, force=writing.force), kept_beside(ctx, folder):
+            report = export_model(request, folder, force=writing.force, stage=stage_bar)
     except CannotBuildHere as err:
-        if not prepare_only:
+        if not target.building.prepare_only:
             raise
         typer.echo(str(err))
         return

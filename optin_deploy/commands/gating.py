@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun, Force
+from optin_deploy.commands.options import Writing
+from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
 
@@ -24,42 +26,56 @@ Examples:
 """
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How slow the candidate may be."""
+
+    max_ratio: Annotated[float | None, typer.Option(help="Most that candidate / baseline time may be, e.g. 1.05.")] = (
+        None
+    )
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Least that baseline / candidate time may be, e.g. 1.5.")
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Fail also where the limit lies in the interval.")] = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where both are measured; None is what the pin says."""
+
+    engine: Annotated[
+        str | None,
+        typer.Option(help="onnx, openvino, ort-cuda, ort-trt, aoti, trt or trt-rtx. [default: onnx, or the pin's]"),
+    ] = None
+    precision: Annotated[
+        str | None, typer.Option(help="As in `optin build`. [default: the artifact's own, or the pin's]")
+    ] = None
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1, or the pin's]"),
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the engine; 0 = its default. [default: 0, or the pin's]")
+    ] = None
+
+
+@options
 def gate(
     baseline: Annotated[
         Path, typer.Argument(metavar="BASELINE", help="Artifact, output folder (its pruned artifact), or pin (.json).")
     ],
+    limit: Limit,
+    place: Place,
+    writing: Writing,
     candidate: Annotated[
         Path | None, typer.Argument(metavar="CANDIDATE", help="Artifact or output folder; none with --pin.")
-    ] = None,
-    max_ratio: Annotated[
-        float | None, typer.Option(help="Most that candidate / baseline time may be, e.g. 1.05.")
-    ] = None,
-    min_speedup: Annotated[
-        float | None, typer.Option(help="Least that baseline / candidate time may be, e.g. 1.5.")
     ] = None,
     pin: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write BASELINE's hash and these settings, measure nothing.")
     ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="onnx, openvino, ort-cuda, ort-trt, aoti, trt or trt-rtx. [default: onnx, or the pin's]"),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="As in `optin build`. [default: the artifact's own, or the pin's]")
-    ] = None,
-    at: Annotated[
-        list[str] | None,
-        typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1, or the pin's]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the engine; 0 = its default. [default: 0, or the pin's]")
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail also where the limit lies in the interval.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the verdict, raw samples, hashes and environment (JSON).")
     ] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Fail if CANDIDATE is slower than BASELINE allows; both run here and now, interleaved, so no stored time counts.
 
@@ -72,31 +88,33 @@ def gate(
     from optin_deploy.measuring.gate import HEADER, limit_of
     from optin_deploy.measuring.points import parse_points
 
-    points = parse_points(at)
+    force, dry_run = writing.force, writing.dry_run
+    how = {"engine": place.engine, "precision": place.precision, "threads": place.threads}
+    points = parse_points(place.at)
     if pin is not None:
-        if (candidate, max_ratio, min_speedup, out) != (None, None, None, None) or strict:
+        if (candidate, limit, out) != (None, Limit(), None):
             raise BadInput(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )
-        alone = settle(baseline, engine=engine, precision=precision, threads=threads, points=points)
+        alone = settle(baseline, **how, points=points)  # type: ignore[arg-type]  # a dict of several types
         _pin(alone, pin, force=force, dry_run=dry_run)
         return
-    limit = limit_of(max_ratio, min_speedup)
+    allowed = limit_of(limit.max_ratio, limit.min_speedup)
     if candidate is None:
         raise BadInput("CANDIDATE is missing: give an artifact or an output folder, or --pin FILE to pin BASELINE.")
-    contest = settle(baseline, candidate, engine=engine, precision=precision, threads=threads, points=points)
+    contest = settle(baseline, candidate, **how, points=points)  # type: ignore[arg-type]
     if out is not None:
         check_not_input(out, baseline, contest.baseline, contest.candidate, option="--out")
         free_name(out, _is_verdict, force=force, dry_run=True)
     if dry_run:
         typer.echo(f"would measure {contest.candidate} against {contest.baseline}, {contest}")
         return
-    found = contest.run(limit, stage=stage_bar)
+    found = contest.run(allowed, stage=stage_bar)
     print_table(HEADER, found.rows())
     if out is not None:
         free_name(out, _is_verdict, force=force)
         write_json(out, found.to_json())
-    found.check(strict=strict)
+    found.check(strict=limit.strict)
     if found.outcome == "straddles":
         warn(found.sentence)
     else:

@@ -1,11 +1,14 @@
-"""The options that commands share: each once, with its help and the panel it stands in."""
+"""Values of which commands share the options: each option once, with its default, its help and its panel."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from optin_deploy.errors import BadInput
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model, or an .onnx file.")
@@ -14,69 +17,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of an
 FolderOrFile = Annotated[
     Path, typer.Argument(metavar="DIR|FILE.onnx", help="Output folder of an earlier command, or an ONNX file.")
 ]
-Task = Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        help=".txt, .jsonl, .csv, a folder of images, or .npz with inputs by name. Default: a small bundled set."
-    ),
-]
-TextColumn = Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")]
-PairColumn = Annotated[
-    str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
-]
-LabelColumn = Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")]
-SeqLen = Annotated[
-    int | None, typer.Option(help="Longest calibration text in tokens. [default: 128, or what the network takes]")
-]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
-BUDGET = "Budget: all that is given must hold"
-Flops = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]",
-        rich_help_panel=BUDGET,
-    ),
-]
-Params = Annotated[
-    float | None, typer.Option(help="Share of the dense parameters to keep, in (0, 1].", rich_help_panel=BUDGET)
-]
-Size = Annotated[
-    str | None,
-    typer.Option(help="Most that all weights may take in float32, e.g. 60MiB.", rich_help_panel=BUDGET),
-]
-EngineAlign = Annotated[
-    int | None, typer.Option(help="Neurons and channels in multiples of this. [default: the engine's: CPU 16, GPU 64]")
-]
-Allocation = Annotated[
-    str,
-    typer.Option(
-        help="Where to cut: curves (least error after compensation), uniform (equal widths a layer) or paper (global "
-        "ranking)."
-    ),
-]
-Tokens = Annotated[
-    float | None,
-    typer.Option(
-        help="Mean share of the tokens that stay, in (0, 1]: those of images that are alike are merged, block by "
-        "block, those of texts dropped; widths get what is left of the budget. [default: all stay]"
-    ),
-]
-DropTokens = Annotated[
-    bool,
-    typer.Option(
-        "--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it."
-    ),
-]
-MaxDrop = Annotated[
-    float | None,
-    typer.Option(
-        help="Points of the metric that may be lost: the smallest such model is found by bisection. Instead of a "
-        "budget.",
-        rich_help_panel=BUDGET,
-    ),
-]
+Compensation = Annotated[bool, typer.Option(help="Re-solve the kept projections in closed form.")]
 Eval = Annotated[
     Path | None,
     typer.Option(
@@ -85,153 +26,269 @@ Eval = Annotated[
         "calibration rows]",
     ),
 ]
-SCORING = "Scoring"
-ScorerName = Annotated[
-    str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
+EngineAlign = Annotated[
+    int | None, typer.Option(help="Neurons and channels in multiples of this. [default: the engine's: CPU 16, GPU 64]")
 ]
-Paper = Annotated[
-    bool,
-    typer.Option(
-        "--paper",
-        help="With --scorer exact: FFN outputs of 768 tokens drawn across each batch, as in the authors' code.",
-        rich_help_panel=SCORING,
-    ),
-]
-WeightingName = Annotated[
-    str,
-    typer.Option(
-        "--weighting",
-        help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
-        rich_help_panel=SCORING,
-    ),
-]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]",
-        rich_help_panel=SCORING,
-    ),
-]
-KlWeight = Annotated[
-    float | None,
-    typer.Option(
-        min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
-    ),
-]
-Compensation = Annotated[bool, typer.Option(help="Re-solve the kept projections in closed form.")]
-Engine = Annotated[
-    str,
-    typer.Option(
-        help="onnx (ONNX Runtime) and openvino on CPU, ort-cuda, ort-trt, torch, torch-compile, aoti, trt or trt-rtx."
-    ),
-]
-Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
-]
-TENSORRT, MANY = "TensorRT", "Many processes"
-ProfileOption = Annotated[
+ProfileSizes = Annotated[
     list[str] | None,
     typer.Option(
         "--profile",
         metavar="SIZES",
         help="min, opt and max sizes of the engine: batch=1,8,32 seq=16,128,512 (the default); repeatable.",
-        rich_help_panel=TENSORRT,
+        rich_help_panel="TensorRT",
     ),
 ]
-Workspace_ = Annotated[
-    str | None, typer.Option("--workspace", help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
-]
-TimingCache = Annotated[
-    Path | None,
-    typer.Option(help="File of measured kernel times, reused by later builds.", rich_help_panel=TENSORRT),
-]
-Compatible = Annotated[
-    list[str] | None,
-    typer.Option(help="version (loads in later ones) or hardware (any GPU from Ampere on).", rich_help_panel=TENSORRT),
-]
-Weights = Annotated[
-    str, typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT)
-]
-TIME = "Budget in time"
-Latency = Annotated[
-    str | None,
-    typer.Option(help="Longest time of a batch at the first --at, measured: 4.0ms.", rich_help_panel=TIME),
-]
-Speedup = Annotated[
-    float | None, typer.Option(help="How much faster than the dense model at the first --at.", rich_help_panel=TIME)
-]
-Throughput = Annotated[
-    float | None, typer.Option(help="Least samples a second at the first --at.", rich_help_panel=TIME)
-]
-LatencyTableFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--latency-table",
-        help="Written by optin profile for this model and engine. [default: measured, kept in the output folder]",
-        rich_help_panel=TIME,
-    ),
-]
-At = Annotated[
-    list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
-]
-Memory = Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in fresh processes.")]
-DeviceTime = Annotated[
-    bool,
-    typer.Option(
-        "--device-time",
-        help="trt and trt-rtx: measure the time on the GPU too, without transfers, with and without a CUDA graph.",
-    ),
-]
-Operators = Annotated[
-    bool,
-    typer.Option("--operators", help="Profile by operator and by layer too, and say what holds the rest of the time."),
-]
-LOADGEN = "MLCommons LoadGen"
-Protocol = Annotated[
-    str,
-    typer.Option(
-        help="interleaved (our own, with confidence intervals) or mlperf (LoadGen's scenarios).",
-        rich_help_panel=LOADGEN,
-    ),
-]
-Scenario = Annotated[
-    str | None,
-    typer.Option(help="single-stream, offline or server. [default: single-stream]", rich_help_panel=LOADGEN),
-]
-Seconds = Annotated[
-    float | None,
-    typer.Option(
-        help="Least duration of each of the four runs; MLPerf's own rules ask for 600. [default: 10]",
-        rich_help_panel=LOADGEN,
-    ),
-]
-Qps = Annotated[float | None, typer.Option(help="Server: queries a second, Poisson arrivals.", rich_help_panel=LOADGEN)]
-TargetLatency = Annotated[
-    float | None,
-    typer.Option(help="Server: milliseconds that 99% of the queries must keep.", rich_help_panel=LOADGEN),
-]
-SuiteFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--suite",
-        help="TOML file of lists: engines, precisions, threads, batch, seq. Every combination is measured.",
-    ),
-]
-Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
-Pool = Annotated[
-    str | None,
-    typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
-]
-Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")]
-Out = Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")]
-Force = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Write also where optin-deploy did not make what is there; files in the way are kept as NAME.kept1.",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
-PrepareOnly = Annotated[bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")]
+BUDGET, TIME, SCORING = "Budget: all that is given must hold", "Budget in time", "Scoring"
+TENSORRT, MANY = "TensorRT", "Many processes"
 
-DEFAULT_WEIGHTING = "paper"
+
+@dataclass(frozen=True)
+class Writing:
+    """How a command treats what is there already."""
+
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Write also where optin-deploy did not make what is there; files in the way are kept as NAME.kept1.",
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay, or what may be lost."""
+
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    params: Annotated[
+        float | None, typer.Option(help="Share of the dense parameters to keep, in (0, 1].", rich_help_panel=BUDGET)
+    ] = None
+    size: Annotated[
+        str | None,
+        typer.Option(help="Most that all weights may take in float32, e.g. 60MiB.", rich_help_panel=BUDGET),
+    ] = None
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of the metric that may be lost: the smallest such model is found by bisection. Instead of a "
+            "budget.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+
+    def limits(self) -> Any:
+        """Return these as `Limits`, checked."""
+        from optin_deploy.planning.budget import Limits
+
+        return Limits(self.flops, self.params, size_of(self.size, "--size"), self.max_drop, self.time())
+
+    def time(self) -> Any:
+        """Return the budget in time; there is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class BudgetInTime(Budget):
+    """The same, and a budget in measured time."""
+
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Longest time of a batch at the first --at, measured: 4.0ms.", rich_help_panel=TIME),
+    ] = None
+    speedup: Annotated[
+        float | None, typer.Option(help="How much faster than the dense model at the first --at.", rich_help_panel=TIME)
+    ] = None
+    throughput: Annotated[
+        float | None, typer.Option(help="Least samples a second at the first --at.", rich_help_panel=TIME)
+    ] = None
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Written by optin profile for this model and engine. [default: measured, kept in the output folder]",
+            rich_help_panel=TIME,
+        ),
+    ] = None
+
+    def time(self) -> Any:
+        """Return the one budget in time that was given, or None.
+
+        Raises: BadInput: there are two.
+        """
+        from optin_deploy.planning.budget import TimeTarget, parse_latency
+
+        latency_ms = None if self.latency is None else parse_latency(self.latency)
+        asked = {"--latency": latency_ms, "--speedup": self.speedup, "--throughput": self.throughput}
+        targets = [TimeTarget(option, value) for option, value in asked.items() if value is not None]
+        if len(targets) > 1:
+            raise BadInput(f"{' and '.join(map(str, targets))}: give one of them.")
+        return targets[0] if targets else None
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a plan is found, and the model made by it."""
+
+    evaluation: Eval = None
+    align: EngineAlign = None
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="Where to cut: curves (least error after compensation), uniform (equal widths a layer) or paper "
+            "(global ranking)."
+        ),
+    ] = "curves"
+    tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean share of the tokens that stay, in (0, 1]: those of images that are alike are merged, block by "
+            "block, those of texts dropped; widths get what is left of the budget. [default: all stay]"
+        ),
+    ] = None
+    drop_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it."
+        ),
+    ] = False
+    compensation: Compensation = True
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored."""
+
+    scorer: Annotated[
+        str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
+    ] = "sketch"
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="With --scorer exact: FFN outputs of 768 tokens drawn across each batch, as in the authors' code.",
+            rich_help_panel=SCORING,
+        ),
+    ] = False
+    weighting: Annotated[
+        str,
+        typer.Option(
+            help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
+            rich_help_panel=SCORING,
+        ),
+    ] = "paper"
+    kl_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
+        ),
+    ] = None
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]",
+            rich_help_panel=SCORING,
+        ),
+    ] = None
+
+    def settings(self) -> Any:
+        """Return these as `ScoreSettings`, checked."""
+        from optin_deploy.scoring import PAPER, Features, ScoreSettings
+
+        chosen = PAPER if self.paper else Features()
+        return ScoreSettings(self.scorer, self.weighting, self.kl_weight, chosen)  # type: ignore[arg-type]
+
+    def memory(self) -> int | None:
+        """Return the budget of memory in bytes."""
+        return size_of(self.memory_budget, "--memory-budget")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which engine, and in which type."""
+
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="onnx (ONNX Runtime) and openvino on CPU, ort-cuda, ort-trt, torch, torch-compile, aoti, trt or "
+            "trt-rtx."
+        ),
+    ] = "onnx"
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Where artifacts are measured."""
+
+    at: Annotated[
+        list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
+    ] = None
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")] = 0
+
+    def points(self) -> Any:
+        """Return the points, checked."""
+        from optin_deploy.measuring.points import Point, parse_points
+
+        return parse_points(self.at) or (Point(),)
+
+
+@dataclass(frozen=True)
+class Building:
+    """How artifacts are built."""
+
+    pool: Annotated[
+        str | None,
+        typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
+    ] = None
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")] = True
+    profile: ProfileSizes = None
+    workspace: Annotated[
+        str | None, typer.Option(help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
+    ] = None
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(help="File of measured kernel times, reused by later builds.", rich_help_panel=TENSORRT),
+    ] = None
+    compatible: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="version (loads in later ones) or hardware (any GPU from Ampere on).", rich_help_panel=TENSORRT
+        ),
+    ] = None
+    weights: Annotated[
+        str,
+        typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT),
+    ] = "fixed"
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")
+    ] = False
+
+    def options(self) -> Any:
+        """Return how TensorRT builds its plan, checked."""
+        from optin_deploy.exporters.profiles import Profile, parse_profile
+        from optin_deploy.exporters.tensorrt_plan import EngineOptions
+
+        return EngineOptions(
+            profiles=tuple(map(parse_profile, self.profile)) if self.profile else (Profile(),),
+            workspace_bytes=size_of(self.workspace, "--workspace"),
+            compatible=tuple(self.compatible or ()),
+            weights=self.weights,
+            timing_cache=None if self.timing_cache is None else self.timing_cache.absolute(),
+        )
+
+
+def size_of(text: str | None, option: str) -> int | None:
+    """Bytes of a size such as 4GiB."""
+    from optin_deploy.common.validation import parse_size
+
+    return None if text is None else parse_size(text, option)

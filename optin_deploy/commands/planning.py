@@ -10,33 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.networks import (
-    Magnitude,
-    PlanFile,
-    PlanOut,
-    RewriteOut,
-    Shape,
-    Units,
-    plan_network,
-    rewrite_network,
-)
-from optin_deploy.commands.options import (
-    Allocation,
-    Compensation,
-    DropTokens,
-    DryRun,
-    EngineAlign,
-    Eval,
-    Flops,
-    Folder,
-    FolderOrFile,
-    Force,
-    MaxDrop,
-    Params,
-    Size,
-    Tokens,
-)
-from optin_deploy.commands.parsing import echo, given, judged_by, limits_of, refuse_idle, writing
+from optin_deploy.commands.networks import CutOfNetwork, PlanOfNetwork, plan_network, rewrite_network
+from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing
+from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
+from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
 
@@ -61,113 +38,50 @@ OF_NETWORKS = ("units", "out", "shape")
 """Those that it has none for."""
 
 
+@options
 def plan(
-    ctx: typer.Context,
-    folder: FolderOrFile,
-    flops: Flops = None,
-    params: Params = None,
-    size: Size = None,
-    max_drop: MaxDrop = None,
-    evaluation: Eval = None,
-    align: EngineAlign = None,
-    allocation: Allocation = "curves",
-    tokens: Tokens = None,
-    drop_tokens: DropTokens = False,
-    compensation: Compensation = True,
-    magnitude: Magnitude = False,
-    units: Units = None,
-    out: PlanOut = None,
-    shape: Shape = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    ctx: typer.Context, folder: FolderOrFile, budget: Budget, making: Making, network: PlanOfNetwork, writing: Writing
 ) -> None:
     """Choose what to keep under a budget; writes plan.json from the scores in DIR.
 
     With --magnitude, of an ONNX file or a model without scores; writes --out.
     """
-    if magnitude:
+    if network.magnitude:
         refuse_idle(ctx, *OF_JOBS, why="a plan by --magnitude is made without data")
-        plan_network(
-            str(folder),
-            limits=limits_of(flops, params, size, None),
-            align=align,
-            allocation=allocation if given(ctx, "allocation") else None,
-            units=units,
-            out=out,
-            shape=shape,
-            force=force,
-            dry_run=dry_run,
-        )
+        allocation = making.allocation if given(ctx, "allocation") else None
+        plan_network(str(folder), budget.limits(), network, align=making.align, allocation=allocation, writing=writing)
         return
     if folder.suffix.lower() == ".onnx":
         raise BadInput(
             f"{folder}: an ONNX file has no scores of its own. Add --magnitude: norms of weights need no data."
         )
     refuse_idle(ctx, *OF_NETWORKS, why="they are for --magnitude")
-    _plan_job(
-        ctx=ctx,
-        folder=folder,
-        flops=flops,
-        params=params,
-        size=size,
-        max_drop=max_drop,
-        evaluation=evaluation,
-        align=align,
-        allocation=allocation,
-        tokens=tokens,
-        drop_tokens=drop_tokens,
-        compensation=compensation,
-        force=force,
-        dry_run=dry_run,
-    )
+    with writing_to(folder, writing):
+        _plan_job(ctx, folder, budget, making, writing)
 
 
-@writing
-def _plan_job(
-    ctx: typer.Context,
-    folder: Path,
-    flops: float | None,
-    params: float | None,
-    size: str | None,
-    max_drop: float | None,
-    evaluation: Path | None,
-    align: int | None,
-    allocation: str,
-    tokens: float | None,
-    drop_tokens: bool,
-    compensation: bool,
-    force: bool,
-    dry_run: bool,
-) -> None:
+def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
     from optin_deploy.jobs.request import describe
     from optin_deploy.jobs.sweep import planned
 
-    limits = limits_of(flops, params, size, max_drop)
-    if evaluation is not None and max_drop is None:
+    limits = budget.limits()
+    if making.evaluation is not None and limits.max_drop is None:
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
-    if max_drop is None:
+    if limits.max_drop is None:
         refuse_idle(ctx, "compensation", why="a plan is made without it; `optin rewrite` takes it, and --max-drop")
-    planner = planner_of(folder, evaluation, align, allocation, tokens, drop_tokens, limits)
-    if dry_run:
+    planner = planner_of(folder, making, limits)
+    if writing.dry_run:
         echo(describe(planner.prepared, limits=limits, artifact=folder / "plan.json"))
         return
-    found, best = planned(planner, limits, compensation=compensation, stage=stage_bar)
+    found, best = planned(planner, limits, compensation=making.compensation, stage=stage_bar)
     print_plan(found, planner.prepared.ready.layout.units)
     if best is not None:
         typer.echo(str(best.quality))
     typer.echo(f"Wrote {folder / 'plan.json'}. Next: optin rewrite {folder}")
 
 
-def planner_of(
-    folder: Path,
-    evaluation: Path | None,
-    align: int | None,
-    allocation: str,
-    tokens: float | None,
-    drop_tokens: bool,
-    limits: Any = None,
-) -> Any:
+def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
     from optin_deploy.jobs.stages import Planner, prepare
     from optin_deploy.jobs.workspace import Workspace
@@ -179,15 +93,15 @@ def planner_of(
 
     workspace = Workspace(folder)
     workspace.read_scores()
-    prepared = prepare(judged_by(workspace.source(), evaluation), folder)
-    source, multiple = prepared.source, DEFAULT_ALIGN if align is None else align
-    drops = drop_tokens or (source.drop_tokens and (tokens is not None or TOKENS in source.units))
-    choice = Choice(source.units, multiple, allocation, drops=drops)
+    prepared = prepare(judged_by(workspace.source(), making.evaluation), folder)
+    source, multiple = prepared.source, DEFAULT_ALIGN if making.align is None else making.align
+    drops = making.drop_tokens or (source.drop_tokens and (making.tokens is not None or TOKENS in source.units))
+    choice = Choice(source.units, multiple, making.allocation, drops=drops)
     ready = prepared.ready
-    choice = merging(ready, aligned(ready.layout, choice, align), tokens)
+    choice = merging(ready, aligned(ready.layout, choice, making.align), making.tokens)
     workspace.scores_of(ready.layout)
     check(ready, limits or Limits(flops=1.0), choice)
-    if allocation == "curves":
+    if making.allocation == "curves":
         judged_samples(ready.rows.calibration.batches)
     return Planner(workspace, prepared, choice)
 
@@ -201,20 +115,14 @@ Examples:
 """
 
 
-@writing
+@options
 def sweep(
     folder: Folder,
+    making: Making,
+    writing: Writing,
     flops: Annotated[
         str | None, typer.Option(metavar="SHARES", help="Shares of the dense MACs. [default: 0.9,0.8,...,0.3]")
     ] = None,
-    evaluation: Eval = None,
-    align: EngineAlign = None,
-    allocation: Allocation = "curves",
-    tokens: Tokens = None,
-    drop_tokens: DropTokens = False,
-    compensation: Compensation = True,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Make a model at each of many budgets and judge it; writes sweep.csv, sweep.png and sweep.json.
 
@@ -224,12 +132,13 @@ def sweep(
     from optin_deploy.jobs.sweep import sweep as sweep_folder
 
     shares = parse_shares(flops)
-    planner = planner_of(folder, evaluation, align, allocation, tokens, drop_tokens)
-    check_shares(planner, shares)
-    if dry_run:
-        typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")
-        return
-    points = sweep_folder(planner, shares, compensation=compensation, stage=stage_bar)
+    with writing_to(folder, writing):
+        planner = planner_of(folder, making)
+        check_shares(planner, shares)
+        if writing.dry_run:
+            typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")
+            return
+        points = sweep_folder(planner, shares, compensation=making.compensation, stage=stage_bar)
     print_table(HEADER, [point.row for point in points])
     made = (folder / "sweep.csv", folder / "sweep.png")
     typer.echo(f"Wrote {' and '.join(str(path) for path in made if path.is_file())}.")
@@ -244,30 +153,28 @@ Examples:
 """
 
 
+@options
 def rewrite(
     ctx: typer.Context,
     folder: FolderOrFile,
+    network: CutOfNetwork,
+    writing: Writing,
     compensation: Compensation = True,
-    plan: PlanFile = None,
-    out: RewriteOut = None,
-    shape: Shape = None,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Cut and compensate by the plan in DIR; writes model.onnx, and model/ where a transformers class holds the result.
 
     An ONNX file is cut by --plan without compensation, proven to compute what the masked network does, and written.
     """
-    if plan is not None or folder.suffix.lower() == ".onnx":
+    if network.plan is not None or folder.suffix.lower() == ".onnx":
         refuse_idle(ctx, "compensation", why="an ONNX file is cut without it")
-        rewrite_network(folder, plan=plan, out=out, shape=shape, force=force, dry_run=dry_run)
+        rewrite_network(folder, network, writing)
         return
     refuse_idle(ctx, "out", "shape", why="they are for ONNX files, with --plan")
-    _rewrite_job(folder=folder, compensation=compensation, force=force, dry_run=dry_run)
+    with writing_to(folder, writing):
+        _rewrite_job(folder, compensation=compensation, dry_run=writing.dry_run)
 
 
-@writing
-def _rewrite_job(folder: Path, compensation: bool, force: bool, dry_run: bool) -> None:
+def _rewrite_job(folder: Path, *, compensation: bool, dry_run: bool) -> None:
     """Rewrite by the plan of a job."""
     from optin_deploy.files.names import PRUNED
     from optin_deploy.jobs.stages import prepare, rewrite_stage

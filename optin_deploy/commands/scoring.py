@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.data import AnySize, Compared, ImageSize, Mean, Preprocessor, Std, Tokenizer, source_of
-from optin_deploy.commands.networks import Shape, Units
-from optin_deploy.commands.options import (
-    DEFAULT_WEIGHTING,
-    MANY,
-    SCORING,
-    Calibration,
-    DryRun,
-    Force,
-    KlWeight,
-    LabelColumn,
-    MemoryBudget,
-    Model,
-    PairColumn,
-    Paper,
-    Samples,
-    ScorerName,
-    Seed,
-    SeqLen,
-    Task,
-    TextColumn,
-    WeightingName,
-)
-from optin_deploy.commands.parsing import (
-    check_columns,
-    echo,
-    refuse_idle,
-    scoring_settings,
-    size_of,
-    warn_if_bundled,
-)
+from optin_deploy.commands.options import MANY, SCORING, Model, Scoring, Writing
+from optin_deploy.commands.parsing import check_columns, echo, refuse_idle, warn_if_bundled
+from optin_deploy.commands.source import AllRows
+from optin_deploy.commands.values import options
 from optin_deploy.common.progress import silent
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import stage_bar
@@ -55,55 +29,58 @@ Examples:
 """
 
 
-def score(
-    ctx: typer.Context,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Output folder.")],
-    task: Task = None,
-    calibration: Calibration = None,
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = "text_pair",
-    label_column: LabelColumn = "label",
-    seq_len: SeqLen = None,
-    samples: Samples = 512,
-    seed: Seed = 0,
-    scorer: ScorerName = "sketch",
-    paper: Paper = False,
-    weighting: WeightingName = DEFAULT_WEIGHTING,
-    kl_weight: KlWeight = None,
+@dataclass(frozen=True)
+class AllScoring(Scoring):
+    """How units are scored, in all details."""
+
     features: Annotated[
         str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
-    ] = "block",
+    ] = "block"
     tokens: Annotated[
         int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
-    ] = None,
+    ] = None
     probes: Annotated[
         int | None,
         typer.Option(
             help="Random projections a sample. [default: until the ranking is stable]", rich_help_panel=SCORING
         ),
-    ] = None,
-    memory_budget: MemoryBudget = None,
-    tokenizer: Tokenizer = None,
-    preprocessor: Preprocessor = None,
-    image_size: ImageSize = None,
-    any_size: AnySize = False,
-    mean: Mean = None,
-    std: Std = None,
-    units: Units = None,
-    compared: Compared = None,
-    shape: Shape = None,
+    ] = None
+
+    def settings(self) -> Any:
+        """Return these as `ScoreSettings`, checked."""
+        from optin_deploy.scoring import Features
+
+        if self.paper and (self.features != "block" or self.tokens is not None):
+            raise BadInput("--paper says itself what is compared: leave out --features and --tokens.")
+        found = super().settings()
+        chosen = found.features if self.paper else Features(self.features, self.tokens)  # type: ignore[arg-type]
+        return replace(found, features=chosen, probes=self.probes)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which share of the work a process does."""
+
     shard: Annotated[
         str | None, typer.Option(metavar="i/N", help="Do only this share of the work.", rich_help_panel=MANY)
-    ] = None,
+    ] = None
     ray: Annotated[
         int | None,
         typer.Option(
             metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
         ),
-    ] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    ] = None
+
+
+@options
+def score(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    rows: AllRows,
+    scoring: AllScoring,
+    share: Share,
+    writing: Writing,
 ) -> None:
     """Score every unit of MODEL that may be cut; writes scores.safetensors, and the network as dense.onnx.
 
@@ -118,24 +95,23 @@ def score(
     from optin_deploy.planning.budget import Limits
     from optin_deploy.scoring.parts import MOST_WORKERS, PartsLeft, worker_of
 
-    check_columns(ctx, calibration)
-    if scorer == "exact":
+    check_columns(ctx, rows.calibration)
+    if scoring.scorer == "exact":
         refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
-    source = source_of(ctx.params)
-    settings = scoring_settings(scorer, paper, weighting, kl_weight, features, tokens, probes)
-    request = ScoreRequest(source, out.absolute(), settings, size_of(memory_budget, "--memory-budget"), force)
-    if ray is not None and shard is not None:
+    source, force, ray = rows.of(model), writing.force, share.ray
+    request = ScoreRequest(source, out.absolute(), scoring.settings(), scoring.memory(), force)
+    if ray is not None and share.shard is not None:
         raise BadInput("--ray divides the work itself: leave out --shard.")
     if ray is not None:
         whole_number(ray, "--ray", 1, MOST_WORKERS)
-    worker = worker_of(shard, os.environ)
+    worker = worker_of(share.shard, os.environ)
     Workspace.check(out, source, force=force)
-    if dry_run:
+    if writing.dry_run:
         echo(describe(prepare(source), limits=Limits(flops=1.0), artifact=out / "scores.safetensors"))
         return
-    first = worker.index == 0 or shard is not None
+    first = worker.index == 0 or share.shard is not None
     if first:
-        warn_if_bundled(calibration)
+        warn_if_bundled(rows.calibration)
     try:
         with stage_bar("score") if first else nullcontext(silent) as progress:
             if ray is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun, Engine, Force, Precision
+from optin_deploy.commands.options import Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
+from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.reporting.terminal import print_table, stage_bar
 
@@ -27,98 +29,121 @@ Examples:
 """
 
 
-def ship(
-    ctx: typer.Context,
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="DIR", help="Output folder of `optin export` or `build`; none with --rollback."),
-    ] = None,
-    server: Annotated[str, typer.Option(help="triton, ovms, mlserver or kserve.")] = "triton",
-    out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")] = Path("repository"),
-    name: Annotated[str | None, typer.Option(help="Of the served model. [default: DIR's name]")] = None,
+@dataclass(frozen=True)
+class Place:
+    """Where artifacts are published."""
+
+    server: Annotated[str, typer.Option(help="triton, ovms, mlserver or kserve.")] = "triton"
+    out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")] = Path("repository")
+    name: Annotated[str | None, typer.Option(help="Of the served model. [default: DIR's name]")] = None
     version: Annotated[
         int | None,
         typer.Option(
             help="Number of the new version, or what --rollback goes to. [default: the next, or the one before]"
         ),
-    ] = None,
-    engine: Engine = "onnx",
-    precision: Precision = None,
+    ] = None
+    rollback: Annotated[bool, typer.Option("--rollback", help="Serve the version before again.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server runs each model."""
+
     dense: Annotated[
         str, typer.Option(help="Serve the dense model beside it: as one of two `models` or `versions`, or `none`.")
-    ] = "models",
-    max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = 32,
+    ] = "models"
+    max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = 32
     preferred: Annotated[
         str | None,
         typer.Option(metavar="8,16", help="Batches that the server forms. [default: the best of report.json]"),
-    ] = None,
+    ] = None
     queue_delay: Annotated[
         int, typer.Option(metavar="MICROSECONDS", help="How long a request may wait for others to join it.")
-    ] = 100,
-    instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = 1,
+    ] = 100
+    instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = 1
     threads: Annotated[
         int | None,
         typer.Option(
             help="Intra-op threads of a copy. [default: on CPUs this machine's, divided by --instances; for kserve 1]"
         ),
-    ] = None,
-    text: Annotated[bool, typer.Option("--text", help="Also serve a model that takes texts (triton, kserve).")] = False,
+    ] = None
+    text: Annotated[bool, typer.Option("--text", help="Also serve a model that takes texts (triton, kserve).")] = False
     longest: Annotated[
         int | None, typer.Option(help="Tokens of a text at most, with --text. [default: the calibration length]")
+    ] = None
+    too_long: Annotated[str, typer.Option(help="`truncate` or `refuse` a longer text.")] = "truncate"
+    storage_uri: Annotated[str | None, typer.Option(help="Where KServe will find REPO, e.g. s3://bucket/repo.")] = None
+    canary: Annotated[int | None, typer.Option(help="Percent of KServe's traffic for this version.")] = None
+
+
+@options
+def ship(
+    ctx: typer.Context,
+    place: Place,
+    engine: Engine,
+    settings: Settings,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Output folder of `optin export` or `build`; none with --rollback."),
     ] = None,
-    too_long: Annotated[str, typer.Option(help="`truncate` or `refuse` a longer text.")] = "truncate",
-    storage_uri: Annotated[str | None, typer.Option(help="Where KServe will find REPO, e.g. s3://bucket/repo.")] = None,
-    canary: Annotated[int | None, typer.Option(help="Percent of KServe's traffic for this version.")] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Serve the version before again.")] = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Publish the artifacts in DIR to an inference server: a new version, whole, and never over an old one."""
     from optin_deploy.serving.manifest import ServingOptions
     from optin_deploy.serving.shipments import Order, default_name
     from optin_deploy.serving.shipping import roll_back, ship_folder
 
-    if rollback:
+    out, dry_run = place.out, place.dry_run
+    if place.rollback:
         idle = [each.name or "" for each in ctx.command.params if each.name not in OF_ROLLBACK]
         refuse_idle(ctx, *idle, why="--rollback serves a version as it was published")
-        if folder is not None or name is None:
+        if folder is not None or place.name is None:
             raise BadInput("--rollback goes back to a published version: leave out DIR, and give --name and --out.")
-        _say(roll_back(out, name, version, dry_run=dry_run), out, "would serve" if dry_run else "Serving again")
+        served = roll_back(out, place.name, place.version, dry_run=dry_run)
+        _say(served, out, "would serve" if dry_run else "Serving again")
         return
     if folder is None:
         raise BadInput("DIR is missing: give an output folder of `optin export`, or --rollback.")
-    if not text:
+    _refuse_unheard(ctx, place.server, settings)
+    threads = settings.threads
+    asked = ServingOptions(
+        max_batch=settings.max_batch,
+        preferred=_numbers(settings.preferred, "--preferred", "8,16"),
+        queue_delay_us=settings.queue_delay,
+        instances=settings.instances,
+        threads=_threads(engine.engine, place.server, settings.instances) if threads is None else threads,
+        longest=settings.longest,
+        too_long=settings.too_long,
+        storage_uri=settings.storage_uri,
+        canary=settings.canary,
+    )
+    order = Order(
+        server=place.server,
+        out=out,
+        name=place.name or default_name(folder),
+        version=place.version,
+        engine=engine.engine,
+        precision=engine.precision,
+        dense=settings.dense,
+        text=settings.text,
+        options=asked,
+    )
+    served, new = ship_folder(folder, order, dry_run=dry_run)
+    _say(served, out, "would publish" if dry_run else "Published" if new else "Nothing new: serving")
+
+
+def _refuse_unheard(ctx: typer.Context, server: str, settings: Settings) -> None:
+    """Refuse settings that would not be heard.
+
+    Raises: BadInput.
+    """
+    if not settings.text:
         refuse_idle(ctx, "longest", "too_long", why="only a model of --text cuts texts")
     if server != "kserve":
         refuse_idle(ctx, "storage_uri", "canary", why="only KServe takes it, and --server is " + server)
-    unheard = UNHEARD.get(server, ())
-    refuse_idle(ctx, *unheard, why=f"{server} has no such setting")
-    options = ServingOptions(
-        max_batch=max_batch,
-        preferred=_numbers(preferred, "--preferred", "8,16"),
-        queue_delay_us=queue_delay,
-        instances=instances,
-        threads=_threads(engine, server, instances) if threads is None else threads,
-        longest=longest,
-        too_long=too_long,
-        storage_uri=storage_uri,
-        canary=canary,
-    )
-    order = Order(
-        server=server,
-        out=out,
-        name=name or default_name(folder),
-        version=version,
-        engine=engine,
-        precision=precision,
-        dense=dense,
-        text=text,
-        options=options,
-    )
-    served, new = ship_folder(folder, order, dry_run=dry_run)
-    if dry_run:
-        _say(served, out, "would publish")
-        return
-    _say(served, out, "Published" if new else "Nothing new: serving")
+    refuse_idle(ctx, *UNHEARD.get(server, ()), why=f"{server} has no such setting")
 
 
 ON_CPU = ("onnx", "openvino")
@@ -141,51 +166,65 @@ Examples:
 MOST_CLIENTS = 1024
 
 
+@dataclass(frozen=True)
+class Load:
+    """The load under which latency is measured."""
+
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure it from the client's side.")] = True
+    concurrency: Annotated[
+        str, typer.Option(metavar="1,4,16", help="Clients that ask at the same time, one number after the other.")
+    ] = "1,4,16"
+    batch: Annotated[int, typer.Option(help="Samples a request, where latency is measured.")] = 1
+    seconds: Annotated[float, typer.Option(help="Of load on each model in each of 12 blocks, at each concurrency.")] = (
+        1.0
+    )
+    seed: Annotated[int, typer.Option(help="Draws the order within the blocks.")] = 0
+
+    def clients(self) -> tuple[int, ...]:
+        """Return how many clients ask at the same time, checked as all of it is."""
+        from optin_deploy.common.validation import UINT64, positive_number, whole_number
+
+        clients = _numbers(self.concurrency, "--concurrency", "1,4,16") if self.latency else ()
+        for each in clients:
+            whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
+        whole_number(self.batch, "--batch", 1, 65536)
+        whole_number(self.seed, "--seed", -(2**63), UINT64)
+        positive_number(self.seconds, "--seconds", 3600)
+        return clients
+
+
+@options
 def serve_check(
     ctx: typer.Context,
     repository: Annotated[
         Path, typer.Argument(metavar="REPO", help="Repository of `optin ship`, as the server has it.")
     ],
+    load: Load,
+    writing: Writing,
     url: Annotated[str, typer.Option(help="http://host:port or grpc://host:port.")] = "http://127.0.0.1:8000",
     model: Annotated[list[str] | None, typer.Option(help="Only this model; repeatable. [default: all]")] = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure it from the client's side.")] = True,
-    concurrency: Annotated[
-        str, typer.Option(metavar="1,4,16", help="Clients that ask at the same time, one number after the other.")
-    ] = "1,4,16",
-    batch: Annotated[int, typer.Option(help="Samples a request, where latency is measured.")] = 1,
-    seconds: Annotated[
-        float, typer.Option(help="Of load on each model in each of 12 blocks, at each concurrency.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Draws the order within the blocks.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that any answer may take.")] = 30.0,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything, raw latencies too (JSON).")
     ] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Compare a server's answers with the published artifacts, and dense with pruned under load, interleaved.
 
     Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
     """
-    from optin_deploy.common.validation import UINT64, positive_number, whole_number
+    from optin_deploy.common.validation import positive_number
     from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
     from optin_deploy.serving.checking import check_server
 
-    if not latency:
+    if not load.latency:
         refuse_idle(ctx, "concurrency", "batch", "seconds", "seed", why="with --no-latency nothing is measured")
-    clients = _numbers(concurrency, "--concurrency", "1,4,16") if latency else ()
-    for each in clients:
-        whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
-    whole_number(batch, "--batch", 1, 65536)
-    whole_number(seed, "--seed", -(2**63), UINT64)
-    positive_number(seconds, "--seconds", 3600)
+    clients = load.clients()
     positive_number(timeout, "--timeout", 86_400)
     if out is not None:
-        free_name(out, _is_check, force=force, dry_run=True)
-    if dry_run:
+        free_name(out, _is_check, force=writing.force, dry_run=True)
+    if writing.dry_run:
         typer.echo(f"would check {', '.join(model or ('all models',))} of {repository} on {url}, clients: {clients}")
         return
     found = check_server(
@@ -194,9 +233,9 @@ def serve_check(
         names=model or (),
         timeout=timeout,
         concurrencies=clients,
-        batch=batch,
-        seconds=seconds,
-        seed=seed,
+        batch=load.batch,
+        seconds=load.seconds,
+        seed=load.seed,
         stage=stage_bar,
     )
     header = ("model", "role", "requests", "largest error", "compared with")
@@ -206,9 +245,9 @@ def serve_check(
     ]
     print_table(header, rows, url)
     if found.load:
-        print_table(LOAD_HEADER, found.load_rows(), f"closed loop, batch {batch}")
+        print_table(LOAD_HEADER, found.load_rows(), f"closed loop, batch {load.batch}")
     if out is not None:
-        free_name(out, _is_check, force=force)
+        free_name(out, _is_check, force=writing.force)
         write_json(out, found.to_json())
     if found.problems:
         raise ParityFailure(" ".join(f"{problem}." for problem in found.problems))

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import DryRun, Folder, Force
+from optin_deploy.commands.options import Folder, Writing
 from optin_deploy.commands.parsing import warn_of_disagreements
+from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.reporting.terminal import print_plan, print_table
 
@@ -25,15 +26,15 @@ Examples:
 """
 
 
+@options
 def show(
     what: Annotated[
         str, typer.Argument(metavar="DIR|scores", help="Output folder of an earlier command, or scores and the folder.")
     ],
+    writing: Writing,
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Whose scores; left out: of the current folder.")
     ] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Print the plan and the report in DIR; with `scores` the scores, which are also drawn into DIR/scores.png."""
     from optin_deploy.files.names import SCORES
@@ -44,7 +45,7 @@ def show(
     source = workspace.source()
     typer.echo(f"{source.model}, calibrated on {source.calibration or 'the bundled set'}")
     if scores_wanted:
-        _show_scores(workspace, force=force, dry_run=dry_run)
+        _show_scores(workspace, force=writing.force, dry_run=writing.dry_run)
         return
     if (root / SCORES).is_file() and not (root / "plan.json").exists():
         from optin_deploy.reporting.score_table import print_provenance
@@ -70,18 +71,18 @@ Examples:
 """
 
 
+@options
 def report(
     folder: Folder,
+    writing: Writing,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page. [default: DIR/report.html]")] = None,
-    force: Force = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Write the report in DIR as one HTML page with charts; it loads nothing, so it can be sent or printed."""
     from optin_deploy.reporting.page import write_page
 
-    path = write_page(folder, out, force=force, dry_run=dry_run)
+    path = write_page(folder, out, force=writing.force, dry_run=writing.dry_run)
     warn_of_disagreements(folder)
-    typer.echo(f"would write {path}" if dry_run else f"Wrote {path}; open it in a browser.")
+    typer.echo(f"would write {path}" if writing.dry_run else f"Wrote {path}; open it in a browser.")
 
 
 DOCTOR_EXAMPLES = """

@@ -30,7 +30,7 @@ ARTIFACTS = tuple(
     )
 )
 NAMES = (
-    *("source.json", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
+    *("source.json", "job.toml", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
     *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
     *(TUNED, "mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )

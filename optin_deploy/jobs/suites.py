@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -12,12 +11,12 @@ from pathlib import Path
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput
+from optin_deploy.files.toml import read_toml
 from optin_deploy.jobs.bench import Bench, bench_rows, checked, keep
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
 
 HINT = 'Give lists such as engines = ["onnx"], batch = [1, 8], seq = [128], threads = [2].'
-MOST_BYTES = 2**20
 MOST_CASES = 500
 """Each takes half a minute or more."""
 
@@ -66,13 +65,7 @@ def read_suite(path: Path) -> Suite:
 
     Raises: BadInput: absent, no TOML, too large, an unknown name or a wrong type.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"--suite {path} is larger than 1 MiB: that is no suite. {HINT}")
-        with path.open("rb") as file:
-            data = tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as err:  # of TOML, of Unicode, of a number of thousands of digits
-        raise BadInput(f"--suite {path} cannot be read: {err}. {HINT}") from err
+    data = read_toml(path, f"--suite {path}", HINT)
     return validated(Suite, data, f"--suite {path}", HINT)
 
 

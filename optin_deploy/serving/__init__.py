@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
 from optin_deploy.serving.base import Server
 
-SERVERS = {
+OWN = {
     "triton": "optin_deploy.serving.triton:Triton",
     "ovms": "optin_deploy.serving.ovms:OpenVinoModelServer",
     "mlserver": "optin_deploy.serving.mlserver:MLServer",
     "kserve": "optin_deploy.serving.kserve:KServe",
 }
-"""Name on the command line -> module:class, imported when asked for."""
+SERVERS = with_added("servers", OWN)
+"""Name on the command line -> module:class, imported when asked for; other packages may add theirs."""
 
 
 def server(name: str) -> Server:

@@ -16,7 +16,7 @@ Rows = Mapping[str, np.ndarray]
 
 
 class Server(Protocol):
-    """One inference server. A new one is one file with this protocol and one line in `optin_deploy.serving.SERVERS`."""
+    """One inference server. A new one is one file with this protocol and one line in the table of `__init__.py`."""
 
     name: str
     artifacts: Mapping[str, str]

@@ -18,8 +18,8 @@ from optin_deploy.data.bundled import bundled_samples
 from optin_deploy.data.images import open_image
 from optin_deploy.errors import MissingDependency
 from optin_deploy.files.storage import read_json
+from support.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = "PIL", "matplotlib", "jinja2"
 """Modules that nothing of the core needs, and no package that the core brings."""
 IMPORT_ALL = """

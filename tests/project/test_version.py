@@ -6,13 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import yaml
 
 from optin_deploy import __version__
+from support.project import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -19,9 +19,9 @@ from zipfile import ZipFile
 import pytest
 
 from optin_deploy import __version__
+from support.project import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "optin_deploy", "exporters")
 """What is built; a copy of it, so that nothing is left in the checkout, and nothing that lies there gets in."""
 LEAST_SETUPTOOLS = 77

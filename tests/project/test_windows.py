@@ -1,6 +1,7 @@
 """What Windows lacks is not used: locks of whole files, flags of `open`, syncing through a handle that only reads.
 
-These tests imitate Windows on another system; they show what our code asks for, not how Windows answers.
+Elsewhere Windows is imitated, which shows what our code asks for, not how Windows answers. Locks are also tried as they
+are on this system.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.parts import FolderStore
 from optin_deploy.serving.repository import Repository
+from support.project import ROOT
 
-fcntl = pytest.importorskip("fcntl", reason="imitates Windows elsewhere")
-ROOT = Path(__file__).resolve().parents[2]
 ABSENT = "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"
 """Modules of Python that are not there on Windows."""
 FLAGS = "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"
@@ -87,6 +87,7 @@ def is_open(path: Path) -> bool:
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMsvcrt]:
     """Take away what Windows lacks, and refuse what it refuses."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows need not be imitated here")
     fake = FakeMsvcrt()
     monkeypatch.setitem(sys.modules, "msvcrt", fake)
     for name in ABSENT:

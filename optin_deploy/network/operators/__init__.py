@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
+from optin_deploy.common.plugins import with_added
+from optin_deploy.errors import BadInput
 from optin_deploy.network.operators.row import Row
 
 FAMILIES = (
@@ -35,10 +37,15 @@ FAMILIES = (
 
 @cache
 def rows() -> dict[tuple[str, str], Row]:
-    """Return every row by domain and name."""
+    """Return every row by domain and name, those of other packages too.
+
+    Raises: BadInput: a package adds a row that is there.
+    """
     found: dict[tuple[str, str], Row] = {}
-    for family in FAMILIES:
-        for row in import_module(f"{__name__}.{family}").ROWS:
+    own = {family: f"{__name__}.{family}:ROWS" for family in FAMILIES}
+    for name, place in with_added("operators", own).items():
+        module, _, table = place.partition(":")
+        for row in getattr(import_module(module), table):
             if found.setdefault((row.domain, row.name), row) is not row:
-                raise AssertionError(f"two rows for {row.domain or 'onnx'}.{row.name}")
+                raise BadInput(f"{name} adds a row for {row.domain or 'onnx'}.{row.name}, and there is one already.")
     return found

@@ -1,0 +1,239 @@
+"""Sentence-transformers folders: their own pooling is judged and exported, their files travel, the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+import optin_deploy
+from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.errors import BadInput
+from optin_deploy.exporters.passes.pooled import check_pool, pooled
+from optin_deploy.feeds.pooling import pooled_states, pooling_of
+from optin_deploy.feeds.preprocessor import load_beside
+from optin_deploy.network.read import read
+from optin_deploy.network.write import write
+from optin_deploy.scoring.features import ALL_TOKENS
+from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.subject import dense_run, valid_of
+from support import tiny_checkpoint as tiny
+from support.tiny_checkpoint import Shell
+from support.tiny_folders import prepared_of, sentence_model, uncut
+
+FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+def first_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Unit vectors of the first tokens, by transformers alone."""
+    with torch.inference_mode():
+        states = model(**batch).last_hidden_state[:, 0]
+    return states / states.norm(dim=1, keepdim=True)
+
+
+def test_scores_and_quality_are_of_the_first_token_where_the_folder_pools_by_it(tmp_path: Path) -> None:
+    prepared = prepared_of(sentence_model(tmp_path / "model"))
+    ready, model = prepared.ready, prepared.dense.model
+    batch = ready.rows.calibration.batches[0]
+    expected = first_tokens(model, batch)
+    assert pooling_of(model) == ready.subject.reading.pooling == "cls"
+    dense = dense_run(ready.subject, batch, ALL_TOKENS, 0)
+    assert torch.allclose(dense.readout.values[:, 0], expected, atol=1e-5)
+    assert ready.rows.held_out is not None
+
+    def readouts(sign: int, others: int) -> Iterator[Readout]:
+        """An engine whose first tokens, or whose others, are turned round."""
+        assert ready.rows.held_out is not None
+        for rows in ready.rows.held_out.batches:
+            with torch.no_grad():
+                states = model(**rows).last_hidden_state.clone()
+            states[:, 0] *= sign
+            states[:, 1:] *= others
+            yield ready.subject.reading.read({ready.subject.reading.output: states}, valid_of(rows))
+
+    assert ready.judge.of(readouts(-1, 1)).pruned == pytest.approx(-1)
+    assert ready.judge.of(readouts(1, -1)).pruned == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pooling", ["mean", {"pooling_mode": "mean"}, {}])
+def test_a_folder_that_pools_by_the_mean_is_judged_as_before(pooling: Any, tmp_path: Path) -> None:
+    model, plain = load_dense(str(sentence_model(tmp_path / "m", pooling))).model, load_dense(str(tiny.bert())).model
+    assert pooling_of(model) == pooling_of(plain) == "mean"
+    assert model.config.to_dict().keys() == plain.config.to_dict().keys()
+
+
+def test_a_sentence_embedder_is_one_though_its_config_speaks_of_masked_words(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    assert load_dense(str(folder)).task == "feature-extraction"
+    (folder / "modules.json").unlink()
+    with pytest.raises(BadInput, match="task 'fill-mask' needs"):
+        load_dense(str(folder))
+
+
+def test_the_first_real_token_is_taken_wherever_the_padding_is() -> None:
+    states = torch.randn(3, 4, 5)
+    valid = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]]).float()
+    assert torch.equal(pooled_states(states, valid, "cls"), states[[0, 1, 2], [0, 2, 1]])
+
+
+@pytest.mark.parametrize("pooling", ["cls", {"pooling_mode": ["cls"], "embedding_dimension": tiny.HIDDEN}])
+def test_the_folders_own_files_travel_and_sentence_transformers_loads_them(pooling: Any, tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model", pooling)
+    saved = uncut(folder).save(tmp_path / "saved")
+    for name in FILES:
+        assert (saved / name).read_bytes() == (folder / name).read_bytes()
+    reloaded = optin_deploy.load(saved)
+    assert pooling_of(reloaded) == "cls"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = first_tokens(reloaded, tokenizer(["the river"], return_tensors="pt"))
+    loads = pytest.importorskip("sentence_transformers").SentenceTransformer
+    found = loads(str(saved), device="cpu").encode(["the river"])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_an_old_layout_is_saved_with_its_model_at_the_top(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model")
+    inner = folder / "0_Transformer"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if (path.is_file() and path.name not in FILES) or path.name == "sentence_bert_config.json":
+            path.rename(inner / path.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**modules[0], "path": "0_Transformer"}, *modules[1:]]))
+    for name in (folder, inner):
+        model = transformers.BertModel.from_pretrained(inner)
+        found = load_beside(str(name), model)
+        assert found.preprocessor("the river")["input_ids"][0] == found.preprocessor.cls_token_id
+        assert pooling_of(model) == "cls"
+        assert sorted(found.files) == sorted((*FILES, "tokenizer.json"))
+        assert json.loads(found.files["modules.json"]) == modules
+
+
+def test_pooling_inside_of_the_graph_is_the_models_own(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = load_dense(str(sentence_model(tmp_path / "model"))).model
+    network = read(model)
+    check_pool(network, "cls", pooling_of(model))
+    write(pooled(network, "cls"), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    batch = {"input_ids": torch.arange(10, 34).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    batch["attention_mask"][0, :3] = 0
+    states, embedding = session.run(None, {name: values.numpy() for name, values in batch.items()})
+    np.testing.assert_allclose(embedding, states[[0, 1], [3, 0]], atol=1e-6)
+
+
+def test_another_pooling_than_the_models_own_is_refused(shell: Shell, tmp_path: Path) -> None:
+    folder, out = sentence_model(tmp_path / "model"), tmp_path / "out"
+    ran = shell("optin-export", folder, *tiny.text_options(tiny.lines(), out), "--pool", "mean")
+    assert (ran.code, out.exists()) == (2, False)
+    assert "--pool mean: this model is scored and judged by its cls" in ran.err
+    assert "Give --pool cls" in ran.err
+    with pytest.raises(BadInput, match=r"--pool cls: .* judged by its mean .*Give --pool mean"):
+        check_pool(read(load_dense(str(tiny.bert())).model), "cls", "mean")
+
+
+def test_a_job_of_a_folder_by_the_first_token(shell: Shell, tmp_path: Path) -> None:
+    folder, out = sentence_model(tmp_path / "model"), tmp_path / "out"
+    ran = shell("optin-export", folder, *tiny.text_options(tiny.lines(), out), "--engine", "torch", "--no-dense")
+    assert ran.code == 0, ran.err
+    recorded = load_file(out / "samples.safetensors")
+    pairs = [recorded[f"{name}.last_hidden_state"][:, 0] for name in ("dense", "pruned")]
+    cosine = float(torch.cosine_similarity(*pairs).mean())
+    told = json.loads((out / "report.json").read_text())["quality"]
+    assert told["metric"] == "cosine_to_dense"
+    assert told["pruned"] == pytest.approx(cosine, abs=0.05)  # 8 of the 12 held-out rows
+    for home in (out, out / "model"):
+        assert [name for name in FILES if not (home / name).is_file()] == []
+
+
+def changed(folder: Path, name: str, content: Any) -> Path:
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 229\n"
+PACKAGE = "sentence_transformers.models."
+TRANSFORMER = {"path": "", "type": f"{PACKAGE}Transformer"}
+POOLING = {"path": "1_Pooling", "type": f"{PACKAGE}Pooling"}
+REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "max": ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, ("['max']", "mean, cls")),
+    "none": ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, ("[]", "mean, cls")),
+    "pooler": (
+        "sentence_bert_config.json",
+        {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}},
+        ("method_output_name is 'pooler_output'", "last_hidden_state"),
+    ),
+    "two": ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, ("['cls', 'mean']", "mean, cls")),
+    "odd": ("1_Pooling/config.json", {"pooling_mode": {"cls": 1}}, ("{'cls': 1}",)),
+    "width": ("1_Pooling/config.json", {"word_embedding_dimension": 768}, ("768", str(tiny.HIDDEN))),
+    "list": ("1_Pooling/config.json", [], ("1_Pooling/config.json", "list")),
+    "pointer": ("1_Pooling/config.json", POINTER, ("1_Pooling/config.json", "git lfs pull")),
+    "dense": (
+        "modules.json",
+        [TRANSFORMER, POOLING, {**POOLING, "type": "sentence_transformers.models.Dense"}],
+        ("Dense",),
+    ),
+    "own code": ("modules.json", [TRANSFORMER, {**POOLING, "type": "evil.Pooling"}], ("'evil.Pooling'",)),
+    "model alone": ("modules.json", [TRANSFORMER], ("'Transformer'", "Pooling by mean or cls")),
+    "up": ("modules.json", [TRANSFORMER, {**POOLING, "path": "../1_Pooling"}], ("'../1_Pooling'", "inside")),
+    "absolute": ("modules.json", [TRANSFORMER, {**POOLING, "path": "/etc"}], ("'/etc'", "inside")),
+    "null": ("modules.json", "null", ("modules.json", "None")),
+    "object": ("modules.json", {}, ("modules.json", "{}")),
+    "empty": ("modules.json", "", ("modules.json",)),
+    "words": ("modules.json", ["Transformer"], ("'Transformer'", "without path and type")),
+    "pointer to modules": ("modules.json", POINTER, ("modules.json", "git lfs pull")),
+    "lower case": ("sentence_bert_config.json", {"do_lower_case": "yes"}, ("do_lower_case", "'yes'")),
+    "output": ("sentence_bert_config.json", {"module_output_name": "logits"}, ("module_output_name", "'logits'")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_understood_is_refused(case: str, tmp_path: Path) -> None:
+    name, content, says = REFUSED[case]
+    folder = changed(sentence_model(tmp_path / "model"), name, content)
+    with pytest.raises(BadInput) as refused:
+        load_dense(str(folder))
+    assert [part for part in (*says, name) if part not in str(refused.value)] == []
+
+
+def test_a_module_behind_a_link_that_leaves_the_folder_is_not_read(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model")
+    shutil.move(folder / "1_Pooling", tmp_path / "elsewhere")
+    (folder / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match=r"1_Pooling/config\.json is a link that leaves"):
+        load_dense(str(folder))
+
+
+def test_texts_that_only_sentence_transformers_lower_cases_are_refused(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model", do_lower_case=True)
+    assert load_dense(str(folder)).files  # BERT's tokenizer does so itself
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["normalizer"]["lowercase"] = False
+    with pytest.raises(BadInput, match="do_lower_case, but the tokenizer tells capitals"):
+        load_dense(str(changed(folder, "tokenizer.json", raw)))
+
+
+def test_a_default_prompt_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = sentence_model(tmp_path / "model")
+    about = {"prompts": {"query": "Represent this: "}, "default_prompt_name": "query"}
+    load_dense(str(changed(folder, "config_sentence_transformers.json", about)))
+    assert "puts the prompt 'Represent this: ' before each text" in caplog.text
+
+
+def test_a_classifier_does_not_read_modules(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.classifier(), tmp_path / "model"))
+    (folder / "modules.json").write_text("[]")
+    assert "modules.json" not in load_dense(str(folder)).files

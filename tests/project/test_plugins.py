@@ -1,0 +1,80 @@
+"""Another package adds an operator, an engine and a server, by what docs/extend.md says and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.project import ROOT
+
+SERVER = """
+from optin_deploy.serving.kserve import KServe
+
+
+class MyServer(KServe):
+    name = "my-server"
+"""
+TRY = """
+import onnx
+from onnx import TensorProto, helper
+from optin_deploy import inspect
+from optin_deploy.exporters import ENGINES, exporter
+from optin_deploy.serving import server
+
+def weight(name, *shape):
+    return helper.make_tensor(name, TensorProto.FLOAT, shape, [1.0] * (shape[0] * shape[1]))
+
+nodes = [
+    helper.make_node("MatMul", ["x", "first"], ["a"]),
+    helper.make_node("Snake", ["a"], ["b"], domain="my.domain"),
+    helper.make_node("MatMul", ["b", "second"], ["y"]),
+]
+ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size]) for name, size in (("x", 5), ("y", 3))]
+graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight("first", 5, 8), weight("second", 8, 3)])
+opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my.domain", 1)]
+onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), "own.onnx")
+print([(group.kind, group.units) for group in inspect("own.onnx").groups])
+print(exporter("my-engine").engine, server("my-server").name, ENGINES["onnx"])
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with the installed package of the documentation."""
+    text = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (declared,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    sections = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", declared).replace('"', "")
+    taken = "\n[optin_deploy.engines]\nonnx = my_package.engine:MyExporter\n"
+    files = {"operators.py": code[0], "engine.py": code[1], "server.py": SERVER, "__init__.py": ""}
+    (tmp_path / "my_package").mkdir()
+    for name, content in files.items():
+        (tmp_path / "my_package" / name).write_text(content)
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(sections + taken)
+    return tmp_path
+
+
+def test_rows_of_another_package_are_in_the_tables(package: Path) -> None:
+    path = os.pathsep.join((str(package), str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-c", TRY],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [
+        "[('neurons', 8)]",
+        "my-engine my-server optin_deploy.exporters.to_onnx:OnnxExporter",
+    ]
+    assert "my-package declares 'onnx' in optin_deploy.engines, which is taken" in done.stderr

@@ -1,0 +1,264 @@
+"""`optin_deploy.prune` of any module: smaller, proven, nearer to dense than by norms, saved and loaded as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import optin_deploy
+from benchmarks.zoo.families import FAMILIES, scatter
+from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.run import Program
+from optin_deploy.planning.magnitude import magnitudes
+from optin_deploy.planning.widths import best
+from optin_deploy.pruning import modules
+from optin_deploy.pruning.modules import PrunedModel
+from optin_deploy.scoring.settings import ScoreSettings
+from support.tiny_networks import VOCABULARY, Image, Text, made
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def quickly_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the exporter that takes a tenth of the time."""
+    monkeypatch.setattr(modules, "read_module", partial(read_module, dynamo=False))
+
+
+def pictures(count: int = 48, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(count: int = 48, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def distance(one: nn.Module, other: nn.Module, rows: Tensor) -> float:
+    with torch.no_grad():
+        wanted, found = other(rows), one(rows)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_a_network_of_convolutions_is_cut_by_a_dataloader() -> None:
+    module = made(Image)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    loader = DataLoader(TensorDataset(pictures(), torch.zeros(48)), batch_size=8)
+    pruned = optin_deploy.prune(module, loader, flops=0.6, align=2, allocation="uniform")
+    assert isinstance(pruned, PrunedModel)
+    assert isinstance(pruned.model, Image)
+    assert pruned.plan.cost is not None
+    assert pruned.plan.cost.macs_pruned <= 0.6 * pruned.plan.cost.macs_dense
+    assert sum(p.numel() for p in pruned.model.parameters()) < sum(p.numel() for p in module.parameters())
+    assert distance(pruned.model, module, pictures(seed=1)) < 0.1
+    torch.testing.assert_close(dict(module.state_dict()), before, rtol=0, atol=0)  # the given one is untouched
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_the_graph_beside_a_module_computes_the_same() -> None:
+    pruned = optin_deploy.prune(made(Text), [texts()], flops=0.6, align=4, allocation="uniform")
+    rows = texts(9, seed=2)
+    with torch.no_grad():
+        found = Program(pruned.network)({pruned.network.inputs[0].name: rows}).outputs
+        torch.testing.assert_close(pruned.model(rows), next(iter(found.values())), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_what_is_saved_is_loaded_as_the_graph(tmp_path: Path) -> None:
+    pruned = optin_deploy.prune(made(Text), [texts()], flops=0.6, align=4, allocation="uniform")
+    assert isinstance(pruned, PrunedModel)
+    folder = pruned.save(tmp_path / "smaller")
+    rows = texts(9, seed=2)
+    with torch.no_grad():
+        (found,) = optin_deploy.load(folder)(rows).values()
+        torch.testing.assert_close(found, pruned.model(rows), rtol=1e-4, atol=1e-5)
+    plan = json.loads((folder / "plan.json").read_text())
+    name = next(iter(plan["keep"]))
+    plan["keep"][name] = plan["keep"][name][1:]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanMismatch, match="was cut by plan"):
+        optin_deploy.load(folder)
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_scores_and_compensation_are_nearer_to_dense_than_norms() -> None:
+    module, unseen = made(Image), pictures(64, seed=1)
+    pruned = optin_deploy.prune(module, [pictures(128)], flops=0.6, align=2, allocation="uniform")
+    norms = magnitudes(optin_deploy.inspect(module, {"pixels": pictures(2)}))
+    keep = {name: best(norms[name], len(units)) for name, units in pruned.plan.keep.items()}
+    by_norms = optin_deploy.cut(module, keep, {"pixels": pictures(2)})
+    assert distance(pruned.model, module, unseen) < 0.5 * distance(by_norms, module, unseen)
+
+
+def test_a_generator_is_read_once() -> None:
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for seed in range(6):
+            yield {"ids": texts(8, seed)}
+
+    pruned = optin_deploy.prune(made(Text), batches(), flops=0.7, align=4, allocation="paper", compensation=False)
+    assert isinstance(pruned.model, Text)
+
+
+def test_what_does_not_fit_the_forward_is_refused() -> None:
+    with pytest.raises(BadInput, match="ids"):
+        optin_deploy.prune(made(Text), [{"words": texts()}], flops=0.6)
+    with pytest.raises(BadInput, match="--flops"):
+        optin_deploy.prune(made(Image), [pictures()], flops=0.01)
+
+
+# Models of transformers
+
+QUICK = ScoreSettings(probes=2, head_samples=2)
+
+
+def transformer(name: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FAMILIES[name].build()
+        scatter(model)
+    return model.eval()
+
+
+def rows_for(name: str, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of one length."""
+    return [FAMILIES[name].feeds(seed + n, batch=12) for n in range(2)]
+
+
+def pruned_by(name: str, model: Any, **more: Any) -> PrunedModel:
+    return optin_deploy.prune(model, rows_for(name), **{"flops": 0.6, "align": 8, "settings": QUICK, **more})
+
+
+def logits(model: Any, feeds: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**feeds)["logits"]
+
+
+@pytest.mark.usefixtures("quickly_read")
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "vit", "deit", "gpt2", "llama"])
+def test_a_model_of_transformers_comes_back_as_its_class(name: str, tmp_path: Path) -> None:
+    model = transformer(name)
+    pruned = pruned_by(name, model)
+    assert type(pruned.model) is type(model)
+    assert pruned.report["macs"]["kept"] <= 0.6
+    assert pruned.report["params"]["pruned"] == sum(p.numel() for p in pruned.model.parameters())
+    assert pruned.report["params"]["dense"] == sum(p.numel() for p in model.parameters())
+    assert pruned.report["why_graph"] == ""
+    folder = pruned.save(tmp_path / "out" / "model")
+    other = FAMILIES[name].feeds(9, batch=3, length=21)  # another length than that of the rows
+    for place in (folder, folder.parent):
+        loaded = optin_deploy.load(place)
+        assert type(loaded) is type(model)
+        assert torch.equal(logits(loaded, other), logits(pruned.model, other))
+    assert not (folder / "model.onnx").exists()
+
+
+def test_prune_save_load_in_three_lines(tmp_path: Path) -> None:
+    model = transformer("distilbert")
+    pruned = optin_deploy.prune(model, rows_for("distilbert"))
+    pruned.save(tmp_path / "smaller")
+    loaded = optin_deploy.load(tmp_path / "smaller")
+    feeds = FAMILIES["distilbert"].feeds(9, batch=1, length=5)
+    assert torch.equal(logits(loaded, feeds), logits(pruned.model, feeds))
+    named = {port.name: feeds[port.name] for port in pruned.network.inputs}
+    torch.testing.assert_close(logits(NetworkModule(pruned.network), named), logits(loaded, feeds), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quickly_read")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_stays_half(dtype: torch.dtype, tmp_path: Path) -> None:
+    pruned = pruned_by("bert", transformer("bert").to(dtype))
+    loaded = optin_deploy.load(pruned.save(tmp_path / "smaller"))
+    assert isinstance(loaded, hf.BertForSequenceClassification)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    feeds = rows_for("bert", seed=5)[0]
+    assert torch.equal(logits(loaded, feeds), logits(pruned.model, feeds))
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_what_a_class_cannot_hold_is_saved_as_its_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The heads of all layers share a table of biases."""
+    with caplog.at_level(logging.WARNING):
+        pruned = pruned_by("mpnet", transformer("mpnet"), allocation="paper")
+    assert isinstance(pruned.model, NetworkModule)
+    assert "MPNetForSequenceClassification is given as a graph" in pruned.report["why_graph"]
+    assert pruned.report["why_graph"] in caplog.text
+    loaded = optin_deploy.load(pruned.save(tmp_path / "smaller"))
+    feeds = FAMILIES["mpnet"].feeds(9, batch=3, length=21)
+    torch.testing.assert_close(logits(loaded, feeds), logits(pruned.model, feeds))
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_what_does_not_come_back_equal_is_saved_as_its_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = transformer("bert")
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()  # its config says GELU
+    pruned = pruned_by("bert", model)
+    assert type(pruned.model) is type(model)
+    with caplog.at_level(logging.WARNING):
+        folder = pruned.save(tmp_path / "smaller")
+    assert "BertForSequenceClassification is stored as a graph: what was saved differs from its graph by" in caplog.text
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"model.onnx", "plan.json"}
+    feeds = rows_for("bert", seed=5)[0]
+    torch.testing.assert_close(logits(optin_deploy.load(folder), feeds), logits(pruned.model, feeds), rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_a_folder_of_others_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pruned = pruned_by("bert", transformer("bert"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="optin-deploy did not make this"):
+        pruned.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert "stored as a graph" not in caplog.text
+    for path in ("", "\0", 3, None, b"folder", "/", "x" * 300, tmp_path / "notes.txt", tmp_path / "notes.txt" / "x"):
+        for use in (pruned.save, optin_deploy.load):
+            with pytest.raises(BadInput):
+                use(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"flops": True}, "--flops True"),
+        ({"flops": 0.6, "size": 0}, "--size"),
+        ({"align": 0}, "--align 0"),
+        ({"align": 2.5}, "align 2.5"),
+        ({"allocation": "best"}, "--allocation 'best'"),
+        ({"allocation": 3}, "allocation is a int"),
+        ({"settings": {}}, "settings is a dict"),
+        ({"compensation": 1}, "compensation is a int"),
+        ({"seed": 1.0}, "seed 1.0"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_once(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        optin_deploy.prune(made(Text), [texts()], **more)
+
+
+def test_what_is_no_module_with_weights_is_refused() -> None:
+    for model in ("a path", nn.ReLU(), nn.Linear(3, 3, device="meta")):
+        with pytest.raises(BadInput):
+            optin_deploy.prune(model, [texts()])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("quickly_read")
+def test_inference_mode_and_a_default_device_do_not_matter() -> None:
+    model, found = made(Text), []
+    for around in (torch.no_grad, torch.inference_mode, partial(torch.device, "meta")):
+        given = [texts()]
+        with around():
+            found.append(optin_deploy.prune(model, given, flops=0.6, align=4, settings=QUICK).model)
+    for other in found[1:]:
+        torch.testing.assert_close(dict(other.state_dict()), dict(found[0].state_dict()), rtol=0, atol=0)
+    found[1](texts(3)).sum().backward()

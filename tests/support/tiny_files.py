@@ -1,0 +1,24 @@
+"""Small files of calibration data, and the processor that makes pixels of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def save_image(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 100).save(path)
+    return path
+
+
+def processor(**options: Any) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 16, "width": 16}, **options)

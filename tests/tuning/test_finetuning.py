@@ -1,0 +1,307 @@
+"""Fine-tuning a cut network: towards labels and the dense outputs, as a graph, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, Trainer
+
+import optin_deploy
+from optin_deploy.data.samples import read_samples
+from optin_deploy.errors import BadInput
+from optin_deploy.jobs.export import build_folder, export_model
+from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.network.graph import Network
+from optin_deploy.network.learned import learned
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.run import Program
+from optin_deploy.network.sealed import store
+from optin_deploy.network.weights import with_weights
+from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.source import Source
+from optin_deploy.pruning.trial import error_of
+from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.tuning.finetune import finetune
+from optin_deploy.tuning.folder import STATE
+from optin_deploy.tuning.trainer import Tuning
+from support.tiny_checkpoint import (
+    Shell,
+    bert,
+    classifier,
+    copy_of,
+    finished_job,
+    labelled,
+    lines,
+    photos,
+    temporary_files,
+    text_options,
+    vit,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_learned_weights_are_those_of_layers_and_norms() -> None:
+    network = prepare(Source(str(classifier()), calibration=str(lines()), seq_len=16)).ready.network
+    found = learned(network)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier())
+    tables = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)}
+    names = dict(model.named_parameters())
+    values = [value for name, value in names.items() if name.rpartition(".")[0] not in tables]
+    assert sorted(math.prod(network.weights[name].shape.numpy()) for name in found) == sorted(map(torch.numel, values))
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
+def test_training_brings_a_cut_network_nearer(distill: float) -> None:
+    folder = finished_job()
+    source = Workspace(folder).source()
+    prepared = prepare(source, folder)
+    ready, smaller = prepared.ready, read_file(folder / "model.onnx")
+    batches = ready.rows.calibration.batches
+    tuned = finetune(ready, smaller, Tuning(epochs=6, learning_rate=2e-3, distill=distill, batch_size=8))
+    before, after = (error_of(ready, network) for network in (smaller, tuned.network))
+    if distill == 1:
+        assert after < 0.7 * before
+    wanted = torch.tensor([list(ready.names or ()).index(str(label)) for label in ready.rows.calibration.labels])
+
+    def loss(network: object) -> float:
+        program = Program(network)  # type: ignore[arg-type]
+        names = [port.name for port in program.network.inputs]
+        with torch.no_grad():
+            logits = [program({name: batch[name] for name in names}).outputs["logits"] for batch in batches]
+        return float(torch.nn.functional.cross_entropy(torch.cat(logits), wanted))
+
+    if distill < 1:
+        assert loss(tuned.network) < 0.9 * loss(smaller)
+    assert set(tuned.network.weights) == set(smaller.weights)
+    assert {n: w.shape for n, w in tuned.network.weights.items()} == {n: w.shape for n, w in smaller.weights.items()}
+    frozen = set(smaller.weights) - learned(smaller)
+    assert frozen
+    for name in frozen:
+        np.testing.assert_array_equal(tuned.network.weights[name].numpy(), smaller.weights[name].numpy())
+
+
+def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished_job(), tmp_path / "job")
+    before = (folder / "model.onnx").read_bytes()
+    digests = []
+    for name in ("a", "b"):
+        options = ("--data", lines(), "--out", tmp_path / name, "--learning-rate", 1e-3, "--batch-size", 8)
+        ran = shell("optin", "finetune", folder, *options)
+        assert ran.code == 0, ran.err
+        digests.append((tmp_path / name / "model.onnx").read_bytes()[-64:])
+        told = json.loads((tmp_path / name / "tuned.json").read_text())
+        assert told["after"]["metric"] == "same_prediction"
+        assert not (tmp_path / name / STATE).exists()
+        assert temporary_files(tmp_path / name) == []
+    assert digests[0] == digests[1]
+    assert (folder / "model.onnx").read_bytes() == before
+    plan = NetworkPlan.read(tmp_path / "a" / "plan.json")
+    assert plan == NetworkPlan.read(folder / "plan.json")
+    built = build_folder(tmp_path / "a", engine="onnx")
+    assert built is not None
+    shipped = shell("optin", "ship", tmp_path / "a", "--out", tmp_path / "repository")
+    assert shipped.code == 0, shipped.err
+    loaded = optin_deploy.load(tmp_path / "a")
+    feeds = {"input_ids": torch.ones(2, 9, dtype=torch.int64), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    feeds["token_type_ids"] = torch.zeros_like(feeds["input_ids"])
+    with OrtRuntime(tmp_path / "a" / "model.onnx", threads=1) as engine, torch.no_grad():
+        found = engine.run({name: value.numpy() for name, value in feeds.items()})["logits"]
+        np.testing.assert_allclose(found, loaded(**feeds)["logits"].numpy(), atol=1e-5)
+
+
+def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
+    monkeypatch.setattr("optin_deploy.tuning.trainer.STEPS", 2)
+    options = ("--data", labelled(), "--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
+    whole = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    train = Trainer.training_step
+
+    def killed(self: Trainer, *rest: object, **how: object) -> object:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return train(self, *rest, **how)  # type: ignore[arg-type]
+
+    started: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", killed)
+        assert shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "again").code == 130
+    assert not (tmp_path / "again" / "model.onnx").exists()
+    before = sorted((tmp_path / "again" / STATE).glob("*/checkpoint-*"))
+    torn = before[0].with_name("checkpoint-9")  # as if killed while it was written
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+
+    def counted(self: Trainer, *rest: object, **how: object) -> object:
+        started.append(self.state.global_step)
+        return train(self, *rest, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "training_step", counted)
+    again = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert started[0] == 2
+    (state,) = [path for path in before if path.name == "checkpoint-2"]
+    assert not state.exists()
+    one, other = (read_file(tmp_path / name / "model.onnx").weights for name in ("whole", "again"))
+    for name, weight in one.items():
+        np.testing.assert_allclose(weight.numpy(), other[name].numpy(), atol=1e-6)
+
+
+def test_other_rows_labels_or_networks_begin_anew(tmp_path: Path) -> None:
+    folder = finished_job()
+    prepared = prepare(Workspace(folder).source(), folder)
+    smaller, seen = read_file(folder / "model.onnx"), []
+
+    class Stopped(Exception):
+        pass
+
+    def key_of(ready: Ready, network: Network, **how: float) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def stop(self: Trainer, **rest: object) -> None:
+                seen.append(Path(self.args.output_dir).name)
+                raise Stopped
+
+            patch.setattr(Trainer, "train", stop)
+            with pytest.raises(Stopped):
+                finetune(ready, network, Tuning(**how), scratch=tmp_path)  # type: ignore[arg-type]
+
+    ready = prepared.ready
+    rows = ready.rows.calibration
+    others = replace(ready, rows=replace(ready.rows, calibration=replace(rows, labels=rows.labels[::-1])))
+    name = min(learned(smaller))
+    other = with_weights(smaller, {name: torch.zeros(*smaller.weights[name].shape.numpy())})
+    for one in (ready, ready, others):
+        key_of(one, smaller)
+    key_of(ready, other)
+    key_of(ready, smaller, learning_rate=1e-3)
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 4
+
+
+def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, tmp_path: Path) -> None:
+    folder = copy_of(finished_job(), tmp_path / "job")
+    options = ("--data", labelled(), "--learning-rate", 1e-3)
+    assert shell("optin", "finetune", folder, *options).code == 0  # --out is beside it
+    tuned = tmp_path / "job-tuned"
+    before = (tuned / "model.onnx").read_bytes()
+    for command in (("optin", "rewrite", tuned), ("optin-export", classifier(), *text_options(labelled(), tuned))):
+        ran = shell(*command)
+        assert (ran.code, "holds a fine-tuned model" in ran.err) == (2, True), ran.err
+    assert (tuned / "model.onnx").read_bytes() == before
+    again = shell("optin", "finetune", folder, *options, "--out", tuned)
+    assert again.code == 0, again.err
+    other = copy_of(finished_job(), tmp_path / "other")
+    ran = shell("optin", "finetune", folder, *options, "--out", other)
+    assert (ran.code, "holds another model" in ran.err) == (2, True), ran.err
+    planned = shell("optin", "plan", folder, "--flops", 0.9, "--allocation", "uniform")
+    assert planned.code == 0, planned.err
+    ran = shell("optin", "finetune", folder, *options, "--out", tmp_path / "x")
+    assert "was cut by another plan" in ran.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
+    network = prepare(Source(str(bert()), calibration=str(lines()), seq_len=16)).ready.network
+    model = network.model.clone()
+    (mask,) = [value for value in model.graph.inputs if value.name == "attention_mask"]
+    mask.name = "input_mask"
+    store(Network(model, "renamed"), tmp_path / "x.onnx", "key")
+    source = Source(str(tmp_path / "x.onnx"), tokenizer=str(bert()), calibration=str(labelled()), seq_len=16)
+    ready = prepare(source).ready
+    tuned = finetune(ready, ready.network, Tuning(epochs=0))
+    texts = {name: torch.ones(2, 6, dtype=torch.int64) for name in ("input_ids", "input_mask", "token_type_ids")}
+    texts["input_mask"][0, 3:] = 0
+    short = {name: value[:1, :3] for name, value in texts.items()}
+    program = Program(tuned.network)
+    whole, alone = (program(feeds).outputs["logits"] for feeds in (texts, short))
+    torch.testing.assert_close(whole[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path) -> None:
+    folder = finished_job()
+    prepared = prepare(Workspace(folder).source(), folder)
+    smaller = read_file(folder / "model.onnx")
+    half = with_weights(smaller, {name: torch.zeros(2, dtype=torch.float16) for name in list(learned(smaller))[:1]})
+    with pytest.raises(BadInput, match="has weights of FLOAT16, in which small steps are lost"):
+        finetune(prepared.ready, half, Tuning())
+    rows = prepared.ready.rows.calibration
+    bare = replace(rows, labels=(None,) * len(rows))
+    ready = replace(prepared.ready, rows=replace(prepared.ready.rows, calibration=bare))
+    with pytest.raises(BadInput, match="--distill 0 learns from labels alone"):
+        finetune(ready, smaller, Tuning(distill=0))
+    with pytest.raises(BadInput, match="--epochs 0 fits a classifier alone"):
+        finetune(ready, smaller, Tuning(epochs=0))
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, shell: Shell, tmp_path: Path) -> None:
+    model, data = {"text": (bert(), labelled()), "image": (vit(), photos())}[kind]
+    source = Source(
+        str(model), task="feature-extraction", calibration=str(data), seq_len=16 if kind == "text" else None
+    )
+    export_model(Request(source, Limits(flops=0.7), allocation="uniform", points=(), dense=False), tmp_path / "job")
+    found = {}
+    for epochs in (0, 8):
+        out = tmp_path / f"out{epochs}"
+        options = ("--data", data, "--epochs", epochs, "--learning-rate", 2e-3, "--batch-size", 8, "--out", out)
+        ran = shell("optin", "finetune", tmp_path / "job", *options)
+        assert ran.code == 0, ran.err
+        told = json.loads((out / "tuned.json").read_text())
+        names = sorted({str(row.label) for row in read_samples(data)})
+        assert told["classes"] == names
+        assert f"classes: {', '.join(names)}" in ran.out
+        assert told["after"]["metric"] == "accuracy"
+        network = read_file(out / "model.onnx")
+        assert [port.name for port in network.outputs] == ["logits"]
+        prepared = prepare(Workspace(out).source(), tmp_path / "job")
+        rows = prepared.ready.rows.calibration
+        inputs = [port.name for port in network.inputs]
+        with OrtRuntime(out / "model.onnx", threads=1) as engine:
+            logits = np.concatenate(
+                [engine.run({name: batch[name].numpy() for name in inputs})["logits"] for batch in rows.batches]
+            )
+        wanted = torch.tensor([names.index(str(label)) for label in rows.labels])
+        found[epochs] = float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), wanted))
+    assert found[8] < found[0] < np.log(len(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--epochs", -1), "possible are 0 to 1000"),
+        (("--learning-rate", 0), "give a rate above 0"),
+        (("--batch-size", 0), "give 1 or more rows"),
+        (("--distill", 1.5), "possible are 0"),
+        (("--out", "{job}"), "is the folder of the model itself"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: tuple[object, ...], says: str, shell: Shell, tmp_path: Path) -> None:
+    given = [str(option).format(job=finished_job()) for option in options]
+    out = () if "--out" in given else ("--out", tmp_path / "x")
+    ran = shell("optin", "finetune", finished_job(), "--data", labelled(), *given, *out)
+    assert (ran.code, says in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_rate_that_breaks_the_weights_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished_job()
+    prepared = prepare(Workspace(folder).source(), folder)
+
+    def broken(self: Trainer, *rest: object, **how: object) -> None:
+        with torch.no_grad():
+            next(self.model.parameters()).fill_(torch.nan)
+
+    monkeypatch.setattr(Trainer, "train", broken)
+    with pytest.raises(BadInput, match="Give a lower one"):
+        finetune(prepared.ready, read_file(folder / "model.onnx"), Tuning())
