@@ -25,8 +25,9 @@ from optin_deploy.feeds.rows import Batching, Feeds
 from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.files.names import PRUNED
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import Planner, Prepared, prepare
+from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.points import Point
 from optin_deploy.network.graph import Network
@@ -67,7 +68,7 @@ def main() -> None:
         samples=CALIBRATION,
     )
     points = (Point(batch=1), Point(batch=8))
-    asked = Request(source, Limits(flops=FLOPS), align=ALIGN, points=points, threads=THREADS)
+    asked = Job(source, Limits(flops=FLOPS), align=ALIGN, points=points, threads=THREADS)
     report = export_model(asked, options.out / "pruned", stage=stage_bar)
     unseen = rows[seen : seen + PROBE_TRAIN + PROBE_TEST]
     quality = judge(options.out / "pruned", source, unseen)

@@ -9,7 +9,7 @@ from typing import Any
 
 from optin_deploy.jobs.bench import Bench, bench_folder
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.job import Job
 from optin_deploy.measuring.points import Point
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
@@ -25,7 +25,7 @@ KEPT = ("quality", "macs", "params", "groups", "seconds", "notes")
 def reported(source: Source, flops: float, out: Path) -> dict[str, Any]:
     """What a job at a share of the MACs reports; made unless `out` has it, and measured on ONNX Runtime in this run."""
     if not (out / "report.json").is_file():
-        export_model(Request(source, Limits(flops=flops), points=(), threads=THREADS), out, stage=stage_bar)
+        export_model(Job(source, Limits(flops=flops), points=(), threads=THREADS), out, stage=stage_bar)
     bench_folder(out, Bench("onnx", None, (Point(),), THREADS), stage=stage_bar)
     said, measured = (
         json.loads((out / name).read_text(encoding="utf-8")) for name in ("report.json", "measurements.json")

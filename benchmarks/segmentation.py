@@ -22,7 +22,7 @@ from benchmarks.record import RESULTS, write_result
 from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.files.names import DENSE, PRUNED
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program

@@ -19,7 +19,7 @@ from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2
 from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.job import Job
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
@@ -60,7 +60,7 @@ def done(flops: float, samples: int, epochs: float, cache: Path, home: Path) -> 
     tuned = cut.with_name(f"{cut.name}-tuned-{epochs:g}")
     if not (cut / "report.json").is_file():
         source = Source(str(dinov2_folder(cache)), calibration=str(learned), samples=samples)
-        export_model(Request(source, Limits(flops=flops), points=(), threads=1), cut, stage=stage_bar)
+        export_model(Job(source, Limits(flops=flops), points=(), threads=1), cut, stage=stage_bar)
     if not (tuned / "tuned.json").is_file():
         finetune_folder(cut, tuned, Rows(learned, judged, LEARNED), Tuning(epochs), stage=stage_bar)
     report: dict[str, Any] = json.loads((cut / "report.json").read_text(encoding="utf-8"))

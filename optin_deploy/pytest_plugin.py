@@ -124,14 +124,14 @@ def _check(name: str, value: Any) -> None:
 
 
 def _measure(folder: Path, candidate: str | Path, settings: Mapping[str, Any]) -> Gate:
-    from optin_deploy.measuring.comparing import settle
+    from optin_deploy.measuring.comparing import comparison_of
     from optin_deploy.measuring.gate import limit_of
     from optin_deploy.measuring.points import parse_point
 
     for name, value in {"candidate": candidate, **settings}.items():
         _check(name, value)
     at: str | Sequence[str] = settings.get("at") or ()
-    contest = settle(
+    contest = comparison_of(
         folder / settings.get("baseline", BASELINE),
         folder / candidate,
         engine=settings.get("engine"),

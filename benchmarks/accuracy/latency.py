@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.record import RESULTS, write_result
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import read_json
-from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.comparing import comparison_of
 from optin_deploy.measuring.gate import Limit
 from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import to_table
@@ -55,7 +55,7 @@ def measured(folder: Path, path: Path, batch: int) -> dict[str, Any]:
     """One network beside the dense one."""
     cell = CELL.fullmatch(path.stem)
     assert cell is not None
-    contest = settle(folder / f"{DENSE_NAME}.onnx", path, threads=1, points=[Point(batch)])
+    contest = comparison_of(folder / f"{DENSE_NAME}.onnx", path, threads=1, points=[Point(batch)])
     timing = contest.run(Limit("min_speedup", 1.0), stage=stage_bar).points[0].timing
     value = read_json(path.with_suffix(".json"), "Delete the network beside it.")["value"]
     return {

@@ -33,12 +33,14 @@ from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.files.storage import read_json, sha256_tensors, write_json
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.profiling import NS, table_at
-from optin_deploy.jobs.stages import Planner, Prepared, score_stage
+from optin_deploy.jobs.stages import score_stage
 from optin_deploy.jobs.sweep import measure_curves
 from optin_deploy.jobs.time_budget import Planning
+from optin_deploy.jobs.width_timer import DENSE, WidthTimer, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import DENSE, Yardstick, yardstick
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.stats import bootstrap_ci
 from optin_deploy.measuring.timing import BLOCKS, log_ratios, mean_ratio
@@ -68,7 +70,7 @@ class Setting:
 
     task: Task
     planner: Planner
-    yard: Yardstick
+    yard: WidthTimer
     table: LatencyTable
 
     def predicted(self, plan: NetworkPlan) -> float:
@@ -153,7 +155,7 @@ def _setting(task: Task, folder: Path, seed: int, options: argparse.Namespace) -
     planner = Planner(workspace, prepared, Choice(align=target.align, allocation="curves"))
     measure_curves(planner, stage_bar)
     point = Point(1, task.seq_len if loaded.is_text else None)
-    with yardstick(prepared, target, ExportSpec(), point, threads=options.threads) as yard:
+    with width_timer(prepared, target, ExportSpec(), point, threads=options.threads) as yard:
         with stage_bar(f"profile {task.name}") as progress:
             table = table_at(folder / "latency.json", yard, planner.choice, progress=progress)
         yield Setting(task, planner, yard, table)

@@ -16,8 +16,8 @@ from pathlib import Path
 from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
 from optin_deploy.common.progress import Progress
-from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.yardstick import Yardstick, yardstick
+from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.width_timer import WidthTimer, width_timer
 from optin_deploy.measuring.gate import Limit, judge
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.measuring.timing import PairTiming
@@ -58,9 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     point = parse_point(options.at)
-    request = Request(MODELS[options.model](options.out / "models"), engine=options.engine, points=(point,))
-    asked = ready(request)
-    with yardstick(asked.prepared, asked.target, asked.spec, point, threads=options.threads) as yard:
+    request = Job(MODELS[options.model](options.out / "models"), engine=options.engine, points=(point,))
+    asked = checked_job(request)
+    with width_timer(asked.prepared, asked.target, asked.spec, point, threads=options.threads) as yard:
         runs = [*_runs(yard, options.runs, options.swaps)]
         setting = yard.setting
     where = f"{options.model} on {options.engine}, {options.at.replace('=', ' ')}"
@@ -71,7 +71,7 @@ def main() -> None:
     write_result(RESULTS if options.record else options.out, "latency_real", data, text, command)
 
 
-def _runs(yard: Yardstick, same: int, swapped: int) -> Iterator[Run]:
+def _runs(yard: WidthTimer, same: int, swapped: int) -> Iterator[Run]:
     smaller = first_units(yard.layout, KEPT)
     kinds: list[tuple[str, int, Callable[[Progress], PairTiming]]] = [
         ("same", same, lambda progress: yard.against_dense({}, progress)),

@@ -22,8 +22,8 @@ from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, write_result
 from optin_deploy.cutting.graph import cut
 from optin_deploy.exporters import exporter
-from optin_deploy.jobs.stages import Prepared, prepare
-from optin_deploy.jobs.yardstick import inputs_of
+from optin_deploy.jobs.prepared import Prepared, prepare
+from optin_deploy.jobs.width_timer import inputs_of
 from optin_deploy.measuring.artifacts import time_pair
 from optin_deploy.measuring.gate import Limit, judge
 from optin_deploy.measuring.points import parse_point

@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.profiling import NS, profile_model
-from optin_deploy.jobs.request import Request
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.planning.latency import TABLE_HEADER, LatencyTable, held_out_line, table_rows
 from optin_deploy.reporting.report import to_table
@@ -40,7 +40,7 @@ def main() -> None:
     quiet_libraries()
     started = time.perf_counter()
     point, source = parse_point(options.at), MODELS[options.model](options.out / "models")
-    request = Request(source, engine=options.engine, points=(point,), threads=options.threads)
+    request = Job(source, engine=options.engine, points=(point,), threads=options.threads)
     file = options.out / f"{options.model}-{options.engine}.json"
     table = profile_model(request, file, check=options.plans, stage=stage_bar)
     assert table is not None, "it was no dry run"

@@ -18,14 +18,15 @@ from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, write_result
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.files.storage import read_json, write_json
+from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import table_at
-from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.stages import Planner, dense_stage, score_stage
+from optin_deploy.jobs.stages import dense_stage, score_stage
 from optin_deploy.jobs.sweep import measure_curves
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import LEAST, Round
+from optin_deploy.jobs.width_timer import WidthTimer, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import Yardstick, yardstick
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.planning.budget import Limits, TimeTarget
 from optin_deploy.reporting.report import to_table
@@ -89,14 +90,14 @@ def _of_engine(model: str, engine: str, out: Path, *, threads: int, end: float) 
     if left and time.monotonic() < end:
         source = MODELS[model](out / "models")
         home = out / f"work-{model}"
-        asked = ready(Request(source, engine=engine, threads=threads), home)
+        asked = checked_job(Job(source, engine=engine, threads=threads), home)
         workspace = Workspace.claim(home, source)
         with stage_bar(f"score {model}") as progress:
             dense_stage(workspace, asked.prepared)
             score_stage(workspace, asked.prepared, progress=progress)
         planner = Planner(workspace, asked.prepared, asked.choice)
         measure_curves(planner, stage_bar)
-        with yardstick(asked.prepared, asked.target, asked.spec, parse_point("batch=1"), threads=threads) as yard:
+        with width_timer(asked.prepared, asked.target, asked.spec, parse_point("batch=1"), threads=threads) as yard:
             for share in left:
                 if time.monotonic() < end:
                     write_json(paths[share], asdict(_cell(planner, yard, model, share)))
@@ -104,7 +105,7 @@ def _of_engine(model: str, engine: str, out: Path, *, threads: int, end: float) 
     return [Cell(**{**cell, "rounds": [Round(**each) for each in cell["rounds"]]}) for cell in found]
 
 
-def _cell(planner: Planner, yard: Yardstick, model: str, share: float) -> Cell:
+def _cell(planner: Planner, yard: WidthTimer, model: str, share: float) -> Cell:
     engine = yard.target.engine
     with stage_bar(f"profile {engine}") as progress:
         file = planner.workspace.root / f"latency-{engine}.json"

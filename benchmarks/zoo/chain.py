@@ -24,7 +24,7 @@ from optin_deploy.errors import OptinError
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.files.storage import write_json
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.job import Job
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
@@ -143,7 +143,7 @@ def done(row: Row, setting: Setting, home: Path) -> dict[str, Any]:
     started, path, out = time.monotonic(), row.path(), home / "jobs" / name
     teaching, judging = _rows(row, counts, home)
     more: dict[str, Any] = {key: str(value()) if callable(value) else value for key, value in row.source.items()}
-    request = Request(
+    request = Job(
         Source(str(path), calibration=str(teaching), evaluation=str(judging), samples=counts.teaching, **more),
         Limits(flops=setting.flops),
         allocation=allocation,

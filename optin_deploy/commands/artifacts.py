@@ -34,7 +34,7 @@ Examples:
 @options
 def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building, writing: Writing) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from optin_deploy.jobs.export import build_folder
+    from optin_deploy.jobs.folder_build import build_folder
 
     check_plan_options(ctx, engine.engine)
     with writing_to(folder, writing):

@@ -74,14 +74,14 @@ def export(
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
     from optin_deploy.jobs.export import export_model
-    from optin_deploy.jobs.request import Request, describe, ready
+    from optin_deploy.jobs.job import Job, checked_job, describe
     from optin_deploy.jobs.workspace import Workspace
 
     check_columns(ctx, rows.calibration, making.evaluation)
     check_plan_options(ctx, target.engine.engine)
     judge = None if making.evaluation is None else str(making.evaluation.absolute())
     source = rows.of(model, evaluation=judge, drop_tokens=making.drop_tokens)
-    request = Request(
+    job = Job(
         source=source,
         limits=budget.limits(),
         engine=target.engine.engine,
@@ -99,19 +99,19 @@ def export(
         options=target.building.options(),
         dense=target.building.dense,
     )
-    if not request.dense:
+    if not job.dense:
         refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
-    folder = output.out or Path(f"{named(source)}-{request.limits}")
+    folder = output.out or Path(f"{named(source)}-{job.limits}")
     if writing.dry_run:
         Workspace.check(folder, source, force=writing.force)
-        asked = ready(request)
+        asked = checked_job(job)
         name, _ = asked.target.file_names(asked.spec.precision or asked.target.precisions[0])
-        echo(describe(asked.prepared, limits=request.limits, artifact=folder / name))
+        echo(describe(asked.prepared, limits=job.limits, artifact=folder / name))
         return
     warn_if_bundled(rows.calibration)
     try:
         with Workspace.at_work(folder, source, force=writing.force), kept_beside(ctx, folder):
-            report = export_model(request, folder, force=writing.force, stage=stage_bar)
+            report = export_model(job, folder, force=writing.force, stage=stage_bar)
     except CannotBuildHere as err:
         if not target.building.prepare_only:
             raise

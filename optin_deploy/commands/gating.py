@@ -84,7 +84,7 @@ def gate(
     """
     from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
-    from optin_deploy.measuring.comparing import check_not_input, settle
+    from optin_deploy.measuring.comparing import check_not_input, comparison_of
     from optin_deploy.measuring.gate import HEADER, limit_of
     from optin_deploy.measuring.points import parse_points
 
@@ -96,13 +96,13 @@ def gate(
             raise BadInput(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )
-        alone = settle(baseline, **how, points=points)  # type: ignore[arg-type]  # a dict of several types
+        alone = comparison_of(baseline, **how, points=points)  # type: ignore[arg-type]  # a dict of several types
         _pin(alone, pin, force=force, dry_run=dry_run)
         return
     allowed = limit_of(limit.max_ratio, limit.min_speedup)
     if candidate is None:
         raise BadInput("CANDIDATE is missing: give an artifact or an output folder, or --pin FILE to pin BASELINE.")
-    contest = settle(baseline, candidate, **how, points=points)  # type: ignore[arg-type]
+    contest = comparison_of(baseline, candidate, **how, points=points)  # type: ignore[arg-type]
     if out is not None:
         check_not_input(out, baseline, contest.baseline, contest.candidate, option="--out")
         free_name(out, _is_verdict, force=force, dry_run=True)

@@ -12,7 +12,6 @@ import typer
 
 from optin_deploy.commands.parsing import GIVEN
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import write_text
 from optin_deploy.files.toml import read_toml
 
 FILE = "job.toml"
@@ -47,6 +46,8 @@ def read_job(ctx: typer.Context, path: Path | None) -> Path | None:
 @contextmanager
 def kept_beside(ctx: typer.Context, folder: Path) -> Iterator[None]:
     """Write what the user gave into an output folder, however its job ends; files by their full paths."""
+    from optin_deploy.files.storage import write_text
+
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ def plan(
 
 def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
-    from optin_deploy.jobs.request import describe
+    from optin_deploy.jobs.job import describe
     from optin_deploy.jobs.sweep import planned
 
     limits = budget.limits()
@@ -83,7 +83,8 @@ def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, 
 
 def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
-    from optin_deploy.jobs.stages import Planner, prepare
+    from optin_deploy.jobs.planner import Planner
+    from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
     from optin_deploy.planning.budget import Limits
     from optin_deploy.planning.widths import Choice, aligned
@@ -177,7 +178,8 @@ def rewrite(
 def _rewrite_job(folder: Path, *, compensation: bool, dry_run: bool) -> None:
     """Rewrite by the plan of a job."""
     from optin_deploy.files.names import PRUNED
-    from optin_deploy.jobs.stages import prepare, rewrite_stage
+    from optin_deploy.jobs.prepared import prepare
+    from optin_deploy.jobs.stages import rewrite_stage
     from optin_deploy.jobs.workspace import Workspace
     from optin_deploy.pruning.pruning import check_plan
 

@@ -49,8 +49,8 @@ def profile(
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
     from optin_deploy.common.validation import whole_number
+    from optin_deploy.jobs.job import Job
     from optin_deploy.jobs.profiling import profile_model
-    from optin_deploy.jobs.request import Request
     from optin_deploy.measuring.points import parse_point
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
 
@@ -58,7 +58,7 @@ def profile(
     whole_number(table.check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
     source = rows.of(model)
     path = out or Path(f"{Path(source.model).name}-{engine.engine}-latency.json")
-    request = Request(
+    job = Job(
         source=source,
         engine=engine.engine,
         precision=engine.precision,
@@ -68,7 +68,7 @@ def profile(
         options=Building(profile=table.profile_sizes).options(),
     )
     force, dry_run = writing.force, writing.dry_run
-    found = profile_model(request, path, check=table.check, force=force, dry_run=dry_run, stage=stage_bar)
+    found = profile_model(job, path, check=table.check, force=force, dry_run=dry_run, stage=stage_bar)
     if found is None:
         typer.echo(f"would measure {model} on engine {engine.engine} and write {path}")
         return

@@ -89,8 +89,9 @@ def score(
     takes over what a killed one left.
     """
     from optin_deploy.common.validation import whole_number
-    from optin_deploy.jobs.request import describe
-    from optin_deploy.jobs.stages import ScoreRequest, prepare
+    from optin_deploy.jobs.job import describe
+    from optin_deploy.jobs.prepared import prepare
+    from optin_deploy.jobs.stages import ScoreRequest
     from optin_deploy.jobs.workspace import Workspace
     from optin_deploy.planning.budget import Limits
     from optin_deploy.scoring.parts import MOST_WORKERS, PartsLeft, worker_of

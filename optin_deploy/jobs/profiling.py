@@ -11,8 +11,8 @@ import numpy as np
 from optin_deploy.common.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
-from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.yardstick import DENSE, Yardstick, check_timeable, yardstick
+from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.width_timer import DENSE, WidthTimer, check_timeable, width_timer
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.stats import percentile
 from optin_deploy.measuring.timing import mean_ratio
@@ -33,7 +33,7 @@ NS = 10**6
 
 
 def profile_model(
-    request: Request,
+    job: Job,
     out: Path,
     *,
     check: int = 0,
@@ -43,19 +43,19 @@ def profile_model(
 ) -> LatencyTable | None:
     """Measure a latency table and write it to a file.
 
-    Args: request: with one point. check: random plans to measure beside it. force: keep a file of others under another
+    Args: job: with one point. check: random plans to measure beside it. force: keep a file of others under another
         name. dry_run: only check that it could be done; returns None.
     Raises: BadInput: the engine does not run here, `out` is not ours, and all that `ready` refuses.
     """
     free_name(out, is_table, force=force, dry_run=True)
-    kinds = tuple(kind for kind in request.source.units if kind != TOKENS)  # a table serves whatever is merged
-    source = replace(request.source, units=kinds)
-    asked = ready(replace(request, source=source, limits=Limits(flops=1.0), allocation="uniform"))
+    kinds = tuple(kind for kind in job.source.units if kind != TOKENS)  # a table serves whatever is merged
+    source = replace(job.source, units=kinds)
+    asked = checked_job(replace(job, source=source, limits=Limits(flops=1.0), allocation="uniform"))
     check_timeable(asked.target, asked.spec)
     if dry_run:
         return None
-    with yardstick(
-        asked.prepared, asked.target, asked.spec, (request.points or (Point(),))[0], threads=request.threads
+    with width_timer(
+        asked.prepared, asked.target, asked.spec, (job.points or (Point(),))[0], threads=job.threads
     ) as yard:
         with stage("profile") as progress:
             table = measure_table(yard, asked.choice, progress=progress)
@@ -63,12 +63,12 @@ def profile_model(
         table.write(out)
         if check:
             with stage("check") as progress:
-                table = with_held_out(table, yard, asked.choice, check, seed=request.source.seed, progress=progress)
+                table = with_held_out(table, yard, asked.choice, check, seed=job.source.seed, progress=progress)
             table.write(out)
     return table
 
 
-def table_at(path: Path, yard: Yardstick, choice: Choice, *, progress: Progress = silent) -> LatencyTable:
+def table_at(path: Path, yard: WidthTimer, choice: Choice, *, progress: Progress = silent) -> LatencyTable:
     """The table in a file, measured and written if there is none for this network and setting."""
     try:
         return read_table(path, yard, choice)
@@ -78,7 +78,7 @@ def table_at(path: Path, yard: Yardstick, choice: Choice, *, progress: Progress 
         return table
 
 
-def read_table(path: Path, yard: Yardstick, choice: Choice) -> LatencyTable:
+def read_table(path: Path, yard: WidthTimer, choice: Choice) -> LatencyTable:
     """The table in a file.
 
     Raises: BadInput: it is of another network or setting, or of fewer kinds of units.
@@ -91,7 +91,7 @@ def read_table(path: Path, yard: Yardstick, choice: Choice) -> LatencyTable:
     return table
 
 
-def measure_table(yard: Yardstick, choice: Choice, *, progress: Progress = silent) -> LatencyTable:
+def measure_table(yard: WidthTimer, choice: Choice, *, progress: Progress = silent) -> LatencyTable:
     """Time a few widths of all groups of a shape, inside the whole network and beside the dense one."""
     yard = replace(yard, merges=())
     points = cells(yard.layout, choice, emptiable(yard.layout))
@@ -110,7 +110,7 @@ def measure_table(yard: Yardstick, choice: Choice, *, progress: Progress = silen
 
 
 def with_held_out(
-    table: LatencyTable, yard: Yardstick, choice: Choice, count: int, *, seed: int = 0, progress: Progress = silent
+    table: LatencyTable, yard: WidthTimer, choice: Choice, count: int, *, seed: int = 0, progress: Progress = silent
 ) -> LatencyTable:
     """The table, and how wrong it is for `count` random plans with other widths in every group."""
     yard, rng = replace(yard, merges=()), np.random.default_rng(seed % 2**64)  # which takes no negative one
@@ -130,7 +130,7 @@ def with_held_out(
     return replace(table, held_out=tuple(found))
 
 
-def _drawn(rng: np.random.Generator, yard: Yardstick, choice: Choice) -> Keep:
+def _drawn(rng: np.random.Generator, yard: WidthTimer, choice: Choice) -> Keep:
     """Widths around a share of their own for every plan: from nearly dense to nearly empty."""
     share = rng.uniform(0.2, 0.9)
     keep: Keep = {}

@@ -8,57 +8,39 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optin_deploy import __version__
 from optin_deploy.checkpoint.reloading import differs
 from optin_deploy.checkpoint.smaller import fits, intact, save
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
-from optin_deploy.feeds.image_feeds import Pixels
 from optin_deploy.files.names import ARTIFACTS, DENSE, PRUNED
 from optin_deploy.files.storage import sha256_json
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
-from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished, store
-from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import Choice, Keep
-from optin_deploy.pruning.dense import Dense, dense_of, stored_in
 from optin_deploy.pruning.modules import with_weights_of
-from optin_deploy.pruning.networks import Found
 from optin_deploy.pruning.pruning import (
     Cut,
-    Ready,
     check_plan,
     curves_of,
     make,
-    pick,
-    planned,
-    ready_of,
     score,
     score_key,
-    turned,
 )
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.stored import mark
-from optin_deploy.pruning.tokens import least_error, schedules
 from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
-from optin_deploy.structure.labels import TOKENS
-from optin_deploy.structure.turning import KINDS as TURNED
 
 log = logging.getLogger(__name__)
 
@@ -69,86 +51,6 @@ MADE_FROM_MODEL = (
 )
 """What in the output folder a new model.onnx makes stale: artifacts of every engine, and what was measured. Names that
 the user gave, such as `optin report --out model.html`, are none of these."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """The dense network and its data: what every computing stage needs."""
-
-    source: Source
-    dense: Dense
-    ready: Ready
-
-    @cached_property
-    def key(self) -> str:
-        """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
-        return sha256_json([self.ready.key, self.source.seed, __version__, version("torch")])
-
-
-def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
-    """Load network and data, and check that they fit together.
-
-    Args: home: an output folder, whose dense.onnx is read where it is of this very model. other_rows: heads are turned
-        as they are there, though that was done by other rows.
-    Raises: BadInput and its kinds: see errors.py.
-    """
-    dense = dense_of(source, home)
-    network = dense.network
-    probes = probes_of(network, given=Given(source.sizes, {}))
-    found = Found(find(network, probes), tuple(probes))
-    ready = ready_of(
-        found,
-        _rows(dense, source),
-        output=source.output,
-        read_as=source.read_as,
-        pooling=dense.pooling,
-        kinds=tuple(kind for kind in source.units if kind != TOKENS),
-        names=dense.class_names,
-        strict=source.evaluation is not None,
-        metric="perplexity" if dense.task == "text-generation" else None,
-        seed=source.seed,
-    )
-    if set(ready.kinds) & set(TURNED):
-        dense, ready = _turned(dense, ready, home, other_rows=other_rows)
-    prepared = Prepared(source, dense, ready)
-    if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
-        _ = ready.judge  # refuses labels in another order before the long work
-    return prepared
-
-
-def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
-    """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
-    key, stored = sha256_json(["turned", dense.key, ready.key]), None
-    known = None if home is None else finished(home / DENSE)
-    if home is not None and known is not None and (other_rows or known.key == key):
-        stored = stored_in(home, dense.network.source)
-    after = turned(ready, stored)
-    return (replace(dense, network=after.network, key=key) if after.turned else dense), after
-
-
-def _rows(dense: Dense, source: Source) -> Halves:
-    """Rows that teach and rows that judge."""
-    pixels = None
-    if source.mean is not None or source.std is not None:
-        pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
-    own = not source.is_file and pixels is None and source.preprocessor is None
-    size = None if own else source.image_size  # the model's own processor knows it
-    explicit = pixels is not None or size is not None
-    preparation = Preparation(
-        tokenizer=source.tokenizer or dense.tokenizer,
-        preprocessor=source.preprocessor or (None if explicit else dense.processor),
-        pixels=pixels,
-        image_size=size,
-        seq_len=dense.seq_len(source.seq_len),
-        text_column=source.text_column,
-        label_column=source.label_column,
-        pair_column=source.pair_column,
-    )
-    found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))
-    if source.evaluation is None:
-        return found
-    judging = read_judging(dense.network, source.evaluation, found.calibration, preparation)
-    return replace(found, held_out=judging)
 
 
 def dense_stage(workspace: Workspace, prepared: Prepared) -> None:
@@ -238,72 +140,6 @@ class Rewritten:
     """Why there is no model/ of a transformers class; empty: there is one, or the network came as a graph."""
     compensated: bool = True
     reused: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Planner:
-    """Plans from stored scores and curves, within any limits."""
-
-    workspace: Workspace
-    prepared: Prepared
-    choice: Choice
-
-    @cached_property
-    def _scores(self) -> Any:
-        return self.workspace.scores_of(self.prepared.ready.layout)
-
-    @cached_property
-    def _curves(self) -> Any:
-        return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
-
-    def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[Limit]:
-        """Of multiply-accumulates, parameters and bytes; None: with the merges that were asked for."""
-        merges = self.choice.merges if merges is None else merges
-        return limits_within(self.prepared.ready.costs_with(merges), limits)
-
-    @property
-    def merges_freely(self) -> bool:
-        """Whether it is to be found how many tokens are merged."""
-        return TOKENS in self.choice.kinds and not self.choice.merges
-
-    def merging(self, merges: tuple[int, ...]) -> Planner:
-        """The same with these merges."""
-        return replace(self, choice=replace(self.choice, merges=merges))
-
-    def schedules(self) -> list[tuple[int, ...]]:
-        """Merges that are tried."""
-        return schedules(self.prepared.ready, drops=self.choice.drops)
-
-    def least_error(
-        self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]
-    ) -> tuple[tuple[int, ...], Keep]:
-        """See `jobs.tokens.least_error`.
-
-        Raises: InfeasibleBudget.
-        """
-        return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
-
-    def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
-        """Choose what stays; see `jobs.pruning.pick`.
-
-        Raises: BadInput, InfeasibleBudget.
-        """
-        return pick(self.prepared.ready, self._scores, limits, self.choice, self._curves, emptying=emptying)
-
-    def plan(self, limits: Limits, keep: Keep | None = None, noted: Mapping[str, Any] | None = None) -> NetworkPlan:
-        """The plan within these limits.
-
-        Args: keep: what stays, where it was chosen already. noted: more to write down of how it was found.
-        Raises: BadInput, InfeasibleBudget.
-        """
-        if limits.time is not None and keep is None:
-            raise BadInput(f"{limits.time} is measured while planning: give it to optin-export.")
-        ready, merges = self.prepared.ready, self.choice.merges
-        if keep is None and self.merges_freely:
-            merges, keep = self.least_error(lambda some: self.limits(limits, some), self.schedules())
-        chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
-        settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
-        return planned(ready, chosen, self._scores, settings, merges)
 
 
 def rewrite_stage(

@@ -17,7 +17,8 @@ from optin_deploy.common.validation import STORED, read_stored
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
 from optin_deploy.feeds.rows import label_digest
 from optin_deploy.files.storage import sha256_json, write_json, write_text
-from optin_deploy.jobs.stages import Planner, curve_stage
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.stages import curve_stage
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import make

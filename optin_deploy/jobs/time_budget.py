@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import InfeasibleBudget
+from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import BLOCKS, NS
-from optin_deploy.jobs.stages import Planner
 from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, ROUNDS, Round, as_asked, measured_ms
-from optin_deploy.jobs.yardstick import DENSE, Yardstick
+from optin_deploy.jobs.width_timer import DENSE, WidthTimer
 from optin_deploy.measuring.timing import mean_ratio
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit
@@ -32,7 +32,7 @@ class Planning:
     """What planning for a time works with."""
 
     planner: Planner
-    yard: Yardstick
+    yard: WidthTimer
     limits: Limits
     compensation: bool = True
     stage: Stage = silent_stage
@@ -99,7 +99,7 @@ class Planning:
         return self.planner.choice.merges
 
     @property
-    def _yard(self) -> Yardstick:
+    def _yard(self) -> WidthTimer:
         return replace(self.yard, merges=self.merges)
 
     def _freely(self, table: LatencyTable, goal: float) -> tuple[NetworkPlan, list[Round]]:

@@ -45,7 +45,7 @@ def measured_ms(target: TimeTarget, timing: PairTiming, dense_ms: float) -> floa
 
 
 @dataclass(frozen=True)
-class LastWord:
+class TimeVerdict:
     """What the shipped model's own measurement says of the target."""
 
     outcome: Literal["holds", "undecided", "missed", "unstable"]
@@ -62,7 +62,7 @@ class LastWord:
             raise TooUnstable(self.sentence)
 
 
-def judged(target: TimeTarget, measured: Measurement) -> LastWord:
+def judged(target: TimeTarget, measured: Measurement) -> TimeVerdict:
     """Hold the interval of the last measurement against the target, as gates do: only what it excludes is missed."""
     timing = measured.timing
     dense_ms = timing.dense(50)
@@ -74,11 +74,11 @@ def judged(target: TimeTarget, measured: Measurement) -> LastWord:
     told = f"`{target}` is {goal:.4g} ms a batch; measured at the end: {found:.4g} ms, 95% CI {low:.4g} to {high:.4g}."
     again = "Everything is written; measure again on a quieter machine"
     if timing.unstable:
-        return LastWord("unstable", f"{told} But the dense model differs from itself: not to be judged. {again}.")
+        return TimeVerdict("unstable", f"{told} But the dense model differs from itself: not to be judged. {again}.")
     if low > goal:
-        return LastWord("missed", f"{told} That is too slow. {again}, or ask for a little less.")
+        return TimeVerdict("missed", f"{told} That is too slow. {again}, or ask for a little less.")
     if found > goal:
-        return LastWord("undecided", f"{told} The target lies within the interval.")
+        return TimeVerdict("undecided", f"{told} The target lies within the interval.")
     if found < LEAST * goal:
-        return LastWord("holds", f"{told} No plan came nearer, by its steps or by another budget.")
-    return LastWord("holds", told)
+        return TimeVerdict("holds", f"{told} No plan came nearer, by its steps or by another budget.")
+    return TimeVerdict("holds", told)

@@ -41,7 +41,7 @@ SAID = 300
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """Two artifacts and where they are compared; everything checked that can be without running them."""
 
     target: Exporter
@@ -133,7 +133,7 @@ class Contest:
             ) from err
 
 
-def settle(
+def comparison_of(
     baseline: Path,
     candidate: Path | None = None,
     *,
@@ -141,7 +141,7 @@ def settle(
     precision: str | None = None,
     threads: int | None = None,
     points: Sequence[Point] = (),
-) -> Contest:
+) -> Comparison:
     """Find both artifacts, and everything else that was not given: from the pin, if the baseline is one.
 
     Args: baseline: an artifact, an output folder, or a pin. candidate: an artifact or an output folder; None: the
@@ -171,7 +171,7 @@ def settle(
         for point in chosen:
             room = least_bytes(network, make_feeds(inputs, replace(point, batch=1)), precision)
             check_room(room, str(point), point.batch)
-    return Contest(target, precision, threads, baseline, candidate, inputs, chosen)
+    return Comparison(target, precision, threads, baseline, candidate, inputs, chosen)
 
 
 def artifact_of(path: Path, target: Exporter, precision: str | None) -> Path:

@@ -15,8 +15,9 @@ from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
 from optin_deploy.files.storage import atomic_file, json_text, read_json, sha256_json, write_json
 from optin_deploy.files.support_files import support_file
-from optin_deploy.jobs.export import record_samples
-from optin_deploy.jobs.stages import ABOUT, MADE_FROM_MODEL, Prepared, dense_stage, prepare
+from optin_deploy.jobs.prepared import Prepared, prepare
+from optin_deploy.jobs.samples import record_samples
+from optin_deploy.jobs.stages import ABOUT, MADE_FROM_MODEL, dense_stage
 from optin_deploy.jobs.workspace import Workspace, is_job
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read_onnx import read_file

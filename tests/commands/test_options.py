@@ -12,7 +12,7 @@ from optin_deploy import __version__
 from optin_deploy.common.validation import parse_size, positive_number, whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.bench import inputs_in
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.suites import read_suite
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring import room

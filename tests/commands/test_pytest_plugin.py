@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from optin_deploy.measuring import artifacts as measuring
-from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.comparing import comparison_of
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.pytest_plugin import SETTINGS
 from support.made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
@@ -36,7 +36,7 @@ Run = Callable[..., pytest.RunResult]
 def latency(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a test that compares by `arguments`, in a folder with `job`, where these timings are found."""
     folder = copy_of(finished_job(), pytester.path / "job")
-    settle(folder, threads=1).pin(pytester.path / "baseline.json")
+    comparison_of(folder, threads=1).pin(pytester.path / "baseline.json")
 
     def run(arguments: str, *timings: PairTiming, flags: tuple[str, ...] = (), source: str = TEST) -> pytest.RunResult:
         monkeypatch.setattr(measuring, "measure_pair", FakeMeasuring(timings))

@@ -25,7 +25,7 @@ from optin_deploy.data.label_order import at_least, check_order, compared, upper
 from optin_deploy.data.labels import class_index, classifies
 from optin_deploy.errors import BadInput, QualityLimit
 from optin_deploy.feeds.rows import Feeds
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.sweep import Point, smallest_within
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality

@@ -12,7 +12,7 @@ import transformers
 from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from optin_deploy.serving.shipments import Order

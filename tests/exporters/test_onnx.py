@@ -22,7 +22,8 @@ from optin_deploy.exporters.base import Artifact, ExportSpec, Form
 from optin_deploy.exporters.passes.pooled import check_pool
 from optin_deploy.exporters.to_onnx import OnnxExporter
 from optin_deploy.files.storage import sha256_file
-from optin_deploy.jobs.stages import dense_stage, prepare
+from optin_deploy.jobs.prepared import prepare
+from optin_deploy.jobs.stages import dense_stage
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network import sealed
 from optin_deploy.network.examples import example_of

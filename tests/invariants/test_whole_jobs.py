@@ -15,7 +15,7 @@ import optin_deploy
 from benchmarks.zoo.export import export
 from benchmarks.zoo.families import FAMILIES, SIZES
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.request import Request
+from optin_deploy.jobs.job import Job
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.settings import ScoreSettings
@@ -34,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     rows = {each.name: each.values(generator, {**SIZES, "batch": ROWS}).numpy() for each in family.inputs}
     np.savez(home / "rows.npz", **rows)
     source = Source(str(export(request.param, "torchscript").path), calibration=str(home / "rows.npz"))
-    asked = Request(
+    asked = Job(
         source=source,
         limits=Limits(flops=0.6),
         align=4,

@@ -25,10 +25,11 @@ from optin_deploy.exporters.base import Artifact
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.feeds.rows import Batch, Feeds
 from optin_deploy.jobs.building import Built, Forms, Pair, forms_in
-from optin_deploy.jobs.export import export_model, record_samples
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.proving import check_engine
-from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.samples import record_samples
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring import artifacts as measuring
 from optin_deploy.measuring.points import Point
@@ -61,7 +62,7 @@ def text_source() -> Source:
 def run_job(out: Path, source: Source, stage: Stage = silent_stage, **options: Any) -> Any:
     how: dict[str, Any] = {"engine": "torch", "align": 8, "dense": False, **options}
     with one_thread():
-        return export_model(Request(source, **how), out, stage=stage)
+        return export_model(Job(source, **how), out, stage=stage)
 
 
 # what the report says is true
@@ -329,7 +330,7 @@ def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_pat
 
 
 def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished: Path) -> None:
-    from optin_deploy.jobs.export import build_folder
+    from optin_deploy.jobs.folder_build import build_folder
 
     assert (finished / "dense.onnx").is_file()
     build_folder(finished, engine="onnx", dense=False)

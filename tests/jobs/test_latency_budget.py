@@ -15,13 +15,15 @@ from benchmarks.latency import equal_time
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime, OptinError, TooUnstable
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table, read_table, table_at, with_held_out
-from optin_deploy.jobs.request import Request, ready
-from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare, score_stage
+from optin_deploy.jobs.stages import curve_stage, score_stage
 from optin_deploy.jobs.time_budget import Planning
-from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, LastWord, Round, judged
+from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, Round, TimeVerdict, judged
+from optin_deploy.jobs.width_timer import WidthTimer, inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import Yardstick, inputs_of, yardstick
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming, Samples
@@ -71,7 +73,7 @@ Clock = Callable[[Layout, Keep], float]
 
 
 @dataclass(frozen=True, eq=False)
-class FormulaYard(Yardstick):
+class FormulaYard(WidthTimer):
     """Asks the formula instead of the engine."""
 
     clock: Clock = Formula()
@@ -112,7 +114,7 @@ class Scored:
         return TimeCost(table, self.prepared.ready.costs.macs)
 
     def within(
-        self, limits: Limits, table: LatencyTable, yard: Yardstick, allocation: str
+        self, limits: Limits, table: LatencyTable, yard: WidthTimer, allocation: str
     ) -> tuple[NetworkPlan, list[Round]]:
         return Planning(self.planner(allocation), yard, limits).within(table)
 
@@ -453,10 +455,10 @@ def test_the_shipped_model_has_the_last_word(target: TimeTarget) -> None:
 
 def test_only_a_target_that_is_missed_or_not_to_be_judged_is_an_error() -> None:
     for outcome in ("holds", "undecided"):
-        LastWord(outcome, "fine").check()  # type: ignore[arg-type]
+        TimeVerdict(outcome, "fine").check()  # type: ignore[arg-type]
     for outcome in ("missed", "unstable"):
         with pytest.raises(OptinError, match="not fine"):
-            LastWord(outcome, "not fine").check()  # type: ignore[arg-type]
+            TimeVerdict(outcome, "not fine").check()  # type: ignore[arg-type]
 
 
 # --- what a user types
@@ -510,9 +512,9 @@ def test_impossible_wishes_are_refused(shell: Shell, tmp_path: Path, options: li
 @pytest.fixture
 def by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Yardsticks ask the formula: tiny models take as long as their overhead."""
-    monkeypatch.setattr(Yardstick, "clock", Formula(), raising=False)
+    monkeypatch.setattr(WidthTimer, "clock", Formula(), raising=False)
     for name in ("ms", "together", "against_dense"):
-        monkeypatch.setattr(Yardstick, name, vars(FormulaYard)[name], raising=False)
+        monkeypatch.setattr(WidthTimer, name, vars(FormulaYard)[name], raising=False)
 
 
 @pytest.mark.usefixtures("by_formula")
@@ -545,8 +547,8 @@ def test_a_dry_run_says_how_the_time_is_met(shell: Shell, tmp_path: Path) -> Non
 
 def test_a_yardstick_times_what_is_shipped() -> None:
     source = Source(str(bert()), calibration=str(lines()), seq_len=16)
-    asked = ready(Request(source, Limits(flops=0.6), engine="onnx"))
-    with yardstick(asked.prepared, asked.target, asked.spec, Point(2), threads=1) as yard:
+    asked = checked_job(Job(source, Limits(flops=0.6), engine="onnx"))
+    with width_timer(asked.prepared, asked.target, asked.spec, Point(2), threads=1) as yard:
         heads, neurons = (
             [group.name for group in yard.layout.groups if group.kind == kind][:LAYERS] for kind in ("heads", "neurons")
         )
@@ -567,9 +569,9 @@ def test_a_job_within_a_time_leaves_table_plan_and_rounds(
 ) -> None:
     judgements: list[tuple[TimeTarget, int]] = []
 
-    def said(target: TimeTarget, measured: Measurement) -> LastWord:
+    def said(target: TimeTarget, measured: Measurement) -> TimeVerdict:
         judgements.append((target, measured.batch))
-        return LastWord("holds", "It holds.")
+        return TimeVerdict("holds", "It holds.")
 
     monkeypatch.setattr("optin_deploy.jobs.export.judged", said)
     out = tmp_path / "out"

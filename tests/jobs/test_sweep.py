@@ -25,7 +25,9 @@ from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.jobs import sweep as module
-from optin_deploy.jobs.stages import Planner, Prepared, ScoreRequest, prepare
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
+from optin_deploy.jobs.stages import ScoreRequest
 from optin_deploy.jobs.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
@@ -312,7 +314,7 @@ def test_a_precision_that_loses_more_than_max_drop_fails_the_job(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr("optin_deploy.jobs.export._quality", lambda *rest: Quality("accuracy", 1.0, 0.7, 59))
+    monkeypatch.setattr("optin_deploy.jobs.export.quality_of", lambda *rest: Quality("accuracy", 1.0, 0.7, 59))
     data = ("--calibration", lines(), "--eval", judging(), "--seq-len", SEQ_LEN)
     ran = shell("optin-export", classifier(), *data, "--max-drop", 20, "--engine", "torch", "--align", 8,
                 "--no-dense", "--out", out)  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_scorer_of_text_is_judged_by_its_perplexity(writer: Path, tmp_path: Pa
 
 def _perplexities(dense: Path, pruned: torch.nn.Module, out: Path) -> list[float]:
     """By transformers' own loss, over the rows that the job held out."""
-    from optin_deploy.jobs.stages import prepare
+    from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
 
     rows = prepare(Workspace(out).source(), out).ready.rows.held_out

@@ -25,13 +25,15 @@ from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table
-from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import Planner, Prepared, curve_stage, prepare
+from optin_deploy.jobs.stages import curve_stage
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import AIM
+from optin_deploy.jobs.width_timer import WidthTimer, form_at, inputs_of
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import Yardstick, form_at, inputs_of
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming, Samples
 from optin_deploy.network.read_onnx import read_file
@@ -57,7 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job on an image classifier: four of five tokens stay in the mean, and 70% of the MACs."""
     folder = tmp_path_factory.mktemp("tokens") / "job"
     source = Source(model=str(vit()), calibration=str(photos()))
-    export_model(Request(source, Limits(flops=0.7), tokens=0.8, points=(Point(),), threads=1), folder)
+    export_model(Job(source, Limits(flops=0.7), tokens=0.8, points=(Point(),), threads=1), folder)
     return folder
 
 
@@ -164,7 +166,7 @@ FIXED, MERGE = 0.2, 0.03
 
 
 @dataclass(frozen=True, eq=False)
-class CountingYard(Yardstick):
+class CountingYard(WidthTimer):
     """An engine whose time follows from the multiply-accumulates of the very graph that it would be given."""
 
     def ms(self, keep: Keep | None, merges: tuple[int, ...]) -> float:

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.measuring.artifact_inputs import Input, common_inputs, graph_inputs, inputs_of, make_feeds, settled
-from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.comparing import comparison_of
 from optin_deploy.measuring.points import Point
 from support.tiny_checkpoint import finished_job
 
@@ -222,7 +222,7 @@ def test_other_artifacts_need_their_folder(tmp_path: Path) -> None:
 def test_two_artifacts_take_the_same_inputs_in_any_order(tmp_path: Path) -> None:
     one = graph_file(tmp_path / "one.onnx", TEXT)
     other = graph_file(tmp_path / "other.onnx", dict(reversed(TEXT.items())))
-    contest = settle(one, other)
+    contest = comparison_of(one, other)
     assert [each.name for each in contest.inputs] == list(TEXT)
     ids = [(Path("a"), (Input("ids", "int64", (None,), end),)) for end in (50, 20)]
     assert common_inputs(*ids)[0].end_id == 20
@@ -241,7 +241,7 @@ def test_other_inputs_are_refused_with_both_names(
 ) -> None:
     one, other = graph_file(tmp_path / "one.onnx", TEXT), graph_file(tmp_path / "other.onnx", inputs)
     with pytest.raises(BadInput, match=says) as refused:
-        settle(one, other)
+        comparison_of(one, other)
     assert str(one) in str(refused.value)
     assert str(other) in str(refused.value)
 
@@ -255,7 +255,7 @@ def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(measuring, "measure_pair", fake)
     file = graph_file(tmp_path / "image.onnx", {"pixel_values": (FLOAT, ["n", 3, 8, 6])})
     copy = Path(shutil.copy(file, tmp_path / "copy.onnx"))
-    found = settle(file, copy, points=[Point(2)]).run(Limit("max_ratio", 1.05))
+    found = comparison_of(file, copy, points=[Point(2)]).run(Limit("max_ratio", 1.05))
     assert found.to_json()["points"][0]["seq_len"] is None
     assert found.sentence.startswith("2 holds")
     assert [feeds["pixel_values"].shape for feeds in fake.feeds] == [(2, 3, 8, 6)]
@@ -266,14 +266,14 @@ def test_a_pin_covers_weights_in_other_files(tmp_path: Path) -> None:
     file = graph_file(tmp_path / "a.onnx", {"x": (FLOAT, ["n", 2])}, [node], {"w": np.ones(2, np.float32)})
     onnx.save(onnx.load(file), file, save_as_external_data=True, location="w.bin", size_threshold=0)
     pin, data = tmp_path / "baseline.json", tmp_path / "w.bin"
-    assert settle(file).pin(pin).data == {"w.bin": sha256_file(data)}
-    assert settle(pin).baseline == file
+    assert comparison_of(file).pin(pin).data == {"w.bin": sha256_file(data)}
+    assert comparison_of(pin).baseline == file
     content = data.read_bytes()
     data.write_bytes(content[:-1] + b"\x41")
     with pytest.raises(BadInput, match=r"w\.bin, which holds weights of a\.onnx, is not the pinned file"):
-        settle(pin)
+        comparison_of(pin)
     data.unlink()
     with pytest.raises(BadInput, match=r"a\.onnx: weights of 'w' cannot be read: its data file 'w\.bin' is missing"):
-        settle(pin)
+        comparison_of(pin)
     data.write_bytes(content)
-    assert settle(pin).baseline == file
+    assert comparison_of(pin).baseline == file

@@ -14,7 +14,7 @@ import pytest
 
 from optin_deploy.errors import BadInput, GateFailed, TooUnstable
 from optin_deploy.measuring import timing as timing_module
-from optin_deploy.measuring.comparing import settle
+from optin_deploy.measuring.comparing import comparison_of
 from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge, limit_of
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming
@@ -294,15 +294,15 @@ def test_bad_input_exits_2_and_says_what_to_do(
 
 def test_a_negative_number_of_threads_is_refused() -> None:
     with pytest.raises(BadInput, match="--threads -1"):
-        settle(finished_job(), finished_job(), threads=-1)
+        comparison_of(finished_job(), finished_job(), threads=-1)
 
 
 def test_the_length_comes_from_a_plan_of_ours_or_is_128(tmp_path: Path) -> None:
-    assert settle(finished_job() / "dense.onnx").points == (Point(1, 16),)
+    assert comparison_of(finished_job() / "dense.onnx").points == (Point(1, 16),)
     model = Path(shutil.copy(finished_job() / "model.onnx", tmp_path))
-    assert settle(model).points == (Point(1, 128),)
+    assert comparison_of(model).points == (Point(1, 128),)
     (tmp_path / "plan.json").write_text('{"planned_values": {}}')  # another tool's
-    assert settle(model).points == (Point(1, 128),)
+    assert comparison_of(model).points == (Point(1, 128),)
 
 
 # pins
@@ -335,12 +335,12 @@ def test_a_pin_brings_artifact_and_settings_back(shell: Shell, finished: Path, f
     ran = shell("optin", "gate", file, finished / "dense.onnx", "--max-ratio", 1.05)
     assert ran.code == 0, ran.err
     assert [feeds["input_ids"].shape for feeds in measuring.feeds] == [(2, 9), (1, 16)]
-    assert settle(file, finished).threads == 1
+    assert comparison_of(file, finished).threads == 1
     measuring = fake(HOLDS)
     ran = shell("optin", "gate", file, finished, "--max-ratio", 1.05, "--at", "batch=4")
     assert ran.code == 0, ran.err
     assert [feeds["input_ids"].shape for feeds in measuring.feeds] == [(4, 16)]
-    assert settle(file, finished, threads=2).threads == 2
+    assert comparison_of(file, finished, threads=2).threads == 2
 
 
 def test_pin_and_artifact_move_together(shell: Shell, finished: Path, tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_pin_and_artifact_move_together(shell: Shell, finished: Path, tmp_path: 
     there.mkdir()
     shutil.move(finished, there / finished.name)
     with pytest.raises(BadInput, match="is missing"):
-        settle(file)
-    contest = settle(Path(shutil.move(file, there)))
+        comparison_of(file)
+    contest = comparison_of(Path(shutil.move(file, there)))
     assert contest.baseline == there / finished.name / "model.onnx"
 
 
@@ -367,7 +367,7 @@ def test_a_changed_artifact_is_refused_with_both_hashes(shell: Shell, finished: 
     assert dense in ran.err
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
     with pytest.raises(BadInput, match=was):
-        settle(file)
+        comparison_of(file)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_a_pin_that_leads_out_of_its_folder_is_refused(shell: Shell, finished: P
     file = pinned(shell, finished)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"artifact": artifact}))
     with pytest.raises(BadInput, match="own folder"):
-        settle(file)
+        comparison_of(file)
 
 
 def test_a_pin_lies_beside_its_artifact_or_above(shell: Shell, finished: Path, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_a_pin_without_a_field_is_refused(shell: Shell, finished: Path) -> None:
     for name in data:
         file.write_text(json.dumps({k: v for k, v in data.items() if k != name}))
         with pytest.raises(BadInput, match=name):
-            settle(file)
+            comparison_of(file)
 
 
 def test_a_baseline_that_does_not_run_is_not_pinned(shell: Shell, finished: Path) -> None:

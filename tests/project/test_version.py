@@ -44,3 +44,9 @@ def test_the_citation_names_this_version_and_the_changelog_knows_it_or_what_come
     assert citation["version"] == __version__
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[0] in ("Unreleased", __version__)
+
+
+def test_nothing_asks_an_installation_for_our_version() -> None:
+    asking = re.compile(r"""version\(["']optin-deploy["']\)""")
+    paths = [path for folder in ("optin_deploy", "exporters", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in paths if asking.search(path.read_text(encoding="utf-8"))]

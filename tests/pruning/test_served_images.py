@@ -15,7 +15,7 @@ import transformers
 
 import optin_deploy
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.request import Request, ready
+from optin_deploy.jobs.job import Job, checked_job
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import Limits
@@ -188,7 +188,7 @@ def test_where_sizes_are_not_asked_for(tmp_path: Path) -> None:
 def test_engines_with_profiles_refuse_free_heights_and_widths() -> None:
     source = Source(str(vit()), calibration=str(photos()), samples=8, any_size=True)
     with pytest.raises(BadInput, match=r"engine trt-rtx: its profiles name one free size .* with --image-size"):
-        ready(Request(source, Limits(flops=0.9), engine="trt-rtx"))
+        checked_job(Job(source, Limits(flops=0.9), engine="trt-rtx"))
 
 
 def test_engines_that_run_modules_scale_positions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

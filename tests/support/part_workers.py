@@ -25,7 +25,8 @@ import torch
 from optin_deploy.common.progress import Progress
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
-from optin_deploy.jobs.stages import Prepared, score_stage
+from optin_deploy.jobs.prepared import Prepared
+from optin_deploy.jobs.stages import score_stage
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.pruning import pruning

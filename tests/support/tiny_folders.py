@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.jobs.stages import Prepared, prepare
+from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.pruning.modules import PrunedModel
 from optin_deploy.pruning.pruning import make

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, Trainer
 import optin_deploy
 from optin_deploy.data.samples import read_samples
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.export import build_folder, export_model
-from optin_deploy.jobs.request import Request
-from optin_deploy.jobs.stages import prepare
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.folder_build import build_folder
+from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
@@ -250,7 +251,7 @@ def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, she
     source = Source(
         str(model), task="feature-extraction", calibration=str(data), seq_len=16 if kind == "text" else None
     )
-    export_model(Request(source, Limits(flops=0.7), allocation="uniform", points=(), dense=False), tmp_path / "job")
+    export_model(Job(source, Limits(flops=0.7), allocation="uniform", points=(), dense=False), tmp_path / "job")
     found = {}
     for epochs in (0, 8):
         out = tmp_path / f"out{epochs}"

@@ -24,7 +24,7 @@ from optin_deploy.exporters.base import Exporter, ExportSpec, Form
 from optin_deploy.exporters.passes.pooled import pooled
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.jobs.bench import Inputs
-from optin_deploy.jobs.stages import Prepared
+from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.measuring.artifacts import check_runs
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming, Samples, measure_pair, measure_together
@@ -42,8 +42,8 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True, eq=False)
-class Yardstick:
-    """One engine on this device, at one size of input; `yardstick` makes it."""
+class WidthTimer:
+    """One engine on this device, at one size of input; `width_timer` makes it."""
 
     prepared: Prepared
     target: Exporter
@@ -165,9 +165,9 @@ def inputs_of(prepared: Prepared) -> Inputs:
 
 
 @contextmanager
-def yardstick(
+def width_timer(
     prepared: Prepared, target: Exporter, spec: ExportSpec, point: Point, *, threads: int = 0
-) -> Iterator[Yardstick]:
+) -> Iterator[WidthTimer]:
     """Export the dense network and get ready to time others beside it.
 
     Raises: BadInput: the engine does not run here. CannotBuildHere.
@@ -182,7 +182,7 @@ def yardstick(
         if name is None and form.module is None:
             name = form.graph.name
         dense = Path(prepared.source.model) if name is None else target.export(form, spec, scratch / name).path
-        yield Yardstick(prepared, target, spec, point, threads, feeds, dense, scratch)
+        yield WidthTimer(prepared, target, spec, point, threads, feeds, dense, scratch)
 
 
 def check_timeable(target: Exporter, spec: ExportSpec) -> None:

@@ -14,9 +14,9 @@ from optin_deploy.exporters.profiles import Profile
 from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.jobs.building import check_free_sizes, int8_samples
-from optin_deploy.jobs.stages import Prepared, prepare
+from optin_deploy.jobs.prepared import Prepared, prepare
+from optin_deploy.jobs.width_timer import DENSE, check_timeable, inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.jobs.yardstick import DENSE, check_timeable, inputs_of, yardstick
 from optin_deploy.measuring.artifacts import check_threads
 from optin_deploy.measuring.points import Point, check_different
 from optin_deploy.measuring.room import check_room, least_bytes
@@ -36,7 +36,7 @@ CLEARLY = 1.2
 
 
 @dataclass(frozen=True)
-class Request:
+class Job:
     """All that one job is asked for."""
 
     source: Source
@@ -67,96 +67,119 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class CheckedJob:
     """The same, with everything loaded and checked."""
 
-    request: Request
+    job: Job
     target: Exporter
     spec: ExportSpec
     prepared: Prepared
     choice: Choice
 
 
-def ready(request: Request, home: Path | None = None) -> Asked:
+def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
 
     Args: home: the output folder, where an earlier run may have left the exported network.
     Raises: BadInput and its kinds.
     """
-    source, limits, points = request.source, request.limits, request.points
     if home is not None:
         Workspace(home).check_untuned()
-    target = exporter(request.engine)
-    precision = check_precision(target, request.precision)
-    target.check(request.options, request.pool)
-    align = target.align if request.align is None else request.align
-    choice = Choice(source.units, align, request.allocation, drops=source.drop_tokens)
-    check_threads(request.threads)
-    if request.threads:
-        target.threads(request.threads)
-    check_different(points)
-    if limits.time is not None and not target.reads_onnx and (request.tokens is not None or TOKENS in source.units):
+    target = exporter(job.engine)
+    precision = check_precision(target, job.precision)
+    _check_options(job, target)
+    align = target.align if job.align is None else job.align
+    choice = Choice(job.source.units, align, job.allocation, drops=job.source.drop_tokens)
+    prepared = prepare(job.source, home)
+    choice = _fitted(choice, job, prepared)
+    if job.pool is not None:
+        check_pool(prepared.ready.network, job.pool, prepared.dense.pooling)
+    if target.reads_onnx:
+        check_size(prepared.ready.network, precision)
+    if target.has_profiles:
+        check_free_sizes(prepared.ready.network, job.engine)
+    _check_points(job, target, prepared, precision)
+    names = [port.name for port in prepared.ready.network.inputs]
+    samples = int8_samples(prepared.ready.rows.calibration.batches, names) if precision == "int8" else ()
+    spec = ExportSpec(precision, job.pool, job.options, samples, of_module=not target.reads_onnx)
+    checked = CheckedJob(job, target, spec, prepared, choice)
+    if job.limits.time is not None:
+        check_timeable(target, spec)
+        _check_needed(checked)
+    return checked
+
+
+def _check_options(job: Job, target: Exporter) -> None:
+    """Refuse what does not go together, before anything is loaded.
+
+    Raises: BadInput.
+    """
+    time, source = job.limits.time, job.source
+    target.check(job.options, job.pool)
+    check_threads(job.threads)
+    if job.threads:
+        target.threads(job.threads)
+    check_different(job.points)
+    if time is not None and not target.reads_onnx and (job.tokens is not None or TOKENS in source.units):
         raise BadInput(
-            f"engine {request.engine} runs what merges tokens as a graph, and the dense model as its class: a time of "
+            f"engine {job.engine} runs what merges tokens as a graph, and the dense model as its class: a time of "
             "both does not tell what merging saves. Plan for an engine that reads graphs, such as --engine onnx."
         )
-    if limits.time is not None and not (request.dense and points):
-        raise BadInput(f"{limits.time} is measured beside the dense model: leave out --no-dense.")
-    if request.table is not None and limits.time is None:
-        raise BadInput(
-            f"--latency-table {request.table} is for --latency, --speedup or --throughput: give one of them."
-        )
-    prepared = prepare(source, home)
-    network, calibration = prepared.ready.network, prepared.ready.rows.calibration
-    choice = merging(prepared.ready, aligned(prepared.ready.layout, choice, request.align), request.tokens)
-    check(prepared.ready, limits, choice)
+    if time is not None and not (job.dense and job.points):
+        raise BadInput(f"{time} is measured beside the dense model: leave out --no-dense.")
+    if job.table is not None and time is None:
+        raise BadInput(f"--latency-table {job.table} is for --latency, --speedup or --throughput: give one of them.")
+
+
+def _fitted(choice: Choice, job: Job, prepared: Prepared) -> Choice:
+    """Return how widths are chosen in this network, checked against it.
+
+    Raises: BadInput, InfeasibleBudget.
+    """
+    ready = prepared.ready
+    choice = merging(ready, aligned(ready.layout, choice, job.align), job.tokens)
+    check(ready, job.limits, choice)
     if choice.allocation == "curves":
-        judged_samples(calibration.batches)  # enough of them
-    if request.pool is not None:
-        check_pool(network, request.pool, prepared.dense.pooling)
-    if target.reads_onnx:
-        check_size(network, precision)
-    if target.has_profiles:
-        check_free_sizes(network, request.engine)
-    inputs = inputs_of(prepared)
-    for point in points:
+        judged_samples(ready.rows.calibration.batches)  # enough of them
+    return choice
+
+
+def _check_points(job: Job, target: Exporter, prepared: Prepared, precision: str) -> None:
+    """Refuse points and profiles that the network does not take, or that no memory would hold.
+
+    Raises: BadInput.
+    """
+    network, inputs = prepared.ready.network, inputs_of(prepared)
+    for point in job.points:
         settled = inputs.at(point)
         room = least_bytes(network, inputs.feeds(replace(settled, batch=1)), precision)
         check_room(room, str(point), point.batch)
         if target.has_profiles:
-            _check_profiles(request.options.profiles, settled)
-    for profile in request.options.profiles if target.has_profiles else ():
+            _check_profiles(job.options.profiles, settled)
+    for profile in job.options.profiles if target.has_profiles else ():
         longest = profile.up_to(prepared.dense.longest).seq[2]
         seq = longest if inputs.at(Point()).seq is not None else None
         room = least_bytes(network, inputs.feeds(Point(1, seq)), precision)
         check_room(room, f'--profile "{profile}"', profile.batch[2])
-    names = [port.name for port in network.inputs]
-    samples = int8_samples(calibration.batches, names) if precision == "int8" else ()
-    spec = ExportSpec(precision, request.pool, request.options, samples, of_module=not target.reads_onnx)
-    asked = Asked(request, target, spec, prepared, choice)
-    if limits.time is not None:
-        check_timeable(target, spec)
-        _check_needed(asked)
-    return asked
 
 
-def _check_needed(asked: Asked) -> None:
+def _check_needed(asked: CheckedJob) -> None:
     """Refuse a time that the dense network keeps clearly: by its table, or measured here for a few seconds.
 
     Raises: InfeasibleBudget. BadInput: the table is of another network or setting.
     """
-    request, limits = asked.request, asked.request.limits
-    if request.table is not None:
-        table = LatencyTable.read(request.table)
+    job, limits = asked.job, asked.job.limits
+    if job.table is not None:
+        table = LatencyTable.read(job.table)
         table.check(asked.prepared.ready.layout)
     assert limits.time is not None, "there is a time to plan for"
     if limits.time.option == "--speedup" or limits.budgets():
         return
-    point = request.points[0]
-    if request.table is not None:
+    point = job.points[0]
+    if job.table is not None:
         limits.time.check_needed(table.dense_ns / 10**6, point.batch)
         return
-    with yardstick(asked.prepared, asked.target, asked.spec, point, threads=request.threads) as yard:
+    with width_timer(asked.prepared, asked.target, asked.spec, point, threads=job.threads) as yard:
         samples = yard.together((), blocks=2).ms[DENSE]
     dense_ms = percentile([ms for block in samples for ms in block], 50)
     limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)

@@ -1,0 +1,74 @@
+"""Artifacts of an engine for an output folder, proven."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.exporters import check_precision, exporter
+from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.exporters.passes.pooled import check_pool
+from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.to_onnx import check_size
+from optin_deploy.feeds.pooling import POOLED, pooling_in
+from optin_deploy.files.names import DENSE, PRUNED
+from optin_deploy.jobs.building import Built, build, check_free_sizes, forms_in, int8_samples
+from optin_deploy.jobs.origin import check_origin
+from optin_deploy.jobs.prepared import prepare
+from optin_deploy.jobs.proving import check_engine
+from optin_deploy.jobs.samples import recorded
+from optin_deploy.jobs.stages import dense_stage
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.sealed import finished
+from optin_deploy.network.unused import tidied
+
+
+def build_folder(
+    folder: Path,
+    *,
+    engine: str,
+    precision: str | None = None,
+    pool: str | None = None,
+    options: EngineOptions | None = None,
+    dense: bool = True,
+    dry_run: bool = False,
+) -> Built | None:
+    """Export the networks in an output folder and prove the artifacts.
+
+    Args: dry_run: only check that it could be done; returns None.
+    """
+    target = exporter(engine)
+    precision = check_precision(target, precision)
+    options = options or EngineOptions()
+    target.check(options, pool)
+    workspace = Workspace(folder)
+    workspace.read_plan()
+    path = workspace.root / PRUNED
+    network = read_file(path)
+    check_origin(path, "pruned")
+    if pool is not None:
+        check_pool(tidied(network, without=POOLED), pool, pooling_in(workspace.model_folder))
+    if target.has_profiles:
+        check_free_sizes(network, engine)
+    if target.reads_onnx:
+        check_size(network, precision)
+    samples = _int8_samples(workspace) if precision == "int8" else ()
+    if dense and finished(folder / DENSE) is None:
+        prepared = prepare(workspace.source(), folder)
+        if not dry_run:
+            dense_stage(workspace, prepared)
+    if dry_run:
+        return None
+    spec = ExportSpec(precision, pool, options, samples, of_module=not target.reads_onnx)
+    forms = forms_in(workspace, pool, dense=dense)
+    built = build(workspace, target, spec, forms)
+    check_engine(built, forms, [recorded(workspace)])
+    return built
+
+
+def _int8_samples(workspace: Workspace) -> Sequence[Any]:
+    """Calibration rows of a job; they and the dense network must be there."""
+    ready = prepare(workspace.source(), workspace.root).ready
+    return int8_samples(ready.rows.calibration.batches, [port.name for port in ready.network.inputs])

@@ -1,0 +1,107 @@
+"""Load a network with its data: what every computing stage needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from optin_deploy import __version__
+from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.feeds.image_feeds import Pixels
+from optin_deploy.files.names import DENSE
+from optin_deploy.files.storage import sha256_json
+from optin_deploy.network.probe import Given, probes_of
+from optin_deploy.network.sealed import finished
+from optin_deploy.pruning.dense import Dense, dense_of, stored_in
+from optin_deploy.pruning.networks import Found
+from optin_deploy.pruning.pruning import (
+    Ready,
+    ready_of,
+    turned,
+)
+from optin_deploy.pruning.source import Source
+from optin_deploy.structure.find import find
+from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.turning import KINDS as TURNED
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The dense network and its data: what every computing stage needs."""
+
+    source: Source
+    dense: Dense
+    ready: Ready
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
+        return sha256_json([self.ready.key, self.source.seed, __version__, version("torch")])
+
+
+def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
+    """Load network and data, and check that they fit together.
+
+    Args: home: an output folder, whose dense.onnx is read where it is of this very model. other_rows: heads are turned
+        as they are there, though that was done by other rows.
+    Raises: BadInput and its kinds: see errors.py.
+    """
+    dense = dense_of(source, home)
+    network = dense.network
+    probes = probes_of(network, given=Given(source.sizes, {}))
+    found = Found(find(network, probes), tuple(probes))
+    ready = ready_of(
+        found,
+        _rows(dense, source),
+        output=source.output,
+        read_as=source.read_as,
+        pooling=dense.pooling,
+        kinds=tuple(kind for kind in source.units if kind != TOKENS),
+        names=dense.class_names,
+        strict=source.evaluation is not None,
+        metric="perplexity" if dense.task == "text-generation" else None,
+        seed=source.seed,
+    )
+    if set(ready.kinds) & set(TURNED):
+        dense, ready = _turned(dense, ready, home, other_rows=other_rows)
+    prepared = Prepared(source, dense, ready)
+    if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
+        _ = ready.judge  # refuses labels in another order before the long work
+    return prepared
+
+
+def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
+    """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
+    key, stored = sha256_json(["turned", dense.key, ready.key]), None
+    known = None if home is None else finished(home / DENSE)
+    if home is not None and known is not None and (other_rows or known.key == key):
+        stored = stored_in(home, dense.network.source)
+    after = turned(ready, stored)
+    return (replace(dense, network=after.network, key=key) if after.turned else dense), after
+
+
+def _rows(dense: Dense, source: Source) -> Halves:
+    """Rows that teach and rows that judge."""
+    pixels = None
+    if source.mean is not None or source.std is not None:
+        pixels = Pixels(source.mean or (0.0,), source.std or (1.0,))
+    own = not source.is_file and pixels is None and source.preprocessor is None
+    size = None if own else source.image_size  # the model's own processor knows it
+    explicit = pixels is not None or size is not None
+    preparation = Preparation(
+        tokenizer=source.tokenizer or dense.tokenizer,
+        preprocessor=source.preprocessor or (None if explicit else dense.processor),
+        pixels=pixels,
+        image_size=size,
+        seq_len=dense.seq_len(source.seq_len),
+        text_column=source.text_column,
+        label_column=source.label_column,
+        pair_column=source.pair_column,
+    )
+    found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))
+    if source.evaluation is None:
+        return found
+    judging = read_judging(dense.network, source.evaluation, found.calibration, preparation)
+    return replace(found, held_out=judging)
