@@ -110,7 +110,8 @@ entrypoint=$("${buildah[@]}" inspect --type image --format '{{.OCIv1.Config.Entr
 inside optin --help >/dev/null
 inside optin-export --help >"$folder/help.txt"
 grep -q -- --flops "$folder/help.txt" || die "optin-export --help does not explain --flops."
-inside python /docker/make_tiny_checkpoint.py /work/tiny
+# -P: else the folder docker/triton would be the module `triton` that torch looks for.
+inside python -P /docker/make_tiny_checkpoint.py /work/tiny
 inside optin-export /work/tiny --flops 0.6 --at batch=1,seq=16 --samples 16 --seq-len 16 --threads 1 --out /work/out
 for name in model.onnx report.md; do
   inside test -s "/work/out/$name" || die "the export wrote no $name."

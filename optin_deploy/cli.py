@@ -9,12 +9,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from tempfile import NamedTemporaryFile
 from typing import Any, NoReturn
 
 import typer
 
+from optin_deploy import __version__
 from optin_deploy.commands import artifacts, finetuning, gating, networks, planning, profiling, scoring, serving
 from optin_deploy.commands import export as job
 from optin_deploy.commands import show as looking
@@ -95,7 +95,7 @@ def _run(program: Callable[..., object]) -> int:
     quiet_libraries()
     limit_libraries()
     if arguments == ["--version"]:
-        typer.echo(f"optin-deploy {version('optin-deploy')}")
+        typer.echo(f"optin-deploy {__version__}")
         return 0
     try:
         _check_given(arguments)
@@ -152,7 +152,7 @@ def _told(err: Exception) -> int:
 
 def _kept(err: Exception) -> str:
     """Write the traceback to a file, and say where it is and what to do with it."""
-    about = f"optin-deploy {version('optin-deploy')}, Python {platform.python_version()}, {platform.platform()}"
+    about = f"optin-deploy {__version__}, Python {platform.python_version()}, {platform.platform()}"
     lines = [about, shlex.join(sys.argv), *traceback.format_exception(err)]
     try:
         with NamedTemporaryFile("w", prefix="optin-error-", suffix=".txt", delete=False, encoding="utf-8") as file:

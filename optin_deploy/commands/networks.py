@@ -13,6 +13,7 @@ from optin_deploy.commands.options import Writing
 from optin_deploy.commands.parsing import echo
 from optin_deploy.commands.source import NETWORK, Shape, Units, kinds_of, sizes_of
 from optin_deploy.commands.values import options
+from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import si, size
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
@@ -86,6 +87,7 @@ def inspect(
     if picture is not None:
         if picture.suffix.lower() != ".png":
             raise BadInput(f"--picture {picture}: give a file that ends in .png.")
+        require("matplotlib")
         free_name(picture, is_ours, force=writing.force, dry_run=True)
     layout = find(network, sizes=sizes_of(shape))
     if as_json:

@@ -141,7 +141,8 @@ def sweep(
             return
         points = sweep_folder(planner, shares, compensation=making.compensation, stage=stage_bar)
     print_table(HEADER, [point.row for point in points])
-    typer.echo(f"Wrote {folder / 'sweep.csv'} and {folder / 'sweep.png'}.")
+    made = (folder / "sweep.csv", folder / "sweep.png")
+    typer.echo(f"Wrote {' and '.join(str(path) for path in made if path.is_file())}.")
 
 
 REWRITE_EXAMPLES = """

@@ -11,7 +11,7 @@ import typer
 from optin_deploy.commands.options import Folder, Writing
 from optin_deploy.commands.parsing import warn_of_disagreements
 from optin_deploy.commands.values import options
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.reporting.terminal import print_plan, print_table
 
 REPORT_BYTES = 2**22
@@ -149,6 +149,9 @@ def _show_scores(workspace: Any, *, force: bool, dry_run: bool) -> None:
     print_scores(scores)
     picture = workspace.root / "scores.png"
     workspace.record.reserve([picture.name], force=force, dry_run=dry_run)
-    if not dry_run:
-        draw_scores(scores, picture)
-    typer.echo(f"{'would write' if dry_run else 'Wrote'} {picture}")
+    try:
+        if not dry_run:
+            draw_scores(scores, picture)
+        typer.echo(f"{'would write' if dry_run else 'Wrote'} {picture}")
+    except MissingDependency as err:  # the table above says the same
+        typer.echo(f"{picture} was not drawn: {err}")

@@ -6,6 +6,7 @@ import math
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
+from optin_deploy.common.extras import require
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
@@ -35,6 +36,7 @@ def bundled_samples(kind: Literal["text", "image"]) -> tuple[Sample, ...]:
 
 def _draw(index: int) -> Image.Image:
     """One of four families (gradient, waves, discs, blocks of noise) at one of five scales, in two colours."""
+    require("PIL")
     import numpy as np
     from PIL import Image
 

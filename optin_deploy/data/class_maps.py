@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optin_deploy.common.extras import require
 from optin_deploy.data.images import DECODER_ERRORS, IMAGE_EXTENSIONS, entries, upright_size
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import check_size, special_kind
@@ -138,6 +139,7 @@ def _files(folder: Path, root: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> np.ndarray:
+    require("PIL")
     from PIL import Image
 
     try:

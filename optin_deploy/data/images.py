@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optin_deploy.common.extras import require
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import check_name, check_size, short, special_kind
 
@@ -100,6 +101,7 @@ def open_image(path: Path) -> tuple[Image.Image, int]:
 
     Raises: BadInput: it does not open, is too large, or its pixels have no known scale.
     """
+    require("PIL")
     from PIL import Image, ImageOps
 
     try:
@@ -132,6 +134,7 @@ def upright_size(path: Path) -> tuple[int, int]:
 
     Raises: BadInput: it does not open.
     """
+    require("PIL")
     from PIL import Image
 
     try:

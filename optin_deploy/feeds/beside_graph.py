@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from optin_deploy.common.extras import require
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.preprocessor import check_numbers
@@ -176,6 +177,7 @@ def _processor_in(folder: Path) -> Any:
         raise BadInput(f"{folder} holds no {IMAGE_SETTINGS[0]}. {PROCESSOR}")
     for name, fields in settings.items():
         check_numbers(folder / name, fields)
+    require("PIL")
     from PIL import Image
 
     step = "Give --image-size with --mean and --std instead, or the processor's folder as save_pretrained wrote it."

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from optin_deploy.common.extras import require
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.inputs import gives_logits, input_names
@@ -118,6 +119,7 @@ def _tokenizer(folder: Path, model: nn.Module) -> Any:
 
 
 def _image_processor(folder: Path, model: nn.Module) -> Any:
+    require("PIL")
     from PIL import Image
 
     kind: Any = transformers.AutoImageProcessor

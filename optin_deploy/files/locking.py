@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.byte_lock import ByteLock
+from optin_deploy.files.descriptors import WINDOWS, open_flags
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +20,7 @@ ATTEMPTS = 100
 """To open a file in a folder that another process is clearing away at this moment."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Lock:
     """A lock on an open file.
 
@@ -27,8 +29,11 @@ class Lock:
     """
 
     path: Path
-    handle: int
-    """Descriptor of the open file."""
+    handle: int | None
+    """Descriptor of the open file; None: it is closed."""
+
+    def __post_init__(self) -> None:
+        self._bytes = ByteLock(self._open())
 
     def take(self, *, wait: bool = False, shared: bool = False) -> bool:
         """Take it, alone or together with others, or change from one to the other.
@@ -36,28 +41,52 @@ class Lock:
         Returns: False if it is held and `wait` is off.
         """
         try:
-            import fcntl
+            return self._flock(wait, shared)
         except ImportError:
             return True
-        try:
-            fcntl.flock(self.handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return False
         except OSError as err:
             log.warning("no locks on this file system (%s): other processes may do the same work", err)
         return True
 
     def remove(self) -> None:
         """Remove the file, which is empty, of a lock that is held alone."""
-        if self.stands() and os.fstat(self.handle).st_size == 0:
-            self.path.unlink()
+        if self.stands() and os.fstat(self._open()).st_size == 0:
+            if not WINDOWS:
+                self.path.unlink()
+                return
+            self.close()  # Windows removes no file that is open, also if another one opened it: then it stays
+            with suppress(OSError):
+                self.path.unlink()
 
     def stands(self) -> bool:
         """Is this still the file at its path?"""
         try:
-            return os.path.samestat(os.fstat(self.handle), self.path.stat())
+            return os.path.samestat(os.fstat(self._open()), self.path.stat())
         except FileNotFoundError:
             return False
+
+    def close(self) -> None:
+        """Let go of the lock, and of the file."""
+        if self.handle is not None:
+            with suppress(OSError, ImportError):
+                self._bytes.release()
+            os.close(self.handle)
+            self.handle = None
+
+    def _open(self) -> int:
+        assert self.handle is not None, "the lock is closed"
+        return self.handle
+
+    def _flock(self, wait: bool, shared: bool) -> bool:
+        try:
+            import fcntl
+        except ImportError:
+            return self._bytes.take(wait=wait, shared=shared)
+        try:
+            fcntl.flock(self._open(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
 
 
 @contextmanager
@@ -66,22 +95,29 @@ def opened(path: Path) -> Iterator[Lock]:
 
     Raises: BadInput: it is a link, whose target is none of ours, or cannot be made.
     """
-    handle = _open(path)
+    lock = Lock(path, _open(path))
     try:
-        yield Lock(path, handle)
+        yield lock
     finally:
-        os.close(handle)
+        lock.close()
 
 
 def _open(path: Path) -> int:
     """For reading and writing: network file systems give a shared lock only for one, a lock alone for the other."""
+    flags = os.O_RDWR | os.O_CREAT | open_flags("O_NOFOLLOW", "O_NONBLOCK")
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+                raise _not_a_lock(path)
             try:
-                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+                return os.open(path, flags, 0o666)
             except OSError as err:
-                if err.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                if err.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO) and not path.is_dir():
                     raise
-                raise BadInput(f"{path} is a link, a folder or a pipe, where a lock is to be. Remove it.") from err
+                raise _not_a_lock(path) from err
     raise BadInput(f"{path} cannot be made. Look at its folder.")
+
+
+def _not_a_lock(path: Path) -> BadInput:
+    return BadInput(f"{path} is a link, a folder or a pipe, where a lock is to be. Remove it.")

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.byte_lock import ByteLock
+from optin_deploy.files.descriptors import WINDOWS, open_flags
 
 log = logging.getLogger(__name__)
 
@@ -173,26 +175,33 @@ class Record:
 
     def _append(self, line: dict[str, str] | None = None) -> None:
         path = self.root / RECORD
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | open_flags("O_NOFOLLOW")
         try:
+            if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
             handle = os.open(path, flags, 0o666)
         except OSError as err:
             if path.is_symlink() or path.is_dir():
                 raise BadInput(f"{path} is a link or a folder, where our record is to be. Remove it.") from err
             raise
+        lock = ByteLock(handle)
         try:
             if line is not None:
+                if WINDOWS:  # which first looks for the end of a file and then writes: another line may come in between
+                    lock.take(wait=True, shared=False)
                 size = os.fstat(handle).st_size
-                whole = size == 0 or os.pread(handle, 1, size - 1) == b"\n"
+                os.lseek(handle, max(0, size - 1), os.SEEK_SET)
+                whole = size == 0 or os.read(handle, 1) == b"\n"
                 data = f"{'' if whole else chr(10)}{json.dumps(line)}\n".encode()
                 if os.write(handle, data) < len(data):  # without its line, the file would be nobody's of ours later
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 os.fsync(handle)
         finally:
+            lock.release()
             os.close(handle)
 
     def _name(self, path: Path) -> str:
-        return os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))
+        return Path(os.path.relpath(os.path.abspath(path), os.path.abspath(self.root))).as_posix()
 
 
 def beside(path: Path, kind: str = "tmp") -> Path:
@@ -300,7 +309,7 @@ def _is_empty(path: Path) -> bool:
 
 def _is_relative(name: object) -> bool:
     """A relative name that a file can have, and that does not lead out of its folder."""
-    if not isinstance(name, str) or name == "" or os.path.isabs(name) or ".." in Path(name).parts:
+    if not isinstance(name, str) or name == "" or Path(name).anchor or ".." in Path(name).parts:
         return False
     try:
         raw = os.fsencode(name)

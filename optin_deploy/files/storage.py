@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.descriptors import sync
 from optin_deploy.files.ownership import Record, beside, in_the_way, record_all
 
 JSON_LIMIT_BYTES = 64 * 2**20
@@ -44,8 +45,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with _room_on_disk(path):
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            sync(temporary)
             temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
             record = Record.above(path)
             if record is not None:
@@ -73,8 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             for written in (p for p in temporary.rglob("*") if p.is_file()):
-                with written.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(written)
             record_all(temporary)
             owner.make_room(path)
             try:
@@ -141,7 +140,7 @@ def _umask() -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

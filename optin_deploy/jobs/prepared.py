@@ -7,6 +7,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from optin_deploy import __version__
 from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
 from optin_deploy.feeds.image_feeds import Pixels
 from optin_deploy.files.names import DENSE
@@ -37,7 +38,7 @@ class Prepared:
     @cached_property
     def key(self) -> str:
         """Hash of all that a stage's result depends on besides its own options: network, data, versions."""
-        return sha256_json([self.ready.key, self.source.seed, version("optin-deploy"), version("torch")])
+        return sha256_json([self.ready.key, self.source.seed, __version__, version("torch")])
 
 
 def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:

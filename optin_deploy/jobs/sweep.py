@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.validation import STORED, read_stored
-from optin_deploy.errors import BadInput, InfeasibleBudget, QualityLimit
+from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
 from optin_deploy.feeds.rows import label_digest
 from optin_deploy.files.storage import sha256_json, write_json, write_text
 from optin_deploy.jobs.planner import Planner
@@ -24,6 +25,8 @@ from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.tokens import check
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.pictures import draw_sweep
+
+log = logging.getLogger(__name__)
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the MACs, if nothing else is asked."""
@@ -187,6 +190,7 @@ def sweep(
 ) -> list[Point]:
     """Make and judge a network at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
 
+    Without matplotlib there is no sweep.png, which is said.
     Raises: BadInput, InfeasibleBudget.
     """
     check_shares(planner, shares)
@@ -196,7 +200,11 @@ def sweep(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
     write_text(root / "sweep.csv", text.getvalue())
-    draw_sweep([p.kept for p in points], [p.quality for p in points], root / "sweep.png")
+    try:
+        draw_sweep([p.kept for p in points], [p.quality for p in points], root / "sweep.png")
+    except MissingDependency as err:
+        planner.workspace.record.remove("sweep.png")  # of an earlier sweep, perhaps at other shares
+        log.warning("%s was not drawn: %s", root / "sweep.png", err)
     return points
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
+from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import milliseconds
 from optin_deploy.reporting.findings import LatencyRow, SweepRow
 
@@ -47,7 +47,13 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self, unit: str = "") -> Ticks:
-        """Round values, written with their unit; `%` stands for hundredths."""
+        """Round values, written with their unit; `%` stands for hundredths.
+
+        Raises: MissingDependency.
+        """
+        require("matplotlib")
+        from matplotlib.ticker import MaxNLocator
+
         found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
         factor = 100 if unit == "%" else 1
         inside = [float(value) for value in found if self.low <= value <= self.high]

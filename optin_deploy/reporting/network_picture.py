@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optin_deploy.common.extras import require
 from optin_deploy.files.storage import atomic_file
 from optin_deploy.reporting.network_table import summary
 from optin_deploy.structure.blocks import by_block
@@ -55,7 +56,11 @@ class Block:
 
 
 def draw(layout: Layout, path: Path) -> None:
-    """Write a PNG. Large networks are drawn in columns, from left to right, with blocks that look the same as one."""
+    """Write a PNG. Large networks are drawn in columns, from left to right, with blocks that look the same as one.
+
+    Raises: MissingDependency.
+    """
+    require("matplotlib")
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     blocks = blocks_of(layout)

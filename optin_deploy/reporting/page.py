@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from optin_deploy import __version__
+from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import figures, milliseconds, si, size
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
@@ -36,6 +35,7 @@ def write_page(folder: Path, out: Path | None = None, *, force: bool = False, dr
         dry_run: only check that it could be done.
     Returns: the file.
     Raises: BadInput, PlanMismatch: the folder is not finished or damaged, or `out` is no .html file, or not ours.
+        MissingDependency.
     """
     path = out or folder / "report.html"
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
@@ -54,7 +54,13 @@ def _is_page(path: Path) -> bool:
 
 
 def render(found: Findings) -> str:
-    """The page; every text from a file is escaped."""
+    """The page; every text from a file is escaped.
+
+    Raises: MissingDependency.
+    """
+    require("jinja2")
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("optin_deploy", "reporting"),
         autoescape=True,
@@ -83,7 +89,7 @@ def render(found: Findings) -> str:
         sweep=found.sweep,
         sweep_chart=sweep_chart(found.sweep, report.macs.kept) if found.sweep else None,
         report_sha256=found.report_sha256,
-        version=version("optin-deploy"),
+        version=__version__,
     )
 
 

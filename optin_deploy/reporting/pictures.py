@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optin_deploy.common.extras import require
 from optin_deploy.files.storage import atomic_file
 from optin_deploy.reporting.score_table import LIGHT, colour_levels, colour_range, parted, shortened, told
 
@@ -34,7 +35,11 @@ LIGHTEST_LINE = 0.87
 
 
 def draw_scores(scores: UnitScores, path: Path) -> None:
-    """Write a PNG: small groups (groups x units) by colour, large ones as one curve each."""
+    """Write a PNG: small groups (groups x units) by colour, large ones as one curve each.
+
+    Raises: MissingDependency.
+    """
+    require("matplotlib")
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     named, many = parted(scores)[0], [*parted(scores)[1].values()]
@@ -61,7 +66,11 @@ def draw_scores(scores: UnitScores, path: Path) -> None:
 
 
 def draw_sweep(kept: Sequence[float], qualities: Sequence[Quality], path: Path) -> None:
-    """Write a PNG: the metric over the share of the MACs that stays, and the dense model as a line."""
+    """Write a PNG: the metric over the share of the MACs that stays, and the dense model as a line.
+
+    Raises: MissingDependency.
+    """
+    require("matplotlib")
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from optin_deploy.common.extras import require
 from optin_deploy.errors import BadInput
 from optin_deploy.serving.base import Files, Rows
 from optin_deploy.serving.manifest import Manifest
@@ -38,7 +37,10 @@ class KServe(Triton):
         return {"metadata.json": json.dumps(metadata_of(served), indent=2) + "\n", **super().model_files(served, rows)}
 
     def root_files(self, models: Mapping[str, Sequence[Manifest]]) -> Files:
-        """See `Server.root_files`."""
+        """See `Server.root_files`. Raises: MissingDependency."""
+        require("yaml")
+        import yaml
+
         roles = ("pruned", "dense")
         return {
             f"{name}.yaml": yaml.safe_dump(service_of(served[-1]), sort_keys=False)

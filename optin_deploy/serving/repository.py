@@ -82,9 +82,9 @@ class Repository:
                 yield
             finally:
                 if made and not {path.name for path in self.root.iterdir()} - {LOCK, RECORD}:
-                    for name in (RECORD, LOCK):
-                        (self.root / name).unlink(missing_ok=True)
-                    with suppress(OSError):  # another one came at this moment
+                    (self.root / RECORD).unlink(missing_ok=True)
+                    with suppress(OSError):  # another one came at this moment; Windows removes no lock that is held
+                        (self.root / LOCK).unlink(missing_ok=True)
                         self.root.rmdir()
 
     def names(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ next publication of the same finishes it and removes the hidden folder.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.descriptors import sync
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import scratch_folder, sha256_file
 
@@ -66,8 +66,7 @@ class Staging:
     def commit(self) -> None:
         """Move everything to its place, or nothing."""
         for path in (path for path in self.scratch.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         before = {target: _copied(target, self.scratch / f"before-{i}") for i, (_, target) in enumerate(self.moves)}
         done: list[tuple[Path, Path]] = []
         made: list[Path] = []

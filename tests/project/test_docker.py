@@ -14,6 +14,7 @@ import pytest
 import transformers
 import yaml
 
+from optin_deploy import __version__
 from support.dockerfiles import instructions, pins, run, tool, values
 from support.project import ROOT
 
@@ -76,7 +77,7 @@ def test_every_install_keeps_to_the_tested_versions_and_leaves_no_cache(path: Pa
 
 def test_the_gpu_image_takes_tensorrt_from_its_base_and_one_onnxruntime() -> None:
     installed = re.findall(r"'\.\[([\w,-]+)\]'", " ".join(values(DOCKER / "Dockerfile.gpu", "RUN")))
-    assert installed == ["gpu"]
+    assert installed == ["gpu,images,report"]
     assert any("--system-site-packages" in command for command in values(DOCKER / "Dockerfile.gpu", "RUN"))
 
 
@@ -84,7 +85,7 @@ def test_the_gpu_image_takes_tensorrt_from_its_base_and_one_onnxruntime() -> Non
 def test_the_labels_say_what_pyproject_says(path: Path) -> None:
     labels = dict(re.findall(r'org\.opencontainers\.image\.([\w.]+)="([^"]*)"', " ".join(values(path, "LABEL"))))
     said = project()["project"]
-    assert (labels["title"], labels["version"], labels["licenses"]) == (said["name"], said["version"], said["license"])
+    assert (labels["title"], labels["version"], labels["licenses"]) == (said["name"], __version__, said["license"])
 
 
 @every_dockerfile
