@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.job_file import kept_beside, read_job
-from optin_deploy.commands.options import BudgetInTime, Building, Engine, Making, Measuring, Model, Scoring, Writing
+from optin_deploy.commands.options import (
+    BudgetInTime,
+    Building,
+    Engine,
+    Making,
+    Measuring,
+    Model,
+    Scoring,
+    Writing,
+    align_of,
+)
 from optin_deploy.commands.parsing import check_columns, check_plan_options, echo, refuse_idle, warn_if_bundled
 from optin_deploy.commands.source import AllRows
 from optin_deploy.commands.values import options
@@ -86,7 +96,7 @@ def export(
         limits=budget.limits(),
         engine=target.engine.engine,
         precision=target.engine.precision,
-        align=making.align,
+        align=align_of(making.align),
         allocation=making.allocation,
         tokens=making.tokens,
         scoring=scoring.settings(),

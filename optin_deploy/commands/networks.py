@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import Writing
+from optin_deploy.commands.options import Writing, align_of
 from optin_deploy.commands.parsing import echo
 from optin_deploy.commands.source import NETWORK, Shape, Units, kinds_of, sizes_of
 from optin_deploy.commands.values import options
@@ -111,16 +111,17 @@ def inspect(
 
 
 def plan_network(
-    network: str, limits: Limits, how: PlanOfNetwork, *, align: int | None, allocation: str | None, writing: Writing
+    network: str, limits: Limits, how: PlanOfNetwork, *, align: str | None, allocation: str | None, writing: Writing
 ) -> None:
     """Plan a network by magnitude."""
-    from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice
+    from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice, multiples
     from optin_deploy.pruning.planning import plan_network as plan
 
     if how.out is None:
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
     kinds = kinds_of(how.units)
-    choice = Choice(kinds, DEFAULT_ALIGN if align is None else align, "uniform" if allocation is None else allocation)
+    asked = multiples(align_of(align), DEFAULT_ALIGN)
+    choice = Choice(kinds, **asked, allocation="uniform" if allocation is None else allocation)
     sizes, out = sizes_of(how.shape), how.out
     found, layout = plan(network, out, limits, choice, sizes=sizes, force=writing.force, dry_run=writing.dry_run)
     rows = [

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.networks import CutOfNetwork, PlanOfNetwork, plan_network, rewrite_network
-from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing
+from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing, align_of
 from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
@@ -87,7 +87,7 @@ def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
     from optin_deploy.planning.budget import Limits
-    from optin_deploy.planning.widths import Choice, aligned
+    from optin_deploy.planning.widths import Choice, aligned, multiples
     from optin_deploy.pruning.tokens import check, merging
     from optin_deploy.quality.held_out import judged_samples
     from optin_deploy.structure.labels import TOKENS
@@ -95,11 +95,11 @@ def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     workspace = Workspace(folder)
     workspace.read_scores()
     prepared = prepare(judged_by(workspace.source(), making.evaluation), folder)
-    source, multiple = prepared.source, DEFAULT_ALIGN if making.align is None else making.align
+    source, asked = prepared.source, align_of(making.align)
     drops = making.drop_tokens or (source.drop_tokens and (making.tokens is not None or TOKENS in source.units))
-    choice = Choice(source.units, multiple, making.allocation, drops=drops)
+    choice = Choice(source.units, **multiples(asked, DEFAULT_ALIGN), allocation=making.allocation, drops=drops)
     ready = prepared.ready
-    choice = merging(ready, aligned(ready.layout, choice, making.align), making.tokens)
+    choice = merging(ready, aligned(ready.layout, choice, asked), making.tokens)
     workspace.scores_of(ready.layout)
     check(ready, limits or Limits(flops=1.0), choice)
     if making.allocation == "curves":

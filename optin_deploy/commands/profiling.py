@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Writing
+from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Writing, align_of
 from optin_deploy.commands.parsing import check_plan_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
@@ -62,7 +62,7 @@ def profile(
         source=source,
         engine=engine.engine,
         precision=engine.precision,
-        align=table.align,
+        align=align_of(table.align),
         points=(parse_point(table.at),),
         threads=table.threads,
         options=Building(profile=table.profile_sizes).options(),

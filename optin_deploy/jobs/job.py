@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
@@ -24,7 +25,7 @@ from optin_deploy.measuring.stats import percentile
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.latency import LatencyTable
-from optin_deploy.planning.widths import Choice, aligned
+from optin_deploy.planning.widths import Align, Choice, aligned, multiples
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.tokens import check, merging
 from optin_deploy.quality.held_out import judged_samples
@@ -45,7 +46,7 @@ class Job:
     engine: str = "onnx"
     precision: str | None = None
     """None: the engine's first."""
-    align: int | None = None
+    align: Align | None = None
     """Neurons, channels and widths in multiples of this; None: what the engine likes."""
     allocation: str = "curves"
     tokens: float | None = None
@@ -88,8 +89,8 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     target = exporter(job.engine)
     precision = check_precision(target, job.precision)
     _check_options(job, target)
-    align = target.align if job.align is None else job.align
-    choice = Choice(job.source.units, align, job.allocation, drops=job.source.drop_tokens)
+    how: dict[str, Any] = {"drops": job.source.drop_tokens, **multiples(job.align, target.align)}
+    choice = Choice(job.source.units, allocation=job.allocation, **how)
     prepared = prepare(job.source, home)
     choice = _fitted(choice, job, prepared)
     if job.pool is not None:

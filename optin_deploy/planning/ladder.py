@@ -44,12 +44,11 @@ class Ladder:
         return found
 
 
-def ladder(group: UnitGroup, align: int, *, emptying: bool) -> Ladder:
-    """Return the widths of a group: multiples of `align` where its kind is cut in multiples, and all units.
+def ladder(group: UnitGroup, step: int, *, emptying: bool) -> Ladder:
+    """Return the widths of a group: multiples of `step`, and all units.
 
     Args: emptying: whether it may lose all units.
     """
-    step = align if group.kind in ALIGNED else 1
     return Ladder(group.name, group.kind, (*range(0 if emptying else step, group.units, step), group.units))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +42,37 @@ class Choice:
     """Tokens that go behind the attention of each block, as in `planning.plan.NetworkPlan`; none where it is empty."""
     drops: bool = False
     """Whether tokens that go are dropped, not merged."""
+    by_kind: tuple[tuple[str, int], ...] = ()
+    """Multiples of single kinds, in place of `align`."""
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in (*KINDS, TOKENS)]:
             raise BadInput(f"--units {unknown[0]!r}: possible are {', '.join((*KINDS, TOKENS))}.")
         if self.align < 1:
             raise BadInput(f"--align {self.align}: give 1 or more, such as 16.")
+        for kind, multiple in self.by_kind:
+            if kind not in ALIGNED or multiple < 1:
+                raise BadInput(f"--align {kind}={multiple}: possible are {', '.join(ALIGNED)}, each with 1 or more.")
         if self.allocation not in ALLOCATIONS:
             raise BadInput(f"--allocation {self.allocation!r}: possible are {', '.join(ALLOCATIONS)}.")
+
+    def multiple(self, kind: str) -> int:
+        """Return the multiple in which units of a kind stay."""
+        return dict(self.by_kind).get(kind, self.align) if kind in ALIGNED else 1
+
+
+Align = int | Mapping[str, int]
+"""Multiples that are asked for: one of all kinds, or one of each kind that is named."""
+
+
+def multiples(asked: Align | None, usual: int) -> dict[str, Any]:
+    """Return what a `Choice` takes of `--align`.
+
+    Args: usual: the multiple of kinds that are not named.
+    """
+    if isinstance(asked, Mapping):
+        return {"align": usual, "by_kind": tuple(sorted(asked.items()))}
+    return {"align": usual if asked is None else asked}
 
 
 def default_align(layout: Layout, choice: Choice) -> int:
@@ -59,20 +83,23 @@ def default_align(layout: Layout, choice: Choice) -> int:
     return choice.align if widest > choice.align else max(1, widest // 2)
 
 
-def aligned(layout: Layout, choice: Choice, asked: int | None) -> Choice:
-    """Return the choice with the multiple that is asked for; None: with its own, or `default_align`.
+def aligned(layout: Layout, choice: Choice, asked: Align | None) -> Choice:
+    """Return the choice with the multiples that are asked for; others are its own, or `default_align`.
 
     Raises: BadInput: no group has so many units; says the largest that one has.
     """
-    if asked is None:
-        return replace(choice, align=default_align(layout, choice))
-    widest = max((g.units for g in layout.groups if g.kind in choice.kinds and g.kind in ALIGNED), default=asked)
-    if asked > widest:
-        raise BadInput(
-            f"--align {asked}: the widest group that is cut in multiples has {widest} units, so that nothing would go. "
-            f"Give --align {widest} or less."
-        )
-    return replace(choice, align=asked)
+    found = replace(choice, **multiples(asked, default_align(layout, choice)))
+    named: list[tuple[tuple[str, ...], int]] = [((kind,), multiple) for kind, multiple in found.by_kind]
+    for kinds, multiple in named or [(ALIGNED, found.align)]:
+        units = [group.units for group in layout.groups if group.kind in choice.kinds and group.kind in kinds]
+        widest = max(units, default=multiple)
+        if asked is not None and multiple > widest:
+            option = f"--align {kinds[0]}=" if named else "--align "
+            raise BadInput(
+                f"{option}{multiple}: the widest group that is cut in multiples has {widest} units, so that nothing "
+                f"would go. Give {option}{widest} or less."
+            )
+    return found
 
 
 def choose(
@@ -132,7 +159,7 @@ def ladders_of(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -
     Raises: BadInput: there is none.
     """
     chosen = [group for group in layout.groups if group.kind in choice.kinds]
-    ladders = [ladder(group, choice.align, emptying=group.name in emptying) for group in chosen]
+    ladders = [ladder(group, choice.multiple(group.kind), emptying=group.name in emptying) for group in chosen]
     ladders = [each for each in ladders if len(each.counts) > 1]
     if not ladders:
         kinds = ", ".join(sorted({group.kind for group in layout.groups})) or "none"

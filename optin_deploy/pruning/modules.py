@@ -33,7 +33,7 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import Choice, aligned
+from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice, aligned, multiples
 from optin_deploy.pruning import stored
 from optin_deploy.pruning.networks import Found, find_in
 from optin_deploy.pruning.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned
@@ -96,7 +96,7 @@ def prune(
     flops: float | None = None,
     params: float | None = None,
     size: int | None = None,
-    align: int | None = None,
+    align: int | Mapping[str, int] | None = None,
     allocation: str = "curves",
     units: Sequence[str] | None = None,
     tokens: float | None = None,
@@ -119,7 +119,8 @@ def prune(
         flops: share of the dense MACs to keep, in (0, 1]; 0.6 if nothing is limited.
         params: share of the dense parameters to keep, in (0, 1].
         size: most bytes of all weights.
-        align: neurons and channels in multiples of this; default: see `planning.widths.aligned`.
+        align: neurons and channels in multiples of this, or a multiple for each kind, such as {"neurons": 16}; default:
+            see `planning.widths.aligned`.
         allocation: where to cut: `curves`, `uniform` or `paper`; see `planning.widths.Choice`.
         units: kinds of units that may be cut, such as ("heads", "neurons", "qk-width", "v-width"); default: all but
             widths of heads, which no transformers class can hold.
@@ -138,7 +139,11 @@ def prune(
     }
     if units is not None:
         how["kinds"] = _kinds(units)
-    choice = Choice(**how) if align is None else Choice(align=whole(align, "align"), **how)
+    if isinstance(align, Mapping):
+        align = {checked(kind, str, "align") or "": whole(many, f"align of {kind}") for kind, many in align.items()}
+    elif align is not None:
+        align = whole(align, "align")
+    choice = Choice(**how, **multiples(align, DEFAULT_ALIGN))
     scoring = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     compensation = bool(checked(compensation, bool, "compensation"))
     share = None if tokens is None else number(tokens, "tokens")

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from optin_deploy import __version__
+from optin_deploy.commands.options import align_of
 from optin_deploy.common.validation import parse_size, positive_number, whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.bench import inputs_in
@@ -20,7 +22,7 @@ from optin_deploy.measuring.points import Point, parse_point
 from optin_deploy.measuring.room import check_room, least_bytes, widest
 from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import TimeTarget
-from optin_deploy.planning.widths import Choice, aligned
+from optin_deploy.planning.widths import Choice, aligned, ladders_of
 from optin_deploy.pruning.source import Source
 from support.tiny_checkpoint import (
     FFN,
@@ -256,6 +258,40 @@ def test_an_alignment_that_no_group_holds_is_refused() -> None:
         aligned(layout, Choice(), FFN + 1)
     assert aligned(layout, Choice(kinds=("heads",)), FFN + 1), "heads are whole"
     assert aligned(layout, Choice(align=FFN + 1), None).align <= FFN
+    with pytest.raises(BadInput, match=f"--align neurons={FFN + 1}: .* Give --align neurons={FFN} or less"):
+        aligned(layout, Choice(), {"neurons": FFN + 1})
+
+
+def test_kinds_have_multiples_of_their_own() -> None:
+    layout = prepare(Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN)).ready.layout
+    choice = aligned(layout, Choice(("heads", "neurons", "qk-width"), 2), {"neurons": 3})
+    steps = {each.kind: {*np.diff(each.counts[:-1])} for each in ladders_of(layout, choice)}
+    assert steps == {"heads": {1}, "neurons": {3}, "qk-width": {2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("16", 16),
+        ("neurons=16,channels=8", {"neurons": 16, "channels": 8}),
+        ("neurons=4", {"neurons": 4}),
+    ],
+)
+def test_multiples_are_read(text: str | None, expected: object) -> None:
+    assert align_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["x", "", "1.5", "-1", "neurons", "neurons=", "8,16", "neurons=8,neurons=9", "a=1,2"])
+def test_multiples_that_cannot_be_read_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match=r"as in neurons=16,channels=8"):
+        align_of(text)
+
+
+@pytest.mark.parametrize("kind", ["heads", "tokens", "x"])
+def test_only_kinds_that_are_cut_in_multiples_have_one(kind: str) -> None:
+    with pytest.raises(BadInput, match=f"--align {kind}=2: possible are neurons, channels"):
+        Choice(by_kind=((kind, 2),))
 
 
 # --- options that would do nothing
