@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: results and READMEs of the repository are pages too, under the paths by which the documentation names them."""
+"""Hooks of MkDocs: results and READMEs of the repository are pages too, under the paths that documentation names."""
 
 from __future__ import annotations
 

@@ -30,11 +30,11 @@ from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, scales
 
 DAMPING = 1.0
-"""Of the least squares, which are solved for the normal equations."""
+"""Damping of the least squares, which are solved for the normal equations."""
 LARGEST = 10.0
 """Beyond a factor of [-10, 10] nothing more is tuned."""
 FAILED = 3
-"""From this reason on, LSMR stopped without a solution."""
+"""LSMR's reasons from this one on mean that it stopped without a solution."""
 
 
 def rearranged(keep: Keep, gradients: Mapping[str, Tensor]) -> Keep:
@@ -153,7 +153,8 @@ class _Streams:
         return factors if reason < FAILED and bool((factors.abs() <= LARGEST).all()) else None
 
     def _rows(self, product: Solvable, first_token: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each batch, (rows, hidden) that the sum with the residual lacks, and (rows, inputs) that are read."""
+        """Yield for each batch (rows, hidden) that the sum with the residual lacks, and (rows, inputs) that are
+        read."""
         linear, way = product.linear, product.way
         assert way.residual is not None, "a bypassed group's way ends at a residual Add"
         for number, batch in enumerate(self.batches):

@@ -4,7 +4,7 @@ all-MiniLM-L6-v2 on BBC news: all 72 heads and a seeded sample of neurons in eve
 forward a unit), then everything by the sketch as the product does it, several times with other noise, and by four
 rivals on the same samples. Times are CPU seconds of one thread, divided by those of dense forwards between them. Exact
 scores take an hour or more: --exact RESULT.json takes those of an earlier run.
-Run: python -m benchmarks.scoring.accuracy --record
+Run: `python -m benchmarks.scoring.accuracy --record`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Method:
     """Mean over layers of the rho inside."""
     heads_in_a_layer: float
     shared: dict[str, float]
-    """By allocation: share of the units kept at 60% of the MACs that exact keeps too."""
+    """Share of the units kept at 60% of the MACs that exact scores keep too, by allocation."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,17 @@ class Exact:
     """Exact scores of all heads and of the seeded neurons."""
 
     scores: dict[str, list[float]]
-    """By name of group."""
+    """Scores by name of group."""
     seconds: float
-    """Of the scored units."""
+    """Seconds for the scored units."""
     all_forwards: float
     """Extrapolated to all neurons (they are sampled evenly from the layers), in dense forwards."""
     date: str
-    """When they were made."""
+    """Date on which the scores were made."""
 
     @property
     def importance(self) -> Importance:
-        """As tensors."""
+        """The scores as tensors."""
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in self.scores.items()}
 
 
@@ -136,7 +136,7 @@ class Comparison:
 
     units: dict[str, int]
     forward_seconds: float
-    """Of a dense forward over the samples."""
+    """Seconds of a dense forward over the samples."""
     probes: int
     head_samples: int
     rank_stability: dict[str, float]

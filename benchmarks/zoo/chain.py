@@ -1,7 +1,7 @@
 """Real models through the whole job: scored, planned, repaired, cut, proven, exported, measured beside the dense one.
 
 Models come from packages, as ONNX files or as folders of transformers. What is done is kept in files: a run that was
-interrupted goes on where it stood. Run: python -m benchmarks.zoo.chain --flops 0.6 0.4 --record
+interrupted goes on where it stood. Run: `python -m benchmarks.zoo.chain --flops 0.6 0.4 --record`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import stage_bar
 
 TOKENS = 64
-"""Of a text."""
+"""Tokens of a text."""
 COUNTS = Counts(64, 32)
 KEPT = ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds", "notes")
 HEADER = (

@@ -1,7 +1,7 @@
 """Real ONNX files, cut by norms of their weights and measured: what `optin plan --magnitude` and `rewrite` give alone.
 
 Each file gets fixed sizes, so that all engines see the same shapes. The dense side is the file read and written again,
-uncut: exporters' own files lose time to fusions that miss. Run: python -m benchmarks.zoo.faster --record
+uncut: exporters' own files lose time to fusions that miss. Run: `python -m benchmarks.zoo.faster --record`.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ LINE = (48, 240)
 """Height and width of a line of text."""
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold")
 SIDE, PER_SHEET = 32, 10_000
-"""Of the photographs, and of the sheets that they lie in."""
+"""Side of the photographs, and number of photographs on a sheet."""
 RATE, SECONDS = 16_000, 30
-"""Of sounds as Whisper takes them."""
+"""Rate and seconds of sounds as Whisper takes them."""
 TEACHING = ("Front_Left", "Rear_Right", "Side_Left", "Front_Center")
 JUDGING = ("Front_Right", "Rear_Left", "Side_Right", "Rear_Center")
 """Recordings of these words: each word is in both halves, no recording is."""
@@ -172,7 +172,7 @@ def lines(counts: Counts, folder: Path) -> Paths:
 
 
 def sum_of(counts: Counts) -> int:
-    """All rows."""
+    """Number of all rows."""
     return counts.teaching + counts.judging
 
 

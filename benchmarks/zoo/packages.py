@@ -26,7 +26,7 @@ class Package:
     fetch: Callable[[str, Path], None] = from_pypi
 
     def path(self) -> Path:
-        """Where the file lies; fetched if it was not yet.
+        """Path of the file, which is fetched if it was not yet.
 
         Raises: Unavailable.
         """

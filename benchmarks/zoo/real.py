@@ -31,7 +31,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Real:
-    """One file."""
+    """One ONNX file of others."""
 
     name: str
     package: str

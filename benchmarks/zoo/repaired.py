@@ -38,7 +38,7 @@ from optin_deploy.pruning.pruning import curves_of, make, pick, planned, ready_o
 from optin_deploy.scoring.settings import ScoreSettings
 
 ROWS, UNSEEN = 40, 16
-"""That the repairs are fitted on, and that judge them."""
+"""Rows that the repairs are fitted on, and rows that judge them."""
 
 
 @dataclass

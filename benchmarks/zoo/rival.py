@@ -5,7 +5,9 @@ It cuts by matching patterns, given how much to remove: `apply_attention_head_pr
 after its own simplifier, and after its simplifier with fixed sizes; the best of the three counts. Its kept units are
 read from its weights, so that its file can be compared with the network where all others are masked, and with ours.
 
-python -m benchmarks.zoo.rival --record           # needs onnxsim, of the `peers` extra
+Run:
+
+    python -m benchmarks.zoo.rival --record           # needs onnxsim, of the `peers` extra
 """
 
 from __future__ import annotations
@@ -86,9 +88,9 @@ class Result:
     besides: int = 0
     """Weights that it cut along axes which must stay whole, or in the midst of units."""
     runs: int = 0
-    """At how many of the sizes ONNX Runtime runs its file."""
+    """Number of sizes at which ONNX Runtime runs its file."""
     sizes: int = 0
-    """At how many the base can be run."""
+    """Number of sizes at which the base can be run."""
     masked: float | None = None
     """Difference of its file and the masked base; None: nothing to compare."""
     ours: float | None = None

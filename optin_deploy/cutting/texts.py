@@ -31,7 +31,7 @@ from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.tokens import HUNDRED, POINTWISE, SelfAttention, TokenStream
 
 FIRST, LAST, PADDING = 2e9, 1e9, -1e9
-"""Are added to the attention that a token receives."""
+"""Numbers that are added to the attention that a token receives."""
 MEETING = (*POINTWISE, "MatMul", "And", "Or")
 """Operators that align their inputs from the right."""
 RESIZING = ("Reshape", "Expand")
@@ -87,7 +87,7 @@ class Step:
     count: ir.Value
     """Tokens that stay, (1,)."""
     places: ir.Value
-    """Where they stood at first, (samples, count, 1)."""
+    """Original places of these tokens, (samples, count, 1)."""
     standing: ir.Value
     """What is added to the attention that they receive, (samples, count)."""
 

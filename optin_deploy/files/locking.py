@@ -15,7 +15,7 @@ from optin_deploy.errors import BadInput
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100
-"""To open a file in a folder that another process is clearing away at this moment."""
+"""Attempts to open a file in a folder that another process is removing at the same moment."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,8 @@ def opened(path: Path) -> Iterator[Lock]:
 
 
 def _open(path: Path) -> int:
-    """For reading and writing: network file systems give a shared lock only for one, a lock alone for the other."""
+    """Open for reading and writing: network file systems give shared locks only to readers, exclusive ones only to
+    writers."""
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ class Record:
             log.warning("%s was there before; it is kept as %s", path, set_aside(path).name)
 
     def make_room(self, path: Path) -> None:
-        """Before something of ours takes the name `path`: what is there and not ours, or was changed, is set aside."""
+        """Set aside what stands at `path` and is not ours, or was changed, before something of ours takes the name."""
         if _exists(path) and not _is_empty(path) and not self.owns(path):
             self._keep(path)
 

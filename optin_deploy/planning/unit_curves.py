@@ -81,7 +81,7 @@ class _Use:
     products: tuple[Solvable, ...]
     """One, or all that read the same matrix."""
     moments: Moments
-    """Of what they read."""
+    """Moments of what the products read."""
     reach: Tensor
 
     @property

@@ -66,22 +66,22 @@ class Ready:
     rows: Halves
     subject: Subject
     kinds: tuple[str, ...] = DEFAULT_KINDS
-    """Of the groups that may be cut."""
+    """Kinds of the groups that may be cut."""
     names: tuple[str, ...] | None = None
-    """Of the classes, in their order."""
+    """Names of the classes, in their order."""
     strict: bool = False
     """Labels that the network does not know are refused, not left out."""
     metric: Metric | None = None
     """What is measured besides what fits the output."""
     seed: int = 0
-    """Of random directions."""
+    """Seed of random directions."""
     turned: tuple[str, ...] = ()
     """Names of the groups whose widths are turned: they stay from the front."""
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def network(self) -> Network:
-        """As it is."""
+        """The network before anything is cut."""
         return self.found.network
 
     @property
@@ -91,7 +91,7 @@ class Ready:
 
     @cached_property
     def sizes(self) -> dict[Axis, int]:
-        """Of the axes that are free, for one of the widest calibration rows: what multiply-accumulates are of."""
+        """Sizes of the free axes for one of the widest calibration rows, for which multiply-accumulates are counted."""
         return sizes_of(self.found, self.rows.calibration)
 
     @cached_property

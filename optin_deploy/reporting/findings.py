@@ -120,11 +120,11 @@ class LatencyRow:
     realised: float
     samples_ms: Samples
     same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
-    """Of the dense model's two sessions; since schema 2."""
+    """Confidence interval of the ratio of the dense model's two sessions; since schema 2."""
     unstable: bool = False
     dense_engine: str | None = None
     dense_precision: str | None = None
-    """Of the dense model, where they are not those of the pruned one; None: in reports that did not say them."""
+    """Precision of the dense model if it differs from the pruned one's; None in reports that did not say it."""
 
     @property
     def beside(self) -> str:
@@ -165,7 +165,7 @@ class StoredReport:
     memory: Mapping[str, int] = field(default_factory=dict)
     """Highest resident bytes of each stage; absent in reports of earlier versions."""
     groups: tuple[StoredGroup, ...] = ()
-    """Of a network that was cut in its graph."""
+    """Groups of a network that was cut in its graph."""
 
     def __post_init__(self) -> None:
         check_readable(self.schema_version)
@@ -206,15 +206,15 @@ class SweepRow:
     __pydantic_config__ = OF_TEXT
 
     flops: Share
-    """Of the dense MACs, that was allowed."""
+    """Share of the dense MACs that was allowed."""
     kept: Share
-    """That the model takes."""
+    """Share of the dense MACs that the model takes."""
     parameters: PositiveInt
     metric: str
     dense: Metric
     pruned: Metric
     drop: float
-    """Points lost."""
+    """Points of the metric that are lost."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Kept:
     """Units of one kind: which of them stay."""
 
     names: tuple[str, ...]
-    """Of layers or groups."""
+    """Names of layers or groups."""
     stay: tuple[tuple[bool, ...], ...]
     """One row a name."""
 
@@ -281,7 +281,7 @@ def _export(folder: Path) -> str:
 
 
 def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
-    """Of the plan that the report is about."""
+    """Units that stay in the plan that the report is about."""
     plan = _plan_of(folder, report)
     found: dict[str, tuple[list[str], list[tuple[bool, ...]]]] = {}
     for group in report.groups:

@@ -21,7 +21,7 @@ from optin_deploy.reporting.score_table import told
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_rows
 
 GENERATOR = '<meta name="generator" content="optin-deploy">'
-"""In the head of the template: by it a page of ours is known."""
+"""Tag in the head of the template by which a page of ours is recognised."""
 PAGE_HEAD_BYTES = 2**16
 FEW = ("heads", "groups", "queries")
 """Kinds whose units are drawn one by one."""

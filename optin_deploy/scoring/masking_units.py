@@ -74,7 +74,7 @@ def units_at_once(subject: Subject, dense: Dense, samples: int, rows: int | None
 
 
 def _chunks(units: Sequence[int], most: int) -> Iterable[list[int]]:
-    """As few as possible, and about equal."""
+    """Split units into as few chunks as possible, about equal in size."""
     runs = -(-len(units) // most)
     size = -(-len(units) // max(1, runs))
     return (list(units[start : start + size]) for start in range(0, len(units), max(1, size)))

@@ -40,7 +40,7 @@ class Projections:
 
     trajectory: range
     output: range
-    """Where a few directions are exact, they are taken with projection 0."""
+    """Projections of the output; if a few directions are exact, they are taken with projection 0."""
     seed: int = 0
 
 
@@ -107,7 +107,7 @@ def rounding(network: Network) -> Node | None:
 
 
 def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple[list[Gradients], bool]:
-    """Of each projection of the output, its gradient at the value that is compared; and whether they are not random.
+    """Gradient at the compared value for each projection of the output; and whether the projections are not random.
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
     """

@@ -27,7 +27,7 @@ from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis
 
 Key = tuple[Place, int]
-"""Of a site: a node's input, and one of its axes."""
+"""Key of a site: a node's input, and one of its axes."""
 MOST_TOKENS = 512
 """Pictures of more places are compared by so many, drawn for each sample."""
 
@@ -38,9 +38,10 @@ class Site:
 
     place: Place
     position: int
-    """Of the axis with the units."""
+    """Position of the axis with the units."""
     samples: int | None
-    """Of the axis with the samples, each maybe in several parts; None: all samples share the value."""
+    """Position of the axis with the samples, each maybe in several parts; None means that all samples share the
+    value."""
     units: Tensor
     """The unit of each entry along the axis; the number of units where an entry belongs to none."""
 
@@ -128,7 +129,7 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's real numbers."""
+        """Type of the network's real numbers."""
         stored = self.structure.shapes.tensors.get(self.reading.output)
         return self.program.dtype or (torch.float32 if stored is None else stored.dtype)
 
@@ -139,7 +140,7 @@ class Subject:
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[Site, ...]]:
-        """Where each group is masked, by name."""
+        """Sites at which each group is masked, by name of group."""
         return {group.name: tuple(self._sites(group)) for group in self.layout.groups}
 
     @cached_property
@@ -219,12 +220,12 @@ class Dense:
 
     values: Values
     tokens: Mapping[str, Tokens]
-    """By value of the features, those that are compared."""
+    """Compared tokens by value of the features."""
     readout: Readout
     valid: Tensor | None
     """(samples, tokens), 0 or 1, of texts."""
     seconds: float
-    """Of the forward."""
+    """Seconds of the forward."""
 
     def gram(self, feature: Feature, value: Tensor, times: int = 1) -> Tensor:
         """The Gram matrices of a feature in a run of these samples, each so many times."""

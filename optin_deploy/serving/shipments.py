@@ -44,16 +44,17 @@ class Order:
 
     server: str
     out: Path
-    """The repository."""
+    """Folder of the repository."""
     name: str
     version: int | None = None
     """None: the next one."""
     engine: str = "onnx"
     precision: str | None = None
     dense: str = "models"
-    """Where the dense model is served too: as one of two `models`, as one of two `versions`, or not (`none`)."""
+    """Way in which the dense model is served too: one of two `models`, one of two `versions`, or not at all
+    (`none`)."""
     text: bool = False
-    """Also a model that takes texts."""
+    """Whether a model that takes texts is published too."""
     options: ServingOptions = ServingOptions()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:

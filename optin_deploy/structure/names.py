@@ -16,7 +16,7 @@ from optin_deploy.structure.makers import Role, Roles
 Path = tuple[str, ...]
 """Modules from the outermost inwards."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's new exporter writes the modules that a node comes from, as a list in Python's form."""
+"""Key under which torch's new exporter writes the modules that a node comes from, as a list in Python's syntax."""
 SCOPES_CHARACTERS = 10_000
 """A longer list is none of its."""
 CUT = re.compile(r"\.cut\d*$")

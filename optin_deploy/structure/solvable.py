@@ -22,7 +22,7 @@ class Shift:
     value: str
     """Name of the sum, or of what it is added to where both are not apart."""
     factor: float = 1.0
-    """By which the vector is multiplied before."""
+    """Factor by which the vector is multiplied before."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def stored_at(structure: Structure, name: str) -> Stored:
 
 
 def _places(network: Network, name: str) -> Iterator[Place]:
-    """Where the entries of a stored tensor are read in the end."""
+    """Places at which the entries of a stored tensor are finally read."""
     for node, place in network.consumers.get(name, ()):
         if node.op in MOVING and place == 0:
             yield from _places(network, node.outputs[0])

@@ -31,7 +31,8 @@ class SelfAttention:
     keys: str
     """Value of the keys, (samples, heads, width, tokens)."""
     added: tuple[tuple[str, int], ...]
-    """Where something else with axes of tokens meets the scores, such as a mask: what the node gives, and the place."""
+    """Places at which something else with axes of tokens meets the scores, such as a mask: the node's value, and the
+    place."""
     leaves: str
     """The value behind the residual Add, (samples, tokens, features)."""
 

@@ -36,8 +36,8 @@ class Side:
 
     product: Solvable
     entries: np.ndarray
-    """Of the product's outputs if it makes them, else of its inputs: (heads, width, again); `again`: what shares a
-    head, such as queries that one key serves."""
+    """Entries of the product's outputs if it makes them, else of its inputs: (heads, width, again); `again` runs over
+    what shares a head, such as queries that use one key."""
 
 
 @dataclass(frozen=True, eq=False)
