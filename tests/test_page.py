@@ -32,7 +32,8 @@ from optin_deploy.common.formatting import figures, milliseconds, si, size
 from optin_deploy.jobs.sweep import HEADER
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
-from optin_deploy.reporting.findings import LatencyRow, Samples, Side, SweepRow, read_findings
+from optin_deploy.reporting.findings import SweepRow, read_findings
+from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
 from optin_deploy.reporting.page import render
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from optin_deploy.common.formatting import milliseconds
-from optin_deploy.reporting.findings import LatencyRow, SweepRow
+from optin_deploy.reporting.findings import SweepRow
+from optin_deploy.reporting.latency_rows import LatencyRow
 
 WIDTH, HEIGHT = 360, 210
 """Size of a chart: about as wide as a phone, so that text is readable there and larger elsewhere."""

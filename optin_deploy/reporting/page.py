@@ -16,7 +16,8 @@ from optin_deploy.files.ownership import free_name
 from optin_deploy.files.storage import write_text
 from optin_deploy.reporting import charts
 from optin_deploy.reporting.charts import latency_chart, ratio_chart, sweep_chart, units_chart
-from optin_deploy.reporting.findings import Findings, LatencyRow, StoredReport, read_findings
+from optin_deploy.reporting.findings import Findings, StoredReport, read_findings
+from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.reporting.score_table import told
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_rows
 

@@ -20,7 +20,8 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.onnx_data import data_files
 from optin_deploy.network.sealed import finished
 from optin_deploy.pruning.dense import SEQ_LEN
-from optin_deploy.reporting.findings import LatencyRow, StoredReport, read_report
+from optin_deploy.reporting.findings import StoredReport, read_report
+from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
 from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
