@@ -24,10 +24,10 @@ from optin_deploy.planning.widths import Keep
 from optin_deploy.scoring.memory import SHARE, free_bytes
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.branches import bypassed
-from optin_deploy.structure.flow import Contraction
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, scales
+from optin_deploy.structure.structure import Contraction
 
 DAMPING = 1.0
 """Damping of the least squares, which are solved for the normal equations."""

@@ -13,7 +13,8 @@ from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.scoring.subject import Subject, masks_of
+from optin_deploy.scoring.sites import masks_of
+from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.groups import UnitGroup, WeightSlice
 
 KINDS = ("heads", "neurons")

@@ -14,7 +14,7 @@ from optin_deploy.cutting.writing import Writer
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import SIZES, Network, Node
 from optin_deploy.network.pooling_nodes import MASK
-from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.structure import Structure
 from optin_deploy.structure.tokens import HUNDRED, POINTWISE, SelfAttention
 
 FIRST, LAST, PADDING = 2e9, 1e9, -1e9

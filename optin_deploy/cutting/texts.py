@@ -20,8 +20,8 @@ from optin_deploy.cutting.same import check_runs, prove_same
 from optin_deploy.cutting.shortening import Shortening
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.structure import Structure
 from optin_deploy.structure.tokens import HUNDRED, TokenStream
 
 

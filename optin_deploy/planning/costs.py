@@ -16,9 +16,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis
 from optin_deploy.planning.budget import Budget, Limits
 from optin_deploy.planning.polynomial import Known, Polynomial, Terms, Widths, add, terms_of, values
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import Way, way
+from optin_deploy.structure.structure import Structure
 
 MOST = 2**62
 """Largest cost, so that sums fit into 64 bits."""

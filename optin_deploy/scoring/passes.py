@@ -18,7 +18,8 @@ from torch import Tensor
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.run import Cone
 from optin_deploy.network.spans import Spans
-from optin_deploy.scoring.subject import Key, Site, Subject, masks_of
+from optin_deploy.scoring.sites import Key, Site, masks_of
+from optin_deploy.scoring.subject import Subject
 
 Gradients = dict[str, Tensor]
 """Gradients by name of value."""

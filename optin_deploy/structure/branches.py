@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from optin_deploy.network.graph import SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
-from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.makers import Roles
 from optin_deploy.structure.stored import stored_at
+from optin_deploy.structure.structure import Contraction, Structure
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""

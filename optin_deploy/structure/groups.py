@@ -11,7 +11,7 @@ import numpy as np
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.operators import rows
-from optin_deploy.structure.flow import Contraction, Number, Structure
+from optin_deploy.structure.structure import Contraction, Number, Structure
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.structure.branches import projection_of
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)

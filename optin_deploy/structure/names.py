@@ -9,9 +9,9 @@ from functools import cached_property
 
 from optin_deploy.network.graph import Network
 from optin_deploy.network.operators import rows
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.makers import Role, Roles
+from optin_deploy.structure.structure import Structure
 
 Path = tuple[str, ...]
 """Modules from the outermost inwards."""

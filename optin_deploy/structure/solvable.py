@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import Way, own_bias, way_from
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.linear import Linear, linear_of, without
 from optin_deploy.structure.stored import Stored, stored_at
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)

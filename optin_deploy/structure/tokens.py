@@ -12,9 +12,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, flat
 from optin_deploy.network.graph import SIZES, Node, Port
 from optin_deploy.structure.branches import REARRANGING, projection_of, way_from
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.stream import features
+from optin_deploy.structure.structure import Structure
 
 HUNDRED = 100
 """Texts have any number of tokens: of how many they are told."""
