@@ -26,7 +26,8 @@ from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, aligned, choose
 from optin_deploy.pruning.networks import Found
-from optin_deploy.pruning.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned
+from optin_deploy.pruning.pruning import Curves, curves_of, emptiable, make, pick, ready_of, score, turned
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.tokens import least_error, schedules
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject

@@ -39,7 +39,7 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.pruning.networks import Found, find_in
-from optin_deploy.pruning.pruning import sizes_of
+from optin_deploy.pruning.ready import sizes_of
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries
 from optin_deploy.scoring.masking_units import masked_terms
