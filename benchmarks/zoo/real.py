@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.data import minilm_folder
 from benchmarks.zoo.export import cache, quiet
-from benchmarks.zoo.families import Input
+from benchmarks.zoo.family import Input
 
 SECONDS = 600
 """Longest that a package may take to arrive."""

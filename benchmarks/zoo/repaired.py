@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.zoo.cases import FIXED_BATCH
 from benchmarks.zoo.check import BROKEN
 from benchmarks.zoo.export import OPSETS, export
-from benchmarks.zoo.families import FAMILIES, Family
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import Family
 from optin_deploy.cutting.graph import cut
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
