@@ -29,7 +29,8 @@ from benchmarks.zoo.cases import Case, of_dialect, of_family, of_real
 from benchmarks.zoo.check import Outcome, check
 from benchmarks.zoo.export import OPSETS
 from benchmarks.zoo.families import FAMILIES
-from benchmarks.zoo.real import REAL, Unavailable
+from benchmarks.zoo.fetching import Unavailable
+from benchmarks.zoo.real import REAL
 
 Maker = tuple[str, str, Callable[[], Case]]
 COLUMNS = (

