@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -168,6 +168,14 @@ def refused(name: str, domain: str, why: str) -> Row:
 
 CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
 """Why some forms are refused."""
+
+
+def optional(inputs: Sequence[Tensor | None], count: int) -> list[Any]:
+    """Inputs that a file may leave out at the end, with None for each that it does.
+
+    Args: count: how many the row knows; more are returned too.
+    """
+    return [*inputs, *[None] * (count - len(inputs))]
 
 
 def channels_first(node: Node) -> None:
