@@ -1,7 +1,7 @@
 """The demo: make a real sentence embedder smaller, prove that it computes the same, measure, show the quality.
 
 all-MiniLM-L6-v2 with BBC news: calibrated on 320 articles without labels, cut to 60% of its MACs, exported to ONNX,
-timed against the dense model, and judged on articles that calibration never saw. Run: make demo
+timed against the dense model, and judged on articles that calibration never saw. Run: `make demo`.
 """
 
 from __future__ import annotations

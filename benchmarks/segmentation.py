@@ -1,7 +1,7 @@
 """Segmentation models through the whole job: mean IoU, MACs and measured speed, and pictures of what they see.
 
 The models learn shapes on photographs (benchmarks/tasks/scenes.py) once, which takes minutes; what is finished is not
-done again, but measured in every run. Run: python -m benchmarks.segmentation --record
+done again, but measured in every run. Run: `python -m benchmarks.segmentation --record`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Real speed of a pruned folder on ONNX Runtime, and which operators hold the rest of the time.
 
 Takes what `make demo` left (or any output folder) and measures it at batch 1, 8 and 32; then profiles dense and
-pruned by operator. Run: python -m benchmarks.speed out/demo/pruned --record
+pruned by operator. Run: `python -m benchmarks.speed out/demo/pruned --record`.
 """
 
 from __future__ import annotations

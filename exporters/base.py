@@ -29,7 +29,7 @@ class Form:
     module: Path | None = None
     """Folder of the transformers model that computes the same; None: there is none."""
     task: str | None = None
-    """Of that model, where it is a dense one."""
+    """Task of that model, if it is a dense one."""
     longest: int | None = None
     """Tokens that its table of positions holds; None: not known."""
 
@@ -60,9 +60,9 @@ class Artifact:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     sha256: str
-    """Of the file (which holds those of `data`), or of the weights inside the folder."""
+    """Hash of the file (which holds those of `data`), or of the weights inside the folder."""
     size_bytes: int
-    """With `data`."""
+    """Size of the artifact together with `data`."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages that made it."""
     shapes: tuple[tuple[int, int], ...] = ()

@@ -14,7 +14,7 @@ class OnnxEngineExporter(OnnxExporter):
     """What such engines share."""
 
     extra: str
-    """Of the packages that run it: pip install 'optin-deploy[extra]'."""
+    """Name of the extra with the packages that run it: pip install 'optin-deploy[extra]'."""
 
     def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Write the ONNX file, or find it finished.

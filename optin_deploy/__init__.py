@@ -1,11 +1,13 @@
 """optin-deploy: make a trained transformer physically smaller and measurably faster, with no retraining.
 
-pruned = optin_deploy.prune(model, batches, flops=0.6)
-pruned.save("smaller")
-model = optin_deploy.load("smaller")
+Prune, save and load a model, or choose by hand what stays of a network:
 
-layout = optin_deploy.inspect("model.onnx")
-smaller = optin_deploy.cut("model.onnx", {"encoder.layer.0.attention: heads": [0, 2, 3]})
+    pruned = optin_deploy.prune(model, batches, flops=0.6)
+    pruned.save("smaller")
+    model = optin_deploy.load("smaller")
+
+    layout = optin_deploy.inspect("model.onnx")
+    smaller = optin_deploy.cut("model.onnx", {"encoder.layer.0.attention: heads": [0, 2, 3]})
 """
 
 from __future__ import annotations

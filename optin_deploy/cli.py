@@ -60,7 +60,7 @@ COMMANDS = (
     (looking.report, looking.REPORT_EXAMPLES),
     (looking.doctor, looking.DOCTOR_EXAMPLES),
 )
-"""Commands in the order of `--help`, with what stands under each one's own."""
+"""Commands in the order of `--help`, each with the examples below its own help."""
 for command, examples in COMMANDS:
     app.command(epilog=examples)(command)
 

@@ -2,9 +2,9 @@
 
 A cell is one task, calibration seed, method and budget; it is a file with a figure for each test row, so that a run can
 be interrupted and continued, and methods compared row by row (after a change of a method, delete its files). Nothing is
-chosen on test rows. Run: python -m benchmarks.accuracy --minutes 20, as often as needed; --record writes the table and
-its picture.
-GLUE, with a connection: python -m benchmarks.accuracy --glue mrpc --model my-bert-fine-tuned-on-mrpc
+chosen on test rows. Run: `python -m benchmarks.accuracy --minutes 20`, as often as needed; --record writes the table
+and its picture.
+GLUE, with a connection: `python -m benchmarks.accuracy --glue mrpc --model my-bert-fine-tuned-on-mrpc`.
 """
 
 from __future__ import annotations

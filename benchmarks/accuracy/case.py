@@ -26,7 +26,8 @@ from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, aligned, choose
 from optin_deploy.pruning.networks import Found
-from optin_deploy.pruning.pruning import Curves, Ready, curves_of, emptiable, make, pick, ready_of, score, turned
+from optin_deploy.pruning.pruning import Curves, curves_of, emptiable, make, pick, ready_of, score, turned
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.tokens import least_error, schedules
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
@@ -38,7 +39,7 @@ T = TypeVar("T")
 ENGINE = "onnx"
 """Whose widths ours keeps; peers choose freely."""
 OUTPUT = "logits"
-"""Of every task's classifier."""
+"""Output of every task's classifier."""
 Scores = Mapping[str, Tensor]
 """One number a unit by name of group; higher = keep."""
 
@@ -48,7 +49,7 @@ class Case:
     """One network, the calibration rows of one seed, and what several methods and budgets share."""
 
     task: str
-    """Its name."""
+    """Name of the task."""
     model: nn.Module
     """The classifier that the network was read from, for peers that work on modules."""
     found: Found
@@ -75,7 +76,7 @@ class Case:
 
     @cached_property
     def ready(self) -> Ready:
-        """As the product puts them together; no row judges, as the test rows do."""
+        """Network and data as the product puts them together; no row judges, as the test rows do."""
         return turned(ready_of(self.found, Halves(self.calibration, None), seed=self.seed, kinds=self.kinds))
 
     @property
@@ -95,7 +96,7 @@ class Case:
         return self.calibration.batches
 
     def forward_seconds(self) -> float:
-        """Of a dense forward over the calibration rows."""
+        """Seconds of a dense forward over the calibration rows."""
 
         def run() -> None:
             with torch.no_grad():
@@ -107,11 +108,11 @@ class Case:
 
     @property
     def gradients(self) -> dict[str, Tensor]:
-        """Of the labels' loss for the masks of every sample."""
+        """Gradients of the labels' loss with respect to the masks of every sample."""
         return self.shared("gradients", partial(mask_gradients, self.subject, self.batches, self.loss))
 
     def loss(self, outputs: Mapping[str, Tensor], index: int) -> Tensor:
-        """Of each sample of a batch: cross-entropy, or the squared error of a number."""
+        """Loss of each sample of a batch: cross-entropy, or the squared error of a number."""
         logits, labels = outputs[OUTPUT], self.labels[index]
         if labels.is_floating_point():
             return nn.functional.mse_loss(logits[:, 0], labels, reduction="none")

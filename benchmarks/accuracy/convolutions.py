@@ -77,7 +77,7 @@ def cut(name: str, case: Case, ratio: float, *, everywhere: bool) -> nn.Module:
 
 
 def weight_gradients(model: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Of the labels' loss, summed over the calibration rows, by path."""
+    """Gradients of the labels' loss, summed over the calibration rows, by path."""
     for index, batch in enumerate(case.batches):
         case.loss(model(**batch), index).sum().backward()  # type: ignore[no-untyped-call]
     found = {path: parameter.grad for path, parameter in model.named_parameters()}

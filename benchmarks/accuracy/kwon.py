@@ -24,17 +24,17 @@ from optin_deploy.planning.widths import Keep
 from optin_deploy.scoring.memory import SHARE, free_bytes
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.branches import bypassed
-from optin_deploy.structure.flow import Contraction
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, scales
+from optin_deploy.structure.structure import Contraction
 
 DAMPING = 1.0
-"""Of the least squares, which are solved for the normal equations."""
+"""Damping of the least squares, which are solved for the normal equations."""
 LARGEST = 10.0
 """Beyond a factor of [-10, 10] nothing more is tuned."""
 FAILED = 3
-"""From this reason on, LSMR stopped without a solution."""
+"""LSMR's reasons from this one on mean that it stopped without a solution."""
 
 
 def rearranged(keep: Keep, gradients: Mapping[str, Tensor]) -> Keep:
@@ -153,7 +153,8 @@ class _Streams:
         return factors if reason < FAILED and bool((factors.abs() <= LARGEST).all()) else None
 
     def _rows(self, product: Solvable, first_token: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each batch, (rows, hidden) that the sum with the residual lacks, and (rows, inputs) that are read."""
+        """Yield for each batch (rows, hidden) that the sum with the residual lacks, and (rows, inputs) that are
+        read."""
         linear, way = product.linear, product.way
         assert way.residual is not None, "a bypassed group's way ends at a residual Add"
         for number, batch in enumerate(self.batches):

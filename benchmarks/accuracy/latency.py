@@ -1,7 +1,7 @@
 """What the networks of an accuracy run take: each beside the dense one, interleaved, on ONNX Runtime with one thread.
 
 Run `python -m benchmarks.accuracy --networks` first, which keeps the networks of the first seed, then on a quiet
-machine: python -m benchmarks.accuracy.latency out/accuracy/cifar10-.../1024-1500 --name cifar10 --record
+machine: `python -m benchmarks.accuracy.latency out/accuracy/cifar10-.../1024-1500 --name cifar10 --record`.
 """
 
 from __future__ import annotations

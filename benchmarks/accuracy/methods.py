@@ -93,7 +93,7 @@ def kwon(case: Case, flops: float) -> Network:
 
 
 def importance(name: str, case: Case) -> Scores:
-    """Another importance."""
+    """Importance of the units by one of the other methods."""
     if name == "fisher":
         return squared(case.gradients)
     if name == "random":
@@ -118,8 +118,8 @@ RANKINGS = {
     "cifar10": Ranking(wanda=True),
     "cifar10-resnet": Ranking(everywhere=True),
 }
-"""Of onnxsim, by task: those that are nearest to the dense outputs on the calibration rows of seed 0 at 40% of the MACs
-(`python -m benchmarks.accuracy.rankings`)."""
+"""Rankings of onnxsim by task: those that are nearest to the dense outputs on the calibration rows of seed 0 at 40% of
+the MACs (`python -m benchmarks.accuracy.rankings`)."""
 
 
 def onnxsim(case: Case, flops: float) -> onnx.ModelProto:
@@ -157,15 +157,15 @@ PEERS = (
     "magnitude",
     "random",
 )
-"""As published; the others are ours or hold parts of ours."""
+"""Published methods; the others are ours or hold parts of ours."""
 OF_IMAGES = ("ours, tokens alone", "Token Merging", "OPTIN, tokens")
-"""Only where the number of tokens is fixed."""
+"""Methods that need a fixed number of tokens."""
 OWN_PRUNER = ("Torch-Pruning, Taylor", "Torch-Pruning, L1")
-"""By Torch-Pruning's own pruner, which is tried on convolutional networks alone."""
+"""Methods of Torch-Pruning's own pruner, which is tried on convolutional networks alone."""
 OF_CONVOLUTIONS = ("ours", "ours, uniform", "onnxsim", "OPTIN", *OWN_PRUNER)
-"""Of convolutional networks."""
+"""Methods for convolutional networks."""
 ONE_SEED = ("onnxsim",)
-"""Only the first calibration seed: minutes a cell."""
+"""Methods that get the first calibration seed only: they take minutes a cell."""
 ABLATIONS = ("Fisher + ours", "random + ours")
 """What the score alone is worth; only on demand."""
 

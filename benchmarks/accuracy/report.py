@@ -18,7 +18,8 @@ from optin_deploy.reporting.report import to_table
 Cell = tuple[str, int, str, float]
 """Task, seed, method, share of the MACs."""
 Found = dict[Cell, dict[str, Any]]
-"""Of each finished cell: value (the metric), rows (a figure for each test row), calibration_rows, stages (seconds)."""
+"""Finished cells, each with value (the metric), rows (a figure for each test row), calibration_rows, stages
+(seconds)."""
 DENSE, OURS, PUBLISHED = "dense", "ours", "OPTIN"
 
 
@@ -69,7 +70,7 @@ def page(found: Found, refused: Mapping[Cell, str] | None = None) -> str:
 
 
 def _first(refused: Mapping[Cell, str]) -> Iterator[tuple[Cell, str]]:
-    """Of each task, method and budget, the reason of its first seed."""
+    """Yield the reason of the first seed for each task, method and budget."""
     seen = set()
     for (task, seed, method, flops), why in refused.items():
         if (task, method, flops) not in seen:
@@ -167,10 +168,10 @@ def _gone(lost: Mapping[tuple[str, float], float], budgets: Sequence[float]) -> 
 
 
 def _values(found: Found, task: str, method: str, flops: float) -> list[float]:
-    """Of each seed."""
+    """Metrics of a method, one for each seed."""
     return [cell["value"] for (t, _, m, f), cell in found.items() if (t, m, f) == (task, method, flops)]
 
 
 def _rows(found: Found, task: str, method: str, flops: float) -> dict[int, Sequence[float]]:
-    """By seed, each test row's figure."""
+    """Figures of each test row, by seed."""
     return {s: cell["rows"] for (t, s, m, f), cell in found.items() if (t, m, f) == (task, method, flops)}

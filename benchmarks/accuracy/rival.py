@@ -40,7 +40,7 @@ OPSET = 20
 BATCH = 32
 """Rows at once, as the tasks make them."""
 FUSES = ("fuse_qkv", "fuse_attention")
-"""Of its simplifier: they make products of attention that its own cut does not know in this form."""
+"""Passes of its simplifier that make products of attention which its own cut does not know in this form."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _shapes(network: Network, names: Sequence[str], feeds: Mapping[str, Tensor])
 
 
 def _alive(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without nodes whose results nobody reads."""
+    """Remove nodes whose results nobody reads."""
     while True:
         read_names = {name for node in model.graph.node for name in node.input}
         read_names |= {output.name for output in model.graph.output}
@@ -215,7 +215,7 @@ def _onnxsim() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without notes of exporters."""
+    """Silence notes of exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

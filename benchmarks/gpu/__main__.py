@@ -4,11 +4,12 @@ Results go to OUT/cells.jsonl as they come, and at the end to OUT/gpu.json and O
 with the cells that this device (with this torch) has no row for.
 
 Examples:
-  python -m benchmarks.gpu --minutes 9                      measure by priority for nine minutes
-  python -m benchmarks.gpu --list --only 'graph/fp16/b32'   show what a choice would measure, and in which order
-  python -m benchmarks.gpu --only table --again             measure all latency tables anew
-  python -m benchmarks.gpu --minutes 0 --record             write the committed report from what is there
-  python -m benchmarks.gpu --smoke --out /tmp/smoke         try the suite on a CPU, in seconds
+
+    python -m benchmarks.gpu --minutes 9                      measure by priority for nine minutes
+    python -m benchmarks.gpu --list --only 'graph/fp16/b32'   show what a choice would measure, and in which order
+    python -m benchmarks.gpu --only table --again             measure all latency tables anew
+    python -m benchmarks.gpu --minutes 0 --record             write the committed report from what is there
+    python -m benchmarks.gpu --smoke --out /tmp/smoke         try the suite on a CPU, in seconds
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Cell:
 
     @property
     def limit_s(self) -> float:
-        """After this the cell counts as hung."""
+        """Seconds after which the cell counts as hung."""
         return 60 + 4 * self.seconds
 
     def to_json(self) -> dict[str, Any]:

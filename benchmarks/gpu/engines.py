@@ -57,7 +57,7 @@ class MainOutput(nn.Module):
         self.eval()  # a fresh module is in training mode
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Returns: `last_hidden_state`."""
+        """Return `last_hidden_state`."""
         states: Tensor = self.model(**inputs).last_hidden_state
         return states
 

@@ -24,7 +24,7 @@ PRECISIONS = ("fp32", "tf32", "fp16")
 
 @contextmanager
 def ort_cuda(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """ONNX Runtime's CUDA provider. (run() waits for the work, so call and back-to-back times are alike.)"""
+    """ONNX Runtime's CUDA provider; run() waits for the work, so call and back-to-back times are alike."""
     need_cuda("ort-cuda", inputs)
     options = {"use_tf32": str(int(precision == "tf32"))}
     with tempfile.TemporaryDirectory() as folder:

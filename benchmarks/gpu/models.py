@@ -132,12 +132,12 @@ class Costs:
 
     @property
     def dense(self) -> int:
-        """Of the whole model."""
+        """MACs of the whole model."""
         layers = self.recipe.layers
         return self.fixed + layers * (self.recipe.heads * self.head + self.recipe.neurons * self.neuron)
 
     def of(self, plan: Plan) -> int:
-        """Of what a plan keeps."""
+        """MACs of what a plan keeps."""
         heads, neurons = (sum(map(len, kept)) for kept in (plan.heads, plan.neurons))
         return self.fixed + heads * self.head + neurons * self.neuron
 

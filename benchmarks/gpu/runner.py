@@ -20,7 +20,7 @@ class Worker(Protocol):
         """Run a cell."""
 
     def close(self, *, patience_s: float = 10.0) -> None:
-        """End it."""
+        """End the worker."""
 
 
 def run_cells(

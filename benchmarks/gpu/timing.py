@@ -14,7 +14,8 @@ from optin_deploy.measuring.device_clock import Timer, stretch_runs
 from optin_deploy.measuring.stats import bootstrap_ci, percentile, throughput
 
 WARMUP_SHARE = 0.2
-"""Of the timed seconds, all variants in turn before anything counts: clocks rise, caches and allocators settle."""
+"""Share of the timed seconds in which all variants run in turn before anything counts: clocks rise, caches and
+allocators settle."""
 FIRST_RUNS = 4
 """Untimed runs of each variant; torch.compile's CUDA graphs are recorded in the first three."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 60

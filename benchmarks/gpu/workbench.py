@@ -11,7 +11,7 @@ from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.models import MODELS, PRUNED, Costs, Plan, build, costs, cut, model_inputs, pruning_plan
 
 SEED = 0
-"""Of weights, plans, inputs and orders; written into each result."""
+"""Seed of weights, plans, inputs and orders; written into each result."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """A worker process: cells come in on stdin, one JSON a line, results go out on stdout the same way.
 
 It lives apart from the parent because a CUDA error stays with its process. Any failure but a skip ends it.
-Run by the parent: python -m benchmarks.gpu.worker --device cuda
+Run by the parent: `python -m benchmarks.gpu.worker --device cuda`.
 """
 
 from __future__ import annotations

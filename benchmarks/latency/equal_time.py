@@ -3,7 +3,7 @@
 A plan is looked for as `optin-export --speedup` does. Then the budget in MACs is sought whose plan takes as long,
 measured beside it, or up to 2% longer: what luck there is, the MACs get. Both are compensated on the same rows and
 judged on the same test rows. A finished cell is a file and is not made again. Run, as often as needed:
-python -m benchmarks.latency.equal_time --minutes 30
+`python -m benchmarks.latency.equal_time --minutes 30`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SLACK = 0.02
 """The plan by MACs may take so much longer."""
 TRIES = 5
 STEP = 0.0025
-"""Of the share of the MACs that is sought."""
+"""Step of the share of the MACs that is sought."""
 BY_TIME, BY_MACS = "time", "MACs"
 
 

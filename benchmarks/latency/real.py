@@ -1,7 +1,7 @@
 """The protocol on real sessions: a model beside itself, again and again, and the dense model where a pruned one stood.
 
 Does the interval hold 1 where nothing differs, and does a gate at 1.05 fail what is slower and nothing else?
-Run: python -m benchmarks.latency.real --runs 20 --swaps 5
+Run: `python -m benchmarks.latency.real --runs 20 --swaps 5`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIMIT = Limit("max_ratio", 1.05)
 KEPT = 0.75
 """Share of the heads and neurons that the smaller model of a swap keeps."""
 MUST_COVER = 0.85
-"""Of A/A runs: 17 of 20."""
+"""Least share of A/A runs whose interval must hold 1: 17 of 20."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Run:
     """Candidate / baseline time."""
     ci95: tuple[float, float]
     verdict: str
-    """Of the gate at LIMIT."""
+    """Verdict of the gate at LIMIT."""
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 ONNX Runtime fuses a residual sum with the LayerNorm after it only where the file, or the runtime itself, knows their
 shapes. Dense and pruned files are timed both ways, by turns, in fresh sessions.
-Run: python -m benchmarks.latency.shapes --record
+Run: `python -m benchmarks.latency.shapes --record`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.runtimes.base import Feeds
 
 SHARES = (1.0, 0.6, 0.4, 0.25)
-"""Of the units of every group."""
+"""Kept shares of the units of every group."""
 POINTS = ("batch=1,seq=40", "batch=1,seq=128", "batch=8,seq=128")
 
 
@@ -49,7 +49,7 @@ class Row:
     """Time without shapes / time with them."""
     ci95: tuple[float, float]
     largest_difference: float
-    """Of the outputs."""
+    """Largest difference of the outputs."""
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 `measure_pair` and `judge` run as they are; only clock and runtimes are invented. Each session of a model draws a lucky
 or unlucky placement for its block, the machine's speed drifts, runs vary, and some take much longer. Every run follows
-from its seed, so none is stored. Run: python -m benchmarks.latency.simulated
+from its seed, so none is stored. Run: `python -m benchmarks.latency.simulated`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optin_deploy.reporting.terminal import stage_bar
 from optin_deploy.runtimes.base import Closing, Feeds
 
 RUN_SECONDS, OPEN_SECONDS = 0.02, 0.05
-"""Of one run and one opening, before luck, drift and noise."""
+"""Seconds of one run and of one opening, before luck, drift and noise."""
 NOISE = 0.01
 """Sigma of the lognormal factor of every run."""
 TAIL_SHARE, TAIL_FACTORS = 0.01, (1.5, 3.0)

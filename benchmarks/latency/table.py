@@ -1,6 +1,6 @@
 """How well the latency table predicts: random plans with other widths in every layer, predicted and measured.
 
-Run: python -m benchmarks.latency.table --model bert-base --engine onnx --plans 20
+Run: `python -m benchmarks.latency.table --model bert-base --engine onnx --plans 20`.
 """
 
 from __future__ import annotations

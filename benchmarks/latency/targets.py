@@ -2,7 +2,7 @@
 
 A plan is looked for as `optin-export --speedup` does, and what it found is measured once more, on its own. Scores and
 curves are made once a model; a finished target is a file and is not measured again. Run:
-python -m benchmarks.latency.targets --minutes 30
+`python -m benchmarks.latency.targets --minutes 30`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
-"""Of the dense model's time."""
+"""Target shares of the dense model's time."""
 HINT = "It will be measured again."
 
 
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def holds(self) -> bool:
-        """At most the target, and within 5% of it."""
+        """Whether the time is at most the target, and within 5% of it."""
         return self.refused is None and LEAST * self.share <= self.measured <= self.share
 
 

@@ -4,55 +4,49 @@ all-MiniLM-L6-v2 on BBC news: all 72 heads and a seeded sample of neurons in eve
 forward a unit), then everything by the sketch as the product does it, several times with other noise, and by four
 rivals on the same samples. Times are CPU seconds of one thread, divided by those of dense forwards between them. Exact
 scores take an hour or more: --exact RESULT.json takes those of an earlier run.
-Run: python -m benchmarks.scoring.accuracy --record
+Run: `python -m benchmarks.scoring.accuracy --record`.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
 from benchmarks.record import RESULTS, write_result
+from benchmarks.scoring.agreement import Method, kept_shared, mean_of, rhos
 from benchmarks.scoring.clock import Clock
+from benchmarks.scoring.exact import Exact, earlier, exactly
 from benchmarks.scoring.rivals import KINDS, RIVALS, Importance, Loss, Rival, groups_of
 from optin_deploy.checkpoint.loading import load_model
-from optin_deploy.common.environment import environment
 from optin_deploy.common.progress import Progress
 from optin_deploy.data.samples import Sample
-from optin_deploy.errors import BadInput
 from optin_deploy.feeds.feeds import Drawing, Preparation, read_feeds
 from optin_deploy.feeds.rows import Batch, Feeds, rows_of
-from optin_deploy.files.storage import read_json
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, costs_of, limits_within
-from optin_deploy.planning.widths import Choice, choose
+from optin_deploy.planning.costs import costs_of, limits_within
 from optin_deploy.pruning.networks import Found, find_in
-from optin_deploy.pruning.pruning import sizes_of
+from optin_deploy.pruning.ready import sizes_of
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries
-from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject, valid_of
-from optin_deploy.scoring.terms import Terms, TermWeights, combined, mean_scores
+from optin_deploy.scoring.terms import Terms
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.groups import UnitGroup
 
 FLOPS = 0.6
-Units = Mapping[UnitGroup, Sequence[int]]
 MUST = {
     "Spearman, neurons": 0.99,
     "Spearman, heads": 0.97,
@@ -94,49 +88,12 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to score, against exact."""
-
-    name: str
-    seconds: float
-    forwards: float
-    neurons: float
-    """Spearman's rho over the exactly scored neurons of all layers."""
-    heads: float
-    """The same, heads."""
-    neurons_in_a_layer: float
-    """Mean over layers of the rho inside."""
-    heads_in_a_layer: float
-    shared: dict[str, float]
-    """By allocation: share of the units kept at 60% of the MACs that exact keeps too."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Exact scores of all heads and of the seeded neurons."""
-
-    scores: dict[str, list[float]]
-    """By name of group."""
-    seconds: float
-    """Of the scored units."""
-    all_forwards: float
-    """Extrapolated to all neurons (they are sampled evenly from the layers), in dense forwards."""
-    date: str
-    """When they were made."""
-
-    @property
-    def importance(self) -> Importance:
-        """As tensors."""
-        return {name: torch.tensor(values, dtype=torch.float64) for name, values in self.scores.items()}
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Exact scoring and everything compared with it."""
 
     units: dict[str, int]
     forward_seconds: float
-    """Of a dense forward over the samples."""
+    """Seconds of a dense forward over the samples."""
     probes: int
     head_samples: int
     rank_stability: dict[str, float]
@@ -219,43 +176,6 @@ def neurons_alone(subject: Subject, batches: Sequence[Batch], told: Mapping[str,
         return slope_terms(subject, batches, some, groups=groups_of(subject), dtype=dtype, progress=progress)
 
 
-def exactly(subject: Subject, batches: Sequence[Batch], units: Units, kl_weight: float, clock: Clock) -> Exact:
-    """Score these units one by one."""
-
-    def work(some: Units, progress: Progress) -> Terms:
-        with torch.no_grad():
-            return combined([[masked_terms(subject, batches, some, progress=progress)]])
-
-    scores: dict[str, list[float]] = {}
-    seconds = whole = 0.0
-    for kind in KINDS:
-        some = {group: chosen for group, chosen in units.items() if group.kind == kind}
-        terms, spent = clock(f"exact, {kind}", partial(work, some))
-        means = mean_scores(terms, tuple(some), TermWeights((1.0,) * len(some), kl_weight))
-        scores |= {g.name: mean[list(c)].tolist() for (g, c), mean in zip(some.items(), means, strict=True)}
-        seconds += spent
-        whole += spent * sum(group.units for group in some) / sum(map(len, some.values()))
-    return Exact(scores, seconds, whole / clock.forward, str(environment()["date"]))
-
-
-def earlier(path: Path, settings: Mapping[str, int]) -> Exact:
-    """Exact scores of a result file.
-
-    Raises: BadInput: of other samples or units.
-    """
-    data = read_json(path, "Give a scoring_accuracy.json.")
-    if data["settings"] != settings:
-        raise BadInput(f"--exact {path}: made with {data['settings']}, not {settings}.")
-    return Exact(**data["exact"])
-
-
-def mean_of(name: str, draws: Sequence[Method]) -> Method:
-    """Every figure's mean."""
-    mean = {f.name: statistics.mean(getattr(draw, f.name) for draw in draws) for f in fields(Method)[1:-1]}
-    shared = {key: statistics.mean(draw.shared[key] for draw in draws) for key in draws[0].shared}
-    return Method(name, **mean, shared=shared)
-
-
 def _sketched(subject: Subject, batches: Sequence[Batch], draw: int, progress: Progress) -> UnitScores:
     return score_units(subject, batches, ScoreSettings(seed=draw), kinds=KINDS, progress=progress)
 
@@ -286,35 +206,6 @@ def probe_loss(subject: Subject, feeds: Feeds) -> Loss:
         return torch.nn.functional.cross_entropy(logits, labels[index], reduction="none")
 
     return loss
-
-
-def rhos(pairs: Mapping[str, Sequence[tuple[Tensor, Tensor]]]) -> tuple[float, float, float, float]:
-    """Spearman's rho of neurons and of heads over all layers, and their mean inside a layer."""
-    both = (pairs["neurons"], pairs["heads"])
-    whole = [rho(torch.cat([a for a, _ in some]), torch.cat([b for _, b in some])) for some in both]
-    inside = [statistics.mean(rho(a, b) for a, b in some) for some in both]
-    return whole[0], whole[1], inside[0], inside[1]
-
-
-def rho(exact: Tensor, found: Tensor) -> float:
-    """Spearman's rank correlation."""
-    return float(spearmanr(exact.numpy(), found.numpy()).statistic)
-
-
-def kept_shared(subject: Subject, limits: Sequence[Limit], truth: Importance, estimate: Importance) -> dict[str, float]:
-    """Share of kept units that two scores have in common, by allocation, if each scored neuron stands for its share."""
-    layout, shared = subject.layout, {}
-    stands = {
-        group.name: np.arange(group.units) * len(truth[group.name]) // group.units for group in groups_of(subject)
-    }
-    for allocation in ("uniform", "paper"):
-        kept = []
-        for scores in (truth, estimate):
-            full = {name: scores[name].numpy()[places] for name, places in stands.items()}
-            found = choose(layout, full, limits, Choice(kinds=KINDS, align=1, allocation=allocation))
-            kept.append({(name, unit) for name, s in stands.items() for unit in found.get(name, range(len(s)))})
-        shared[allocation] = len(kept[0] & kept[1]) / max(map(len, kept))
-    return shared
 
 
 def page(found: Comparison, samples: int, seq_len: int) -> str:

@@ -64,7 +64,7 @@ class Clock:
         return self._rows
 
     def _forward(self) -> None:
-        """Of the next batch."""
+        """Run and time a forward of the next batch."""
         batch = self.batches[self._turn % len(self.batches)]
         self._turn += 1
         started = time.process_time()

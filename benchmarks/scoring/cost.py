@@ -3,7 +3,7 @@
 Random weights (12 layers, 12 heads, hidden 768, FFN 3072) on random tokens: time and memory do not depend on them, but
 the stop rule does. Times are CPU seconds of one thread, divided by those of dense forwards between them. Memory is the
 growth of resident memory of a fresh process on one micro-batch, beside that of an ordinary forward and backward with
-all activations kept and no weight gradients. Run: python -m benchmarks.scoring.cost
+all activations kept and no weight gradients. Run: `python -m benchmarks.scoring.cost`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Found:
     """What was measured."""
 
     forward_seconds: float
-    """Of a dense forward over the samples."""
+    """Seconds of a dense forward over the samples."""
     forward_rows: int
     """Samples of the forwards that were run between."""
     neuron_seconds: float

@@ -2,7 +2,7 @@
 
 Four workers of `optin score` share one folder; two of them get SIGKILL at random moments, ten times over. As torchrun's
 workers the other two take over; as `--shard i/4` the killed ones are started again, as a scheduler would. Each worker's
-finished parts are seen by their files. Run: python -m benchmarks.scoring.kill --record
+finished parts are seen by their files. Run: `python -m benchmarks.scoring.kill --record`.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.scoring.subject import Subject, masks_of
+from optin_deploy.scoring.sites import masks_of
+from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.groups import UnitGroup, WeightSlice
 
 KINDS = ("heads", "neurons")
-"""Of the groups that are compared."""
+"""Kinds of the groups that are compared."""
 Importance = dict[str, Tensor]
-"""By name of group, (units,) in float64 on the CPU, higher = keep."""
+"""Importance by name of group, (units,) in float64 on the CPU, higher = keep."""
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 """(outputs by name, index of the batch) -> loss of each sample, (rows,). The labels live in the closure. What a
 transformers model puts out is such a mapping too."""
@@ -155,7 +156,7 @@ def _check_group(path: str, expected: set[nn.Module], members: Sequence[object])
 
 
 def _matrices(subject: Subject, group: UnitGroup) -> list[WeightSlice]:
-    """Where units lie on weights of more than one axis, each once."""
+    """Places of units on weights of more than one axis, each once."""
     weights = subject.structure.network.weights
     parts = {(part.weight, part.position): part for part in group.slices}.values()
     return [part for part in parts if sum(size > 1 for size in weights[part.weight].shape.numpy()) > 1]

@@ -1,7 +1,8 @@
 """What of the trajectory should count? The three weightings on real tasks, by what pruned models still can.
 
 Two fine-tuned classifiers and one sentence embedder; scores by the sketch without labels, masks by both allocations,
-compensation in closed form, judged on rows that nothing has seen. Run: python -m benchmarks.scoring.weighting --record
+compensation in closed form, judged on rows that nothing has seen. Run:
+`python -m benchmarks.scoring.weighting --record`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Row:
     accuracy: float | None
     """Share of right predictions; None for embeddings."""
     distance: float
-    """To the dense outputs: mean KL divergence, or 1 - mean cosine."""
+    """Distance to the dense outputs: mean KL divergence, or 1 - mean cosine."""
 
 
 def main() -> None:

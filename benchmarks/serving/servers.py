@@ -56,12 +56,12 @@ class ServerProcess:
 
     @property
     def http(self) -> str:
-        """host:port."""
+        """Address of HTTP as host:port."""
         return f"127.0.0.1:{self.http_port}"
 
     @property
     def grpc(self) -> str:
-        """host:port."""
+        """Address of gRPC as host:port."""
         return f"127.0.0.1:{self.grpc_port}"
 
     def command(self) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """What a pruned model gains behind a real Triton: perf_analyzer on dense and pruned, beside the local speed-up.
 
 The server is that of `make servers`, its ONNX Runtime a python-based backend; `optin ship` writes the repository.
-Run: python -m benchmarks.serving.throughput out/demo/pruned --record
+Run: `python -m benchmarks.serving.throughput out/demo/pruned --record`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from optin_deploy.serving.shipping import ship_folder
 NAME = "model"
 CONCURRENCIES = (1, 4, 16)
 SHARE, LEAST_BATCH = 0.75, 8
-"""Of the local speed-up that must come through at the highest concurrency, from this batch on."""
+"""Share of the local speed-up that must be reached at the highest concurrency, and the least batch for which it must
+be."""
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 """Names that perf_analyzer looks for -> what they are called in nvidia-pytriton."""
 
@@ -50,7 +51,7 @@ class Run:
     batch: int
     concurrency: int
     per_second: float
-    """Samples."""
+    """Samples per second."""
     p50_ms: float
     p95_ms: float
 

@@ -40,7 +40,7 @@ class Recipe(Training):
     shift: float = 1 / 8
     """Images are moved by chance by up to this part of their side, and mirrored."""
     momentum: float | None = None
-    """Of SGD with Nesterov's momentum; None: AdamW."""
+    """Momentum of SGD with Nesterov's momentum; None means AdamW."""
     decay: float = 0.0
     """Weight decay of SGD; vectors have none."""
 

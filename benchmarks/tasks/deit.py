@@ -44,7 +44,7 @@ class Distillation(Training):
     train: tuple[str, ...] = TRAINING_SHEETS[:4]
     """Sheets that it learns from."""
     teacher: Recipe = field(default_factory=Recipe)
-    """Of the larger network."""
+    """Recipe of the larger network."""
     epochs: int = 4
     learning_rate: float = 1e-3
     batch_size: int = 64

@@ -15,7 +15,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file, write_text
 
 SIZE_LIMIT_BYTES = 128 * 2**20
-"""Nothing larger is unpacked."""
+"""Largest size of what is unpacked."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Archive:
     file: str
     sha256: str
     requirement: str
-    """For example `vaderSentiment==3.3.2`; `npm:` before it if it is no Python package."""
+    """Requirement such as `vaderSentiment==3.3.2`, with `npm:` before it if it is no Python package."""
 
     def content(self, cache: Path) -> bytes:
         """Its bytes; downloaded unless `cache` has it.

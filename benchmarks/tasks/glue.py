@@ -22,7 +22,7 @@ HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class Format:
-    """Where the texts of one task are."""
+    """Places of the texts of one task."""
 
     first: str
     """Column of the text."""

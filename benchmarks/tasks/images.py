@@ -44,7 +44,7 @@ CALIBRATION_SHEET = "data_batch_5"
 CALIBRATION = 8192
 """Images of that sheet. Small feature maps and class tokens have few places, so that a repair needs many images."""
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-"""Of ImageNet's colours, as DINOv2 was trained."""
+"""Mean and deviation of ImageNet's colours, as DINOv2 was trained."""
 NAMES = {
     "attention/attention/query": "attention.q_proj",
     "attention/attention/key": "attention.k_proj",
@@ -65,7 +65,7 @@ class Recipe(Training):
     train: tuple[str, ...] = TRAINING_SHEETS[:2]
     """Sheets that the model learns from."""
     probe: int = 4096
-    """Of these images, for the classifier that it starts from."""
+    """Number of these images for the classifier that it starts from."""
     regularisation: float = 0.01
     """`C` of that logistic regression, on standardised features; with 1 it overfits."""
     epochs: int = 1

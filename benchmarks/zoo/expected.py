@@ -56,7 +56,7 @@ def channels(layers: Mapping[int, int]) -> tuple[Expected, ...]:
 
 ENCODER = (*attention(2), *neurons({80: 2}))
 CLASSIFIER = (*ENCODER, *neurons({48: 1}))
-"""With a pooler or a dense layer before the classifier, after which no LayerNorm comes."""
+"""Groups of a network with a pooler or a dense layer before the classifier, after which no LayerNorm comes."""
 
 EXPECTED: Mapping[str, tuple[Expected, ...]] = {
     "bert": CLASSIFIER,
@@ -193,7 +193,7 @@ WHOLE_BLOCKS: Mapping[str, tuple[Expected, ...]] = {
     # 24 is one block and a half.
     "swin": (Expected("heads", 3, 2), Expected("qk-width", 8, 4), *neurons({6: 2, 12: 2})),
 }
-"""In 4 bits, by family."""
+"""Groups of weights in 4 bits, by family."""
 WHOLE_BYTES: Mapping[str, tuple[Expected, ...]] = {
     # Zero points of two blocks share a byte: three and five blocks are no whole bytes, six and twelve are.
     "bert": (Expected("qk-width", 8, 2), *neurons({48: 1})),

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.zoo.families import FAMILIES, SIZES, Exported, Family
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import SIZES, Exported, Family
 
 OPSETS: Mapping[str, int] = {"dynamo": 20, "torchscript": 17}
 """Exporters, and the operator set that each is asked for."""
 FORM = 1
-"""To be raised when exports must be made anew although no config and no version changed."""
+"""Number to be raised when exports must be made anew although no config and no version changed."""
 
 
 @dataclass(frozen=True)

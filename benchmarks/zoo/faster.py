@@ -1,7 +1,7 @@
 """Real ONNX files, cut by norms of their weights and measured: what `optin plan --magnitude` and `rewrite` give alone.
 
 Each file gets fixed sizes, so that all engines see the same shapes. The dense side is the file read and written again,
-uncut: exporters' own files lose time to fusions that miss. Run: python -m benchmarks.zoo.faster --record
+uncut: exporters' own files lose time to fusions that miss. Run: `python -m benchmarks.zoo.faster --record`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import RESULTS, write_result
-from benchmarks.zoo.real import REAL, Unavailable, exported_by_torchscript
+from benchmarks.zoo.fetching import Unavailable
+from benchmarks.zoo.real import REAL, exported_by_torchscript
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.measuring.comparing import comparison_of

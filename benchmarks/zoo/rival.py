@@ -5,7 +5,9 @@ It cuts by matching patterns, given how much to remove: `apply_attention_head_pr
 after its own simplifier, and after its simplifier with fixed sizes; the best of the three counts. Its kept units are
 read from its weights, so that its file can be compared with the network where all others are masked, and with ours.
 
-python -m benchmarks.zoo.rival --record           # needs onnxsim, of the `peers` extra
+Run:
+
+    python -m benchmarks.zoo.rival --record           # needs onnxsim, of the `peers` extra
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -36,17 +37,17 @@ from benchmarks.zoo.cases import Case, of_dialect, of_family, of_real
 from benchmarks.zoo.check import BROKEN, Unrunnable, by_onnxruntime
 from benchmarks.zoo.export import OPSETS
 from benchmarks.zoo.families import FAMILIES
-from benchmarks.zoo.real import REAL, Unavailable
+from benchmarks.zoo.fetching import Unavailable
+from benchmarks.zoo.kept_units import besides, kept_units, weights_of
+from benchmarks.zoo.real import REAL
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.masks import masks
 from optin_deploy.cutting.proof import difference
-from optin_deploy.network.axes import touched, units_along
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
 from optin_deploy.reporting.report import to_table
 from optin_deploy.structure.find import find
-from optin_deploy.structure.groups import Layout
 
 REMOVED = 0.5
 """Its option `sparsity`: the part of each group's units that go."""
@@ -86,9 +87,9 @@ class Result:
     besides: int = 0
     """Weights that it cut along axes which must stay whole, or in the midst of units."""
     runs: int = 0
-    """At how many of the sizes ONNX Runtime runs its file."""
+    """Number of sizes at which ONNX Runtime runs its file."""
     sizes: int = 0
-    """At how many the base can be run."""
+    """Number of sizes at which the base can be run."""
     masked: float | None = None
     """Difference of its file and the masked base; None: nothing to compare."""
     ours: float | None = None
@@ -128,56 +129,6 @@ def bases_and_cuts(source: Path, sizes: Mapping[str, Sequence[int]], folder: Pat
     return faults
 
 
-def kept_entries(whole: np.ndarray, less: np.ndarray) -> tuple[int, list[int]] | None:
-    """The axis along which a weight was cut and the entries that stayed; None: along none, or along several."""
-    shorter = [axis for axis, (one, other) in enumerate(zip(whole.shape, less.shape, strict=True)) if one != other]
-    if len(shorter) != 1:
-        return None
-    here, there = (np.moveaxis(values, shorter[0], 0) for values in (whole, less))
-    found: list[int] = []
-    for row in there:
-        begin = found[-1] + 1 if found else 0
-        found += [next((n for n in range(begin, len(here)) if np.array_equal(here[n], row)), len(here))]
-    return shorter[0], found
-
-
-def kept_units(layout: Layout, whole: Mapping[str, np.ndarray], less: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
-    """Units of our groups that its weights hold; groups that it left alone, or cut amid units, are absent."""
-    found: dict[str, list[int]] = {}
-    for group in layout.groups:
-        for each in group.slices:
-            if each.weight not in less or whole[each.weight].ndim != less[each.weight].ndim:
-                continue
-            entries = kept_entries(whole[each.weight], less[each.weight])
-            if entries is None or entries[0] != each.position:
-                continue
-            along = units_along(each.axis, group.leaf)
-            left = np.isin(np.arange(len(along)), entries[1])
-            units = [unit for unit in range(group.units) if left[along == unit].all()]
-            if 0 < len(units) < group.units and np.array_equal(left, np.isin(along, [-1, *units])):
-                found[group.name] = units
-                break
-    return found
-
-
-def besides(
-    layout: Layout, keep: Mapping[str, Sequence[int]], whole: Mapping[str, np.ndarray], less: Mapping[str, np.ndarray]
-) -> int:
-    """How many weights it cut along axes that none of these groups lies on."""
-    leaves = layout.leaves(keep)
-    ours = {
-        (use.weight, position)
-        for use in layout.structure.uses
-        for position, axis in enumerate(use.axes)
-        if touched(axis, leaves)
-    }
-    pairs = [(name, values.shape, less[name].shape) for name, values in whole.items() if name in less]
-    return sum(
-        len(one) != len(other) or any(one[n] != other[n] and (name, n) not in ours for n in range(len(one)))
-        for name, one, other in pairs
-    )
-
-
 def judge(base: Path, made: Path, result: Result, feeds: Sequence[Mapping[str, Tensor]]) -> None:
     """Count what it cut, and compare."""
     network = read(base)
@@ -215,11 +166,6 @@ def judge(base: Path, made: Path, result: Result, feeds: Sequence[Mapping[str, T
 def largest(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
     """Largest difference of any output."""
     return max(difference(value, others[name]) for name, value in some.items())
-
-
-def weights_of(path: Path) -> dict[str, np.ndarray]:
-    """Weights as the reader of this project names them."""
-    return {name: tensor.numpy() for name, tensor in read(path).weights.items()}
 
 
 def compare(case: Case) -> list[Result]:

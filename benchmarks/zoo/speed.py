@@ -1,7 +1,7 @@
 """What finding, cutting and running cost, as ratios to what onnx and transformers take for the same network.
 
 Networks are random, in the sizes of real ones: only times and memory are looked at. Each pair is measured by turns in
-one process, in either order; peaks are those of processes of their own. Run: python -m benchmarks.zoo.speed --record
+one process, in either order; peaks are those of processes of their own. Run: `python -m benchmarks.zoo.speed --record`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS
-from benchmarks.zoo.families import FAMILIES, Family
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import Family
 from optin_deploy.files.storage import read_json, write_text
 from optin_deploy.reporting.report import to_table
 

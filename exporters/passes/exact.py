@@ -15,7 +15,7 @@ ANGLES = ("Sin", "Cos")
 SUMS = ("ReduceMean", "ReduceSum")
 SQUARED_SUMS = ("ReduceSumSquare", "ReduceL2")
 ON_THE_WAY = ("Add", "Max", "Clip", "Sqrt", "Reciprocal", "Pow", "Mul", "Div", "Cast", "Identity", "Unsqueeze")
-"""From a sum of squares to what is divided by its root: one input, and numbers."""
+"""Operators between a sum of squares and the division by its root: one input, and numbers."""
 
 
 def exact_nodes(network: Network, real: Mapping[str, bool], wanted: Collection[str]) -> frozenset[int]:
@@ -56,7 +56,7 @@ def _counted(network: Network, real: Mapping[str, bool], wanted: Collection[str]
 
 
 def _squares(network: Network) -> set[int]:
-    """From a square that is summed to what is divided by the root: in float16 256 squared is infinite."""
+    """Nodes from a square that is summed to the division by the root: in float16 256 squared is infinite."""
     found: set[int] = set()
     for node in network.nodes:
         square = network.producer.get(node.inputs[0]) if node.op in SUMS else None

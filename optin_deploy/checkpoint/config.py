@@ -24,7 +24,7 @@ SWITCHES: dict[str, Any] = {
 }
 """How a model runs, not what it is -> what we run it with. transformers takes them from any config.json."""
 LARGEST = 2**31 - 1
-"""Of an integer in a config; no size, id or count is larger."""
+"""Largest integer in a config; no size, id or count is larger."""
 MOST_LABELS = 2**20
 """transformers writes a name for each before anybody can compare them with the weights."""
 
@@ -73,7 +73,7 @@ def _check_numbers(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _neutral(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without private entries, and with the switches of the runtime at their defaults, also in nested configs."""
+    """Leave out private entries, and set the switches of the runtime to their defaults, also in nested configs."""
     found = {key: SWITCHES.get(key, value) for key, value in data.items() if not key.startswith("_")}
     for key in ("dtype", "torch_dtype"):
         if key in found and not _is_dtype(found[key]):

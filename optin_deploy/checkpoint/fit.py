@@ -30,7 +30,7 @@ FREE_VALUES = 2**24
 UNUSED = re.compile(r"(^|\.)(mask_token|attn\.masked_bias)$")
 """Weights inside of an encoder that only pretraining uses, or that were a constant of older classes (GPT-2)."""
 FRAMEWORK = re.compile(r"^(TF|Flax)(?=[A-Z])")
-"""Before the name of a class in TensorFlow or Flax: the same model."""
+"""Prefix of a class name in TensorFlow or Flax, which names the same model."""
 COUNT = re.compile(r"(^|_)(layers?|depths?|blocks|stages)$")
 """Entries of a config that say how many blocks there are."""
 BLOCK = re.compile(r"(^|\.)(\d+)\.")

@@ -10,7 +10,7 @@ from torch import nn
 from optin_deploy.network.examples import FREE_SIZE, built_for
 
 ARGUMENT = "interpolate_pos_encoding"
-"""Of the forward of such a model; without it other images are refused."""
+"""Argument of the forward of such a model; without it other image sizes are refused."""
 
 
 def scale_positions(model: Any) -> None:

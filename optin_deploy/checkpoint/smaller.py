@@ -56,9 +56,9 @@ class Saved:
     network: str | None
     """`network_hash` of what the plan was made for."""
     weights_sha256: str
-    """Of the file model.safetensors."""
+    """Hash of the file model.safetensors."""
     config_sha256: str
-    """Of the entries of config.json, labels apart; see `config_hash`."""
+    """Hash of the entries of config.json without the labels; see `config_hash`."""
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]]
     """Sizes beside the weights, other than the class makes them: by module, then by attribute."""
     params: Params

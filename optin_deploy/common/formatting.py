@@ -26,7 +26,7 @@ def size(value: float) -> str:
 
 
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:
-    """In the largest unit in which it is 1 or more after rounding."""
+    """Write a value in the largest unit in which it is 1 or more after rounding."""
     for unit in units[:-1]:
         if float(f"{value:.3g}") < base:
             return f"{figures(value)}{unit}"

@@ -16,7 +16,7 @@ from optin_deploy.errors import BadInput
 _LOCKS: Any = WeakIdKeyDictionary()
 _REGISTRY = threading.Lock()
 WRAPPED = ("_orig_mod", "module")
-"""Where torch.compile, DataParallel and the like keep the model."""
+"""Attributes in which torch.compile, DataParallel and similar wrappers keep the model."""
 SWITCHES = {
     "use_cache": False,
     "return_dict": True,

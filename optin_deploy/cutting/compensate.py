@@ -178,8 +178,8 @@ class _Work:
         return sums
 
     def _given(self, repair: OutputRepair, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each batch: what a product multiplies and what is wanted of the change, (groups, samples, rows, ..), and
-        what each row counts.
+        """Yield for each batch what a product multiplies, the wanted change (groups, samples, rows, ..), and each row's
+        weight.
 
         Unknowns and targets are in the scale of what arrives; rows of W' are independent, so that dividing by the scale
         afterwards gives the same product as dividing the targets.
@@ -263,7 +263,7 @@ class _Work:
         self.changes.shift(product, outputs, offset * reached[outputs])
 
     def _scale(self, place: Arrival) -> Tensor:
-        """By what each output of a product is multiplied until it arrives."""
+        """Factor of each output of a product from there to where it arrives."""
         return scales(self.pruned, place.product, place.end, rows_of(self.batches[0]))
 
     def _look(self, stream: Stream, batch: int, linear: Linear, wanted: Collection[str]) -> dict[str, Tensor]:

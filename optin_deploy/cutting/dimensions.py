@@ -194,7 +194,7 @@ class Dimensions:
 
     @cached_property
     def _places(self) -> dict[Axis, list[tuple[str, int, int]]]:
-        """Where each axis lies: a value, the position of the axis, and the index of the node that computes it.
+        """Places of each axis: a value, the position of the axis, and the index of the node that computes the value.
 
         First come inputs and what is computed anyway, in the order of work.
         """

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optin_deploy.network.axes import Axis, kept, touched
-from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass

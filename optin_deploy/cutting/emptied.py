@@ -22,7 +22,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import per_channel
-from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.structure import Structure
 
 ONE_WAY = ("PRelu",)
 """Element-wise operators whose first input must have the shape of the result."""

@@ -14,9 +14,9 @@ from optin_deploy.cutting.emptied import Emptied
 from optin_deploy.network.axes import Axis, kept, product, size, touched
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network, Node
-from optin_deploy.structure.flow import Number
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
+from optin_deploy.structure.structure import Number
 
 
 @uncollected()

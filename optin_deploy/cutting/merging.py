@@ -19,7 +19,7 @@ from optin_deploy.cutting.writing import Writer
 from optin_deploy.structure.tokens import TokenStream
 
 APART = -4.0
-"""Is added to cosines of tokens that are not to be merged."""
+"""Number that is added to cosines of tokens that are not to be merged."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Step:
     """One merge: places that a run finds, each (samples, places, 1)."""
 
     tokens: int
-    """Before it."""
+    """Tokens before the merge."""
     left: int
-    """Behind it."""
+    """Tokens after the merge."""
     order: ir.Value
     """Tokens at even places, by their number among those: first those that stay, then those that go."""
     into: ir.Value
-    """Of those that go, the token at an odd place that each becomes a part of."""
+    """Token at an odd place that each of the tokens that go becomes a part of."""
 
 
 class Merging(Writer):
@@ -130,7 +130,7 @@ class Merging(Writer):
     def _alike(
         self, gap: ir.Node, keys: ir.Value, kind: ir.DataType, directions: np.ndarray | None
     ) -> tuple[ir.Value, ir.Value]:
-        """For each token at an even place the cosine to the most alike at an odd place, and which that is."""
+        """Largest cosine of each token at an even place to a token at an odd place, and the number of that token."""
         even, odd, kept = (self._left + 1) // 2, self._left // 2, self._stream.protected
         if kind != ir.DataType.FLOAT:  # narrow types round, and squares overflow
             keys = self._put(gap, "Cast", keys, to=int(ir.DataType.FLOAT))
@@ -156,7 +156,7 @@ class Merging(Writer):
         return self._put(gap, "Expand", ones, shape)
 
     def _inverse(self, gap: ir.Node, order: ir.Value, count: int) -> ir.Value:
-        """Where each number stands in an order: what sorts it."""
+        """The inverse of an order: the position of each number in it."""
         return self._top(gap, self._put(gap, "Cast", order, to=int(ir.DataType.INT32)), count, largest=0)[1]
 
 

@@ -17,7 +17,7 @@ from optin_deploy.structure.groups import Layout
 
 ENTRY_BYTES = 8
 TOLERANCE = 1e-9
-"""Of the largest difference, as a part of the largest output, in float64."""
+"""Largest allowed difference in float64, as a part of the largest output."""
 
 
 class NotProven(OptinError):
@@ -31,7 +31,7 @@ class Proof:
     """How far a cut network is from the masked and from the dense one: largest differences of any output."""
 
     masked: float
-    """As a part of the largest masked output, at least 1; the worst of all probes."""
+    """Difference as a part of the largest masked output, which counts as at least 1; the worst of all probes."""
     dense: float
     """The same for the masked and the dense outputs; 0 where a plan removes nothing that counts."""
 

@@ -16,10 +16,10 @@ from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import projection_of
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.linear import Linear
 from optin_deploy.structure.solvable import Solvable, solvable
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import REAL_TYPES
 from optin_deploy.structure.find import all_shapes
-from optin_deploy.structure.flow import Structure, walk
+from optin_deploy.structure.flow import walk
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.structure import Structure
 from optin_deploy.structure.tokens import TokenStream, most_merged, token_stream
 
 OPSET = 13

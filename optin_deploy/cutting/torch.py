@@ -43,7 +43,7 @@ class CutModule:
     """A smaller module."""
 
     module: nn.Module
-    """Of the given one's class, or a `NetworkModule`."""
+    """Smaller module of the given one's class, or a `NetworkModule`."""
     attributes: Sizes
     """Sizes beside the weights that were set, by module and attribute."""
     why_graph: str = ""
@@ -69,7 +69,7 @@ def cut_module(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | N
 
 
 def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes | None = None) -> CutModule:
-    """As `cut_module`; also tell which attributes were set, or why the graph is given back."""
+    """Do what `cut_module` does; also tell which attributes were set, or why the graph is returned instead."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
     probes = probes or probes_of(layout.structure.network)
     trials = Trials(module, layout, probes)

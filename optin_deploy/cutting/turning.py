@@ -39,7 +39,7 @@ from optin_deploy.structure.turning import Side, Turnable
 SAMPLES, ROWS = 512, 8
 """Samples that are looked at, at most, and at once."""
 SEED = 0
-"""Of the random directions of gradients."""
+"""Seed of the random directions of gradients."""
 FLOOR = 1e-8
 """Least moment of a direction, relative to the largest: the matrices stay invertible."""
 TOLERANCE = 1e-3
@@ -82,7 +82,7 @@ class _Look:
 
     @property
     def value(self) -> str:
-        """Where they are."""
+        """Name of the value that holds the rows."""
         product = self.side.product
         if self.used:
             return product.linear.reads
@@ -117,7 +117,7 @@ def _looks(each: Turnable) -> tuple[_Look, _Look]:
 
 
 def _sums(subject: Subject, looks: Collection[_Look], batches: Sequence[Batch]) -> dict[_Look, Moments]:
-    """Of all rows that are looked at; of padding there are none."""
+    """Sum the moments of all rows that are looked at; padding has none."""
     sums = {look: Moments(look.side.entries.shape[1], 0, look.side.entries.shape[0]) for look in looks}
     parts, samples = micro_batches(batches, 1 if subject.alone else ROWS), 0
     counts = Counts(subject, parts, None)

@@ -106,4 +106,4 @@ def _tied(node: Node, one: Tensor, other: Tensor, keys: Tensor, places: Tensor |
 
 
 ROWS = {(DOMAIN, TIED): Row(TIED, _tied, refuse("its tokens are tied"), domain=DOMAIN)}
-"""For `network.run.Program`; no file has such a node."""
+"""Row for `network.run.Program`; no file has such a node."""

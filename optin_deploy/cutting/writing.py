@@ -27,7 +27,7 @@ class Writer:
         return self._put(before, "Slice", value, *(self._whole([each]) for each in (start, end, axis, step)))
 
     def _size(self, before: ir.Node, value: ir.Value | None, axis: int) -> ir.Value:
-        """Of an axis, (1,)."""
+        """Size of an axis, (1,)."""
         return self._slice(before, self._put(before, "Shape", value), axis, axis + 1, 0)
 
     def _sorted(self, before: ir.Node, places: ir.Value, count: int | ir.Value) -> ir.Value:

@@ -25,10 +25,10 @@ from optin_deploy.files.weights import read_header, refuse_pointer
 
 ENDINGS = (".npz", ".safetensors")
 MOST_ARRAYS = 1024
-"""In one file."""
+"""Largest number of arrays in one file."""
 MOST_AXES = 32
 DIRECTORY_BYTES = 2**20
-"""Of the list of members at the end of a zip file."""
+"""Largest size of the list of members at the end of a zip file."""
 KINDS = "biufUS"
 """Types of numpy that hold numbers or texts."""
 DAMAGE = (
@@ -62,7 +62,7 @@ class Arrays:
 
     @property
     def bytes(self) -> int:
-        """Of all arrays, unpacked."""
+        """Size of all arrays when they are unpacked."""
         return sum(header.bytes for header in self.headers.values())
 
     def read(self, name: str) -> Array:

@@ -21,7 +21,7 @@ from optin_deploy.files.opening import check_size, special_kind
 from optin_deploy.files.storage import sha256_file, sha256_json
 
 UNKNOWN = -100
-"""In place of the class of a pixel, or of a token, that does not count."""
+"""Stands in place of the class of a pixel, or of a token, that does not count."""
 IGNORED = 255
 LEARNED, JUDGED = ("training", "train"), ("validation", "val")
 """Names of the folders with either part, where there are parts."""
@@ -35,7 +35,7 @@ TRAIN_IDS = {
 }
 """Numbers in files of Cityscapes -> classes that networks learn."""
 DEPTH = 3
-"""Of folders below a part."""
+"""Largest depth of folders below a part."""
 INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Modes of images whose pixels are numbers."""
 

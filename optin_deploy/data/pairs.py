@@ -9,7 +9,7 @@ from optin_deploy.errors import BadInput
 PAIR_COLUMN = "text_pair"
 """Read where a table has it; any other name must be there."""
 TEXT_PAIRS = "text_pairs"
-"""In the report of a cut model: was it calibrated or judged on pairs of texts?"""
+"""Entry in the report of a cut model that says whether it was calibrated or judged on pairs of texts."""
 SECOND_TEXTS = (
     *("hypothesis", "sentence2", "sentence_2", "question2", "text_pair", "text2", "text_2", "text_b", "sentence_b"),
     *("passage", "answer", "context", "document", "response", "paragraph", "evidence", "positive"),

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".csv")
 MAX_ROWS = 10_000_000
-"""Of a file: what a few GiB of memory hold."""
+"""Largest number of rows in a file: what a few GiB of memory hold."""
 _FORMATS = "a .txt, .jsonl or .csv file, or a folder of png, jpg, jpeg, bmp, webp, gif, tif or ppm images"
 
 

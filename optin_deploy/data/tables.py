@@ -14,10 +14,10 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import MAX_LINE_BYTES, short
 
 DELIMITERS = (",", ";", "\t", "|")
-"""Of CSV. Where the comma is the decimal sign, spreadsheets write semicolons."""
+"""Delimiters of CSV. Where the comma is the decimal sign, spreadsheets write semicolons."""
 
 Row = tuple[str, Mapping[str, object]]
-"""Where it stands (file:line), and its values by column."""
+"""A row's place (file:line), and its values by column."""
 
 
 def jsonl_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.runtimes.ort import PROVIDER, import_onnxruntime
 
 PREFIX = "optin_range_"
-"""Of the names that are added to the copy of a graph; they must be new."""
+"""Prefix of the names that are added to the copy of a graph; these names must be new."""
 
 
 def check_activations(

@@ -10,7 +10,8 @@ from optin_deploy.doctor.machine import Machine
 from optin_deploy.runtimes.ort import DISTRIBUTIONS as ONNXRUNTIMES
 
 TENSORRT_OLDEST, TENSORRT_BEYOND = (10, 12), (12,)
-"""From the first with the strongly typed path that 11 also has, to before the first that nobody has tried."""
+"""Oldest version, the first with the strongly typed path that 11 also has, and the first version that nobody has
+tried."""
 TRANSFORMERS_MAJOR = 5
 GPU_PACKAGES = ("onnxruntime-gpu", "tensorrt")
 """Starts of the names of distributions that only make sense with a GPU."""
@@ -86,7 +87,8 @@ def cuda_of_tensorrt(machine: Machine) -> Iterator[Finding]:
 
 
 def cuda_of_torch(machine: Machine) -> Iterator[Finding]:
-    """Within a major version CUDA runs on an older driver, with limits; across majors it does not."""
+    """Find a torch built for a newer CUDA than the driver runs, which works within a major version only, with
+    limits."""
     built, runs = release(machine.torch_cuda or "")[:2], release(machine.driver_cuda or "")[:2]
     if built and runs and built > runs:
         newer_major = built[0] > runs[0]

@@ -64,7 +64,7 @@ class Diagnosis:
 
     @property
     def summary(self) -> str:
-        """One sentence."""
+        """One sentence about the findings."""
         return summary(self.findings)
 
     def tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:

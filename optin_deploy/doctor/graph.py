@@ -14,7 +14,7 @@ from optin_deploy.doctor.findings import Finding
 from optin_deploy.network.onnx_data import all_nodes, all_tensors
 
 ATTENTION_OPSET = 23
-"""From here on ai.onnx has an Attention node."""
+"""First opset in which ai.onnx has an Attention node."""
 AGAIN = "export again with `optin build`"
 STANDARD = ("", "ai.onnx")
 TENSORRT_OWN = ("trt.plugins",)

@@ -25,7 +25,7 @@ from optin_deploy.network.onnx_data import all_nodes
 LARGEST = 65504.0
 """Largest finite float16."""
 NEAR = LARGEST / 4
-"""From here on other inputs than the recorded ones may overflow."""
+"""Magnitude from which other inputs than the recorded ones may overflow."""
 DTYPE_END = 3e38
 """Magnitudes from here on stand for the end of float32 (3.4e38) or bfloat16 (3.39e38), or are infinite."""
 LITERAL_MASK = -1e6

@@ -39,7 +39,7 @@ session.run(None, {"x": numpy.ones((2, 2), numpy.float32)})
 if session.get_providers()[0] != sys.argv[1]:
     sys.exit("it is listed, but the session fell back to " + session.get_providers()[0])
 """
-"""In a process of its own: a provider may crash, print, or take hold of a GPU."""
+"""Script that runs in a process of its own: a provider may crash, print, or take hold of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Machine:
     driver_cuda: str | None = None
     """Newest CUDA that the driver runs; None: no driver library."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """By distribution, names in lower case with hyphens."""
+    """Versions by distribution, names in lower case with hyphens."""
     torch_cuda: str | None = None
     """CUDA that torch was built for; None: a CPU build."""
     torch_sees_gpu: bool = False

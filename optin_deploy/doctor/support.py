@@ -19,7 +19,7 @@ class Parser:
     trt: Any
     """The module of the bindings."""
     name: str
-    """With its version, for people."""
+    """Name with the version, for people."""
 
 
 def find_parser() -> Parser | None:

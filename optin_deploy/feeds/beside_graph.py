@@ -40,7 +40,7 @@ MOST_CLASSES = 2**20
 
 
 def folders_beside(source: str) -> list[Path]:
-    """Where the files of a network may lie: its folder, and the one above where that is called `onnx`."""
+    """Folders that may hold the files of a network: its own, and the one above if its own is called `onnx`."""
     path = Path(source)
     if not path.is_file():
         return []

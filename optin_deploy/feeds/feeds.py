@@ -83,7 +83,7 @@ class Halves:
     held_out: Feeds | None
     """None: none was asked for."""
     pairs: bool = False
-    """Are there pairs of texts among the rows?"""
+    """Whether there are pairs of texts among the rows."""
 
 
 AS_USUAL, DRAWN = Preparation(), Drawing()

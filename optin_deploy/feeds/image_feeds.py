@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 COLOURS = {1: "L", 3: "RGB"}
 """Channels of a network -> Pillow's mode of the images that it takes."""
 PIXELS_AT_ONCE = 2**26
-"""Of images that are prepared together: 200 MB as 8-bit RGB, some times as much on the way."""
+"""Most pixels that are prepared together: 200 MB as 8-bit RGB, and several times that while they are prepared."""
 IMAGES_AT_ONCE = 32
 ONE_COLOUR = 1e-3
 """Prepared pixels of one colour differ by no more."""

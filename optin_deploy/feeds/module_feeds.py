@@ -39,14 +39,14 @@ class Arguments:
 
     owner: str
     names: tuple[str, ...]
-    """In their order."""
+    """Names of the arguments in their order."""
     needed: tuple[str, ...]
     """Those without a default."""
     named: bool = False
     """It takes any name besides (**kwargs)."""
 
     def __str__(self) -> str:
-        """As messages tell it."""
+        """Describe the arguments for messages."""
         return f"{self.owner} takes {', '.join(self.names) or 'anything'}"
 
 

@@ -22,9 +22,9 @@ class Takes:
     """The inputs of a network."""
 
     source: str
-    """Of the network, for messages."""
+    """Source of the network, for messages."""
     ports: Mapping[str, Port]
-    """By name, in their order."""
+    """Inputs by name, in their order."""
     rows: int | None
     """Samples in each batch, where that is fixed."""
     shared: tuple[str, ...]

@@ -37,7 +37,7 @@ CAPITALS = "The Quick BROWN Fox"
 TRIED_LENGTH = 32
 """Tokens of the texts that a tokenizer is tried with."""
 LARGEST_NUMBER = 4096
-"""In preprocessor_config.json: sizes in pixels, means and factors are all below."""
+"""Bound of the numbers in preprocessor_config.json: sizes in pixels, means and factors are all below."""
 BLAME_SECONDS = 10.0
 """How long the field that breaks a tokenizer is looked for."""
 

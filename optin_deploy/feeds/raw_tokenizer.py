@@ -76,7 +76,7 @@ def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: A
 
 @contextmanager
 def untold() -> Iterator[None]:
-    """Without warnings of ours: they would name the copies of a trial."""
+    """Silence our own warnings, which would name the copies of a trial."""
     before = log.disabled
     log.disabled = True
     try:

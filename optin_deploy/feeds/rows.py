@@ -23,8 +23,8 @@ MASK = "attention_mask"
 Batch = Mapping[str, Tensor]
 """Inputs by name, samples first."""
 Label = str | int | float | Tensor | ClassMap | None
-"""Of a row: the name or index of its class, a number, one index for each position, or a class for each pixel; None: it
-has none."""
+"""Label of a row: the name or index of its class, a number, one index for each position, a class for each pixel, or
+None for a row without a label."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Feeds:
     labels: tuple[Label, ...]
     """One a row, over all batches."""
     origin: str
-    """Where the rows came from, for messages and records."""
+    """Origin of the rows, for messages and records."""
     shared: tuple[str, ...] = ()
     """Inputs without an axis of samples."""
 

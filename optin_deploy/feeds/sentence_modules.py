@@ -39,7 +39,7 @@ UNDERSTOOD_SETTINGS: dict[str, tuple[object, ...]] = {
     "module_output_name": (None, "token_embeddings"),
     "do_lower_case": (None, False, True),
 }
-"""Of sentence_bert_config.json: what changes the embedding, and the values that are understood."""
+"""Settings in sentence_bert_config.json that change the embedding, and the values that are understood."""
 STATES = "last_hidden_state"
 """The output of a model that is pooled."""
 PACKAGE = "sentence_transformers."
@@ -75,7 +75,8 @@ def embeds(folder: Path) -> bool:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Where the transformers model lies in a folder: in `0_Transformer/` in old layouts, else at its top.
+    """Find the folder of the transformers model inside a folder: `0_Transformer/` in old layouts, else the folder
+    itself.
 
     Raises: BadInput: modules.json is damaged, or leads out of the folder.
     """

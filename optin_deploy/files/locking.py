@@ -17,7 +17,7 @@ from optin_deploy.files.descriptors import WINDOWS, open_flags
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100
-"""To open a file in a folder that another process is clearing away at this moment."""
+"""Attempts to open a file in a folder that another process is removing at the same moment."""
 
 
 @dataclass(eq=False)
@@ -103,7 +103,8 @@ def opened(path: Path) -> Iterator[Lock]:
 
 
 def _open(path: Path) -> int:
-    """For reading and writing: network file systems give a shared lock only for one, a lock alone for the other."""
+    """Open for reading and writing: network file systems give shared locks only to readers, exclusive ones only to
+    writers."""
     flags = os.O_RDWR | os.O_CREAT | open_flags("O_NOFOLLOW", "O_NONBLOCK")
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):

@@ -13,7 +13,8 @@ from optin_deploy.errors import BadInput
 
 MAX_FILE_BYTES = 2 * 1024**3
 MAX_LINE_BYTES = 16 * 1024**2
-"""Of a line, and of a field that spans several: a text of millions of words, but never the whole memory."""
+"""Largest size of a line, and of a field that spans several lines: a text of millions of words, but never all
+memory."""
 _CHUNK_BYTES = 1024**2
 _WIDE_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
                (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip

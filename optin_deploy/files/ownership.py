@@ -9,7 +9,6 @@ Everything else is somebody else's: it stays, and nothing is written over it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import logging
@@ -24,6 +23,7 @@ from pathlib import Path
 from optin_deploy.errors import BadInput
 from optin_deploy.files.byte_lock import ByteLock
 from optin_deploy.files.descriptors import WINDOWS, open_flags
+from optin_deploy.files.paths import clear, digest, exists, is_empty, is_file, is_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Record:
         for folder in Path(os.path.abspath(path)).parents:
             if TEMPORARY.fullmatch(folder.name):
                 return None
-            if _is_file(folder / RECORD):
+            if is_file(folder / RECORD):
                 return cls(folder)
         return None
 
@@ -76,19 +76,19 @@ class Record:
 
     def owns(self, path: Path) -> bool:
         """Did we make this file, and does it hold what we wrote; or did we make all that is in this folder?"""
-        if _is_folder(path):
+        if is_folder(path):
             own = Record(path)
-            return _is_file(path / RECORD) and all(own.owns(file) for file in _files(path))
-        return self._is_inside(path) and _is_file(path) and _digest(path) in self._known().get(self._name(path), set())
+            return is_file(path / RECORD) and all(own.owns(file) for file in _files(path))
+        return self._is_inside(path) and is_file(path) and digest(path) in self._known().get(self._name(path), set())
 
     def strangers(self, path: Path) -> list[Path]:
         """What others put at a name, or into a folder of this name; what we made and somebody changed is none."""
-        if _is_folder(path):
+        if is_folder(path):
             own = Record(path)
-            if not _is_file(path / RECORD):
+            if not is_file(path / RECORD):
                 return [path] if any(path.iterdir()) else []
             return [file for file in _files(path) if own.strangers(file)]
-        return [path] if _exists(path) and self._name(path) not in self._known() else []
+        return [path] if exists(path) and self._name(path) not in self._known() else []
 
     def reserve(self, names: Iterable[str], *, force: bool = False, dry_run: bool = False) -> None:
         """See to it that we may write at these names. With `force`, files of others are set aside, never folders.
@@ -97,15 +97,15 @@ class Record:
         """
         paths = [self.root / name for name in dict.fromkeys(names)]
         strange = {path: self.strangers(path) for path in paths}
-        refused = [each for path, found in strange.items() for each in found if not force or _is_folder(path)]
+        refused = [each for path, found in strange.items() for each in found if not force or is_folder(path)]
         if refused:
-            raise BadInput(in_the_way(refused) + _unrecorded([self.root, *filter(_is_folder, refused)]))
+            raise BadInput(in_the_way(refused) + _unrecorded([self.root, *filter(is_folder, refused)]))
         for path in (path for path, found in strange.items() if found and not dry_run):
             log.warning("%s was there before; it is kept as %s", path, set_aside(path).name)
 
     def make_room(self, path: Path) -> None:
-        """Before something of ours takes the name `path`: what is there and not ours, or was changed, is set aside."""
-        if _exists(path) and not _is_empty(path) and not self.owns(path):
+        """Set aside what stands at `path` and is not ours, or was changed, before something of ours takes the name."""
+        if exists(path) and not is_empty(path) and not self.owns(path):
             self._keep(path)
 
     def remove(self, name: str) -> None:
@@ -113,20 +113,20 @@ class Record:
         path = self.root / name
         if not self._is_inside(path):
             return
-        if _is_folder(path):
+        if is_folder(path):
             own = Record(path)
-            if not _is_file(path / RECORD):
+            if not is_file(path / RECORD):
                 return  # somebody else's
             for file in _files(path):
                 own.remove(str(file.relative_to(path)))
             if not _files(path):
                 (path / RECORD).unlink(missing_ok=True)
-            for folder in sorted((each for each in (path, *path.rglob("*")) if _is_folder(each)), reverse=True):
+            for folder in sorted((each for each in (path, *path.rglob("*")) if is_folder(each)), reverse=True):
                 with suppress(OSError):  # somebody's file is in it
                     folder.rmdir()
         elif self.owns(path):
             path.unlink()
-        elif _exists(path) and not self.strangers(path):
+        elif exists(path) and not self.strangers(path):
             self._keep(path)
 
     def clear_temporaries(self) -> None:
@@ -137,11 +137,11 @@ class Record:
             if not (found := TEMPORARY.fullmatch(path.name)) or not self._is_inside(path):
                 continue
             place = path.parent / found["name"]
-            if found["kind"] == "old" and not _exists(place) and _is_folder(path):
+            if found["kind"] == "old" and not exists(place) and is_folder(path):
                 path.rename(place)  # it was killed between the two renames of an exchange
-            elif _is_folder(path):
-                _clear(path)
-            elif _is_file(path):
+            elif is_folder(path):
+                clear(path)  # its name was drawn at random, so that nobody else writes there
+            elif is_file(path):
                 path.unlink()
 
     def _is_inside(self, path: Path) -> bool:
@@ -163,7 +163,7 @@ class Record:
     def _lines(self) -> Iterator[dict[str, object]]:
         """What the record says; a line that a killed process cut short is passed over, and so is a name outside."""
         path = self.root / RECORD
-        if not _is_file(path) or path.stat().st_size > RECORD_LIMIT_BYTES:
+        if not is_file(path) or path.stat().st_size > RECORD_LIMIT_BYTES:
             return
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -226,7 +226,7 @@ def in_the_way(paths: Iterable[Path]) -> str:
 def _unrecorded(folders: Iterable[Path]) -> str:
     """Why files that look like ours are not known as ours; empty: all these folders have a record."""
     for path in (folder / RECORD for folder in folders):
-        if not (_is_file(path) and 0 < path.stat().st_size <= RECORD_LIMIT_BYTES):
+        if not (is_file(path) and 0 < path.stat().st_size <= RECORD_LIMIT_BYTES):
             return (
                 f" If it did make this: the record {path} is missing or unusable, without which nothing counts as its "
                 "own. Copy such a folder with its hidden files; earlier versions made none."
@@ -244,7 +244,7 @@ def free_name(path: Path, ours: Callable[[Path], bool], *, force: bool = False, 
         raise BadInput(f"{path} is a folder. Give a file.")
     if path.exists() and not path.is_file():
         raise BadInput(f"{path} is a device or a pipe. Give a file: it would be replaced.")
-    if not _exists(path) or ours(path):
+    if not exists(path) or ours(path):
         return
     if not force:
         raise BadInput(
@@ -259,7 +259,7 @@ def set_aside(path: Path) -> Path:
     """Give a file or folder another name beside it, so that nothing is lost. Returns: the new path."""
     for number in itertools.count(1):
         kept = path.with_name(f"{path.name}.kept{number}")
-        if not _exists(kept):
+        if not exists(kept):
             return path.rename(kept)
     raise AssertionError("unreachable")
 
@@ -269,42 +269,13 @@ def record_all(folder: Path) -> None:
     record = Record(folder)
     record.begin()
     for file in _files(folder):
-        record.note(file, _digest(file))
+        record.note(file, digest(file))
 
 
 def _files(folder: Path) -> list[Path]:
     """Everything in a folder that is no folder itself, besides the record."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path for path in paths if path.name != RECORD)
-
-
-def _clear(folder: Path) -> None:
-    """Remove a half-written folder of ours; its name was drawn at random, so that nobody else writes there."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if _is_folder(path) else path.unlink()
-    folder.rmdir()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _is_empty(path: Path) -> bool:
-    """A folder without anything in it."""
-    return _is_folder(path) and not any(path.iterdir())
 
 
 def _is_relative(name: object) -> bool:

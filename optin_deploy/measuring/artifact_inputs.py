@@ -23,7 +23,7 @@ from optin_deploy.planning.plan import NetworkPlan
 FIRST_ID, END_ID = 5, 100
 """Integers are drawn from here: the first few ids are special in most vocabularies, and nearly all have these."""
 LARGEST_BYTES = 2**32
-"""Of one input; more is a slip of the keyboard or a foreign file's."""
+"""Largest size of one input; more is a typing error or comes from a foreign file."""
 SAME_VALUES = ("Cast", "Identity")
 STORED_TABLE = ("DequantizeLinear", *SAME_VALUES)
 """Nodes that may lie between a stored table and the Gather that reads it."""

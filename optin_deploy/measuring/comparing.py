@@ -52,7 +52,7 @@ class Comparison:
     candidate: Path
     inputs: tuple[Input, ...]
     points: tuple[Point, ...]
-    """With their lengths."""
+    """Points with their lengths."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Comparison:
         return {"engine": self.target.engine, "precision": self.precision, "threads": self.threads}
 
     def __str__(self) -> str:
-        """Where and how, for people."""
+        """Say for people at which points and on which engine it is measured."""
         at = ", ".join(point_name(point.batch, point.seq) for point in self.points)
         return f"at {at}, engine {self.target.engine}, threads {self.threads or 'default'}"
 

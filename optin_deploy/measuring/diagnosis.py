@@ -33,18 +33,18 @@ class Operators:
     """Median milliseconds of one run."""
 
     wall_ms: float
-    """From feeds to outputs, as the profiler saw it."""
+    """Time from feeds to outputs, as the profiler measured it."""
     by_operator: Mapping[str, float]
     by_layer: Mapping[str, float]
-    """By number of the block, or OUTSIDE."""
+    """Milliseconds by number of the block, or OUTSIDE."""
 
     @property
     def busy_ms(self) -> float:
-        """In operators."""
+        """Milliseconds in operators."""
         return sum(self.by_operator.values())
 
     def share(self, *operators: str) -> float:
-        """Of the whole time."""
+        """Share of the whole time that these operators take."""
         return sum(self.by_operator.get(name, 0.0) for name in operators) / self.wall_ms
 
 
@@ -67,7 +67,7 @@ class Cut:
     kept: float
     """Share of the MACs."""
     widths: Sequence[Width]
-    """Of all groups of the kinds that were cut, in the order of work."""
+    """Widths of all groups of the kinds that were cut, in the order of work."""
     align: int
     """Multiple of neurons and channels that the engine likes."""
     rows: int

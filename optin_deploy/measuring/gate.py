@@ -20,7 +20,7 @@ from optin_deploy.measuring.timing import PairTiming
 SCHEMA_VERSION = 1
 Outcome = Literal["holds", "straddles", "unstable", "fails"]
 OUTCOMES: tuple[Outcome, ...] = ("holds", "straddles", "unstable", "fails")
-"""From best to worst: the worst of all points is the gate's."""
+"""Outcomes from best to worst; the worst of all points is the gate's outcome."""
 HEADER = ("batch x length", "baseline p50/p95 ms", "candidate p50/p95 ms", "candidate / baseline [95% CI]", "limit", "")
 
 
@@ -30,7 +30,7 @@ class Limit:
 
     kind: Literal["max_ratio", "min_speedup"]
     value: float
-    """Of candidate / baseline time at most, or of baseline / candidate time at least."""
+    """Largest candidate / baseline time, or smallest baseline / candidate time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.value < math.inf:
@@ -117,7 +117,7 @@ class GatedPoint:
         return f"{point_name(self.batch, self.seq_len)} {self.verdict.sentence}"
 
     def row(self, limit: Limit) -> tuple[str, ...]:
-        """Below HEADER."""
+        """Cells below HEADER."""
         t, (low, high) = self.timing, self.verdict.ci95
         return (
             point_name(self.batch, self.seq_len),
@@ -165,11 +165,11 @@ class Gate:
 
     @property
     def sentence(self) -> str:
-        """Of the points that decide, a line each."""
+        """Sentences about the points that decide, a line each."""
         return "\n".join(point.sentence for point in self.points if point.verdict.outcome == self.outcome)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Below HEADER."""
+        """Rows below HEADER."""
         return [point.row(self.limit) for point in self.points]
 
     def check(self, *, strict: bool = False) -> None:

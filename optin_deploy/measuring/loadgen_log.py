@@ -17,7 +17,7 @@ RATES = {
     "Offline": "result_samples_per_second",
     "Server": "result_completed_samples_per_sec",
 }
-"""Where each scenario has its samples a second."""
+"""Entry that holds the samples per second in each scenario."""
 UNMET = {
     "result_perf_constraints_met": "too slow for the target latency",
     "result_min_duration_met": "too short",
@@ -47,7 +47,7 @@ class Figures:
     p90_ms: float
     p99_ms: float
     version: str
-    """Of LoadGen."""
+    """Version of LoadGen."""
 
 
 def read_log(folder: Path) -> Figures:

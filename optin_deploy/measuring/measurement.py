@@ -29,11 +29,11 @@ class Measurement:
     peak_bytes: Mapping[str, int] | None = None
     """Host memory that `dense` and `pruned` take beyond the libraries; None: not measured."""
     device_time: DeviceTime | None = None
-    """Without transfers, which `timing` holds; None: not measured."""
+    """Time without the transfers that `timing` includes; None means that it was not measured."""
     dense_engine: str | None = None
-    """Of the dense model; None: `engine`."""
+    """Engine of the dense model; None means that it is `engine`."""
     dense_precision: str | None = None
-    """Of the dense model; None: `precision`."""
+    """Precision of the dense model; None means that it is `precision`."""
 
     @property
     def beside(self) -> str:

@@ -20,7 +20,7 @@ MOST_POINTS = 100
 
 @dataclass(frozen=True)
 class Pin:
-    """One baseline."""
+    """One pinned baseline."""
 
     __pydantic_config__ = STORED
 
@@ -29,7 +29,7 @@ class Pin:
     """Path relative to the pin's own folder, with forward slashes; never out of that folder."""
     sha256: str
     size_bytes: int
-    """Of the file, like its hash."""
+    """Size of the file."""
     engine: str
     precision: str | None
     """None: the artifact's own."""

@@ -1,4 +1,4 @@
-"""Where latency is measured: sizes of a batch, and lengths of texts."""
+"""The points at which latency is measured: batch sizes, and lengths of texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
 
 @dataclass(frozen=True)
 class Point:
-    """Where latency is measured."""
+    """A batch size and a length at which latency is measured."""
 
     __pydantic_config__ = STORED
 
@@ -27,7 +27,7 @@ class Point:
                 whole_number(value, f"--at {name}=", 1, hint=AT_HINT)
 
     def __str__(self) -> str:
-        """As it is typed."""
+        """Write the point as it is typed on the command line."""
         return f"--at batch={self.batch}" + ("" if self.seq is None else f",seq={self.seq}")
 
 

@@ -53,11 +53,11 @@ class Samples:
     """Raw latencies of models that ran beside each other."""
 
     ms: Mapping[str, Blocks]
-    """By model; entry [b][r] of all models is of the same round."""
+    """Milliseconds by model; entry [b][r] of all models is of the same round."""
     load_ms: Mapping[str, tuple[float, ...]]
-    """By model: milliseconds from file to a session that is ready, one a block."""
+    """Milliseconds from file to a session that is ready, by model, one a block."""
     states: tuple[State, ...] = ()
-    """Of the machine: before the first block, and after each."""
+    """States of the machine before the first block, and after each block."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PairTiming:
     pruned_ms: Blocks
     """Entry [b][p] was run beside dense_ms[b][p]."""
     again_ms: Blocks
-    """Of a second session of the dense model, beside both."""
+    """Milliseconds of a second session of the dense model, which runs beside both."""
     seed: int
     """Drew the order within rounds and draws the bootstrap."""
     load_ms: Mapping[str, float]
@@ -248,7 +248,8 @@ def measure_together(
 
 
 def _opening_order(names: Sequence[str], block: int) -> list[str]:
-    """Over two blocks each model comes before and after each other one; over all, each in every place."""
+    """Order in which models are opened: over two blocks each comes before and after each other one; over all, in every
+    place."""
     turn = block // 2 % len(names)
     turned = [*names[turn:], *names[:turn]]
     return turned if block % 2 == 0 else turned[::-1]

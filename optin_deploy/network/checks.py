@@ -29,7 +29,7 @@ MOST_ENTRIES = 2**48
 ONNX = ("", "ai.onnx")
 """The domain of ONNX's own operators."""
 OLDEST_VERSION = 11
-"""Of ONNX's own operators; before, Slice and others took their sizes as attributes."""
+"""Oldest version of ONNX's own operators; in older ones Slice and others took their sizes as attributes."""
 NEWEST_VERSION = 1000
 """No operator set has as many versions."""
 
@@ -43,7 +43,7 @@ _FIELDS = {
     ir.DataType.UINT64: "uint64_data",
     ir.DataType.STRING: "string_data",
 }
-"""Where a tensor holds its entries if not as bytes; the other types: in `int32_data`."""
+"""Field in which a tensor holds its entries if not as bytes; all other types use `int32_data`."""
 _ALL_FIELDS = ("raw_data", "int32_data", *dict.fromkeys(_FIELDS.values()))
 _COMPLEX = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)
 _SPARSE = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)

@@ -15,7 +15,7 @@ from optin_deploy.errors import BadInput
 BATCH, LENGTH, DECODER_LENGTH, SAMPLES = 2, 13, 11, 4000
 """Sizes of an example; none is 1, which torch would take for a constant."""
 IMAGE_SIZE, CHANNELS = 224, 3
-"""Where the config does not tell."""
+"""Image size and channels if the config does not tell."""
 SERVED_SIZE = "inference_image_size"
 """Our entry in a config: height and width of the images that the model is served with."""
 FREE_SIZE = "inference_any_image_size"

@@ -68,7 +68,7 @@ class Network:
 
     model: ir.Model
     source: str
-    """Where it came from: a path, or the class of the module. For messages and records."""
+    """Origin of the network, for messages and records: a path, or the class of the module."""
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:

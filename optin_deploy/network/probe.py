@@ -30,7 +30,7 @@ SMALLEST_PRIME = 5
 MOST_SIZES = 8
 """Whole numbers of the file that are at most so many may be sizes; more are indices."""
 MOST_ENTRIES = 2**28
-"""Of an input that is made here; a larger one the caller gives."""
+"""Most entries of an input that is made here; a larger one must come from the caller."""
 COLOURS = 4
 """An axis of at most this size beside two free ones holds the channels of an image."""
 
@@ -40,7 +40,7 @@ class Given:
     """What the caller knows better."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of free axes, by the names that the file gives them; one without a name is called `axis 2` by its place."""
+    """Sizes of free axes, by the names that the file gives them; one without a name is called `axis 2` by its place."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Whole inputs, by name."""
 

@@ -25,11 +25,12 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import normalise, reason
 
 OPSET, SCRIPT_OPSET = 20, 17
-"""Below 23, whose Attention node hides the products; 17 is the newest that TorchScript's exporter writes well."""
+"""Operator sets of the two exporters: below 23, whose Attention node hides the products; 17 is the newest that
+TorchScript's exporter writes well."""
 SWITCHES = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Entries of transformers' configs while a module is read."""
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
-"""Where in the files of its builder a node comes from; nobody needs it."""
+"""Key of the metadata with a node's place in the files of its builder, which nobody needs."""
 FAILURES = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError, AssertionError),
     *(ArithmeticError, ImportError),

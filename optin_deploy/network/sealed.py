@@ -41,7 +41,7 @@ class Finished:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     sha256: str
-    """Of the file; it holds the hash of the data file."""
+    """Hash of the file, which itself holds the hash of the data file."""
     data: Mapping[str, str]
     """sha256 of the file with the weights, by its name; empty: the ONNX file holds them."""
     said: Mapping[str, str]
@@ -168,7 +168,7 @@ def _entry(sha256: str) -> bytes:
 
 
 def _remove(path: Path) -> None:
-    """In a folder that keeps a record, only what is ours."""
+    """Remove a file; in a folder that keeps a record, only if it is ours."""
     record = Record.above(path)
     if record is None:
         path.unlink(missing_ok=True)

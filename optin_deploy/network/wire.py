@@ -51,9 +51,9 @@ class _Field(NamedTuple):
     number: int
     type: int
     start: int
-    """Where its tag begins."""
+    """Offset of its tag."""
     value: int
-    """Where its value begins."""
+    """Offset of its value."""
     end: int
 
 

@@ -28,7 +28,7 @@ ALIGNED_BYTES = 64
 
 
 def data_path(path: Path) -> Path:
-    """Where the weights of a file lie that cannot hold them."""
+    """Path of the weights of an ONNX file that cannot hold them."""
     return path.with_name(f"{path.name}.data")
 
 
@@ -146,7 +146,7 @@ def _write_values(file: BinaryIO, weight: ir.TensorProtocol) -> None:
 
 
 def _take_away(path: Path) -> None:
-    """Before its weights are replaced, the file goes; in a folder that keeps a record, only if it is ours."""
+    """Remove a file before its weights are replaced; in a folder that keeps a record, only if it is ours."""
     record = Record.above(path)
     if record is None:
         path.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ class Budget:
 
 
 def _plain(value: float, option: str) -> float:
-    """As given if it is Python's own, else the same value as a float.
+    """Return the value as given if its type is Python's own, else the same value as a float.
 
     Raises: BadInput: no number.
     """
@@ -91,7 +91,8 @@ class TimeTarget:
 
 
 LEAST_TIME, MOST_TIME = 1e-6, 1e9
-"""Between a nanosecond and twelve days for a batch; of --throughput and --speedup, a number as far from 1."""
+"""Bounds of milliseconds for a batch, a nanosecond and twelve days; --throughput and --speedup keep the same bounds as
+numbers."""
 MS_OF = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 TIME_EXAMPLES = {"--latency": "4.0ms", "--speedup": "2.0", "--throughput": "500"}
 
@@ -147,7 +148,7 @@ class Limits:
         return found if self.size is None else [*found, Budget(self.size, relative=False, option="--size")]
 
     def __str__(self) -> str:
-        """For names of folders: 0.6, params0.5, 60000000B."""
+        """Write the limits for names of folders: 0.6, params0.5, 60000000B."""
         told = (
             "" if self.flops is None else f"{self.flops:g}",
             "" if self.params is None else f"params{self.params:g}",

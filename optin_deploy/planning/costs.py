@@ -16,12 +16,12 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis
 from optin_deploy.planning.budget import Budget, Limits
 from optin_deploy.planning.polynomial import Known, Polynomial, Terms, Widths, add, terms_of, values
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import Way, way
+from optin_deploy.structure.structure import Structure
 
 MOST = 2**62
-"""Of any cost, so that sums fit into 64 bits."""
+"""Largest cost, so that sums fit into 64 bits."""
 
 
 class Resource(Protocol):
@@ -33,7 +33,7 @@ class Resource(Protocol):
 
     @property
     def dense(self) -> int:
-        """Of the network as it is."""
+        """Cost of the network as it is."""
 
     def of(self, widths: Widths) -> int:
         """Return the exact cost at these widths of all groups."""
@@ -51,9 +51,9 @@ class Copies:
 
     ways: tuple[Polynomial, ...]
     groups: tuple[frozenset[str], ...]
-    """Of each way, the groups that are cut along it."""
+    """Groups that are cut along each way."""
     bits: int | None
-    """Of an entry; None: entries are counted."""
+    """Bits of an entry; None means that entries are counted."""
 
     def of(self, widths: Widths, whole: Widths) -> int:
         """Return its entries or bytes."""
@@ -93,7 +93,8 @@ class Cost:
     whole: Widths
     """Units of all groups."""
     base: int | None = None
-    """Of the network as it was given, where what is counted merges tokens too; None: it is what is counted."""
+    """Cost of the network as it was given, if the counted network also merges tokens; None means that it is the same
+    network."""
 
     @cached_property
     def dense(self) -> int:
@@ -184,7 +185,7 @@ def _stored(structure: Structure, names: Mapping[Axis, str], whole: Widths, *, b
 
 
 def _bits(dtype: ir.DataType) -> int:
-    """Of an entry; a string, which is never cut, counts a byte."""
+    """Bits of an entry; a string, which is never cut, counts as a byte."""
     return 8 if dtype == ir.DataType.STRING else dtype.bitwidth
 
 
@@ -195,7 +196,7 @@ class Limit:
     resource: Resource
     most: int
     asked: str
-    """As the user said it, such as --flops 0.6."""
+    """The limit as the user wrote it, such as --flops 0.6."""
     relative: bool = False
     """Whether the user gave a share of the dense network."""
 

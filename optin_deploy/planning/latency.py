@@ -28,7 +28,7 @@ from optin_deploy.structure.groups import Layout
 SCHEMA_VERSION = 2
 HINT = "Measure it again with `optin profile`."
 MOST_NS = 10**15
-"""Eleven days."""
+"""Longest time: eleven days."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LatencyTable:
     dense_ns: int
     """Median of a batch through the dense network."""
     groups: Mapping[str, Steps]
-    """By name; a group that is not there takes what it takes at any width."""
+    """Measured steps by name of group; a group that is absent takes the same time at any width."""
     network: str
     """`network.hashing.network_hash` of what was measured."""
     setting: Mapping[str, str | int]
@@ -179,7 +179,7 @@ class TimeCost:
 
     table: LatencyTable
     macs: Cost
-    """Of the same network: they tell what groups that meet save together."""
+    """MACs of the same network: they tell what groups that meet in a product save together."""
     option: str = "--latency"
     base: int | None = None
     """Nanoseconds of the network as it was given, where the table's merges tokens; None: it is the table's."""

@@ -37,7 +37,7 @@ class PlanCost:
     weights_pruned: int
     """More than before where a weight that many nodes share is cut by some of them, and little else goes."""
     bytes_dense: int
-    """Of these tensors, in the types in which they are stored."""
+    """Bytes of these tensors, in the types in which they are stored."""
     bytes_pruned: int
     inputs: Mapping[str, tuple[int, ...]]
     """Shapes of the inputs at which multiply-accumulates are counted."""
@@ -59,9 +59,9 @@ class Origin:
     scores_hash: str
     """`hash_of` all scores by name of group."""
     curves_hash: str | None = None
-    """Of the error curves; None: they were not needed."""
+    """Hash of the error curves; None means that they were not needed."""
     latency_hash: str | None = None
-    """Of the latency table; None: no time was asked for."""
+    """Hash of the latency table; None means that no time was asked for."""
 
 
 def told_merges(merges: Sequence[int], *, of_text: bool) -> str:

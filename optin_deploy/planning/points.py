@@ -15,7 +15,7 @@ from optin_deploy.structure.find import expression
 from optin_deploy.structure.groups import Layout, UnitGroup
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
-"""Of a group's units, beside all; the least that it may keep comes too."""
+"""Measured shares of a group's units, beside all units and the fewest that it may keep."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Terms = dict[tuple[str, ...], int]
 
 
 Known = Mapping[Axis, str | int]
-"""Of some leaves the name of the group whose width they have, or a size other than that of the probe."""
+"""Name of the group that gives a leaf its width, or a size other than the probe's, for some leaves."""
 
 
 def terms_of(axes: Iterable[Axis], known: Known) -> Terms:

@@ -21,7 +21,7 @@ from optin_deploy.planning.ladder import Ladder, narrowest
 from optin_deploy.planning.polynomial import Widths
 
 LEAST_SHARE = 1e-12
-"""Of a limit: what costs less counts as this much. Time does not always grow with the width."""
+"""Least cost as a share of a limit; anything cheaper counts as this much. Time does not always grow with the width."""
 
 Scores = Mapping[str, np.ndarray]
 """A score for each unit of each group; higher = keep."""

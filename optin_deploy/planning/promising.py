@@ -17,7 +17,7 @@ from scipy.sparse import block_diag
 from optin_deploy.planning.allocate import Options
 
 SLACK = 1e-9
-"""Of the largest error: what rounding may hide."""
+"""Allowance for rounding, as a part of the largest error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Bound:
     least: float
     """No choice has a smaller sum of errors."""
     excess: tuple[np.ndarray, ...]
-    """Of each option, how far above this any choice with it lies at least."""
+    """Least amount by which any choice with an option lies above this sum, for each option."""
 
     def promising(self, branches: Sequence[Options], error: float, known: Sequence[int]) -> list[Options]:
         """Return the options that a choice of a smaller sum of errors than a known one may have, and the known ones."""

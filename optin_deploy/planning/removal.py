@@ -1,4 +1,5 @@
-"""In which order units of a group go: first those that the others make up for, by what losing them moves the output.
+"""The order in which a group's units are removed: cheapest first, by how far losing one moves the output once the
+others compensate.
 
 A unit is worth little where it moves the output little, and also where the units beside it can say the same: the
 products that use it are solved for anew. With H the second moments of what a product reads, W its matrix, and M those
@@ -31,15 +32,15 @@ from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import Linear
 
 SAMPLES = 512
-"""On which gradients are taken, at most."""
+"""Most samples on which gradients are taken."""
 ROWS = 8
 """Samples at once: a pass keeps all that it computes."""
 SEED = 0
-"""Of their random directions."""
+"""Seed of their random directions."""
 MOST_OUTPUTS = 4096
 """What more of them count is not looked at, as of classifiers with tens of thousands of classes."""
 ROUNDS = 32
-"""Of the units that are there, one in so many goes before the others are looked at anew."""
+"""One in so many of the remaining units is removed before the others are scored again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Removal:
     order: tuple[int, ...]
     """All units, those first that are kept longest."""
     costs: np.ndarray
-    """By number of kept units, from none to all: how far the output is expected to move."""
+    """Expected movement of the output by number of kept units, from none to all."""
 
 
 def removal(uses: Sequence[Use], scores: Tensor) -> Removal:

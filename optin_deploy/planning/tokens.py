@@ -15,7 +15,7 @@ EVERY = 3
 """Tokens go in at most one of so many blocks, where that is enough: each merge takes an engine some forty small
 operators."""
 POWERS = 1.0, 4.0
-"""Between these an error may grow with the number of tokens."""
+"""Bounds of the power with which an error grows with the number of tokens."""
 PRICES = -30.0, 30.0
 """Logarithms of the prices of a token between which is sought."""
 STEPS = 40
@@ -32,7 +32,7 @@ class Growth:
     power: float = 2.0
 
     def at(self, counts: np.ndarray) -> np.ndarray:
-        """The errors."""
+        """Errors for these numbers of tokens."""
         return np.asarray(self.scale * counts**self.power)
 
 

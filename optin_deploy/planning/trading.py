@@ -22,7 +22,7 @@ from optin_deploy.planning.polynomial import Widths
 from optin_deploy.planning.promising import bound
 
 ROUNDS = 8
-"""Of linearising; it mostly stands still after three."""
+"""Rounds of linearisation; the choice mostly stops changing after three."""
 REACH = 3
 """Rungs that a group goes down or up at once where there are too many groups to try all."""
 ALL = 20_000
@@ -30,7 +30,7 @@ ALL = 20_000
 MANY = 200
 """Options of which no more are left to an exact solution: it would take long, and gain little in so large a network."""
 LEAST_GAIN = 1e-12
-"""Of the error of the narrowest network: what gains less is rounding."""
+"""Least gain, as a part of the error of the narrowest network; a smaller one is rounding."""
 
 
 class Curve(Protocol):

@@ -32,10 +32,10 @@ from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.slopes import rounding
 from optin_deploy.scoring.subject import Subject, valid_of
-from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, reach
+from optin_deploy.structure.structure import Contraction, Structure
 
 MOST_HELD = 2**30
 """Bytes of dense outputs that are kept; where they are more, as of large pictures, fewer samples judge."""
@@ -81,7 +81,7 @@ class _Use:
     products: tuple[Solvable, ...]
     """One, or all that read the same matrix."""
     moments: Moments
-    """Of what they read."""
+    """Moments of what the products read."""
     reach: Tensor
 
     @property

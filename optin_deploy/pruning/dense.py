@@ -43,7 +43,7 @@ class Dense:
     loaded: LoadedModel | None = None
     """The transformers model that it was exported from; None: it is an ONNX file."""
     class_names: tuple[str, ...] | None = None
-    """In their order; None: not known."""
+    """Names of the classes in their order; None means that they are not known."""
 
     @property
     def model(self) -> Any:
@@ -52,12 +52,12 @@ class Dense:
 
     @property
     def task(self) -> str | None:
-        """Of the transformers model."""
+        """Task of the transformers model."""
         return None if self.loaded is None else self.loaded.task
 
     @property
     def tokenizer(self) -> Any:
-        """That was loaded with the model; None: what lies beside the network."""
+        """The tokenizer that was loaded with the model; None means the one beside the network."""
         return self.loaded.preprocessor if self.loaded is not None and self.loaded.is_text else None
 
     @property

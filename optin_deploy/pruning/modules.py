@@ -50,7 +50,7 @@ class PrunedModel:
     """A smaller module, and how it came to be."""
 
     model: nn.Module
-    """Of the given one's class where that holds the result, else a `NetworkModule`."""
+    """Smaller module: of the given one's class if that can hold the result, else a `NetworkModule`."""
     network: Network
     """Its graph, which `network.write.write` stores as an ONNX file."""
     plan: NetworkPlan

@@ -40,7 +40,7 @@ class Found:
 
     @property
     def network(self) -> Network:
-        """The network."""
+        """The network whose groups were found."""
         return self.layout.structure.network
 
 

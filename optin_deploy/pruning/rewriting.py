@@ -36,7 +36,7 @@ TOLERANCES = {
     ir.DataType.INT8: 6e-2,
     ir.DataType.UINT8: 6e-2,
 }
-"""Of the largest output, by the type of weights; other files 1e-4."""
+"""Largest allowed difference by type of the weights, as a part of the largest output; 1e-4 for all other files."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Rewritten:
     """What a cut did to a file."""
 
     plan: NetworkPlan
-    """With the cost, also where the stored one was made by hand."""
+    """The plan with its cost, also if the stored one was written by hand."""
     proof: Proof
     bytes_dense: int
     bytes_pruned: int | None

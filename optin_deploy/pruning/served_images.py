@@ -21,7 +21,7 @@ from optin_deploy.network.run import Program
 from optin_deploy.scoring.memory import free_bytes
 
 TOLERANCE = 1e-4
-"""Of the largest value of an output."""
+"""Largest allowed difference, as a part of the largest value of an output."""
 
 
 def serve_images(loaded: LoadedModel, size: tuple[int, int] | None, *, any_size: bool) -> None:

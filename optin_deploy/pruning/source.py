@@ -45,9 +45,9 @@ class Source:
     """Height and width stay free in the export of a transformers model."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    """Of channels, in place of a preprocessor: pixels become (pixel / 255 - mean) / std."""
+    """Standard deviation of the channels, in place of a preprocessor: pixels become (pixel / 255 - mean) / std."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """Of free axes, by their names in the file, where it takes only some sizes."""
+    """Sizes of free axes by their names in the file, if it takes only some sizes."""
     units: tuple[str, ...] = DEFAULT_KINDS
     """Kinds of units that may be cut."""
     drop_tokens: bool = False

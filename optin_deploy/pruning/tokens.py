@@ -14,7 +14,8 @@ from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import plan_of, told_merges
 from optin_deploy.planning.tokens import Growth, growth, schedule, tried
 from optin_deploy.planning.widths import Choice, Keep, check_choice
-from optin_deploy.pruning.pruning import Curves, Ready, pick
+from optin_deploy.pruning.pruning import Curves, pick
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.trial import error_of, unseen_error
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.labels import TOKENS

@@ -13,7 +13,8 @@ from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.pruning.pruning import Ready, make
+from optin_deploy.pruning.pruning import make
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.held_out import joined, judged_samples, samples_of
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.subject import Subject, valid_of

@@ -45,7 +45,7 @@ class _Note:
     values: Tensor
     """Classes (rows, positions), or numbers (rows, positions, values)."""
     valid: Tensor
-    """(rows, positions)."""
+    """Whether a position counts, (rows, positions)."""
     classes: int = 0
     loss: float = 0.0
     """Sum over so many tokens."""

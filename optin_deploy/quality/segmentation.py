@@ -15,7 +15,7 @@ from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
 
 VALUES = 2**26
-"""Of a picture that is scaled to the size of its map at once: 256 MiB."""
+"""Most values of a picture that are scaled to the size of its map at once: 256 MiB."""
 log = logging.getLogger(__name__)
 
 

@@ -1,4 +1,4 @@
-"""Where lines, dots, bars and cells of a page's charts lie, in units of a viewBox; report.html draws them."""
+"""Positions of lines, dots, bars and cells in a page's charts, in units of a viewBox; report.html draws them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 
 from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import milliseconds
-from optin_deploy.reporting.findings import LatencyRow, SweepRow
+from optin_deploy.reporting.findings import SweepRow
+from optin_deploy.reporting.latency_rows import LatencyRow
 
 WIDTH, HEIGHT = 360, 210
-"""Of a chart: about as wide as a phone, so that text is readable there and larger elsewhere."""
+"""Size of a chart: about as wide as a phone, so that text is readable there and larger elsewhere."""
 LEFT, RIGHT, TOP, BOTTOM = 50, 322, 34, 168
 """Edges of the plot inside a chart; around it are the texts of ticks, axes and rules."""
 UNITS_LEFT, BARS_RIGHT, UNITS_RIGHT = 34, 244, 356
@@ -23,7 +24,7 @@ ROW, BAR = 20, 12
 CURVE_POINTS = 200
 """Steps of a distribution curve."""
 SHOWN_PERCENT = 99
-"""Of the runs of each model; the slowest would squeeze all others."""
+"""Share of each model's runs that is shown; the slowest would squeeze all others."""
 
 
 Ticks = tuple[tuple[float, str], ...]
@@ -100,15 +101,15 @@ class Row:
     """One group in a chart of units."""
 
     group: str
-    """Its name."""
+    """Name of the group."""
     name: str
     """Which units stay, or how many."""
     y: float
-    """Upper edge."""
+    """Upper edge of the row."""
     units: int
     kept: int
     full_width: float
-    """Of the bar of the dense model."""
+    """Width of the dense model's bar."""
     kept_width: float
     cells: tuple[tuple[float, bool], ...]
     """x of each unit, and whether it stays; empty where units are too many to be cells."""
@@ -127,7 +128,7 @@ class Units:
 
     @property
     def height(self) -> float:
-        """Of the whole chart."""
+        """Height of the whole chart."""
         return ROW * len(self.rows)
 
     @property
@@ -246,7 +247,7 @@ LEAST = 1e-300
 
 
 def _axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """From the lowest to the highest value with a margin, also if all are equal."""
+    """An axis from the lowest to the highest value with a margin, also if all values are equal."""
     low, high = min(values), max(values)
     span, largest = high - low, max(abs(low), abs(high))
     if span <= max(1e-6 * largest, LEAST):

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -15,29 +14,20 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from optin_deploy.common.validation import read_stored, validated
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import sha256_file
-from optin_deploy.measuring.measurement import beside
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.latency_rows import LENIENT, LatencyRow, check_readable
 from optin_deploy.reporting.report import quality_lines
 
 if TYPE_CHECKING:
     from optin_deploy.reporting.report import Report
 
-READABLE = (1, 2)
-"""Schema versions of report.json and measurements.json; 2 has more fields."""
-LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
-"""`__pydantic_config__` of what other versions may have added fields to."""
 OF_TEXT = {**LENIENT, "strict": False}
-"""The same for a table, where every value is text."""
+"""`LENIENT` for a table, in which every value is text."""
 
-Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
-"""A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
-Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Annotated[float, Field(ge=-1, le=1)]
 """Accuracy, agreement, cosine or correlation."""
-Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=2)]
-"""(blocks, runs) raw samples."""
 
 
 @dataclass(frozen=True)
@@ -68,68 +58,6 @@ class Sizes:
 
     pruned: PositiveFloat
     dense: PositiveFloat | None = None
-
-
-@dataclass(frozen=True)
-class Side:
-    """Latency of one model at one point."""
-
-    __pydantic_config__ = LENIENT
-
-    p50_ms: Milliseconds
-    p95_ms: Milliseconds
-    throughput: float
-    """Samples a second."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Raw samples of one comparison."""
-
-    __pydantic_config__ = LENIENT
-
-    dense: Blocks
-    pruned: Blocks
-
-    def __post_init__(self) -> None:
-        if len(self.dense) != len(self.pruned):
-            raise BadInput(f"{len(self.dense)} blocks of the dense model, {len(self.pruned)} of the pruned one")
-
-    @property
-    def block_ratios(self) -> tuple[float, ...]:
-        """Median dense / median pruned latency of each block."""
-        return tuple(median(a) / median(b) for a, b in zip(self.dense, self.pruned, strict=True))
-
-
-@dataclass(frozen=True)
-class LatencyRow:
-    """Dense against pruned at one point."""
-
-    __pydantic_config__ = LENIENT
-
-    engine: str
-    precision: str
-    batch: PositiveInt
-    seq_len: PositiveInt | None
-    threads: int
-    dense: Side
-    pruned: Side
-    speedup: Ratio
-    ci95: tuple[Ratio, Ratio]
-    ideal: Ratio
-    realised: float
-    samples_ms: Samples
-    same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
-    """Of the dense model's two sessions; since schema 2."""
-    unstable: bool = False
-    dense_engine: str | None = None
-    dense_precision: str | None = None
-    """Of the dense model, where they are not those of the pruned one; None: in reports that did not say them."""
-
-    @property
-    def beside(self) -> str:
-        """See `Measurement.beside`."""
-        return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
 
 
 @dataclass(frozen=True)
@@ -165,7 +93,7 @@ class StoredReport:
     memory: Mapping[str, int] = field(default_factory=dict)
     """Highest resident bytes of each stage; absent in reports of earlier versions."""
     groups: tuple[StoredGroup, ...] = ()
-    """Of a network that was cut in its graph."""
+    """Groups of a network that was cut in its graph."""
 
     def __post_init__(self) -> None:
         check_readable(self.schema_version)
@@ -206,15 +134,15 @@ class SweepRow:
     __pydantic_config__ = OF_TEXT
 
     flops: Share
-    """Of the dense MACs, that was allowed."""
+    """Share of the dense MACs that was allowed."""
     kept: Share
-    """That the model takes."""
+    """Share of the dense MACs that the model takes."""
     parameters: PositiveInt
     metric: str
     dense: Metric
     pruned: Metric
     drop: float
-    """Points lost."""
+    """Points of the metric that are lost."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +150,7 @@ class Kept:
     """Units of one kind: which of them stay."""
 
     names: tuple[str, ...]
-    """Of layers or groups."""
+    """Names of layers or groups."""
     stay: tuple[tuple[bool, ...], ...]
     """One row a name."""
 
@@ -267,21 +195,12 @@ def read_report(folder: Path) -> StoredReport | None:
     return read_stored(StoredReport, path, _export(folder)) if os.path.lexists(path) else None
 
 
-def check_readable(version: int) -> None:
-    """Refuse a report or measurements of another version.
-
-    Raises: BadInput.
-    """
-    if version not in READABLE:
-        raise BadInput(f"schema_version {version}; this version reads {' and '.join(map(str, READABLE))}")
-
-
 def _export(folder: Path) -> str:
     return f"Make it with `optin-export MODEL --out {folder}`."
 
 
 def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
-    """Of the plan that the report is about."""
+    """Units that stay in the plan that the report is about."""
     plan = _plan_of(folder, report)
     found: dict[str, tuple[list[str], list[tuple[bool, ...]]]] = {}
     for group in report.groups:

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARK = "optin inspect"
-"""In the metadata of the file: by it a picture of ours is known."""
+"""Entry in the metadata of the file by which a picture of ours is recognised."""
 HEAD_BYTES = 4096
 DPI = 110
 ROW_INCHES, COLUMN_INCHES = 0.21, 6.4
 COLUMN_ROWS, MOST_COLUMNS = 56, 8
 """Rows of a column, until there are so many columns; then columns get longer."""
 NAME_WIDTH, BAR_WIDTH = 0.46, 0.3
-"""Of a column; the rest is for numbers."""
+"""Shares of a column's width; the rest is for numbers."""
 COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#999933", "#E69F00", "#009E73", "#CC79A7", "#D55E00"), strict=True))
-"""Of kinds; told apart also by colour-blind people (Okabe and Ito)."""
+"""Colours of the kinds, which colour-blind people can also tell apart (Okabe and Ito)."""
 LONGEST_NAME, LONGEST_BLOCK = 44, 66
 NOTE = "Bars and percentages: multiply-accumulates that would go with all units of a group."
 

@@ -15,12 +15,13 @@ from optin_deploy.files.ownership import free_name
 from optin_deploy.files.storage import write_text
 from optin_deploy.reporting import charts
 from optin_deploy.reporting.charts import latency_chart, ratio_chart, sweep_chart, units_chart
-from optin_deploy.reporting.findings import Findings, LatencyRow, StoredReport, read_findings
+from optin_deploy.reporting.findings import Findings, StoredReport, read_findings
+from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.reporting.score_table import told
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_rows
 
 GENERATOR = '<meta name="generator" content="optin-deploy">'
-"""In the head of the template: by it a page of ours is known."""
+"""Tag in the head of the template by which a page of ours is recognised."""
 PAGE_HEAD_BYTES = 2**16
 FEW = ("heads", "groups", "queries")
 """Kinds whose units are drawn one by one."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DPI = 120
 ANNOTATED_COLUMNS = 16
-"""Up to this many units in every small group, each cell says its rank."""
+"""Most units of a small group for which each cell says its rank."""
 CELL_INCHES, SMALL_CELL_INCHES = 0.36, 0.2
 """Side of a cell with and without its rank."""
 CURVES_INCHES = 5.0

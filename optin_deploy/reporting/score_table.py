@@ -157,7 +157,7 @@ def colour_range(layers: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def colour_levels(layers: Sequence[Tensor]) -> list[Tensor]:
-    """Per layer, (units,) in [0, 1]: where a score lies in `colour_range`; zeros are at 0."""
+    """Place of each score in `colour_range`, per layer, (units,) in [0, 1]; zeros are at 0."""
     low, high = colour_range(layers)
     return [((x.log10() - low) / (high - low or 1.0)).clamp(0, 1) for x in layers]
 

@@ -29,14 +29,14 @@ class EngineRecord:
     engine: str
     precision: str
     sha256: str
-    """Of the artifact's file."""
+    """Hash of the artifact's file."""
     size_bytes: int
     device: str
     """Name of the GPU or CPU it was built on; empty: built ahead of time, with no device."""
     capability: str
     """CUDA compute capability such as `9.0`, or the CPU's instruction set; empty: any that the engine takes."""
     version: str
-    """Of the package that built it and must load it."""
+    """Version of the package that built it and must load it."""
     key: str
     """Hash of everything that it was made from; an artifact with the wanted key is not built again."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -80,13 +80,13 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class _Stored:
-    """engine.json."""
+    """Contents of engine.json."""
 
     __pydantic_config__ = STORED
 
     schema_version: int
     engines: Mapping[str, EngineRecord]
-    """By the name of the artifact."""
+    """Records by the name of the artifact."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

@@ -50,7 +50,7 @@ class EngineLog:
 
 
 _LOGGERS: dict[str, Any] = {}
-"""By module; never freed, as a logger must outlive everything that was made with it."""
+"""Loggers by module; they are never freed, as a logger must outlive everything that was made with it."""
 
 
 def _make_logger(trt: Any) -> Any:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from optin_deploy.network.run import Cone, Program
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.stream import samples_axis
+from optin_deploy.structure.structure import Structure
 
 REAL = (torch.int8, torch.uint8)
 """Whole numbers that stand for real ones; others may count samples."""

@@ -45,7 +45,8 @@ class Features:
 
 ALL_TOKENS = Features()
 PAPER = Features("ffn", 768, across=True)
-"""As in the authors' code, but for what has no reason there: padding, the last layer halved, a prior on the index."""
+"""The features of the authors' code, without what has no reason there: padding, the last layer halved, a prior on the
+index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Tokens:
     """The compared tokens of one batch, in groups; each group has a Gram matrix of its own."""
 
     batch: int
-    """Samples."""
+    """Number of samples."""
     places: Tensor | None
     """(groups, tokens): places in the flattened (batch * tokens) features; None = all, where they are."""
     valid: Tensor

@@ -36,8 +36,8 @@ class TokenWeights:
     """What each token's error counts, of some batches."""
 
     of: Mapping[str, tuple[Tensor, ...]]
-    """By value of the features, one tensor a batch: (batch, tokens), float64; the mean over a sample's real tokens is
-    1, padding has 0."""
+    """Weights by value of the features, one tensor a batch: (batch, tokens), float64. The mean over a sample's real
+    tokens is 1, and padding has 0."""
 
     def split(self, rows: int) -> TokenWeights:
         """Return the same for batches of at most so many samples, as `memory.micro_batches` makes them."""

@@ -18,7 +18,7 @@ from optin_deploy.scoring.noise import signs
 OutputKind = Literal["logits", "regression", "embedding"]
 """How two outputs are compared: KL divergence, squared error, squared distance of unit vectors."""
 FEW_CLASSES = 4
-"""Up to so many, the KL term takes one exact direction for each class but one; above, random ones cost less."""
+"""Most classes for which the KL term takes one exact direction for each class but one; above, random ones cost less."""
 
 
 @dataclass(frozen=True, eq=False)

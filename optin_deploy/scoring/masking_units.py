@@ -15,10 +15,11 @@ from torch import Tensor
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.scoring.copies import copies
+from optin_deploy.scoring.dense_run import Dense, dense_run
 from optin_deploy.scoring.features import ALL_TOKENS, Features, trajectory_distance
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.memory import micro_batches
-from optin_deploy.scoring.subject import Dense, Subject, dense_run
+from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import Terms
 from optin_deploy.structure.groups import UnitGroup
 
@@ -74,7 +75,7 @@ def units_at_once(subject: Subject, dense: Dense, samples: int, rows: int | None
 
 
 def _chunks(units: Sequence[int], most: int) -> Iterable[list[int]]:
-    """As few as possible, and about equal."""
+    """Split units into as few chunks as possible, about equal in size."""
     runs = -(-len(units) // most)
     size = -(-len(units) // max(1, runs))
     return (list(units[start : start + size]) for start in range(0, len(units), max(1, size)))

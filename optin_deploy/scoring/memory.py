@@ -18,7 +18,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Batch, rows_of
 
 SHARE = 0.8
-"""Of the free memory; the rest is for kernels' scratch and other processes."""
+"""Share of the free memory that is used; the rest is for kernels' scratch and other processes."""
 CGROUP = Path("/sys/fs/cgroup")
 STATUS = Path("/proc/self/status")
 
@@ -131,7 +131,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.most = 0
-        """Bytes."""
+        """Most bytes that were alive at the same time."""
         self._now = 0
         self._alive: set[int] = set()
 

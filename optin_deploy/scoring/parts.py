@@ -49,7 +49,7 @@ class Part:
     name: str
     """Says what is scored; unique among the parts of one scoring."""
     cost: int
-    """For the progress bar: about samples times forwards."""
+    """Cost for the progress bar: about samples times forwards."""
     work: Callable[[Progress], Terms]
 
 
@@ -60,7 +60,7 @@ class Worker:
     index: int = 0
     count: int = 1
     helps: bool = True
-    """After its own parts it takes over what nobody works on, and waits for the rest; else it leaves them."""
+    """Whether, after its own parts, it takes over what nobody works on and waits for the rest, or leaves them."""
 
     def __post_init__(self) -> None:
         whole_number(self.count, "the number of workers,", 1, MOST_WORKERS)
@@ -91,7 +91,7 @@ def _is_count(text: str) -> bool:
 
 
 class Store(Protocol):
-    """Where finished parts are."""
+    """A store of finished parts."""
 
     def get(self, name: str) -> Terms | None:
         """The result of a part, if it is finished."""
@@ -105,7 +105,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """For one process: parts are kept until it ends."""
+    """A store for one process: parts are kept until it ends."""
 
     parts: dict[str, Terms] = field(default_factory=dict)
 
@@ -125,11 +125,11 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class FolderStore:
-    """For many processes, now or later."""
+    """A store in a folder for many processes, now or later."""
 
     folder: Path
     branches: Sequence[Units]
-    """Of the model: what a part may hold sums of."""
+    """Branches of the model, which a part may hold sums of."""
 
     @contextmanager
     def shared(self, finished: Callable[[], bool]) -> Iterator[bool]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.run import Cone
 from optin_deploy.network.spans import Spans
-from optin_deploy.scoring.subject import Key, Site, Subject, masks_of
+from optin_deploy.scoring.sites import Key, Site, masks_of
+from optin_deploy.scoring.subject import Subject
 
 Gradients = dict[str, Tensor]
-"""By name of value."""
+"""Gradients by name of value."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Passes:
     kept: Mapping[str, Tensor]
     """What leads from one span to the next, and what was wanted of the run."""
     seconds: float
-    """Of the forward."""
+    """Seconds of the forward."""
 
     @classmethod
     def of(cls, subject: Subject, batch: Batch, spans: Sequence[Span]) -> Passes:

@@ -1,4 +1,4 @@
-"""In which type passes multiply: a faster one than the network's own, where the hardware multiplies it."""
+"""The type in which passes multiply: a faster one than the network's own, if the hardware multiplies it."""
 
 from __future__ import annotations
 

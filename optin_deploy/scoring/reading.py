@@ -17,7 +17,7 @@ Kind = Literal["logits", "probabilities", "regression", "embedding"]
 KINDS: tuple[Kind, ...] = ("logits", "probabilities", "regression", "embedding")
 PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 LEAST = 1e-30
-"""Of a probability, before its logarithm."""
+"""Least probability before its logarithm is taken."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reading:
     output: str
     kind: Kind
     pooling: str = "mean"
-    """Of embeddings over tokens, see `optin_deploy.feeds.pooling`."""
+    """Pooling of embeddings over tokens, see `optin_deploy.feeds.pooling`."""
     masks: str | None = None
     """Output with logits of a mask of each query, (batch, queries, height, width), where `output` has logits of their
     classes, the last of them for none: a place's classes are those of all queries, by how surely it is theirs (Cheng

@@ -35,7 +35,7 @@ class ScoreSettings:
     head_samples: int | None = None
     """Samples on which the sketch masks few and large units; None: until the ranking is stable."""
     seed: int = 0
-    """Of random projections and of drawn tokens."""
+    """Seed of random projections and of drawn tokens."""
 
     def __post_init__(self) -> None:
         checked(self.features, Features, "features")

@@ -19,12 +19,14 @@ from optin_deploy.common.progress import Progress, silent
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Batch
 from optin_deploy.network.graph import Network, Node
+from optin_deploy.scoring.dense_run import check_finite, chosen_tokens
 from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, signs, stream
 from optin_deploy.scoring.passes import Gradients, Passes, spans_of
-from optin_deploy.scoring.subject import Key, Subject, check_finite, chosen_tokens, tokens_of, valid_of, value_of
+from optin_deploy.scoring.sites import Key
+from optin_deploy.scoring.subject import Subject, tokens_of, valid_of, value_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms
 from optin_deploy.structure.groups import UnitGroup
 
@@ -40,7 +42,7 @@ class Projections:
 
     trajectory: range
     output: range
-    """Where a few directions are exact, they are taken with projection 0."""
+    """Projections of the output; if a few directions are exact, they are taken with projection 0."""
     seed: int = 0
 
 
@@ -107,7 +109,7 @@ def rounding(network: Network) -> Node | None:
 
 
 def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple[list[Gradients], bool]:
-    """Of each projection of the output, its gradient at the value that is compared; and whether they are not random.
+    """Gradient at the compared value for each projection of the output; and whether the projections are not random.
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
     """

@@ -1,4 +1,4 @@
-"""When to stop: how far the ranking of units would still change if its noise were drawn anew."""
+"""The stop rule: how far the ranking of units would still change if its noise were drawn anew."""
 
 from __future__ import annotations
 

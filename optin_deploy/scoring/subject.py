@@ -3,88 +3,25 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from optin_deploy.errors import NonFiniteActivation
-from optin_deploy.feeds.rows import MASK, Batch, rows_of
+from optin_deploy.feeds.rows import MASK, Batch
 from optin_deploy.network.axes import units_along
-from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.network.run import Cone, Mask, Place, Program, Values
 from optin_deploy.scoring.copies import cone_of_copies
-from optin_deploy.scoring.features import Features, Tokens, draw_tokens
 from optin_deploy.scoring.features import Site as FeatureSite
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading, reading_of
-from optin_deploy.structure.flow import Structure
+from optin_deploy.scoring.sites import Site, masks_of
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis
-
-Key = tuple[Place, int]
-"""Of a site: a node's input, and one of its axes."""
-MOST_TOKENS = 512
-"""Pictures of more places are compared by so many, drawn for each sample."""
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place where units of a group are masked, for each sample alone."""
-
-    place: Place
-    position: int
-    """Of the axis with the units."""
-    samples: int | None
-    """Of the axis with the samples, each maybe in several parts; None: all samples share the value."""
-    units: Tensor
-    """The unit of each entry along the axis; the number of units where an entry belongs to none."""
-
-    @property
-    def key(self) -> Key:
-        """Sites of several groups with one key are one multiplier."""
-        return self.place, self.position
-
-    def of_units(self, units: Tensor) -> Tensor:
-        """(samples, units) -> (samples, entries of the axis); entries that belong to no unit get 1."""
-        return torch.cat([units, torch.ones(len(units), 1).to(units)], 1)[:, self.units.to(units.device)]
-
-    def mask(self, entries: Tensor) -> Mask:
-        """Return what makes a multiplier for the node's input.
-
-        Args: entries: (samples, entries of the axis), or one row for all samples.
-        """
-
-        def placed(value: Tensor) -> Tensor:
-            shape = [1] * value.dim()
-            shape[self.position] = entries.shape[1]
-            if self.samples is None or len(entries) == 1:
-                assert len(entries) == 1, "a value that all samples share is masked for one sample at a time"
-                return entries.reshape(shape)
-            shape[self.samples] = value.shape[self.samples]
-            spread = entries.repeat_interleave(shape[self.samples] // len(entries), 0)
-            return (spread.T if self.samples > self.position else spread).reshape(shape)
-
-        return placed
-
-
-def masks_of(multipliers: Iterable[tuple[Site, Tensor]]) -> dict[Place, Mask]:
-    """Masks for places, from (samples, entries) for each site; where several stand at one place all multiply."""
-    found: dict[Place, Mask] = {}
-    for site, entries in multipliers:
-        one, other = site.mask(entries), found.get(site.place)
-        found[site.place] = one if other is None else _both(one, other)
-    return found
-
-
-def _both(one: Mask, other: Mask) -> Mask:
-    assert callable(one)
-    assert callable(other)
-    return lambda value: one(value) * other(value)
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +65,7 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's real numbers."""
+        """Type of the network's real numbers."""
         stored = self.structure.shapes.tensors.get(self.reading.output)
         return self.program.dtype or (torch.float32 if stored is None else stored.dtype)
 
@@ -139,7 +76,7 @@ class Subject:
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[Site, ...]]:
-        """Where each group is masked, by name."""
+        """Sites at which each group is masked, by name of group."""
         return {group.name: tuple(self._sites(group)) for group in self.layout.groups}
 
     @cached_property
@@ -213,80 +150,6 @@ class Subject:
             yield Site((site.node, site.place), site.position, samples_axis(self.structure, value), along)
 
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """What a batch gives in the dense network: what all comparisons start from."""
-
-    values: Values
-    tokens: Mapping[str, Tokens]
-    """By value of the features, those that are compared."""
-    readout: Readout
-    valid: Tensor | None
-    """(samples, tokens), 0 or 1, of texts."""
-    seconds: float
-    """Of the forward."""
-
-    def gram(self, feature: Feature, value: Tensor, times: int = 1) -> Tensor:
-        """The Gram matrices of a feature in a run of these samples, each so many times."""
-        tokens = self.tokens[feature.value]
-        return tokens.gram(tokens_of(feature, value, times * tokens.batch))
-
-
-def dense_run(
-    subject: Subject,
-    batch: Batch,
-    chosen: Features,
-    seed: int,
-    *,
-    watch: Collection[str] = (),
-) -> Dense:
-    """Run a batch and keep these values, and those of the features.
-
-    Raises: NonFiniteActivation: the network puts out NaN or infinity.
-    """
-    assert chosen.site == subject.compared, "the subject says which values are compared"
-    started = _now(subject)
-    values = subject.run(batch, watch={*watch, *(feature.value for feature in subject.features)})
-    seconds = _now(subject) - started
-    watched, valid = values.watched, valid_of(batch)
-    tokens = {f.value: chosen_tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
-    readout = subject.read(values.outputs, valid)
-    check_finite(subject, batch, [readout.values])
-    return Dense(values, tokens, readout, valid, seconds)
-
-
-def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> None:
-    """Refuse NaN and infinity in what this batch gave.
-
-    Raises: NonFiniteActivation: names the first operator that puts one out.
-    """
-    if all(bool(torch.isfinite(value).all()) for value in values):
-        return
-    network = subject.structure.network
-    nodes = network.nodes
-    names = [name for node in nodes for name in node.outputs if name]
-    watched = subject.run(batch, watch=names).watched
-    first = next(
-        (
-            _told(node, network)
-            for node in nodes
-            for name in node.outputs
-            if name in watched and watched[name].is_floating_point() and not bool(torch.isfinite(watched[name]).all())
-        ),
-        "a layer",
-    )
-    raise NonFiniteActivation(
-        f"{first} put out NaN or infinity on the calibration data. Check the weights and the data; a network stored "
-        "in half precision may overflow: export it in float32."
-    )
-
-
-def _told(node: Node, network: Network) -> str:
-    """An operator with the weights that it reads, by whose names people know the layer."""
-    weights = [name for name in node.inputs if name in network.weights]
-    return f"{node}, which reads {', '.join(weights)}," if weights else str(node)
-
-
 def tokens_of(feature: Feature, value: Tensor, samples: int) -> Tensor:
     """(samples, .., channels, ..), each sample maybe in several parts -> (samples, tokens, channels)."""
     return value.movedim(feature.channels, -1).reshape(samples, -1, value.shape[feature.channels])
@@ -301,22 +164,3 @@ def valid_of(batch: Batch) -> Tensor | None:
     """Which tokens are real, (samples, tokens), 0 or 1; None: nothing is padded."""
     found = batch.get(MASK)
     return found if found is not None and found.dim() == 2 else None
-
-
-def chosen_tokens(
-    subject: Subject, feature: Feature, value: Tensor, batch: Batch, chosen: Features, seed: int
-) -> Tokens:
-    """Which tokens of a feature are compared."""
-    flat = tokens_of(feature, value, rows_of(batch))
-    valid = subject.real(batch, feature.value, feature.channels)
-    if valid is None or valid.shape != flat.shape[:2]:
-        valid = torch.ones(flat.shape[:2])
-        if chosen.tokens is None and flat.shape[1] > MOST_TOKENS:
-            chosen = Features(chosen.site, MOST_TOKENS, chosen.across)
-    return draw_tokens(chosen, batch, valid.to(value.device, torch.promote_types(value.dtype, torch.float32)), seed)
-
-
-def _now(subject: Subject) -> float:
-    if subject.program.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -27,7 +27,7 @@ class Units(Protocol):
 
     @property
     def units(self) -> int:
-        """Their number."""
+        """Number of units."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Terms:
     """Running sums over samples, in float64; those of disjoint samples or units add up."""
 
     sums: dict[Units, Tensor]
-    """By group (5, units): sum of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
+    """Sums by group, (5, units): of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
     Exact: the sums of D^2, O^2, D O over samples. Sketch: the variances of the first two rows, and 0; all summed over
     the probes too."""
     samples: int = 0
@@ -84,7 +84,7 @@ class TermWeights:
     trajectory: tuple[float, ...]
     """One a layer."""
     output: float
-    """lambda."""
+    """Weight lambda of the output term."""
 
 
 def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:

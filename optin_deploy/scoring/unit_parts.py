@@ -27,7 +27,7 @@ from optin_deploy.structure.groups import UnitGroup
 MASKED = ("heads", "groups", "queries")
 """Kinds of few and large units: to remove one is a large step, which no slope foretells, so the sketch masks them."""
 FIRST_PROBES, MOST_PROBES = 4, 16
-"""Of the first round at most, and of all: how many more there are, the noise that was seen decides."""
+"""Most probes of the first round, and of all rounds; the observed noise decides how many follow the first round."""
 PROBES_PER_OUTPUT_PROBE = 4
 """The output term is a tenth of a score on average: it takes fewer probes."""
 HEAD_CHUNK = 8
@@ -111,7 +111,7 @@ class UnitParts:
         )
 
     def _projections(self, probes: range) -> Projections:
-        """Of the trajectory and of the output."""
+        """Projections of the trajectory and of the output."""
         seed = self.settings.seed
         if self.settings.weighting == "output":
             return Projections(range(0), probes, seed)
@@ -125,7 +125,7 @@ class UnitParts:
 
     @cached_property
     def keys(self) -> list[int]:
-        """Of the different samples, in an order that does not depend on where they stand."""
+        """Keys of the distinct samples, in an order that does not depend on their places."""
         return sorted({key for batch in self.batches for key in sample_keys(batch)})
 
     @cached_property

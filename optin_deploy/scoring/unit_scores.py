@@ -28,7 +28,7 @@ class UnitScores:
     """Importance of every unit; higher = keep."""
 
     scores: Mapping[str, Tensor]
-    """By name of group, in the order of the layout, (units,) in float64, not negative."""
+    """Scores by name of group, in the order of the layout, (units,) in float64, not negative."""
     errors: Mapping[str, Tensor]
     """Standard error of each score, of the same shapes; 0 where nothing was estimated."""
     network: str

@@ -22,7 +22,8 @@ class Checked:
 
     manifest: Manifest
     largest_error: float
-    """Over all outputs and requests, relative to max(1, largest reference value); NaN: nothing to compare with."""
+    """Largest error of all outputs and requests, relative to max(1, largest reference value); NaN if nothing was
+    compared."""
     requests: int
     compared_with: str
     """`artifact`: run here on the same inputs; `recorded`: the torch model's outputs, where that cannot be."""
@@ -59,7 +60,7 @@ class ServeCheck:
     settings: Mapping[str, Any]
 
     def load_rows(self) -> list[tuple[str, ...]]:
-        """Of a table with LOAD_HEADER."""
+        """Rows of a table with LOAD_HEADER."""
         rows = []
         for pair, points in self.load:
             for point in points:

@@ -16,9 +16,9 @@ from optin_deploy.runtimes.base import Closing, Feeds
 from optin_deploy.serving.manifest import DATATYPES, TensorSpec
 
 METADATA_BYTES = 2**20
-"""Of one answer about a server or a model; real ones have a few KiB."""
+"""Most bytes of one answer about a server or a model; real ones have a few KiB."""
 ANSWER_BYTES = 2**30
-"""Of one inference; the states of 32 texts of 512 tokens have a few dozen MiB."""
+"""Most bytes of one inference; the states of 32 texts of 512 tokens have a few dozen MiB."""
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Bytes of JSON before the values, where these are sent as bytes."""
 SHOWN = 300
@@ -71,7 +71,7 @@ def connect(url: str, timeout: float) -> ServedClient:
 
 
 class HttpClient(Closing):
-    """Over HTTP; tensors are sent as bytes where the server offers it, else as JSON.
+    """A client over HTTP; tensors are sent as bytes where the server offers it, else as JSON.
 
     tritonclient's own connections cannot leave the thread they were made in; it writes and reads the messages here.
     """
@@ -151,7 +151,7 @@ class HttpClient(Closing):
 
 
 class GrpcClient(Closing):
-    """Over gRPC."""
+    """A client over gRPC."""
 
     def __init__(self, address: str, timeout: float) -> None:
         """See `connect`."""

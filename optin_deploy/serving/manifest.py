@@ -14,11 +14,11 @@ from optin_deploy.files.storage import sha256_file
 
 SCHEMA_VERSION = 1
 FOLDER = "optin"
-"""In a version's folder: what travels with it beside the files that the server reads."""
+"""Folder in a version's folder: what travels with it beside the files that the server reads."""
 FILE = f"{FOLDER}/manifest.json"
 HINT = "Publish it with `optin ship`."
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
-"""Of models: a name that is also one file name, one path segment of a URL and, in small letters, a Kubernetes name."""
+"""Model names that are also one file name, one path segment of a URL and, in lower case, a Kubernetes name."""
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./:-]{0,255}")
 LARGEST_VERSION = 2**31 - 1
 MOST_AXES, LARGEST_AXIS = 8, 2**31 - 1
@@ -88,7 +88,7 @@ class ServingOptions:
     too_long: str = "truncate"
     """`truncate` or `refuse` what is longer."""
     storage_uri: str | None = None
-    """Where KServe finds the repository, e.g. `s3://bucket/repository` or `pvc://claim/repository`."""
+    """Address at which KServe finds the repository, e.g. `s3://bucket/repository` or `pvc://claim/repository`."""
     canary: int | None = None
     """Percent of KServe's traffic that goes to a new version; None: all."""
 
@@ -120,7 +120,7 @@ class Manifest:
     role: str
     """`dense` or `pruned`; or what serves texts around one: `tokenizer`, `text`."""
     engine: str
-    """Of `optin build`; empty where no engine of ours runs it."""
+    """Engine of `optin build`; empty if no engine of ours runs it."""
     precision: str
     file: str
     """The artifact in the version's folder; empty: the server needs none."""
@@ -128,9 +128,9 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     options: ServingOptions
     sha256: Mapping[str, str]
-    """Of every file in the version's folder but this one, by relative path."""
+    """Hashes of every file in the version's folder but this one, by relative path."""
     size_bytes: int
-    """Of the artifact."""
+    """Size of the artifact."""
     made_from: Mapping[str, str] = field(default_factory=dict)
     """Hashes and names of what it was made of: model, plan, layout, weights."""
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -35,7 +35,7 @@ class Publication:
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
-        """Of all its versions."""
+        """Manifests of all its versions."""
         return tuple(manifest for manifest, _ in self.versions)
 
 

@@ -24,7 +24,7 @@ from optin_deploy.serving.manifest import FILE, FOLDER, Manifest, check_files, c
 from optin_deploy.serving.staging import Staging
 
 STATE = "optin.json"
-"""In a model's folder: which versions are served."""
+"""File in a model's folder that says which versions are served."""
 LOCK = ".optin.lock"
 SCHEMA_VERSION = 1
 HINT = "Make a repository with `optin ship DIR --server triton --out REPO`."
@@ -67,7 +67,8 @@ class Repository:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process publishes at a time. A folder that is not there is made, and goes if nothing comes into it.
+        """Let only one process publish at a time. A folder that is not there is made, and goes if nothing comes into
+        it.
 
         Raises: BadInput: another one is at it, or the root is no folder.
         """
@@ -94,7 +95,7 @@ class Repository:
         return tuple(sorted(path.parent.name for path in self.root.glob(f"*/{STATE}")))
 
     def folder(self, name: str, version: int | None = None) -> Path:
-        """Of a model, or of one version of it.
+        """Folder of a model, or of one version of it.
 
         Raises: BadInput: not a name or number that it may have, or a link, which could lead anywhere.
         """
@@ -122,7 +123,7 @@ class Repository:
         return read_stored(State, file, HINT)
 
     def manifest(self, name: str, version: int) -> Manifest:
-        """Of one version.
+        """Manifest of one version.
 
         Raises: BadInput: it does not exist, or is damaged.
         """
@@ -191,5 +192,5 @@ def stage_version(staging: Staging, folder: Path, manifest: Manifest, contents: 
 
 
 def state_of(server: str, served: Sequence[Manifest]) -> State:
-    """That these versions are served."""
+    """State in which these versions are served."""
     return State(SCHEMA_VERSION, server, tuple(manifest.version for manifest in served))

@@ -20,7 +20,8 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.onnx_data import data_files
 from optin_deploy.network.sealed import finished
 from optin_deploy.pruning.dense import SEQ_LEN
-from optin_deploy.reporting.findings import LatencyRow, StoredReport, read_report
+from optin_deploy.reporting.findings import StoredReport, read_report
+from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
 from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
@@ -44,16 +45,17 @@ class Order:
 
     server: str
     out: Path
-    """The repository."""
+    """Folder of the repository."""
     name: str
     version: int | None = None
     """None: the next one."""
     engine: str = "onnx"
     precision: str | None = None
     dense: str = "models"
-    """Where the dense model is served too: as one of two `models`, as one of two `versions`, or not (`none`)."""
+    """Way in which the dense model is served too: one of two `models`, one of two `versions`, or not at all
+    (`none`)."""
     text: bool = False
-    """Also a model that takes texts."""
+    """Whether a model that takes texts is published too."""
     options: ServingOptions = ServingOptions()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ class Staging:
     """(where it is written, where it belongs), in the order in which they take their places."""
 
     def path(self, target: Path) -> Path:
-        """Where to write what belongs at `target`; inside of a staged folder if it belongs into one."""
+        """Path to write to for what belongs at `target`; inside a staged folder if it belongs into one."""
         for staged, place in self.moves:
             if target.is_relative_to(place):
                 return staged / target.relative_to(place)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 TYPES = {"BYTES": "TYPE_STRING"}
-"""Where a V2 datatype is called otherwise; all others are TYPE_ and the same name."""
+"""V2 datatypes that Triton names differently; for all others the name is TYPE_ and the datatype."""
 
 
 class Word(str):
@@ -26,7 +26,7 @@ class Tensor:
     name: str
     data_type: Word
     dims: tuple[int, ...]
-    """Without the batch where the model batches; -1: any size."""
+    """Sizes without the batch axis if the model batches; -1 means any size."""
 
 
 @dataclass(frozen=True)

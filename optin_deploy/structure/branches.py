@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from optin_deploy.network.graph import SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
-from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.makers import Roles
 from optin_deploy.structure.stored import stored_at
+from optin_deploy.structure.structure import Contraction, Structure
 
 REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""
@@ -34,7 +34,7 @@ class Projection:
     weight: int
     """Place of the factor that follows from weights alone."""
     reads: str
-    """The activation."""
+    """Name of the activation that is read."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Way:
-    """Where the result of a product goes, for as long as that is affine, at most to a residual Add."""
+    """The way of a product's result as long as it is affine, at most to a residual Add."""
 
     bias: Place | None
     """Node and place of the vector that is added, the first if there are several; the shift of a BatchNorm is one."""
@@ -147,7 +147,8 @@ def way_from(structure: Structure, index: int) -> Way:
 
 
 def own_bias(structure: Structure, node: Node) -> Place | None:
-    """Where a product itself adds a vector of the file; None: it adds none, or one that is computed, such as zeros."""
+    """Place at which a product itself adds a vector of the file; None if it adds none, or a computed one, such as
+    zeros."""
     if len(node.inputs) < 3 or not node.inputs[2]:
         return None
     try:

@@ -12,9 +12,10 @@ from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import Shapes, shapes_of
-from optin_deploy.structure.flow import Structure, walk
+from optin_deploy.structure.flow import walk
 from optin_deploy.structure.groups import Frozen, Layout, UnitGroup, WeightSlice, by_leaf, kinds, leaf_slices
 from optin_deploy.structure.names import group_names
+from optin_deploy.structure.structure import Structure
 
 Signature = tuple[int, frozenset[tuple[str, int, int, int, str]]]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.operators import rows
-from optin_deploy.structure.flow import Contraction, Number, Structure
+from optin_deploy.structure.structure import Contraction, Number, Structure
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class UnitGroup:
     """Units that are cut together, everywhere they lie."""
 
     name: str
-    """For people and plans; unique in a layout."""
+    """Name for people and plans; unique in a layout."""
     kind: str
     """One of `structure.labels.KINDS`."""
     units: int
     leaf: Axis
     slices: tuple[WeightSlice, ...]
     sites: tuple[Contraction, ...]
-    """Where a mask belongs: inputs of the contractions that consume the units."""
+    """Places of masks: inputs of the contractions that consume the units."""
     numbers: tuple[Number, ...]
     depth: int
     """Place of the first site in the order of work."""
@@ -87,7 +87,7 @@ class Layout:
 
 
 def leaf_slices(structure: Structure) -> dict[Axis, list[WeightSlice]]:
-    """Where each leaf of more than one unit lies on weights."""
+    """Slices of weights by leaf, for each leaf of more than one unit."""
     found: dict[Axis, list[WeightSlice]] = {}
     for use in structure.uses:
         for position, axis in enumerate(use.axes):

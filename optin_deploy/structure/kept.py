@@ -22,7 +22,7 @@ class KeptGroup:
     kind: str
     kept: int
     units: int | None
-    """Before; None: not known."""
+    """Units before the cut; None means that they are not known."""
 
     @property
     def whole(self) -> bool:

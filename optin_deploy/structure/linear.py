@@ -19,9 +19,9 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.structure.branches import projection_of
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Linear:
     gives: str
     stored: Stored
     place: int
-    """Of the weight."""
+    """Place of the weight."""
     features: int
     """Position of the axis of what it reads that is multiplied."""
     outputs_axis: int
@@ -48,7 +48,7 @@ class Linear:
     kernel: tuple[int, ...] = ()
     """Sizes of a convolution's window."""
     factor: float = 1.0
-    """By which the product is multiplied."""
+    """Factor by which the product is multiplied."""
     seen: bool = True
     """Whether what it gives is the product; else attention follows in the same node."""
     normal: tuple[Tensor, Tensor] | None = None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from optin_deploy.network.axes import Axis, size, touched
-from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.structure import Structure
 
 Way = tuple[object, ...] | Axis | int
 """How an axis is cut, as something to compare by."""

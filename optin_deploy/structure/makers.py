@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from optin_deploy.network.graph import Node
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import UnitGroup, WeightSlice
+from optin_deploy.structure.structure import Structure
 
 Role = Literal["maker", "carrier", "user"]
 

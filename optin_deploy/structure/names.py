@@ -9,14 +9,14 @@ from functools import cached_property
 
 from optin_deploy.network.graph import Network
 from optin_deploy.network.operators import rows
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.makers import Role, Roles
+from optin_deploy.structure.structure import Structure
 
 Path = tuple[str, ...]
 """Modules from the outermost inwards."""
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's new exporter writes the modules that a node comes from, as a list in Python's form."""
+"""Key under which torch's new exporter writes the modules that a node comes from, as a list in Python's syntax."""
 SCOPES_CHARACTERS = 10_000
 """A longer list is none of its."""
 CUT = re.compile(r"\.cut\d*$")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from optin_deploy.network.axes import Axis, size
-from optin_deploy.structure.flow import Structure, WeightUse
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.macs import macs, weight_entries
+from optin_deploy.structure.structure import Structure, WeightUse
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import Way, own_bias, way_from
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.linear import Linear, linear_of, without
 from optin_deploy.structure.stored import Stored, stored_at
+from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Shift:
     value: str
     """Name of the sum, or of what it is added to where both are not apart."""
     factor: float = 1.0
-    """By which the vector is multiplied before."""
+    """Factor by which the vector is multiplied before."""
 
 
 @dataclass(frozen=True)

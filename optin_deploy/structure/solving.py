@@ -31,7 +31,7 @@ class Changes:
     def __init__(self, network: Network, device: torch.device) -> None:
         self.network, self.device = network, device
         self.weights: dict[str, Tensor] = {}
-        """By name, in the types of the file."""
+        """Weights by name, in the types of the file."""
 
     def matrix(self, product: Solvable) -> Tensor:
         """The matrix of a product as it is now, (outputs, inputs of their group), float64."""

@@ -12,7 +12,7 @@ from optin_deploy.network.graph import SIZES, Network, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import REAL_TYPES, Place
 from optin_deploy.network.tensors import torch_dtype
-from optin_deploy.structure.flow import Structure
+from optin_deploy.structure.structure import Structure
 
 MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
 """Operators between a stored tensor and where it is used that keep its entries."""
@@ -62,7 +62,7 @@ def stored_at(structure: Structure, name: str) -> Stored:
 
 
 def _places(network: Network, name: str) -> Iterator[Place]:
-    """Where the entries of a stored tensor are read in the end."""
+    """Places at which the entries of a stored tensor are finally read."""
     for node, place in network.consumers.get(name, ()):
         if node.op in MOVING and place == 0:
             yield from _places(network, node.outputs[0])

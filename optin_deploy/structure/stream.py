@@ -14,8 +14,8 @@ from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.structure.branches import SKIPS, branches
-from optin_deploy.structure.flow import Contraction, Structure
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.structure import Contraction, Structure
 
 NORMALIZATIONS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 

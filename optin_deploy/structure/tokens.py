@@ -12,9 +12,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, flat
 from optin_deploy.network.graph import SIZES, Node, Port
 from optin_deploy.structure.branches import REARRANGING, projection_of, way_from
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.stream import features
+from optin_deploy.structure.structure import Structure
 
 HUNDRED = 100
 """Texts have any number of tokens: of how many they are told."""
@@ -31,7 +31,8 @@ class SelfAttention:
     keys: str
     """Value of the keys, (samples, heads, width, tokens)."""
     added: tuple[tuple[str, int], ...]
-    """Where something else with axes of tokens meets the scores, such as a mask: what the node gives, and the place."""
+    """Places at which something else with axes of tokens meets the scores, such as a mask: the node's value, and the
+    place."""
     leaves: str
     """The value behind the residual Add, (samples, tokens, features)."""
 

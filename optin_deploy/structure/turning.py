@@ -18,9 +18,9 @@ from optin_deploy.network.graph import SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import REARRANGING, projection_of
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
+from optin_deploy.structure.structure import Structure
 
 KINDS = ("qk-width", "v-width")
 """Groups that may be turned."""
@@ -36,8 +36,8 @@ class Side:
 
     product: Solvable
     entries: np.ndarray
-    """Of the product's outputs if it makes them, else of its inputs: (heads, width, again); `again`: what shares a
-    head, such as queries that one key serves."""
+    """Entries of the product's outputs if it makes them, else of its inputs: (heads, width, again); `again` runs over
+    what shares a head, such as queries that use one key."""
 
 
 @dataclass(frozen=True, eq=False)

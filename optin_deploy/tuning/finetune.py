@@ -23,7 +23,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.heads import with_classifier
 from optin_deploy.network.learned import learned
 from optin_deploy.network.run import Program
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.outputs import NetworkJudge, readouts
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.reading import Reading

@@ -19,7 +19,7 @@ from optin_deploy.feeds.ports import takes
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.files.storage import sha256_json, sha256_tensors
 from optin_deploy.network.hashing import network_hash
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.held_out import stacked
 from optin_deploy.tuning.student import Student
 

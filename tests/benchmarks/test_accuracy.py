@@ -33,7 +33,8 @@ from benchmarks.accuracy.case import OUTPUT, Case
 from benchmarks.accuracy.methods import METHODS, OF_CONVOLUTIONS, OF_IMAGES, OWN_PRUNER, every_block, fits, importance
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, draw, page
-from benchmarks.scoring import accuracy as scores_benchmark
+from benchmarks.scoring.agreement import Method, mean_of
+from benchmarks.scoring.exact import earlier
 from benchmarks.tasks import files, images, text
 from benchmarks.tasks.files import Archive, from_tar, from_zip
 from benchmarks.tasks.glue import GLUE, glue
@@ -527,11 +528,8 @@ def test_a_sheet_of_photographs_is_cut_into_labelled_images(tmp_path: Path, monk
 
 
 def test_draws_are_averaged_figure_by_figure() -> None:
-    draws = [
-        scores_benchmark.Method("x", s, 2 * s, 0.9, 0.8, 0.7, 0.6, {"uniform": 0.5 + s / 10, "paper": 1.0})
-        for s in (1.0, 3.0)
-    ]
-    assert scores_benchmark.mean_of("sketch", draws) == scores_benchmark.Method(
+    draws = [Method("x", s, 2 * s, 0.9, 0.8, 0.7, 0.6, {"uniform": 0.5 + s / 10, "paper": 1.0}) for s in (1.0, 3.0)]
+    assert mean_of("sketch", draws) == Method(
         "sketch", 2.0, 4.0, 0.9, 0.8, 0.7, 0.6, {"uniform": pytest.approx(0.7), "paper": 1.0}
     )
 
@@ -540,8 +538,8 @@ def test_exact_scores_are_taken_from_a_result_on_the_same_samples_alone(tmp_path
     path, settings = tmp_path / "result.json", {"samples": 8, "seq_len": 4, "neurons": 2, "seed": 0}
     exact = {"scores": {"0.heads": [1.0, 2.0], "0.ffn": [3.0]}, "seconds": 5.0, "all_forwards": 7.0, "date": "today"}
     path.write_text(json.dumps({"settings": settings, "exact": exact}))
-    found = scores_benchmark.earlier(path, settings)
+    found = earlier(path, settings)
     assert found.scores == exact["scores"]
     assert found.all_forwards == 7.0
     with pytest.raises(BadInput, match="'samples': 8"):
-        scores_benchmark.earlier(path, {**settings, "samples": 9})
+        earlier(path, {**settings, "samples": 9})

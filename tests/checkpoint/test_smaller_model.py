@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import optin_deploy
 import optin_deploy.checkpoint.smaller
-from benchmarks.zoo.families import FAMILIES, Family, scatter
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import Family, scatter
 from optin_deploy.checkpoint.reloading import differs, load
 from optin_deploy.checkpoint.smaller import MANIFEST, config_hash, read_saved, remedy, save
 from optin_deploy.cutting.graph import cut

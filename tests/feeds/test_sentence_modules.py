@@ -23,9 +23,10 @@ from optin_deploy.feeds.pooling import pooled_states, pooling_of
 from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
+from optin_deploy.scoring.dense_run import dense_run
 from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
-from optin_deploy.scoring.subject import dense_run, valid_of
+from optin_deploy.scoring.subject import valid_of
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell
 from support.tiny_folders import prepared_of, sentence_model, uncut

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import optin_deploy
 from benchmarks.zoo.export import export
-from benchmarks.zoo.families import FAMILIES, SIZES
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import SIZES
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
 from optin_deploy.planning.budget import Limits

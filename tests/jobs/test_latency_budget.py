@@ -32,7 +32,7 @@ from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost, held_out_line, table_rows
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.structure.groups import Layout
 from support.tiny_checkpoint import FFN, HEADS, HIDDEN, LAYERS, Shell, bert, classifier, lines, text_options

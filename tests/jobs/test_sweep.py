@@ -33,7 +33,7 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring import ScoreSettings

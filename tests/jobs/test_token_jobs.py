@@ -43,7 +43,8 @@ from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.pruning.pruning import Ready, pick
+from optin_deploy.pruning.pruning import pick
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.tokens import merge_error, merging, schedules
 from optin_deploy.pruning.trial import unseen_error

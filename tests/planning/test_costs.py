@@ -27,7 +27,7 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, costs_of, limits_within
 from optin_deploy.planning.polynomial import Polynomial, terms_of
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.pruning.pruning import sizes_of
+from optin_deploy.pruning.ready import sizes_of
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.macs import macs, weight_entries

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import optin_deploy
-from benchmarks.zoo.families import FAMILIES, scatter
+from benchmarks.zoo.families import FAMILIES
+from benchmarks.zoo.family import scatter
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module

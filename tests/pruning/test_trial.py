@@ -19,7 +19,8 @@ from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.pruning.networks import Found
-from optin_deploy.pruning.pruning import Ready, make, ready_of
+from optin_deploy.pruning.pruning import make, ready_of
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.trial import unseen_error
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find

@@ -31,7 +31,8 @@ from optin_deploy.common.formatting import figures, milliseconds, si, size
 from optin_deploy.jobs.sweep import HEADER
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
-from optin_deploy.reporting.findings import LatencyRow, Samples, Side, SweepRow, read_findings
+from optin_deploy.reporting.findings import SweepRow, read_findings
+from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
 from optin_deploy.reporting.page import render
 from support.project import ROOT
 from support.tiny_checkpoint import Shell, copy_of, snapshot, temporary_files

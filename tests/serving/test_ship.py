@@ -21,7 +21,7 @@ from tritonclient.grpc import model_config_pb2
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
-from optin_deploy.reporting.findings import LatencyRow, Samples, Side
+from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
 from optin_deploy.runtimes.record import EngineRecord, write_record
 from optin_deploy.serving import SERVERS, server
 from optin_deploy.serving import repository as repositories

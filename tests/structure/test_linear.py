@@ -16,9 +16,9 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.read_onnx import read_proto
 from optin_deploy.network.run import Program
 from optin_deploy.structure.find import find
-from optin_deploy.structure.flow import Structure
 from optin_deploy.structure.linear import linear_of
 from optin_deploy.structure.solvable import solvable
+from optin_deploy.structure.structure import Structure
 from support.one_cut import graph
 
 RNG = np.random.default_rng(0)

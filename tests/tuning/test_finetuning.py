@@ -28,7 +28,7 @@ from optin_deploy.network.sealed import store
 from optin_deploy.network.weights import with_weights
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
 from optin_deploy.runtimes.ort import OrtRuntime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -45,13 +46,7 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     batches = [bench.inputs(cell, seed=SEED + i) for i in range(cell.samples // cell.batch)]
     network = read_module(model, {name: value[:2] for name, value in batches[0].items()}, dynamo=False)
     subject = Subject.of(find_in(network).layout, device=bench.device)
-
-    def seconds(work: Callable[[], object]) -> float:
-        bench.synchronize()
-        start = time.perf_counter()
-        work()
-        bench.synchronize()
-        return time.perf_counter() - start
+    seconds = partial(elapsed, bench)
 
     def score(some: list[Batch], **how: int) -> Any:
         return score_units(subject, some, ScoreSettings(seed=SEED, **how), kinds=KINDS)  # type: ignore[arg-type]
@@ -87,6 +82,15 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
         "exact_extrapolated_from": {"units": measured, "of_units": total, "batches": len(some), "seconds": some_s},
         "exact_forwards": exact_s / forward_s,
     }
+
+
+def elapsed(bench: Workbench, work: Callable[[], object]) -> float:
+    """Seconds of a piece of work, until the device has finished it."""
+    bench.synchronize()
+    start = time.perf_counter()
+    work()
+    bench.synchronize()
+    return time.perf_counter() - start
 
 
 def forward(model: nn.Module, batches: Sequence[Batch]) -> None:

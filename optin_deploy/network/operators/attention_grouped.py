@@ -19,7 +19,7 @@ from optin_deploy.network.operators.attention import (
     window,
 )
 from optin_deploy.network.operators.rotations import ROTATION, rotate
-from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only
+from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only, optional
 
 
 def _group_query(
@@ -31,13 +31,9 @@ def _group_query(
     past_value: Tensor | None,
     last: Tensor,
     total: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    positions: Tensor | None = None,
-    added: Tensor | None = None,
-    sink: Tensor | None = None,
-    *more: Tensor | None,
+    *rest: Tensor | None,
 ) -> Result:
+    cos, sin, positions, added, sink, *more = optional(rest, 5)
     _refuse_group_query(node, any(extra is not None for extra in more))
     heads, groups = node.get("num_heads"), node.get("kv_num_heads")
     if key is None or value is None:

@@ -25,7 +25,7 @@ from optin_deploy.network.operators.attention import (
     split_heads,
     window,
 )
-from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only
+from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, only, optional
 
 
 def self_attention(
@@ -158,10 +158,9 @@ def _multi_head(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     added: Tensor | None = None,
-    past_key: Tensor | None = None,
-    past_value: Tensor | None = None,
-    *shared: Tensor | None,
+    *rest: Tensor | None,
 ) -> Result:
+    past_key, past_value, *shared = optional(rest, 2)
     if any(extra is not None for extra in shared):
         raise Unsupported("MultiHeadAttention with caches that are shared between calls")
     heads = node.get("num_heads")

@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import aligned, same
 from optin_deploy.network.operators.normalizations import over_last, rms_norm
 from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
-from optin_deploy.network.operators.row import CHANNELS_LAST, Flow, Row, Unsupported, refused
+from optin_deploy.network.operators.row import CHANNELS_LAST, Flow, Row, Unsupported, optional, refused
 from optin_deploy.network.operators.spatial import conv, convolved
 
 RUNTIME = "com.microsoft"
@@ -176,10 +176,10 @@ def embedded(
     segment_table: Tensor | None,
     scale: Tensor,
     shift: Tensor,
-    mask: Tensor | None = None,
-    places: Tensor | None = None,
+    *rest: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Look words, places and segments up, and normalise their sum; the real words of each row are counted too."""
+    mask, places = optional(rest, 2)
     if places is None:
         places = torch.arange(words.shape[1], device=words.device)[None]
     total = word_table[words.long()] + place_table[places.long()]

@@ -13,7 +13,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.attention_runtime import flow_self_attention, self_attention
 from optin_deploy.network.operators.products import gemm_axes, matmul_axes
 from optin_deploy.network.operators.quantized import centred, dynamic, quantize
-from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, channels_first
+from optin_deploy.network.operators.row import Flow, Result, Row, Unsupported, channels_first, optional
 from optin_deploy.network.operators.spatial import conv, convolved
 
 EXACT = 2**24
@@ -85,10 +85,10 @@ def qlinear_matmul(
     b: Tensor,
     b_scale: Tensor,
     b_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
+    *result: Tensor,
 ) -> Tensor:
     """Multiply, and quantise the product."""
+    y_scale, y_zero = result
     product = whole_product(centred(a, along_rows(single(a_zero))), centred(b, single(b_zero)))
     left = along_rows(single(a_scale))
     assert left is not None
@@ -103,11 +103,10 @@ def qlinear_conv(
     weight: Tensor,
     weight_scale: Tensor,
     weight_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
-    bias: Tensor | None = None,
+    *rest: Tensor | None,
 ) -> Tensor:
     """Convolve, add a bias, and quantise the sum."""
+    y_scale, y_zero, bias = optional(rest, 3)
     channels_first(node)
     sums = whole_conv(node, centred(x, single(x_zero)), centred(weight, along_channels(weight_zero, weight.ndim)))
     if bias is not None:
@@ -124,12 +123,10 @@ def qgemm(
     a_zero: Tensor,
     b: Tensor,
     b_scale: Tensor,
-    b_zero: Tensor | None = None,
-    c: Tensor | None = None,
-    y_scale: Tensor | None = None,
-    y_zero: Tensor | None = None,
+    *rest: Tensor | None,
 ) -> Tensor:
     """Multiply two matrices, add a third; quantise the sum if a scale is given."""
+    b_zero, c, y_scale, y_zero = optional(rest, 4)
     one, other = centred(a, single(a_zero)), b.T if node.get("transB", 0) else b
     sums = whole_product(one.T if node.get("transA", 0) else one, centred(other, single(b_zero)))
     sums = sums if c is None else sums + c.to(sums.dtype)
@@ -174,12 +171,10 @@ def qattention(
     bias: Tensor,
     x_scale: Tensor,
     weight_scale: Tensor,
-    mask: Tensor | None = None,
-    x_zero: Tensor | None = None,
-    weight_zero: Tensor | None = None,
-    past: Tensor | None = None,
+    *rest: Tensor | None,
 ) -> Result:
     """Attend with queries, keys and values that are projected from whole numbers."""
+    mask, x_zero, weight_zero, past = optional(rest, 4)
     product = whole_product(centred(x, single(x_zero)), centred(weight, single(weight_zero)))
     projected = product.to(bias.dtype) * (x_scale * weight_scale) + bias
     return self_attention(node, projected, mask, past, None)

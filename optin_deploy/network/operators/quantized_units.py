@@ -12,7 +12,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.elementwise import same
 from optin_deploy.network.operators.pools import average_pool, pooled
 from optin_deploy.network.operators.quantized import dequantize, quantize
-from optin_deploy.network.operators.row import Flow, Row, channels_first
+from optin_deploy.network.operators.row import Flow, Row, channels_first, optional
 
 RUNTIME = "com.microsoft"
 
@@ -50,9 +50,9 @@ def binary(name: str, compute: Callable[[Tensor, Tensor], Tensor]) -> Row:
         b: Tensor,
         b_scale: Tensor,
         b_zero: Tensor | None,
-        y_scale: Tensor,
-        y_zero: Tensor | None = None,
+        *result: Tensor | None,
     ) -> Tensor:
+        y_scale, y_zero = optional(result, 2)
         y = compute(dequantize(a, a_scale, a_zero), dequantize(b, b_scale, b_zero))
         return quantize(y, y_scale, y_zero, kind(a) if y_zero is None else None)
 
@@ -106,10 +106,10 @@ def where(
     b: Tensor,
     b_scale: Tensor,
     b_zero: Tensor,
-    y_scale: Tensor,
-    y_zero: Tensor,
+    *result: Tensor,
 ) -> Tensor:
     """Choose between two tensors."""
+    y_scale, y_zero = result
     return quantize(
         torch.where(condition, dequantize(a, a_scale, a_zero), dequantize(b, b_scale, b_zero)), y_scale, y_zero
     )

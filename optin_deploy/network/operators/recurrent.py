@@ -38,13 +38,13 @@ def ranged(matrix: Tensor, scale: Tensor, zero: Tensor | None) -> Factor:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one direction of one layer; `units` rows belong to each gate."""
+    """Weights of one direction of one layer; `units` rows belong to each gate."""
 
     units: int
     """Size of the hidden state."""
     again: Factor
     bias: Tensor
-    """Of the recurrent product."""
+    """Bias of the recurrent product."""
     peepholes: Tensor | None
     functions: Sequence[Callable[[Tensor], Tensor]]
     late: bool
@@ -57,7 +57,8 @@ class Weights:
 
 
 Step = Callable[[Weights, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From what the input gives to all gates, the hidden state and the cell: the next hidden state and cell."""
+"""A step takes the input's part of all gates, the hidden state and the cell, and returns the next hidden state and
+cell."""
 
 
 def lstm(weights: Weights, given: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

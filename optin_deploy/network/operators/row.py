@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +23,7 @@ class Flow(Protocol):
 
     @property
     def node(self) -> Node:
-        """The node."""
+        """The node whose axes flow."""
         ...
 
     def has(self, place: int) -> bool:
@@ -125,7 +125,7 @@ class Flow(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One operator."""
+    """One operator: how it computes, and how axes flow through it."""
 
     name: str
     compute: Callable[..., Result]
@@ -140,8 +140,8 @@ class Row:
     factors: tuple[int, int] | None = None
     """Places of the two tensors that a product multiplies; None: it is no product."""
     zeros: Mapping[int, int] = field(default_factory=dict)
-    """Where 0 is written as another number, as in tensors of whole numbers: place of an input -> place of that number.
-    A mask puts it there instead of 0."""
+    """Place of an input -> place of the number that stands for 0 in it, as in tensors of whole numbers. A mask sets
+    this number instead of 0."""
 
 
 class Unsupported(NotImplementedError):
@@ -168,6 +168,14 @@ def refused(name: str, domain: str, why: str) -> Row:
 
 CHANNELS_LAST = "it keeps channels last, which ONNX Runtime writes for one engine; give the file from before"
 """Why some forms are refused."""
+
+
+def optional(inputs: Sequence[Tensor | None], count: int) -> list[Any]:
+    """Inputs that a file may leave out at the end, with None for each that it does.
+
+    Args: count: how many the row knows; more are returned too.
+    """
+    return [*inputs, *[None] * (count - len(inputs))]
 
 
 def channels_first(node: Node) -> None:

@@ -1,0 +1,94 @@
+"""Latency of both models at each point as report.json and measurements.json hold it, checked field by field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from optin_deploy.errors import BadInput
+from optin_deploy.measuring.measurement import beside
+
+READABLE = (1, 2)
+"""Schema versions of report.json and measurements.json; 2 has more fields."""
+LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
+"""`__pydantic_config__` of what other versions may have added fields to."""
+
+Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
+Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
+Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=2)]
+"""(blocks, runs) raw samples."""
+
+
+def check_readable(version: int) -> None:
+    """Refuse a report or measurements of another version.
+
+    Raises: BadInput.
+    """
+    if version not in READABLE:
+        raise BadInput(f"schema_version {version}; this version reads {' and '.join(map(str, READABLE))}")
+
+
+@dataclass(frozen=True)
+class Side:
+    """Latency of one model at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    p50_ms: Milliseconds
+    p95_ms: Milliseconds
+    throughput: float
+    """Samples a second."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw samples of one comparison."""
+
+    __pydantic_config__ = LENIENT
+
+    dense: Blocks
+    pruned: Blocks
+
+    def __post_init__(self) -> None:
+        if len(self.dense) != len(self.pruned):
+            raise BadInput(f"{len(self.dense)} blocks of the dense model, {len(self.pruned)} of the pruned one")
+
+    @property
+    def block_ratios(self) -> tuple[float, ...]:
+        """Median dense / median pruned latency of each block."""
+        return tuple(median(a) / median(b) for a, b in zip(self.dense, self.pruned, strict=True))
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Dense against pruned at one point."""
+
+    __pydantic_config__ = LENIENT
+
+    engine: str
+    precision: str
+    batch: PositiveInt
+    seq_len: PositiveInt | None
+    threads: int
+    dense: Side
+    pruned: Side
+    speedup: Ratio
+    ci95: tuple[Ratio, Ratio]
+    ideal: Ratio
+    realised: float
+    samples_ms: Samples
+    same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
+    """Confidence interval of the ratio of the dense model's two sessions; since schema 2."""
+    unstable: bool = False
+    dense_engine: str | None = None
+    dense_precision: str | None = None
+    """Precision of the dense model if it differs from the pruned one's; None in reports that did not say it."""
+
+    @property
+    def beside(self) -> str:
+        """See `Measurement.beside`."""
+        return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
