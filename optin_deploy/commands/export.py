@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.job_file import kept_beside, read_job
 from optin_deploy.commands.options import (
     BudgetInTime,
@@ -18,7 +19,6 @@ from optin_deploy.commands.options import (
     Model,
     Scoring,
     Writing,
-    align_of,
 )
 from optin_deploy.commands.parsing import check_columns, check_plan_options, echo, refuse_idle, warn_if_bundled
 from optin_deploy.commands.source import AllRows
@@ -55,8 +55,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Output:
-    """The place of the result, and the file of options."""
+class Output(Writing):
+    """The place of the result, how what is there is treated, and the file of options."""
 
     out: Annotated[Path | None, typer.Option(help="Output folder. [default: ./MODEL-BUDGET]")] = None
     config: Annotated[
@@ -80,7 +80,6 @@ def export(
     scoring: Scoring,
     target: Target,
     output: Output,
-    writing: Writing,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
     from optin_deploy.jobs.export import export_model
@@ -112,16 +111,16 @@ def export(
     if not job.dense:
         refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
     folder = output.out or Path(f"{named(source)}-{job.limits}")
-    if writing.dry_run:
-        Workspace.check(folder, source, force=writing.force)
+    if output.dry_run:
+        Workspace.check(folder, source, force=output.force)
         asked = checked_job(job)
         name, _ = asked.target.file_names(asked.spec.precision or asked.target.precisions[0])
         echo(describe(asked.prepared, limits=job.limits, artifact=folder / name))
         return
     warn_if_bundled(rows.calibration)
     try:
-        with Workspace.at_work(folder, source, force=writing.force), kept_beside(ctx, folder):
-            report = export_model(job, folder, force=writing.force, stage=stage_bar)
+        with Workspace.at_work(folder, source, force=output.force), kept_beside(ctx, folder):
+            report = export_model(job, folder, force=output.force, stage=stage_bar)
     except CannotBuildHere as err:
         if not target.building.prepare_only:
             raise

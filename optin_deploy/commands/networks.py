@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import Writing, align_of
+from optin_deploy.commands.amounts import align_of
+from optin_deploy.commands.options import Writing
 from optin_deploy.commands.parsing import echo
 from optin_deploy.commands.source import NETWORK, Shape, Units, kinds_of, sizes_of
 from optin_deploy.commands.values import options

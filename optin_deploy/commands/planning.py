@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.networks import CutOfNetwork, PlanOfNetwork, plan_network, rewrite_network
-from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing, align_of
+from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing
 from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Writing, align_of
+from optin_deploy.commands.amounts import align_of
+from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Writing
 from optin_deploy.commands.parsing import check_plan_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options

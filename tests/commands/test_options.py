@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from optin_deploy import __version__
-from optin_deploy.commands.options import align_of
+from optin_deploy.commands.amounts import align_of
 from optin_deploy.common.validation import parse_size, positive_number, whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.bench import inputs_in
