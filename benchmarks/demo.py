@@ -7,8 +7,6 @@ timed against the dense model, and judged on articles that calibration never saw
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.data.samples import Sample
 from optin_deploy.feeds.ports import takes
 from optin_deploy.feeds.rows import Batching, Feeds
@@ -83,7 +81,7 @@ def main() -> None:
     print(f"Done in {time.perf_counter() - started:.0f} s. The pruned model is in {options.out / 'pruned'}.")
     if options.record:
         page = "# Demo\n\n" + "\n\n".join(f"{title}:\n\n{to_table(columns, lines)}" for title, columns, lines in tables)
-        command = shlex.join(["python", "-m", "benchmarks.demo", *sys.argv[1:]])
+        command = command_of("benchmarks.demo")
         write_result(RESULTS, "demo", {"quality": quality, "report": shareable(report)}, page, command)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,11 @@ from optin_deploy.common.environment import environment
 from optin_deploy.files.storage import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_of(module: str) -> str:
+    """Return the command line of this process, as anyone can type it again."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def write_result(folder: Path, name: str, data: Mapping[str, Any], page: str, command: str) -> None:

@@ -7,8 +7,6 @@ done again, but measured in every run. Run: `python -m benchmarks.segmentation -
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.jobs import SPEED, quality, reported, speed
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks.scenes import MODELS, NAMES, scenes_folder, trained
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.files.names import DENSE, PRUNED
@@ -58,7 +56,7 @@ def main() -> None:
     text = page(found)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.segmentation", *sys.argv[1:]])
+    command = command_of("benchmarks.segmentation")
     write_result(folder, NAME, {"jobs": found}, text, command)
     draw([Path(each["folder"]) for each in found], folder / f"{NAME}.png")
 

@@ -7,12 +7,10 @@ pruned by operator. Run: `python -m benchmarks.speed out/demo/pruned --record`.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.jobs.bench import Bench, bench_folder
 from optin_deploy.jobs.operator_times import RUNS, explain_folder
 from optin_deploy.measuring.diagnosis import OPERATOR_HEADER, explained, operator_rows
@@ -54,7 +52,7 @@ def main() -> None:
         "latency": [m.to_json() for m in measured],
         "operators": profiles,
     }
-    command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
+    command = command_of("benchmarks.speed")
     write_result(RESULTS if options.record else options.out, "speed", data, page, command)
 
 

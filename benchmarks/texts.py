@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import SPEED, quality, reported, speed
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS
 from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
@@ -51,7 +49,7 @@ def main() -> None:
     ]
     text = page(options.task, found)
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.texts", *sys.argv[1:]])
+    command = command_of("benchmarks.texts")
     write_result(RESULTS if options.record else options.out, NAME, {"jobs": found}, text, command)
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2_folder, photographs
 from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
@@ -49,7 +47,7 @@ def main() -> None:
     found = [done(flops, options.samples, options.epochs, options.cache, options.out) for flops in options.flops]
     text = page(found, options.epochs)
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.transfer", *sys.argv[1:]])
+    command = command_of("benchmarks.transfer")
     write_result(RESULTS if options.record else options.out, NAME, {"jobs": found}, text, command)
 
 

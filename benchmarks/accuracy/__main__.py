@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from benchmarks.accuracy.case import OUTPUT, Case
 from benchmarks.accuracy.methods import ABLATIONS, METHODS, ONE_SEED, Method, fits
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.glue import GLUE, glue
 from benchmarks.tasks.task import judged
@@ -92,7 +91,7 @@ def main() -> None:
         ],
         "refused": [{"task": t, "seed": s, "method": m, "flops": f, "why": w} for (t, s, m, f), w in refused.items()],
     }
-    command = shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]])
+    command = command_of("benchmarks.accuracy")
     name = (
         "accuracy"
         if not options.glue and options.tasks == GATE

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import read_json
 from optin_deploy.measuring.comparing import comparison_of
@@ -46,7 +44,7 @@ def main() -> None:
         raise BadInput(f"{options.folder} holds no networks. Run python -m benchmarks.accuracy --networks first.")
     text = page(options.name, found)
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.accuracy.latency", *sys.argv[1:]])
+    command = command_of("benchmarks.accuracy.latency")
     folder = RESULTS if options.record else options.folder
     write_result(folder, f"accuracy_latency_{options.name}", {"networks": found}, text, command)
 

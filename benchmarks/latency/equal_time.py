@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ import numpy as np
 
 from benchmarks.accuracy.case import OUTPUT
 from benchmarks.accuracy.outputs import outputs_of
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.task import judged
 from optin_deploy.checkpoint.loading import LoadedModel
@@ -119,7 +118,7 @@ def main() -> None:
     print(text)
     if missing:
         sys.exit(f"{missing} cells are open: nothing is recorded. Run it again.")
-    command = shlex.join(["python", "-m", "benchmarks.latency.equal_time", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.equal_time")
     write_result(RESULTS if options.record else options.out, "latency_equal_time", {"cells": cells}, text, command)
 
 

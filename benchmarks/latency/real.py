@@ -7,14 +7,12 @@ Run: `python -m benchmarks.latency.real --runs 20 --swaps 5`.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.latency.models import MODELS, first_units
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.common.progress import Progress
 from optin_deploy.jobs.job import Job, checked_job
 from optin_deploy.jobs.width_timer import WidthTimer, width_timer
@@ -66,7 +64,7 @@ def main() -> None:
     where = f"{options.model} on {options.engine}, {options.at.replace('=', ' ')}"
     text = page(runs, f"{where}, {options.threads} threads")
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.latency.real", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.real")
     data = {"setting": setting, "runs": [asdict(run) for run in runs]}
     write_result(RESULTS if options.record else options.out, "latency_real", data, text, command)
 

@@ -8,8 +8,6 @@ Run: `python -m benchmarks.latency.shapes --record`.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ import numpy as np
 import onnx
 
 from benchmarks.latency.models import MODELS, first_units
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.cutting.graph import cut
 from optin_deploy.exporters import exporter
 from optin_deploy.jobs.prepared import Prepared, prepare
@@ -64,7 +62,7 @@ def main() -> None:
     rows = [*_rows(prepare(MODELS[options.model](options.out / "models")), options.threads)]
     text = page(rows, f"{options.model} on ONNX Runtime, {options.threads} threads")
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.latency.shapes", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.shapes")
     data = {"model": options.model, "threads": options.threads, "rows": [asdict(row) for row in rows]}
     write_result(RESULTS if options.record else options.out, "latency_shapes", data, text, command)
 

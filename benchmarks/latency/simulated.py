@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.measuring.gate import OUTCOMES, Limit, Verdict, judge
 from optin_deploy.measuring.timing import BLOCKS, measure_pair
@@ -144,7 +142,7 @@ def main() -> None:
                 found.append(simulate(scenario, slowdown, options.runs, progress=progress))
     text = page(found)
     print(text)
-    command = shlex.join(["python", "-m", "benchmarks.latency.simulated", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.simulated")
     data = {"settings": settings(), "found": [asdict(each) for each in found]}
     write_result(RESULTS if options.record else options.out, "latency_simulated", data, text, command)
 

@@ -6,15 +6,13 @@ Run: `python -m benchmarks.latency.table --model bert-base --engine onnx --plans
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.latency.models import MODELS
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.profiling import NS, profile_model
 from optin_deploy.measuring.points import parse_point
@@ -48,7 +46,7 @@ def main() -> None:
     text = page(table, options.model, seconds)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.latency.table", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.table")
     name = f"latency_table_{options.model}_{options.engine}"
     write_result(folder, name, {"seconds": seconds, "table": table.to_json()}, text, command)
 

@@ -8,14 +8,12 @@ curves are made once a model; a finished target is a file and is not measured ag
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.latency.models import MODELS
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.files.storage import read_json, write_json
 from optin_deploy.jobs.job import Job, checked_job
@@ -79,7 +77,7 @@ def main() -> None:
     text = page(cells, options.threads)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.latency.targets", *sys.argv[1:]])
+    command = command_of("benchmarks.latency.targets")
     rows = [{**asdict(cell), "holds": cell.holds} for cell in cells]
     write_result(folder, "latency_targets", {"cells": rows}, text, command)
 

@@ -10,8 +10,6 @@ Run: `python -m benchmarks.scoring.accuracy --record`.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.scoring.agreement import Method, kept_shared, mean_of, rhos
 from benchmarks.scoring.clock import Clock
 from benchmarks.scoring.exact import Exact, earlier, exactly
@@ -83,7 +81,7 @@ def main() -> None:
     text = page(found, options.samples, options.seq_len)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.scoring.accuracy", *sys.argv[1:]])
+    command = command_of("benchmarks.scoring.accuracy")
     write_result(folder, "scoring_accuracy", {"settings": settings, **asdict(found)}, text, command)
 
 

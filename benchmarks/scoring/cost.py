@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.scoring.accuracy import neurons_alone
 from benchmarks.scoring.clock import Clock
 from benchmarks.scoring.rivals import KINDS, groups_of
@@ -85,7 +84,7 @@ def main() -> None:
     print(text)
     settings = {"samples": options.samples, "seq_len": options.seq_len}
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.scoring.cost", *sys.argv[1:]])
+    command = command_of("benchmarks.scoring.cost")
     write_result(folder, "scoring_cost", {"settings": settings, **asdict(found)}, text, command)
 
 

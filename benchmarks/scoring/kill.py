@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import stage_bar
@@ -74,7 +73,7 @@ def main() -> None:
     text = page(rounds, undisturbed)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.scoring.kill", *sys.argv[1:]])
+    command = command_of("benchmarks.scoring.kill")
     write_result(folder, "scoring_kill", {"rounds": [asdict(r) for r in rounds]}, text, command)
 
 

@@ -8,8 +8,6 @@ compensation in closed form, judged on rows that nothing has seen. Run:
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import bbc_articles, minilm_folder
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.scoring.rivals import KINDS
 from benchmarks.tasks.text import sentiment, topics
 from optin_deploy.checkpoint.loading import load_model
@@ -94,7 +92,7 @@ def main() -> None:
     text = page(rows, dense)
     print(text)
     folder = RESULTS if options.record else options.out
-    command = shlex.join(["python", "-m", "benchmarks.scoring.weighting", *sys.argv[1:]])
+    command = command_of("benchmarks.scoring.weighting")
     write_result(folder, "scoring_weighting", {"dense": dense, "rows": [asdict(row) for row in rows]}, text, command)
 
 

@@ -10,9 +10,7 @@ import argparse
 import csv
 import json
 import os
-import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.serving.servers import TritonServer, environment
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.jobs.bench import Bench, bench_rows, checked
@@ -79,7 +77,7 @@ def main() -> None:
         "local": [measured.to_json() for measured in local],
         "settings": {"threads": options.threads, "window_ms": options.window, "rounds": options.rounds},
     }
-    command = f"python -m benchmarks.serving.throughput {shlex.join(sys.argv[1:])}"
+    command = command_of("benchmarks.serving.throughput")
     page = page_of(runs, local)
     for folder in (options.out, *((RESULTS,) if options.record else ())):
         write_result(folder, "serving_throughput", data, page, command)
