@@ -22,7 +22,7 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.exporters import exporter
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.width_timer import inputs_of
-from optin_deploy.measuring.artifacts import time_pair
+from optin_deploy.measuring.artifacts import Opening, time_pair
 from optin_deploy.measuring.gate import Limit, judge
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.network.write import write
@@ -79,7 +79,7 @@ def _rows(prepared: Prepared, threads: int) -> Iterator[Row]:
                 feeds = inputs.feeds(point)
                 with stage_bar(f"{share:g} at {at}"):
                     timing = time_pair(
-                        engine, shaped, bare, feeds, at=(point.batch, point.seq), precision="fp32", threads=threads
+                        engine, shaped, bare, feeds, at=(point.batch, point.seq), opening=Opening("fp32", threads)
                     )
                 verdict = judge(timing, Limit("max_ratio", 1.0))
                 yield Row(

@@ -216,6 +216,7 @@ def serve_check(
     from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
+    from optin_deploy.serving.checking import Load as CheckLoad
     from optin_deploy.serving.checking import check_server
 
     if not load.latency:
@@ -232,10 +233,7 @@ def serve_check(
         url,
         names=model or (),
         timeout=timeout,
-        concurrencies=clients,
-        batch=load.batch,
-        seconds=load.seconds,
-        seed=load.seed,
+        load=CheckLoad(clients, load.batch, load.seconds, seed=load.seed),
         stage=stage_bar,
     )
     header = ("model", "role", "requests", "largest error", "compared with")

@@ -20,7 +20,7 @@ from optin_deploy.files.storage import write_json
 from optin_deploy.jobs.origin import check_origin
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifact_inputs import Input, make_feeds, network_inputs, settled, with_sizes
-from optin_deploy.measuring.artifacts import check_built, check_runs, check_threads, device_exporter, time_pair
+from optin_deploy.measuring.artifacts import Opening, check_built, check_runs, check_threads, device_exporter, time_pair
 from optin_deploy.measuring.device_time import DeviceTime, measure_device_time
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point, check_different
@@ -120,9 +120,7 @@ def measure(
             smaller,
             inputs.feeds(point),
             at=(point.batch, point.seq),
-            precision=precision,
-            threads=threads,
-            task=task,
+            opening=Opening(precision, threads, task),
             stage=stage,
         )
         measured.append(

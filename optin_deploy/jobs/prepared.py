@@ -17,6 +17,7 @@ from optin_deploy.network.sealed import finished
 from optin_deploy.pruning.dense import Dense, dense_of, stored_in
 from optin_deploy.pruning.networks import Found
 from optin_deploy.pruning.pruning import (
+    Compared,
     Ready,
     ready_of,
     turned,
@@ -55,9 +56,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
     ready = ready_of(
         found,
         _rows(dense, source),
-        output=source.output,
-        read_as=source.read_as,
-        pooling=dense.pooling,
+        compared=Compared(source.output, source.read_as, dense.pooling),
         kinds=tuple(kind for kind in source.units if kind != TOKENS),
         names=dense.class_names,
         strict=source.evaluation is not None,

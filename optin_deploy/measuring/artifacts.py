@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,17 @@ from optin_deploy.runtimes.base import Feeds, Runtime
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How an engine opens two artifacts."""
+
+    precision: str | None
+    """Precision that is asked for; None means the artifact's own."""
+    threads: int
+    task: str | None = None
+    """Task of the first artifact, if the engine runs a dense transformers folder."""
+
+
 def time_pair(
     target: Exporter,
     first: Path,
@@ -31,19 +44,17 @@ def time_pair(
     feeds: Mapping[str, np.ndarray],
     *,
     at: tuple[int, int | None],
-    precision: str | None,
-    threads: int,
-    task: str | None = None,
+    opening: Opening,
     stage: Stage = silent_stage,
 ) -> PairTiming:
     """Interleaved A/B timing of two artifacts of an engine on the same feeds, as one stage.
 
     Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
-        precision: None: the artifact's own. task: of `first`, where the engine runs a dense transformers folder.
     """
+    how: dict[str, Any] = {"precision": opening.precision, "threads": opening.threads}
     return timed(
-        lambda: target.open(first, precision=precision, threads=threads, task=task),
-        lambda: target.open(second, precision=precision, threads=threads),
+        lambda: target.open(first, **how, task=opening.task),
+        lambda: target.open(second, **how),
         feeds,
         title=f"measure {point_name(*at)}",
         stage=stage,

@@ -24,7 +24,7 @@ from optin_deploy.measuring.artifact_inputs import (
     settled,
     with_sizes,
 )
-from optin_deploy.measuring.artifacts import check_built, check_runs, check_threads, time_pair
+from optin_deploy.measuring.artifacts import Opening, check_built, check_runs, check_threads, time_pair
 from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge
 from optin_deploy.measuring.pins import Pin, data_hashes, pinned_path, read_pin, write_pin
 from optin_deploy.measuring.points import Point, point_name
@@ -79,8 +79,7 @@ class Comparison:
                 self.candidate,
                 make_feeds(self.inputs, point),
                 at=(point.batch, point.seq),
-                precision=self.precision,
-                threads=self.threads,
+                opening=Opening(self.precision, self.threads),
                 stage=stage,
             )
             points.append(GatedPoint(point.batch, point.seq, timing, judge(timing, limit)))

@@ -31,6 +31,7 @@ from optin_deploy.pruning.networks import Found, cut_by
 from optin_deploy.pruning.ready import Ready as Ready  # jobs import it from here
 from optin_deploy.quality.outputs import Metric
 from optin_deploy.scoring.parts import Store, Worker
+from optin_deploy.scoring.reading import Kind
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
@@ -59,13 +60,21 @@ class Cut:
     proof: Proof
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What is compared of a network's outputs, and as what; see `scoring.reading.reading_of`."""
+
+    output: str | None = None
+    kind: Kind | None = None
+    pooling: str | None = None
+    """Pooling of embeddings; None means that of the reading."""
+
+
 def ready_of(
     found: Found,
     rows: Halves,
     *,
-    output: str | None = None,
-    read_as: Any = None,
-    pooling: str | None = None,
+    compared: Compared = Compared(),  # frozen
     kinds: tuple[str, ...] = DEFAULT_KINDS,
     names: tuple[str, ...] | None = None,
     strict: bool = False,
@@ -74,12 +83,11 @@ def ready_of(
 ) -> Ready:
     """Put a network and its data together.
 
-    Args: output, read_as: what is compared, and as what; see `scoring.reading.reading_of`. pooling: of embeddings.
     Raises: BadInput: they do not fit.
     """
-    subject = Subject.of(found.layout, output=output, kind=read_as)
-    if pooling is not None:
-        subject = replace(subject, reading=replace(subject.reading, pooling=pooling))
+    subject = Subject.of(found.layout, output=compared.output, kind=compared.kind)
+    if compared.pooling is not None:
+        subject = replace(subject, reading=replace(subject.reading, pooling=compared.pooling))
     check_runs(subject.program, rows.calibration)
     return Ready(found, rows, subject, kinds, names, strict, metric, seed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,49 +31,61 @@ SAME_FILE = 2e-2
 """Most that two machines may differ in running one file; of int8, whose own loss is no matter here, too."""
 
 
+@dataclass(frozen=True)
+class Load:
+    """How a server is loaded while its latency is measured from the client's side."""
+
+    concurrencies: Sequence[int] = (1, 4, 16)
+    """Clients that ask at the same time, one number after the other; without any, latency is not measured."""
+    batch: int = 1
+    """Samples a request."""
+    seconds: float = 1.0
+    """Seconds of load on each model, at each concurrency, in each block."""
+    blocks: int = BLOCKS
+    seed: int = 0
+    """Draws the order within the blocks."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.seconds <= 0 or any(each < 1 for each in self.concurrencies):
+            told = f"--batch {self.batch}, --seconds {self.seconds:g}, --concurrency {list(self.concurrencies)}"
+            raise BadInput(f"{told}: all above zero.")
+
+
 def check_server(
     root: Path,
     url: str,
     *,
     names: Sequence[str] = (),
     timeout: float = 30.0,
-    concurrencies: Sequence[int] = (1, 4, 16),
-    batch: int = 1,
-    seconds: float = 1.0,
-    blocks: int = BLOCKS,
-    seed: int = 0,
+    load: Load = Load(),  # frozen
     stage: Stage = silent_stage,
 ) -> ServeCheck:
     """Compare a server with the repository that it is to serve.
 
     Args:
         names: models; default: all dense and pruned ones. timeout: seconds for any answer.
-        concurrencies: clients that ask at the same time; none: latency is not measured. batch: samples a request.
-        seconds: of load on each model, at each concurrency, in each of the `blocks`.
     Raises: BadInput. ServerFault: no server, or one that does not answer as the protocol says.
     """
     repository = Repository(root)
     manifests = _chosen(repository, names)
-    if batch < 1 or seconds <= 0 or any(each < 1 for each in concurrencies):
-        raise BadInput(f"--batch {batch}, --seconds {seconds:g}, --concurrency {list(concurrencies)}: all above zero.")
     rows = {label(each): _recorded(repository, each) for each in manifests}
     with connect(url, timeout) as client:
         checked = []
         for manifest in manifests:
             with stage(f"check {label(manifest)}"):
                 checked.append(_checked(repository, manifest, client, rows[label(manifest)][0]))
-    load = []
-    for pair in _pairs(manifests) if concurrencies and not any(each.problems for each in checked) else ():
+    found = []
+    for pair in _pairs(manifests) if load.concurrencies and not any(each.problems for each in checked) else ():
         both = {label(each): each for each in (pair.dense, pair.pruned) if each is not None}
         with stage(f"load {label(pair.pruned)}"), ExitStack() as connections:
             askers = {
-                name: partial(_asker, connections, url, timeout, repository, each, _cut(rows[name][0], batch))
+                name: partial(_asker, connections, url, timeout, repository, each, _cut(rows[name][0], load.batch))
                 for name, each in both.items()
             }
-            points = measure_load(askers, concurrencies, seconds=seconds, blocks=blocks, seed=seed)
-        load.append((pair, points))
-    settings = {"url": url, "batch": batch, "seconds": seconds, "blocks": blocks, "seed": seed, "timeout": timeout}
-    return ServeCheck(tuple(checked), tuple(load), settings)
+            points = measure_load(askers, load.concurrencies, seconds=load.seconds, blocks=load.blocks, seed=load.seed)
+        found.append((pair, points))
+    settings = {name: value for name, value in asdict(load).items() if name != "concurrencies"}
+    return ServeCheck(tuple(checked), tuple(found), {"url": url, **settings, "timeout": timeout})
 
 
 def _chosen(repository: Repository, names: Sequence[str]) -> list[Manifest]:

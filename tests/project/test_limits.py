@@ -14,9 +14,6 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
 EXCEPTIONS = {
     "optin_deploy/jobs/bench.py:measure": "what and where, and how, most with defaults",
     "optin_deploy/pruning/modules.py:prune": "public, keyword by keyword; most of its lines say what they mean",
-    "optin_deploy/pruning/pruning.py:ready_of": "what a job knows beyond network and rows, with defaults",
-    "optin_deploy/measuring/artifacts.py:time_pair": "what and where, and how, most with defaults",
-    "optin_deploy/serving/checking.py:check_server": "the options of a command, which calls it one by one",
 }
 """Path, or path and function, of what is larger -> the reason."""
 

@@ -16,7 +16,7 @@ import pytest
 
 from optin_deploy.errors import BadInput, ServerFault
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import check_server, compare, differences
+from optin_deploy.serving.checking import Load, check_server, compare, differences
 from optin_deploy.serving.client import METADATA_BYTES, connect
 from optin_deploy.serving.load import Burst, LoadPoint, burst, measure_load
 from optin_deploy.serving.manifest import ServingOptions, TensorSpec
@@ -112,7 +112,9 @@ def served(repository: Repository) -> Iterator[Served]:
 
 
 def check(served: Served, **settings: Any) -> Any:
-    return check_server(served.repository.root, served.url, **{"concurrencies": (), "timeout": 10, **settings})
+    names, timeout = settings.pop("names", ()), settings.pop("timeout", 10)
+    load = Load(**{"concurrencies": (), **settings})
+    return check_server(served.repository.root, served.url, names=names, timeout=timeout, load=load)
 
 
 def test_right_answers_are_found_right(served: Served) -> None:
@@ -268,7 +270,7 @@ def test_nobody_there_is_told(scheme: str, repository: Repository) -> None:
 
     (port,) = free_ports(1)
     with pytest.raises(ServerFault, match=str(port)):
-        check_server(repository.root, f"{scheme}://127.0.0.1:{port}", timeout=5, concurrencies=())
+        check_server(repository.root, f"{scheme}://127.0.0.1:{port}", timeout=5, load=Load(()))
 
 
 def test_a_server_that_does_not_answer_in_time_is_told(served: Served) -> None:
@@ -297,7 +299,7 @@ def test_files_are_verified_before_anything_is_asked(served: Served, tmp_path: P
     copy = Repository(tiny.copy_of(served.repository.root, tmp_path / "copy"))
     (copy.root / "tiny/1/model.onnx").write_bytes(b"other")
     with pytest.raises(BadInput, match="not the published file"):
-        check_server(copy.root, served.url, concurrencies=())
+        check_server(copy.root, served.url, load=Load(()))
     assert not served.requests
 
 
