@@ -1,6 +1,6 @@
 """What the networks of an accuracy run take: each beside the dense one, interleaved, on ONNX Runtime with one thread.
 
-Run `python -m benchmarks.accuracy --networks` first, which keeps the networks of the first seed, then on a quiet
+Run `python -m benchmarks.accuracy --networks` first, which keeps the networks of the first of its seeds, then on a quiet
 machine: `python -m benchmarks.accuracy.latency out/accuracy/cifar10-.../1024-1500 --name cifar10 --record`.
 """
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="with cells and networks of one task")
     parser.add_argument("--name", required=True, help="of the page, accuracy_latency_NAME")
+    parser.add_argument("--seed", type=int, default=0, help="calibration seed of the networks")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -38,11 +39,11 @@ def main() -> None:
         measured(options.folder, path, batch)
         for batch in options.batch
         for path in sorted(options.folder.glob("*.onnx"))
-        if CELL.fullmatch(path.stem)
+        if (cell := CELL.fullmatch(path.stem)) is not None and int(cell["seed"]) == options.seed
     ]
     if not found:
-        raise BadInput(f"{options.folder} holds no networks. Run python -m benchmarks.accuracy --networks first.")
-    text = page(options.name, found)
+        raise BadInput(f"{options.folder} holds no networks of seed {options.seed}. Run python -m benchmarks.accuracy --networks first.")
+    text = page(options.name, options.seed, found)
     print(text)
     command = command_of("benchmarks.accuracy.latency")
     folder = RESULTS if options.record else options.folder
@@ -69,9 +70,9 @@ def measured(folder: Path, path: Path, batch: int) -> dict[str, Any]:
     }
 
 
-def page(name: str, found: list[dict[str, Any]]) -> str:
+def page(name: str, seed: int, found: list[dict[str, Any]]) -> str:
     """The result for people."""
-    parts = [f"# Measured time of the networks of {name}\n\nONNX Runtime, one thread, the first calibration seed."]
+    parts = [f"# Measured time of the networks of {name}\n\nONNX Runtime, one thread, calibration seed {seed}."]
     for batch in dict.fromkeys(each["batch"] for each in found):
         rows = []
         for each in sorted(found, key=lambda one: (-one["flops"], one["method"])):
