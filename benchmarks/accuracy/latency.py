@@ -1,6 +1,6 @@
 """What the networks of an accuracy run take: each beside the dense one, interleaved, on ONNX Runtime with one thread.
 
-Run `python -m benchmarks.accuracy --networks` first, which keeps the networks of the first of its seeds, then on a quiet
+Run `python -m benchmarks.accuracy --networks` first, which keeps the networks of its first seed, then on a quiet
 machine: `python -m benchmarks.accuracy.latency out/accuracy/cifar10-.../1024-1500 --name cifar10 --record`.
 """
 
@@ -42,7 +42,8 @@ def main() -> None:
         if (cell := CELL.fullmatch(path.stem)) is not None and int(cell["seed"]) == options.seed
     ]
     if not found:
-        raise BadInput(f"{options.folder} holds no networks of seed {options.seed}. Run python -m benchmarks.accuracy --networks first.")
+        why = f"{options.folder} holds no networks of seed {options.seed}"
+        raise BadInput(f"{why}. Run python -m benchmarks.accuracy --networks first.")
     text = page(options.name, options.seed, found)
     print(text)
     command = command_of("benchmarks.accuracy.latency")
