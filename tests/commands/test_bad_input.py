@@ -177,7 +177,7 @@ def test_nan_in_the_weights_names_the_layer(
     change_weights(folder, lambda weights: weights[weight].view(-1)[:1].fill_(torch.nan))
     flags = [*text_options(lines(), out), "--scorer", scorer, "--engine", "torch"]
     refuse(shell("optin-export", folder, *flags), layer, "NaN")
-    assert set(snapshot(out) if out.exists() else ()) <= {"source.json", "dense.onnx"}
+    assert set(snapshot(out) if out.exists() else ()) <= {"source.json", "job.toml", "dense.onnx"}
     assert temporary_files(out) == []
 
 
@@ -457,7 +457,7 @@ def test_ctrl_c_keeps_finished_stages_for_the_next_run(shell: Shell, out: Path) 
     assert "Traceback" not in ran.err
     assert temporary_files(out) == []
     kept = snapshot(out)
-    finished = {"source.json", "dense.onnx", "scores.safetensors", "curves.json", "plan.json"}
+    finished = {"source.json", "job.toml", "dense.onnx", "scores.safetensors", "curves.json", "plan.json"}
     assert finished == set(kept)
     assert shell("optin-export", bert(), *options).code == 0
     after = snapshot(out)
@@ -470,7 +470,7 @@ def test_ctrl_c_in_the_middle_of_a_file_leaves_no_file(shell: Shell, out: Path) 
         patch.setattr("optin_deploy.files.storage.save_file", write_half_and_interrupt)
         ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "torch")
     assert ran.code == 130
-    assert set(snapshot(out)) == {"source.json", "dense.onnx"}
+    assert set(snapshot(out)) == {"source.json", "job.toml", "dense.onnx"}
     assert temporary_files(out) == []
 
 
