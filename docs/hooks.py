@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("benchmarks", "benchmarks/results", "docker")
+FOLDERS = ("benchmarks", "benchmarks/results", "docker", "examples")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -23,4 +23,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Name those folders from within the documentation."""
-    return markdown.replace("](../benchmarks/", "](benchmarks/").replace("](../docker/", "](docker/")
+    for folder in FOLDERS:
+        markdown = markdown.replace(f"](../{folder}/", f"]({folder}/")
+    return markdown

@@ -14,7 +14,7 @@ import pytest
 
 from support.project import HEAVY, ROOT
 
-FOLDERS = ("optin_deploy", "exporters", "benchmarks", "tests", "docker")
+FOLDERS = ("optin_deploy", "exporters", "benchmarks", "tests", "docker", "examples")
 UNSAFE = {
     r"torch\.load\s*\((?!.*weights_only=True)": "x = torch" + ".load(path)",
     r"pickle\.load": "x = pickle" + ".loads(data)",

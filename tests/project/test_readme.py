@@ -8,7 +8,6 @@ Python blocks run in order in one process, as a reader would type them; of bash 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -21,9 +20,10 @@ import pytest
 import typer
 
 from optin_deploy.cli import app
-from support.project import ROOT
+from support.project import ROOT, environment
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 REASONS = ("GPU", "docker", "minutes", "part")
 MISNAMED = {"py": "python", "python3": "python", "sh": "bash", "shell": "bash", "console": "bash", "zsh": "bash"}
 """Fence languages that would slip past this test."""
@@ -100,12 +100,6 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 def blocks_to_run(page: Path, language: str) -> list[Block]:
     return [block for block in blocks(page, language) if block.left_out is None]
-
-
-def environment() -> dict[str, str]:
-    """This environment's programs first; nothing is fetched from the hub."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def with_blocks(language: str) -> list[Path]:
