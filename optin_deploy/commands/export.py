@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.amounts import align_of
-from optin_deploy.commands.job_file import kept_beside, read_job
+from optin_deploy.commands.job_file import job_text, read_job
 from optin_deploy.commands.options import (
     BudgetInTime,
     Building,
@@ -119,8 +119,8 @@ def export(
         return
     warn_if_bundled(rows.calibration)
     try:
-        with Workspace.at_work(folder, source, force=output.force), kept_beside(ctx, folder):
-            report = export_model(job, folder, force=output.force, stage=stage_bar)
+        with Workspace.at_work(folder, source, force=output.force):
+            report = export_model(job, folder, options=job_text(ctx), force=output.force, stage=stage_bar)
     except CannotBuildHere as err:
         if not target.building.prepare_only:
             raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from optin_deploy.commands.parsing import GIVEN
 from optin_deploy.errors import BadInput
 from optin_deploy.files.toml import read_toml
 
-FILE = "job.toml"
 HINT = "Write lines such as flops = 0.6, with the names of options."
 PATHS = ("calibration", "evaluation", "latency_table", "timing_cache", "out")
 """Options that are paths."""
@@ -43,19 +40,8 @@ def read_job(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-@contextmanager
-def kept_beside(ctx: typer.Context, folder: Path) -> Iterator[None]:
-    """Write what the user gave into an output folder, however its job ends; files by their full paths."""
-    from optin_deploy.files.storage import write_text
-
-    try:
-        yield
-    finally:
-        if (folder / "source.json").is_file():  # else the folder is not ours
-            write_text(folder / FILE, _text(ctx))
-
-
-def _text(ctx: typer.Context) -> str:
+def job_text(ctx: typer.Context) -> str:
+    """Return what the user gave as the text of such a file; files by their full paths."""
     lines = ["# optin-export --config job.toml makes this again; what is not named is at its default."]
     for each in ctx.command.params:
         source = ctx.get_parameter_source(each.name or "")

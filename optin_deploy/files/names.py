@@ -6,6 +6,8 @@ SCORES, DENSE, PRUNED = "scores.safetensors", "dense.onnx", "model.onnx"
 MADE_FROM_SCORES = ("curves.json", "plan.json", "scores.png", "sweep.json", "sweep.csv", "sweep.png")
 TUNED = "tuned.json"
 """Tells how a network was fine-tuned; a folder that has it holds what no other command makes again."""
+JOB = "job.toml"
+"""Options of the command that made a folder."""
 LOCK = ".optin.lock"
 SUPPORT_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -30,7 +32,7 @@ ARTIFACTS = tuple(
     )
 )
 NAMES = (
-    *("source.json", "job.toml", SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
+    *("source.json", JOB, SCORES, *MADE_FROM_SCORES, "latency.json", "model", *SUPPORT_FILES),
     *(*ARTIFACTS, "engine.json", "timing.cache", "samples.safetensors", "measurements.json", "operators.json"),
     *(TUNED, "mlperf", "mlperf.json", "report.json", "report.md", "report.html"),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import QualityLimit
+from optin_deploy.files.names import JOB
 from optin_deploy.files.storage import write_json, write_text
 from optin_deploy.jobs.bench import measure
 from optin_deploy.jobs.building import Built, build, forms_in
@@ -37,16 +38,21 @@ LATENCY = "latency.json"
 """The latency table of an output folder."""
 
 
-def export_model(job: Job, out: Path, *, force: bool = False, stage: Stage = silent_stage) -> Report:
+def export_model(
+    job: Job, out: Path, *, options: str | None = None, force: bool = False, stage: Stage = silent_stage
+) -> Report:
     """Prune a network end to end; everything it makes lies in `out`, finished stages are reused.
 
-    Args: stage: draws progress.
+    Args: options: text of job.toml, which is written once the folder is this job's; None: there is none. stage: draws
+        progress.
     Raises: OptinError kinds. CannotBuildHere comes last, when all that can be written here is written.
     """
     clock, limits = Clock(stage), job.limits
     with clock("load"):
         asked = checked_job(job, out)
         workspace = Workspace.claim(out, job.source, force=force)
+        if options is not None:
+            write_text(out / JOB, options)
     prepared, loaded_bytes = asked.prepared, resident_bytes()
     with clock("score") as progress:
         dense_stage(workspace, prepared)

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from optin_deploy.commands.values import options
-from support.tiny_checkpoint import SEQ_LEN, Shell, bert, lines
+from support.tiny_checkpoint import POSITIONS, SEQ_LEN, Shell, bert, classifier, labelled, lines, text_options
 
 ASKED = f"""
 model = "model"
@@ -74,6 +74,14 @@ def test_a_wrong_file_is_refused_with_what_is_possible(shell: Shell, tmp_path: P
     assert ran.code == 2
     assert said in ran.err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_job_leaves_the_file_of_the_finished_one(shell: Shell, finished: Path) -> None:
+    before = (finished / "job.toml").read_text()
+    ran = shell("optin-export", classifier(), *text_options(labelled(), finished), "--at", f"seq={POSITIONS + 1}")
+    assert ran.code == 2, ran.err
+    assert f"1 to {POSITIONS} tokens" in ran.err
+    assert (finished / "job.toml").read_text() == before
 
 
 def test_a_value_of_another_type_is_told_as_on_the_command_line(shell: Shell, tmp_path: Path) -> None:
