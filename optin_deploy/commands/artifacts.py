@@ -10,13 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import Building, Engine, Folder, Measuring, Writing
-from optin_deploy.commands.parsing import (
-    check_plan_options,
-    echo,
-    refuse_idle,
-    warn_of_disagreements,
-    writing_to,
-)
+from optin_deploy.commands.parsing import check_plan_options, echo, refuse_idle, warn_of_disagreements, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar

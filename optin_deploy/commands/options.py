@@ -44,6 +44,8 @@ ProfileSizes = Annotated[
         rich_help_panel="TensorRT",
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
+Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
 BUDGET, TIME, SCORING = "Budget: all that is given must hold", "Budget in time", "Scoring"
 TENSORRT, MANY = "TensorRT", "Many processes"
 
@@ -59,9 +61,7 @@ class Writing:
             help="Write also where optin-deploy did not make what is there; files in the way are kept as NAME.kept1.",
         ),
     ] = False
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")
-    ] = False
+    dry_run: DryRun = False
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Measuring:
     at: Annotated[
         list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
     ] = None
-    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")] = 0
+    threads: Threads = 0
 
     def points(self) -> Any:
         """Return the points, checked."""

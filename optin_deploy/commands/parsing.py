@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,11 @@ def check_columns(ctx: typer.Context, *files: Path | None) -> None:
         refuse_idle(ctx, "text_column", "label_column", "pair_column", why=why)
 
 
-@contextmanager
-def writing_to(folder: Path, writing: Writing) -> Iterator[None]:
+def writing_to(folder: Path, writing: Writing) -> AbstractContextManager[object]:
     """Write into an output folder: no other job does meanwhile, and files of others stay what they are."""
     from optin_deploy.jobs.workspace import Workspace
 
-    with nullcontext() if writing.dry_run else Workspace(folder).changing(force=writing.force):
-        yield
+    return nullcontext() if writing.dry_run else Workspace(folder).changing(force=writing.force)
 
 
 def warn_of_disagreements(folder: Path) -> None:

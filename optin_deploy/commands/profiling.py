@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from optin_deploy.commands.amounts import align_of
-from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Writing
+from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Threads, Writing
 from optin_deploy.commands.parsing import check_plan_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
@@ -32,7 +32,7 @@ class Table:
     """How the table is measured."""
 
     at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1"
-    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")] = 0
+    threads: Threads = 0
     align: EngineAlign = None
     profile_sizes: ProfileSizes = None
     check: Annotated[int, typer.Option(help="Random plans to measure, to see how wrong the table is.")] = 0

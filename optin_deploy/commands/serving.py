@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optin_deploy.commands.options import Engine, Writing
+from optin_deploy.commands.options import DryRun, Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput, ParityFailure
@@ -43,9 +43,7 @@ class Place:
         ),
     ] = None
     rollback: Annotated[bool, typer.Option("--rollback", help="Serve the version before again.")] = False
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")
-    ] = False
+    dry_run: DryRun = False
 
 
 @dataclass(frozen=True)

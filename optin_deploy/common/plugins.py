@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _declared() -> Any:  # of another type before Python 3.12
+    """All entry points of this environment: looking for them reads a file of every installed package."""
+    return entry_points()
 
 
 def with_added(table: str, own: Mapping[str, str]) -> dict[str, str]:
@@ -15,7 +23,7 @@ def with_added(table: str, own: Mapping[str, str]) -> dict[str, str]:
     Args: own: name -> module:object. Its names stay what they are: a package that declares one is told of in a warning.
     """
     found = dict(own)
-    for each in entry_points(group=f"optin_deploy.{table}"):
+    for each in _declared().select(group=f"optin_deploy.{table}"):
         if each.name in found:
             package = each.dist.name if each.dist else "a package"
             log.warning("%s declares %r in optin_deploy.%s, which is taken; it is left out.", package, each.name, table)

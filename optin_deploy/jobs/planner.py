@@ -14,10 +14,7 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
-from optin_deploy.pruning.pruning import (
-    pick,
-    planned,
-)
+from optin_deploy.pruning.pruning import pick, planned
 from optin_deploy.pruning.tokens import least_error, schedules
 from optin_deploy.structure.labels import TOKENS
 

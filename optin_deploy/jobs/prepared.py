@@ -16,12 +16,8 @@ from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.sealed import finished
 from optin_deploy.pruning.dense import Dense, dense_of, stored_in
 from optin_deploy.pruning.networks import Found
-from optin_deploy.pruning.pruning import (
-    Compared,
-    Ready,
-    ready_of,
-    turned,
-)
+from optin_deploy.pruning.pruning import Compared, ready_of, turned
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import TOKENS

@@ -28,14 +28,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished, store
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.modules import with_weights_of
-from optin_deploy.pruning.pruning import (
-    Cut,
-    check_plan,
-    curves_of,
-    make,
-    score,
-    score_key,
-)
+from optin_deploy.pruning.pruning import Cut, check_plan, curves_of, make, score, score_key
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.stored import mark
 from optin_deploy.scoring.parts import FolderStore, Worker

@@ -33,7 +33,7 @@ from optin_deploy.network.sealed import store
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Keep
 from optin_deploy.pruning.networks import cut_by
-from optin_deploy.pruning.pruning import Ready
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.runtimes.base import Feeds, Runtime
 from optin_deploy.runtimes.device import current_gpu, describe_device
 from optin_deploy.structure.groups import Layout

@@ -28,7 +28,7 @@ from optin_deploy.planning.plan import NetworkPlan, Origin, plan_cost, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, choose
 from optin_deploy.pruning.networks import Found, cut_by
-from optin_deploy.pruning.ready import Ready as Ready  # jobs import it from here
+from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.outputs import Metric
 from optin_deploy.scoring.parts import Store, Worker
 from optin_deploy.scoring.reading import Kind
