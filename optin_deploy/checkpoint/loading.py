@@ -15,6 +15,7 @@ from optin_deploy.checkpoint.config import CONFIG_HINT, make_config, read_config
 from optin_deploy.checkpoint.fit import check_mismatched, check_missing, check_unexpected, sketch, tell_left_out
 from optin_deploy.checkpoint.positions import scale_positions
 from optin_deploy.checkpoint.smaller import MANIFEST
+from optin_deploy.checkpoint.tasks import PROBLEMS, Task, infer_task, task_of, tasks
 from optin_deploy.common.guard import inference
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.inputs import example_inputs, longest_text
@@ -23,36 +24,6 @@ from optin_deploy.feeds.sentence_modules import embeds
 from optin_deploy.files.wall import blamed, shown, wall
 from optin_deploy.files.weights import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 
-AUTO_CLASSES = {
-    "feature-extraction": "AutoModel",
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "text-generation": "AutoModelForCausalLM",
-    "fill-mask": "AutoModelForMaskedLM",
-    "semantic-segmentation": "AutoModelForSemanticSegmentation",
-    "universal-segmentation": "AutoModelForUniversalSegmentation",
-}
-"""Task -> transformers auto class. A new task is a line here."""
-CLASSIFICATION = ("text-classification", "image-classification", "token-classification")
-"""Tasks whose config names the classes."""
-ENDINGS = {
-    "ForTokenClassification": "token-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForImageClassification": "image-classification",
-    "ForImageClassificationWithTeacher": "image-classification",
-    "ForSemanticSegmentation": "semantic-segmentation",
-    "ForUniversalSegmentation": "universal-segmentation",
-    "Model": "feature-extraction",
-}
-"""Ending of an architecture -> task."""
-OTHER_HEADS = ("HeadModel", "HeadsModel", "DecoderModel")
-"""Endings of architectures that end in Model but are more than it."""
-PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
-"""What transformers calls the kinds of classifiers."""
 TRIED_TOKENS = 8
 """Length of the text that a loaded model is tried with."""
 TRIED_VALUES = 10**8
@@ -64,7 +35,7 @@ class LoadedModel:
     """A dense model with what prepares its inputs."""
 
     model: nn.Module
-    task: str
+    task: Task
     preprocessor: Any
     """Tokenizer for text, image processor for images."""
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -79,15 +50,15 @@ class LoadedModel:
 def load_dense(name: str, task: str | None = None) -> LoadedModel:
     """Load model and preprocessor from a folder or the hub, in float32 and evaluation mode.
 
-    Args: task: one of AUTO_CLASSES; None: inferred from `config.architectures`, where a head for masked words is left
-        over from training beside a modules.json of sentence-transformers.
+    Args: task: its name, see `checkpoint.tasks`; None: inferred from `config.architectures`, where a head for masked
+        words is left over from training beside a modules.json of sentence-transformers.
     Raises: BadInput: absent folder, missing weights or tokenizer files, weights that do not fit the config or the task.
     """
-    model, task = load_model(name, task)
-    return LoadedModel(model, task, *load_beside(name, model))
+    model, found = load_model(name, task)
+    return LoadedModel(model, found, *load_beside(name, model))
 
 
-def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
+def load_model(name: str, task: str | None = None) -> tuple[Any, Task]:
     """The model alone, and its task.
 
     Nothing is built before config.json and the headers of the weights agree on the sizes, and whatever goes wrong with
@@ -100,19 +71,18 @@ def load_model(name: str, task: str | None = None) -> tuple[Any, str]:
         source = folder / "config.json"
         data = read_config(source)
         config = make_config(source, data)
-        if task is None:
-            task = infer_task(config)
-            task = "feature-extraction" if task == "fill-mask" and embeds(folder) else task
-        check_task(task)
-        _check_config(source, config, task)
+        row = infer_task(config) if task is None else task_of(task)
+        if task is None and row.name == "fill-mask" and embeds(folder):
+            row = task_of("feature-extraction")
+        _check_config(source, config, row)
         stored = stored_tensors(name, folder)
-        model, left_out = _load(source, data, task, stored)
+        model, left_out = _load(source, data, row, stored)
         tell_left_out(source, model, left_out)
-        drop_pooler(model, task)
+        drop_pooler(model, row)
         scale_positions(model)
-        _try_one(source, data, model, lambda entries: _load(source, entries, task, stored)[0])
+        _try_one(source, data, model, lambda entries: _load(source, entries, row, stored)[0])
         model.config.name_or_path = name
-    return model, task
+    return model, row
 
 
 def _refuse_pruned(folder: Path) -> None:
@@ -129,10 +99,10 @@ def _refuse_pruned(folder: Path) -> None:
 
 
 def _load(
-    source: Path, data: Mapping[str, Any], task: str, stored: Mapping[str, Stored]
+    source: Path, data: Mapping[str, Any], task: Task, stored: Mapping[str, Stored]
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and what is left out; a config and weights that do not agree are refused."""
-    auto: Any = getattr(transformers, AUTO_CLASSES[task])
+    auto: Any = getattr(transformers, task.auto_class)
 
     def build(config: Any) -> Any:
         try:
@@ -140,7 +110,7 @@ def _load(
         except ValueError as err:
             if "Unrecognized configuration class" not in str(err):
                 raise
-            raise BadInput(f"{source}: transformers has no {config.model_type} model for task {task!r}.") from err
+            raise BadInput(f"{source}: transformers has no {config.model_type} model for task {task.name!r}.") from err
 
     sketched = sketch(source, data, stored.values(), build, ratio=2)
     model, info = type(sketched).from_pretrained(
@@ -151,12 +121,12 @@ def _load(
         ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,
     )
-    check_missing(source, model, info["missing_keys"], task, AUTO_CLASSES)
+    check_missing(source, model, info["missing_keys"], task.name, tasks())
     check_mismatched(source, model.config, info["mismatched_keys"])
     return model.eval(), check_unexpected(source, model, info["unexpected_keys"])
 
 
-def _check_config(source: Path, config: Any, task: str) -> None:
+def _check_config(source: Path, config: Any, task: Task) -> None:
     """Refuse what no task gives the model, and a classifier whose classes are not said.
 
     Raises: BadInput.
@@ -167,7 +137,7 @@ def _check_config(source: Path, config: Any, task: str) -> None:
                 f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
                 "Give an encoder, or a decoder alone."
             )
-    if task not in CLASSIFICATION:
+    if not task.classifies:
         return
     labels = config.id2label or {}
     if not labels or set(labels) != set(range(len(labels))):
@@ -202,32 +172,7 @@ def _try_one(source: Path, data: Mapping[str, Any], model: Any, load: Callable[[
     blamed(source, data, run, CONFIG_HINT)
 
 
-def check_task(task: str) -> str:
-    """Refuse an unknown task.
-
-    Raises: BadInput.
-    """
-    if task not in AUTO_CLASSES:
-        raise BadInput(f"unknown --task {task!r}; possible: {', '.join(AUTO_CLASSES)}.")
-    return task
-
-
-def infer_task(config: Any) -> str:
-    """Task from `config.architectures`.
-
-    Raises: BadInput: a head that no task covers.
-    """
-    name = (getattr(config, "architectures", None) or [""])[0]
-    for ending, task in ENDINGS.items():
-        if name.endswith(ending) and (ending != "Model" or not name.endswith(OTHER_HEADS)):
-            return task
-    head = "" if not name else " Feature extraction takes such a model without its head."
-    raise BadInput(
-        f"cannot infer the task from architecture {shown(name)}; give --task {' | '.join(AUTO_CLASSES)}.{head}"
-    )
-
-
-def drop_pooler(model: nn.Module, task: str) -> None:
-    """Remove a pooler that feature extraction does not use; it would cost time in every engine."""
-    if task == "feature-extraction" and isinstance(getattr(model, "pooler", None), nn.Module):
+def drop_pooler(model: nn.Module, task: Task) -> None:
+    """Remove a pooler that embeddings do not use; it would cost time in every engine."""
+    if task.embeds and isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None  # type: ignore[assignment]  # transformers' own way to have none

@@ -13,13 +13,6 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
 
 
-def check_task(model: nn.Module) -> None:
-    """Raises: BadInput: a multi-label model, whose outputs are no distribution over classes."""
-    config: Any = model.config
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        raise BadInput("the model is a multi-label classifier; possible are single-label, regression and embeddings.")
-
-
 def classifies(model: nn.Module) -> bool:
     """Does the model put out a class, of a row or of each token, and not what its config calls a regression?"""
     config: Any = model.config

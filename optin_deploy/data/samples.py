@@ -15,6 +15,17 @@ from optin_deploy.data.class_maps import mapped_photographs
 from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
 from optin_deploy.data.tables import csv_rows, jsonl_rows
+from optin_deploy.data.targets import (
+    CONTEXT,
+    QUESTION,
+    Answers,
+    Role,
+    answers_of,
+    asks,
+    roles_of,
+    searches,
+    tagged_words,
+)
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import check_name, check_size, short, special_kind, text_lines
 
@@ -34,14 +45,17 @@ class Sample:
     """One calibration row: a text (with an optional second text) or an image."""
 
     text: str | None = None
+    words: tuple[str, ...] | None = None
+    """The words of the text, where each of them has a tag."""
     text_pair: str | None = None
     """Second text of a pair task, such as the hypothesis of NLI."""
     image: Path | Image.Image | None = None
     """A file, opened only when its batch is made, or an image in memory."""
     class_map: Path | None = None
     """File with the class of each pixel of the image, see `data.class_maps`."""
-    label: str | int | None = None
-    """Class id, class name, or (regression) the number as written; None where the row has none."""
+    label: str | int | tuple[str | int, ...] | Answers | Role | None = None
+    """Class id, class name, or (regression) the number as written; several of them where a row has several labels or a
+    tag for each word; None where the row has none."""
     source: str = "memory"
     """file:line, or the image file: what error messages point at."""
 
@@ -116,7 +130,27 @@ def _rows_to_samples(
     blank = pairs = 0
     used, unused = (text_column, label_column, pair_column), None
     is_csv = path.suffix.lower() == ".csv"
-    for source, row in csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines):
+    found = csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines)
+    for source, row in found:
+        if text_column == "text" and "text" not in row:
+            if searches(row):
+                rest = [(source, row), *found]
+                roles = roles_of([each for _, each in rest], [place for place, _ in rest])
+                yield from (Sample(text=text, label=role, source=place) for text, place, role in roles)
+                return
+            if asks(row):
+                pairs += 1
+                yield Sample(
+                    text=_text(row, QUESTION, source),
+                    text_pair=_text(row, CONTEXT, source),
+                    label=answers_of(row, source),
+                    source=source,
+                )
+                continue
+        tagged = tagged_words(row, text_column, label_column, source)
+        if tagged is not None:
+            yield Sample(text=" ".join(tagged[0]), words=tagged[0], label=tagged[1], source=source)
+            continue
         text = _text(row, text_column, source)
         if not text.strip():
             blank += 1
@@ -164,13 +198,18 @@ def _no_column(column: str, row: Mapping[str, object], source: str, flag: str) -
     return BadInput(f"{source}: no column {column!r}. The columns are {columns}. Name the right one with {flag}.")
 
 
-def _label(value: object, source: str) -> str | int | None:
+def _label(value: object, source: str) -> str | int | tuple[str | int, ...] | None:
+    if isinstance(value, list):  # of a row with several labels, or none
+        found = [_label(each, source) for each in value]
+        return tuple(each for each in found if isinstance(each, str | int))
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, float) and math.isnan(value):
         return None  # as tables write an absent value into JSON
     if (value is not None and not isinstance(value, str | int | float)) or value in (math.inf, -math.inf):
-        raise BadInput(f"{source}: the label {short(value)} is neither text nor a number. Write one class a row.")
+        raise BadInput(
+            f"{source}: the label {short(value)} is neither text nor a number. Write one class, or a list of them."
+        )
     text = "" if value is None else str(value).strip()
     whole = re.fullmatch(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?", text)
     return int(whole[1]) if whole else text or None

@@ -53,6 +53,8 @@ class Preparation:
     text_column: str = "text"
     label_column: str = "label"
     pair_column: str = PAIR_COLUMN
+    masks: bool = False
+    """Some tokens of each text are masked: a model of masked words is asked for them."""
 
     def __post_init__(self) -> None:
         if self.seq_len is not None and self.seq_len < 1:
@@ -221,7 +223,9 @@ def _maker(
         )
     text = text_inputs(inputs)
     tokenizer = _loaded(preparation.tokenizer, inputs.source, load_tokenizer)
-    return lambda some: text_feeds(text, some, tokenizer, seq_len=preparation.seq_len, batching=batching, origin=origin)
+    return lambda some: text_feeds(
+        text, some, tokenizer, seq_len=preparation.seq_len, batching=batching, origin=origin, masks=preparation.masks
+    )
 
 
 def _loaded(given: Any, source: str, load: Callable[[str | None, str], Any]) -> Any:

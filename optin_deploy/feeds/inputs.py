@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import BadInput
 from optin_deploy.network.examples import SERVED_SIZE as IMAGE_SIZE
 
-LOGITS = ("Classification", "CausalLM", "MaskedLM", "LMHead")
+LOGITS = ("Classification", "QuestionAnswering", "CausalLM", "MaskedLM", "LMHead")
 """Parts of the names of classes that put out logits."""
 VOLATILE = ("architectures", "dtype", "transformers_version")
 """Entries of a config that may differ between a model in memory and the same model read back."""

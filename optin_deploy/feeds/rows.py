@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.class_maps import ClassMap
+from optin_deploy.data.targets import Answers, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_tensors, tensor_bytes
 
@@ -22,9 +23,9 @@ MASK = "attention_mask"
 
 Batch = Mapping[str, Tensor]
 """Inputs by name, samples first."""
-Label = str | int | float | Tensor | ClassMap | None
-"""Label of a row: the name or index of its class, a number, one index for each position, a class for each pixel, or
-None for a row without a label."""
+Label = str | int | float | tuple[str | int | None, ...] | Tensor | ClassMap | Answers | Role | None
+"""Label of a row: the name or index of its class, a number, several names or indices, one index for each position, a
+class for each pixel, answers to its question, what searches should find, or None for a row without a label."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,14 @@ def label_digest(label: Label) -> str:
 def rows_of(batch: Batch) -> int:
     """Number of samples in a batch."""
     return len(next(iter(batch.values())))
+
+
+def real_first(values: Tensor, batch: Batch) -> Tensor:
+    """(rows, positions) in the order of a readout: real tokens first."""
+    mask = batch.get(MASK)
+    if mask is None or mask.shape != values.shape:
+        return values
+    return values.gather(1, mask.argsort(dim=1, descending=True, stable=True))
 
 
 def row_keys(batch: Batch, shared: Collection[str] = ()) -> Iterator[bytes]:

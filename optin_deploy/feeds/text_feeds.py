@@ -15,7 +15,8 @@ from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.ports import Takes, few, fitted, told
 from optin_deploy.feeds.raw_tokenizer import warn_of_unknown
-from optin_deploy.feeds.rows import MASK, Batch, Batching, Feeds, grouped
+from optin_deploy.feeds.rows import MASK, Batch, Batching, Feeds, Label, grouped
+from optin_deploy.feeds.targets import masked, padded_ids, target_of
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +86,21 @@ def _rank(inputs: Takes, name: str) -> int | None:
 
 
 def text_feeds(
-    text: TextInputs, samples: Sequence[Sample], tokenizer: Any, *, seq_len: int | None, batching: Batching, origin: str
+    text: TextInputs,
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    seq_len: int | None,
+    batching: Batching,
+    origin: str,
+    masks: bool = False,
 ) -> Feeds:
     """Tokenise, cut and put together, sorted by length; each batch is padded to its longest text, or to a fixed length.
 
     A network that is not told of padding gets none: texts of equal length share a batch, unless its length is fixed.
-    Args: seq_len: most tokens; None: as many as are fixed, or 128, or fewer where the tokenizer says so.
+    Args:
+        seq_len: most tokens; None: as many as are fixed, or 128, or fewer where the tokenizer says so.
+        masks: some tokens of each text are masked, and the labels are what they were.
     Raises: BadInput: a sample without text, an option out of range, ids that the network does not know.
     """
     longest = _longest(text, samples, tokenizer, seq_len)
@@ -99,12 +109,18 @@ def text_feeds(
     found = sorted(zip(made, samples, strict=True), key=lambda row: len(row[0][IDS]))
     widths = _widths(text, [len(row[IDS]) for row, _ in found], batching)
     filler = _filler(text, tokenizer, padded=any(w > len(row[IDS]) for w, (row, _) in zip(widths, found, strict=True)))
-    rows = [
-        _row(text, row, width, filler, sample.source, left=tokenizer.padding_side == "left")
-        for width, (row, sample) in zip(widths, found, strict=True)
-    ]
+    rows: list[Batch] = []
+    labels: list[Label] = []
+    left = tokenizer.padding_side == "left"
+    for width, (row, sample) in zip(widths, found, strict=True):
+        label = target_of(sample, row, width, left=left)
+        if masks:
+            row, hidden = masked(row, tokenizer)
+            label = padded_ids(hidden, width, left=left)
+        rows.append(_row(text, row, width, filler, sample.source, left=left))
+        labels.append(label)
     warn_of_unknown(tokenizer, [row[IDS] for row, _ in found])
-    return grouped(rows, [sample.label for _, sample in found], origin, batching)
+    return grouped(rows, labels, origin, batching)
 
 
 def encoded(
@@ -120,7 +136,10 @@ def encoded(
     found = []
     for sample in samples:  # one by one: a list cannot mix single texts and pairs
         try:
-            found.append(tokenizer(sample.text, sample.text_pair, **options))
+            if sample.words is not None:
+                found.append(tokenizer(list(sample.words), is_split_into_words=True, **options))
+            else:
+                found.append(tokenizer(sample.text, sample.text_pair, **options))
         except Exception as err:  # what tokenizers raises is no narrower
             raise BadInput(
                 f"{sample.source}: the tokenizer cannot take this text: {err}. Delete that row, or save the tokenizer"

@@ -210,7 +210,7 @@ def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]
         if group.kind in ready.kinds:
             units[group.kind] = units.get(group.kind, 0) + group.units
     loaded = prepared.dense.loaded
-    what = "ONNX file" if loaded is None else f"{type(loaded.model).__name__}, {loaded.task}"
+    what = "ONNX file" if loaded is None else f"{type(loaded.model).__name__}, {loaded.task.name}"
     held_out = 0 if ready.rows.held_out is None else len(ready.rows.held_out)
     return [
         f"model        {prepared.source.model}: {what}, {len(ready.layout.groups)} groups",

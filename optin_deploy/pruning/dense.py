@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from optin_deploy.checkpoint.loading import LoadedModel, load_dense
-from optin_deploy.data.labels import check_task, classifies
+from optin_deploy.checkpoint.tasks import Task
+from optin_deploy.data.labels import classifies
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.beside_graph import class_names
 from optin_deploy.feeds.inputs import check_seq_len, config_settings, longest_text
@@ -26,6 +27,7 @@ from optin_deploy.network.sealed import finished
 from optin_deploy.network.unused import tidied
 from optin_deploy.pruning.served_images import check_any_size, check_room, serve_images
 from optin_deploy.pruning.source import Source
+from optin_deploy.scoring.reading import Kind
 
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What an exported graph depends on besides the model."""
@@ -51,9 +53,14 @@ class Dense:
         return None if self.loaded is None else self.loaded.model
 
     @property
-    def task(self) -> str | None:
+    def task(self) -> Task | None:
         """Task of the transformers model."""
         return None if self.loaded is None else self.loaded.task
+
+    @property
+    def read_as(self) -> Kind | None:
+        """How its outputs are compared, where its task says it."""
+        return None if self.loaded is None else self.loaded.task.read_as(self.loaded.model.config)
 
     @property
     def tokenizer(self) -> Any:
@@ -108,7 +115,6 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
         network = read_file(path)
         return Dense(network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model))
     loaded = load_dense(source.model, source.task)
-    check_task(loaded.model)
     if not loaded.is_text:
         serve_images(loaded, source.image_size, any_size=source.any_size)
     elif source.any_size or source.image_size is not None:

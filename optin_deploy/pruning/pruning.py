@@ -29,7 +29,7 @@ from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, choose
 from optin_deploy.pruning.networks import Found, cut_by
 from optin_deploy.pruning.ready import Ready
-from optin_deploy.quality.outputs import Metric
+from optin_deploy.quality.quality import Asked
 from optin_deploy.scoring.parts import Store, Worker
 from optin_deploy.scoring.reading import Kind
 from optin_deploy.scoring.settings import ScoreSettings
@@ -78,7 +78,7 @@ def ready_of(
     kinds: tuple[str, ...] = DEFAULT_KINDS,
     names: tuple[str, ...] | None = None,
     strict: bool = False,
-    metric: Metric | None = None,
+    metric: Asked | None = None,
     seed: int = 0,
 ) -> Ready:
     """Put a network and its data together.

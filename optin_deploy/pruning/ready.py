@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.tokens import merged
-from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.ports import takes
@@ -22,9 +21,9 @@ from optin_deploy.network.shapes import shapes_of
 from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.pruning.networks import Found, costs_merging
-from optin_deploy.quality.outputs import Metric, NetworkJudge, readouts
-from optin_deploy.quality.quality import Quality
-from optin_deploy.quality.segmentation import SegmentationJudge
+from optin_deploy.quality.judges import Judge, judge_of
+from optin_deploy.quality.outputs import readouts
+from optin_deploy.quality.quality import Asked, Quality
 from optin_deploy.scoring.hearing import TokenWeights, token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.groups import Layout
@@ -46,7 +45,7 @@ class Ready:
     """Names of the classes, in their order."""
     strict: bool = False
     """Labels that the network does not know are refused, not left out."""
-    metric: Metric | None = None
+    metric: Asked | None = None
     """What is measured besides what fits the output."""
     seed: int = 0
     """Seed of random directions."""
@@ -123,17 +122,15 @@ class Ready:
         return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
 
     @cached_property
-    def judge(self) -> NetworkJudge | SegmentationJudge:
+    def judge(self) -> Judge:
         """Compares cut networks with this one on rows that nothing learned from.
 
         Raises: BadInput: no such rows, or labels by which the network is no better than guessing.
         """
         if self.rows.held_out is None:
             raise BadInput("there are no rows that judge: give --eval, or more calibration rows.")
-        dense = readouts(self.subject.program, self.subject.reading, self.rows.held_out)
-        if any(isinstance(label, ClassMap) for label in self.rows.held_out.labels):
-            return SegmentationJudge(dense, self.rows.held_out, strict=self.strict)
-        return NetworkJudge(dense, self.rows.held_out, names=self.names, metric=self.metric, strict=self.strict)
+        program, reading = self.subject.program, self.subject.reading
+        return judge_of(program, reading, self.rows.held_out, names=self.names, metric=self.metric, strict=self.strict)
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
         """What each calibration token counts in curves and repairs: the same for every plan, measured once."""

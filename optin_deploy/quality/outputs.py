@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,17 +13,17 @@ from torch import Tensor
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
 from optin_deploy.data.label_order import check_order
 from optin_deploy.data.labels import class_number
-from optin_deploy.errors import BadInput, NonFiniteActivation
-from optin_deploy.feeds.rows import MASK, Batch, Feeds, Label, rows_of
+from optin_deploy.data.targets import Answers, Role
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import MASK, Feeds, Label, real_first, rows_of
+from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
-from optin_deploy.quality.quality import Quality, correlation
+from optin_deploy.quality.entities import entity_f1, tags_spans
+from optin_deploy.quality.quality import Quality, check_finite, correlation
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
 
 log = logging.getLogger(__name__)
-
-Metric = Literal["perplexity"]
-"""What is measured only where it is asked for."""
 
 
 def readouts(program: Program, reading: Reading, rows: Feeds) -> Iterator[Readout]:
@@ -47,9 +46,6 @@ class _Note:
     valid: Tensor
     """Whether a position counts, (rows, positions)."""
     classes: int = 0
-    loss: float = 0.0
-    """Sum over so many tokens."""
-    tokens: int = 0
 
 
 class NetworkJudge:
@@ -61,8 +57,6 @@ class NetworkJudge:
         rows: Feeds,
         *,
         names: Sequence[str] | None = None,
-        metric: Metric | None = None,
-        ids: str = "input_ids",
         strict: bool = False,
     ) -> None:
         """Read what the dense network gives.
@@ -70,18 +64,16 @@ class NetworkJudge:
         Args:
             dense: one a batch of `rows`, as `readouts` makes them.
             names: of the classes, in their order.
-            metric: `perplexity`: of the next token; None: what fits the output, and the labels if there are any.
-            ids: the input with the tokens.
             strict: refuse labels that the network does not know, and rows without one beside others; else these are
                 left out, with a warning.
 
-        Raises: BadInput: labels by which the network is no better than guessing, or no language model for perplexity.
+        Raises: BadInput: labels by which the network is no better than guessing.
         """
-        self.rows, self._metric, self._ids = rows, metric, ids
-        notes = [self._note(readout, batch) for readout, batch in zip(dense, rows.batches, strict=True)]
+        self.rows, self._names = rows, names
+        notes = [self._note(readout) for readout in dense]
         self._dense = notes
         self._first = notes[0]
-        self._labels = None if metric or self._first.kind != "classes" else self._targets(names, strict)
+        self._labels = None if self._first.kind != "classes" else self._targets(names, strict)
         if self._labels is not None and self._first.values.shape[1] == 1:
             wanted, given = torch.cat(self._labels).flatten(), torch.cat([note.values for note in notes]).flatten()
             shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(self._first.classes)]
@@ -90,12 +82,7 @@ class NetworkJudge:
     def of(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
         rows, dense = len(self.rows), self._dense
-        notes = [self._note(readout, batch) for readout, batch in zip(cut, self.rows.batches, strict=True)]
-        if self._metric == "perplexity":
-            before, after = (
-                math.exp(sum(n.loss for n in some) / sum(n.tokens for n in some)) for some in (dense, notes)
-            )
-            return Quality("perplexity", before, after, rows)
+        notes = [self._note(readout) for readout in cut]
         kind = self._first.kind
         if kind == "embedding":
             products = torch.cat([(a.values * b.values).sum(-1).mean(1) for a, b in zip(dense, notes, strict=True)])
@@ -111,7 +98,19 @@ class NetworkJudge:
         if not each:
             rows = sum(int(each.sum()) for each in counted)
         before, after = (_share(some, self._labels, counted) for some in (dense, notes))
+        if each and self._names is not None and tags_spans(self._names):
+            wanted = self._tags(self._labels)
+            f1 = [entity_f1(wanted, self._tags([note.values for note in some])) for some in (dense, notes)]
+            return Quality("entity_f1", f1[0], f1[1], rows, {"accuracy_per_token": (before, after)})
         return Quality(f"accuracy{each}", before, after, rows)
+
+    def _tags(self, classes: Sequence[Tensor]) -> list[list[str]]:
+        """Names of the classes of each row's labelled positions."""
+        assert self._labels is not None
+        assert self._names is not None
+        pairs = zip(self._labels, classes, strict=True)
+        rows = (each[label != UNKNOWN] for wanted, found in pairs for label, each in zip(wanted, found, strict=True))
+        return [[self._names[number] for number in row.tolist()] for row in rows]
 
     def _of_numbers(self, dense: list[Tensor], cut: list[Tensor]) -> Quality:
         if self._first.values.shape[1:] == (1, 1):
@@ -121,37 +120,14 @@ class NetworkJudge:
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
 
-    def _note(self, readout: Readout, batch: Batch) -> _Note:
+    def _note(self, readout: Readout) -> _Note:
         values = readout.values
-        if not bool(values.isfinite().all()):
-            raise NonFiniteActivation(
-                f"{self.rows.origin}: the network put out NaN or infinity on rows that judge. Check the weights and the"
-                " data; a network stored in half precision may overflow: export it in float32."
-            )
-        if self._metric == "perplexity":
-            return self._scored(readout, batch)
+        check_finite(values, self.rows.origin)
         if readout.kind == "embedding":
             return _Note("embedding", values.float().cpu(), readout.valid.bool().cpu())
         if readout.kind == "regression" or values.shape[-1] == 1:  # one class is no choice
             return _Note("numbers", (values * readout.valid.unsqueeze(-1)).float().cpu(), readout.valid.bool().cpu())
         return _Note("classes", values.argmax(-1).cpu(), readout.valid.bool().cpu(), values.shape[-1])
-
-    def _scored(self, readout: Readout, batch: Batch) -> _Note:
-        """How well each token foretells the next."""
-        ids, values = batch.get(self._ids), readout.values
-        if ids is None or ids.shape != values.shape[:2] or int(ids.max()) >= values.shape[-1] or values.shape[1] < 2:
-            told = "none" if ids is None else f"of shape {tuple(ids.shape)}"
-            raise BadInput(
-                f"perplexity needs logits of each token of a text; these are {tuple(values.shape)}, and the ids"
-                f" ({self._ids!r}) are {told}. Leave out the metric: agreement is measured."
-            )
-        ids = _ordered(ids, batch).to(values.device)
-        counted = readout.valid[:, 1:].bool()
-        loss = 0.0
-        for row, mark in enumerate(counted):  # a row at a time: logits of a vocabulary are large
-            losses = torch.nn.functional.cross_entropy(values[row, :-1].float(), ids[row, 1:].long(), reduction="none")
-            loss += float(losses[mark].double().sum())
-        return _Note("scores", torch.empty(0, 1), counted.cpu(), 0, loss, int(counted.sum()))
 
     def _targets(self, names: Sequence[str] | None, strict: bool) -> list[Tensor] | None:
         """Classes by batch, (rows, positions), UNKNOWN where there is none; None: labels are not used."""
@@ -171,7 +147,7 @@ class NetworkJudge:
             for note, batch in zip(self._dense, self.rows.batches, strict=True):
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
                 rows = [_classes(label, note, names) for label in labels]
-                found.append(_ordered(torch.stack(rows), batch))
+                found.append(real_first(torch.stack(rows), batch))
         except BadInput as err:
             if strict:
                 raise BadInput(f"{self.rows.origin}: {err} Correct the labels, or leave out all of them.") from err
@@ -187,6 +163,11 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
         return torch.full((positions,), UNKNOWN)
     if isinstance(label, ClassMap):
         raise BadInput(f"{label.path} has a class for each pixel, and the network is read at {positions} positions.")
+    if isinstance(label, tuple) and len(label) == positions > 1:
+        numbers = [UNKNOWN if tag is None else class_number(tag, names, note.classes) for tag in label]
+        return torch.tensor(numbers)
+    if isinstance(label, tuple | Answers | Role):
+        raise BadInput(f"a label is {short(label)}, and the network puts out classes of {positions} positions.")
     if isinstance(label, Tensor):
         if len(label) != positions or int(label.max()) >= note.classes:
             raise BadInput(
@@ -197,14 +178,6 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
     if positions > 1:
         raise BadInput(f"the label {label!r} is one for a row, and the network puts out {positions} positions.")
     return torch.tensor([class_number(label, names, note.classes)])
-
-
-def _ordered(values: Tensor, batch: Batch) -> Tensor:
-    """(rows, positions) in the order of a readout: real tokens first."""
-    mask = batch.get(MASK)
-    if mask is None or mask.shape != values.shape:
-        return values
-    return values.gather(1, mask.argsort(dim=1, descending=True, stable=True))
 
 
 def _share(notes: Sequence[_Note], targets: Sequence[Tensor], counted: Sequence[Tensor]) -> float:

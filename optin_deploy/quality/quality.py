@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from optin_deploy.data.label_order import SURE, at_least
+from optin_deploy.errors import NonFiniteActivation
+from optin_deploy.quality.metrics import METRICS
+
+Asked = Literal["perplexity", "pseudo_perplexity"]
+"""What is measured only where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,7 @@ class Quality:
     """One figure for the dense and the pruned model."""
 
     metric: str
-    """`accuracy` if labels were given, `mean_iou` if maps of classes; else `same_prediction` (share),
-    `correlation_with_dense` (regression) or `cosine_to_dense` (mean). Of outputs with several positions
-    `accuracy_per_token` and `same_prediction_per_token`; of scorers of text `perplexity`; of other numbers
-    `relative_error`: in these two less is better."""
+    """Its name in `quality.metrics`: what fits the output, and the labels where there are any."""
     dense: float
     pruned: float
     samples: int
@@ -37,12 +39,11 @@ class Quality:
     def drop(self) -> float:
         """Points (hundredths) that the pruned model lost; rounded, so that 0.95 - 0.9 are 5 points.
 
-        Of perplexity, percent that it grew by.
+        Of perplexities, percent that they grew by.
         """
-        if self.metric in ("perplexity", "relative_error"):
-            grown = self.pruned - self.dense
-            return round(100 * (grown / self.dense if self.metric == "perplexity" else grown), 6)
-        return round(100 * (self.dense - self.pruned), 6)
+        metric = METRICS[self.metric]
+        lost = self.pruned - self.dense if metric.less else self.dense - self.pruned
+        return round(100 * (lost if metric.share or not metric.less else lost / self.dense), 6)
 
     def holds(self, drop: float) -> bool:
         """Is at most `drop` lost? A gain beyond noise is no answer to that: the rows do not measure what is lost.
@@ -57,6 +58,18 @@ class Quality:
     def __str__(self) -> str:
         values = f"{self.metric} {self.pruned:.4f}, dense {self.dense:.4f}"
         return f"{values}: {self.drop:.2f} points lost on {self.samples} rows"
+
+
+def check_finite(values: Tensor, origin: str) -> None:
+    """Refuse outputs that are no numbers.
+
+    Raises: NonFiniteActivation.
+    """
+    if not bool(values.isfinite().all()):
+        raise NonFiniteActivation(
+            f"{origin}: the network put out NaN or infinity on rows that judge. Check the weights and the"
+            " data; a network stored in half precision may overflow: export it in float32."
+        )
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

@@ -10,6 +10,7 @@ from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import point_name
 from optin_deploy.measuring.state import told_of
 from optin_deploy.measuring.timing import PairTiming
+from optin_deploy.quality.metrics import METRICS, Metric
 from optin_deploy.quality.quality import Quality
 from optin_deploy.structure.kept import HEADER, KeptGroup, kept_lines, kept_rows
 
@@ -50,37 +51,28 @@ class Report:
         return {**plain, "quality": self.quality.to_json(), "latency": [m.to_json() for m in self.latency]}
 
 
-AGREEMENT = {
-    "cosine_to_dense": ("Mean cosine to the dense embeddings", "no labels"),
-    "same_prediction": ("Same prediction as dense", "no labels"),
-    "same_prediction_per_token": ("Same prediction as dense, of all tokens", "no labels"),
-    "correlation_with_dense": ("Correlation with the dense predictions", "labels are not used"),
-}
-"""Metrics that compare with the dense model: what they are called, and what became of labels."""
-
-
 def quality_lines(report: Report) -> list[str]:
     """The sentence that a report opens with, and a warning if agreement is low."""
     q = report.quality
-    if q.metric in ("accuracy", "accuracy_per_token"):
-        what = "Accuracy" if q.metric == "accuracy" else "Accuracy of all tokens"
-        change = 100 * (q.pruned - q.dense)
-        return [f"{what} {q.dense:.1%} dense, {q.pruned:.1%} pruned ({change:+.1f} points, {q.samples} held-out rows)."]
-    if q.metric == "mean_iou":
-        (dense, pruned), points = q.beside["pixel_accuracy"], 100 * (q.pruned - q.dense)
-        return [
-            f"Mean IoU {q.dense:.1%} dense, {q.pruned:.1%} pruned ({points:+.1f} points, {q.samples} held-out "
-            f"photographs); pixels right: {dense:.1%} dense, {pruned:.1%} pruned."
-        ]
-    if q.metric == "perplexity":
-        return [f"Perplexity {q.dense:.3f} dense, {q.pruned:.3f} pruned ({q.samples} held-out rows)."]
+    metric = METRICS[q.metric]
     if q.metric == "relative_error":
         return [f"The outputs differ from the dense ones by {q.pruned:.2%} of their size ({q.samples} held-out rows)."]
-    what, labels = AGREEMENT[q.metric]
-    lines = [f"{what}: {q.pruned:.3f} ({q.samples} held-out rows, {labels})."]
+    if metric.labelled:
+        main, *others = (
+            _figures(METRICS[name], *values) for name, values in {q.metric: (q.dense, q.pruned), **q.beside}.items()
+        )
+        points = f"{100 * (q.pruned - q.dense):+.1f} points, " if metric.share else ""
+        beside = "".join(f"; {other[0].lower()}{other[1:]}" for other in others)
+        return [f"{main} ({points}{q.samples} held-out {metric.rows}){beside}."]
+    lines = [f"{metric.told}: {q.pruned:.3f} ({q.samples} held-out rows, labels are not used)."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
     return lines
+
+
+def _figures(metric: Metric, dense: float, pruned: float) -> str:
+    form = ".1%" if metric.share else ".3f"
+    return f"{metric.told} {dense:{form}} dense, {pruned:{form}} pruned"
 
 
 def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:

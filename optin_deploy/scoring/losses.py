@@ -11,12 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from optin_deploy.feeds.pooling import pooled_states
 from optin_deploy.scoring.noise import signs
 
-OutputKind = Literal["logits", "regression", "embedding"]
-"""How two outputs are compared: KL divergence, squared error, squared distance of unit vectors."""
+OutputKind = Literal["logits", "multi-label", "regression", "embedding"]
+"""How two outputs are compared: KL divergence over classes, the sum of those of each class being there or not, squared
+error, squared distance of unit vectors."""
 FEW_CLASSES = 4
 """Most classes for which the KL term takes one exact direction for each class but one; above, random ones cost less."""
 
@@ -54,6 +56,10 @@ def output_distance(dense: Readout, masked: Tensor) -> Tensor:
         # In float32 the rounding of log p (1e-7) is above what most single neurons change.
         p, q = dense.values.double().log_softmax(-1), moved.double().log_softmax(-1)
         distances = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    elif dense.kind == "multi-label":
+        both = torch.tensor([1.0, -1.0], dtype=torch.float64, device=moved.device)  # there, and not there
+        p, q = (logsigmoid(values.double().unsqueeze(-1) * both) for values in (dense.values, moved))
+        distances = (p.exp() * (p - q)).sum((-1, -2)).clamp(min=0)
     else:
         distances = (dense.values - moved).square().sum(-1)
     return torch.stack([dense.mean(each) for each in distances])
@@ -72,6 +78,8 @@ def exact_directions(dense: Readout) -> list[Tensor] | None:
     eye = torch.eye(classes).to(dense.values)
     if dense.kind == "regression":
         return [eye[j].expand_as(dense.values) for j in range(classes)]
+    if dense.kind == "multi-label":
+        return [eye[j] * _spread(dense.values) for j in range(classes)]
     p = dense.values.softmax(-1)
     left = p.flip(-1).cumsum(-1).flip(-1)  # of the stick before class j
     found = []
@@ -96,4 +104,12 @@ def random_direction(dense: Readout, keys: Sequence[int], number: int) -> Tensor
         noise = p.sqrt() * noise
         noise = noise - p * noise.sum(-1, keepdim=True)
         weights = weights / 2
+    elif dense.kind == "multi-label":
+        noise = _spread(values) * noise
     return noise * weights.sqrt().unsqueeze(-1)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """sqrt(p (1 - p) / 2): KL of a class that is there with probability p ~ p (1 - p) / 2 J^2."""
+    p = logits.sigmoid()
+    return (p * (1 - p) / 2).sqrt()

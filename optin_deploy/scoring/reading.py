@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,19 +13,25 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.scoring.losses import OutputKind, Readout, pooled
 
-Kind = Literal["logits", "probabilities", "regression", "embedding"]
-KINDS: tuple[Kind, ...] = ("logits", "probabilities", "regression", "embedding")
+Kind = Literal["logits", "probabilities", "regression", "embedding", "multi-label", "span"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 LEAST = 1e-30
 """Least probability before its logarithm is taken."""
+NOWHERE = -1e4
+"""Logit of a place where no answer begins or ends; finite, so that differences of logarithms are numbers."""
+START, END = "start_logits", "end_logits"
+"""What transformers calls the logits of where an answer begins and ends."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is compared: one output of a network, or the classes of places that two of them tell.
+    """What is compared: one output of a network, or what two of them tell together.
 
     logits and probabilities: by KL divergence, a position at a time, classes along the last axis (of pictures along the
-    second); regression: squared error; embedding: squared distance of unit vectors, mean over tokens before.
+    second); multi-label: by the KL divergences of each class being there or not, summed over the classes; span: by
+    KL divergence over the tokens at which an answer begins, and over those at which it ends; regression: squared error;
+    embedding: squared distance of unit vectors, pooled over tokens before.
     """
 
     output: str
@@ -36,6 +42,8 @@ class Reading:
     """Output with logits of a mask of each query, (batch, queries, height, width), where `output` has logits of their
     classes, the last of them for none: a place's classes are those of all queries, by how surely it is theirs (Cheng
     et al., Mask2Former, CVPR 2022, arXiv 2112.01527)."""
+    ends: str | None = None
+    """Output with logits of where an answer ends, (batch, tokens), where `output` has those of where it begins."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -44,7 +52,7 @@ class Reading:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of all outputs that are read."""
-        return (self.output,) if self.masks is None else (self.output, self.masks)
+        return tuple(name for name in (self.output, self.masks, self.ends) if name is not None)
 
     def read(self, outputs: Mapping[str, Tensor], valid: Tensor | None = None) -> Readout:
         """Return what is compared of a run.
@@ -53,6 +61,8 @@ class Reading:
         """
         values = outputs[self.output]
         values = values if values.is_floating_point() else values.float()
+        if self.ends is not None:
+            return _span(values, outputs[self.ends], valid)
         if self.masks is not None:
             values = _worth(values, outputs[self.masks])
         pictures = values if values.dim() == 4 and self.kind in ("logits", "probabilities") else None
@@ -72,7 +82,7 @@ class Reading:
             values, real = values.unsqueeze(1), torch.ones(len(values), 1).to(values)
         if self.kind == "probabilities":
             values = values.clamp(min=LEAST).log()
-        kind: OutputKind = "regression" if self.kind == "regression" else "logits"
+        kind: OutputKind = "logits" if self.kind == "probabilities" or self.kind == "span" else self.kind
         # Real positions first, so that noise falls on a token by its place in the text, wherever the padding is.
         order = real.argsort(dim=1, descending=True, stable=True)
         return Readout(kind, values.take_along_dim(order.unsqueeze(-1), 1), real.gather(1, order), pictures)
@@ -101,6 +111,10 @@ def reading_of(
     queries = _queries(named, shapes) if output is None and kind is None else None
     if queries is not None:
         return Reading(queries[0], "probabilities", masks=queries[1])
+    if {START, END} <= set(names) and output is None and kind in (None, "span"):
+        return Reading(START, "span", ends=END)
+    if kind == "span":
+        raise BadInput(f"--compare-output :span needs {START} and {END}; the outputs are {', '.join(names)}.")
     chosen = output or (named or real or names)[0]
     return Reading(chosen, kind or _kind(network, chosen, shapes.get(chosen)))
 
@@ -110,6 +124,14 @@ def _worth(classes: Tensor, masks: Tensor) -> Tensor:
     real = torch.promote_types(classes.dtype, torch.float32)
     sure = classes.to(real).softmax(-1)[..., :-1]
     return torch.einsum("bqc,bqhw->bchw", sure, masks.to(real).sigmoid())
+
+
+def _span(starts: Tensor, ends: Tensor, valid: Tensor | None) -> Readout:
+    """Two positions, whose classes are the tokens, (batch, 2, tokens); padding is none of them."""
+    values = torch.stack((starts, ends.to(starts)), 1)
+    if valid is not None and valid.shape == starts.shape:
+        values = values.masked_fill(valid.unsqueeze(1) == 0, NOWHERE)
+    return Readout("logits", values, values.new_ones(len(values), 2))
 
 
 def _queries(names: Sequence[str], shapes: Mapping[str, Sequence[int] | None]) -> tuple[str, str] | None:

@@ -125,7 +125,8 @@ class Subject:
 
         Args: valid: (samples, tokens), 0 or 1; it counts where the output's tokens are those of the padding mask.
         """
-        return self.reading.read(outputs, valid if self._masked_alike(self.reading.output, -1) else None)
+        places = self.reading.kind == "span" or self._masked_alike(self.reading.output, -1)
+        return self.reading.read(outputs, valid if places else None)
 
     def real(self, batch: Batch, value: str, channels: int = -1) -> Tensor | None:
         """Which tokens of a value are real, (samples, tokens), 0 or 1; None: all of them."""

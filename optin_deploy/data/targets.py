@@ -1,0 +1,127 @@
+"""What rows of published data sets tell beside a text: tags of words, answers in a text, what a search should find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from optin_deploy.errors import BadInput
+from optin_deploy.files.opening import short
+
+Place = tuple[int, int] | None
+"""Characters of a text that a token stands for, first and behind the last; None where it stands for none of them."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The right answers to a question about a text."""
+
+    context: str
+    texts: tuple[str, ...]
+    """Each of them is right; none means that the text has no answer."""
+    places: tuple[Place, ...] = ()
+    """Characters of the context that each token of the row stands for."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a text is among the texts of an evaluation of embeddings."""
+
+    number: int
+    """Tells the text from the others."""
+    positives: tuple[int, ...] = ()
+    """Numbers of the texts that a search for this one should find."""
+    candidate: bool = False
+    """Whether searches may find it."""
+    scores: tuple[tuple[int, float], ...] = ()
+    """Numbers of other texts, and how alike people found both."""
+
+
+WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "labels")
+"""Columns of words and their tags, where the named ones are absent."""
+QUERY, POSITIVE = "query", "positive"
+ONE, OTHER, SCORE = "sentence1", "sentence2", "score"
+QUESTION, CONTEXT, ANSWERS = "question", "context", "answers"
+
+
+def tagged_words(
+    row: Mapping[str, object], text_column: str, label_column: str, source: str
+) -> tuple[tuple[str, ...], tuple[str | int, ...] | None] | None:
+    """Read the words of a row and the tag of each, as CoNLL's data sets give them; None: its text is no list of words.
+
+    Raises: BadInput: not as many tags as words, or something else among them.
+    """
+    column = next((name for name in (text_column, *WORDS) if isinstance(row.get(name), list)), None)
+    if column is None or (column != text_column and text_column in row):
+        return None
+    words, tags = row[column], next((row[name] for name in (label_column, *TAGS) if name in row), None)
+    assert isinstance(words, list)
+    if not words or not all(isinstance(each, str) and each.strip() for each in words):
+        raise BadInput(f"{source}: {column!r} is {short(words)}: give a list of words, none of them blank.")
+    if tags is None:
+        return tuple(words), None
+    if not isinstance(tags, list) or len(tags) != len(words) or not all(isinstance(each, str | int) for each in tags):
+        raise BadInput(f"{source}: the tags are {short(tags)}, for {len(words)} words. Give one tag a word, in order.")
+    return tuple(words), tuple(tags)
+
+
+def answers_of(row: Mapping[str, object], source: str) -> Answers | None:
+    """Read the answers of a row of a question and a text, as SQuAD writes them, or as a text or a list of texts.
+
+    Returns: None where the row tells none.
+    Raises: BadInput: they are something else.
+    """
+    given, context = row.get(ANSWERS, row.get("answer")), row[CONTEXT]
+    if given is None or not isinstance(context, str):
+        return None
+    texts = given.get("text") if isinstance(given, Mapping) else given
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        raise BadInput(
+            f"{source}: the answers are {short(given)}. Write a text, or a list, or {{'text': [...]}} as SQuAD does."
+        )
+    return Answers(context, tuple(each for each in texts if each.strip()))
+
+
+def roles_of(rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> Iterator[tuple[str, str, Role]]:
+    """Read rows of a query with its positive, or of two texts with a score, as single texts with their roles.
+
+    Returns: text, where it stands and role; a text that stands in several rows is given once.
+    Raises: BadInput: a row lacks one of them.
+    """
+    numbers: dict[str, int] = {}
+    first: dict[str, str] = {}
+    positives: dict[int, list[int]] = {}
+    scores: dict[int, list[tuple[int, float]]] = {}
+    candidates: set[int] = set()
+    for row, source in zip(rows, sources, strict=True):
+        pair = []
+        for name in (ONE, OTHER) if SCORE in row else (QUERY, POSITIVE):
+            text = row.get(name)
+            if not isinstance(text, str) or not text.strip():
+                raise BadInput(f"{source}: {name!r} is {short(text)}, not a text. Correct or delete that row.")
+            pair.append(numbers.setdefault(text, len(numbers)))
+            first.setdefault(text, source)
+        one, other = pair
+        if SCORE not in row:
+            candidates.add(other)
+            positives.setdefault(one, []).append(other)
+        else:
+            try:
+                scores.setdefault(one, []).append((other, float(str(row[SCORE]))))
+            except ValueError as err:
+                told = f"{source}: the score {short(row[SCORE])} is no number"
+                raise BadInput(f"{told}. Correct or delete that row.") from err
+    for text, number in numbers.items():
+        found = (tuple(positives.get(number, ())), number in candidates, tuple(scores.get(number, ())))
+        yield text, first[text], Role(number, *found)
+
+
+def asks(row: Mapping[str, object]) -> bool:
+    """Is this a row of a question about a text?"""
+    return {QUESTION, CONTEXT} <= set(row)
+
+
+def searches(row: Mapping[str, object]) -> bool:
+    """Is this a row of two texts that embeddings should find near each other, or as near as a score says?"""
+    return {QUERY, POSITIVE} <= set(row) or {ONE, OTHER, SCORE} <= set(row)

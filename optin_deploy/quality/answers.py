@@ -1,0 +1,92 @@
+"""What a cut did to answers that are parts of a text: exact match and F1, as SQuAD judges them."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optin_deploy.data.targets import Answers
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.scoring.losses import Readout
+
+LONGEST = 30
+"""Most tokens of an answer."""
+
+
+class AnswerJudge:
+    """Compares cut networks with the dense one (Rajpurkar et al., SQuAD, 2016, arXiv 1606.05250)."""
+
+    def __init__(self, dense: Iterable[Readout], rows: Feeds) -> None:
+        """Args: dense: one a batch of `rows`, logits of first and last token: (rows, 2, tokens)."""
+        self.rows = rows
+        self._known = [label if isinstance(label, Answers) else None for label in rows.labels]
+        self._impossible = any(label is not None and not label.texts for label in self._known)
+        self._dense = self._found(dense)
+
+    def of(self, cut: Iterable[Readout]) -> Quality:
+        """Return F1 and exact match of both networks, or without answers the share of the rows with the same one."""
+        found = self._found(cut)
+        judged = [place for place, label in enumerate(self._known) if label is not None]
+        if not judged:
+            same = sum(one == other for one, other in zip(self._dense, found, strict=True))
+            return Quality("same_answer", 1.0, same / len(found), len(found))
+        both = [[self._points(place, texts[place]) for place in judged] for texts in (self._dense, found)]
+        (f1, exact), (cut_f1, cut_exact) = ([sum(each) / len(judged) for each in zip(*p, strict=True)] for p in both)
+        return Quality("answer_f1", f1, cut_f1, len(judged), {"exact_match": (exact, cut_exact)})
+
+    def _points(self, place: int, text: object) -> tuple[float, float]:
+        label = self._known[place]
+        assert label is not None
+        told = label.texts or ("",)
+        return max(f1(str(text), each) for each in told), max(float(plain(str(text)) == plain(each)) for each in told)
+
+    def _found(self, readouts: Iterable[Readout]) -> list[object]:
+        """The answer to each row: a text, or the first and the last token where no text is known."""
+        found: list[object] = []
+        for readout in readouts:
+            check_finite(readout.values, self.rows.origin)
+            for logits in readout.values.float().cpu():
+                label = self._known[len(found)]
+                if label is None:
+                    found.append(tuple(logits.argmax(-1).tolist()))
+                else:
+                    found.append(answer(logits, label, impossible=self._impossible))
+        return found
+
+
+def answer(logits: Tensor, label: Answers, *, impossible: bool) -> str:
+    """The best part of the text: the largest sum of both logits, the last token not before the first.
+
+    Args: logits: (2, tokens). impossible: the first token of the row stands for no answer, where that is better.
+    """
+    known = torch.tensor([place is not None for place in label.places])
+    starts, ends = logits[:, : len(known)].masked_fill(~known, -torch.inf)
+    sums = (starts.unsqueeze(1) + ends).triu().nan_to_num(neginf=-torch.inf)  # (first, last)
+    allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(LONGEST - 1)
+    sums = sums.masked_fill(~allowed, -torch.inf)
+    best = int(sums.argmax())
+    first, last = (label.places[place] for place in divmod(best, len(known)))
+    if first is None or last is None or (impossible and float(logits[:, 0].sum()) > float(sums.max())):
+        return ""
+    return label.context[first[0] : last[1]]
+
+
+def f1(found: str, wanted: str) -> float:
+    """F1 of the words of two answers; two without any word are the same."""
+    one, other = plain(found).split(), plain(wanted).split()
+    if not one or not other:
+        return float(one == other)
+    both = sum((Counter(one) & Counter(other)).values())
+    return 2 * both / (len(one) + len(other))
+
+
+def plain(text: str) -> str:
+    """The text in small letters, without punctuation, articles and doubled spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -1,0 +1,58 @@
+"""Which judge fits a network and the labels of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from optin_deploy.data.class_maps import ClassMap
+from optin_deploy.data.targets import Role
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.network.run import Program
+from optin_deploy.quality.answers import AnswerJudge
+from optin_deploy.quality.label_sets import LabelSetJudge
+from optin_deploy.quality.outputs import NetworkJudge, readouts
+from optin_deploy.quality.perplexity import PerplexityJudge
+from optin_deploy.quality.quality import Asked, Quality
+from optin_deploy.quality.retrieval import RetrievalJudge
+from optin_deploy.quality.segmentation import SegmentationJudge
+from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.reading import Reading
+
+
+class Judge(Protocol):
+    """Compares cut networks with the dense one on the same rows."""
+
+    rows: Feeds
+
+    def of(self, cut: Iterable[Readout]) -> Quality:
+        """Return what fits the output, of both networks."""
+
+
+def judge_of(
+    program: Program,
+    reading: Reading,
+    rows: Feeds,
+    *,
+    names: Sequence[str] | None = None,
+    metric: Asked | None = None,
+    strict: bool = False,
+) -> Judge:
+    """Run the dense network on rows that judge, and keep what cut ones are compared with.
+
+    Args: names: of the classes, in their order. metric: what is asked for; None means what fits. strict: refuse labels
+        that the network does not know; else they are left out, with a warning.
+    Raises: BadInput: labels by which the network is no better than guessing, or that do not fit what it puts out.
+    """
+    dense = readouts(program, reading, rows)
+    if metric is not None:
+        return PerplexityJudge(dense, rows, masked=metric == "pseudo_perplexity")
+    if any(isinstance(label, ClassMap) for label in rows.labels):
+        return SegmentationJudge(dense, rows, strict=strict)
+    if reading.kind == "span":
+        return AnswerJudge(dense, rows)
+    if reading.kind == "multi-label":
+        return LabelSetJudge(dense, rows, names=names, strict=strict)
+    if reading.kind == "embedding" and any(isinstance(label, Role) for label in rows.labels):
+        return RetrievalJudge(dense, rows)
+    return NetworkJudge(dense, rows, names=names, strict=strict)

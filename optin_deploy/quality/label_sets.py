@@ -1,0 +1,104 @@
+"""What a cut did to the labels of rows that may have several, or none."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from optin_deploy.data.labels import class_number
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Feeds, Label
+from optin_deploy.files.opening import short
+from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.scoring.losses import Readout
+
+log = logging.getLogger(__name__)
+
+
+class LabelSetJudge:
+    """Compares cut networks with the dense one: a row has the labels whose logits are above 0."""
+
+    def __init__(
+        self, dense: Iterable[Readout], rows: Feeds, *, names: Sequence[str] | None = None, strict: bool = False
+    ) -> None:
+        """Read what the dense network gives.
+
+        Args: dense: one a batch of `rows`. names: of the labels, in their order. strict: refuse labels that the
+            network does not know, and rows without any beside others; else no label is used, with a warning.
+        Raises: BadInput: labels by which the network is no better than giving every row the same ones.
+        """
+        self.rows, self._dense = rows, self._found(dense)
+        self._wanted = self._labels(names, strict)
+        if self._wanted is not None:
+            wanted = self._wanted
+            alike = max(micro_f1(wanted, row.expand_as(wanted)) for row in torch.eye(wanted.shape[1]) > 0)
+            found = micro_f1(wanted, self._dense)
+            if found <= alike:
+                raise BadInput(
+                    f"{rows.origin}: the dense network has a micro F1 of {found:.1%}, no more than one label for all "
+                    f"rows has ({alike:.1%}): no loss can be measured there. The labels seem to mean others than the "
+                    "network's."
+                )
+
+    def of(self, cut: Iterable[Readout]) -> Quality:
+        """Return micro F1 of both networks and the share of the rows whose labels are all right, or without labels the
+        share of the rows with the same ones."""
+        found = self._found(cut)
+        if self._wanted is None:
+            return Quality("same_prediction", 1.0, _alike(self._dense, found), len(self.rows))
+        wanted, dense = self._wanted, self._dense
+        beside = {"subset_accuracy": (_alike(wanted, dense), _alike(wanted, found))}
+        return Quality("micro_f1", micro_f1(wanted, dense), micro_f1(wanted, found), len(self.rows), beside)
+
+    def _found(self, readouts: Iterable[Readout]) -> Tensor:
+        """Which labels each row gets, (rows, labels)."""
+        values = torch.cat([readout.values.flatten(0, 1).cpu() for readout in readouts])
+        check_finite(values, self.rows.origin)
+        return values > 0
+
+    def _labels(self, names: Sequence[str] | None, strict: bool) -> Tensor | None:
+        given = sum(label is not None for label in self.rows.labels)
+        if not given:
+            return None
+        try:
+            if given < len(self.rows):
+                raise BadInput(f"{len(self.rows) - given} of the {len(self.rows)} rows that judge have no labels.")
+            return torch.stack([label_set(label, names, self._dense.shape[1]) for label in self.rows.labels])
+        except BadInput as err:
+            if strict:
+                raise BadInput(f"{self.rows.origin}: {err} Correct the labels, or leave out all of them.") from err
+            log.warning("%s: %s No label is used: agreement is measured", self.rows.origin, err)
+            return None
+
+
+def label_set(label: Label, names: Sequence[str] | None, count: int) -> Tensor:
+    """The labels of a row as marks, (labels,): of names or numbers, of names with `|` between them, or of 0 and 1.
+
+    Raises: BadInput: no such label.
+    """
+    if isinstance(label, Tensor):
+        if len(label) != count or not bool(((label == 0) | (label == 1)).all()):
+            raise BadInput(f"the labels of a row are {label.tolist()}: give 0 or 1 for each of {count} labels.")
+        return label.bool()
+    if isinstance(label, str) and label not in (names or ()):
+        label = tuple(part for part in re.split(r"\s*\|\s*", label.strip()) if part)
+    found = torch.zeros(count, dtype=torch.bool)
+    for each in label if isinstance(label, tuple) else (label,):
+        if not isinstance(each, str | int | float):
+            raise BadInput(f"a row has {short(each)} for labels: give their names or numbers.")
+        found[class_number(each, names, count)] = True
+    return found
+
+
+def micro_f1(wanted: Tensor, found: Tensor) -> float:
+    """F1 over all rows and labels together; 1 where there are none at all."""
+    both, all_of_them = int((wanted & found).sum()), int(wanted.sum() + found.sum())
+    return 2 * both / all_of_them if all_of_them else 1.0
+
+
+def _alike(one: Tensor, other: Tensor) -> float:
+    return float((one == other).all(-1).double().mean())

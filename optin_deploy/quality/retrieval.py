@@ -1,0 +1,97 @@
+"""What a cut did to embeddings in use: searches for known texts, and how alike pairs of texts are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from optin_deploy.data.targets import Role
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.scoring.losses import Readout
+
+TOP = 10
+"""Texts that a search gives."""
+
+
+class RetrievalJudge:
+    """Compares cut networks with the dense one by exact search among all candidates, by the cosine.
+
+    Each network searches by embeddings of its own, as when it is served alone.
+    """
+
+    def __init__(self, dense: Iterable[Readout], rows: Feeds) -> None:
+        """Read what the dense network gives.
+
+        Args: dense: one a batch of `rows`, unit vectors.
+        Raises: BadInput: no query has a text to be found, and no pair a score.
+        """
+        self.rows = rows
+        roles = [label if isinstance(label, Role) else Role(-1 - place) for place, label in enumerate(rows.labels)]
+        places = {role.number: place for place, role in enumerate(roles)}
+        self._candidates = torch.tensor([place for place, role in enumerate(roles) if role.candidate], dtype=torch.long)
+        columns = {place: column for column, place in enumerate(self._candidates.tolist())}
+        self._queries: dict[int, list[int]] = {}
+        """Columns of the candidates that should be found, by place of the query."""
+        self._own = {place: columns[place] for place in columns if roles[place].positives}
+        for place, role in enumerate(roles):
+            found = [columns[places[number]] for number in role.positives if number in places]
+            if found:
+                self._queries[place] = found
+        self._pairs = [
+            (place, places[number], score)
+            for place, role in enumerate(roles)
+            for number, score in role.scores
+            if number in places
+        ]
+        if not self._queries and len(self._pairs) < 2:
+            raise BadInput(
+                f"{rows.origin}: no query of the rows that judge has its text to be found among them, and no pair a "
+                "score. Give rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, by --eval."
+            )
+        self._dense = self._vectors(dense)
+
+    def of(self, cut: Iterable[Readout]) -> Quality:
+        """Return recall@10 of both networks, or where there are only scores of pairs Spearman's correlation."""
+        found = self._vectors(cut)
+        cosine = {"cosine_to_dense": (1.0, float((self._dense * found).sum(1).mean()))}
+        dense, pruned = (self._figures(vectors) for vectors in (self._dense, found))
+        (name, before), *others = dense.items()
+        beside = {other: (value, pruned[other]) for other, value in others}
+        return Quality(name, before, pruned[name], len(self._queries) or len(self._pairs), {**beside, **cosine})
+
+    def _vectors(self, readouts: Iterable[Readout]) -> Tensor:
+        vectors = torch.cat([readout.values[:, 0].float().cpu() for readout in readouts])
+        check_finite(vectors, self.rows.origin)
+        return vectors
+
+    def _figures(self, vectors: Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self._queries:
+            each = torch.tensor([self._search(vectors, place, wanted) for place, wanted in self._queries.items()])
+            found = dict(zip(("recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"), each.mean(0).tolist(), strict=True))
+        if len(self._pairs) > 1:
+            cosines = [float(vectors[one] @ vectors[other]) for one, other, _ in self._pairs]
+            found["spearman"] = float(spearmanr(cosines, [score for *_, score in self._pairs]).statistic)
+        return found
+
+    def _search(self, vectors: Tensor, place: int, wanted: list[int]) -> tuple[float, float, float, float]:
+        """Recall@10, recall@1, nDCG@10 and the reciprocal rank of the first of one query's texts.
+
+        A text that is found with the same cosine as another stands behind it: equal vectors bring nothing.
+        """
+        scores = (vectors[self._candidates] @ vectors[place]).double()
+        if place in self._own:
+            scores[self._own[place]] = -torch.inf  # a text does not find itself
+        right = torch.zeros(len(scores), dtype=torch.bool)
+        right[wanted] = True
+        order = sorted(range(len(scores)), key=lambda column: (-float(scores[column]), bool(right[column])))
+        ranks = [rank for rank, column in enumerate(order, 1) if right[column]]
+        best = sum(1 / torch.log2(torch.tensor(rank + 1.0)) for rank in range(1, min(len(ranks), TOP) + 1))
+        gain = sum(1 / torch.log2(torch.tensor(rank + 1.0)) for rank in ranks if rank <= TOP)
+        recall = sum(rank <= TOP for rank in ranks) / len(ranks)
+        return recall, sum(rank <= 1 for rank in ranks) / len(ranks), float(gain / best), 1 / ranks[0]
