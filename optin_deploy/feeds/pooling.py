@@ -1,17 +1,19 @@
-"""How the states of a text's tokens become one vector: their mean, or the first of them, as the model was trained."""
+"""How the states of a text's tokens become one vector, as the model was trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import read_json
 
-POOLINGS = ("mean", "cls")
-"""`mean` over real tokens; `cls`: the first real token."""
+POOLINGS = ("mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens")
+"""Over the real tokens, by the names of sentence-transformers: their mean; the first of them; the last of them; the
+largest of each entry; their mean with weights 1, 2, 3, ... by their places; their sum by the root of their number."""
 POOLED = "sentence_embedding"
 """Name of the pooled output of a graph."""
 POOLING = "sentence_pooling"
@@ -52,7 +54,14 @@ def pooled_states(states: Tensor, valid: Tensor, pooling: str) -> Tensor:
     Args: states: (batch, tokens, hidden). valid: (batch, tokens), 0 or 1, of the type of the states.
     Returns: (batch, hidden).
     """
+    if pooling == "max":
+        return states.masked_fill(valid.unsqueeze(-1) == 0, torch.finfo(states.dtype).min).amax(1)
     if pooling == "cls":
         valid = valid * (valid.cumsum(1) == 1).to(valid)  # (batch, tokens): 1 at the first real token
+    elif pooling == "lasttoken":
+        valid = valid * (valid.cumsum(1) == valid.sum(1, keepdim=True)).to(valid)
+    elif pooling == "weightedmean":
+        valid = valid * torch.arange(1, valid.shape[1] + 1).to(valid)
     weights = valid.unsqueeze(-1)
-    return (states * weights).sum(1) / weights.sum(1)
+    count = weights.sum(1)
+    return (states * weights).sum(1) / (count.sqrt() if pooling == "mean_sqrt_len_tokens" else count)

@@ -9,8 +9,10 @@ import onnx_ir as ir
 from torch import Tensor
 
 MASK = "attention_mask"
-AXES_GIVEN = {"Unsqueeze": 13, "ReduceSum": 13, "ReduceMean": 18}
+AXES_GIVEN = {"Unsqueeze": 13, "ReduceSum": 13, "ReduceMean": 18, "ReduceMax": 18}
 """Operator sets from which axes are an input."""
+LEAST = {int(ir.DataType.FLOAT): -3.4e38, int(ir.DataType.FLOAT16): -65504.0, int(ir.DataType.DOUBLE): -1e308}
+"""Least numbers of real types; of others that of float32."""
 
 
 class PoolingNodes:
@@ -24,21 +26,34 @@ class PoolingNodes:
     def of_some(self, states: ir.Value, mask: ir.Value, how: str) -> ir.Value:
         """Pool the tokens that a mask marks."""
         assert states.dtype is not None
-        valid = self.node("Cast", [mask], {"to": int(states.dtype)})  # (batch, tokens)
-        if how == "cls":
+        real = int(states.dtype)
+        valid = self.node("Cast", [mask], {"to": real})  # (batch, tokens)
+        if how == "max":
+            padding = self.node("Equal", [self.along("Unsqueeze", valid, 2), self.number(0, real)])
+            return self.along(
+                "ReduceMax", self.node("Where", [padding, self.number(LEAST.get(real, -3.4e38), real), states]), 1
+            )
+        if how in ("cls", "lasttoken"):
             counted = self.node("CumSum", [valid, self.constant(np.array(1))])
-            one = self.node("Cast", [self.constant(np.array(1))], {"to": int(states.dtype)})
-            first = self.node("Cast", [self.node("Equal", [counted, one])], {"to": int(states.dtype)})
-            valid = self.node("Mul", [valid, first])
+            count = self.along("Unsqueeze", self.along("ReduceSum", valid, 1), 1)
+            marks = self.node("Equal", [counted, self.number(1, real) if how == "cls" else count])
+            valid = self.node("Mul", [valid, self.node("Cast", [marks], {"to": real})])
+        elif how == "weightedmean":
+            ones = self.node("Cast", [self.node("Equal", [valid, valid])], {"to": real})
+            valid = self.node("Mul", [valid, self.node("CumSum", [ones, self.constant(np.array(1))])])
         weights = self.along("Unsqueeze", valid, 2)  # (batch, tokens, 1)
         total = self.along("ReduceSum", self.node("Mul", [states, weights]), 1)  # (batch, hidden)
-        return self.node("Div", [total, self.along("ReduceSum", weights, 1)])
+        count = self.along("ReduceSum", weights, 1)
+        return self.node("Div", [total, self.node("Sqrt", [count]) if how == "mean_sqrt_len_tokens" else count])
 
     def of_all(self, states: ir.Value, how: str) -> ir.Value:
         """Pool all tokens."""
-        if how == "cls":
-            return self.node("Gather", [states, self.constant(np.array(0))], {"axis": 1})
-        return self.along("ReduceMean", states, 1)
+        if how in ("cls", "lasttoken"):
+            return self.node("Gather", [states, self.constant(np.array(0 if how == "cls" else -1))], {"axis": 1})
+        if how in ("mean", "max"):
+            return self.along("ReduceMean" if how == "mean" else "ReduceMax", states, 1)
+        first = self.node("Gather", [states, self.constant(np.array(0))], {"axis": 2})
+        return self.of_some(states, self.node("Equal", [first, first]), how)
 
     def along(self, op: str, value: ir.Value, axis: int) -> ir.Value:
         """Add a node that works along one axis."""
@@ -63,6 +78,14 @@ class PoolingNodes:
         value.shape = ir.Shape(array.shape)
         self.graph.register_initializer(value)
         return value
+
+    def number(self, value: float, real: int) -> ir.Value:
+        """Add one real number of a type."""
+        stored = ir.tensor(np.array(value, ir.DataType(real).numpy()))
+        made = ir.Value(name=self.named("pooling.number"), type=ir.TensorType(stored.dtype), const_value=stored)
+        made.shape = ir.Shape(())
+        self.graph.register_initializer(made)
+        return made
 
     def weight(self, tensor: Tensor, hint: str) -> ir.Value:
         """Add a weight."""

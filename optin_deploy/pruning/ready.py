@@ -129,8 +129,9 @@ class Ready:
         """
         if self.rows.held_out is None:
             raise BadInput("there are no rows that judge: give --eval, or more calibration rows.")
-        program, reading = self.subject.program, self.subject.reading
-        return judge_of(program, reading, self.rows.held_out, names=self.names, metric=self.metric, strict=self.strict)
+        reading, rows = self.subject.reading, self.rows.held_out
+        dense = readouts(self.subject.program, reading, rows)
+        return judge_of(dense, reading, rows, names=self.names, metric=self.metric, strict=self.strict)
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
         """What each calibration token counts in curves and repairs: the same for every plan, measured once."""

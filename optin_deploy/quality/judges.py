@@ -8,10 +8,9 @@ from typing import Protocol
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.targets import Role
 from optin_deploy.feeds.rows import Feeds
-from optin_deploy.network.run import Program
 from optin_deploy.quality.answers import AnswerJudge
 from optin_deploy.quality.label_sets import LabelSetJudge
-from optin_deploy.quality.outputs import NetworkJudge, readouts
+from optin_deploy.quality.outputs import NetworkJudge
 from optin_deploy.quality.perplexity import PerplexityJudge
 from optin_deploy.quality.quality import Asked, Quality
 from optin_deploy.quality.retrieval import RetrievalJudge
@@ -30,7 +29,7 @@ class Judge(Protocol):
 
 
 def judge_of(
-    program: Program,
+    dense: Iterable[Readout],
     reading: Reading,
     rows: Feeds,
     *,
@@ -38,13 +37,15 @@ def judge_of(
     metric: Asked | None = None,
     strict: bool = False,
 ) -> Judge:
-    """Run the dense network on rows that judge, and keep what cut ones are compared with.
+    """Keep of the dense network what cut ones are compared with.
 
-    Args: names: of the classes, in their order. metric: what is asked for; None means what fits. strict: refuse labels
-        that the network does not know; else they are left out, with a warning.
+    Args:
+        dense: one a batch of `rows`, as `readouts` makes them.
+        names: of the classes, in their order.
+        metric: what is asked for; None means what fits.
+        strict: refuse labels that the network does not know; else they are left out, with a warning.
     Raises: BadInput: labels by which the network is no better than guessing, or that do not fit what it puts out.
     """
-    dense = readouts(program, reading, rows)
     if metric is not None:
         return PerplexityJudge(dense, rows, masked=metric == "pseudo_perplexity")
     if any(isinstance(label, ClassMap) for label in rows.labels):

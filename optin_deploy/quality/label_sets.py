@@ -31,7 +31,8 @@ class LabelSetJudge:
             network does not know, and rows without any beside others; else no label is used, with a warning.
         Raises: BadInput: labels by which the network is no better than giving every row the same ones.
         """
-        self.rows, self._dense = rows, self._found(dense)
+        self.rows = rows
+        self._dense = self._found(dense)
         self._wanted = self._labels(names, strict)
         if self._wanted is not None:
             wanted = self._wanted

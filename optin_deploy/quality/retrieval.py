@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from optin_deploy.data.targets import Role
@@ -75,6 +74,8 @@ class RetrievalJudge:
             each = torch.tensor([self._search(vectors, place, wanted) for place, wanted in self._queries.items()])
             found = dict(zip(("recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"), each.mean(0).tolist(), strict=True))
         if len(self._pairs) > 1:
+            from scipy.stats import spearmanr
+
             cosines = [float(vectors[one] @ vectors[other]) for one, other, _ in self._pairs]
             found["spearman"] = float(spearmanr(cosines, [score for *_, score in self._pairs]).statistic)
         return found

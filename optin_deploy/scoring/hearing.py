@@ -62,9 +62,10 @@ def token_weights(
 
     The distance itself grows with the square. The norm is less uneven, so that the fit rests on more tokens.
     Args: seed: of the random directions.
-    Returns: None of an embedding, which is a mean over tokens: all count the same.
+    Returns: None of an embedding that is a mean over tokens: all count the same.
     """
-    if subject.reading.kind == "embedding":
+    shape = subject.structure.shapes.shape(subject.reading.output) or ()
+    if subject.reading.kind == "embedding" and subject.reading.pooling == "mean" and len(shape) != 2:
         return None
     found: dict[str, list[Tensor]] = {feature.value: [] for feature in subject.features}
     for number, batch in enumerate(batches):

@@ -75,14 +75,6 @@ def test_one_number_or_several_of_a_regression_are_no_classes(entries: dict[str,
     assert classifies(ToyForSequenceClassification()) == classes
 
 
-def test_a_multi_label_classifier_is_refused_before_the_work(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(classifier(), tmp_path / "model"))
-    entries = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**entries, "problem_type": "multi_label_classification"}))
-    with pytest.raises(BadInput, match="multi-label classifier; possible are single-label, regression"):
-        prepare(replace(source(), model=str(folder)))
-
-
 def test_a_name_that_two_classes_share_is_no_label() -> None:
     names = ("arts", "other", "other")
     with pytest.raises(BadInput, match="'other' is the name of 2 classes"):

@@ -15,6 +15,7 @@ from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
+from optin_deploy.quality.judges import judge_of
 from optin_deploy.quality.outputs import NetworkJudge, readouts
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
@@ -50,7 +51,7 @@ def read_by(kind: Kind, values: Tensor, feeds: Feeds) -> list[Readout]:
 
 
 def judged(kind: Kind, dense: Tensor, cut: Tensor, feeds: Feeds, **options: object) -> Quality:
-    judge = NetworkJudge(read_by(kind, dense, feeds), feeds, **options)  # type: ignore[arg-type]
+    judge = judge_of(read_by(kind, dense, feeds), Reading("y", kind), feeds, **options)  # type: ignore[arg-type]
     assert judge.of(read_by(kind, dense, feeds)).drop == pytest.approx(0, abs=1e-4)
     return judge.of(read_by(kind, cut, feeds))
 

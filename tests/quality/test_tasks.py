@@ -1,0 +1,258 @@
+"""Figures of tasks equal those of other libraries, or counts by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, ndcg_score
+from torch import Tensor
+
+from optin_deploy.data.targets import Answers, Role
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Feeds, Label
+from optin_deploy.quality.answers import answer, f1, plain
+from optin_deploy.quality.entities import entity_f1, spans, tags_spans
+from optin_deploy.quality.judges import judge_of
+from optin_deploy.quality.label_sets import label_set, micro_f1
+from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.reading import Kind, Reading
+
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-LOC", "S-PER")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(labels: Sequence[Label], tokens: int = 4, split: int = 7) -> Feeds:
+    """Rows in several batches; what they are fed does not matter."""
+    ids = torch.zeros(len(labels), tokens, dtype=torch.long)
+    batches = tuple({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(split))
+    return Feeds(batches, tuple(labels), "here")
+
+
+def read(values: dict[str, Tensor], reading: Reading, split: int = 7) -> list[Readout]:
+    count = len(next(iter(values.values())))
+    parts = [{name: value[i : i + split] for name, value in values.items()} for i in range(0, count, split)]
+    return [reading.read(part, torch.ones(part[reading.output].shape[:2])) for part in parts]
+
+
+# ---- several labels
+
+
+def test_sets_of_labels_are_judged_as_scikit_learn_does() -> None:
+    wanted = drawn(40, 6) > 0.4
+    dense, cut = (wanted.float() + drawn(40, 6, seed=seed) * noise - 0.5 for seed, noise in ((1, 0.3), (2, 0.8)))
+    names = tuple("abcdef")
+    labels: list[Label] = [tuple(names[i] for i in range(6) if row[i]) for row in wanted]
+    reading, feeds = Reading("y", "multi-label"), rows(labels)
+    found = judge_of(read({"y": dense}, reading), reading, feeds, names=names, strict=True).of(
+        read({"y": cut}, reading)
+    )
+    assert found.metric == "micro_f1"
+    expected = [f1_score(wanted, each > 0, average="micro") for each in (dense, cut)]
+    assert [found.dense, found.pruned] == pytest.approx(expected)
+    assert found.beside["subset_accuracy"] == pytest.approx([accuracy_score(wanted, each > 0) for each in (dense, cut)])
+    alone = judge_of(read({"y": dense}, reading), reading, rows([None] * 40)).of(read({"y": cut}, reading))
+    assert (alone.metric, alone.pruned) == ("same_prediction", pytest.approx(accuracy_score(dense > 0, cut > 0)))
+
+
+def test_labels_of_another_order_are_refused() -> None:
+    wanted = torch.eye(6)[torch.arange(60) % 6] > 0
+    reading = Reading("y", "multi-label")
+    labels: list[Label] = [row.roll(1).long() for row in wanted]
+    with pytest.raises(BadInput, match=r"micro F1 of 0\.0%, no more than one label for all rows"):
+        judge_of(read({"y": wanted.float() - 0.5}, reading), reading, rows(labels))
+
+
+@pytest.mark.parametrize("label", [("b", "c"), (1, 2), "b|c", " b | c ", torch.tensor([0, 1, 1])])
+def test_a_set_of_labels_may_be_written_in_several_ways(label: Label) -> None:
+    assert label_set(label, ("a", "b", "c"), 3).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (("b", "d"), "'d' is not one of"),
+        (torch.tensor([0, 2, 1]), "give 0 or 1"),
+        (Answers("", ()), "names or numbers"),
+    ],
+)
+def test_a_label_that_the_network_does_not_know_is_refused(label: Label, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        label_set(label, ("a", "b", "c"), 3)
+
+
+def test_no_labels_at_all_are_found_rightly() -> None:
+    assert micro_f1(torch.zeros(3, 2) > 0, torch.zeros(3, 2) > 0) == 1
+    assert label_set((), ("a", "b"), 2).sum() == 0
+
+
+# ---- entities
+
+
+def test_entities_are_counted_as_seqeval_does() -> None:
+    from seqeval.metrics import f1_score as seqeval_f1
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    rng = np.random.default_rng(0)
+    wanted = [[TAGS[i] for i in rng.integers(len(TAGS), size=rng.integers(1, 12))] for _ in range(300)]
+    found = [[tag if rng.random() < 0.7 else TAGS[rng.integers(len(TAGS))] for tag in row] for row in wanted]
+    for row in wanted:
+        assert spans(row) == {(kind, start, end + 1) for kind, start, end in get_entities(row)}
+    assert entity_f1(wanted, found) == pytest.approx(seqeval_f1(wanted, found))
+    assert 0.1 < entity_f1(wanted, found) < 0.9
+
+
+def test_only_tags_of_spans_are_entities() -> None:
+    assert tags_spans(TAGS)
+    assert not tags_spans(("NOUN", "VERB", "O"))
+    assert not tags_spans(("O", "0"))
+
+
+def test_entities_of_words_are_judged_where_their_first_tokens_are() -> None:
+    wanted = torch.arange(40).view(10, 4) % 3
+    names = ("O", "B-x", "I-x")
+    labels: list[Label] = [tuple(None if i == 2 else names[t] for i, t in enumerate(row)) for row in wanted.tolist()]
+    logits = torch.nn.functional.one_hot(wanted, 3).float()
+    logits[:, 2] = drawn(10, 3)  # a position without a tag
+    cut = logits.clone()
+    cut[:5, 0] = cut[:5, 0].roll(1, -1)
+    reading, feeds = Reading("y", "logits"), rows(labels)
+    found = judge_of(read({"y": logits}, reading), reading, feeds, names=names).of(read({"y": cut}, reading))
+    assert (found.metric, found.dense) == ("entity_f1", 1.0)
+    assert found.beside["accuracy_per_token"] == (1.0, pytest.approx(25 / 30))
+    told = [[names[t] for i, t in enumerate(row) if i != 2] for row in (cut.argmax(-1)).tolist()]
+    right = [[names[t] for i, t in enumerate(row) if i != 2] for row in wanted.tolist()]
+    assert found.pruned == pytest.approx(entity_f1(right, told)) != 1.0
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "points"),
+    [
+        ("The Eiffel tower!", "eiffel Tower", 1),
+        ("in Paris", "Paris, France", 1 / 2),
+        ("a theory of an art", "theory", 1 / 2),
+        ("", "Paris", 0),
+        ("", "the", 1),
+        ("two two three", "two", 1 / 2),
+    ],
+)
+def test_answers_are_compared_without_case_punctuation_and_articles(one: str, other: str, points: float) -> None:
+    assert f1(one, other) == f1(other, one) == pytest.approx(points)
+    assert (plain(one) == plain(other)) == (points == 1)
+
+
+def test_the_best_answer_is_that_of_all_pairs_tried() -> None:
+    context = "abcdefghij"
+    places = (None, *((i, i + 1) for i in range(10)), None)
+    for seed in range(50):
+        logits = drawn(2, 12, seed=seed)
+        sums = {(i, j): float(logits[0, i] + logits[1, j]) for i in range(1, 11) for j in range(i, 11)}
+        first, last = max(sums, key=lambda pair: sums[pair])
+        assert answer(logits, Answers(context, (), places), impossible=False) == context[first - 1 : last]
+        none = float(logits[:, 0].sum()) > max(sums.values())
+        assert (answer(logits, Answers(context, (), places), impossible=True) == "") == none
+
+
+def test_answers_of_both_networks_are_judged() -> None:
+    context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
+    labels: list[Label] = [Answers(context, (text,), places) for text in ("two", "three", "one two")] * 4
+    starts, ends = torch.tensor([2, 3, 1] * 4), torch.tensor([2, 3, 2] * 4)
+    dense = {name: torch.nn.functional.one_hot(each, 4).float() for name, each in (("s", starts), ("e", ends))}
+    cut = {"s": dense["s"], "e": torch.nn.functional.one_hot(torch.tensor([2, 3, 1] * 4), 4).float()}
+    reading, feeds = Reading("s", "span", ends="e"), rows(labels)
+    found = judge_of(read(dense, reading), reading, feeds).of(read(cut, reading))
+    assert (found.metric, found.dense, found.beside["exact_match"]) == ("answer_f1", 1.0, (1.0, pytest.approx(2 / 3)))
+    assert found.pruned == pytest.approx((1 + 1 + 2 / 3) / 3)
+    alone = judge_of(read(dense, reading), reading, rows([None] * 12)).of(read(cut, reading))
+    assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
+
+
+# ---- masked words
+
+
+def test_masked_words_are_judged_by_the_loss_of_transformers() -> None:
+    logits, cut = drawn(20, 4, 9), drawn(20, 4, 9, seed=1)
+    wanted = torch.full((20, 4), -1)
+    wanted[:, 1] = torch.arange(20) % 9
+    wanted[::2, 3] = 5
+    reading, feeds = Reading("y", "logits"), rows(list(wanted))
+    found = judge_of(read({"y": logits}, reading), reading, feeds, metric="pseudo_perplexity").of(
+        read({"y": cut}, reading)
+    )
+    for told, values in ((found.dense, logits), (found.pruned, cut)):
+        loss = torch.nn.functional.cross_entropy(values.view(-1, 9), wanted.view(-1), ignore_index=-1)
+        assert told == pytest.approx(math.exp(float(loss)), rel=1e-5)
+    mark = wanted >= 0
+    assert found.beside["masked_accuracy"][0] == pytest.approx(accuracy_score(wanted[mark], logits.argmax(-1)[mark]))
+
+
+# ---- searches
+
+
+def test_searches_are_judged_as_by_hand() -> None:
+    """Every third text is a query for the next one; the others are candidates that nobody asks for."""
+    vectors, cut = (torch.nn.functional.normalize(drawn(60, 8, seed=seed), dim=-1) for seed in (0, 1))
+    for each, share in ((vectors, 0.3), (cut, 0.1)):
+        each[0::3] = torch.nn.functional.normalize(each[0::3] + share * 3 * each[1::3], dim=-1)
+    labels: list[Label] = [
+        Role(i, (i + 1,) if i % 3 == 0 else (), candidate=i % 3 != 0, scores=((i + 2, i / 60),) if i % 3 == 0 else ())
+        for i in range(60)
+    ]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(2))  # rows are sorted by length in earnest
+    reading, feeds = Reading("y", "embedding"), rows([labels[i] for i in order])
+    judge = judge_of(read({"y": vectors[order]}, reading), reading, feeds)
+    found = judge.of(read({"y": cut[order]}, reading))
+    assert (found.metric, found.samples) == ("recall_at_10", 20)
+    candidates = [i for i in range(60) if i % 3 != 0]
+    for place, each in enumerate((vectors, cut)):
+        told = {name: values[place] for name, values in found.beside.items()}
+        told["recall_at_10"] = (found.dense, found.pruned)[place]
+        scores = each[0::3] @ each[candidates].T
+        right = torch.tensor([[c == q + 1 for c in candidates] for q in range(0, 60, 3)])
+        ranks = (scores > scores[right].unsqueeze(1)).sum(1) + 1
+        assert told["recall_at_10"] == pytest.approx(float((ranks <= 10).double().mean()))
+        assert told["recall_at_1"] == pytest.approx(float((ranks == 1).double().mean()))
+        assert told["mrr"] == pytest.approx(float((1 / ranks).mean()))
+        assert told["ndcg_at_10"] == pytest.approx(ndcg_score(right.numpy(), scores.numpy(), k=10))
+        cosines = [float(each[i] @ each[i + 2]) for i in range(0, 60, 3)]
+        assert told["spearman"] == pytest.approx(spearmanr(cosines, np.arange(0, 60, 3)).statistic)
+    assert found.beside["cosine_to_dense"] == (1.0, pytest.approx(float((vectors * cut).sum(1).mean())))
+    assert found.dense != found.pruned
+
+
+def test_a_text_does_not_find_itself_and_equal_vectors_find_nothing() -> None:
+    labels: list[Label] = [Role(i, ((i + 1) % 30,), candidate=True) for i in range(30)]
+    reading = Reading("y", "embedding")
+    judge = judge_of(read({"y": drawn(30, 4)}, reading), reading, rows(labels))
+    found = judge.of(read({"y": torch.ones(30, 4)}, reading))
+    assert (found.pruned, found.beside["mrr"][1]) == (0.0, pytest.approx(1 / 29))
+
+
+def test_queries_without_their_texts_are_refused() -> None:
+    labels: list[Label] = [Role(i, (100 + i,)) for i in range(12)]
+    reading = Reading("y", "embedding")
+    with pytest.raises(BadInput, match="no query of the rows that judge has its text to be found among them"):
+        judge_of(read({"y": drawn(12, 4)}, reading), reading, rows(labels))
+
+
+KINDS: list[tuple[Kind, Label]] = [("logits", Role(0, (1,))), ("logits", Answers("", ())), ("regression", ("a", "b"))]
+
+
+@pytest.mark.parametrize(("kind", "label"), KINDS)
+def test_labels_of_another_task_are_left_out_or_refused(kind: Kind, label: Label) -> None:
+    reading = Reading("y", kind)
+    feeds, dense = rows([label] * 12), read({"y": drawn(12, 3)}, reading)
+    assert judge_of(dense, reading, feeds).of(dense).metric in ("same_prediction", "relative_error")
+    if kind == "logits":
+        with pytest.raises(BadInput, match="Correct the labels, or leave out all of them"):
+            judge_of(dense, reading, feeds, strict=True)
