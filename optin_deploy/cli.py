@@ -15,7 +15,17 @@ from typing import Any, NoReturn
 import typer
 
 from optin_deploy import __version__
-from optin_deploy.commands import artifacts, finetuning, gating, networks, planning, profiling, scoring, serving
+from optin_deploy.commands import (
+    artifacts,
+    finetuning,
+    gating,
+    networks,
+    planning,
+    profiling,
+    pushing,
+    scoring,
+    serving,
+)
 from optin_deploy.commands import export as job
 from optin_deploy.commands import show as looking
 from optin_deploy.common.processors import limit_libraries
@@ -55,6 +65,7 @@ COMMANDS = (
     (gating.gate, gating.GATE_EXAMPLES),
     (serving.ship, serving.SHIP_EXAMPLES),
     (serving.serve_check, serving.CHECK_EXAMPLES),
+    (pushing.push, pushing.PUSH_EXAMPLES),
     (networks.inspect, networks.INSPECT_EXAMPLES),
     (looking.show, looking.SHOW_EXAMPLES),
     (looking.report, looking.REPORT_EXAMPLES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.hub import snapshot
 from optin_deploy.files.storage import read_json
 
 TEXT_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -24,13 +25,7 @@ def support_folder(name: str) -> Path:
     """
     if Path(name).exists():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
-    wanted = [*TEXT_SETTINGS, *TEXT_VOCABULARIES, "*.model", *IMAGE_SETTINGS, *SENTENCE_FILES]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as err:
-        raise BadInput(f"the tokenizer or image processor of {name} cannot be had from the hub: {err}") from err
+    return snapshot(name, [*TEXT_SETTINGS, *TEXT_VOCABULARIES, "*.model", *IMAGE_SETTINGS, *SENTENCE_FILES])
 
 
 def support_file(folder: Path, name: str) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput
+from optin_deploy.files.hub import revision_of, snapshot
 from optin_deploy.files.storage import read_json
 from optin_deploy.files.wall import reason, shown, wall
 
@@ -48,9 +49,9 @@ def model_folder(name: str) -> Path:
     """
     folder = Path(name)
     if not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        if name.startswith((".", "/", "~")) or revision_of(name)[0].count("/") > 1:
             raise BadInput(f"model folder {name} does not exist. Give a folder with config.json, or a hub id.")
-        folder = _snapshot(name, SETTINGS)
+        folder = snapshot(name, SETTINGS)
     if not (folder / "config.json").is_file():
         raise BadInput(f"{name} has no config.json. {_inside(folder) or SAVE_HINT}")
     for pattern in SETTINGS:
@@ -63,14 +64,6 @@ def _inside(folder: Path) -> str | None:
     """Old sentence-transformers folders hold the model in a folder of its own, 0_Transformer."""
     found = sorted(path.parent for path in folder.glob("*/config.json") if (path.parent / WEIGHTS).is_file())
     return f"The model lies in {found[0]}: give that folder." if len(found) == 1 else None
-
-
-def _snapshot(name: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    step = "Give a folder, or a hub id that this machine can reach or has in its cache."
-    with wall(f"model {name} cannot be loaded", step):
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
 def refuse_pointer(path: Path) -> None:
@@ -97,7 +90,7 @@ def stored_tensors(name: str, folder: Path) -> dict[str, Stored]:
     Raises: BadInput: no safetensors, truncated, quantised, or an index that does not fit its files.
     """
     if not Path(name).exists():
-        folder = _snapshot(name, SHARDS)
+        folder = snapshot(name, SHARDS)
     if (folder / WEIGHTS).is_file():
         found = read_header(folder / WEIGHTS)
     elif (folder / INDEX).is_file():

@@ -1,0 +1,85 @@
+"""A finished output folder as a model of the Hugging Face Hub: one commit, with a card made from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from optin_deploy.errors import BadInput
+from optin_deploy.files.hub import ID, told
+from optin_deploy.files.names import PRUNED, SUPPORT_FILES, TUNED
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.reporting.card import card_of
+from optin_deploy.reporting.findings import read_report
+
+ONNX = "onnx"
+"""Folder of the ONNX files, where sentence-transformers, Optimum and transformers.js look for them."""
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a commit to the Hub holds."""
+
+    repository: str
+    card: str
+    files: Mapping[str, Path]
+    """Files beside the card, by their names there."""
+    url: str | None = None
+    """Where the commit is; None as long as nothing was sent."""
+
+
+def prepared_push(folder: Path, repository: str) -> Push:
+    """Collect what belongs to a pruned model: its ONNX files, its transformers folder, its plan, and a card.
+
+    The dense model, engines that fit one device, and what was only needed to make the model stay where they are.
+    Raises: BadInput: no finished output folder, or no id of a repository.
+    """
+    if not ID.fullmatch(repository) or "/" not in repository:
+        raise BadInput(f"{repository!r} is no id of a repository: give one such as my-org/my-model.")
+    report = read_report(folder)
+    if report is None:
+        raise BadInput(f"{folder} has no report.json: give the output folder of `optin-export`.")
+    found = {f"{ONNX}/{path.name}": path for path in sorted(folder.glob(f"{Path(PRUNED).stem}*.onnx*"))}
+    if f"{ONNX}/{PRUNED}" not in found:
+        raise BadInput(f"{folder} has no {PRUNED}. Make it with `optin build {folder} --engine onnx`.")
+    found = {f"{ONNX}/{PRUNED}": found[f"{ONNX}/{PRUNED}"], **found}
+    model = folder / "model"
+    inside = sorted(path for path in model.rglob("*") if path.is_file() and path.name != RECORD)
+    beside = [folder / name for name in (*SUPPORT_FILES, "plan.json", TUNED) if (folder / name).is_file()]
+    found |= {path.name: path for path in beside} | {path.relative_to(model).as_posix(): path for path in inside}
+    task = report.settings.get("task") or _task(folder)
+    return Push(repository, card_of(report, repository, list(found), task=task), found)
+
+
+def push(made: Push, *, private: bool = False, branch: str | None = None) -> Push:
+    """Send everything in one commit; the repository is made where there is none.
+
+    Args: private: of a new repository. branch: that the commit goes to; it is made where there is none.
+    Raises: BadInput: the Hub cannot be reached, or refuses it.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(CARD, made.card.encode())]
+    operations += [CommitOperationAdd(name, path) for name, path in made.files.items()]
+    api = HfApi()
+    with told(made.repository, branch):
+        api.create_repo(made.repository, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(made.repository, branch=branch, exist_ok=True)
+        kept = made.card.partition("# ")[2].partition("\n")[0]
+        done = api.create_commit(
+            made.repository, operations, commit_message=f"{kept}: cut by optin-deploy", revision=branch
+        )
+    return Push(made.repository, made.card, made.files, str(done.commit_url))
+
+
+def _task(folder: Path) -> str | None:
+    """The task of the transformers folder, where there is one that is known."""
+    from optin_deploy.checkpoint.config import read_config
+    from optin_deploy.checkpoint.tasks import tasks
+
+    config = folder / "model" / "config.json"
+    name = str((read_config(config).get("architectures") or [""])[0]) if config.is_file() else ""
+    return next((task.name for task in tasks().values() if any(map(name.endswith, task.endings))), None)
