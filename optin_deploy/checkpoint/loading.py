@@ -20,7 +20,7 @@ from optin_deploy.common.guard import inference
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.inputs import example_inputs, longest_text
 from optin_deploy.feeds.preprocessor import load_beside
-from optin_deploy.feeds.sentence_modules import embeds
+from optin_deploy.feeds.sentence_modules import SentenceModules, embeds
 from optin_deploy.files.wall import blamed, shown, wall
 from optin_deploy.files.weights import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
 
@@ -40,6 +40,8 @@ class LoadedModel:
     """Tokenizer for text, image processor for images."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What travels along unchanged with a pruned model, by path in the folder."""
+    sentence: SentenceModules | None = None
+    """What its folder of sentence-transformers says."""
 
     @property
     def is_text(self) -> bool:

@@ -25,6 +25,8 @@ from optin_deploy.feeds.image_feeds import Pixels, image_feeds, image_input
 from optin_deploy.feeds.module_feeds import module_feeds
 from optin_deploy.feeds.ports import Takes, takes
 from optin_deploy.feeds.rows import Batching, Feeds, grouped, rows_of
+from optin_deploy.feeds.sentence_modules import NONE, Prompts
+from optin_deploy.feeds.targets import prompted
 from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
@@ -53,6 +55,8 @@ class Preparation:
     text_column: str = "text"
     label_column: str = "label"
     pair_column: str = PAIR_COLUMN
+    prompts: Prompts = NONE
+    """What is put before texts."""
     masks: bool = False
     """Some tokens of each text are masked: a model of masked words is asked for them."""
 
@@ -224,7 +228,13 @@ def _maker(
     text = text_inputs(inputs)
     tokenizer = _loaded(preparation.tokenizer, inputs.source, load_tokenizer)
     return lambda some: text_feeds(
-        text, some, tokenizer, seq_len=preparation.seq_len, batching=batching, origin=origin, masks=preparation.masks
+        text,
+        prompted(some, preparation.prompts),
+        tokenizer,
+        seq_len=preparation.seq_len,
+        batching=batching,
+        origin=origin,
+        masks=preparation.masks,
     )
 
 

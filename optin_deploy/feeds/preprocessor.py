@@ -20,7 +20,12 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.inputs import gives_logits, input_names
 from optin_deploy.feeds.pooling import set_pooling
 from optin_deploy.feeds.raw_tokenizer import PROBES, as_in_file, raw_tokenizer, untold
-from optin_deploy.feeds.sentence_modules import read_sentence_modules, sentence_root, transformer_folder
+from optin_deploy.feeds.sentence_modules import (
+    SentenceModules,
+    read_sentence_modules,
+    sentence_root,
+    transformer_folder,
+)
 from optin_deploy.feeds.text_feeds import encoded
 from optin_deploy.files.opening import short
 from optin_deploy.files.support_files import (
@@ -49,6 +54,8 @@ class Beside(NamedTuple):
     """Tokenizer for text, image processor for images."""
     files: Mapping[str, bytes]
     """What travels along unchanged with every model that is made of this one, by path in its folder."""
+    sentence: SentenceModules | None
+    """What a folder of sentence-transformers says."""
 
 
 def load_beside(name: str, model: nn.Module) -> Beside:
@@ -67,14 +74,14 @@ def load_beside(name: str, model: nn.Module) -> Beside:
     config: Any = model.config
     modules = read_sentence_modules(root, config.hidden_size) if embeds else None
     if modules is not None:
-        set_pooling(config, modules.pooling)
+        set_pooling(config, modules.head.pooling)
         files |= modules.files
         if modules.lower_case and preprocessor(CAPITALS)["input_ids"] != preprocessor(CAPITALS.lower())["input_ids"]:
             raise BadInput(
                 f"{root}: sentence_bert_config.json says do_lower_case, but the tokenizer tells capitals from small "
                 "letters. Put a Lowercase normalizer into tokenizer.json, as sentence-transformers does when it loads."
             )
-    return Beside(preprocessor, files)
+    return Beside(preprocessor, files, modules)
 
 
 def load_preprocessor(folder: Path, model: nn.Module) -> Any:

@@ -1,7 +1,7 @@
 """What a sentence-transformers folder does after the model: read of modules.json, understood as far as it is judged.
 
-Understood are Transformer, Pooling by the mean or the first token, and Normalize: that is what scores, quality and
-`--pool` are of. Anything else is refused, so that no figure is of another embedding than the folder's own.
+Understood are Transformer, Pooling, Dense and Normalize: that is what scores, quality and `--pool` are of. Anything
+else is refused, so that no figure is of another embedding than the folder's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.embedding_head import SAVE, WEIGHTS, EmbeddingHead, read_layer
 from optin_deploy.feeds.pooling import POOLINGS
 from optin_deploy.files.opening import short
 from optin_deploy.files.storage import read_json
@@ -23,8 +24,9 @@ from optin_deploy.files.support_files import support_file
 log = logging.getLogger(__name__)
 
 MODULES, ABOUT = "modules.json", "config_sentence_transformers.json"
-TRANSFORMER, POOLING, NORMALIZE = "Transformer", "Pooling", "Normalize"
-UNDERSTOOD = f"Understood are {TRANSFORMER}, {POOLING} by mean or cls, and {NORMALIZE}, in this order."
+TRANSFORMER, POOLING, DENSE, NORMALIZE = "Transformer", "Pooling", "Dense", "Normalize"
+UNDERSTOOD = f"Understood are {TRANSFORMER}, {POOLING}, any number of {DENSE}, and {NORMALIZE}, in this order."
+ORDER = re.compile(f"{TRANSFORMER} {POOLING}(?: {DENSE})*(?: {NORMALIZE})?")
 LEGACY_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -45,17 +47,33 @@ STATES = "last_hidden_state"
 PACKAGE = "sentence_transformers."
 MANY_MODULES = 16
 MODULES_LIMIT_BYTES = 2**20
-SAVE = "Save the folder again with SentenceTransformer.save_pretrained."
+QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
+"""Names of the prompts that sentence-transformers puts before queries and before what they search."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is put before texts."""
+
+    usual: str = ""
+    query: str = ""
+    document: str = ""
+    """Of texts that are searched."""
+
+
+NONE = Prompts()
 
 
 @dataclass(frozen=True)
 class SentenceModules:
     """How a sentence-transformers folder makes one vector of a text."""
 
-    pooling: str
-    """`mean` over real tokens, or `cls`: the first of them."""
+    head: EmbeddingHead
     lower_case: bool
     """Are texts lower-cased before they are tokenized?"""
+    longest: int | None
+    """Tokens of a text at most; None: not said."""
+    prompts: Prompts
     files: Mapping[str, bytes]
     """The files that say so, by path, as they belong into a folder whose model lies at its top."""
 
@@ -99,17 +117,21 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
     if not modules:
         return None
     kinds = [full.rsplit(".", 1)[-1] if full.startswith(PACKAGE) else full for _, full in modules]
-    if kinds not in ([TRANSFORMER, POOLING], [TRANSFORMER, POOLING, NORMALIZE]):
+    if not ORDER.fullmatch(" ".join(kinds)):
         raise BadInput(
             f"{folder / MODULES} lists {', '.join(map(short, kinds))}. {UNDERSTOOD} Scores and quality would be of "
             f"another embedding than the folder's own. To prune the transformers model alone, judged by the mean over "
             f"its tokens, give a copy of the folder without {MODULES}."
         )
     (inside, _), (pool, _), *rest = modules
-    mode = _pooling(folder, pool, hidden)
-    settings = _settings(transformer_folder(folder))
-    _tell_prompt(folder, _object(folder, ABOUT) or {})
-    names = (MODULES, ABOUT, f"{pool}/config.json", *(f"{path}/config.json" for path, _ in rest if path))
+    mode, width, layers = _pooling(folder, pool, hidden), hidden, []
+    for (path, _), kind in zip(rest, kinds[2:], strict=True):
+        if kind == DENSE:
+            layers.append(read_layer(folder, path, width))
+            width = len(layers[-1].weight)
+    settings, about = _settings(transformer_folder(folder)), _object(folder, ABOUT) or {}
+    names = [MODULES, ABOUT, f"{pool}/config.json"]
+    names += [f"{path}/{name}" for path, _ in rest if path for name in ("config.json", WEIGHTS)]
     files = {name: content for name in names if (content := _bytes(folder, name)) is not None}
     if inside:  # a saved model lies at the top
         listed = [
@@ -117,7 +139,11 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
         ]
         files[MODULES] = json.dumps(listed, indent=2).encode()
     files |= {name: _bytes(transformer_folder(folder), name) or b"{}" for name in settings}
-    return SentenceModules(mode, any(each.get("do_lower_case") for each in settings.values()), files)
+    head = EmbeddingHead(mode, tuple(layers), normalized=kinds[-1] == NORMALIZE)
+    _check_similarity(folder, about, head)
+    lengths = [each["max_seq_length"] for each in settings.values() if isinstance(each.get("max_seq_length"), int)]
+    lower_case = any(each.get("do_lower_case") for each in settings.values())
+    return SentenceModules(head, lower_case, min(lengths, default=None), _prompts(folder, about), files)
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -160,6 +186,11 @@ def _pooling(folder: Path, path: str, hidden: int) -> str:
             f"{folder / name}: pooling is {short(modes)}; possible: one of {', '.join(POOLINGS)}. Scores and quality "
             "would be of another embedding than the model's own."
         )
+    if config.get("include_prompt", True) is not True:
+        raise BadInput(
+            f"{folder / name}: include_prompt is {short(config['include_prompt'])}: a graph does not know where the "
+            "prompt of a text ends. Set it to true, if the embedding may hold the prompt too."
+        )
     width = config.get("embedding_dimension", config.get("word_embedding_dimension", hidden))
     if width != hidden or isinstance(width, bool):
         raise BadInput(f"{folder / name}: embeddings of {short(width)} numbers, but the model makes {hidden}. {SAVE}")
@@ -183,16 +214,29 @@ def _settings(home: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tell_prompt(folder: Path, about: Mapping[str, Any]) -> None:
-    """A prompt that sentence-transformers puts before each text is part of the model's input."""
-    name, prompts = about.get("default_prompt_name"), about.get("prompts")
-    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
-    if prompt:
+def _prompts(folder: Path, about: Mapping[str, Any]) -> Prompts:
+    """What sentence-transformers puts before texts by itself.
+
+    Raises: BadInput: the default prompt is none of the prompts.
+    """
+    prompts, name = about.get("prompts") or {}, about.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(each, str) for each in prompts.values()):
+        raise BadInput(f"{folder / ABOUT}: prompts is {short(prompts)}, not texts by name. {SAVE}")
+    if name is not None and name not in prompts:
+        raise BadInput(f"{folder / ABOUT}: default_prompt_name is {short(name)}, which is none of its prompts. {SAVE}")
+    usual = prompts.get(name, "")
+    query, document = (
+        next((prompts[each] for each in names if each in prompts), usual) for names in (QUERY_PROMPTS, DOCUMENT_PROMPTS)
+    )
+    return Prompts(usual, query, document)
+
+
+def _check_similarity(folder: Path, about: Mapping[str, Any], head: EmbeddingHead) -> None:
+    """Embeddings are judged by their cosine; of unit vectors that is the dot product, and orders as distances do."""
+    name = about.get("similarity_fn_name")
+    if name not in (None, "cosine") and not (head.normalized and name in ("dot", "dot_product", "euclidean")):
         log.warning(
-            "%s: sentence-transformers puts the prompt %s before each text. Put it before your calibration texts too; "
-            "it is not added here.",
-            folder / ABOUT,
-            short(prompt),
+            "%s: similarity is %s, and embeddings are judged by their cosine here.", folder / ABOUT, short(name)
         )
 
 

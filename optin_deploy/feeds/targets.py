@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from optin_deploy.data.samples import Sample
-from optin_deploy.data.targets import Answers
+from optin_deploy.data.targets import Answers, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Label
+from optin_deploy.feeds.sentence_modules import NONE, Prompts
 
 MASKED = 0.15
 """Share of the tokens that are masked (Devlin et al., BERT, 2019, arXiv 1810.04805)."""
@@ -43,6 +44,18 @@ def target_of(sample: Sample, encoding: Any, width: int, *, left: bool) -> Label
     before = [None, *words[:-1]]
     of_tokens = [tags[word] if word not in (None, last) else None for last, word in zip(before, words, strict=True)]
     return tuple(_padded(of_tokens, None, width, left=left))
+
+
+def prompted(samples: Sequence[Sample], prompts: Prompts) -> Sequence[Sample]:
+    """Texts with what is put before them: queries and what they search have prompts of their own."""
+    if prompts == NONE:
+        return samples
+    found = []
+    for sample in samples:
+        role = sample.label if isinstance(sample.label, Role) else Role(-1)
+        prompt = prompts.query if role.positives else prompts.document if role.candidate else prompts.usual
+        found.append(replace(sample, text=f"{prompt}{sample.text}"))
+    return found
 
 
 def masked(encoding: Mapping[str, list[int]], tokenizer: Any) -> tuple[dict[str, list[int]], list[int]]:

@@ -52,7 +52,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
     ready = ready_of(
         found,
         _rows(dense, source),
-        compared=Compared(source.output, source.read_as or dense.read_as, dense.pooling),
+        compared=Compared(source.output, source.read_as or dense.read_as, dense.head),
         kinds=tuple(kind for kind in source.units if kind != TOKENS),
         names=dense.class_names,
         strict=source.evaluation is not None,
@@ -94,6 +94,7 @@ def _rows(dense: Dense, source: Source) -> Halves:
         text_column=source.text_column,
         label_column=source.label_column,
         pair_column=source.pair_column,
+        prompts=dense.prompts,
         masks=dense.task is not None and dense.task.metric == "pseudo_perplexity",
     )
     found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))

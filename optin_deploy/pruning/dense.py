@@ -14,8 +14,10 @@ from optin_deploy.checkpoint.tasks import Task
 from optin_deploy.data.labels import classifies
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.beside_graph import class_names
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.inputs import check_seq_len, config_settings, longest_text
 from optin_deploy.feeds.pooling import POOLED, pooling_of
+from optin_deploy.feeds.sentence_modules import Prompts
 from optin_deploy.files.names import DENSE
 from optin_deploy.files.storage import sha256_file, sha256_json, sha256_tensors
 from optin_deploy.network.examples import example_of
@@ -73,9 +75,18 @@ class Dense:
         return self.loaded.preprocessor if self.loaded is not None and not self.loaded.is_text else None
 
     @property
-    def pooling(self) -> str | None:
-        """How states become an embedding, where the model's own files say it."""
-        return None if self.loaded is None else pooling_of(self.loaded.model)
+    def head(self) -> EmbeddingHead | None:
+        """What makes embeddings of states, where the model's own files say it."""
+        if self.loaded is None:
+            return None
+        known = self.loaded.sentence
+        return EmbeddingHead(pooling_of(self.loaded.model)) if known is None else known.head
+
+    @property
+    def prompts(self) -> Prompts:
+        """What is put before texts."""
+        known = None if self.loaded is None else self.loaded.sentence
+        return Prompts() if known is None else known.prompts
 
     @property
     def longest(self) -> int | None:
@@ -95,7 +106,8 @@ class Dense:
             return None
         if asked is not None:
             check_seq_len(self.loaded.model.config, asked)
-        return asked or min(SEQ_LEN, self.longest or SEQ_LEN)
+        known = self.loaded.sentence
+        return asked or min(SEQ_LEN, self.longest or SEQ_LEN, (known and known.longest) or SEQ_LEN)
 
 
 def dense_of(source: Source, home: Path | None = None) -> Dense:

@@ -17,6 +17,7 @@ from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.turning import turned as turned_network
 from optin_deploy.cutting.tying import Ties
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.feeds import Halves, check_runs
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.graph import Network
@@ -66,8 +67,8 @@ class Compared:
 
     output: str | None = None
     kind: Kind | None = None
-    pooling: str | None = None
-    """Pooling of embeddings; None means that of the reading."""
+    head: EmbeddingHead | None = None
+    """What makes embeddings of states; None means that of the reading."""
 
 
 def ready_of(
@@ -86,8 +87,9 @@ def ready_of(
     Raises: BadInput: they do not fit.
     """
     subject = Subject.of(found.layout, output=compared.output, kind=compared.kind)
-    if compared.pooling is not None:
-        subject = replace(subject, reading=replace(subject.reading, pooling=compared.pooling))
+    if compared.head is not None:
+        head = compared.head
+        subject = replace(subject, reading=replace(subject.reading, pooling=head.pooling, layers=head.layers))
     check_runs(subject.program, rows.calibration)
     return Ready(found, rows, subject, kinds, names, strict, metric, seed)
 

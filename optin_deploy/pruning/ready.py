@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -117,8 +117,7 @@ class Ready:
     @cached_property
     def key(self) -> str:
         """Hash of all that scores, curves and repairs depend on beside their own settings."""
-        # What is not there counts as it did before it could be.
-        reading = {name: value for name, value in asdict(self.subject.reading).items() if value is not None}
+        reading = self.subject.reading.facts
         return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
 
     @cached_property

@@ -65,7 +65,8 @@ def token_weights(
     Returns: None of an embedding that is a mean over tokens: all count the same.
     """
     shape = subject.structure.shapes.shape(subject.reading.output) or ()
-    if subject.reading.kind == "embedding" and subject.reading.pooling == "mean" and len(shape) != 2:
+    reading = subject.reading
+    if reading.kind == "embedding" and reading.pooling == "mean" and len(shape) != 2:
         return None
     found: dict[str, list[Tensor]] = {feature.value: [] for feature in subject.features}
     for number, batch in enumerate(batches):

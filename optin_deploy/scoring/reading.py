@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.embedding_head import DenseLayer, EmbeddingHead
 from optin_deploy.network.graph import Network, Node
-from optin_deploy.scoring.losses import OutputKind, Readout, pooled
+from optin_deploy.scoring.losses import OutputKind, Readout
 
 Kind = Literal["logits", "probabilities", "regression", "embedding", "multi-label", "span"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -38,6 +39,8 @@ class Reading:
     kind: Kind
     pooling: str = "mean"
     """Pooling of embeddings over tokens, see `optin_deploy.feeds.pooling`."""
+    layers: tuple[DenseLayer, ...] = ()
+    """Layers that an embedding goes through behind its pooling."""
     masks: str | None = None
     """Output with logits of a mask of each query, (batch, queries, height, width), where `output` has logits of their
     classes, the last of them for none: a place's classes are those of all queries, by how surely it is theirs (Cheng
@@ -48,6 +51,13 @@ class Reading:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BadInput(f"outputs are read as {self.kind!r}; possible are {', '.join(KINDS)}.")
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a hash of results takes of it; what is not there counts as it did before it could be."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        known["layers"] = [layer.digest for layer in self.layers] or None
+        return {name: value for name, value in known.items() if value is not None}
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -89,9 +99,8 @@ class Reading:
 
     def _embedding(self, values: Tensor, real: Tensor) -> Readout:
         if values.dim() == 3:
-            values = pooled(values, real, self.pooling)
-        else:
-            values = torch.nn.functional.normalize(values.flatten(1), dim=-1)
+            values = EmbeddingHead(self.pooling, self.layers)(values, real)
+        values = torch.nn.functional.normalize(values.flatten(1), dim=-1)
         return Readout("embedding", values.unsqueeze(1), torch.ones(len(values), 1).to(values))
 
 
