@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.passes.schemas import types_of
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLED, POOLINGS
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network, Port
@@ -15,15 +16,17 @@ STATES, LOGITS = "last_hidden_state", "logits"
 
 
 @uncollected()
-def pooled(network: Network, how: str) -> Network:
-    """Return a network with one more output, `sentence_embedding`: what `feeds.pooling.pooled_states` gives.
+def pooled(network: Network, how: EmbeddingHead | str) -> Network:
+    """Return a network with one more output, `sentence_embedding`: what an `EmbeddingHead` makes of the states.
 
     Its weights for the tokens are the input `attention_mask`; without one, all tokens count. In 16 bits a network is to
     be typed first and pooled then: the sums are in float32, as its outputs are.
 
-    Args: how: one of `POOLINGS`.
+    Args: how: the head, or one of `POOLINGS` alone.
     Raises: BadInput: unknown pooling; no output of states, (batch, tokens, hidden).
     """
+    head = EmbeddingHead(how) if isinstance(how, str) else how
+    how = head.pooling
     if how not in POOLINGS:
         raise BadInput(f"unknown --pool {how!r}; possible: {', '.join(POOLINGS)}.")
     model = network.model.clone()
@@ -31,8 +34,14 @@ def pooled(network: Network, how: str) -> Network:
     pooling = PoolingNodes(model, {value.name or "" for value in types_of(model.graph)})
     mask = next((value for value in model.graph.inputs if value.name == MASK), None)
     result = pooling.of_all(states, how) if mask is None else pooling.of_some(states, mask, how)
+    for layer in head.layers:
+        real = int(states.dtype or ir.DataType.FLOAT)
+        result = pooling.layer(result, layer.weight, layer.bias, layer.activation, real)
+    if head.normalized:
+        result = pooling.unit(result)
     result.name, result.type = POOLED, states.type
-    result.shape = None if states.shape is None else ir.Shape([states.shape[0], states.shape[2]])
+    width = len(head.layers[-1].weight) if head.layers else None
+    result.shape = None if states.shape is None else ir.Shape([states.shape[0], width or states.shape[2]])
     model.graph.outputs.append(result)
     return Network(model, network.source)
 

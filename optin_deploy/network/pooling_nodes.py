@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 MASK = "attention_mask"
@@ -54,6 +55,32 @@ class PoolingNodes:
             return self.along("ReduceMean" if how == "mean" else "ReduceMax", states, 1)
         first = self.node("Gather", [states, self.constant(np.array(0))], {"axis": 2})
         return self.of_some(states, self.node("Equal", [first, first]), how)
+
+    def layer(self, x: ir.Value, weight: Tensor, bias: Tensor | None, activation: str, real: int) -> ir.Value:
+        """Add a dense layer: (batch, in) -> (batch, out).
+
+        Args:
+            weight: (out, in).
+            activation: one of `feeds.embedding_head.ACTIVATIONS`.
+            real: number of the type of the vectors, float32 or float64.
+        """
+        dtype = torch.float64 if real == ir.DataType.DOUBLE else torch.float32
+        named = {"pooling.weight": weight} | ({} if bias is None else {"pooling.bias": bias})
+        stored = [self.weight(tensor.to(dtype), name) for name, tensor in named.items()]
+        made = self.node("Gemm", [x, *stored], {"transB": 1})
+        if activation == "Identity":
+            return made
+        if activation == "SiLU":
+            return self.node("Mul", [made, self.node("Sigmoid", [made])])
+        if activation != "GELU":
+            return self.node({"ReLU": "Relu"}.get(activation, activation), [made])
+        inner = self.node("Erf", [self.node("Mul", [made, self.number(0.5**0.5, real)])])
+        half = self.node("Mul", [made, self.number(0.5, real)])
+        return self.node("Mul", [half, self.node("Add", [inner, self.number(1, real)])])
+
+    def unit(self, x: ir.Value) -> ir.Value:
+        """Add what scales rows to unit length: (batch, size) -> the same."""
+        return self.node("LpNormalization", [x], {"axis": -1, "p": 2})
 
     def along(self, op: str, value: ir.Value, axis: int) -> ir.Value:
         """Add a node that works along one axis."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,15 +18,20 @@ from torch import Tensor
 
 import optin_deploy
 from optin_deploy.checkpoint.loading import load_dense
+from optin_deploy.data.samples import Sample
+from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.passes.pooled import check_pool, pooled
-from optin_deploy.feeds.pooling import pooled_states, pooling_of
+from optin_deploy.feeds.pooling import POOLINGS, pooled_states, pooling_of
 from optin_deploy.feeds.preprocessor import load_beside
+from optin_deploy.feeds.sentence_modules import ABOUT, Prompts
+from optin_deploy.feeds.targets import prompted
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 from optin_deploy.scoring.dense_run import dense_run
 from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import valid_of
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell
@@ -170,7 +176,8 @@ PACKAGE = "sentence_transformers.models."
 TRANSFORMER = {"path": "", "type": f"{PACKAGE}Transformer"}
 POOLING = {"path": "1_Pooling", "type": f"{PACKAGE}Pooling"}
 REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
-    "max": ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, ("['max']", "mean, cls")),
+    "median": ("1_Pooling/config.json", {"pooling_mode": "median"}, ("['median']", "mean, cls")),
+    "without its prompt": ("1_Pooling/config.json", {"include_prompt": False}, ("include_prompt", "Set it to true")),
     "none": ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, ("[]", "mean, cls")),
     "pooler": (
         "sentence_bert_config.json",
@@ -185,10 +192,17 @@ REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "dense": (
         "modules.json",
         [TRANSFORMER, POOLING, {**POOLING, "type": "sentence_transformers.models.Dense"}],
-        ("Dense",),
+        ("Dense", "model.safetensors"),
     ),
+    "order": (
+        "modules.json",
+        [TRANSFORMER, {**POOLING, "type": "sentence_transformers.models.Dense"}, POOLING],
+        ("Transformer, Dense, Pooling", "in this order"),
+    ),
+    "prompts": ("config_sentence_transformers.json", {"prompts": ["query: "]}, ("prompts is ['query: ']",)),
+    "no prompt": ("config_sentence_transformers.json", {"default_prompt_name": "q"}, ("default_prompt_name is 'q'",)),
     "own code": ("modules.json", [TRANSFORMER, {**POOLING, "type": "evil.Pooling"}], ("'evil.Pooling'",)),
-    "model alone": ("modules.json", [TRANSFORMER], ("'Transformer'", "Pooling by mean or cls")),
+    "model alone": ("modules.json", [TRANSFORMER], ("'Transformer'", "Pooling, any number of Dense")),
     "up": ("modules.json", [TRANSFORMER, {**POOLING, "path": "../1_Pooling"}], ("'../1_Pooling'", "inside")),
     "absolute": ("modules.json", [TRANSFORMER, {**POOLING, "path": "/etc"}], ("'/etc'", "inside")),
     "null": ("modules.json", "null", ("modules.json", "None")),
@@ -227,11 +241,60 @@ def test_texts_that_only_sentence_transformers_lower_cases_are_refused(tmp_path:
         load_dense(str(changed(folder, "tokenizer.json", raw)))
 
 
-def test_a_default_prompt_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = sentence_model(tmp_path / "model")
-    about = {"prompts": {"query": "Represent this: "}, "default_prompt_name": "query"}
-    load_dense(str(changed(folder, "config_sentence_transformers.json", about)))
-    assert "puts the prompt 'Represent this: ' before each text" in caplog.text
+def test_a_folders_own_prompt_stands_before_each_text(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model", max_seq_length=14)
+    about = {"prompts": {"usual": "the old song: "}, "default_prompt_name": "usual"}
+    plain, prompted = (prepared_of(each) for each in (folder, changed(folder, ABOUT, about)))
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("the old song: ")["input_ids"][1:-1]
+    for batch in prompted.ready.rows.calibration.batches:
+        assert batch["input_ids"].shape[1] <= 14
+        assert all(row[1 : 1 + len(tokens)].tolist() == tokens for row in batch["input_ids"])
+    rows = [row[1 : 1 + len(tokens)].tolist() for b in plain.ready.rows.calibration.batches for row in b["input_ids"]]
+    assert tokens not in rows
+
+
+def test_queries_and_what_they_search_have_prompts_of_their_own() -> None:
+    prompts = Prompts("u: ", "q: ", "d: ")
+    roles = (Role(0, (1,)), Role(1, candidate=True), Role(2, scores=((1, 0.5),)), None)
+    found = prompted([Sample(text="x", label=role) for role in roles], prompts)
+    assert [sample.text for sample in found] == ["q: x", "d: x", "u: x", "u: x"]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("dense", [0, 2])
+def test_embeddings_are_those_of_sentence_transformers(pooling: str, dense: int, tmp_path: Path) -> None:
+    """Also with layers behind the pooling; in the read-out that is scored, and in the graph that is served."""
+    import onnxruntime
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    sizes = [tiny.HIDDEN, 32, 20]
+    torch.manual_seed(0)
+    layers = [
+        Dense(one, other, bias=bool(place), activation_function=[torch.nn.Tanh(), torch.nn.GELU()][place])
+        for place, (one, other) in enumerate(itertools.pairwise(sizes))
+    ]
+    modules = [Transformer(str(tiny.bert())), Pooling(tiny.HIDDEN, pooling), *layers[:dense], Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    texts = [*tiny.texts()[:4], "the"]
+    wanted = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
+    loaded = load_dense(str(tmp_path / "model"))
+    assert loaded.sentence is not None
+    head = loaded.sentence.head
+    batch = loaded.preprocessor(texts, padding=True, truncation=True, max_length=tiny.POSITIONS, return_tensors="pt")
+    with torch.inference_mode():
+        states = loaded.model(**batch).last_hidden_state
+    np.testing.assert_allclose(head(states, batch["attention_mask"].to(states)), wanted, atol=1e-5)
+    reading = Reading("y", "embedding", head.pooling, head.layers)
+    found = reading.read({"y": states}, batch["attention_mask"].to(states)).values[:, 0]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    write(pooled(read(loaded.model), head), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    fed = {each.name: batch[each.name].numpy() for each in session.get_inputs()}
+    np.testing.assert_allclose(session.run(["sentence_embedding"], fed)[0], wanted, atol=1e-5)
+    saved = uncut(tmp_path / "model").save(tmp_path / "saved")
+    np.testing.assert_allclose(SentenceTransformer(str(saved), device="cpu").encode(texts), wanted, atol=1e-5)
 
 
 def test_a_classifier_does_not_read_modules(tmp_path: Path) -> None:
