@@ -15,6 +15,8 @@ from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from optin_deploy.network.graph import Network
 
 
@@ -26,8 +28,8 @@ class Form:
     """Its float32 ONNX file, sealed."""
     network: Network
     """The same, read."""
-    module: Path | None = None
-    """Folder of the transformers model that computes the same; None: there is none."""
+    module: Path | nn.Module | None = None
+    """Folder of the transformers model that computes the same, or a module in memory; None: there is none."""
     task: str | None = None
     """Task of that model, if it is a dense one."""
     longest: int | None = None
@@ -128,10 +130,12 @@ class Exporter(Protocol):
 class DeviceExporter(Protocol):
     """What an exporter has besides if its engine launches without transfers: `--device-time` measures it."""
 
-    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> DeviceRuntime:
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> DeviceRuntime:
         """Load an artifact.
 
-        Args: cuda_graph: replay a graph of the launch, where one can be recorded.
+        Args: cuda_graph: replay a graph of the launch, where one can be recorded. task: see `Exporter.open`.
         """
 
 

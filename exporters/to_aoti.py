@@ -24,7 +24,7 @@ from optin_deploy.network.read_torch import FAILURES, Traced, prepared, quiet
 from optin_deploy.network.sealed import finished as sealed
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.base import Runtime, torch_threads
-from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
+from optin_deploy.runtimes.device import current_gpu, describe_device, float32_mode, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 
 
@@ -75,6 +75,12 @@ class AotiExporter(WithoutPlan):
         """The package on the device that it was compiled for."""
         return AotiRuntime(path, threads=threads)
 
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> AotiRuntime:
+        """See `DeviceExporter.open_device`; no graph is recorded."""
+        return AotiRuntime(path)
+
 
 def _compile(form: Form, pool: str | None, precision: str, device: torch.device, out: Path, key: str) -> EngineRecord:
     obstacle = missing_compiler()
@@ -83,7 +89,7 @@ def _compile(form: Form, pool: str | None, precision: str, device: torch.device,
             f"no {out.name}: {obstacle}, then run: optin build {out.parent} --engine aoti --precision {precision}"
         )
     module = module_of(form.module or form.graph, form.task).to(device, DTYPES[precision])
-    with tempfile.TemporaryDirectory() as temporary, exact_float32(), quiet():
+    with tempfile.TemporaryDirectory() as temporary, float32_mode(), quiet():
         try:
             program, outputs = traced_of(module, form, precision, pool)
         except (BadInput, *FAILURES) as err:

@@ -146,7 +146,9 @@ class TensorRTExporter:
         """The plan on the current CUDA device, with CUDA graphs; errors as in `open_device`."""
         return self.open_device(path, precision=precision)
 
-    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> TensorRTRuntime:
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> TensorRTRuntime:
         """See `DeviceExporter.open_device`.
 
         Raises: BadInput: the plan was built in another precision, or for another device or version.

@@ -86,7 +86,7 @@ class Besides:
         bool,
         typer.Option(
             "--device-time",
-            help="trt and trt-rtx: measure the time on the GPU too, without transfers, with and without a CUDA graph.",
+            help="Measure the time on the GPU too, without transfers, with and without a CUDA graph.",
         ),
     ] = False
     operators: Annotated[

@@ -22,6 +22,7 @@ from optin_deploy.measuring.timing import PairTiming, measure_pair
 from optin_deploy.network.onnx_data import remedy
 from optin_deploy.network.write import data_path
 from optin_deploy.runtimes.base import Feeds, Runtime
+from optin_deploy.runtimes.device import NO_GPU, current_gpu
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +73,13 @@ def timed(
 def device_exporter(target: Exporter) -> DeviceExporter:
     """The same exporter, as one that opens artifacts for the time on the device.
 
-    Raises: BadInput: its engine cannot launch without transfers; names those that can.
+    Raises: BadInput: its engine cannot launch without transfers; names those that can. Or there is no GPU.
     """
     if not isinstance(target, DeviceExporter):
         able = ", ".join(name for name in ENGINES if isinstance(exporter(name), DeviceExporter))
         raise BadInput(f"engine {target.engine} cannot be timed on the device alone; --device-time is for {able}.")
+    if current_gpu() is None:
+        raise BadInput(f"--device-time is the time on a GPU, and {NO_GPU}. Leave it out.")
     return target
 
 

@@ -37,7 +37,7 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.unused import tidied
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.runtimes import tensorrt as tensorrt_runtime
-from optin_deploy.runtimes.device import NO_GPU, exact_float32
+from optin_deploy.runtimes.device import NO_GPU, float32_mode
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
@@ -397,7 +397,7 @@ def test_scores_on_the_gpu_are_those_on_the_cpu(name: str, scorer: str) -> None:
     batches, settings = tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
     expected = score_units(Subject.of(layout), batches, settings)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
-    with exact_float32():  # else the image patches are rounded to TF32
+    with float32_mode():  # else the image patches are rounded to TF32
         found = score_units(Subject.of(layout, device=DEVICE), there, settings)
     assert found.provenance["kl_weight"] == pytest.approx(expected.provenance["kl_weight"], rel=1e-3)
     for group, values in expected.scores.items():

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from benchmarks.gpu import engines_trt
+from benchmarks.gpu.engines import open_engine
 from optin_deploy.common.validation import parse_size
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.exporters import exporter
@@ -51,6 +51,7 @@ def put_device(monkeypatch: pytest.MonkeyPatch, described: tuple[str, str] | Non
     for module in ("optin_deploy.exporters.to_tensorrt", "optin_deploy.runtimes.tensorrt"):
         monkeypatch.setattr(f"{module}.current_gpu", lambda: device)
         monkeypatch.setattr(f"{module}.describe_device", lambda _: described)
+    monkeypatch.setattr("optin_deploy.measuring.artifacts.current_gpu", lambda: device)
 
 
 def pruned(name: str = "bert") -> Tiny:
@@ -318,14 +319,11 @@ def test_later_runs_allocate_nothing(trt: Any, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(
-    trt: Any, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(engines_trt, "need_cuda", lambda engine, inputs: None)
+def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(trt: Any, name: str) -> None:
     model = pruned(name)
     inputs = tiny_batch(model.model, batch=3, seq_len=8)
     inputs.pop("attention_mask", None)  # the suite's full inputs have none
-    with engines_trt.trt(model.reference, inputs, "fp32") as run:
+    with open_engine("trt", model.reference, inputs, "fp32") as run:
         expected = outputs(model.reference, inputs, states=False)["last_hidden_state"]
         assert relative_error(expected.numpy(), run().numpy()) < 1e-5
         assert run() is run()
