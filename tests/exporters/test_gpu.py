@@ -12,7 +12,6 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import MissingDependency
 from optin_deploy.exporters import ENGINES, exporter
-from optin_deploy.exporters.base import Artifact, ExportSpec
+from optin_deploy.exporters.base import Artifact, DeviceExporter, ExportSpec
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.profiles import Profile
 from optin_deploy.exporters.tensorrt_plan import EngineOptions
@@ -167,19 +166,22 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         given = options or (OPTIONS if engine in PLANS else EngineOptions())
         fed = samples(tiny_of(name).model) if precision == "int8" else ()
         spec = ExportSpec(precision, options=given, calibration=fed)
-        form = form_of(tiny_of(name).network, folder / "model.onnx", longest=128 if name == "wide" else 64)
-        with patch("optin_deploy.exporters.to_aoti.module_of", lambda path, task: cut_of(name)):
-            return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
+        about = {"module": cut_of(name), "longest": 128 if name == "wide" else 64}
+        form = form_of(tiny_of(name).network, folder / "model.onnx", **about)
+        return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
 
     return built
 
 
 @pytest.fixture
 def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Any]:
-    """(engine, model, precision) -> a context manager of its runtime, opened as the commands open it."""
+    """(engine, model, precision) -> a context manager of its runtime, opened as the commands open it.
+
+    With `cuda_graph` it is opened for launches on inputs that lie on the device.
+    """
 
     @contextmanager
-    def context(engine: str, name: str, precision: str) -> Iterator[Any]:
+    def context(engine: str, name: str, precision: str, **options: bool) -> Iterator[Any]:
         need(engine, precision)
         if engine in TORCH:
             # Stands for a saved model, which only pydantic could read; type and device are the exporter's work.
@@ -189,7 +191,9 @@ def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         else:
             path = build(engine, name, precision).path
         try:
-            runtime = exporter(engine).open(path, precision=precision)
+            runtime = (exporter(engine).open_device if options else exporter(engine).open)(
+                path, precision=precision, **options
+            )
         except MissingDependency as err:  # a provider that is offered, but does not load
             pytest.skip(f"{engine}: {err}")
         try:
@@ -337,19 +341,21 @@ def test_two_runtimes_of_one_plan_do_not_disturb_each_other(engine: str, build: 
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
-@pytest.mark.parametrize("engine", PLANS)
-def test_a_launch_without_transfers_gives_what_a_run_gives(engine: str, cuda_graph: bool, build: Build) -> None:
-    need(engine, "fp32")
-    artifact, model = build(engine, "wide", "fp32"), model_of("wide")
-    with TensorRTRuntime(artifact.path, engine=engine, cuda_graph=cuda_graph) as runtime:
+@pytest.mark.parametrize("engine", [name for name in ENGINES if isinstance(exporter(name), DeviceExporter)])
+def test_a_launch_without_transfers_gives_what_torch_computes_on_the_cpu(
+    engine: str, cuda_graph: bool, opened: Callable[..., Any]
+) -> None:
+    precision, model = exporter(engine).precisions[0], model_of("wide")
+    with opened(engine, "wide", precision, cuda_graph=cuda_graph) as runtime:
         for seed in (1, 2):
             feeds = feeds_of(model, 4, 16, seed=seed)
             launch = runtime.launcher({k: torch.from_numpy(v).to(DEVICE) for k, v in feeds.items()})
             for _ in range(3):
                 found = launch()
             torch.cuda.synchronize()
-            values = {name: found[name].cpu().numpy() for name in artifact.outputs}
-            assert error_of(model, feeds, values) < TOLERANCES["fp32"]
+            values = {name: value.cpu().numpy() for name, value in found.items()}
+            assert error_of(model, feeds, values) < TOLERANCES[precision]
+        assert runtime.replays == (cuda_graph and engine in (*TORCH, *PLANS))
 
 
 @pytest.mark.parametrize("engine", PLANS)
