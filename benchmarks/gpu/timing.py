@@ -35,8 +35,8 @@ def back_to_back(
     def stretch_ms(launch: Launch) -> float:
         return timer.stretch_ms(launch, runs) * runs
 
-    found = _measured(launches, stretch_ms, timed_s=timed_s, blocks=blocks, seed=seed)
-    return {name: tuple(tuple(ms / runs for ms in block) for block in ms) for name, ms in found.items()}
+    taken = _measured(launches, stretch_ms, timed_s=timed_s, blocks=blocks, seed=seed)
+    return {name: tuple(tuple(ms / runs for ms in block) for block in found) for name, found in taken.items()}
 
 
 def single_calls(
@@ -47,12 +47,13 @@ def single_calls(
 
 
 def times(ms: Blocks, prefix: str = "") -> dict[str, Any]:
-    """Median and 95th percentile, and the raw medians of the blocks; names begin with `prefix`."""
+    """Median and 95th percentile, and medians and numbers of rounds of the blocks; names begin with `prefix`."""
     every = np.concatenate(ms)
     found = {
         "p50_ms": percentile(every, 50),
         "p95_ms": percentile(every, 95),
         "block_ms": [percentile(block, 50) for block in ms],
+        "rounds_a_block": [*map(len, ms)],
     }
     return {f"{prefix}{name}": value for name, value in found.items()}
 
