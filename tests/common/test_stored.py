@@ -154,6 +154,7 @@ def test_fields_that_are_unknown_missing_or_of_another_type_are_refused(kind: ty
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", "\x00", '{"schema_version": 1e999}', "[" * 100_000], ids=len)
 def test_damaged_files_are_refused(kind: type[Stored], damage: str, tmp_path: Path) -> None:
     refused(kind, damage, tmp_path / "x.json")
+    assert "is not finite" in refused(kind, f'{ON_DISK[kind][0][:-1]}, "x": 1e999}}', tmp_path / "x.json")
 
 
 @kinds
