@@ -130,10 +130,10 @@ def _is_verdict(file: Path) -> bool:
 def _pin(contest: Any, file: Path, *, force: bool, dry_run: bool) -> None:
     """Write a pin of the baseline alone."""
     from optin_deploy.files.ownership import free_name
-    from optin_deploy.measuring.pins import is_pin
+    from optin_deploy.measuring.pins import Pin
 
     contest.check_pin(file)
-    free_name(file, is_pin, force=force, dry_run=dry_run)
+    free_name(file, Pin.is_at, force=force, dry_run=dry_run)
     if dry_run:
         typer.echo(f"would pin {contest.baseline} in {file}, {contest}")
         return

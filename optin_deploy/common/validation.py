@@ -20,18 +20,6 @@ OPEN = {"extra": "ignore", "strict": True}
 """The same, of what other versions may have added fields to."""
 
 
-def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this version") -> T:
-    """Read a JSON file that optin-deploy wrote: the one way in which such files become values.
-
-    Args:
-        kind: the dataclass that describes the whole file.
-        hint: the command that makes the file again.
-        what: it would be, e.g. "a plan.json of optin-deploy".
-    Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
-    """
-    return validated(kind, read_json(path, hint, ours=True), f"{path}: not {what}", hint)
-
-
 def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T:
     """Make a dataclass of what JSON held; lists become tuples.
 

@@ -24,7 +24,7 @@ from optin_deploy.reporting.findings import StoredReport, read_report
 from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
-from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
+from optin_deploy.serving.manifest import FOLDER, Manifest, ServingOptions, check_name, check_version
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.repository import Version, hashes
 from optin_deploy.serving.tensors import largest_batch, tensors_of
@@ -137,7 +137,6 @@ def _model(
         SAMPLES: _samples(folder, role, [tensor.name for tensor in inputs]),
     }
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
         name=check_name(name),
         version=1,
         role=role,

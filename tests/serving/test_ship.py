@@ -25,7 +25,7 @@ from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
 from optin_deploy.runtimes.record import EngineRecord, write_record
 from optin_deploy.serving import SERVERS, server
 from optin_deploy.serving import repository as repositories
-from optin_deploy.serving.manifest import LARGEST_VERSION, SCHEMA_VERSION, Manifest, ServingOptions, TensorSpec
+from optin_deploy.serving.manifest import LARGEST_VERSION, Manifest, ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import default_name, preferred_batches, shipments
 from optin_deploy.serving.shipping import roll_back, ship_folder
@@ -145,7 +145,6 @@ def manifest_of(
     inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: ServingOptions | None = None
 ) -> Manifest:
     return Manifest(
-        schema_version=SCHEMA_VERSION,
         name="tiny",
         version=1,
         role="pruned",
