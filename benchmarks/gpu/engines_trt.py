@@ -40,7 +40,7 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
         from benchmarks.gpu.engines_ort import form_of
         from optin_deploy.exporters import exporter
         from optin_deploy.exporters.base import ExportSpec
-        from optin_deploy.exporters.tensorrt_plan import EngineOptions
+        from optin_deploy.exporters.tensorrt_plan import PlanOptions
         from optin_deploy.runtimes.tensorrt import TensorRTRuntime
     except ImportError as err:
         raise Skipped(f"engine {engine}: {err}; bring it along.") from err
@@ -51,7 +51,7 @@ def _opened(engine: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
     if precision not in chosen.precisions:
         raise Skipped(f"engine {engine} has no precision {precision}; possible: {', '.join(chosen.precisions)}.")
     with tempfile.TemporaryDirectory() as folder:
-        spec = ExportSpec(precision, options=EngineOptions(profiles=(_profile(inputs),)))
+        spec = ExportSpec(precision, options=PlanOptions(profiles=(_profile(inputs),)))
         artifact = chosen.export(form_of(model, Path(folder)), spec, Path(folder) / "model.engine")
         with TensorRTRuntime(artifact.path, engine=engine) as runtime:
             launch = runtime.launcher(with_mask(inputs))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import Building, Engine, Folder, Measuring, Writing
-from optin_deploy.commands.parsing import check_plan_options, echo, refuse_idle, warn_of_disagreements, writing_to
+from optin_deploy.commands.parsing import echo, engine_options, refuse_idle, warn_of_disagreements, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
@@ -30,7 +30,7 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from optin_deploy.jobs.folder_build import build_folder
 
-    check_plan_options(ctx, engine.engine)
+    chosen = engine_options(ctx, engine.engine)
     with writing_to(folder, writing):
         warn_of_disagreements(folder)
         with stage_bar("export"):
@@ -39,7 +39,7 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
                 engine=engine.engine,
                 precision=engine.precision,
                 pool=building.pool,
-                options=building.options(),
+                options=chosen,
                 dense=building.dense,
                 dry_run=writing.dry_run,
             )

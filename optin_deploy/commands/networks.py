@@ -115,20 +115,18 @@ def plan_network(
     network: str, limits: Limits, how: PlanOfNetwork, *, align: str | None, allocation: str | None, writing: Writing
 ) -> None:
     """Plan a network by magnitude."""
-    from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice, multiples
+    from optin_deploy.planning.widths import Choice
     from optin_deploy.pruning.planning import plan_network as plan
 
     if how.out is None:
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
-    kinds = kinds_of(how.units)
-    asked = multiples(align_of(align), DEFAULT_ALIGN)
-    choice = Choice(kinds, **asked, allocation="uniform" if allocation is None else allocation)
+    choice = Choice(kinds_of(how.units), allocation=allocation or Choice.allocation).in_multiples(align_of(align))
     sizes, out = sizes_of(how.shape), how.out
     found, layout = plan(network, out, limits, choice, sizes=sizes, force=writing.force, dry_run=writing.dry_run)
     rows = [
         (group.name, f"{len(found.keep.get(group.name, range(group.units))):,}", f"{group.units:,}")
         for group in layout.groups
-        if group.kind in kinds
+        if group.kind in choice.kinds
     ]
     typer.echo(cost_line(found))
     print_table(("group", "kept", "of"), rows)

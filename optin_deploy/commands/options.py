@@ -44,6 +44,10 @@ ProfileSizes = Annotated[
         rich_help_panel="TensorRT",
     ),
 ]
+OfEngine = Annotated[
+    list[str] | None,
+    typer.Option("--engine-option", metavar="NAME=VALUE", help="Option that an added engine has; repeatable."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
 BUDGET, TIME, SCORING = "Budget: all that is given must hold", "Budget in time", "Scoring"
@@ -272,22 +276,13 @@ class Building:
         ),
     ] = None
     weights: Annotated[
-        str,
-        typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT),
-    ] = "fixed"
+        str | None,
+        typer.Option(
+            help="fixed, refittable, or stripped (put in from the ONNX at load). [default: fixed]",
+            rich_help_panel=TENSORRT,
+        ),
+    ] = None
+    engine_option: OfEngine = None
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")
     ] = False
-
-    def options(self) -> Any:
-        """Return how TensorRT builds its plan, checked."""
-        from optin_deploy.exporters.profiles import Profile, parse_profile
-        from optin_deploy.exporters.tensorrt_plan import EngineOptions
-
-        return EngineOptions(
-            profiles=tuple(map(parse_profile, self.profile)) if self.profile else (Profile(),),
-            workspace_bytes=size_of(self.workspace, "--workspace"),
-            compatible=tuple(self.compatible or ()),
-            weights=self.weights,
-            timing_cache=None if self.timing_cache is None else self.timing_cache.absolute(),
-        )

@@ -31,8 +31,6 @@ Examples:
 
     optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
-DEFAULT_ALIGN = 16
-"""Multiples of neurons and channels, where no engine says more."""
 OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens", "drop_tokens")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
@@ -84,11 +82,12 @@ def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, 
 
 def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
+    from optin_deploy.exporters.base import ExporterDefaults
     from optin_deploy.jobs.planner import Planner
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
     from optin_deploy.planning.budget import Limits
-    from optin_deploy.planning.widths import Choice, aligned, multiples
+    from optin_deploy.planning.widths import Choice, aligned
     from optin_deploy.pruning.tokens import check, merging
     from optin_deploy.quality.held_out import judged_samples
     from optin_deploy.structure.labels import TOKENS
@@ -98,9 +97,9 @@ def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     prepared = prepare(judged_by(workspace.source(), making.evaluation), folder)
     source, asked = prepared.source, align_of(making.align)
     drops = making.drop_tokens or (source.drop_tokens and (making.tokens is not None or TOKENS in source.units))
-    choice = Choice(source.units, **multiples(asked, DEFAULT_ALIGN), allocation=making.allocation, drops=drops)
+    usual = Choice(source.units, align=ExporterDefaults.align, allocation=making.allocation, drops=drops)
     ready = prepared.ready
-    choice = merging(ready, aligned(ready.layout, choice, asked), making.tokens)
+    choice = merging(ready, aligned(ready.layout, usual.in_multiples(asked), asked), making.tokens)
     workspace.scores_of(ready.layout)
     check(ready, limits or Limits(flops=1.0), choice)
     if making.allocation == "curves":

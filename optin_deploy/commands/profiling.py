@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from optin_deploy.commands.amounts import align_of
-from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Threads, Writing
-from optin_deploy.commands.parsing import check_plan_options
+from optin_deploy.commands.options import Engine, EngineAlign, Model, OfEngine, ProfileSizes, Threads, Writing
+from optin_deploy.commands.parsing import engine_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
 from optin_deploy.reporting.terminal import print_table, stage_bar
@@ -34,7 +34,8 @@ class Table:
     at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1"
     threads: Threads = 0
     align: EngineAlign = None
-    profile_sizes: ProfileSizes = None
+    profile: ProfileSizes = None
+    engine_option: OfEngine = None
     check: Annotated[int, typer.Option(help="Random plans to measure, to see how wrong the table is.")] = 0
 
 
@@ -55,7 +56,7 @@ def profile(
     from optin_deploy.measuring.points import parse_point
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
 
-    check_plan_options(ctx, engine.engine)
+    chosen = engine_options(ctx, engine.engine)
     whole_number(table.check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
     source = rows.of(model)
     path = out or Path(f"{Path(source.model).name}-{engine.engine}-latency.json")
@@ -66,7 +67,7 @@ def profile(
         align=align_of(table.align),
         points=(parse_point(table.at),),
         threads=table.threads,
-        options=Building(profile=table.profile_sizes).options(),
+        options=chosen,
     )
     force, dry_run = writing.force, writing.dry_run
     found = profile_model(job, path, check=table.check, force=force, dry_run=dry_run, stage=stage_bar)

@@ -8,8 +8,8 @@ from typing import Any
 
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import ExportSpec
+from optin_deploy.exporters.options import DEFAULTS, EngineOptions
 from optin_deploy.exporters.passes.pooled import check_pool
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.feeds.pooling import POOLED, pooling_in
 from optin_deploy.files.names import DENSE, PRUNED
@@ -31,7 +31,7 @@ def build_folder(
     engine: str,
     precision: str | None = None,
     pool: str | None = None,
-    options: EngineOptions | None = None,
+    options: EngineOptions = DEFAULTS,
     dense: bool = True,
     dry_run: bool = False,
 ) -> Built | None:
@@ -41,7 +41,7 @@ def build_folder(
     """
     target = exporter(engine)
     precision = check_precision(target, precision)
-    options = options or EngineOptions()
+    options = target.options.of(options)
     target.check(options, pool)
     workspace = Workspace(folder)
     workspace.read_plan()
@@ -50,7 +50,7 @@ def build_folder(
     check_origin(path, "pruned")
     if pool is not None:
         check_pool(tidied(network, without=POOLED), pool, pooling_in(workspace.model_folder))
-    if target.has_profiles:
+    if options.sizes():
         check_free_sizes(network, engine)
     if target.reads_onnx:
         check_size(network, precision)

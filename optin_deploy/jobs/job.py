@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import Exporter, ExportSpec
+from optin_deploy.exporters.options import DEFAULTS, EngineOptions
 from optin_deploy.exporters.passes.pooled import check_pool
-from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.jobs.building import check_free_sizes, int8_samples
 from optin_deploy.jobs.prepared import Prepared, prepare
@@ -25,7 +22,7 @@ from optin_deploy.measuring.stats import percentile
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.latency import LatencyTable
-from optin_deploy.planning.widths import Align, Choice, aligned, multiples
+from optin_deploy.planning.widths import Align, Choice, aligned
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.tokens import check, merging
 from optin_deploy.quality.held_out import judged_samples
@@ -62,7 +59,8 @@ class Job:
     table: Path | None = None
     """Latency table for `limits.time`; None: latency.json in the output folder, measured if need be."""
     pool: str | None = None
-    options: EngineOptions = field(default_factory=EngineOptions)
+    options: EngineOptions = DEFAULTS
+    """Those of the engine."""
     dense: bool = True
     """Is the dense network exported too, and measured beside?"""
 
@@ -88,21 +86,23 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
         Workspace(home).check_untuned()
     target = exporter(job.engine)
     precision = check_precision(target, job.precision)
-    _check_options(job, target)
-    how: dict[str, Any] = {"drops": job.source.drop_tokens, **multiples(job.align, target.align)}
-    choice = Choice(job.source.units, allocation=job.allocation, **how)
-    prepared = prepare(job.source, home)
+    options = target.options.of(job.options)
+    _check_options(job, target, options)
+    source = job.source
+    choice = Choice(source.units, align=target.align, allocation=job.allocation, drops=source.drop_tokens)
+    choice = choice.in_multiples(job.align)
+    prepared = prepare(source, home)
     choice = _fitted(choice, job, prepared)
     if job.pool is not None:
         check_pool(prepared.ready.network, job.pool, prepared.dense.pooling)
     if target.reads_onnx:
         check_size(prepared.ready.network, precision)
-    if target.has_profiles:
+    if options.sizes():
         check_free_sizes(prepared.ready.network, job.engine)
-    _check_points(job, target, prepared, precision)
+    _check_points(job, options, prepared, precision)
     names = [port.name for port in prepared.ready.network.inputs]
     samples = int8_samples(prepared.ready.rows.calibration.batches, names) if precision == "int8" else ()
-    spec = ExportSpec(precision, job.pool, job.options, samples, of_module=not target.reads_onnx)
+    spec = ExportSpec(precision, job.pool, options, samples, of_module=not target.reads_onnx)
     checked = CheckedJob(job, target, spec, prepared, choice)
     if job.limits.time is not None:
         check_timeable(target, spec)
@@ -110,13 +110,13 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     return checked
 
 
-def _check_options(job: Job, target: Exporter) -> None:
+def _check_options(job: Job, target: Exporter, options: EngineOptions) -> None:
     """Refuse what does not go together, before anything is loaded.
 
     Raises: BadInput.
     """
     time, source = job.limits.time, job.source
-    target.check(job.options, job.pool)
+    target.check(options, job.pool)
     check_threads(job.threads)
     if job.threads:
         target.threads(job.threads)
@@ -145,19 +145,22 @@ def _fitted(choice: Choice, job: Job, prepared: Prepared) -> Choice:
     return choice
 
 
-def _check_points(job: Job, target: Exporter, prepared: Prepared, precision: str) -> None:
+def _check_points(job: Job, options: EngineOptions, prepared: Prepared, precision: str) -> None:
     """Refuse points and profiles that the network does not take, or that no memory would hold.
 
     Raises: BadInput.
     """
-    network, inputs = prepared.ready.network, inputs_of(prepared)
+    network, inputs, profiles = prepared.ready.network, inputs_of(prepared), options.sizes()
     for point in job.points:
         settled = inputs.at(point)
         room = least_bytes(network, inputs.feeds(replace(settled, batch=1)), precision)
         check_room(room, str(point), point.batch)
-        if target.has_profiles:
-            _check_profiles(job.options.profiles, settled)
-    for profile in job.options.profiles if target.has_profiles else ():
+        if profiles and not any(profile.holds(settled.batch, settled.seq) for profile in profiles):
+            raise BadInput(
+                f"the point to measure, {str(settled).removeprefix('--at ')}, lies outside of --profile "
+                f"{' and '.join(map(str, profiles))}. Give --at with a point inside, or wider profiles."
+            )
+    for profile in profiles:
         longest = profile.up_to(prepared.dense.longest).seq[2]
         seq = longest if inputs.at(Point()).seq is not None else None
         room = least_bytes(network, inputs.feeds(Point(1, seq)), precision)
@@ -184,15 +187,6 @@ def _check_needed(asked: CheckedJob) -> None:
         samples = yard.together((), blocks=2).ms[DENSE]
     dense_ms = percentile([ms for block in samples for ms in block], 50)
     limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
-
-
-def _check_profiles(profiles: Sequence[Profile], point: Point) -> None:
-    if not any(profile.holds(point.batch, point.seq) for profile in profiles):
-        at = f"batch={point.batch}" + ("" if point.seq is None else f",seq={point.seq}")
-        raise BadInput(
-            f"the point to measure, {at}, lies outside of --profile {' and '.join(map(str, profiles))}. "
-            "Give --at with a point inside, or wider profiles."
-        )
 
 
 def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:
