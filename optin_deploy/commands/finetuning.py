@@ -67,8 +67,8 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Folder for the trained model. [default: DIR-tuned]")] = None,
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
-    from optin_deploy.tuning.folder import Rows, finetune_folder
-    from optin_deploy.tuning.trainer import Tuning
+    from optin_deploy.tuning.folder import finetune_folder
+    from optin_deploy.tuning.settings import Rows, Tuning
 
     names = rows.columns
     learned = Rows(rows.data, rows.evaluation, rows.samples, names.text_column, names.label_column, names.pair_column)

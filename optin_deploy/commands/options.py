@@ -210,7 +210,7 @@ class Scoring:
 
     def settings(self) -> Any:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring import PAPER, Features, ScoreSettings
+        from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
         chosen = PAPER if self.paper else Features()
         return ScoreSettings(self.scorer, self.weighting, self.kl_weight, chosen)  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ class AllScoring(Scoring):
 
     def settings(self) -> Any:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring import Features
+        from optin_deploy.scoring.settings import Features
 
         if self.paper and (self.features != "block" or self.tokens is not None):
             raise BadInput("--paper says itself what is compared: leave out --features and --tokens.")

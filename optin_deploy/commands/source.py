@@ -164,7 +164,7 @@ class AllRows(Rows):
 
 def kinds_of(units: str | None) -> tuple[str, ...]:
     """Kinds of units of `--units`; the default ones without it."""
-    from optin_deploy.planning.widths import DEFAULT_KINDS
+    from optin_deploy.structure.labels import DEFAULT_KINDS
 
     return DEFAULT_KINDS if units is None else tuple(kind.strip() for kind in units.split(","))
 
@@ -178,7 +178,7 @@ def _found(name: str | Path | None) -> str | None:
 
 def _compared(text: str | None) -> tuple[str | None, Any]:
     """Name and kind of `--compare-output NAME:KIND`; either may be left out."""
-    from optin_deploy.scoring.reading import KINDS
+    from optin_deploy.scoring.settings import KINDS
 
     if text is None:
         return None, None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import read_json
 
 T = TypeVar("T")
 
@@ -29,6 +28,8 @@ def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this ve
         what: it would be, e.g. "a plan.json of optin-deploy".
     Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
     """
+    from optin_deploy.files.storage import read_json  # here: values that commands take defaults of stay light
+
     return validated(kind, read_json(path, hint, ours=True), f"{path}: not {what}", hint)
 
 
@@ -67,6 +68,8 @@ def _adapter(kind: type[Any]) -> Any:
 
 def holds(path: Path, *fields: str) -> bool:
     """Is this a JSON object with these fields, such as an earlier result of the same command?"""
+    from optin_deploy.files.storage import read_json
+
     try:
         return set(fields) <= set(read_json(path, ""))
     except (BadInput, OSError):

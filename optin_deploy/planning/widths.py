@@ -13,10 +13,8 @@ from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowes
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
 from optin_deploy.planning.trading import Curve, check_curves, least_summed_error
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.labels import KINDS, TOKENS
+from optin_deploy.structure.labels import DEFAULT_KINDS, KINDS, TOKENS
 
-DEFAULT_KINDS = ("heads", "groups", "neurons", "channels")
-"""What is cut where nothing is said; widths of heads, and queries within a group, only where they are named."""
 ALLOCATIONS = ("curves", "uniform", "paper")
 DEFAULT_ALIGN = 8
 
