@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from optin_deploy.common.processors import default_threads
-from optin_deploy.exporters.options import DEFAULTS, EngineOptions
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class ExportSpec:
     """One of the exporter's precisions; None = its first."""
     pool: str | None = None
     """`mean` or `cls`: add the mean over real tokens, or the first of them, as output `sentence_embedding`."""
-    options: EngineOptions = DEFAULTS
-    """Those of its engine."""
+    options: EngineOptions | None = None
+    """Those of its engine; None: their defaults."""
     calibration: Sequence[Mapping[str, np.ndarray]] = ()
     """Inputs by name on which int8 measures the range of activations."""
     of_module: bool = False

@@ -13,22 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of an engine that has none, and the base of others; given to any engine, they leave all at its defaults.
+    """Options of an engine that has none, and the base of those of others.
 
     Every field of another engine's options has a default; `__post_init__` refuses values that cannot be.
     """
 
     @classmethod
-    def of(cls, given: EngineOptions) -> Self:
-        """Return options as this engine's own.
+    def of(cls, given: EngineOptions | None) -> Self:
+        """Return options as this engine's own; None: its defaults.
 
         Raises: BadInput: they are those of another engine.
         """
-        if type(given) is EngineOptions:
+        if given is None:
             return cls()
-        if cls is EngineOptions or not isinstance(given, cls):
-            takes = "has no options" if cls is EngineOptions else f"takes {cls.__name__}"
-            raise BadInput(f"{type(given).__name__} are the options of another engine; this one {takes}.")
+        if type(given) is not cls:
+            raise BadInput(f"{type(given).__name__} are the options of another engine; this one takes {cls.__name__}.")
         return given
 
     def sizes(self) -> tuple[Profile, ...]:
@@ -38,6 +37,3 @@ class EngineOptions:
     def settings(self) -> dict[str, str]:
         """Return all that changes the artifact, as text."""
         return {field.name: str(getattr(self, field.name)) for field in fields(self)}
-
-
-DEFAULTS = EngineOptions()

@@ -50,7 +50,7 @@ class TorchExporter(ExporterDefaults):
 
     def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Describe what the rewrite stage wrote; nothing more is needed."""
-        self.check(spec.options, spec.pool)
+        self.check(self.options.of(spec.options), spec.pool)
         weights = form.graph if form.module is None or out.suffix == ".onnx" else check_weights(form.module)
         return Artifact(
             path=out,

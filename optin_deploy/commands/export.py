@@ -82,8 +82,9 @@ def export(
     output: Output,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    from optin_deploy.jobs.checked import checked_job, describe
     from optin_deploy.jobs.export import export_model
-    from optin_deploy.jobs.job import Job, checked_job, describe
+    from optin_deploy.jobs.job import Job
     from optin_deploy.jobs.workspace import Workspace
 
     check_columns(ctx, rows.calibration, making.evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,20 +90,19 @@ def gate(
     from optin_deploy.measuring.points import parse_points
 
     force, dry_run = writing.force, writing.dry_run
-    how = {"engine": place.engine, "precision": place.precision, "threads": place.threads}
+    compared = partial(comparison_of, baseline, engine=place.engine, precision=place.precision, threads=place.threads)
     points = parse_points(place.at)
     if pin is not None:
         if (candidate, limit, out) != (None, Limit(), None):
             raise BadInput(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )
-        alone = comparison_of(baseline, **how, points=points)  # type: ignore[arg-type]  # a dict of several types
-        _pin(alone, pin, force=force, dry_run=dry_run)
+        _pin(compared(points=points), pin, force=force, dry_run=dry_run)
         return
     allowed = limit_of(limit.max_ratio, limit.min_speedup)
     if candidate is None:
         raise BadInput("CANDIDATE is missing: give an artifact or an output folder, or --pin FILE to pin BASELINE.")
-    contest = comparison_of(baseline, candidate, **how, points=points)  # type: ignore[arg-type]
+    contest = compared(candidate, points=points)
     if out is not None:
         check_not_input(out, baseline, contest.baseline, contest.candidate, option="--out")
         free_name(out, _is_verdict, force=force, dry_run=True)

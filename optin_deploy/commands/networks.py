@@ -149,8 +149,8 @@ def rewrite_network(network: Path, how: CutOfNetwork, writing: Writing) -> None:
         )
     if network.suffix.lower() != ".onnx":
         raise BadInput(f"{network} is no .onnx file: --plan is for these. In Python, `optin_deploy.cut` takes modules.")
-    asked = {"force": writing.force, "dry_run": writing.dry_run}
-    found = rewrite_file(network, plan, out, sizes=sizes_of(how.shape), **asked, stage=stage_bar)
+    sizes, force, dry_run = sizes_of(how.shape), writing.force, writing.dry_run
+    found = rewrite_file(network, plan, out, sizes=sizes, force=force, dry_run=dry_run, stage=stage_bar)
     cost = found.plan.cost
     assert cost is not None
     typer.echo(cost_line(found.plan))

@@ -10,6 +10,8 @@ import typer
 
 from optin_deploy.commands.amounts import size_of
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.job import Job
+from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model, or an .onnx file.")
@@ -155,7 +157,7 @@ class Making:
             help="Where to cut: curves (least error after compensation), uniform (equal widths a layer) or paper "
             "(global ranking)."
         ),
-    ] = "curves"
+    ] = Job.allocation
     tokens: Annotated[
         float | None,
         typer.Option(
@@ -169,7 +171,7 @@ class Making:
             "--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it."
         ),
     ] = False
-    compensation: Compensation = True
+    compensation: Compensation = Job.compensation
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Scoring:
 
     scorer: Annotated[
         str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
-    ] = "sketch"
+    ] = ScoreSettings.scorer
     paper: Annotated[
         bool,
         typer.Option(
@@ -193,7 +195,7 @@ class Scoring:
             help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
             rich_help_panel=SCORING,
         ),
-    ] = "paper"
+    ] = ScoreSettings.weighting
     kl_weight: Annotated[
         float | None,
         typer.Option(
@@ -210,8 +212,6 @@ class Scoring:
 
     def settings(self) -> Any:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
-
         chosen = PAPER if self.paper else Features()
         return ScoreSettings(self.scorer, self.weighting, self.kl_weight, chosen)  # type: ignore[arg-type]
 
@@ -230,7 +230,7 @@ class Engine:
             help="onnx (ONNX Runtime) and openvino on CPU, ort-cuda, ort-trt, torch, torch-compile, aoti, trt or "
             "trt-rtx."
         ),
-    ] = "onnx"
+    ] = Job.engine
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
     ] = None
@@ -243,7 +243,7 @@ class Measuring:
     at: Annotated[
         list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
     ] = None
-    threads: Threads = 0
+    threads: Threads = Job.threads
 
     def points(self) -> Any:
         """Return the points, checked."""
@@ -260,7 +260,9 @@ class Building:
         str | None,
         typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
     ] = None
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")] = True
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")] = (
+        Job.dense
+    )
     profile: ProfileSizes = None
     workspace: Annotated[
         str | None, typer.Option(help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)

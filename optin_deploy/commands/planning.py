@@ -16,6 +16,7 @@ from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOr
 from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.job import Job
 from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
 
 PLAN_EXAMPLES = """
@@ -61,7 +62,7 @@ def plan(
 
 def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
-    from optin_deploy.jobs.job import describe
+    from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.sweep import planned
 
     limits = budget.limits()
@@ -160,7 +161,7 @@ def rewrite(
     folder: FolderOrFile,
     network: CutOfNetwork,
     writing: Writing,
-    compensation: Compensation = True,
+    compensation: Compensation = Job.compensation,
 ) -> None:
     """Cut and compensate by the plan in DIR; writes model.onnx, and model/ where a transformers class holds the result.
 

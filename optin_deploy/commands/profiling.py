@@ -13,6 +13,8 @@ from optin_deploy.commands.options import Engine, EngineAlign, Model, OfEngine, 
 from optin_deploy.commands.parsing import engine_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
+from optin_deploy.jobs.job import Job
+from optin_deploy.measuring.points import Point, parse_point
 from optin_deploy.reporting.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
@@ -31,8 +33,8 @@ MOST_PLANS = 1000
 class Table:
     """How the table is measured."""
 
-    at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1"
-    threads: Threads = 0
+    at: Annotated[str, typer.Option(help="The size of input.")] = str(Point()).removeprefix("--at ")
+    threads: Threads = Job.threads
     align: EngineAlign = None
     profile: ProfileSizes = None
     engine_option: OfEngine = None
@@ -51,9 +53,7 @@ def profile(
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
     from optin_deploy.common.validation import whole_number
-    from optin_deploy.jobs.job import Job
     from optin_deploy.jobs.profiling import profile_model
-    from optin_deploy.measuring.points import parse_point
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
 
     chosen = engine_options(ctx, engine.engine)

@@ -17,6 +17,7 @@ from optin_deploy.commands.values import options
 from optin_deploy.common.progress import silent
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import stage_bar
+from optin_deploy.scoring.settings import Features
 
 SCORE_EXAMPLES = """
 Examples:
@@ -35,7 +36,7 @@ class AllScoring(Scoring):
 
     features: Annotated[
         str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
-    ] = "block"
+    ] = Features.site
     tokens: Annotated[
         int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
     ] = None
@@ -48,8 +49,6 @@ class AllScoring(Scoring):
 
     def settings(self) -> Any:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring.settings import Features
-
         if self.paper and (self.features != "block" or self.tokens is not None):
             raise BadInput("--paper says itself what is compared: leave out --features and --tokens.")
         found = super().settings()
@@ -89,7 +88,7 @@ def score(
     takes over what a killed one left.
     """
     from optin_deploy.common.validation import whole_number
-    from optin_deploy.jobs.job import describe
+    from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.stages import ScoreRequest
     from optin_deploy.jobs.workspace import Workspace

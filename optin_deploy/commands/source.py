@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.errors import BadInput
+from optin_deploy.pruning.source import Source
 
 DATA, NETWORK = "Data of any network", "ONNX files and any network"
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
@@ -37,12 +38,12 @@ Units = Annotated[
 class Columns:
     """Which columns of a table are read."""
 
-    text_column: Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")] = "text"
+    text_column: Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")] = Source.text_column
     pair_column: Annotated[
         str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
-    ] = "text_pair"
+    ] = Source.pair_column
     label_column: Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")] = (
-        "label"
+        Source.label_column
     )
 
 
@@ -61,7 +62,7 @@ class Rows:
         int | None,
         typer.Option(help="Longest calibration text in tokens. [default: 128, or what the network takes]"),
     ] = None
-    seed: Seed = 0
+    seed: Seed = Source.seed
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -80,14 +81,12 @@ class Rows:
     ] = None
     shape: Shape = None
 
-    def of(self, model: str, **more: Any) -> Any:
+    def of(self, model: str, **more: Any) -> Source:
         """Return a `Source`; files by their full paths, so that later commands find them from anywhere.
 
         Args: more: further fields of it.
         Raises: BadInput.
         """
-        from optin_deploy.pruning.source import Source
-
         return Source(
             model=_found(model) or model,
             task=self.task,
@@ -106,7 +105,7 @@ class AllRows(Rows):
     """The same, with all that is known of rows, and what of the network they are for."""
 
     columns: Columns = Columns()  # it is frozen
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = Source.samples
     image_size: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +141,7 @@ class AllRows(Rows):
         ),
     ] = None
 
-    def of(self, model: str, **more: Any) -> Any:
+    def of(self, model: str, **more: Any) -> Source:
         """Return a `Source`; see `Rows.of`."""
         output, read_as = _compared(self.compared)
         return super().of(

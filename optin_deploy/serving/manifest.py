@@ -10,7 +10,6 @@ from typing import Any
 
 from optin_deploy.common.validation import STORED, read_stored
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_file
 
 SCHEMA_VERSION = 1
 FOLDER = "optin"
@@ -195,6 +194,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
     Raises: BadInput: names the first that is missing, a link, or another one.
     """
+    from optin_deploy.files.storage import sha256_file  # here: commands take the defaults of `ServingOptions`
+
     for name, sha256 in manifest.sha256.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():

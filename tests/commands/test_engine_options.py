@@ -9,7 +9,7 @@ import pytest
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import ENGINES, exporter
-from optin_deploy.exporters.options import DEFAULTS, EngineOptions
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.profiles import Profile
 from optin_deploy.exporters.tensorrt_plan import PlanOptions
 from optin_deploy.exporters.to_onnx import OnnxExporter
@@ -100,9 +100,9 @@ def test_flags_of_other_engines_are_refused(shell: Shell, tmp_path: Path) -> Non
 
 
 def test_options_of_one_engine_are_none_of_another() -> None:
-    assert exporter("trt").options.of(DEFAULTS) == PlanOptions()
+    assert exporter("trt").options.of(None) == PlanOptions()
     plan = PlanOptions(weights="stripped")
     assert exporter("trt-rtx").options.of(plan) is plan
-    for engine, other in (("onnx", plan), ("torch", plan), ("trt", MyOptions())):
+    for engine, other in (("onnx", plan), ("torch", plan), ("trt", MyOptions()), ("trt", EngineOptions())):
         with pytest.raises(BadInput, match=f"{type(other).__name__} are the options of another engine"):
             exporter(engine).options.of(other)

@@ -25,7 +25,7 @@ from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import MissingDependency
 from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.exporters.base import Artifact, ExportSpec
-from optin_deploy.exporters.options import DEFAULTS, EngineOptions
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.profiles import Profile
 from optin_deploy.exporters.tensorrt_plan import PlanOptions
@@ -165,7 +165,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         chosen = exporter(engine)
         folder = root / f"{engine}-{name}-{precision}-{len(list(root.iterdir()))}"
         folder.mkdir()
-        given = options or (OPTIONS if engine in PLANS else DEFAULTS)
+        given = options or (OPTIONS if engine in PLANS else None)
         fed = samples(tiny_of(name).model) if precision == "int8" else ()
         spec = ExportSpec(precision, options=given, calibration=fed)
         form = form_of(tiny_of(name).network, folder / "model.onnx", longest=128 if name == "wide" else 64)
