@@ -24,6 +24,7 @@ from optin_deploy.commands.parsing import check_columns, echo, engine_options, r
 from optin_deploy.commands.source import AllRows
 from optin_deploy.commands.values import options
 from optin_deploy.errors import CannotBuildHere
+from optin_deploy.jobs.job import Job
 from optin_deploy.reporting.terminal import print_report, stage_bar
 
 EXPORT_EXAMPLES = """
@@ -84,7 +85,6 @@ def export(
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
     from optin_deploy.jobs.checked import checked_job, describe
     from optin_deploy.jobs.export import export_model
-    from optin_deploy.jobs.job import Job
     from optin_deploy.jobs.workspace import Workspace
 
     check_columns(ctx, rows.calibration, making.evaluation)

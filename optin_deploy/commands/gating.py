@@ -11,7 +11,10 @@ import typer
 
 from optin_deploy.commands.options import Writing
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import holds
 from optin_deploy.errors import BadInput
+from optin_deploy.files.ownership import free_name
+from optin_deploy.measuring.points import parse_points
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
 
 GATE_EXAMPLES = """
@@ -83,11 +86,9 @@ def gate(
     Exit code 1 if the whole 95% interval of the ratio misses the limit (the worst point decides), 4 if the baseline
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.measuring.comparing import check_not_input, comparison_of
     from optin_deploy.measuring.gate import HEADER, limit_of
-    from optin_deploy.measuring.points import parse_points
 
     force, dry_run = writing.force, writing.dry_run
     compared = partial(comparison_of, baseline, engine=place.engine, precision=place.precision, threads=place.threads)
@@ -122,14 +123,12 @@ def gate(
 
 
 def _is_verdict(file: Path) -> bool:
-    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "verdict", "limit", "points", "environment")
 
 
 def _pin(contest: Any, file: Path, *, force: bool, dry_run: bool) -> None:
     """Write a pin of the baseline alone."""
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.measuring.pins import is_pin
 
     contest.check_pin(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,10 +17,9 @@ from optin_deploy.commands.values import options
 from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import si, size
 from optin_deploy.errors import BadInput
+from optin_deploy.files.ownership import free_name
+from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
-
-if TYPE_CHECKING:
-    from optin_deploy.planning.budget import Limits
 
 INSPECT_EXAMPLES = """
 Examples:
@@ -70,7 +69,6 @@ def inspect(
     shape: Shape = None,
 ) -> None:
     """Say what can be cut in a network, what that costs, and what stays whole and why; no data is needed."""
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.pruning.networks import inspect as find
     from optin_deploy.reporting.network_picture import draw, is_ours
     from optin_deploy.reporting.network_table import (

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from optin_deploy.commands.amounts import size_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
+from optin_deploy.measuring.points import Point, parse_points
+from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
 from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
 Model = Annotated[
@@ -97,13 +99,11 @@ class Budget:
         ),
     ] = None
 
-    def limits(self) -> Any:
+    def limits(self) -> Limits:
         """Return these as `Limits`, checked."""
-        from optin_deploy.planning.budget import Limits
-
         return Limits(self.flops, self.params, size_of(self.size, "--size"), self.max_drop, self.time())
 
-    def time(self) -> Any:
+    def time(self) -> TimeTarget | None:
         """Return the budget in time; there is none."""
         return None
 
@@ -130,13 +130,11 @@ class BudgetInTime(Budget):
         ),
     ] = None
 
-    def time(self) -> Any:
+    def time(self) -> TimeTarget | None:
         """Return the one budget in time that was given, or None.
 
         Raises: BadInput: there are two.
         """
-        from optin_deploy.planning.budget import TimeTarget, parse_latency
-
         latency_ms = None if self.latency is None else parse_latency(self.latency)
         asked = {"--latency": latency_ms, "--speedup": self.speedup, "--throughput": self.throughput}
         targets = [TimeTarget(option, value) for option, value in asked.items() if value is not None]
@@ -210,7 +208,7 @@ class Scoring:
         ),
     ] = None
 
-    def settings(self) -> Any:
+    def settings(self) -> ScoreSettings:
         """Return these as `ScoreSettings`, checked."""
         chosen = PAPER if self.paper else Features()
         return ScoreSettings(self.scorer, self.weighting, self.kl_weight, chosen)  # type: ignore[arg-type]
@@ -245,10 +243,8 @@ class Measuring:
     ] = None
     threads: Threads = Job.threads
 
-    def points(self) -> Any:
+    def points(self) -> tuple[Point, ...]:
         """Return the points, checked."""
-        from optin_deploy.measuring.points import Point, parse_points
-
         return parse_points(self.at) or (Point(),)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from optin_deploy.commands.options import Writing
+from optin_deploy.common.validation import parse_size, validated
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import warn
 
@@ -48,7 +49,6 @@ def engine_options(ctx: typer.Context, engine: str) -> Any:
 
     Raises: BadInput: the engine has no such option, be it given with its default; or a value that cannot be.
     """
-    from optin_deploy.common.validation import parse_size, validated
     from optin_deploy.exporters import exporter
     from optin_deploy.exporters.profiles import parse_profile
 

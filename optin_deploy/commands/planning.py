@@ -17,7 +17,9 @@ from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, w
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
+from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
+from optin_deploy.structure.labels import TOKENS
 
 PLAN_EXAMPLES = """
 Examples:
@@ -87,11 +89,9 @@ def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     from optin_deploy.jobs.planner import Planner
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
-    from optin_deploy.planning.budget import Limits
     from optin_deploy.planning.widths import Choice, aligned
     from optin_deploy.pruning.tokens import check, merging
     from optin_deploy.quality.held_out import judged_samples
-    from optin_deploy.structure.labels import TOKENS
 
     workspace = Workspace(folder)
     workspace.read_scores()

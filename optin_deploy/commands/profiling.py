@@ -13,6 +13,7 @@ from optin_deploy.commands.options import Engine, EngineAlign, Model, OfEngine, 
 from optin_deploy.commands.parsing import engine_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import whole_number
 from optin_deploy.jobs.job import Job
 from optin_deploy.measuring.points import Point, parse_point
 from optin_deploy.reporting.terminal import print_table, stage_bar
@@ -52,7 +53,6 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
-    from optin_deploy.common.validation import whole_number
     from optin_deploy.jobs.profiling import profile_model
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
 

@@ -11,7 +11,9 @@ import typer
 from optin_deploy.commands.options import DryRun, Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import UINT64, holds, positive_number, whole_number
 from optin_deploy.errors import BadInput, ParityFailure
+from optin_deploy.files.ownership import free_name
 from optin_deploy.reporting.terminal import print_table, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.order import Order
@@ -183,8 +185,6 @@ class Load:
 
     def clients(self) -> tuple[int, ...]:
         """Return how many clients ask at the same time, checked as all of it is."""
-        from optin_deploy.common.validation import UINT64, positive_number, whole_number
-
         clients = _numbers(self.concurrency, "--concurrency", "1,4,16") if self.latency else ()
         for each in clients:
             whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
@@ -213,8 +213,6 @@ def serve_check(
 
     Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
     """
-    from optin_deploy.common.validation import positive_number
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
     from optin_deploy.serving.checking import Load as CheckLoad
@@ -253,7 +251,6 @@ def serve_check(
 
 
 def _is_check(file: Path) -> bool:
-    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "settings", "environment", "models", "load")
 

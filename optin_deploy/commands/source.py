@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.pruning.source import Source
+from optin_deploy.scoring.settings import KINDS
 
 DATA, NETWORK = "Data of any network", "ONNX files and any network"
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
@@ -163,9 +165,7 @@ class AllRows(Rows):
 
 def kinds_of(units: str | None) -> tuple[str, ...]:
     """Kinds of units of `--units`; the default ones without it."""
-    from optin_deploy.structure.labels import DEFAULT_KINDS
-
-    return DEFAULT_KINDS if units is None else tuple(kind.strip() for kind in units.split(","))
+    return Source.units if units is None else tuple(kind.strip() for kind in units.split(","))
 
 
 def _found(name: str | Path | None) -> str | None:
@@ -177,8 +177,6 @@ def _found(name: str | Path | None) -> str | None:
 
 def _compared(text: str | None) -> tuple[str | None, Any]:
     """Name and kind of `--compare-output NAME:KIND`; either may be left out."""
-    from optin_deploy.scoring.settings import KINDS
-
     if text is None:
         return None, None
     name, colon, kind = text.rpartition(":")
@@ -201,8 +199,6 @@ def _image_size(text: str | None) -> tuple[int, int] | None:
 
     Raises: BadInput.
     """
-    from optin_deploy.common.validation import whole_number
-
     if text is None:
         return None
     parts = text.lower().split("x")
@@ -217,7 +213,6 @@ def sizes_of(shape: Sequence[str] | None) -> dict[str, int]:
 
     Raises: BadInput.
     """
-    from optin_deploy.common.validation import whole_number
 
     found: dict[str, int] = {}
     for text in shape or ():
