@@ -70,8 +70,7 @@ def finetune(
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
     from optin_deploy.tuning.folder import finetune_folder
 
-    names = rows.columns
-    learned = Rows(rows.data, rows.evaluation, rows.samples, names.text_column, names.label_column, names.pair_column)
+    learned = Rows(rows.data, rows.evaluation, rows.samples, **vars(rows.columns))
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(**vars(learning))
     force, dry_run = writing.force, writing.dry_run

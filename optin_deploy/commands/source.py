@@ -148,9 +148,7 @@ class AllRows(Rows):
         output, read_as = _compared(self.compared)
         return super().of(
             model,
-            text_column=self.columns.text_column,
-            pair_column=self.columns.pair_column,
-            label_column=self.columns.label_column,
+            **vars(self.columns),
             samples=self.samples,
             image_size=_image_size(self.image_size),
             any_size=self.any_size,
