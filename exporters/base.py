@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from optin_deploy.common.processors import default_threads
-from optin_deploy.errors import BadInput
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class ExportSpec:
     """One of the exporter's precisions; None = its first."""
     pool: str | None = None
     """`mean` or `cls`: add the mean over real tokens, or the first of them, as output `sentence_embedding`."""
-    options: EngineOptions = field(default_factory=EngineOptions)
-    """How TensorRT builds its plan."""
+    options: EngineOptions | None = None
+    """Those of its engine; None: their defaults."""
     calibration: Sequence[Mapping[str, np.ndarray]] = ()
     """Inputs by name on which int8 measures the range of activations."""
     of_module: bool = False
@@ -84,11 +83,11 @@ class Exporter(Protocol):
     reads_onnx: bool
     """Is the artifact an ONNX file, or built from one? Then the float32 ONNX is exported and proven beside it."""
 
-    has_profiles: bool
-    """Does it take only the sizes of the profiles it was built for, and the other options of `EngineOptions`?"""
+    options: type[EngineOptions]
+    """What else its artifacts are built with, as a type of its own: `--engine-option` gives its fields."""
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
-        """Refuse options that this engine does not have.
+        """Refuse options, or a pooled output, that it cannot build with here.
 
         Raises: BadInput.
         """
@@ -139,20 +138,14 @@ class DeviceExporter(Protocol):
         """
 
 
-class WithoutPlan:
-    """What engines share that build no plan: any size, no `EngineOptions`, and as a rule nothing in the way."""
+class ExporterDefaults:
+    """What most engines share: kernels of a CPU, no options, and nothing in the way."""
 
-    engine: str
     align = 16
-    has_profiles = False
+    options: type[EngineOptions] = EngineOptions
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
-        if options != EngineOptions():
-            raise BadInput(
-                "--profile, --workspace, --timing-cache, --compatible and --weights are for plans of trt and trt-rtx; "
-                f"engine {self.engine} has none of them."
-            )
 
     def cannot_build(self) -> str | None:
         """See `Exporter.cannot_build`."""

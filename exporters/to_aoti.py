@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form, typed_name
 from optin_deploy.exporters.precisions import DTYPES
 from optin_deploy.exporters.to_torch import module_of
 from optin_deploy.feeds.pooling import POOLED, pooled_states
@@ -28,7 +28,7 @@ from optin_deploy.runtimes.device import current_gpu, describe_device, float32_m
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 
 
-class AotiExporter(WithoutPlan):
+class AotiExporter(ExporterDefaults):
     """A `.pt2` package; any batch, any length up to the position table's."""
 
     engine = "aoti"

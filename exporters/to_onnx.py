@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form, typed_name
 from optin_deploy.exporters.passes.folded import folded
 from optin_deploy.exporters.passes.pooled import pooled
 from optin_deploy.exporters.passes.typed import typed
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "onnx", "onnxruntime")
 """What made a file; part of the artifact's `versions`."""
 
 
-class OnnxExporter(WithoutPlan):
+class OnnxExporter(ExporterDefaults):
     """ONNX for ONNX Runtime; also what TensorRT and OpenVINO read."""
 
     engine = "onnx"

@@ -39,15 +39,15 @@ class OrtCudaExporter(OnnxEngineExporter):
         self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None
     ) -> OrtRuntime:
         """A session whose first provider is proven to be the asked one."""
-        return OrtRuntime(path, threads=threads, provider=self.provider, options=self.options(path, precision))
+        return OrtRuntime(path, threads=threads, provider=self.provider, options=self.provider_options(path, precision))
 
     def open_device(
         self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
     ) -> OrtRuntime:
         """See `DeviceExporter.open_device`; no graph is recorded."""
-        return OrtRuntime(path, provider=self.provider, options=self.options(path, precision))
+        return OrtRuntime(path, provider=self.provider, options=self.provider_options(path, precision))
 
-    def options(self, path: Path, precision: str | None) -> dict[str, str]:
+    def provider_options(self, path: Path, precision: str | None) -> dict[str, str]:
         """Options of the provider."""
         return {"use_tf32": str(int(precision == "tf32"))}  # on by default, also for what is called float32
 
@@ -59,8 +59,8 @@ class OrtTensorRTExporter(OrtCudaExporter):
     precisions = ("tf32", "fp16")  # it has no option that keeps float32 exact
     provider = "TensorrtExecutionProvider"
 
-    def options(self, path: Path, precision: str | None) -> dict[str, str]:
-        """See `OrtCudaExporter.options`; plans are kept beside the file."""
+    def provider_options(self, path: Path, precision: str | None) -> dict[str, str]:
+        """See `OrtCudaExporter.provider_options`; plans are kept beside the file."""
         return {
             "trt_fp16_enable": str(precision == "fp16"),
             "trt_engine_cache_enable": "True",

@@ -13,9 +13,9 @@ from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.checkpoint.reloading import load
 from optin_deploy.checkpoint.smaller import MANIFEST, check_weights
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.precisions import DTYPES
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_onnx import read_file
@@ -27,7 +27,7 @@ MODULE = "model"
 """Folder of the transformers model in an output folder."""
 
 
-class TorchExporter(WithoutPlan):
+class TorchExporter(ExporterDefaults):
     """PyTorch, eager with fused attention, on the GPU if there is one."""
 
     engine = "torch"
@@ -43,7 +43,6 @@ class TorchExporter(WithoutPlan):
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
-        super().check(options)
         if pool is not None:
             raise BadInput(
                 f"--pool needs a graph: use --engine onnx; the {self.engine} engine is the transformers model itself."
@@ -51,7 +50,7 @@ class TorchExporter(WithoutPlan):
 
     def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Describe what the rewrite stage wrote; nothing more is needed."""
-        self.check(spec.options, spec.pool)
+        self.check(self.options.of(spec.options), spec.pool)
         module = form.module
         weights = check_weights(module) if isinstance(module, Path) and out.suffix != ".onnx" else form.graph
         return Artifact(

@@ -68,7 +68,7 @@ def _artifact(name: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
     try:
         from optin_deploy.exporters.base import DeviceExporter, ExportSpec, Form
         from optin_deploy.exporters.profiles import Profile
-        from optin_deploy.exporters.tensorrt_plan import EngineOptions
+        from optin_deploy.exporters.tensorrt_plan import PlanOptions
         from optin_deploy.network.read import read
         from optin_deploy.network.sealed import store
 
@@ -86,7 +86,7 @@ def _artifact(name: str, model: nn.Module, inputs: Mapping[str, Tensor], precisi
         form = Form(path, network, module=model, longest=getattr(config, "max_position_embeddings", None))
         batch, *rest = next(iter(inputs.values())).shape
         profile = Profile((batch,) * 3, (rest[0] if len(rest) == 1 else 1,) * 3)  # images have no length
-        options = EngineOptions(profiles=(profile,)) if target.has_profiles else EngineOptions()
+        options = PlanOptions(profiles=(profile,)) if target.options is PlanOptions else None
         out = folder / target.file_names(precision)[0]
         artifact = target.export(form, ExportSpec(precision, options=options), out)
         return target.open_device(artifact.path, precision=precision)

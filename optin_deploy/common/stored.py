@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 
 from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import read_json, sha256_json, write_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Stored:
         Args: hint: in place of the kind's own.
         Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
         """
+        from optin_deploy.files.storage import read_json  # here, as below: commands take defaults of such values
+
         hint = hint or cls.hint.replace("{folder}", str(path.parent))
         return cls.from_json(read_json(path, hint, ours=True), f"{path}: ", hint)
 
@@ -72,9 +73,13 @@ class Stored:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
+        from optin_deploy.files.storage import write_json
+
         write_json(path, self.to_json())
 
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON."""
+        from optin_deploy.files.storage import sha256_json
+
         return sha256_json(self.to_json())

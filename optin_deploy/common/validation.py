@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import read_json
 
 T = TypeVar("T")
 
@@ -55,6 +54,8 @@ def _adapter(kind: type[Any]) -> Any:
 
 def holds(path: Path, *fields: str) -> bool:
     """Is this a JSON object with these fields, such as an earlier result of the same command?"""
+    from optin_deploy.files.storage import read_json
+
     try:
         return set(fields) <= set(read_json(path, ""))
     except (BadInput, OSError):

@@ -11,7 +11,8 @@ import numpy as np
 from optin_deploy.common.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.width_timer import DENSE, WidthTimer, check_timeable, width_timer
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.stats import percentile

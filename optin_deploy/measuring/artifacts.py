@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,10 +52,10 @@ def time_pair(
 
     Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
     """
-    how: dict[str, Any] = {"precision": opening.precision, "threads": opening.threads}
+    opened = partial(target.open, precision=opening.precision, threads=opening.threads)
     return timed(
-        lambda: target.open(first, **how, task=opening.task),
-        lambda: target.open(second, **how),
+        partial(opened, first, task=opening.task),
+        partial(opened, second),
         feeds,
         title=f"measure {point_name(*at)}",
         stage=stage,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from optin_deploy.common.stored import Stored
 from optin_deploy.common.validation import INT32, UINT64, whole_number
 from optin_deploy.data.pairs import PAIR_COLUMN
-from optin_deploy.planning.widths import DEFAULT_KINDS
-from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.settings import Kind
+from optin_deploy.structure.labels import DEFAULT_KINDS
 
 MOST_TOKENS = 2**20
 """Longer than any position table."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from torch import Tensor
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.scoring.losses import OutputKind, Readout, pooled
+from optin_deploy.scoring.settings import KINDS, Kind
 
-Kind = Literal["logits", "probabilities", "regression", "embedding"]
-KINDS: tuple[Kind, ...] = ("logits", "probabilities", "regression", "embedding")
 PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 LEAST = 1e-30
 """Least probability before its logarithm is taken."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from optin_deploy.common.stored import Stored
 from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_file
 
 FOLDER = "optin"
 """Folder in a version's folder: what travels with it beside the files that the server reads."""
@@ -188,6 +187,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
     Raises: BadInput: names the first that is missing, a link, or another one.
     """
+    from optin_deploy.files.storage import sha256_file  # here: commands take the defaults of `ServingOptions`
+
     for name, sha256 in manifest.sha256.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():

@@ -26,7 +26,7 @@ from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.exporters.base import Artifact, DeviceExporter, ExportSpec
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.tensorrt_plan import PlanOptions
 from optin_deploy.jobs.proving import relative_error
 from optin_deploy.measuring.device_time import measure_device_time
 from optin_deploy.measuring.timing import measure_pair
@@ -55,7 +55,7 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 PROFILE = Profile((1, 4, 16), (4, 16, 60))
 CORNERS = PROFILE.corners()
-OPTIONS = EngineOptions(profiles=(PROFILE,))
+OPTIONS = PlanOptions(profiles=(PROFILE,))
 MODELS = ("wide", "bert", "vit+head")
 TORCH = ("torch", "torch-compile")
 PLANS = ("trt", "trt-rtx")
@@ -159,11 +159,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     root = tmp_path_factory.mktemp("engines")
 
     @cache
-    def built(engine: str, name: str, precision: str, options: EngineOptions | None = None) -> Artifact:
+    def built(engine: str, name: str, precision: str, options: PlanOptions | None = None) -> Artifact:
         chosen = exporter(engine)
         folder = root / f"{engine}-{name}-{precision}-{len(list(root.iterdir()))}"
         folder.mkdir()
-        given = options or (OPTIONS if engine in PLANS else EngineOptions())
+        given = options or (OPTIONS if engine in PLANS else None)
         fed = samples(tiny_of(name).model) if precision == "int8" else ()
         spec = ExportSpec(precision, options=given, calibration=fed)
         about = {"module": cut_of(name), "longest": 128 if name == "wide" else 64}
@@ -378,7 +378,7 @@ def test_the_time_on_the_device_is_positive_and_within_that_of_a_run(engine: str
 def test_a_plan_without_weights_takes_them_from_the_onnx_beside_it(engine: str, build: Build) -> None:
     need(engine, "fp16")
     whole = build(engine, "wide", "fp16")
-    stripped = build(engine, "wide", "fp16", EngineOptions(profiles=(PROFILE,), weights="stripped"))
+    stripped = build(engine, "wide", "fp16", PlanOptions(profiles=(PROFILE,), weights="stripped"))
     assert stripped.size_bytes < whole.size_bytes
     model = model_of("wide")
     with TensorRTRuntime(stripped.path, engine=engine) as runtime:

@@ -24,8 +24,8 @@ from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 from optin_deploy.scoring.dense_run import dense_run
-from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.settings import ALL_TOKENS
 from optin_deploy.scoring.subject import valid_of
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell
