@@ -18,11 +18,10 @@ from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS
 from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
-from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries
-from optin_deploy.structure.labels import TOKENS
+from optin_deploy.structure.labels import DEFAULT_KINDS, TOKENS
 
 NAME = "texts"
 HEADER = ("what goes", "MACs kept", "right", "dense", "points", *SPEED)

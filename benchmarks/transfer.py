@@ -22,8 +22,8 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
-from optin_deploy.tuning.folder import Rows, finetune_folder
-from optin_deploy.tuning.trainer import Tuning
+from optin_deploy.tuning.folder import finetune_folder
+from optin_deploy.tuning.settings import Rows, Tuning
 
 NAME = "transfer"
 HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned")

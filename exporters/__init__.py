@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.base import Exporter
+
+if TYPE_CHECKING:
+    from optin_deploy.exporters.base import Exporter
 
 OWN = {
     "onnx": "optin_deploy.exporters.to_onnx:OnnxExporter",

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from optin_deploy.common.processors import default_threads
-from optin_deploy.errors import BadInput
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.runtimes.base import DeviceRuntime, Runtime
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from optin_deploy.feeds.embedding_head import EmbeddingHead
     from optin_deploy.network.graph import Network
 
 
@@ -26,8 +28,8 @@ class Form:
     """Its float32 ONNX file, sealed."""
     network: Network
     """The same, read."""
-    module: Path | None = None
-    """Folder of the transformers model that computes the same; None: there is none."""
+    module: Path | nn.Module | None = None
+    """Folder of the transformers model that computes the same, or a module in memory; None: there is none."""
     task: str | None = None
     """Task of that model, if it is a dense one."""
     longest: int | None = None
@@ -40,10 +42,10 @@ class ExportSpec:
 
     precision: str | None = None
     """One of the exporter's precisions; None = its first."""
-    pool: str | None = None
-    """`mean` or `cls`: add the mean over real tokens, or the first of them, as output `sentence_embedding`."""
-    options: EngineOptions = field(default_factory=EngineOptions)
-    """How TensorRT builds its plan."""
+    head: EmbeddingHead | None = None
+    """What makes the output `sentence_embedding` of the states; None: there is no such output."""
+    options: EngineOptions | None = None
+    """Those of its engine; None: their defaults."""
     calibration: Sequence[Mapping[str, np.ndarray]] = ()
     """Inputs by name on which int8 measures the range of activations."""
     of_module: bool = False
@@ -82,11 +84,11 @@ class Exporter(Protocol):
     reads_onnx: bool
     """Is the artifact an ONNX file, or built from one? Then the float32 ONNX is exported and proven beside it."""
 
-    has_profiles: bool
-    """Does it take only the sizes of the profiles it was built for, and the other options of `EngineOptions`?"""
+    options: type[EngineOptions]
+    """What else its artifacts are built with, as a type of its own: `--engine-option` gives its fields."""
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
-        """Refuse options that this engine does not have.
+        """Refuse options, or a pooled output, that it cannot build with here.
 
         Raises: BadInput.
         """
@@ -128,27 +130,23 @@ class Exporter(Protocol):
 class DeviceExporter(Protocol):
     """What an exporter has besides if its engine launches without transfers: `--device-time` measures it."""
 
-    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> DeviceRuntime:
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> DeviceRuntime:
         """Load an artifact.
 
-        Args: cuda_graph: replay a graph of the launch, where one can be recorded.
+        Args: cuda_graph: replay a graph of the launch, where one can be recorded. task: see `Exporter.open`.
         """
 
 
-class WithoutPlan:
-    """What engines share that build no plan: any size, no `EngineOptions`, and as a rule nothing in the way."""
+class ExporterDefaults:
+    """What most engines share: kernels of a CPU, no options, and nothing in the way."""
 
-    engine: str
     align = 16
-    has_profiles = False
+    options: type[EngineOptions] = EngineOptions
 
     def check(self, options: EngineOptions, pool: str | None = None) -> None:
         """See `Exporter.check`."""
-        if options != EngineOptions():
-            raise BadInput(
-                "--profile, --workspace, --timing-cache, --compatible and --weights are for plans of trt and trt-rtx; "
-                f"engine {self.engine} has none of them."
-            )
 
     def cannot_build(self) -> str | None:
         """See `Exporter.cannot_build`."""

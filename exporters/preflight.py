@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 from optin_deploy.errors import MissingDependency
 from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
+from optin_deploy.exporters.tensorrt_plan import PlanOptions, build_engine
 from optin_deploy.feeds.inputs import longest_text
 from optin_deploy.files.storage import read_json
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 
 
-def build_ahead(path: Path, options: EngineOptions | None = None) -> str | None:
+def build_ahead(path: Path, options: PlanOptions | None = None) -> str | None:
     """Build, and throw the engine away.
 
     Args: options: default: the usual batch sizes and lengths, up to the longest in config.json beside it.
@@ -34,7 +34,7 @@ def build_ahead(path: Path, options: EngineOptions | None = None) -> str | None:
         config = path.with_name("config.json")
         if not config.is_file():
             return None
-        options = EngineOptions(profiles=(Profile().up_to(_longest(config)),))
+        options = PlanOptions(profiles=(Profile().up_to(_longest(config)),))
     started = time.perf_counter()
     log = EngineLog(MODULES["trt-rtx"][1])
     plan = build_engine(trt, path, replace(options, compatible=(), weights="fixed"), log=log)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.errors import BadInput, CannotBuildHere
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.profiles import Profile
 from optin_deploy.files.storage import atomic_file
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog
@@ -23,7 +24,7 @@ SHOWN_LINES = 5
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class PlanOptions(EngineOptions):
     """What the builder is told beyond the graph."""
 
     profiles: tuple[Profile, ...] = (Profile(),)
@@ -48,8 +49,12 @@ class EngineOptions:
         if self.weights not in WEIGHTS:
             raise BadInput(f"unknown --weights {self.weights!r}; possible: {', '.join(WEIGHTS)}.")
 
+    def sizes(self) -> tuple[Profile, ...]:
+        """See `EngineOptions.sizes`."""
+        return self.profiles
+
     def settings(self) -> dict[str, str]:
-        """Everything that changes the plan, as text."""
+        """See `EngineOptions.settings`."""
         return {
             "profiles": "; ".join(map(str, self.profiles)),
             "workspace_bytes": str(self.workspace_bytes or "all"),
@@ -61,7 +66,7 @@ class EngineOptions:
 def build_engine(
     trt: Any,
     source: Path,
-    options: EngineOptions,
+    options: PlanOptions,
     *,
     log: EngineLog,
     tf32: bool = False,
@@ -118,7 +123,7 @@ def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> N
     config.add_optimization_profile(shapes)
 
 
-def _set_options(trt: Any, config: Any, options: EngineOptions, *, tf32: bool) -> None:
+def _set_options(trt: Any, config: Any, options: PlanOptions, *, tf32: bool) -> None:
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     flags = {

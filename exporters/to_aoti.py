@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput, CannotBuildHere
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form, typed_name
 from optin_deploy.exporters.precisions import DTYPES
 from optin_deploy.exporters.to_torch import module_of
-from optin_deploy.feeds.pooling import POOLED, pooled_states
+from optin_deploy.feeds.embedding_head import EmbeddingHead
+from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.feeds.rows import MASK
 from optin_deploy.files.storage import atomic_file, sha256_file, sha256_json
 from optin_deploy.network.graph import Network
@@ -24,11 +25,11 @@ from optin_deploy.network.read_torch import FAILURES, Traced, prepared, quiet
 from optin_deploy.network.sealed import finished as sealed
 from optin_deploy.runtimes.aoti import AotiRuntime
 from optin_deploy.runtimes.base import Runtime, torch_threads
-from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32, missing_compiler
+from optin_deploy.runtimes.device import current_gpu, describe_device, float32_mode, missing_compiler
 from optin_deploy.runtimes.record import EngineRecord, finished, write_record
 
 
-class AotiExporter(WithoutPlan):
+class AotiExporter(ExporterDefaults):
     """A `.pt2` package; any batch, any length up to the position table's."""
 
     engine = "aoti"
@@ -48,10 +49,12 @@ class AotiExporter(WithoutPlan):
         device = current_gpu() or torch.device("cpu")
         graph = sealed(form.graph)
         assert graph is not None, "the float32 file was written by an earlier stage"
-        key = sha256_json([graph.sha256, precision, spec.pool, torch.__version__, describe_device(device)])
+        key = sha256_json(
+            [graph.sha256, precision, spec.head and spec.head.digest, torch.__version__, describe_device(device)]
+        )
         record = finished(out, key)
         if record is None:
-            record = _compile(form, spec.pool, precision, device, out, key)
+            record = _compile(form, spec.head, precision, device, out, key)
         return Artifact(
             path=out,
             engine=self.engine,
@@ -75,17 +78,25 @@ class AotiExporter(WithoutPlan):
         """The package on the device that it was compiled for."""
         return AotiRuntime(path, threads=threads)
 
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> AotiRuntime:
+        """See `DeviceExporter.open_device`; no graph is recorded."""
+        return AotiRuntime(path)
 
-def _compile(form: Form, pool: str | None, precision: str, device: torch.device, out: Path, key: str) -> EngineRecord:
+
+def _compile(
+    form: Form, head: EmbeddingHead | None, precision: str, device: torch.device, out: Path, key: str
+) -> EngineRecord:
     obstacle = missing_compiler()
     if obstacle is not None:
         raise CannotBuildHere(
             f"no {out.name}: {obstacle}, then run: optin build {out.parent} --engine aoti --precision {precision}"
         )
     module = module_of(form.module or form.graph, form.task).to(device, DTYPES[precision])
-    with tempfile.TemporaryDirectory() as temporary, exact_float32(), quiet():
+    with tempfile.TemporaryDirectory() as temporary, float32_mode(), quiet():
         try:
-            program, outputs = traced_of(module, form, precision, pool)
+            program, outputs = traced_of(module, form, precision, head)
         except (BadInput, *FAILURES) as err:
             said = (str(err).splitlines() or [""])[0]
             raise CannotBuildHere(
@@ -116,7 +127,7 @@ def _compile(form: Form, pool: str | None, precision: str, device: torch.device,
 
 
 def traced_of(
-    module: torch.nn.Module, form: Form, precision: str, pool: str | None
+    module: torch.nn.Module, form: Form, precision: str, head: EmbeddingHead | None
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     """Trace the module of a form for every size of its free axes.
 
@@ -125,7 +136,7 @@ def traced_of(
     """
     weight = next(module.parameters(), torch.empty(0))
     example = example_of(form.network, weight.device)
-    typed = Typed(module, tuple(example), DTYPES[precision], pool)
+    typed = Typed(module, tuple(example), DTYPES[precision], head)
     with prepared(module), torch.no_grad():
         typed(*example.values())  # notes the names of the outputs
         program = torch.export.export(typed, tuple(example.values()), dynamic_shapes=(dynamic_shapes(form),))
@@ -136,21 +147,21 @@ class Typed(Traced):
     """Takes and gives float32 whatever the weights are; with pooling, one more output."""
 
     def __init__(
-        self, module: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype, pool: str | None = None
+        self, module: torch.nn.Module, names: tuple[str, ...], dtype: torch.dtype, head: EmbeddingHead | None = None
     ) -> None:
         super().__init__(module, names)
-        self.dtype, self.pool = dtype, pool
+        self.dtype, self.head = dtype, head
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """See `Traced`."""
         found = super().forward(*(v.to(self.dtype) if v.is_floating_point() else v for v in values))
         found = tuple(v.float() if v.is_floating_point() else v for v in found)
-        if self.pool is None:
+        if self.head is None:
             return found
         states, mask = found[0], dict(zip(self.names, values, strict=True)).get(MASK)
         valid = torch.ones(states.shape[:2]) if mask is None else mask
         self.found_names.all = (*self.found_names.all, POOLED)
-        return (*found, pooled_states(states, valid.to(states), self.pool))
+        return (*found, self.head(states, valid.to(states)))
 
 
 def example_of(network: Network, device: torch.device) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, WithoutPlan, typed_name
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form, typed_name
 from optin_deploy.exporters.passes.folded import folded
 from optin_deploy.exporters.passes.pooled import pooled
 from optin_deploy.exporters.passes.typed import typed
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "onnx", "onnxruntime")
 """What made a file; part of the artifact's `versions`."""
 
 
-class OnnxExporter(WithoutPlan):
+class OnnxExporter(ExporterDefaults):
     """ONNX for ONNX Runtime; also what TensorRT and OpenVINO read."""
 
     engine = "onnx"
@@ -73,7 +73,7 @@ def _typed(form: Form, source: Finished, precision: str, spec: ExportSpec, out: 
     if precision != "int8":
         key = sha256_json([source.sha256, precision, version("onnx")])
         plain = typed(folded(tidied(form.network, without=POOLED)), precision)
-        return store(plain if spec.pool is None else pooled(plain, spec.pool), out, key, entries)
+        return store(plain if spec.head is None else pooled(plain, spec.head), out, key, entries)
     key = sha256_json(
         [source.sha256, precision, version("onnxruntime"), NOISE_LIMIT, SETTINGS, [*map(hash_of, spec.calibration)]]
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from optin_deploy.errors import MissingDependency
 from optin_deploy.exporters.onnx_engine import OnnxEngineExporter
-from optin_deploy.runtimes.base import Runtime
 from optin_deploy.runtimes.device import NO_GPU, current_gpu
 from optin_deploy.runtimes.ort import OrtRuntime, import_onnxruntime
 
@@ -36,10 +35,21 @@ class OrtCudaExporter(OnnxEngineExporter):
             )
         return NO_GPU if current_gpu() is None else None
 
-    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
+    def open(
+        self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None
+    ) -> OrtRuntime:
         """A session whose first provider is proven to be the asked one."""
-        options = {"use_tf32": str(int(precision == "tf32"))}  # on by default, also for what is called float32
-        return OrtRuntime(path, threads=threads, provider=self.provider, options=options)
+        return OrtRuntime(path, threads=threads, provider=self.provider, options=self.provider_options(path, precision))
+
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> OrtRuntime:
+        """See `DeviceExporter.open_device`; no graph is recorded."""
+        return OrtRuntime(path, provider=self.provider, options=self.provider_options(path, precision))
+
+    def provider_options(self, path: Path, precision: str | None) -> dict[str, str]:
+        """Options of the provider."""
+        return {"use_tf32": str(int(precision == "tf32"))}  # on by default, also for what is called float32
 
 
 class OrtTensorRTExporter(OrtCudaExporter):
@@ -49,13 +59,12 @@ class OrtTensorRTExporter(OrtCudaExporter):
     precisions = ("tf32", "fp16")  # it has no option that keeps float32 exact
     provider = "TensorrtExecutionProvider"
 
-    def open(self, path: Path, *, precision: str | None = None, threads: int = 0, task: str | None = None) -> Runtime:
-        """See `OrtCudaExporter.open`; plans are kept beside the file."""
-        options = {
+    def provider_options(self, path: Path, precision: str | None) -> dict[str, str]:
+        """See `OrtCudaExporter.provider_options`; plans are kept beside the file."""
+        return {
             "trt_fp16_enable": str(precision == "fp16"),
             "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(path.parent / CACHE),
             "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(path.parent / CACHE),
         }
-        return OrtRuntime(path, threads=threads, provider=self.provider, options=options)

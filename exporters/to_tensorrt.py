@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
-from optin_deploy.exporters.base import Artifact, ExportSpec, Form, graph_precision, typed_name
+from optin_deploy.exporters.base import Artifact, ExporterDefaults, ExportSpec, Form, graph_precision, typed_name
+from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.preflight import build_ahead
-from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
+from optin_deploy.exporters.tensorrt_plan import PlanOptions, build_engine
 from optin_deploy.exporters.to_onnx import OnnxExporter
 from optin_deploy.files.storage import atomic_file, sha256_file, sha256_json, write_text
 from optin_deploy.runtimes.base import Runtime
@@ -29,14 +30,14 @@ OLDEST, NEWEST = (10, 12), 12
 """First version with the calls used here, and the first major version that was not looked at."""
 
 
-class TensorRTExporter:
+class TensorRTExporter(ExporterDefaults):
     """Plans for TensorRT; where it or a GPU is missing, the instructions for the target."""
 
     engine = "trt"
     precisions = ("fp16", "fp32", "tf32", "bf16", "int8")
     align = 64
     reads_onnx = True
-    has_profiles = True
+    options: type[PlanOptions] = PlanOptions
     keeps_timings = True
 
     def file_names(self, precision: str, folder: Path | None = None) -> tuple[str, str | None]:
@@ -53,8 +54,9 @@ class TensorRTExporter:
         onnx_precision = graph_precision(precision)
         source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
         graph = OnnxExporter().export(form, replace(spec, precision=onnx_precision), source)
-        profiles = tuple(profile.up_to(form.longest) for profile in spec.options.profiles)
-        options = replace(spec.options, profiles=profiles)
+        options = self.options.of(spec.options)
+        profiles = tuple(profile.up_to(form.longest) for profile in options.profiles)
+        options = replace(options, profiles=profiles)
         missing = self.cannot_build()
         if missing is not None:
             preflight = _preflight(source, options) if self.engine == "trt" else ""
@@ -93,7 +95,7 @@ class TensorRTExporter:
             shapes=tuple(corner for profile in profiles for corner in profile.corners()),
         )
 
-    def _build(self, trt: Any, source: Path, out: Path, options: EngineOptions, wanted: EngineRecord) -> EngineRecord:
+    def _build(self, trt: Any, source: Path, out: Path, options: PlanOptions, wanted: EngineRecord) -> EngineRecord:
         """Write plan, builder's log and record; `wanted` lacks only what the file itself tells."""
         log = EngineLog(MODULES[self.engine][1])
         cache = (options.timing_cache or out.with_name(TIMING_CACHE)) if self.keeps_timings else None
@@ -114,9 +116,6 @@ class TensorRTExporter:
         record = replace(wanted, sha256=sha256_file(out), size_bytes=len(plan))
         write_record(out, record)
         return record
-
-    def check(self, options: EngineOptions, pool: str | None = None) -> None:
-        """See `Exporter.check`."""
 
     def configure(self, trt: Any, config: Any) -> None:
         """Set what only this kind of TensorRT has."""
@@ -146,7 +145,9 @@ class TensorRTExporter:
         """The plan on the current CUDA device, with CUDA graphs; errors as in `open_device`."""
         return self.open_device(path, precision=precision)
 
-    def open_device(self, path: Path, *, precision: str | None = None, cuda_graph: bool = True) -> TensorRTRuntime:
+    def open_device(
+        self, path: Path, *, precision: str | None = None, cuda_graph: bool = True, task: str | None = None
+    ) -> TensorRTRuntime:
         """See `DeviceExporter.open_device`.
 
         Raises: BadInput: the plan was built in another precision, or for another device or version.
@@ -187,12 +188,13 @@ class RtxExporter(TensorRTExporter):
 
         Raises: BadInput.
         """
-        if options.compatible:
+        own = self.options.of(options)
+        if own.compatible:
             raise BadInput("TensorRT-RTX has no --compatible: its plans load in the release that built them.")
-        if options.timing_cache is not None:
+        if own.timing_cache is not None:
             raise BadInput("--timing-cache: TensorRT-RTX times no kernels while it builds. Leave it out.")
-        if options.weights != "fixed" and current_gpu() is None:
-            raise BadInput(f"--weights {options.weights} needs a GPU with TensorRT-RTX, and {NO_GPU}.")
+        if own.weights != "fixed" and current_gpu() is None:
+            raise BadInput(f"--weights {own.weights} needs a GPU with TensorRT-RTX, and {NO_GPU}.")
 
     def configure(self, trt: Any, config: Any) -> None:
         """Build for the GPU that is here, if one is; else for the product's default list of architectures."""
@@ -202,7 +204,7 @@ class RtxExporter(TensorRTExporter):
             config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
 
 
-def _preflight(source: Path, options: EngineOptions) -> str:
+def _preflight(source: Path, options: PlanOptions) -> str:
     """What TensorRT-RTX, if it is installed, makes of the same file: a line for the error text."""
     try:
         said = build_ahead(source, options)
@@ -211,7 +213,7 @@ def _preflight(source: Path, options: EngineOptions) -> str:
     return "" if said is None else f"\nPreflight passed: {said}"
 
 
-def _instructions(form: Form, source: Path, precision: str, options: EngineOptions, missing: str) -> str:
+def _instructions(form: Form, source: Path, precision: str, options: PlanOptions, missing: str) -> str:
     folder = source.parent
     lines = [
         f"{source} is written, but no {precision} engine: {missing}. Copy {folder} to the target and run there",
@@ -225,7 +227,7 @@ def _instructions(form: Form, source: Path, precision: str, options: EngineOptio
     return "\n".join(lines)
 
 
-def _flags(options: EngineOptions) -> str:
+def _flags(options: PlanOptions) -> str:
     """The options as they are typed."""
     typed = [f'--profile "{profile}"' for profile in options.profiles]
     typed += [f"--compatible {what}" for what in options.compatible]
@@ -234,7 +236,7 @@ def _flags(options: EngineOptions) -> str:
     return " ".join(typed)
 
 
-def _trtexec_shapes(form: Form, options: EngineOptions) -> str:
+def _trtexec_shapes(form: Form, options: PlanOptions) -> str:
     shapes = ""
     for name, (batch, tokens) in zip(("min", "opt", "max"), options.profiles[0].corners(), strict=True):
         sized = {

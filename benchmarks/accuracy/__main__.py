@@ -32,11 +32,10 @@ from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.files.storage import read_json, sha256_tensors, write_json
 from optin_deploy.network.graph import Network
 from optin_deploy.network.write import write as write_network
-from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.pruning.networks import Found as Read
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.reporting.terminal import quiet_libraries
-from optin_deploy.structure.labels import KINDS
+from optin_deploy.structure.labels import DEFAULT_KINDS, KINDS
 
 GATE = ["sentiment", "r8", "cifar10"]
 

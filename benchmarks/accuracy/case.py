@@ -24,7 +24,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import Limit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
-from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, aligned, choose
+from optin_deploy.planning.widths import Choice, Keep, aligned, choose
 from optin_deploy.pruning.networks import Found
 from optin_deploy.pruning.pruning import Curves, curves_of, emptiable, make, pick, ready_of, score, turned
 from optin_deploy.pruning.ready import Ready
@@ -33,6 +33,7 @@ from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.find import find
+from optin_deploy.structure.labels import DEFAULT_KINDS
 from optin_deploy.structure.tokens import TokenStream
 
 T = TypeVar("T")

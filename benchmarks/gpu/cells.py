@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.engines import ENGINES
+from benchmarks.gpu.engines import NAMES
 from benchmarks.gpu.models import MODELS, PRUNED, is_image
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.precisions import DTYPES
@@ -53,7 +53,7 @@ class Cell:
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("model", self.model, tuple(MODELS)),
-            ("engine", self.engine, tuple(ENGINES)),
+            ("engine", self.engine, NAMES),
             ("precision", self.precision, tuple(DTYPES)),
             ("inputs", self.inputs, INPUTS),
         ):

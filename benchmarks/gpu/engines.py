@@ -1,152 +1,101 @@
-"""Engines: (model, inputs on the device, precision) -> a context manager that gives run(), a launch of the work."""
+"""Open a model of the suite in an engine of the library, on inputs that lie on the device."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.precision import cast, cast_inputs
+from optin_deploy.errors import MissingDependency
+from optin_deploy.exporters import ENGINES, exporter
+from optin_deploy.exporters.precisions import DTYPES
+from optin_deploy.runtimes.base import DeviceRuntime
+from optin_deploy.runtimes.device import missing_compiler
+from optin_deploy.runtimes.torch import WITHOUT_GRAPHS, TorchRuntime, compiled
 
-Run = Callable[[], Tensor]
-"""Start one forward on the current stream (or wait until it is done elsewhere: events of the current stream time it);
-the main output, valid until the next call."""
-Opener = Callable[[nn.Module, Mapping[str, Tensor], str], AbstractContextManager[Run]]
+GRAPH = "graph"
+"""Engine torch whose kernels are replayed from a CUDA graph."""
+TORCH = ("torch", GRAPH, "torch-compile")
+"""These take the module in memory and need torch alone: the suite runs where the product's packages are not."""
+NAMES = (GRAPH, *ENGINES)
+"""Engines of cells; all but `torch` replay a CUDA graph where the library records one."""
 
-ENGINES = {
-    "eager": "benchmarks.gpu.engines:eager",
-    "graph": "benchmarks.gpu.engines:graph",
-    "compile": "benchmarks.gpu.engines:compiled",
-    "aoti": "benchmarks.gpu.engines:aoti",
-    "ort-cuda": "benchmarks.gpu.engines_ort:ort_cuda",
-    "ort-trt": "benchmarks.gpu.engines_ort:ort_trt",
-    "trt": "benchmarks.gpu.engines_trt:trt",
-    "trt-rtx": "benchmarks.gpu.engines_trt:trt_rtx",
-}
-"""Name -> module:function, imported when asked for."""
+Launch = Callable[[], Tensor]
+"""Start one forward as a `DeviceRuntime` does; the main output, valid until the next call."""
 
 
 class Skipped(Exception):
     """This engine cannot run here; the message says why and what would help. Not a failure."""
 
 
-def open_engine(
-    name: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str
-) -> AbstractContextManager[Run]:
+@contextmanager
+def open_engine(name: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Launch]:
     """Open an engine by its name.
 
     Args: model: dense or pruned, float32, in evaluation mode; stays as it is. inputs: on the model's device.
-    Raises: Skipped: by the context manager on entering, where the engine cannot run.
+    Raises: Skipped: on entering, where the engine cannot run.
     """
-    module, _, function = ENGINES[name].partition(":")
-    opener: Opener = getattr(import_module(module), function)
-    return opener(model, inputs, precision)
-
-
-class MainOutput(nn.Module):
-    """A transformers base model whose output is one tensor, (batch, tokens, hidden)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.eval()  # a fresh module is in training mode
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Return `last_hidden_state`."""
-        states: Tensor = self.model(**inputs).last_hidden_state
-        return states
-
-
-def need_cuda(engine: str, inputs: Mapping[str, Tensor]) -> torch.device:
-    """The inputs' device.
-
-    Raises: Skipped: it is not a GPU.
-    """
-    device = next(iter(inputs.values())).device
-    if device.type != "cuda":
-        raise Skipped(f"engine {engine} needs a CUDA device; this run is on {device.type}.")
-    return device
-
-
-@contextmanager
-def eager(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """PyTorch without compilation, attention by scaled_dot_product_attention."""
-    main, feeds = MainOutput(cast(model, precision)), cast_inputs(inputs, precision)
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            states: Tensor = main(**feeds)
-            return states
-
-    yield run
-
-
-@contextmanager
-def graph(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """The eager kernels captured once in a CUDA graph with static inputs, then replayed."""
-    device = need_cuda("graph", inputs)
-    with eager(model, inputs, precision) as run, torch.cuda.device(device):
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own gap
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # libraries set themselves up in first runs, which a capture must not hold
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            output = run()
-
-        def replay() -> Tensor:
-            captured.replay()
-            return output
-
-        try:
-            yield replay
-        finally:
-            torch.cuda.synchronize()
-            captured.reset()
-
-
-@contextmanager
-def compiled(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """torch.compile, mode max-autotune (which uses CUDA graphs of its own), static shapes."""
-    main, feeds = MainOutput(cast(model, precision)), cast_inputs(inputs, precision)
-    # fullgraph: falling back to eager, also at the recompilation limit, must be an error and not a number.
-    fast = torch.compile(main, mode="max-autotune", dynamic=False, fullgraph=True)
-
-    def run() -> Tensor:
-        # The last output may be overwritten.
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's own gap
-        with torch.inference_mode():
-            states: Tensor = fast(**feeds)
-            return states
-
-    try:
-        yield run
-    finally:
-        torch.compiler.reset()  # the variants share code objects, whose compiled versions are limited in number
-
-
-@contextmanager
-def aoti(model: nn.Module, inputs: Mapping[str, Tensor], precision: str) -> Iterator[Run]:
-    """torch.export, compiled ahead of time by Inductor into a package, loaded again from disk."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-    main, feeds = MainOutput(cast(model, precision)), cast_inputs(inputs, precision)
     with tempfile.TemporaryDirectory() as folder:
-        with torch.no_grad():
-            program = torch.export.export(main, (), kwargs=dict(feeds), strict=False)
-            package = aoti_compile_and_package(program, package_path=str(Path(folder) / "model.pt2"))
-        loaded = aoti_load_package(package)
+        opened = _module if name in TORCH else _artifact
+        with opened(name, model, inputs, precision, Path(folder)) as runtime:
+            launch = runtime.launcher(inputs if name in TORCH else with_mask(inputs))
+            if name in TORCH and name != "torch" and runtime.device.type == "cuda" and not runtime.replays:
+                raise Skipped(f"engine {name}: no CUDA graph could be recorded; see worker.log.")
+            yield lambda: launch()["last_hidden_state"]
 
-        def run() -> Tensor:
-            with torch.inference_mode():
-                states: Tensor = loaded(**feeds)
-                return states
 
-        yield run
+def _module(name: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str, folder: Path) -> DeviceRuntime:
+    on_gpu = next(iter(inputs.values())).device.type == "cuda"
+    if name == GRAPH and not on_gpu:
+        raise Skipped(f"engine {GRAPH} needs a CUDA device; this run is on a CPU.")
+    smaller = copy.deepcopy(model).to(DTYPES[precision])
+    if name == "torch-compile":
+        obstacle = missing_compiler()
+        if obstacle is not None:
+            raise Skipped(f"engine {name}: {obstacle}")
+        smaller = compiled(smaller, WITHOUT_GRAPHS if on_gpu else "default")
+    return TorchRuntime(smaller, engine=name, tf32=precision == "tf32", cuda_graph=name != "torch")
+
+
+def _artifact(name: str, model: nn.Module, inputs: Mapping[str, Tensor], precision: str, folder: Path) -> DeviceRuntime:
+    """Export as the product does, for the one shape that is measured if the engine has profiles, and open it."""
+    try:
+        from optin_deploy.exporters.base import DeviceExporter, ExportSpec, Form
+        from optin_deploy.exporters.profiles import Profile
+        from optin_deploy.exporters.tensorrt_plan import PlanOptions
+        from optin_deploy.network.read import read
+        from optin_deploy.network.sealed import store
+
+        target = exporter(name)
+        obstacle = target.cannot_build() or target.obstacle(precision)
+        if obstacle is not None:
+            raise Skipped(f"engine {name}: {obstacle}")
+        if precision not in target.precisions:
+            raise Skipped(f"engine {name} has no precision {precision}; possible: {', '.join(target.precisions)}.")
+        if not isinstance(target, DeviceExporter):
+            raise Skipped(f"engine {name} cannot launch without transfers.")
+        network, path = read(copy.deepcopy(model).cpu()), folder / "model.onnx"
+        store(network, path, "of the suite")
+        config: Any = model.config
+        form = Form(path, network, module=model, longest=getattr(config, "max_position_embeddings", None))
+        batch, *rest = next(iter(inputs.values())).shape
+        profile = Profile((batch,) * 3, (rest[0] if len(rest) == 1 else 1,) * 3)  # images have no length
+        options = PlanOptions(profiles=(profile,)) if target.options is PlanOptions else None
+        out = folder / target.file_names(precision)[0]
+        artifact = target.export(form, ExportSpec(precision, options=options), out)
+        return target.open_device(artifact.path, precision=precision)
+    except (ImportError, MissingDependency) as err:
+        raise Skipped(f"engine {name}: {err}; bring it along.") from err
+
+
+def with_mask(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exported graphs always take a mask; full sequences have one of ones."""
+    ids = inputs.get("input_ids")
+    masks = {} if ids is None else {"attention_mask": torch.ones_like(ids)}
+    return {**masks, **inputs}

@@ -1,103 +1,98 @@
-"""Time several variants side by side: interleaved in random order, in blocks that are the replicates."""
+"""Time launches beside each other by the library's protocol; each stays open from the first block to the last.
+
+`measure_device_time` opens all anew in each block, for which a suite of many cells has no time.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.engines import Run
+from benchmarks.gpu.engines import Launch
 from optin_deploy.measuring.device_clock import Timer, stretch_runs
-from optin_deploy.measuring.stats import bootstrap_ci, percentile, throughput
+from optin_deploy.measuring.device_time import DeviceClock
+from optin_deploy.measuring.stats import bootstrap_ci, percentile
+from optin_deploy.measuring.timing import Blocks, log_ratios, mean_ratio, measure_together
+from optin_deploy.runtimes.base import Closing, Feeds
 
-WARMUP_SHARE = 0.2
-"""Share of the timed seconds in which all variants run in turn before anything counts: clocks rise, caches and
-allocators settle."""
 FIRST_RUNS = 4
-"""Untimed runs of each variant; torch.compile's CUDA graphs are recorded in the first three."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 60
-"""Rounds of a block: fewest whose median ignores a disturbed one; more would only sharpen a block's own median."""
+"""Launches of each variant before anything counts; the first may compile for minutes."""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Raw times of one variant; entry [block][round] was taken in the same round as the other variants'."""
+def back_to_back(
+    launches: Mapping[str, Launch], timer: Timer, *, timed_s: float, blocks: int, seed: int = 0
+) -> Mapping[str, Blocks]:
+    """Milliseconds a launch in stretches of them, by name.
 
-    stretch_ms: tuple[tuple[float, ...], ...]
-    """(blocks, rounds): milliseconds a run, back to back."""
-    call_ms: tuple[tuple[float, ...], ...]
-    """(blocks, rounds): milliseconds of a single synchronised run."""
-    runs: int
-    """Launches of a stretch."""
-
-    def to_json(self, batch: int) -> dict[str, Any]:
-        """Median, 95th percentile and throughput of both ways, and the raw medians of the blocks."""
-        stretch, call = np.concatenate(self.stretch_ms), np.concatenate(self.call_ms)
-        return {
-            "p50_ms": percentile(stretch, 50),
-            "p95_ms": percentile(stretch, 95),
-            "throughput": throughput(percentile(stretch, 50), batch=batch),
-            "call_p50_ms": percentile(call, 50),
-            "call_p95_ms": percentile(call, 95),
-            "block_ms": _medians(self.stretch_ms),
-            "call_block_ms": _medians(self.call_ms),
-            "runs_a_stretch": self.runs,
-            "rounds_a_block": len(self.stretch_ms[0]),
-        }
-
-
-def measure(runs: Mapping[str, Run], timer: Timer, *, timed_s: float, blocks: int, seed: int = 0) -> dict[str, Samples]:
-    """Time all variants in rounds of random order.
-
-    Args: timed_s: seconds that are timed, over all blocks and variants (about; MIN_ROUNDS always run).
+    Args: timed_s: seconds that are timed, over all blocks and variants (about; a few rounds always run).
     """
-    estimate = warm_up(runs, timer, warmup_ms=WARMUP_SHARE * timed_s * 1000)
-    stretch = stretch_runs(min(estimate.values()))
-    round_ms = sum(estimate.values()) * (stretch + 1)
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(timed_s * 1000 / blocks / round_ms)))
-    rng = np.random.default_rng(seed)
-    names = list(runs)
-    taken: dict[str, list[list[tuple[float, float]]]] = {name: [[] for _ in range(blocks)] for name in names}
-    for block in range(blocks):
-        for _ in range(rounds):
-            for index in rng.permutation(len(names)):
-                run = runs[names[index]]
-                taken[names[index]][block].append((timer.stretch_ms(run, stretch), timer.call_ms(run)))
-    return {
-        name: Samples(
-            tuple(tuple(pair[0] for pair in block) for block in found),
-            tuple(tuple(pair[1] for pair in block) for block in found),
-            stretch,
-        )
-        for name, found in taken.items()
+    first = [timer.call_ms(launch) for _ in range(FIRST_RUNS) for launch in launches.values()]
+    runs = stretch_runs(min(first))
+
+    def stretch_ms(launch: Launch) -> float:
+        return timer.stretch_ms(launch, runs) * runs
+
+    taken = _measured(launches, stretch_ms, timed_s=timed_s, blocks=blocks, seed=seed)
+    return {name: tuple(tuple(ms / runs for ms in block) for block in found) for name, found in taken.items()}
+
+
+def single_calls(
+    launches: Mapping[str, Launch], timer: Timer, *, timed_s: float, blocks: int, seed: int = 0
+) -> Mapping[str, Blocks]:
+    """Milliseconds from one launch until its work is done; arguments as of `back_to_back`."""
+    return _measured(launches, timer.call_ms, timed_s=timed_s, blocks=blocks, seed=seed)
+
+
+def times(ms: Blocks, prefix: str = "") -> dict[str, Any]:
+    """Median and 95th percentile, and medians and numbers of rounds of the blocks; names begin with `prefix`."""
+    every = np.concatenate(ms)
+    found = {
+        "p50_ms": percentile(every, 50),
+        "p95_ms": percentile(every, 95),
+        "block_ms": [percentile(block, 50) for block in ms],
+        "rounds_a_block": [*map(len, ms)],
     }
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
-def warm_up(runs: Mapping[str, Run], timer: Timer, *, warmup_ms: float) -> dict[str, float]:
-    """Run all variants in turn for `warmup_ms` and at least FIRST_RUNS times; shortest milliseconds of each."""
-    shortest = dict.fromkeys(runs, math.inf)
-    spent, turns = 0.0, 0
-    while turns < FIRST_RUNS or spent < warmup_ms:
-        for name, run in runs.items():
-            ms = timer.call_ms(run)
-            shortest[name] = min(shortest[name], ms)
-            spent += ms if turns else 0.0  # the very first runs may compile for minutes
-        turns += 1
-    return shortest
+def speedup(dense: Blocks, pruned: Blocks, prefix: str = "", *, seed: int = 0) -> dict[str, Any]:
+    """How many times faster, with its 95% interval, as of `PairTiming`; names begin with `prefix`."""
+    interval = bootstrap_ci(log_ratios(dense, pruned), seed=seed)
+    return {f"{prefix}speedup": mean_ratio(dense, pruned), f"{prefix}ci95": interval}
 
 
-def compare(dense: Samples, pruned: Samples, *, seed: int = 0) -> dict[str, Any]:
-    """How many times faster: geometric mean over blocks of dense / pruned medians, with its 95% bootstrap interval."""
-    found: dict[str, Any] = {}
-    for prefix, a, b in (("", dense.stretch_ms, pruned.stretch_ms), ("call_", dense.call_ms, pruned.call_ms)):
-        logs = np.log(np.array(_medians(a)) / np.array(_medians(b)))
-        found[f"{prefix}speedup"] = float(np.exp(logs.mean()))
-        found[f"{prefix}ci95"] = bootstrap_ci(logs, seed=seed)
-    return found
+def _measured(
+    launches: Mapping[str, Launch], ms_of: Callable[[Launch], float], *, timed_s: float, blocks: int, seed: int
+) -> Mapping[str, Blocks]:
+    clock = DeviceClock()
+    return measure_together(
+        {name: _Timed(partial(ms_of, launch), clock).__enter__ for name, launch in launches.items()},
+        {},
+        blocks=blocks,
+        block_seconds=timed_s / blocks * 2 / len(launches),
+        seed=seed,
+        clock=clock,
+        watch=dict,  # the worker tells the state of the GPU once a cell
+    ).ms
 
 
-def _medians(blocks: Sequence[Sequence[float]]) -> list[float]:
-    return [float(np.median(block)) for block in blocks]
+class _Timed(Closing):
+    """A runtime for `measure_together` whose run takes what a timer says."""
+
+    engine = "suite"
+
+    def __init__(self, ms_of: Callable[[], float], clock: DeviceClock) -> None:
+        self._ms_of, self._clock = ms_of, clock
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        self._clock.seconds += self._ms_of() / 1000
+        return {}
+
+    def synchronize(self) -> None:
+        """The timer has waited."""
+
+    def close(self) -> None:
+        """It stays open for the next block."""

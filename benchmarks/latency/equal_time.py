@@ -27,6 +27,7 @@ from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS, Task
 from benchmarks.tasks.task import judged
 from optin_deploy.checkpoint.loading import LoadedModel
+from optin_deploy.checkpoint.tasks import task_of
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.feeds.feeds import Halves
@@ -144,7 +145,7 @@ def _setting(task: Task, folder: Path, seed: int, options: argparse.Namespace) -
     calibration = replace(drawn, labels=(None,) * len(drawn))  # which the product never looks at
     read = find_in(task.model)
     source = Source(task.name, seq_len=task.seq_len, samples=rows, seed=seed)
-    loaded = LoadedModel(task.model, "text-classification", task.preprocessor)
+    loaded = LoadedModel(task.model, task_of("text-classification"), task.preprocessor)
     dense = Dense(read.network, sha256_tensors(task.model.state_dict()), loaded)
     prepared = Prepared(source, dense, ready_of(read, Halves(calibration, None), compared=Compared(OUTPUT), seed=seed))
     workspace = Workspace.claim(folder / f"work-seed{seed}", source)

@@ -12,9 +12,10 @@ import transformers
 
 from benchmarks.data import bbc_articles, minilm_folder, write_calibration
 from optin_deploy.files.storage import atomic_folder
-from optin_deploy.planning.widths import DEFAULT_KINDS, Keep
+from optin_deploy.planning.widths import Keep
 from optin_deploy.pruning.source import Source
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.labels import DEFAULT_KINDS
 
 CALIBRATION = 256
 

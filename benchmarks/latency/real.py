@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.latency.models import MODELS, first_units
 from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.common.progress import Progress
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.width_timer import WidthTimer, width_timer
 from optin_deploy.measuring.gate import Limit, judge
 from optin_deploy.measuring.points import parse_point

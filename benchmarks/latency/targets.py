@@ -16,7 +16,8 @@ from benchmarks.latency.models import MODELS
 from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.errors import InfeasibleBudget
 from optin_deploy.files.storage import read_json, write_json
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import table_at
 from optin_deploy.jobs.stages import dense_stage, score_stage

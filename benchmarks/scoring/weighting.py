@@ -36,9 +36,8 @@ from optin_deploy.quality.outputs import readouts
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.scoring.parts import MemoryStore
-from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.settings import WEIGHTINGS, ScoreSettings
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.scoring.terms import WEIGHTINGS
 from optin_deploy.scoring.unit_job import score_units
 
 PROBES, HEAD_SAMPLES = 6, 48

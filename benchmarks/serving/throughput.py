@@ -29,7 +29,7 @@ from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.names import dense_of
-from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.shipping import ship_folder
 
 NAME = "model"

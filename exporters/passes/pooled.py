@@ -46,16 +46,19 @@ def pooled(network: Network, how: EmbeddingHead | str) -> Network:
     return Network(model, network.source)
 
 
-def check_pool(network: Network, how: str, own: str | None) -> None:
-    """Refuse a pooling that a network cannot have, or another one than it is judged by.
+def head_of(network: Network, how: str, own: EmbeddingHead | None) -> EmbeddingHead:
+    """Return what makes the embedding that `--pool` asks for: the model's own head, dense layers and unit length too.
 
-    Args: own: how its own files say that it is pooled; None: they say nothing.
-    Raises: BadInput.
+    Args: own: by its own files; None: they say nothing.
+    Raises: BadInput: a pooling that a network cannot have, or another one than it is judged by.
     """
-    if how in POOLINGS and own not in (None, how):
-        why = "its modules.json says so" if own != POOLINGS[0] else f"no modules.json beside it says {how}"
-        raise BadInput(f"--pool {how}: this model is scored and judged by its {own} ({why}). Give --pool {own}.")
-    pooled(network, how)
+    if how in POOLINGS and own is not None and own.pooling != how:
+        why = "its modules.json says so" if own.pooling != POOLINGS[0] else f"no modules.json beside it says {how}"
+        told = f"--pool {how}: this model is scored and judged by its {own.pooling} ({why})"
+        raise BadInput(f"{told}. Give --pool {own.pooling}.")
+    head = own or EmbeddingHead(how)
+    pooled(network, head)
+    return head
 
 
 def _states(network: Network, how: str) -> int:

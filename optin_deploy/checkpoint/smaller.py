@@ -14,16 +14,16 @@ import torch
 import transformers
 from torch import nn
 
-from optin_deploy.common.validation import OPEN, STORED, read_stored
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import OPEN, STORED
 from optin_deploy.cutting.attributes import Sizes
 from optin_deploy.cutting.torch import tensors
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.ownership import Record
-from optin_deploy.files.storage import atomic_folder, read_json, sha256_file, sha256_json, write_json, write_tensors
+from optin_deploy.files.storage import atomic_folder, read_json, sha256_file, sha256_json, write_tensors
 from optin_deploy.planning.plan import NetworkPlan
 
 MANIFEST, CONFIG, WEIGHTS, PLAN = "optin.json", "config.json", "model.safetensors", "plan.json"
-SCHEMA_VERSION = 2
 FIRST_EDITION, FIRST_LAYOUT = 1, "layout.json"
 """The schema_version of folders that rows of a table were needed to read, and a file that only those have."""
 JOB, MODEL = "source.json", "model"
@@ -44,12 +44,13 @@ class Params:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Saved(Stored):
     """The optin.json in the folder of a cut model."""
 
+    schema_version = 2
+    hint = "Run `optin-export MODEL --out DIR` again."
     __pydantic_config__ = OPEN
 
-    schema_version: int
     model_class: str
     """A class of transformers."""
     plan_hash: str
@@ -64,10 +65,6 @@ class Saved:
     params: Params
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else is known of the cut."""
-
-    def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
 
     @property
     def sizes(self) -> Sizes:
@@ -116,18 +113,17 @@ def save(
         # Hugging Face loaders ask for the format in the metadata.
         write_tensors(temporary / WEIGHTS, tensors(module), {"format": "pt"})
         plan.write(temporary / PLAN)
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "model_class": type(module).__name__,
-            "plan_hash": plan.hash,
-            "network": plan.network,
-            "weights_sha256": sha256_file(temporary / WEIGHTS),
-            "config_sha256": config_hash(temporary / CONFIG, ""),
-            "attributes": _by_module(attributes),
-            "params": {"dense": _dense_params(module), "pruned": count(module)},
-            "about": dict(about),
-        }
-        write_json(temporary / MANIFEST, manifest)
+        saved = Saved(
+            model_class=type(module).__name__,
+            plan_hash=plan.hash,
+            network=plan.network,
+            weights_sha256=sha256_file(temporary / WEIGHTS),
+            config_sha256=config_hash(temporary / CONFIG, ""),
+            attributes=_by_module(attributes),
+            params=Params(_dense_params(module), count(module)),
+            about=dict(about),
+        )
+        saved.write(temporary / MANIFEST)
     return folder
 
 
@@ -141,8 +137,7 @@ def read_saved(folder: Path) -> tuple[Saved, NetworkPlan]:
         raise BadInput(f"{path} does not exist: {folder} is not a pruned model. {hint}")
     if (folder / FIRST_LAYOUT).is_file() or read_json(path, hint, ours=True).get("schema_version") == FIRST_EDITION:
         raise BadInput(f"{folder} was written by the first edition of optin-deploy, which this one cannot read. {hint}")
-    saved = read_stored(Saved, path, hint)
-    plan = read_stored(NetworkPlan, folder / PLAN, hint, what="the plan of a network")
+    saved, plan = Saved.read(path, hint), NetworkPlan.read(folder / PLAN, hint)
     if saved.plan_hash != plan.hash:
         raise PlanMismatch(f"{folder / PLAN} is not the plan that made these weights. {hint}")
     return saved, plan

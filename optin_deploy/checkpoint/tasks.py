@@ -12,7 +12,7 @@ from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
 from optin_deploy.files.wall import shown
 from optin_deploy.quality.quality import Asked
-from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.settings import Kind
 
 PROBLEMS: Mapping[str | None, Kind | None] = {
     None: None,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from optin_deploy.common.validation import parse_size
 from optin_deploy.errors import BadInput
 
 
 def size_of(text: str | None, option: str) -> int | None:
     """Bytes of a size such as 4GiB."""
-    from optin_deploy.common.validation import parse_size
-
     return None if text is None else parse_size(text, option)
 
 

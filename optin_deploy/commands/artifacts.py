@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from optin_deploy.commands.options import Building, Engine, Folder, Measuring, Writing
-from optin_deploy.commands.parsing import check_plan_options, echo, refuse_idle, warn_of_disagreements, writing_to
+from optin_deploy.commands.parsing import echo, engine_options, refuse_idle, warn_of_disagreements, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
+from optin_deploy.measuring.loadgen import HEADER, Load, compared_lines, run_rows
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
 
 LOADGEN = "MLCommons LoadGen"
@@ -30,7 +31,7 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
     """Export the model in DIR to an engine, and prove that it computes the same."""
     from optin_deploy.jobs.folder_build import build_folder
 
-    check_plan_options(ctx, engine.engine)
+    chosen = engine_options(ctx, engine.engine)
     with writing_to(folder, writing):
         warn_of_disagreements(folder)
         with stage_bar("export"):
@@ -39,7 +40,7 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
                 engine=engine.engine,
                 precision=engine.precision,
                 pool=building.pool,
-                options=building.options(),
+                options=chosen,
                 dense=building.dense,
                 dry_run=writing.dry_run,
             )
@@ -86,7 +87,7 @@ class Besides:
         bool,
         typer.Option(
             "--device-time",
-            help="trt and trt-rtx: measure the time on the GPU too, without transfers, with and without a CUDA graph.",
+            help="Measure the time on the GPU too, without transfers, with and without a CUDA graph.",
         ),
     ] = False
     operators: Annotated[
@@ -127,10 +128,8 @@ class Protocol:
         typer.Option(help="Server: milliseconds that 99% of the queries must keep.", rich_help_panel=LOADGEN),
     ] = None
 
-    def load(self) -> Any:
+    def load(self) -> Load | None:
         """Return what LoadGen sends, checked; None means our own protocol."""
-        from optin_deploy.measuring.loadgen import Load
-
         asked = {"scenario": self.scenario, "seconds": self.seconds, "qps": self.qps}
         given = {k: v for k, v in {**asked, "target_latency_ms": self.target_latency}.items() if v is not None}
         if self.protocol not in ("interleaved", "mlperf"):
@@ -197,7 +196,6 @@ def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides,
 
 def _loadgen(folder: Path, bench: Any, load: Any, *, dry_run: bool) -> None:
     from optin_deploy.jobs.loadgen_runs import FILE, LOGS, bench_loadgen
-    from optin_deploy.measuring.loadgen import HEADER, compared_lines, run_rows
 
     found = bench_loadgen(folder, bench, load, dry_run=dry_run, stage=stage_bar)
     if found is None:

@@ -20,10 +20,11 @@ from optin_deploy.commands.options import (
     Scoring,
     Writing,
 )
-from optin_deploy.commands.parsing import check_columns, check_plan_options, echo, refuse_idle, warn_if_bundled
+from optin_deploy.commands.parsing import check_columns, echo, engine_options, refuse_idle, warn_if_bundled
 from optin_deploy.commands.source import AllRows
 from optin_deploy.commands.values import options
 from optin_deploy.errors import CannotBuildHere
+from optin_deploy.jobs.job import Job
 from optin_deploy.reporting.terminal import print_report, stage_bar
 
 EXPORT_EXAMPLES = """
@@ -82,12 +83,12 @@ def export(
     output: Output,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
+    from optin_deploy.jobs.checked import checked_job, describe
     from optin_deploy.jobs.export import export_model
-    from optin_deploy.jobs.job import Job, checked_job, describe
     from optin_deploy.jobs.workspace import Workspace
 
     check_columns(ctx, rows.calibration, making.evaluation)
-    check_plan_options(ctx, target.engine.engine)
+    chosen = engine_options(ctx, target.engine.engine)
     judge = None if making.evaluation is None else str(making.evaluation.absolute())
     source = rows.of(model, evaluation=judge, drop_tokens=making.drop_tokens)
     job = Job(
@@ -105,7 +106,7 @@ def export(
         threads=target.measuring.threads,
         table=budget.latency_table,
         pool=target.building.pool,
-        options=target.building.options(),
+        options=chosen,
         dense=target.building.dense,
     )
     if not job.dense:

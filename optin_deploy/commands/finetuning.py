@@ -12,6 +12,7 @@ from optin_deploy.commands.options import Eval, Folder, Writing
 from optin_deploy.commands.source import Columns, Seed
 from optin_deploy.commands.values import options
 from optin_deploy.reporting.terminal import print_table, stage_bar
+from optin_deploy.tuning.settings import Rows, Tuning
 
 FINETUNE_EXAMPLES = """
 Examples:
@@ -37,7 +38,7 @@ class LearnedRows:
         ),
     ]
     columns: Columns
-    samples: Annotated[int, typer.Option(help="Rows to learn from, drawn by --seed.")] = 2048
+    samples: Annotated[int, typer.Option(help="Rows to learn from, drawn by --seed.")] = Rows.samples
     evaluation: Eval = None
 
 
@@ -47,15 +48,15 @@ class Learning:
 
     epochs: Annotated[
         float, typer.Option(help="Times that all rows are learned from; 0: only a classifier is fitted.")
-    ] = 1.0
+    ] = Tuning.epochs
     learning_rate: Annotated[
         float, typer.Option(help="Highest learning rate; it rises over a tenth of the steps, then falls.")
-    ] = 2e-5
-    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 32
+    ] = Tuning.learning_rate
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = Tuning.batch_size
     distill: Annotated[
         float, typer.Option(help="Weight of the distance to the dense outputs, from 0 to 1; labels have the rest.")
-    ] = 0.5
-    seed: Seed = 0
+    ] = Tuning.distill
+    seed: Seed = Tuning.seed
 
 
 @options
@@ -67,11 +68,9 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Folder for the trained model. [default: DIR-tuned]")] = None,
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
-    from optin_deploy.tuning.folder import Rows, finetune_folder
-    from optin_deploy.tuning.trainer import Tuning
+    from optin_deploy.tuning.folder import finetune_folder
 
-    names = rows.columns
-    learned = Rows(rows.data, rows.evaluation, rows.samples, names.text_column, names.label_column, names.pair_column)
+    learned = Rows(rows.data, rows.evaluation, rows.samples, **vars(rows.columns))
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(**vars(learning))
     force, dry_run = writing.force, writing.dry_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,10 @@ import typer
 
 from optin_deploy.commands.options import Writing
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import holds
 from optin_deploy.errors import BadInput
+from optin_deploy.files.ownership import free_name
+from optin_deploy.measuring.points import parse_points
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
 
 GATE_EXAMPLES = """
@@ -82,27 +86,24 @@ def gate(
     Exit code 1 if the whole 95% interval of the ratio misses the limit (the worst point decides), 4 if the baseline
     differs from itself, 0 else: with a warning where the limit lies in the interval.
     """
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.measuring.comparing import check_not_input, comparison_of
     from optin_deploy.measuring.gate import HEADER, limit_of
-    from optin_deploy.measuring.points import parse_points
 
     force, dry_run = writing.force, writing.dry_run
-    how = {"engine": place.engine, "precision": place.precision, "threads": place.threads}
+    compared = partial(comparison_of, baseline, engine=place.engine, precision=place.precision, threads=place.threads)
     points = parse_points(place.at)
     if pin is not None:
         if (candidate, limit, out) != (None, Limit(), None):
             raise BadInput(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )
-        alone = comparison_of(baseline, **how, points=points)  # type: ignore[arg-type]  # a dict of several types
-        _pin(alone, pin, force=force, dry_run=dry_run)
+        _pin(compared(points=points), pin, force=force, dry_run=dry_run)
         return
     allowed = limit_of(limit.max_ratio, limit.min_speedup)
     if candidate is None:
         raise BadInput("CANDIDATE is missing: give an artifact or an output folder, or --pin FILE to pin BASELINE.")
-    contest = comparison_of(baseline, candidate, **how, points=points)  # type: ignore[arg-type]
+    contest = compared(candidate, points=points)
     if out is not None:
         check_not_input(out, baseline, contest.baseline, contest.candidate, option="--out")
         free_name(out, _is_verdict, force=force, dry_run=True)
@@ -122,18 +123,16 @@ def gate(
 
 
 def _is_verdict(file: Path) -> bool:
-    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "verdict", "limit", "points", "environment")
 
 
 def _pin(contest: Any, file: Path, *, force: bool, dry_run: bool) -> None:
     """Write a pin of the baseline alone."""
-    from optin_deploy.files.ownership import free_name
-    from optin_deploy.measuring.pins import is_pin
+    from optin_deploy.measuring.pins import Pin
 
     contest.check_pin(file)
-    free_name(file, is_pin, force=force, dry_run=dry_run)
+    free_name(file, Pin.is_at, force=force, dry_run=dry_run)
     if dry_run:
         typer.echo(f"would pin {contest.baseline} in {file}, {contest}")
         return

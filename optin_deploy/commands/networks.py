@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,10 +17,9 @@ from optin_deploy.commands.values import options
 from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import si, size
 from optin_deploy.errors import BadInput
+from optin_deploy.files.ownership import free_name
+from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import print_table, stage_bar, warn
-
-if TYPE_CHECKING:
-    from optin_deploy.planning.budget import Limits
 
 INSPECT_EXAMPLES = """
 Examples:
@@ -70,7 +69,6 @@ def inspect(
     shape: Shape = None,
 ) -> None:
     """Say what can be cut in a network, what that costs, and what stays whole and why; no data is needed."""
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.pruning.networks import inspect as find
     from optin_deploy.reporting.network_picture import draw, is_ours
     from optin_deploy.reporting.network_table import (
@@ -115,20 +113,18 @@ def plan_network(
     network: str, limits: Limits, how: PlanOfNetwork, *, align: str | None, allocation: str | None, writing: Writing
 ) -> None:
     """Plan a network by magnitude."""
-    from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice, multiples
+    from optin_deploy.planning.widths import Choice
     from optin_deploy.pruning.planning import plan_network as plan
 
     if how.out is None:
         raise BadInput("--out PLAN.json is missing: the file to write the plan to.")
-    kinds = kinds_of(how.units)
-    asked = multiples(align_of(align), DEFAULT_ALIGN)
-    choice = Choice(kinds, **asked, allocation="uniform" if allocation is None else allocation)
+    choice = Choice(kinds_of(how.units), allocation=allocation or Choice.allocation).in_multiples(align_of(align))
     sizes, out = sizes_of(how.shape), how.out
     found, layout = plan(network, out, limits, choice, sizes=sizes, force=writing.force, dry_run=writing.dry_run)
     rows = [
         (group.name, f"{len(found.keep.get(group.name, range(group.units))):,}", f"{group.units:,}")
         for group in layout.groups
-        if group.kind in kinds
+        if group.kind in choice.kinds
     ]
     typer.echo(cost_line(found))
     print_table(("group", "kept", "of"), rows)
@@ -151,8 +147,8 @@ def rewrite_network(network: Path, how: CutOfNetwork, writing: Writing) -> None:
         )
     if network.suffix.lower() != ".onnx":
         raise BadInput(f"{network} is no .onnx file: --plan is for these. In Python, `optin_deploy.cut` takes modules.")
-    asked = {"force": writing.force, "dry_run": writing.dry_run}
-    found = rewrite_file(network, plan, out, sizes=sizes_of(how.shape), **asked, stage=stage_bar)
+    sizes, force, dry_run = sizes_of(how.shape), writing.force, writing.dry_run
+    found = rewrite_file(network, plan, out, sizes=sizes, force=force, dry_run=dry_run, stage=stage_bar)
     cost = found.plan.cost
     assert cost is not None
     typer.echo(cost_line(found.plan))

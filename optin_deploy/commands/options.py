@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from optin_deploy.commands.amounts import size_of
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.job import Job
+from optin_deploy.measuring.points import Point, parse_points
+from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
+from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model, or an .onnx file.")
@@ -43,6 +47,10 @@ ProfileSizes = Annotated[
         help="min, opt and max sizes of the engine: batch=1,8,32 seq=16,128,512 (the default); repeatable.",
         rich_help_panel="TensorRT",
     ),
+]
+OfEngine = Annotated[
+    list[str] | None,
+    typer.Option("--engine-option", metavar="NAME=VALUE", help="Option that an added engine has; repeatable."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
@@ -91,13 +99,11 @@ class Budget:
         ),
     ] = None
 
-    def limits(self) -> Any:
+    def limits(self) -> Limits:
         """Return these as `Limits`, checked."""
-        from optin_deploy.planning.budget import Limits
-
         return Limits(self.flops, self.params, size_of(self.size, "--size"), self.max_drop, self.time())
 
-    def time(self) -> Any:
+    def time(self) -> TimeTarget | None:
         """Return the budget in time; there is none."""
         return None
 
@@ -124,13 +130,11 @@ class BudgetInTime(Budget):
         ),
     ] = None
 
-    def time(self) -> Any:
+    def time(self) -> TimeTarget | None:
         """Return the one budget in time that was given, or None.
 
         Raises: BadInput: there are two.
         """
-        from optin_deploy.planning.budget import TimeTarget, parse_latency
-
         latency_ms = None if self.latency is None else parse_latency(self.latency)
         asked = {"--latency": latency_ms, "--speedup": self.speedup, "--throughput": self.throughput}
         targets = [TimeTarget(option, value) for option, value in asked.items() if value is not None]
@@ -151,7 +155,7 @@ class Making:
             help="Where to cut: curves (least error after compensation), uniform (equal widths a layer) or paper "
             "(global ranking)."
         ),
-    ] = "curves"
+    ] = Job.allocation
     tokens: Annotated[
         float | None,
         typer.Option(
@@ -165,7 +169,7 @@ class Making:
             "--drop-tokens", help="Tokens that go are dropped, not merged into those that are like them. Texts need it."
         ),
     ] = False
-    compensation: Compensation = True
+    compensation: Compensation = Job.compensation
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Scoring:
 
     scorer: Annotated[
         str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
-    ] = "sketch"
+    ] = ScoreSettings.scorer
     paper: Annotated[
         bool,
         typer.Option(
@@ -189,7 +193,7 @@ class Scoring:
             help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
             rich_help_panel=SCORING,
         ),
-    ] = "paper"
+    ] = ScoreSettings.weighting
     kl_weight: Annotated[
         float | None,
         typer.Option(
@@ -204,10 +208,8 @@ class Scoring:
         ),
     ] = None
 
-    def settings(self) -> Any:
+    def settings(self) -> ScoreSettings:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring import PAPER, Features, ScoreSettings
-
         chosen = PAPER if self.paper else Features()
         return ScoreSettings(self.scorer, self.weighting, self.kl_weight, chosen)  # type: ignore[arg-type]
 
@@ -226,7 +228,7 @@ class Engine:
             help="onnx (ONNX Runtime) and openvino on CPU, ort-cuda, ort-trt, torch, torch-compile, aoti, trt or "
             "trt-rtx."
         ),
-    ] = "onnx"
+    ] = Job.engine
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16, bf16 or int8; trt also tf32. [default: fp32; for trt fp16]")
     ] = None
@@ -239,12 +241,10 @@ class Measuring:
     at: Annotated[
         list[str] | None, typer.Option(help="Point to measure at, e.g. batch=8,seq=128; repeatable. [default: batch=1]")
     ] = None
-    threads: Threads = 0
+    threads: Threads = Job.threads
 
-    def points(self) -> Any:
+    def points(self) -> tuple[Point, ...]:
         """Return the points, checked."""
-        from optin_deploy.measuring.points import Point, parse_points
-
         return parse_points(self.at) or (Point(),)
 
 
@@ -254,9 +254,11 @@ class Building:
 
     pool: Annotated[
         str | None,
-        typer.Option(help="mean or cls, as the model pools: add output sentence_embedding."),
+        typer.Option(help="How the model pools, such as mean or cls: add output sentence_embedding."),
     ] = None
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")] = True
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also export and measure the dense model.")] = (
+        Job.dense
+    )
     profile: ProfileSizes = None
     workspace: Annotated[
         str | None, typer.Option(help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
@@ -272,22 +274,13 @@ class Building:
         ),
     ] = None
     weights: Annotated[
-        str,
-        typer.Option(help="fixed, refittable, or stripped (put in from the ONNX at load).", rich_help_panel=TENSORRT),
-    ] = "fixed"
+        str | None,
+        typer.Option(
+            help="fixed, refittable, or stripped (put in from the ONNX at load). [default: fixed]",
+            rich_help_panel=TENSORRT,
+        ),
+    ] = None
+    engine_option: OfEngine = None
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Exit 0 if only the engine build is left to do.")
     ] = False
-
-    def options(self) -> Any:
-        """Return how TensorRT builds its plan, checked."""
-        from optin_deploy.exporters.profiles import Profile, parse_profile
-        from optin_deploy.exporters.tensorrt_plan import EngineOptions
-
-        return EngineOptions(
-            profiles=tuple(map(parse_profile, self.profile)) if self.profile else (Profile(),),
-            workspace_bytes=size_of(self.workspace, "--workspace"),
-            compatible=tuple(self.compatible or ()),
-            weights=self.weights,
-            timing_cache=None if self.timing_cache is None else self.timing_cache.absolute(),
-        )

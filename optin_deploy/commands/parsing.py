@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from optin_deploy.commands.options import Writing
+from optin_deploy.common.validation import parse_size, validated
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting.terminal import warn
 
@@ -18,7 +19,6 @@ TABLES = (".jsonl", ".csv")
 """Calibration files that have columns."""
 GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
 """Sources of options that a user wrote: the command line, or a file of `--config`."""
-PLAN_OPTIONS = ("profile", "profile_sizes", "workspace", "timing_cache", "compatible", "weights")
 
 
 def given(ctx: typer.Context, *parameters: str) -> list[str]:
@@ -44,15 +44,46 @@ def refuse_idle(ctx: typer.Context, *parameters: str, why: str) -> None:
         raise BadInput(f"{' and '.join(idle)} would do nothing: {why}. Leave {them} out.")
 
 
-def check_plan_options(ctx: typer.Context, engine: str) -> None:
-    """Refuse TensorRT's options for an engine that has none, their defaults too.
+def engine_options(ctx: typer.Context, engine: str) -> Any:
+    """Return the options of an engine, of its own type: what was given by flags, and by `--engine-option`.
 
-    Raises: BadInput.
+    Raises: BadInput: the engine has no such option, be it given with its default; or a value that cannot be.
     """
     from optin_deploy.exporters import exporter
+    from optin_deploy.exporters.profiles import parse_profile
 
-    if not exporter(engine).has_profiles:
-        refuse_idle(ctx, *PLAN_OPTIONS, why=f"they are for plans of trt and trt-rtx, and engine {engine} has none")
+    flags: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "profile": ("profiles", lambda texts: tuple(map(parse_profile, texts))),
+        "workspace": ("workspace_bytes", lambda text: parse_size(text, "--workspace")),
+        "timing_cache": ("timing_cache", Path.absolute),
+        "compatible": ("compatible", tuple),
+        "weights": ("weights", str),
+    }
+    kind = exporter(engine).options
+    own = [field.name for field in fields(kind)]
+    absent = [flag for flag, (name, _) in flags.items() if name not in own]
+    refuse_idle(ctx, *absent, why=f"they are for plans of trt and trt-rtx, and engine {engine} has none")
+    by_flag = {name: read(ctx.params[flag]) for flag, (name, read) in flags.items() if given(ctx, flag)}
+    others = [name for name in own if name not in dict(flags.values())]
+    told = f"Engine {engine} has {', '.join(others) or 'no option'} to be given by it."
+    found = named_values(ctx.params["engine_option"], others, told)
+    return replace(validated(kind, found, "--engine-option", told) if found else kind(), **by_flag)
+
+
+def named_values(texts: Sequence[str] | None, names: Sequence[str], told: str) -> dict[str, str]:
+    """Return what `--engine-option NAME=VALUE` gives, by name.
+
+    Args: told: ends the error; says which names there are.
+    Raises: BadInput: another name, no value, or a name that is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if name not in names or not value or name in found:
+            wrong = "is given twice" if name in found else "is not NAME=VALUE" if name in names else "is not known"
+            raise BadInput(f"--engine-option {text!r} {wrong}. {told}")
+        found[name] = value
+    return found
 
 
 def check_columns(ctx: typer.Context, *files: Path | None) -> None:

@@ -16,7 +16,10 @@ from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOr
 from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.job import Job
+from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
+from optin_deploy.structure.labels import TOKENS
 
 PLAN_EXAMPLES = """
 Examples:
@@ -31,8 +34,6 @@ Examples:
 
     optin plan model.onnx --magnitude --flops 0.7 --out plan.json   # any network, without data
 """
-DEFAULT_ALIGN = 16
-"""Multiples of neurons and channels, where no engine says more."""
 OF_JOBS = ("max_drop", "evaluation", "compensation", "tokens", "drop_tokens")
 """Options of `plan` that only the output folder of a job has a use for."""
 OF_NETWORKS = ("units", "out", "shape")
@@ -63,7 +64,7 @@ def plan(
 
 def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
-    from optin_deploy.jobs.job import describe
+    from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.sweep import planned
 
     limits = budget.limits()
@@ -84,23 +85,22 @@ def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, 
 
 def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
     """What plans for the scores in an output folder; what is impossible is refused before the long work."""
+    from optin_deploy.exporters.base import ExporterDefaults
     from optin_deploy.jobs.planner import Planner
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.workspace import Workspace
-    from optin_deploy.planning.budget import Limits
-    from optin_deploy.planning.widths import Choice, aligned, multiples
+    from optin_deploy.planning.widths import Choice, aligned
     from optin_deploy.pruning.tokens import check, merging
     from optin_deploy.quality.held_out import judged_samples
-    from optin_deploy.structure.labels import TOKENS
 
     workspace = Workspace(folder)
     workspace.read_scores()
     prepared = prepare(judged_by(workspace.source(), making.evaluation), folder)
     source, asked = prepared.source, align_of(making.align)
     drops = making.drop_tokens or (source.drop_tokens and (making.tokens is not None or TOKENS in source.units))
-    choice = Choice(source.units, **multiples(asked, DEFAULT_ALIGN), allocation=making.allocation, drops=drops)
+    usual = Choice(source.units, align=ExporterDefaults.align, allocation=making.allocation, drops=drops)
     ready = prepared.ready
-    choice = merging(ready, aligned(ready.layout, choice, asked), making.tokens)
+    choice = merging(ready, aligned(ready.layout, usual.in_multiples(asked), asked), making.tokens)
     workspace.scores_of(ready.layout)
     check(ready, limits or Limits(flops=1.0), choice)
     if making.allocation == "curves":
@@ -161,7 +161,7 @@ def rewrite(
     folder: FolderOrFile,
     network: CutOfNetwork,
     writing: Writing,
-    compensation: Compensation = True,
+    compensation: Compensation = Job.compensation,
 ) -> None:
     """Cut and compensate by the plan in DIR; writes model.onnx, and model/ where a transformers class holds the result.
 

@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from optin_deploy.commands.amounts import align_of
-from optin_deploy.commands.options import Building, Engine, EngineAlign, Model, ProfileSizes, Threads, Writing
-from optin_deploy.commands.parsing import check_plan_options
+from optin_deploy.commands.options import Engine, EngineAlign, Model, OfEngine, ProfileSizes, Threads, Writing
+from optin_deploy.commands.parsing import engine_options
 from optin_deploy.commands.source import Rows
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import whole_number
+from optin_deploy.jobs.job import Job
+from optin_deploy.measuring.points import Point, parse_point
 from optin_deploy.reporting.terminal import print_table, stage_bar
 
 PROFILE_EXAMPLES = """
@@ -31,10 +34,11 @@ MOST_PLANS = 1000
 class Table:
     """How the table is measured."""
 
-    at: Annotated[str, typer.Option(help="The size of input.")] = "batch=1"
-    threads: Threads = 0
+    at: Annotated[str, typer.Option(help="The size of input.")] = str(Point()).removeprefix("--at ")
+    threads: Threads = Job.threads
     align: EngineAlign = None
-    profile_sizes: ProfileSizes = None
+    profile: ProfileSizes = None
+    engine_option: OfEngine = None
     check: Annotated[int, typer.Option(help="Random plans to measure, to see how wrong the table is.")] = 0
 
 
@@ -49,13 +53,10 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="File. [default: ./MODEL-ENGINE-latency.json]")] = None,
 ) -> None:
     """Measure a latency table of MODEL on an engine, for optin-export --latency, --speedup and --throughput."""
-    from optin_deploy.common.validation import whole_number
-    from optin_deploy.jobs.job import Job
     from optin_deploy.jobs.profiling import profile_model
-    from optin_deploy.measuring.points import parse_point
     from optin_deploy.planning.latency import TABLE_HEADER, held_out_line, table_rows
 
-    check_plan_options(ctx, engine.engine)
+    chosen = engine_options(ctx, engine.engine)
     whole_number(table.check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
     source = rows.of(model)
     path = out or Path(f"{Path(source.model).name}-{engine.engine}-latency.json")
@@ -66,7 +67,7 @@ def profile(
         align=align_of(table.align),
         points=(parse_point(table.at),),
         threads=table.threads,
-        options=Building(profile=table.profile_sizes).options(),
+        options=chosen,
     )
     force, dry_run = writing.force, writing.dry_run
     found = profile_model(job, path, check=table.check, force=force, dry_run=dry_run, stage=stage_bar)

@@ -6,7 +6,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,8 +15,11 @@ from optin_deploy.commands.parsing import check_columns, echo, refuse_idle, warn
 from optin_deploy.commands.source import AllRows
 from optin_deploy.commands.values import options
 from optin_deploy.common.progress import silent
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
+from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import stage_bar
+from optin_deploy.scoring.settings import Features, ScoreSettings
 
 SCORE_EXAMPLES = """
 Examples:
@@ -35,7 +38,7 @@ class AllScoring(Scoring):
 
     features: Annotated[
         str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
-    ] = "block"
+    ] = Features.site
     tokens: Annotated[
         int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
     ] = None
@@ -46,10 +49,8 @@ class AllScoring(Scoring):
         ),
     ] = None
 
-    def settings(self) -> Any:
+    def settings(self) -> ScoreSettings:
         """Return these as `ScoreSettings`, checked."""
-        from optin_deploy.scoring import Features
-
         if self.paper and (self.features != "block" or self.tokens is not None):
             raise BadInput("--paper says itself what is compared: leave out --features and --tokens.")
         found = super().settings()
@@ -88,12 +89,10 @@ def score(
     skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
     takes over what a killed one left.
     """
-    from optin_deploy.common.validation import whole_number
-    from optin_deploy.jobs.job import describe
+    from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.stages import ScoreRequest
     from optin_deploy.jobs.workspace import Workspace
-    from optin_deploy.planning.budget import Limits
     from optin_deploy.scoring.parts import MOST_WORKERS, PartsLeft, worker_of
 
     check_columns(ctx, rows.calibration)

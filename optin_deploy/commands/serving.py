@@ -11,8 +11,12 @@ import typer
 from optin_deploy.commands.options import DryRun, Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.commands.values import options
+from optin_deploy.common.validation import UINT64, holds, positive_number, whole_number
 from optin_deploy.errors import BadInput, ParityFailure
+from optin_deploy.files.ownership import free_name
 from optin_deploy.reporting.terminal import print_table, stage_bar
+from optin_deploy.serving.manifest import ServingOptions
+from optin_deploy.serving.order import Order
 
 SHIP_EXAMPLES = """
 Examples:
@@ -52,16 +56,18 @@ class Settings:
 
     dense: Annotated[
         str, typer.Option(help="Serve the dense model beside it: as one of two `models` or `versions`, or `none`.")
-    ] = "models"
-    max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = 32
+    ] = Order.dense
+    max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = ServingOptions.max_batch
     preferred: Annotated[
         str | None,
         typer.Option(metavar="8,16", help="Batches that the server forms. [default: the best of report.json]"),
     ] = None
     queue_delay: Annotated[
         int, typer.Option(metavar="MICROSECONDS", help="How long a request may wait for others to join it.")
-    ] = 100
-    instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = 1
+    ] = ServingOptions.queue_delay_us
+    instances: Annotated[int, typer.Option(help="Copies of each model that run at the same time.")] = (
+        ServingOptions.instances
+    )
     threads: Annotated[
         int | None,
         typer.Option(
@@ -72,7 +78,7 @@ class Settings:
     longest: Annotated[
         int | None, typer.Option(help="Tokens of a text at most, with --text. [default: the calibration length]")
     ] = None
-    too_long: Annotated[str, typer.Option(help="`truncate` or `refuse` a longer text.")] = "truncate"
+    too_long: Annotated[str, typer.Option(help="`truncate` or `refuse` a longer text.")] = ServingOptions.too_long
     storage_uri: Annotated[str | None, typer.Option(help="Where KServe will find REPO, e.g. s3://bucket/repo.")] = None
     canary: Annotated[int | None, typer.Option(help="Percent of KServe's traffic for this version.")] = None
 
@@ -89,8 +95,7 @@ def ship(
     ] = None,
 ) -> None:
     """Publish the artifacts in DIR to an inference server: a new version, whole, and never over an old one."""
-    from optin_deploy.serving.manifest import ServingOptions
-    from optin_deploy.serving.shipments import Order, default_name
+    from optin_deploy.serving.shipments import default_name
     from optin_deploy.serving.shipping import roll_back, ship_folder
 
     out, dry_run = place.out, place.dry_run
@@ -180,8 +185,6 @@ class Load:
 
     def clients(self) -> tuple[int, ...]:
         """Return how many clients ask at the same time, checked as all of it is."""
-        from optin_deploy.common.validation import UINT64, positive_number, whole_number
-
         clients = _numbers(self.concurrency, "--concurrency", "1,4,16") if self.latency else ()
         for each in clients:
             whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
@@ -210,8 +213,6 @@ def serve_check(
 
     Exit code 1 if names, types, shapes or outputs differ, or the server does not answer.
     """
-    from optin_deploy.common.validation import positive_number
-    from optin_deploy.files.ownership import free_name
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
     from optin_deploy.serving.checking import Load as CheckLoad
@@ -250,7 +251,6 @@ def serve_check(
 
 
 def _is_check(file: Path) -> bool:
-    from optin_deploy.common.validation import holds
 
     return holds(file, "schema_version", "settings", "environment", "models", "load")
 

@@ -9,7 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
+from optin_deploy.pruning.source import Source
+from optin_deploy.scoring.settings import KINDS
 
 DATA, NETWORK = "Data of any network", "ONNX files and any network"
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
@@ -37,12 +40,12 @@ Units = Annotated[
 class Columns:
     """Which columns of a table are read."""
 
-    text_column: Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")] = "text"
+    text_column: Annotated[str, typer.Option(help="Column of the text in .jsonl and .csv.")] = Source.text_column
     pair_column: Annotated[
         str, typer.Option(help="Column of the second text, for models that take pairs; text_pair may be absent.")
-    ] = "text_pair"
+    ] = Source.pair_column
     label_column: Annotated[str, typer.Option(help="Column of the label; labels are only used to report accuracy.")] = (
-        "label"
+        Source.label_column
     )
 
 
@@ -61,7 +64,7 @@ class Rows:
         int | None,
         typer.Option(help="Longest calibration text in tokens. [default: 128, or what the network takes]"),
     ] = None
-    seed: Seed = 0
+    seed: Seed = Source.seed
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -80,14 +83,12 @@ class Rows:
     ] = None
     shape: Shape = None
 
-    def of(self, model: str, **more: Any) -> Any:
+    def of(self, model: str, **more: Any) -> Source:
         """Return a `Source`; files by their full paths, so that later commands find them from anywhere.
 
         Args: more: further fields of it.
         Raises: BadInput.
         """
-        from optin_deploy.pruning.source import Source
-
         return Source(
             model=_found(model) or model,
             task=self.task,
@@ -106,7 +107,7 @@ class AllRows(Rows):
     """The same, with all that is known of rows, and what of the network they are for."""
 
     columns: Columns = Columns()  # it is frozen
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 512
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = Source.samples
     image_size: Annotated[
         str | None,
         typer.Option(
@@ -142,14 +143,12 @@ class AllRows(Rows):
         ),
     ] = None
 
-    def of(self, model: str, **more: Any) -> Any:
+    def of(self, model: str, **more: Any) -> Source:
         """Return a `Source`; see `Rows.of`."""
         output, read_as = _compared(self.compared)
         return super().of(
             model,
-            text_column=self.columns.text_column,
-            pair_column=self.columns.pair_column,
-            label_column=self.columns.label_column,
+            **vars(self.columns),
             samples=self.samples,
             image_size=_image_size(self.image_size),
             any_size=self.any_size,
@@ -164,9 +163,7 @@ class AllRows(Rows):
 
 def kinds_of(units: str | None) -> tuple[str, ...]:
     """Kinds of units of `--units`; the default ones without it."""
-    from optin_deploy.planning.widths import DEFAULT_KINDS
-
-    return DEFAULT_KINDS if units is None else tuple(kind.strip() for kind in units.split(","))
+    return Source.units if units is None else tuple(kind.strip() for kind in units.split(","))
 
 
 def _found(name: str | Path | None) -> str | None:
@@ -178,8 +175,6 @@ def _found(name: str | Path | None) -> str | None:
 
 def _compared(text: str | None) -> tuple[str | None, Any]:
     """Name and kind of `--compare-output NAME:KIND`; either may be left out."""
-    from optin_deploy.scoring.reading import KINDS
-
     if text is None:
         return None, None
     name, colon, kind = text.rpartition(":")
@@ -202,8 +197,6 @@ def _image_size(text: str | None) -> tuple[int, int] | None:
 
     Raises: BadInput.
     """
-    from optin_deploy.common.validation import whole_number
-
     if text is None:
         return None
     parts = text.lower().split("x")
@@ -218,7 +211,6 @@ def sizes_of(shape: Sequence[str] | None) -> dict[str, int]:
 
     Raises: BadInput.
     """
-    from optin_deploy.common.validation import whole_number
 
     found: dict[str, int] = {}
     for text in shape or ():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import read_json
 
 T = TypeVar("T")
 
@@ -18,18 +17,6 @@ STORED = {"extra": "forbid", "strict": True}
 """`__pydantic_config__` of what is read from disk: no unknown fields, no conversions such as "5" -> 5."""
 OPEN = {"extra": "ignore", "strict": True}
 """The same, of what other versions may have added fields to."""
-
-
-def read_stored(kind: type[T], path: Path, hint: str, *, what: str = "of this version") -> T:
-    """Read a JSON file that optin-deploy wrote: the one way in which such files become values.
-
-    Args:
-        kind: the dataclass that describes the whole file.
-        hint: the command that makes the file again.
-        what: it would be, e.g. "a plan.json of optin-deploy".
-    Raises: BadInput: names the file, the field and the hint: absent, damaged, edited, or of another version.
-    """
-    return validated(kind, read_json(path, hint, ours=True), f"{path}: not {what}", hint)
 
 
 def validated(kind: type[T], data: Mapping[str, Any], what: str, hint: str) -> T:
@@ -67,6 +54,8 @@ def _adapter(kind: type[Any]) -> Any:
 
 def holds(path: Path, *fields: str) -> bool:
     """Is this a JSON object with these fields, such as an earlier result of the same command?"""
+    from optin_deploy.files.storage import read_json
+
     try:
         return set(fields) <= set(read_json(path, ""))
     except (BadInput, OSError):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import read_json
 
 POOLINGS = ("mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens")
 """Over the real tokens, by the names of sentence-transformers: their mean; the first of them; the last of them; the
@@ -29,17 +27,6 @@ def pooling_of(model: nn.Module) -> str:
     if found not in POOLINGS:
         raise BadInput(f"config.json: {POOLING} is {found!r}; possible: {', '.join(POOLINGS)}.")
     return str(found)
-
-
-def pooling_in(folder: Path) -> str | None:
-    """How the config.json in a folder says that states are pooled; None: there is none.
-
-    Raises: BadInput: it is damaged.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    return str(read_json(path, "Run the export again.").get(POOLING, POOLINGS[0]))
 
 
 def set_pooling(config: Any, pooling: str) -> None:

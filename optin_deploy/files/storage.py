@@ -155,7 +155,7 @@ def json_text(data: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, hint: str, *, ours: bool = False) -> dict[str, Any]:
-    """Read a JSON object; `validation.read_stored` also checks its shape.
+    """Read a JSON object; `stored.Stored` also checks its shape.
 
     Args:
         hint: the next step for the user if the file is absent, e.g. "Write it with `optin plan`."

@@ -246,7 +246,9 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
 def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
     target = device_exporter(case.target)
     return measure_device_time(
-        lambda cuda_graph: target.open_device(case.dense, precision=at.precision, cuda_graph=cuda_graph),
+        lambda cuda_graph: target.open_device(
+            case.dense, precision=at.precision, cuda_graph=cuda_graph, task=case.task
+        ),
         lambda cuda_graph: target.open_device(case.smaller, precision=at.precision, cuda_graph=cuda_graph),
         case.inputs.feeds(Point(at.batch, at.seq_len)),
         stage=stage,

@@ -16,6 +16,7 @@ from optin_deploy.errors import BadInput, CannotBuildHere
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import Artifact, Exporter, ExportSpec, Form, graph_precision
 from optin_deploy.exporters.passes.pooled import pooled
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.files.names import DENSE, PRUNED
@@ -91,7 +92,7 @@ class Forms:
     """None: not asked for."""
 
 
-def forms_in(workspace: Workspace, pool: str | None, *, dense: bool = True) -> Forms:
+def forms_in(workspace: Workspace, head: EmbeddingHead | None, *, dense: bool = True) -> Forms:
     """The networks of an output folder, with the pooled output that is asked for.
 
     Raises: BadInput: a file is missing or was changed, or there is nothing to be pooled.
@@ -99,12 +100,12 @@ def forms_in(workspace: Workspace, pool: str | None, *, dense: bool = True) -> F
     source, module = workspace.source(), workspace.model_folder
     module_or_none = module if module.is_dir() else None
     longest = longest_in(module)
-    pruned = Form(workspace.root / PRUNED, _pooled(workspace.root / PRUNED, pool), module_or_none, None, longest)
+    pruned = Form(workspace.root / PRUNED, _pooled(workspace.root / PRUNED, head), module_or_none, None, longest)
     if not dense:
         for name in (DENSE, data_path(Path(DENSE)).name):
             workspace.record.remove(name)
         return Forms(pruned, None)
-    whole = _pooled(workspace.root / DENSE, pool)
+    whole = _pooled(workspace.root / DENSE, head)
     return Forms(
         pruned,
         Form(workspace.root / DENSE, whole, None if source.is_file else Path(source.model), source.task, longest),
@@ -124,21 +125,22 @@ def check_free_sizes(network: Network, engine: str) -> None:
             )
 
 
-def _pooled(path: Path, pool: str | None) -> Any:
+def _pooled(path: Path, head: EmbeddingHead | None) -> Any:
     """The network of a float32 file, which is written anew where its pooled output is not the one that is asked for."""
     known = finished(path)
     if known is None:
         told = "was changed after it was written" if path.is_file() else "does not exist"
         raise BadInput(f"{path} {told}. Make it with `optin rewrite {path.parent}`.")
     network = read_file(path)
-    if known.said.get(POOL) == pool:
+    asked = None if head is None else head.digest
+    if known.said.get(POOL) == asked:
         return network
     if POOLED in known.outputs:
         network = tidied(network, without=POOLED)
-    if pool is not None:
-        network = pooled(network, pool)
+    if head is not None:
+        network = pooled(network, head)
     entries = {name: value for name, value in known.said.items() if name not in (KEY, DATA, POOL, SEAL)}
-    store(network, path, known.key, entries | ({} if pool is None else {POOL: pool}), anew=True)
+    store(network, path, known.key, entries | ({} if asked is None else {POOL: asked}), anew=True)
     return network
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import QualityLimit
@@ -13,9 +12,10 @@ from optin_deploy.files.names import JOB
 from optin_deploy.files.storage import write_json, write_text
 from optin_deploy.jobs.bench import measure
 from optin_deploy.jobs.building import Built, build, forms_in
+from optin_deploy.jobs.checked import CheckedJob, checked_job
 from optin_deploy.jobs.clock import Clock
 from optin_deploy.jobs.float32_dense import measure_beside_float32
-from optin_deploy.jobs.job import CheckedJob, Job, checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import read_table, table_at
 from optin_deploy.jobs.proving import check_engine
@@ -66,7 +66,7 @@ def export_model(
     with clock("rewrite") as progress:
         made = rewrite_stage(workspace, prepared, compensation=job.compensation, progress=progress)
     with clock("export"):
-        forms = forms_in(workspace, job.pool, dense=job.dense)
+        forms = forms_in(workspace, asked.spec.head, dense=job.dense)
         built = build(workspace, asked.target, asked.spec, forms)
     with clock("check"):
         parity = check_engine(built, forms, prepared.ready.rows.calibration.batches)
@@ -109,15 +109,15 @@ def _measured(asked: CheckedJob, built: Built, made: Rewritten, clock: Clock) ->
     if pair is None or built.obstacle is not None or not job.dense:
         return []
     inputs = replace(inputs_of(asked.prepared), plan=made.plan)
-    how: dict[str, Any] = {"threads": job.threads, "stage": clock}
     dense = pair.dense.path if pair.dense else Path(job.source.model)
     found = measure(
         *(pair.engine, dense, pair.pruned.path, inputs, job.points),
         precision=pair.precision,
+        threads=job.threads,
         task=job.source.task,
-        **how,
+        stage=clock,
     )
-    return found + measure_beside_float32(built, inputs, job.source, job.points, **how)
+    return found + measure_beside_float32(built, inputs, job.source, job.points, threads=job.threads, stage=clock)
 
 
 def _over_budget(clock: Clock, before: int, budget: int | None) -> list[str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import ExportSpec
-from optin_deploy.exporters.passes.pooled import check_pool
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.options import EngineOptions
+from optin_deploy.exporters.passes.pooled import head_of
 from optin_deploy.exporters.to_onnx import check_size
-from optin_deploy.feeds.pooling import POOLED, pooling_in
+from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.feeds.sentence_modules import head_in
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.jobs.building import Built, build, check_free_sizes, forms_in, int8_samples
 from optin_deploy.jobs.origin import check_origin
@@ -41,16 +42,17 @@ def build_folder(
     """
     target = exporter(engine)
     precision = check_precision(target, precision)
-    options = options or EngineOptions()
-    target.check(options, pool)
+    own = target.options.of(options)
+    target.check(own, pool)
     workspace = Workspace(folder)
     workspace.read_plan()
     path = workspace.root / PRUNED
     network = read_file(path)
     check_origin(path, "pruned")
+    head = None
     if pool is not None:
-        check_pool(tidied(network, without=POOLED), pool, pooling_in(workspace.model_folder))
-    if target.has_profiles:
+        head = head_of(tidied(network, without=POOLED), pool, head_in(workspace.model_folder))
+    if own.sizes():
         check_free_sizes(network, engine)
     if target.reads_onnx:
         check_size(network, precision)
@@ -61,8 +63,8 @@ def build_folder(
             dense_stage(workspace, prepared)
     if dry_run:
         return None
-    spec = ExportSpec(precision, pool, options, samples, of_module=not target.reads_onnx)
-    forms = forms_in(workspace, pool, dense=dense)
+    spec = ExportSpec(precision, head, own, samples, of_module=not target.reads_onnx)
+    forms = forms_in(workspace, head, dense=dense)
     built = build(workspace, target, spec, forms)
     check_engine(built, forms, [recorded(workspace)])
     return built

@@ -1,39 +1,19 @@
-"""What a job is asked for; load what it needs, and refuse early what cannot be done; say what would be done."""
+"""What a job is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from optin_deploy.errors import BadInput
-from optin_deploy.exporters import check_precision, exporter
-from optin_deploy.exporters.base import Exporter, ExportSpec
-from optin_deploy.exporters.passes.pooled import check_pool
-from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
-from optin_deploy.exporters.to_onnx import check_size
-from optin_deploy.jobs.building import check_free_sizes, int8_samples
-from optin_deploy.jobs.prepared import Prepared, prepare
-from optin_deploy.jobs.width_timer import DENSE, check_timeable, inputs_of, width_timer
-from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.measuring.artifacts import check_threads
-from optin_deploy.measuring.points import Point, check_different
-from optin_deploy.measuring.room import check_room, least_bytes
-from optin_deploy.measuring.stats import percentile
+from optin_deploy.measuring.points import Point
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import limits_within
-from optin_deploy.planning.latency import LatencyTable
-from optin_deploy.planning.widths import Align, Choice, aligned, multiples
 from optin_deploy.pruning.source import Source
-from optin_deploy.pruning.tokens import check, merging
-from optin_deploy.quality.held_out import judged_samples
 from optin_deploy.scoring.settings import ScoreSettings
-from optin_deploy.structure.labels import TOKENS
 
-CLEARLY = 1.2
-"""A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
+if TYPE_CHECKING:
+    from optin_deploy.exporters.options import EngineOptions
+    from optin_deploy.planning.widths import Align
 
 
 @dataclass(frozen=True)
@@ -62,162 +42,7 @@ class Job:
     table: Path | None = None
     """Latency table for `limits.time`; None: latency.json in the output folder, measured if need be."""
     pool: str | None = None
-    options: EngineOptions = field(default_factory=EngineOptions)
+    options: EngineOptions | None = None
+    """Those of the engine; None: their defaults."""
     dense: bool = True
     """Is the dense network exported too, and measured beside?"""
-
-
-@dataclass(frozen=True, eq=False)
-class CheckedJob:
-    """The same, with everything loaded and checked."""
-
-    job: Job
-    target: Exporter
-    spec: ExportSpec
-    prepared: Prepared
-    choice: Choice
-
-
-def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
-    """Load what a job needs and refuse, before the long work and before anything is written, what cannot be done.
-
-    Args: home: the output folder, where an earlier run may have left the exported network.
-    Raises: BadInput and its kinds.
-    """
-    if home is not None:
-        Workspace(home).check_untuned()
-    target = exporter(job.engine)
-    precision = check_precision(target, job.precision)
-    _check_options(job, target)
-    how: dict[str, Any] = {"drops": job.source.drop_tokens, **multiples(job.align, target.align)}
-    choice = Choice(job.source.units, allocation=job.allocation, **how)
-    prepared = prepare(job.source, home)
-    choice = _fitted(choice, job, prepared)
-    if job.pool is not None:
-        check_pool(prepared.ready.network, job.pool, prepared.dense.pooling)
-    if target.reads_onnx:
-        check_size(prepared.ready.network, precision)
-    if target.has_profiles:
-        check_free_sizes(prepared.ready.network, job.engine)
-    _check_points(job, target, prepared, precision)
-    names = [port.name for port in prepared.ready.network.inputs]
-    samples = int8_samples(prepared.ready.rows.calibration.batches, names) if precision == "int8" else ()
-    spec = ExportSpec(precision, job.pool, job.options, samples, of_module=not target.reads_onnx)
-    checked = CheckedJob(job, target, spec, prepared, choice)
-    if job.limits.time is not None:
-        check_timeable(target, spec)
-        _check_needed(checked)
-    return checked
-
-
-def _check_options(job: Job, target: Exporter) -> None:
-    """Refuse what does not go together, before anything is loaded.
-
-    Raises: BadInput.
-    """
-    time, source = job.limits.time, job.source
-    target.check(job.options, job.pool)
-    check_threads(job.threads)
-    if job.threads:
-        target.threads(job.threads)
-    check_different(job.points)
-    if time is not None and not target.reads_onnx and (job.tokens is not None or TOKENS in source.units):
-        raise BadInput(
-            f"engine {job.engine} runs what merges tokens as a graph, and the dense model as its class: a time of "
-            "both does not tell what merging saves. Plan for an engine that reads graphs, such as --engine onnx."
-        )
-    if time is not None and not (job.dense and job.points):
-        raise BadInput(f"{time} is measured beside the dense model: leave out --no-dense.")
-    if job.table is not None and time is None:
-        raise BadInput(f"--latency-table {job.table} is for --latency, --speedup or --throughput: give one of them.")
-
-
-def _fitted(choice: Choice, job: Job, prepared: Prepared) -> Choice:
-    """Return how widths are chosen in this network, checked against it.
-
-    Raises: BadInput, InfeasibleBudget.
-    """
-    ready = prepared.ready
-    choice = merging(ready, aligned(ready.layout, choice, job.align), job.tokens)
-    check(ready, job.limits, choice)
-    if choice.allocation == "curves":
-        judged_samples(ready.rows.calibration.batches)  # enough of them
-    return choice
-
-
-def _check_points(job: Job, target: Exporter, prepared: Prepared, precision: str) -> None:
-    """Refuse points and profiles that the network does not take, or that no memory would hold.
-
-    Raises: BadInput.
-    """
-    network, inputs = prepared.ready.network, inputs_of(prepared)
-    for point in job.points:
-        settled = inputs.at(point)
-        room = least_bytes(network, inputs.feeds(replace(settled, batch=1)), precision)
-        check_room(room, str(point), point.batch)
-        if target.has_profiles:
-            _check_profiles(job.options.profiles, settled)
-    for profile in job.options.profiles if target.has_profiles else ():
-        longest = profile.up_to(prepared.dense.longest).seq[2]
-        seq = longest if inputs.at(Point()).seq is not None else None
-        room = least_bytes(network, inputs.feeds(Point(1, seq)), precision)
-        check_room(room, f'--profile "{profile}"', profile.batch[2])
-
-
-def _check_needed(asked: CheckedJob) -> None:
-    """Refuse a time that the dense network keeps clearly: by its table, or measured here for a few seconds.
-
-    Raises: InfeasibleBudget. BadInput: the table is of another network or setting.
-    """
-    job, limits = asked.job, asked.job.limits
-    if job.table is not None:
-        table = LatencyTable.read(job.table)
-        table.check(asked.prepared.ready.layout)
-    assert limits.time is not None, "there is a time to plan for"
-    if limits.time.option == "--speedup" or limits.budgets():
-        return
-    point = job.points[0]
-    if job.table is not None:
-        limits.time.check_needed(table.dense_ns / 10**6, point.batch)
-        return
-    with width_timer(asked.prepared, asked.target, asked.spec, point, threads=job.threads) as yard:
-        samples = yard.together((), blocks=2).ms[DENSE]
-    dense_ms = percentile([ms for block in samples for ms in block], 50)
-    limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
-
-
-def _check_profiles(profiles: Sequence[Profile], point: Point) -> None:
-    if not any(profile.holds(point.batch, point.seq) for profile in profiles):
-        at = f"batch={point.batch}" + ("" if point.seq is None else f",seq={point.seq}")
-        raise BadInput(
-            f"the point to measure, {at}, lies outside of --profile {' and '.join(map(str, profiles))}. "
-            "Give --at with a point inside, or wider profiles."
-        )
-
-
-def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:
-    """What a job would do, line by line."""
-    ready = prepared.ready
-    budgets = [
-        f"{limit.asked}: {limit.most:,} of {limit.resource.dense:,}" for limit in limits_within(ready.costs, limits)
-    ]
-    if limits.max_drop is not None:
-        budgets.append(f"--max-drop {limits.max_drop:g}: the smallest model that loses no more points")
-    if limits.time is not None:
-        budgets.append(f"{limits.time}: planned by a latency table, then measured and corrected")
-    units: dict[str, int] = {}
-    for group in ready.layout.groups:
-        if group.kind in ready.kinds:
-            units[group.kind] = units.get(group.kind, 0) + group.units
-    loaded = prepared.dense.loaded
-    what = "ONNX file" if loaded is None else f"{type(loaded.model).__name__}, {loaded.task.name}"
-    held_out = 0 if ready.rows.held_out is None else len(ready.rows.held_out)
-    return [
-        f"model        {prepared.source.model}: {what}, {len(ready.layout.groups)} groups",
-        f"units        {', '.join(f'{count} {kind}' for kind, count in units.items())}",
-        f"compared     {ready.subject.reading.output} as {ready.subject.reading.kind}",
-        f"calibration  {len(ready.rows.calibration)} samples, {held_out} held out",
-        *(f"budget       {budget}" for budget in budgets),
-        f"writes       {artifact}",
-        "dry run: nothing was written",
-    ]

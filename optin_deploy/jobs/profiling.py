@@ -11,14 +11,15 @@ import numpy as np
 from optin_deploy.common.progress import Progress, Stage, silent, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.width_timer import DENSE, WidthTimer, check_timeable, width_timer
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.stats import percentile
 from optin_deploy.measuring.timing import mean_ratio
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import costs_of
-from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost, is_table
+from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost
 from optin_deploy.planning.points import Cell, cells, keep_at, table_of
 from optin_deploy.planning.widths import Choice, Keep, ladders_of
 from optin_deploy.pruning.pruning import emptiable
@@ -47,7 +48,7 @@ def profile_model(
         name. dry_run: only check that it could be done; returns None.
     Raises: BadInput: the engine does not run here, `out` is not ours, and all that `ready` refuses.
     """
-    free_name(out, is_table, force=force, dry_run=True)
+    free_name(out, LatencyTable.is_at, force=force, dry_run=True)
     kinds = tuple(kind for kind in job.source.units if kind != TOKENS)  # a table serves whatever is merged
     source = replace(job.source, units=kinds)
     asked = checked_job(replace(job, source=source, limits=Limits(flops=1.0), allocation="uniform"))
@@ -59,7 +60,7 @@ def profile_model(
     ) as yard:
         with stage("profile") as progress:
             table = measure_table(yard, asked.choice, progress=progress)
-        free_name(out, is_table, force=force)
+        free_name(out, LatencyTable.is_at, force=force)
         table.write(out)
         if check:
             with stage("check") as progress:

@@ -13,8 +13,8 @@ from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.common.environment import environment
 from optin_deploy.feeds.rows import MASK, Feeds
 from optin_deploy.jobs.building import Built
+from optin_deploy.jobs.checked import CheckedJob
 from optin_deploy.jobs.clock import Clock
-from optin_deploy.jobs.job import CheckedJob
 from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.stages import Rewritten
 from optin_deploy.jobs.time_rounds import Round

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from optin_deploy.checkpoint.reloading import differs
 from optin_deploy.checkpoint.smaller import fits, intact, save
@@ -186,8 +185,8 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
         )
         if not why:
             about = {TEXT_PAIRS: ready.rows.pairs}
-            how: dict[str, Any] = {"preprocessor": loaded.preprocessor, "files": loaded.files, "about": about}
-            save(smaller.module, smaller.attributes, made.plan, workspace.model_folder, **how)
+            saved = (smaller.module, smaller.attributes, made.plan, workspace.model_folder)
+            save(*saved, preprocessor=loaded.preprocessor, files=loaded.files, about=about)
             why = differs(workspace.model_folder, made.network, probes)
     if why:
         workspace.record.remove("model")

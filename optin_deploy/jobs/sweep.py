@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from optin_deploy.common.progress import Stage, silent_stage
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
 from optin_deploy.feeds.rows import label_digest
-from optin_deploy.files.storage import sha256_json, write_json, write_text
+from optin_deploy.files.storage import read_json, sha256_json, write_json, write_text
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.stages import curve_stage
 from optin_deploy.planning.budget import Limits
@@ -107,7 +107,7 @@ class Trials:
     @cached_property
     def _points(self) -> dict[float, Point]:
         try:
-            stored = read_stored(_Stored, self._path, HINT)
+            stored = validated(_Stored, read_json(self._path, HINT, ours=True), str(self._path), HINT)
         except BadInput:
             return {}  # absent or damaged
         return {point.flops: point for point in stored.points if stored.key == self._key}

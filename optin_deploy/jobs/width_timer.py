@@ -117,10 +117,10 @@ def form_at(
     """
     ready, dense = prepared.ready, prepared.dense
     network = ready.network if keep is None else _smaller(ready, keep, merges)
-    if spec.pool is not None:
-        network = pooled(network, spec.pool)
+    if spec.head is not None:
+        network = pooled(network, spec.head)
     graph = folder / ("dense.onnx" if keep is None else "model.onnx")
-    store(network, graph, sha256_json([dense.key, keep, merges, spec.pool]))
+    store(network, graph, sha256_json([dense.key, keep, merges, spec.head and spec.head.digest]))
     module = None
     if dense.loaded is not None and keep is None:
         module = Path(prepared.source.model)
@@ -147,8 +147,8 @@ def setting_of(target: Exporter, spec: ExportSpec, feeds: Feeds, *, threads: int
     return {
         "engine": target.engine,
         "precision": check_precision(target, spec.precision),
-        "pool": spec.pool or "none",
-        "options": str(spec.options.settings()) if target.has_profiles else "none",
+        "pool": spec.head.digest if spec.head else "none",
+        "options": str(target.options.of(spec.options).settings() or "none"),
         "inputs": ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in sorted(feeds.items())),
         "threads": threads,
         "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores{quota}",

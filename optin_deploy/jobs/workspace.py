@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput
 from optin_deploy.files.locking import ATTEMPTS, Lock, opened
 from optin_deploy.files.names import LOCK, MADE_FROM_SCORES, NAMES, SCORES, TUNED
 from optin_deploy.files.ownership import Record
-from optin_deploy.files.storage import write_json
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.groups import Layout
 
-SCHEMA_VERSION = 2
-"""One edition of models by layer came before."""
 PAUSE_SECONDS = 0.05
 SCORE_HINT = "Write it with `optin score MODEL --out DIR`."
-CURVES_HINT = "Measure them with `optin plan DIR`."
 PLAN_HINT = "Write it with `optin plan DIR`."
 
 
 @dataclass(frozen=True)
-class _StoredSource(Source):
-    """source.json."""
-
-    __pydantic_config__ = STORED
-
-    schema_version: int = 0
-
-    def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            again = f"optin-export {shlex.quote(self.model)} --out DIR --force"
-            raise BadInput(
-                f"schema_version {self.schema_version}: an earlier version of optin-deploy made this folder, and this "
-                f"one reads schema_version {SCHEMA_VERSION}. Make it again: {again}"
-            )
-        if (self.seq_len is not None and self.seq_len < 1) or self.samples < 1:
-            raise BadInput(f"seq_len {self.seq_len} and samples {self.samples} must be above zero")
-
-
-@dataclass(frozen=True)
-class _StoredCurves:
+class _Curves(Stored):
     """curves.json."""
 
-    __pydantic_config__ = STORED
+    schema_version = 2
+    hint = "Measure them with `optin plan {folder}`."
 
-    schema_version: int
     key: str
     curves: Mapping[str, Curve]
-
-    def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version reads schema_version {SCHEMA_VERSION}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +112,7 @@ class Workspace:
         Raises: BadInput: files of others where ours are to be.
         """
         self._begin(force=force)
-        write_json(self.source_path, {"schema_version": SCHEMA_VERSION, **asdict(source)})
+        source.write(self.source_path)
 
     @contextmanager
     def changing(self, *, force: bool = False) -> Iterator[None]:
@@ -195,8 +167,10 @@ class Workspace:
         """
         if not self.source_path.is_file():
             raise BadInput(f"{self.source_path} does not exist. {self.root} is not an output folder. {SCORE_HINT}")
-        stored = asdict(read_stored(_StoredSource, self.source_path, SCORE_HINT))
-        return Source(**{name: value for name, value in stored.items() if name != "schema_version"})
+        source = Source.read(self.source_path)
+        if source.seq_len is not None and source.seq_len < 1:
+            raise BadInput(f"{self.source_path}: seq_len {source.seq_len} must be above zero. {source.hint}")
+        return source
 
     def write_scores(self, scores: UnitScores) -> None:
         """Store scores. What came of other scores goes."""
@@ -235,15 +209,14 @@ class Workspace:
 
     def write_curves(self, curves: Mapping[str, Curve], key: str) -> None:
         """Store error curves and the key of what they were measured with."""
-        named = {name: asdict(curve) for name, curve in curves.items()}
-        write_json(self.root / "curves.json", {"schema_version": SCHEMA_VERSION, "key": key, "curves": named})
+        _Curves(key, dict(curves)).write(self.root / "curves.json")
 
     def read_curves(self) -> tuple[Mapping[str, Curve], str]:
         """Error curves, and the key of what they were measured with.
 
         Raises: BadInput: missing or damaged.
         """
-        stored = read_stored(_StoredCurves, self.root / "curves.json", CURVES_HINT)
+        stored = _Curves.read(self.root / "curves.json")
         return stored.curves, stored.key
 
     def read_plan(self) -> NetworkPlan:

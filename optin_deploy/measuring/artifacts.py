@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from optin_deploy.measuring.timing import PairTiming, measure_pair
 from optin_deploy.network.onnx_data import remedy
 from optin_deploy.network.write import data_path
 from optin_deploy.runtimes.base import Feeds, Runtime
+from optin_deploy.runtimes.device import NO_GPU, current_gpu
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,10 @@ def time_pair(
 
     Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
     """
-    how: dict[str, Any] = {"precision": opening.precision, "threads": opening.threads}
+    opened = partial(target.open, precision=opening.precision, threads=opening.threads)
     return timed(
-        lambda: target.open(first, **how, task=opening.task),
-        lambda: target.open(second, **how),
+        partial(opened, first, task=opening.task),
+        partial(opened, second),
         feeds,
         title=f"measure {point_name(*at)}",
         stage=stage,
@@ -72,11 +73,13 @@ def timed(
 def device_exporter(target: Exporter) -> DeviceExporter:
     """The same exporter, as one that opens artifacts for the time on the device.
 
-    Raises: BadInput: its engine cannot launch without transfers; names those that can.
+    Raises: BadInput: its engine cannot launch without transfers; names those that can. Or there is no GPU.
     """
     if not isinstance(target, DeviceExporter):
         able = ", ".join(name for name in ENGINES if isinstance(exporter(name), DeviceExporter))
         raise BadInput(f"engine {target.engine} cannot be timed on the device alone; --device-time is for {able}.")
+    if current_gpu() is None:
+        raise BadInput(f"--device-time is the time on a GPU, and {NO_GPU}. Leave it out.")
     return target
 
 

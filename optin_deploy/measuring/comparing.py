@@ -26,7 +26,7 @@ from optin_deploy.measuring.artifact_inputs import (
 )
 from optin_deploy.measuring.artifacts import Opening, check_built, check_runs, check_threads, time_pair
 from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge
-from optin_deploy.measuring.pins import Pin, data_hashes, pinned_path, read_pin, write_pin
+from optin_deploy.measuring.pins import Pin, data_hashes, pinned_path, write_pin
 from optin_deploy.measuring.points import Point, point_name
 from optin_deploy.measuring.room import check_room, least_bytes
 from optin_deploy.network.onnx_data import data_files
@@ -147,7 +147,7 @@ def comparison_of(
         baseline itself, to be pinned. engine: None: the pin's, or onnx. threads: None: the pin's, or 0.
     Raises: BadInput: something is missing or does not fit, or the pinned file changed.
     """
-    pin = read_pin(baseline) if baseline.suffix == PIN_SUFFIX else None
+    pin = Pin.read(baseline) if baseline.suffix == PIN_SUFFIX else None
     if pin is not None:
         baseline = pin.path(baseline.parent)
         engine, points = engine or pin.engine, points or pin.points

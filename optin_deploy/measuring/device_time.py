@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.device_clock import Launch, Timer, stretch_runs, timer_for
 from optin_deploy.measuring.timing import BLOCKS, PairTiming, measure_pair
-from optin_deploy.runtimes.base import Closing, DeviceRuntime, Feeds
+from optin_deploy.runtimes.base import DeviceRuntime, Feeds
 
 GRAPH, NO_GRAPH = "CUDA graph", "no CUDA graph"
 DeviceOpener = Callable[[bool], DeviceRuntime]
@@ -75,7 +76,7 @@ def measure_device_time(
     """
 
     def timed(title: str, *, cuda_graph: bool) -> PairTiming:
-        clock = _DeviceClock()
+        clock = DeviceClock()
 
         def fresh(opener: DeviceOpener) -> _Launches:
             runtime = opener(cuda_graph)
@@ -103,20 +104,21 @@ class _NoGraph(BadInput):
     """A CUDA graph was asked for and could not be recorded."""
 
 
-class _DeviceClock:
+class DeviceClock:
     """Seconds that launches have taken."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self) -> float:
+        """The seconds so far."""
         return self.seconds
 
 
-class _Launches(Closing):
+class _Launches:
     """A runtime for `measure_pair` whose run launches a stretch and moves the clock by one launch of it."""
 
-    def __init__(self, runtime: DeviceRuntime, clock: _DeviceClock, timer: Timer, *, cuda_graph: bool) -> None:
+    def __init__(self, runtime: DeviceRuntime, clock: DeviceClock, timer: Timer, *, cuda_graph: bool) -> None:
         self.engine = runtime.engine
         self._runtime, self._clock, self._timer, self._cuda_graph = runtime, clock, timer, cuda_graph
         # Not the default stream: there TensorRT adds synchronisation to a launch.
@@ -136,9 +138,15 @@ class _Launches(Closing):
     def synchronize(self) -> None:
         """A stretch ends when its work is done."""
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        self._runtime.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._launch = None
-        self._runtime.close()
+        self._runtime.__exit__(kind, error, trace)
 
     def _ready(self, feeds: Feeds) -> Launch:
         launch = self._runtime.launcher({name: torch.from_numpy(values) for name, values in feeds.items()})

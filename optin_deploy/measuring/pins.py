@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_file, write_json
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.measuring.points import Point
 from optin_deploy.network.onnx_data import data_files
 
-SCHEMA_VERSION = 1
 HINT = "Write it with `optin gate BASELINE --pin FILE`."
 MOST_POINTS = 100
 
 
 @dataclass(frozen=True)
-class Pin:
+class Pin(Stored):
     """One pinned baseline."""
 
-    __pydantic_config__ = STORED
+    what = "a pin of this version"
+    hint = HINT
 
-    schema_version: int
     artifact: str
     """Path relative to the pin's own folder, with forward slashes; never out of that folder."""
     sha256: str
@@ -39,8 +39,6 @@ class Pin:
     """sha256 of the files that hold an ONNX file's weights, by path relative to its folder; empty: it holds them."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
         if not 1 <= len(self.points) <= MOST_POINTS or self.threads < 0:
             raise BadInput(f"{len(self.points)} points (1 to {MOST_POINTS}), {self.threads} threads (0 or more)")
 
@@ -74,6 +72,10 @@ class Pin:
                 )
         return path
 
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; without data files it is what earlier versions wrote and read."""
+        return {name: each for name, each in super().to_json().items() if name != "data" or each}
+
 
 def data_hashes(path: Path) -> dict[str, str]:
     """sha256 of the files that hold an ONNX file's weights, by path relative to its folder.
@@ -88,23 +90,6 @@ def _leads_out(artifact: str) -> bool:
     """Is a relative path not one that stays inside, on any system?"""
     windows = PureWindowsPath(artifact)  # takes both kinds of slashes
     return PurePosixPath(artifact).is_absolute() or bool(windows.anchor) or ".." in windows.parts
-
-
-def read_pin(file: Path) -> Pin:
-    """Read a pin; its artifact is not looked at yet.
-
-    Raises: BadInput: absent, or not a pin of this version.
-    """
-    return read_stored(Pin, file, HINT, what="a pin of this version")
-
-
-def is_pin(file: Path) -> bool:
-    """Is there a pin of this version?"""
-    try:
-        read_pin(file)
-    except BadInput:
-        return False
-    return True
 
 
 def pinned_path(file: Path, artifact: Path) -> str:
@@ -129,7 +114,6 @@ def write_pin(
     Raises: BadInput: the artifact lies outside of the pin's folder.
     """
     pin = Pin(
-        schema_version=SCHEMA_VERSION,
         artifact=pinned_path(file, artifact),
         sha256=sha256_file(artifact),
         size_bytes=artifact.stat().st_size,
@@ -139,6 +123,5 @@ def write_pin(
         points=tuple(points),
         data=data_hashes(artifact),
     )
-    # Without data files, a pin is what earlier versions wrote and read.
-    write_json(file, {name: value for name, value in asdict(pin).items() if name != "data" or value})
+    pin.write(file)
     return pin

@@ -160,11 +160,11 @@ def mean_ratio(over: Blocks, under: Blocks) -> float:
     return float(np.exp(np.mean(log_ratios(over, under))))
 
 
-def round_count(pair_seconds: float) -> int:
+def round_count(pair_seconds: float, block_seconds: float = BLOCK_SECONDS) -> int:
     """Rounds that fill a block, within MIN_ROUNDS..MAX_ROUNDS, if a pair of models takes `pair_seconds`."""
-    if pair_seconds * MAX_ROUNDS <= BLOCK_SECONDS:
+    if pair_seconds * MAX_ROUNDS <= block_seconds:
         return MAX_ROUNDS
-    return max(MIN_ROUNDS, int(BLOCK_SECONDS / pair_seconds))
+    return max(MIN_ROUNDS, int(block_seconds / pair_seconds))
 
 
 def run_ms(runtime: Runtime, feeds: Feeds, clock: Clock) -> float:
@@ -204,6 +204,7 @@ def measure_together(
     feeds: Feeds,
     *,
     blocks: int = BLOCKS,
+    block_seconds: float = BLOCK_SECONDS,
     seed: int = 0,
     clock: Clock = time.perf_counter,
     watch: Callable[[], State] = machine_state,
@@ -211,8 +212,8 @@ def measure_together(
 ) -> Samples:
     """Time models on the same feeds, each beside all others.
 
-    Args: openers: of each model, by name. blocks: replicates, 2 or more. seed: of the order within rounds.
-        clock: gives seconds. watch: tells what the machine does.
+    Args: openers: of each model, by name. blocks: replicates, 2 or more. block_seconds: what a pair of models is timed
+        in each. seed: of the order within rounds. clock: gives seconds. watch: tells what the machine does.
         on_block: called after each block with (blocks done, blocks in all).
     Raises: BadInput: too few blocks. What a runtime raises goes through, all being closed first.
     """
@@ -232,7 +233,7 @@ def measure_together(
                 load_ms[name].append((clock() - started) * 1000.0)
             round_seconds = warm_up(runtimes, feeds, clock)
             block_ms: dict[str, list[float]] = {name: [] for name in names}
-            for _ in range(round_count(round_seconds * 2 / len(names))):
+            for _ in range(round_count(round_seconds * 2 / len(names), block_seconds)):
                 for i in rng.permutation(len(names)):
                     block_ms[names[i]].append(run_ms(runtimes[names[i]], feeds, clock))
         for name, values in block_ms.items():

@@ -12,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from optin_deploy.common.validation import STORED, read_stored, validated
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_json, write_json
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import Cost
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.structure.groups import Layout
 
-SCHEMA_VERSION = 2
 HINT = "Measure it again with `optin profile`."
 MOST_NS = 10**15
 """Longest time: eleven days."""
@@ -79,10 +77,13 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Stored):
     """Times of one network on one engine, device and size of input."""
 
-    __pydantic_config__ = STORED
+    schema_version = 2
+    older = (None,)
+    what = "a latency table of optin-deploy"
+    hint = HINT
 
     dense_ns: int
     """Median of a batch through the dense network."""
@@ -94,18 +95,10 @@ class LatencyTable:
     """Engine, precision, shapes, threads, and the device and versions it was measured with."""
     held_out: tuple[HeldOut, ...] = ()
     """Plans that were measured to see how wrong the table is."""
-    schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
         if not 0 < self.dense_ns <= MOST_NS:
             raise BadInput(f"latency table: the dense network takes {self.dense_ns} ns")
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the canonical JSON."""
-        return sha256_json(self.to_json())
 
     def check(self, layout: Layout, setting: Mapping[str, str | int] | None = None) -> None:
         """Make sure that it is of this network, in this setting.
@@ -149,28 +142,8 @@ class LatencyTable:
         return replace(self, dense_ns=ns, groups=groups, held_out=())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dict."""
-        return asdict(self)
-
-    def write(self, path: Path) -> None:
-        """Write a file, whole or not at all."""
-        write_json(path, self.to_json())
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises: BadInput: a field is missing, unknown or of the wrong type.
-        """
-        return validated(cls, data, "latency table: not one of optin-deploy", HINT)
-
-    @classmethod
-    def read(cls, path: Path) -> LatencyTable:
-        """Read a stored table.
-
-        Raises: BadInput: absent, damaged, or of another version.
-        """
-        return read_stored(LatencyTable, path, HINT, what="a latency table of optin-deploy")
+        """Return a JSON-ready dict, with the version at the end."""
+        return {**asdict(self), "schema_version": self.schema_version}
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,15 +208,6 @@ class TimeCost:
     def _steps(self) -> Mapping[str, np.ndarray]:
         """Nanoseconds that each group saves at each width, while all others are whole."""
         return {name: steps.saved(np.arange(steps.counts[-1] + 1)) for name, steps in self.table.groups.items()}
-
-
-def is_table(path: Path) -> bool:
-    """Is this a latency table, of whatever network and setting?"""
-    try:
-        LatencyTable.read(path)
-    except BadInput:
-        return False
-    return True
 
 
 TABLE_HEADER = ("groups", "kept", "ms saved by each")

@@ -7,21 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.common.validation import STORED, holds, read_stored, validated
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import STORED, holds
 from optin_deploy.errors import BadInput, PlanMismatch
-from optin_deploy.files.storage import sha256_json, write_json
 from optin_deploy.network.axes import Axis, size
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.planning.costs import Costs, costs_of
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.keep import checked
 from optin_deploy.structure.tokens import token_stream
-
-SCHEMA_VERSION = 2
-HINT = (
-    "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
-    '{"schema_version": 2, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
-)
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,16 @@ def told_merges(merges: Sequence[int], *, of_text: bool) -> str:
 
 
 @dataclass(frozen=True)
-class NetworkPlan:
+class NetworkPlan(Stored):
     """What stays of a network."""
 
-    __pydantic_config__ = STORED
+    schema_version = 2
+    older = (None,)
+    what = "the plan of a network"
+    hint = (
+        "Write it with `optin plan FILE.onnx --magnitude --flops 0.7 --out PLAN.json`, or by hand as "
+        '{"schema_version": 2, "keep": {"NAME OF A GROUP": [0, 1, 2]}} with names that `optin inspect` prints.'
+    )
 
     keep: Mapping[str, tuple[int, ...]]
     """Kept units by name of group; a group that is not named stays whole."""
@@ -94,18 +94,6 @@ class NetworkPlan:
     """Tokens that are merged behind the attention of each block, or, where negative, dropped; empty: none."""
     of_text: bool = False
     """Whether merges are percents of the tokens, because a text has any number of them."""
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        if self.schema_version == 1 and self.network is None and self.cost is None:
-            object.__setattr__(self, "schema_version", SCHEMA_VERSION)  # made by hand, which means what it always did
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the canonical JSON."""
-        return sha256_json(self.to_json())
 
     def check(self, layout: Layout) -> None:
         """Make sure that the plan fits a network.
@@ -130,32 +118,18 @@ class NetworkPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; without merges there are none in it, as before there could be any."""
-        found = asdict(self)
+        found = {**asdict(self), "schema_version": self.schema_version}
         if not any(self.merges):
             del found["merges"]
         if not self.of_text:
             del found["of_text"]
         return found
 
-    def write(self, path: Path) -> None:
-        """Write a plan.json, whole or not at all."""
-        write_json(path, self.to_json())
-
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> NetworkPlan:
-        """Read what `to_json` wrote, or what was written by hand.
-
-        Raises: BadInput: a field is unknown or of the wrong type.
-        """
-        return validated(cls, data, "plan: not the plan of a network", HINT)
-
-    @classmethod
-    def read(cls, path: Path) -> NetworkPlan:
-        """Read a stored plan.
-
-        Raises: BadInput: absent, damaged, or the plan of something else.
-        """
-        return read_stored(cls, path, HINT, what="the plan of a network")
+    def readable(cls, data: Mapping[str, Any]) -> tuple[int | None, ...]:
+        """Versions that can be read; made by hand, a plan of version 1 means what it always did."""
+        by_hand = data.get("network") is None and data.get("cost") is None
+        return (1, *super().readable(data)) if by_hand else super().readable(data)
 
 
 def is_plan(path: Path) -> bool:

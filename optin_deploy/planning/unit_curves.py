@@ -25,7 +25,6 @@ from optin_deploy.network.run import Cone, Program
 from optin_deploy.network.spans import Stream
 from optin_deploy.planning.curve import FEW, RIDGE, SHARES, Curve, fitted_curve
 from optin_deploy.planning.removal import Use, metrics, removal
-from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.quality.held_out import joined, judged_samples, samples_of
 from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
 from optin_deploy.scoring.losses import Readout, output_distance
@@ -33,6 +32,7 @@ from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.slopes import rounding
 from optin_deploy.scoring.subject import Subject, valid_of
 from optin_deploy.structure.groups import UnitGroup
+from optin_deploy.structure.labels import DEFAULT_KINDS
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.solving import Changes, apart, drawn, reach
 from optin_deploy.structure.structure import Contraction, Structure

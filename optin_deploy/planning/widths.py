@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,13 @@ from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowes
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
 from optin_deploy.planning.trading import Curve, check_curves, least_summed_error
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.labels import KINDS, TOKENS
+from optin_deploy.structure.labels import DEFAULT_KINDS, KINDS, TOKENS
 
-DEFAULT_KINDS = ("heads", "groups", "neurons", "channels")
-"""What is cut where nothing is said; widths of heads, and queries within a group, only where they are named."""
 ALLOCATIONS = ("curves", "uniform", "paper")
 DEFAULT_ALIGN = 8
 
+Align = int | Mapping[str, int]
+"""Multiples that are asked for: one of all kinds, or one of each kind that is named."""
 Keep = dict[str, tuple[int, ...]]
 """Kept units by name of group, ascending; a group that is not there stays whole."""
 
@@ -60,19 +59,11 @@ class Choice:
         """Return the multiple in which units of a kind stay."""
         return dict(self.by_kind).get(kind, self.align) if kind in ALIGNED else 1
 
-
-Align = int | Mapping[str, int]
-"""Multiples that are asked for: one of all kinds, or one of each kind that is named."""
-
-
-def multiples(asked: Align | None, usual: int) -> dict[str, Any]:
-    """Return what a `Choice` takes of `--align`.
-
-    Args: usual: the multiple of kinds that are not named.
-    """
-    if isinstance(asked, Mapping):
-        return {"align": usual, "by_kind": tuple(sorted(asked.items()))}
-    return {"align": usual if asked is None else asked}
+    def in_multiples(self, asked: Align | None) -> Choice:
+        """Return the choice in the multiples that are asked for; kinds that are not named keep theirs."""
+        if isinstance(asked, Mapping):
+            return replace(self, by_kind=tuple(sorted(asked.items())))
+        return self if asked is None else replace(self, align=asked)
 
 
 def default_align(layout: Layout, choice: Choice) -> int:
@@ -88,7 +79,7 @@ def aligned(layout: Layout, choice: Choice, asked: Align | None) -> Choice:
 
     Raises: BadInput: no group has so many units; says the largest that one has.
     """
-    found = replace(choice, **multiples(asked, default_align(layout, choice)))
+    found = replace(choice, align=default_align(layout, choice)).in_multiples(asked)
     named: list[tuple[tuple[str, ...], int]] = [((kind,), multiple) for kind, multiple in found.by_kind]
     for kinds, multiple in named or [(ALIGNED, found.align)]:
         units = [group.units for group in layout.groups if group.kind in choice.kinds and group.kind in kinds]

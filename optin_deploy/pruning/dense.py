@@ -29,7 +29,7 @@ from optin_deploy.network.sealed import finished
 from optin_deploy.network.unused import tidied
 from optin_deploy.pruning.served_images import check_any_size, check_room, serve_images
 from optin_deploy.pruning.source import Source
-from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.settings import Kind
 
 PACKAGES = ("torch", "onnx", "onnxscript", "transformers")
 """What an exported graph depends on besides the model."""

@@ -33,7 +33,7 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.planning.widths import DEFAULT_ALIGN, Choice, aligned, multiples
+from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.pruning import stored
 from optin_deploy.pruning.networks import Found, find_in
 from optin_deploy.pruning.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned
@@ -133,17 +133,16 @@ def prune(
     Raises: BadInput and its kinds; see errors.py.
     """
     limits, seed = Limits(flops, params, size), whole(seed, "seed")
-    how: dict[str, Any] = {
-        "allocation": checked(allocation, str, "allocation") or "curves",
-        "drops": bool(checked(drop_tokens, bool, "drop_tokens")),
-    }
-    if units is not None:
-        how["kinds"] = _kinds(units)
+    choice = Choice(
+        Choice.kinds if units is None else _kinds(units),
+        allocation=checked(allocation, str, "allocation") or "curves",
+        drops=bool(checked(drop_tokens, bool, "drop_tokens")),
+    )
     if isinstance(align, Mapping):
         align = {checked(kind, str, "align") or "": whole(many, f"align of {kind}") for kind, many in align.items()}
     elif align is not None:
         align = whole(align, "align")
-    choice = Choice(**how, **multiples(align, DEFAULT_ALIGN))
+    choice = choice.in_multiples(align)
     scoring = checked(settings, ScoreSettings, "settings") or ScoreSettings(seed=seed)
     compensation = bool(checked(compensation, bool, "compensation"))
     share = None if tokens is None else number(tokens, "tokens")

@@ -27,19 +27,19 @@ from optin_deploy.planning.costs import Limit
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.plan import NetworkPlan, Origin, plan_cost, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
-from optin_deploy.planning.widths import DEFAULT_KINDS, Choice, Keep, choose
+from optin_deploy.planning.widths import Choice, Keep, choose
 from optin_deploy.pruning.networks import Found, cut_by
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.quality import Asked
 from optin_deploy.scoring.parts import Store, Worker
-from optin_deploy.scoring.reading import Kind
-from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.settings import Kind, ScoreSettings
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.unit_job import score_units
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.branches import bypassed
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.labels import DEFAULT_KINDS
 from optin_deploy.structure.turning import KINDS as TURNED
 from optin_deploy.structure.turning import turnables
 

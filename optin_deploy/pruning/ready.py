@@ -19,7 +19,6 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Program
 from optin_deploy.network.shapes import shapes_of
 from optin_deploy.planning.costs import Costs, costs_of
-from optin_deploy.planning.widths import DEFAULT_KINDS
 from optin_deploy.pruning.networks import Found, costs_merging
 from optin_deploy.quality.judges import Judge, judge_of
 from optin_deploy.quality.outputs import readouts
@@ -27,6 +26,7 @@ from optin_deploy.quality.quality import Asked, Quality
 from optin_deploy.scoring.hearing import TokenWeights, token_weights
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.groups import Layout
+from optin_deploy.structure.labels import DEFAULT_KINDS
 from optin_deploy.structure.tokens import TokenStream, token_stream
 
 T = TypeVar("T")

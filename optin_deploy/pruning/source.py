@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from optin_deploy.common.validation import INT32, STORED, UINT64, whole_number
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import INT32, UINT64, whole_number
 from optin_deploy.data.pairs import PAIR_COLUMN
-from optin_deploy.planning.widths import DEFAULT_KINDS
-from optin_deploy.scoring.reading import Kind
+from optin_deploy.scoring.settings import Kind
+from optin_deploy.structure.labels import DEFAULT_KINDS
 
 MOST_TOKENS = 2**20
 """Longer than any position table."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a job starts from; every later stage reads it, so that commands need only the folder."""
+class Source(Stored):
+    """What a job starts from, source.json; every later stage reads it, so that commands need only the folder."""
 
-    __pydantic_config__ = STORED
+    schema_version = 2
+    hint = "Make the folder again with `optin score MODEL --out DIR --force`."
 
     model: str
     """The dense network: an ONNX file, or folder or hub id of a transformers model."""

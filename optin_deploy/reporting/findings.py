@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from optin_deploy.common.validation import read_stored, validated
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import validated
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.quality.quality import Quality
-from optin_deploy.reporting.latency_rows import LENIENT, LatencyRow, check_readable
-from optin_deploy.reporting.report import quality_lines
+from optin_deploy.reporting.latency_rows import LENIENT, LatencyRow
+from optin_deploy.reporting.report import SCHEMA_VERSION, quality_lines
 
 if TYPE_CHECKING:
     from optin_deploy.reporting.report import Report
@@ -73,9 +74,12 @@ class StoredGroup:
 
 
 @dataclass(frozen=True)
-class StoredReport:
-    """What is read of report.json; the fields are those of bench.report.Report."""
+class StoredReport(Stored):
+    """What is read of report.json; the fields are those of reporting.report.Report."""
 
+    schema_version = SCHEMA_VERSION
+    older = (1,)
+    hint = "Make it with `optin-export MODEL --out {folder}`."
     __pydantic_config__ = LENIENT
 
     quality: Quality
@@ -88,7 +92,6 @@ class StoredReport:
     hashes: Mapping[str, str]
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
-    schema_version: int
     notes: tuple[str, ...] = ()
     memory: Mapping[str, int] = field(default_factory=dict)
     """Highest resident bytes of each stage; absent in reports of earlier versions."""
@@ -96,7 +99,6 @@ class StoredReport:
     """Groups of a network that was cut in its graph."""
 
     def __post_init__(self) -> None:
-        check_readable(self.schema_version)
         try:
             _ = self.quality_lines
         except KeyError as err:
@@ -114,17 +116,16 @@ class StoredReport:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Stored):
     """What is read of measurements.json."""
 
+    schema_version = 2
+    older = (1,)
+    hint = "Measure again with `optin bench {folder}`."
     __pydantic_config__ = LENIENT
 
     latency: tuple[LatencyRow, ...]
     environment: Mapping[str, Any]
-    schema_version: int
-
-    def __post_init__(self) -> None:
-        check_readable(self.schema_version)
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,13 @@ def read_findings(folder: Path) -> Findings:
     Raises: BadInput: the job is not finished, or a file is damaged. PlanMismatch: the model is not the report's.
     """
     path = folder / "report.json"
-    report = read_stored(StoredReport, path, _export(folder))
+    report = StoredReport.read(path)
     bench, sweep = folder / "measurements.json", folder / "sweep.csv"
     return Findings(
         report,
         sha256_file(path),
         _kept(folder, report),
-        read_stored(Bench, bench, f"Measure again with `optin bench {folder}`.") if bench.exists() else None,
+        Bench.read(bench) if bench.exists() else None,
         _read_sweep(sweep, f"Make it again with `optin sweep {folder}`.") if sweep.exists() else (),
     )
 
@@ -192,11 +193,7 @@ def read_report(folder: Path) -> StoredReport | None:
     Raises: BadInput: it is damaged or edited.
     """
     path = folder / "report.json"
-    return read_stored(StoredReport, path, _export(folder)) if os.path.lexists(path) else None
-
-
-def _export(folder: Path) -> str:
-    return f"Make it with `optin-export MODEL --out {folder}`."
+    return StoredReport.read(path) if os.path.lexists(path) else None
 
 
 def _kept(folder: Path, report: StoredReport) -> Mapping[str, Kept]:
@@ -224,7 +221,7 @@ def _plan_of(folder: Path, report: StoredReport) -> NetworkPlan:
             return plan
     raise PlanMismatch(
         f"{folder / 'report.json'} is about plan {report.hashes.get('plan', '-')[:12]}, but {folder / 'plan.json'} is "
-        f"{first.hash[:12]}. {_export(folder).replace('Make it', 'Make both')}"
+        f"{first.hash[:12]}. Make both with `optin-export MODEL --out {folder}`."
     )
 
 

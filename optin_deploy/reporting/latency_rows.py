@@ -11,8 +11,6 @@ from pydantic import Field, PositiveInt
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.measurement import beside
 
-READABLE = (1, 2)
-"""Schema versions of report.json and measurements.json; 2 has more fields."""
 LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 """`__pydantic_config__` of what other versions may have added fields to."""
 
@@ -21,15 +19,6 @@ Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
 Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
 Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...], Field(min_length=2)]
 """(blocks, runs) raw samples."""
-
-
-def check_readable(version: int) -> None:
-    """Refuse a report or measurements of another version.
-
-    Raises: BadInput.
-    """
-    if version not in READABLE:
-        raise BadInput(f"schema_version {version}; this version reads {' and '.join(map(str, READABLE))}")
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from optin_deploy.runtimes.base import Feeds, OwnThreads, check_names, closed
-from optin_deploy.runtimes.device import current_gpu, describe_device, exact_float32
+from optin_deploy.runtimes.device import current_gpu, describe_device, float32_mode
 from optin_deploy.runtimes.record import read_record
 
 
 class AotiRuntime(OwnThreads):
-    """One package; inputs and outputs in host memory."""
+    """One package."""
 
     engine = "aoti"
+    replays = False
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
         """Check the package's record and load it (it holds machine code: load only what you trust).
@@ -28,8 +31,8 @@ class AotiRuntime(OwnThreads):
         super().__init__(threads)
         path = Path(path)
         record = read_record(path)
-        self._device = current_gpu() or torch.device("cpu")
-        record.check(path, version=torch.__version__, capability=describe_device(self._device)[1])
+        self.device = current_gpu() or torch.device("cpu")
+        record.check(path, version=torch.__version__, capability=describe_device(self.device)[1])
         inductor: Any = torch._inductor
         self._package: Any = inductor.aoti_load_package(str(path))
         metadata = self._package.get_metadata()
@@ -41,14 +44,25 @@ class AotiRuntime(OwnThreads):
 
         Raises: BadInput: an input is missing.
         """
+        there = self._there({k: torch.from_numpy(np.require(v, requirements=("C", "W"))) for k, v in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in self._forward(there).items()}
+
+    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """See `DeviceRuntime.launcher`."""
+        there = self._there(inputs)
+        return lambda: self._forward(there)
+
+    def _there(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        check_names(self._inputs, inputs)
+        return [inputs[name].to(self.device) for name in self._inputs]
+
+    def _forward(self, there: list[Tensor]) -> dict[str, Tensor]:
         if self._package is None:
             raise closed(self)
-        check_names(self._inputs, feeds)
-        with torch.inference_mode(), exact_float32():
-            arrays = (np.require(feeds[name], requirements=("C", "W")) for name in self._inputs)
-            found = self._package(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        with torch.inference_mode(), float32_mode():
+            found = self._package(*there)
         values = found if isinstance(found, (tuple, list)) else (found,)
-        return {name: value.cpu().numpy() for name, value in zip(self._outputs, values, strict=True)}
+        return dict(zip(self._outputs, values, strict=True))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

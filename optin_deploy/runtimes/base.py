@@ -45,18 +45,16 @@ class DeviceRuntime(Runtime, Protocol):
 
     device: torch.device
 
-    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], object]:
+    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], Mapping[str, Tensor]]:
         """Put inputs on the device once.
 
-        Returns: a function that launches on torch's current stream and leaves the outputs on the device.
+        Returns: a function that launches on torch's current stream, or waits for the work where the engine has a stream
+            of its own, and gives the outputs on the device, by name and valid until the next launch.
         """
 
     @property
     def replays(self) -> bool:
         """Do launches replay a CUDA graph? Known once there is a launcher."""
-
-    def close(self) -> None:
-        """Free what was loaded."""
 
 
 class Closing(ABC):

@@ -20,14 +20,20 @@ def current_gpu() -> torch.device | None:
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """Convolutions in float32, not TF32, which is their default on GPUs; matrix products are exact by default."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def float32_mode(*, tf32: bool = False) -> Iterator[None]:
+    """Matrix products and convolutions of float32 values in float32, or rounded to TF32; restored after.
+
+    torch itself rounds convolutions on GPUs. Both are set by the older of its two interfaces: reading one after writing
+    the other raises an error.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def missing_compiler() -> str | None:

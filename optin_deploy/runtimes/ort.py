@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from optin_deploy.common.processors import default_threads, is_limited
 from optin_deploy.errors import MissingDependency
@@ -58,6 +60,8 @@ def import_onnxruntime() -> ModuleType:
 class OrtRuntime(Closing):
     """One session on one provider, all graph optimisations on; its threads rest between runs."""
 
+    replays = False
+
     def __init__(
         self, path: str | Path, *, threads: int = 0, provider: str = PROVIDER, options: Mapping[str, str] | None = None
     ) -> None:
@@ -100,6 +104,7 @@ class OrtRuntime(Closing):
                 f"ONNX Runtime chose {session.get_providers()} where {provider} was asked: that provider, its "
                 "libraries or the driver do not fit. See `optin doctor`."
             )
+        self.device = torch.device("cpu") if provider == PROVIDER else torch.device("cuda", 0)  # theirs by default
         self._path = Path(path)
         self._session: Any = session
         self._inputs = tuple(node.name for node in session.get_inputs())
@@ -120,6 +125,34 @@ class OrtRuntime(Closing):
         except Exception as err:  # as above
             raise does_not_run(self._path, self.engine, feeds, err) from err
         return dict(zip(self._outputs, values, strict=True))
+
+    def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+        """See `DeviceRuntime.launcher`; a launch waits for its work, which is on a stream of the session's own.
+
+        Raises: BadInput: as `run`, which runs once to know the shapes of the outputs.
+        """
+        found = self.run({name: value.cpu().numpy() for name, value in inputs.items()})
+        outputs = {name: torch.from_numpy(values).to(self.device) for name, values in found.items()}
+        there = {name: inputs[name].to(self.device).contiguous() for name in self._inputs}
+        binding = self._session.io_binding()
+        for bind, tensors in ((binding.bind_input, there), (binding.bind_output, outputs)):
+            for name, tensor in tensors.items():
+                bind(
+                    name=name,
+                    device_type=self.device.type,
+                    device_id=self.device.index or 0,
+                    element_type=torch.empty(0, dtype=tensor.dtype).numpy().dtype.type,
+                    shape=tuple(tensor.shape),
+                    buffer_ptr=tensor.data_ptr(),
+                )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the session's stream does not wait for ours
+
+        def launch(held: object = there) -> dict[str, Tensor]:  # the binding holds addresses only
+            self._session.run_with_iobinding(binding)
+            return outputs
+
+        return launch
 
     def synchronize(self) -> None:
         """Nothing to wait for: `run` returns when the work is done."""

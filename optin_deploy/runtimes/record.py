@@ -6,15 +6,15 @@ An engine of another device or version can crash the process that loads it: the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_file, write_json
+from optin_deploy.files.storage import sha256_file
 
 FILE = "engine.json"
-SCHEMA_VERSION = 1
 AMPERE = (8,)
 """Compute capability from which on hardware-compatible engines run."""
 REBUILD = "Build it here: optin build {folder} --engine {engine}"
@@ -79,18 +79,13 @@ class EngineRecord:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Records(Stored):
     """Contents of engine.json."""
 
-    __pydantic_config__ = STORED
+    hint = "Build the engines again with `optin build {folder}`."
 
-    schema_version: int
     engines: Mapping[str, EngineRecord]
     """Records by the name of the artifact."""
-
-    def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; possible: {SCHEMA_VERSION}")
 
 
 def write_record(path: Path, record: EngineRecord) -> None:
@@ -99,9 +94,8 @@ def write_record(path: Path, record: EngineRecord) -> None:
         known = _entries(path.parent)
     except BadInput:
         known = {}  # damaged: what it described is unknown from now on, and refused
-    entries = {name: asdict(entry) for name, entry in known.items() if (path.parent / name).is_file()}
-    entries[path.name] = asdict(record)
-    write_json(path.parent / FILE, {"schema_version": SCHEMA_VERSION, "engines": entries})
+    entries = {name: entry for name, entry in known.items() if (path.parent / name).is_file()}
+    _Records({**entries, path.name: record}).write(path.parent / FILE)
 
 
 def read_record(path: Path) -> EngineRecord:
@@ -132,9 +126,7 @@ def finished(path: Path, key: str) -> EngineRecord | None:
 
 def _entries(folder: Path) -> Mapping[str, EngineRecord]:
     file = folder / FILE
-    if not file.exists():
-        return {}
-    return read_stored(_Stored, file, f"Build the engines again with `optin build {folder}`.").engines
+    return _Records.read(file).engines if file.exists() else {}
 
 
 def _newer_of_same_major(installed: str, built: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,16 +16,13 @@ from torch import Tensor
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes.base import Closing, Feeds, check_names, closed
+from optin_deploy.runtimes.cuda_graph import recorded
 from optin_deploy.runtimes.device import NO_GPU, current_gpu, describe_device
 from optin_deploy.runtimes.record import EngineRecord, read_record
 from optin_deploy.runtimes.tensorrt_bindings import MODULES, EngineLog, import_tensorrt
 
-logger = logging.getLogger(__name__)
-
 KEPT_SHAPES = 16
 """Input shapes whose buffers and graph are kept; of more, the one unused for longest is dropped."""
-WARMUP_RUNS = 2
-"""Runs before a graph is recorded: TensorRT prepares its kernels in the first."""
 
 
 @dataclass
@@ -166,7 +162,8 @@ class TensorRTRuntime(Closing):
             bound = self._prepare(profile, shapes)
             self.synchronize()
         if self._graphs:
-            bound.graph = self._record(bound)
+            found = recorded(lambda: self._launch(bound.context), self._stream)
+            bound.graph = None if found is None else found[0]
         self._bound[shapes] = bound
         return bound
 
@@ -192,22 +189,6 @@ class TensorRTRuntime(Closing):
             bound.arrays[name] = bound.host[name].numpy()
             context.set_tensor_address(name, bound.device[name].data_ptr())
         return bound
-
-    def _record(self, bound: _Bound) -> torch.cuda.CUDAGraph | None:
-        """A graph of one launch; None where it cannot be recorded: then every run launches."""
-        with self._on_stream():
-            for _ in range(WARMUP_RUNS):
-                self._launch(bound.context)
-            self.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._launch(bound.context)
-        except (RuntimeError, BadInput) as err:
-            torch.cuda.set_stream(stream)  # a capture that failed leaves its own
-            logger.warning("running without a CUDA graph: %s", err)
-            return None
-        return graph
 
     def _start(self, bound: _Bound) -> None:
         if bound.graph is not None:

@@ -13,8 +13,9 @@ from optin_deploy.errors import NonFiniteActivation
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.run import Values
-from optin_deploy.scoring.features import Features, Tokens, draw_tokens
+from optin_deploy.scoring.features import Tokens, draw_tokens
 from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.settings import Features
 from optin_deploy.scoring.subject import Subject, tokens_of, valid_of
 from optin_deploy.structure.stream import Feature
 

@@ -8,45 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from optin_deploy.common.validation import whole_number
-from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Batch
 from optin_deploy.scoring.noise import sample_keys, stream, uniform_order
-
-Site = Literal["block", "ffn"]
-SITES: tuple[Site, ...] = ("block", "ffn")
-
-
-@dataclass(frozen=True)
-class Features:
-    """Which features are compared."""
-
-    site: Site = "block"
-    """`block`: outputs of the blocks; `ffn`: outputs of the FFN's second projection, before the residual is added."""
-    tokens: int | None = None
-    """Tokens drawn, seeded, from each sample's own; None = all."""
-    across: bool = False
-    """Draw the tokens over the whole batch, and compare tokens of different samples too, as the paper's code does.
-    Such scores depend on which samples share a batch."""
-
-    def __post_init__(self) -> None:
-        if self.site not in SITES:
-            raise BadInput(f"unknown --features {self.site!r}; possible: {', '.join(SITES)}.")
-        if self.tokens is not None:
-            whole_number(self.tokens, "--tokens", 2, hint="A single token has no relation to another.")
-        if self.across and self.tokens is None:
-            raise BadInput("tokens across a batch must be drawn: give their number.")
-
-
-ALL_TOKENS = Features()
-PAPER = Features("ffn", 768, across=True)
-"""The features of the authors' code, without what has no reason there: padding, the last layer halved, a prior on the
-index."""
+from optin_deploy.scoring.settings import Features
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,10 @@ from optin_deploy.common.progress import Progress, silent
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.scoring.copies import copies
 from optin_deploy.scoring.dense_run import Dense, dense_run
-from optin_deploy.scoring.features import ALL_TOKENS, Features, trajectory_distance
+from optin_deploy.scoring.features import trajectory_distance
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.memory import micro_batches
+from optin_deploy.scoring.settings import ALL_TOKENS, Features
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import Terms
 from optin_deploy.structure.groups import UnitGroup

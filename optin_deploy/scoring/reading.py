@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.embedding_head import DenseLayer, EmbeddingHead
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.scoring.losses import OutputKind, Readout
+from optin_deploy.scoring.settings import KINDS, Kind
 
-Kind = Literal["logits", "probabilities", "regression", "embedding", "multi-label", "span"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 LEAST = 1e-30
 """Least probability before its logarithm is taken."""

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from optin_deploy.common.arguments import checked, number, whole
 from optin_deploy.common.validation import INT32, whole_number
 from optin_deploy.errors import BadInput
-from optin_deploy.scoring.features import ALL_TOKENS, Features
-from optin_deploy.scoring.terms import WEIGHTINGS, Weighting
 
+Site = Literal["block", "ffn"]
+SITES: tuple[Site, ...] = ("block", "ffn")
+Weighting = Literal["paper", "normalised", "output"]
+WEIGHTINGS: tuple[Weighting, ...] = ("paper", "normalised", "output")
+Kind = Literal["logits", "probabilities", "regression", "embedding", "multi-label", "span"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SCORERS = ("sketch", "exact")
 MOST_WEIGHT = 1e12
 """Beyond it the other term is lost to rounding."""
 MOST_PROBES = 2**16
 """Each is a backward pass over every sample; a few are enough."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which features are compared."""
+
+    site: Site = "block"
+    """`block`: outputs of the blocks; `ffn`: outputs of the FFN's second projection, before the residual is added."""
+    tokens: int | None = None
+    """Tokens drawn, seeded, from each sample's own; None = all."""
+    across: bool = False
+    """Draw the tokens over the whole batch, and compare tokens of different samples too, as the paper's code does.
+    Such scores depend on which samples share a batch."""
+
+    def __post_init__(self) -> None:
+        if self.site not in SITES:
+            raise BadInput(f"unknown --features {self.site!r}; possible: {', '.join(SITES)}.")
+        if self.tokens is not None:
+            whole_number(self.tokens, "--tokens", 2, hint="A single token has no relation to another.")
+        if self.across and self.tokens is None:
+            raise BadInput("tokens across a batch must be drawn: give their number.")
+
+
+ALL_TOKENS = Features()
+PAPER = Features("ffn", 768, across=True)
+"""The features of the authors' code, without what has no reason there: padding, the last layer halved, a prior on the
+index."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Batch
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.scoring.dense_run import check_finite, chosen_tokens
-from optin_deploy.scoring.features import ALL_TOKENS, Features
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, signs, stream
 from optin_deploy.scoring.passes import Gradients, Passes, spans_of
+from optin_deploy.scoring.settings import ALL_TOKENS, Features
 from optin_deploy.scoring.sites import Key
 from optin_deploy.scoring.subject import Subject, tokens_of, valid_of, value_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms

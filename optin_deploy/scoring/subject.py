@@ -15,9 +15,10 @@ from optin_deploy.network.axes import units_along
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.network.run import Cone, Mask, Place, Program, Values
 from optin_deploy.scoring.copies import cone_of_copies
-from optin_deploy.scoring.features import Site as FeatureSite
 from optin_deploy.scoring.losses import Readout
-from optin_deploy.scoring.reading import Kind, Reading, reading_of
+from optin_deploy.scoring.reading import Reading, reading_of
+from optin_deploy.scoring.settings import Kind
+from optin_deploy.scoring.settings import Site as FeatureSite
 from optin_deploy.scoring.sites import Site, masks_of
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Weighting = Literal["paper", "normalised", "output"]
-WEIGHTINGS: tuple[Weighting, ...] = ("paper", "normalised", "output")
 KL_SHARE = 0.1
 """lambda makes the output term a tenth of the trajectory term on average (the authors' code: about 1/10 a unit)."""
 TRAJECTORY, OUTPUT, VARIANCE, ROWS = 0, 1, 2, 5

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optin_deploy.common.validation import STORED, validated
+from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import parsed_json, read_metadata, read_tensors, write_tensors
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.structure.groups import Layout
 
-SCHEMA_VERSION = 3
-"""Two editions of scores by layer came before."""
 HINT = "Score the network again with `optin score`."
 TENSORS = ("scores", "errors")
 
@@ -70,9 +68,9 @@ class UnitScores:
 
     def write(self, path: Path) -> None:
         """Write a scores.safetensors, whole or not at all."""
-        about = _Stored(SCHEMA_VERSION, self.network, tuple(self.scores), self.provenance)
+        about = _About(self.network, tuple(self.scores), self.provenance)
         tensors = {f"{what}.{name}": values for what in TENSORS for name, values in getattr(self, what).items()}
-        write_tensors(path, tensors, {"about": json.dumps(asdict(about), allow_nan=False)})
+        write_tensors(path, tensors, {"about": json.dumps(about.to_json(), allow_nan=False)})
 
     @classmethod
     def read(cls, path: Path) -> UnitScores:
@@ -84,7 +82,7 @@ class UnitScores:
         if "about" not in metadata:
             raise BadInput(f"{path} holds no scores of this version: nothing says where they came from. {HINT}")
         data = parsed_json(metadata["about"], f"{path}: its description", HINT, ours=True)
-        about = validated(_Stored, data, f"{path}: not the scores of a network", HINT)
+        about = _About.from_json(data, f"{path}: ")
         if set(tensors) != {f"{what}.{name}" for what in TENSORS for name in about.groups}:
             raise BadInput(f"{path}: its tensors are not those of the groups that it names. {HINT}")
         scores, errors = ({name: tensors[f"{what}.{name}"] for name in about.groups} for what in TENSORS)
@@ -95,18 +93,17 @@ class UnitScores:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """What a file says beside its tensors."""
+class _About(Stored):
+    """What a file says beside its tensors; two editions of scores by layer came before."""
 
-    __pydantic_config__ = STORED
+    schema_version = 3
+    what = "the scores of a network"
+    hint = HINT
 
-    schema_version: int
     network: str
     groups: tuple[str, ...]
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version reads {SCHEMA_VERSION}")
         if len(set(self.groups)) < len(self.groups):
             raise BadInput("it names a group twice")

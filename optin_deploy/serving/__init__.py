@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
-from optin_deploy.serving.base import Server
+
+if TYPE_CHECKING:
+    from optin_deploy.serving.base import Server
 
 OWN = {
     "triton": "optin_deploy.serving.triton:Triton",
@@ -14,8 +18,12 @@ OWN = {
     "mlserver": "optin_deploy.serving.mlserver:MLServer",
     "kserve": "optin_deploy.serving.kserve:KServe",
 }
-SERVERS = with_added("servers", OWN)
-"""Name on the command line -> module:class, imported when asked for; other packages may add theirs."""
+
+
+@cache
+def servers() -> dict[str, str]:
+    """Name on the command line -> module:class, imported when asked for; other packages may add theirs."""
+    return with_added("servers", OWN)
 
 
 def server(name: str) -> Server:
@@ -23,8 +31,8 @@ def server(name: str) -> Server:
 
     Raises: BadInput: unknown; lists the known ones.
     """
-    if name not in SERVERS:
-        raise BadInput(f"unknown --server {name!r}; possible: {', '.join(SERVERS)}.")
-    module, _, kind = SERVERS[name].partition(":")
+    if name not in servers():
+        raise BadInput(f"unknown --server {name!r}; possible: {', '.join(servers())}.")
+    module, _, kind = servers()[name].partition(":")
     found: Server = getattr(import_module(module), kind)()
     return found

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.stored import Stored
+from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_file
 
-SCHEMA_VERSION = 1
 FOLDER = "optin"
 """Folder in a version's folder: what travels with it beside the files that the server reads."""
 FILE = f"{FOLDER}/manifest.json"
@@ -109,12 +107,12 @@ class ServingOptions:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Stored):
     """One version of a served model."""
 
-    __pydantic_config__ = STORED
+    what = "a manifest of this version"
+    hint = HINT
 
-    schema_version: int
     name: str
     version: int
     role: str
@@ -137,8 +135,6 @@ class Manifest:
     """Packages that made it."""
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
         check_name(self.name)
         check_version(self.version)
         if self.role not in ROLES:
@@ -146,10 +142,6 @@ class Manifest:
         for path in (self.file, *self.sha256):
             if path.startswith("/") or "\\" in path or ".." in path.split("/"):
                 raise BadInput(f"file {path[:80]!r} leads out of the version's folder")
-
-    def to_json(self) -> dict[str, Any]:
-        """What manifest.json holds."""
-        return asdict(self)
 
     @property
     def same_tensors(self) -> tuple[object, ...]:
@@ -184,7 +176,7 @@ def read_manifest(folder: Path, name: str, version: int) -> Manifest:
     Raises: BadInput: absent, damaged, or of another model or version.
     """
     file = folder / FILE
-    found = read_stored(Manifest, file, HINT, what="a manifest of this version")
+    found = Manifest.read(file)
     if (found.name, found.version) != (name, version):
         raise BadInput(f"{file} is of {found.name} version {found.version}, not of {name} version {version}. {HINT}")
     return found
@@ -195,6 +187,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
     Raises: BadInput: names the first that is missing, a link, or another one.
     """
+    from optin_deploy.files.storage import sha256_file  # here: commands take the defaults of `ServingOptions`
+
     for name, sha256 in manifest.sha256.items():
         path = folder / name
         if not path.is_file() or path.is_symlink():

@@ -18,8 +18,9 @@ from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.serving.base import Rows, Server
 from optin_deploy.serving.manifest import Manifest
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import STATE, Contents, Repository, Version, stage_version, state_of
-from optin_deploy.serving.shipments import SAMPLES, Order
+from optin_deploy.serving.shipments import SAMPLES
 from optin_deploy.serving.staging import staged
 
 

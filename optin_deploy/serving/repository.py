@@ -12,37 +12,33 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from optin_deploy.common.validation import STORED, read_stored
+from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput
 from optin_deploy.files.locking import opened
 from optin_deploy.files.ownership import RECORD
-from optin_deploy.files.storage import sha256_file, write_json
+from optin_deploy.files.storage import sha256_file
 from optin_deploy.serving.manifest import FILE, FOLDER, Manifest, check_files, check_name, check_version, read_manifest
 from optin_deploy.serving.staging import Staging
 
 STATE = "optin.json"
 """File in a model's folder that says which versions are served."""
 LOCK = ".optin.lock"
-SCHEMA_VERSION = 1
 HINT = "Make a repository with `optin ship DIR --server triton --out REPO`."
 
 
 @dataclass(frozen=True)
-class State:
+class State(Stored):
     """Which versions of a model are served."""
 
-    __pydantic_config__ = STORED
+    hint = HINT
 
-    schema_version: int
     server: str
     served: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise BadInput(f"schema_version {self.schema_version}; this version of optin-deploy reads {SCHEMA_VERSION}")
         if not 1 <= len(self.served) <= 2 or len(set(self.served)) != len(self.served):
             raise BadInput(f"{len(self.served)} served versions; possible are one, or two different ones side by side")
         for version in self.served:
@@ -50,7 +46,7 @@ class State:
 
     def to_bytes(self) -> bytes:
         """What STATE holds."""
-        return f"{json.dumps(asdict(self), indent=1)}\n".encode()
+        return f"{json.dumps(self.to_json(), indent=1)}\n".encode()
 
 
 Contents = Mapping[str, Path | bytes]
@@ -120,7 +116,7 @@ class Repository:
         file = self.folder(name) / STATE
         if not file.is_file():
             raise BadInput(f"{file} does not exist: {name!r} is not a model of this repository. {HINT}")
-        return read_stored(State, file, HINT)
+        return State.read(file)
 
     def manifest(self, name: str, version: int) -> Manifest:
         """Manifest of one version.
@@ -188,9 +184,9 @@ def stage_version(staging: Staging, folder: Path, manifest: Manifest, contents: 
     for name, source in contents.items():
         staging.copy(source, folder / name, manifest.sha256[name])
     staging.folder(folder / FOLDER)
-    write_json(staging.path(folder / FILE), manifest.to_json())
+    manifest.write(staging.path(folder / FILE))
 
 
 def state_of(server: str, served: Sequence[Manifest]) -> State:
     """State in which these versions are served."""
-    return State(SCHEMA_VERSION, server, tuple(manifest.version for manifest in served))
+    return State(server, tuple(manifest.version for manifest in served))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -24,8 +24,9 @@ from optin_deploy.reporting.findings import StoredReport, read_report
 from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
-from optin_deploy.serving.manifest import FOLDER, SCHEMA_VERSION, Manifest, ServingOptions, check_name, check_version
+from optin_deploy.serving.manifest import FOLDER, Manifest, ServingOptions, check_name
 from optin_deploy.serving.names import dense_of
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import Version, hashes
 from optin_deploy.serving.tensors import largest_batch, tensors_of
 from optin_deploy.serving.texts import text_models
@@ -33,37 +34,9 @@ from optin_deploy.serving.texts import text_models
 SAMPLES = f"{FOLDER}/samples.safetensors"
 TRAVEL = ("plan.json", "report.json")
 """What goes with a pruned artifact, besides samples."""
-DENSE = ("models", "versions", "none")
 NEARLY_BEST = 0.95
 """Share of the best measured throughput from which on a batch size is preferred."""
 REBUILD = "Make it with `optin build {folder} --engine {engine}`."
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be published, and how."""
-
-    server: str
-    out: Path
-    """Folder of the repository."""
-    name: str
-    version: int | None = None
-    """None: the next one."""
-    engine: str = "onnx"
-    precision: str | None = None
-    dense: str = "models"
-    """Way in which the dense model is served too: one of two `models`, one of two `versions`, or not at all
-    (`none`)."""
-    text: bool = False
-    """Whether a model that takes texts is published too."""
-    options: ServingOptions = ServingOptions()  # noqa: RUF009  # frozen
-
-    def __post_init__(self) -> None:
-        check_name(self.name)
-        if self.version is not None:
-            check_version(self.version)
-        if self.dense not in DENSE:
-            raise BadInput(f"unknown --dense {self.dense!r}; possible: {', '.join(DENSE)}.")
 
 
 def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
@@ -137,7 +110,6 @@ def _model(
         SAMPLES: _samples(folder, role, [tensor.name for tensor in inputs]),
     }
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
         name=check_name(name),
         version=1,
         role=role,

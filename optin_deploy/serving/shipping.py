@@ -8,9 +8,10 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.workspace import is_job
 from optin_deploy.serving import server
 from optin_deploy.serving.manifest import Manifest, check_files
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.publication import Publication, files_of, publication, published, write
 from optin_deploy.serving.repository import Repository
-from optin_deploy.serving.shipments import Order, shipments
+from optin_deploy.serving.shipments import shipments
 
 
 def ship_folder(folder: Path, order: Order, *, dry_run: bool = False) -> tuple[tuple[Manifest, ...], bool]:

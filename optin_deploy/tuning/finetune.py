@@ -28,8 +28,9 @@ from optin_deploy.quality.outputs import NetworkJudge, readouts
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.tuning.classifier import classes_of, fitted, names_of
+from optin_deploy.tuning.settings import Tuning
 from optin_deploy.tuning.student import Student
-from optin_deploy.tuning.trainer import Tuning, train
+from optin_deploy.tuning.trainer import train
 
 log = logging.getLogger(__name__)
 ALIKE = 1e-3

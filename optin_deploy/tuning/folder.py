@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from optin_deploy.common.progress import Stage, silent_stage
-from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
@@ -27,24 +26,11 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import check_plan
 from optin_deploy.pruning.stored import mark, plan_named
 from optin_deploy.tuning.finetune import Tuned, check, finetune
-from optin_deploy.tuning.trainer import Tuning
+from optin_deploy.tuning.settings import Rows, Tuning
 
 STATE = ".optin-training"
 """Folder of an unfinished training."""
 ABOUT_TUNED = {"error": 0.0, "skipped": {}, "why_graph": "it was fine-tuned as a graph", "compensated": True}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is learned from."""
-
-    data: Path
-    evaluation: Path | None = None
-    """None: some rows of `data` judge."""
-    samples: int = 2048
-    text_column: str = "text"
-    label_column: str = "label"
-    pair_column: str = PAIR_COLUMN
 
 
 def finetune_folder(

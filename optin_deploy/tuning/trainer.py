@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,33 +21,11 @@ from optin_deploy.files.storage import sha256_json, sha256_tensors
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.held_out import stacked
+from optin_deploy.tuning.settings import Tuning
 from optin_deploy.tuning.student import Student
 
 STEPS = 200
 """The state of a training is kept after so many steps."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How long and how fast, and what pulls."""
-
-    epochs: float = 1.0
-    """0: only a classifier is fitted, where the network has none."""
-    learning_rate: float = 2e-5
-    batch_size: int = 32
-    distill: float = 0.5
-    """Weight of the distance to the dense outputs; that of the labels is the rest. Without labels it is all."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.epochs <= 1000:
-            raise BadInput(f"--epochs {self.epochs:g}: possible are 0 to 1000.")
-        if not 0 < self.learning_rate < 1:
-            raise BadInput(f"--learning-rate {self.learning_rate:g}: give a rate above 0 and below 1, such as 2e-5.")
-        if self.batch_size < 1:
-            raise BadInput(f"--batch-size {self.batch_size}: give 1 or more rows.")
-        if not 0 <= self.distill <= 1:
-            raise BadInput(f"--distill {self.distill:g}: possible are 0 (labels alone) to 1 (the dense outputs alone).")
 
 
 def train(

@@ -7,8 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,25 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu import engines, engines_ort
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, load_suite
-from benchmarks.gpu.engines import ENGINES, Skipped, open_engine
+from benchmarks.gpu.engines import Skipped, open_engine
 from benchmarks.gpu.kinds import measure_cell
-from benchmarks.gpu.kinds.pair import check_parity, reference
+from benchmarks.gpu.kinds.pair import check_parity, parity_error, reference
 from benchmarks.gpu.kinds.profile import group_of
 from benchmarks.gpu.models import MODELS, Plan, build, costs, cut, equal_plan, model_inputs, pruning_plan
-from benchmarks.gpu.precision import LIMITS, matmul_mode, parity_error
 from benchmarks.gpu.process import WorkerDied, WorkerProcess
 from benchmarks.gpu.report import page, requirement_lines
 from benchmarks.gpu.rows import append_row, read_rows
 from benchmarks.gpu.runner import run_cells
-from benchmarks.gpu.timing import compare, measure
+from benchmarks.gpu.timing import back_to_back, single_calls, speedup, times
 from benchmarks.gpu.workbench import Workbench
 from optin_deploy.errors import BadInput
+from optin_deploy.exporters.precisions import TOLERANCES
+from optin_deploy.exporters.to_ort_gpu import OrtCudaExporter
 from optin_deploy.measuring.device_clock import CpuTimer
 from optin_deploy.measuring.state import gpu_state
-from optin_deploy.runtimes.ort import import_onnxruntime
+from optin_deploy.runtimes.ort import PROVIDER
 from support.project import ROOT
 
 CELLS = ROOT / "benchmarks/gpu/cells.toml"
@@ -108,7 +107,7 @@ def test_the_most_important_cells_come_first() -> None:
         ('model = ["tiny"]', 'model = ["huge"]', "unknown model 'huge'"),
         ("seq = [16]", "sequence = [16]", "sequence"),
         ('model = ["tiny"]', 'model = ["tiny-vit"]', "`seq` is for text models"),
-        ("keep0.5/eager/fp32", "keep0.7/eager/fp32", "must_hold names what is not measured"),
+        ("keep0.5/torch/fp32", "keep0.7/torch/fp32", "must_hold names what is not measured"),
     ],
 )
 def test_wrong_cells_are_refused_with_the_reason(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -201,7 +200,7 @@ def test_the_smoke_runs_without_optional_packages_and_a_second_call_skips_what_i
     assert [line["cell"] for line in lines] == expected
     statuses = {line["cell"]: line["status"] for line in lines}
     assert {key for key, status in statuses.items() if status != "ok"} == {
-        k for k in expected if not re.search("eager", k) or k.startswith("score")
+        k for k in expected if "/torch/" not in k or k.startswith("score")
     }
     report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert [row["cell"] for row in report["rows"]] == expected
@@ -350,16 +349,16 @@ def test_parity_passes_for_the_right_weights_and_fails_for_bent_ones(
 ) -> None:
     inputs, variant = bench.inputs(cell), bench.variants(cell)["aligned"]
     expected = reference(variant.model, inputs)
-    with open_engine("eager", variant.model, inputs, precision) as run:
+    with open_engine("torch", variant.model, inputs, precision) as run:
         assert check_parity(expected, run, precision)["ok"]
     bent = Workbench(CPU).variants(cell)["aligned"].model
     layer: Any = bent.get_submodule("encoder.layer.1.output.dense")
     with torch.no_grad():
-        layer.weight *= 1 + 20 * LIMITS[precision]
-    with open_engine("eager", bent, inputs, precision) as run:
+        layer.weight *= 1 + 20 * TOLERANCES[precision]
+    with open_engine("torch", bent, inputs, precision) as run:
         found = check_parity(expected, run, precision)
     assert not found["ok"]
-    assert found["error"] > found["limit"] == LIMITS[precision]
+    assert found["error"] > found["limit"] == TOLERANCES[precision]
 
 
 def test_an_engine_that_writes_no_output_or_no_numbers_fails_parity() -> None:
@@ -371,7 +370,7 @@ def test_an_engine_that_writes_no_output_or_no_numbers_fails_parity() -> None:
 def test_a_cell_over_its_parity_limit_stays_in_the_results_and_meets_no_requirement(
     cell: Cell, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LIMITS, "bf16", 1e-9)
+    monkeypatch.setitem(TOLERANCES, "bf16", 1e-9)
     bad = replace(cell, precision="bf16")
     result = measure_cell(bad, bench)
     assert not result["ok"]
@@ -384,90 +383,58 @@ def test_a_cell_over_its_parity_limit_stays_in_the_results_and_meets_no_requirem
 
 
 def test_scoring_is_timed_where_the_packages_that_read_graphs_are(bench: Workbench) -> None:
-    (cell,) = (each for each in load_suite(SMOKE).cells if each.kind == "score" and each.engine == "eager")
+    (cell,) = (each for each in load_suite(SMOKE).cells if each.kind == "score")
     found = measure_cell(cell, bench)
     assert found["samples"] == cell.samples
     assert found["sketch_s"] > 0
     assert found["exact_extrapolated_from"]["of_units"] == 2 * (8 + 512)
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name not in ("eager", "compile", "aoti")])
-def test_engines_of_a_gpu_are_skipped_on_a_cpu_with_the_reason(engine: str, cell: Cell, bench: Workbench) -> None:
+@pytest.mark.parametrize(
+    ("engine", "why"),
+    [
+        ("graph", "needs a CUDA device"),
+        ("ort-cuda", "no CUDAExecutionProvider"),
+        ("ort-trt", "no TensorrtExecutionProvider"),
+        ("trt", "TensorRT is not installed"),
+        ("trt-rtx", "TensorRT-RTX|no CUDA device is visible"),
+        ("onnx", "cannot launch without transfers"),
+    ],
+)
+def test_engines_of_a_gpu_are_skipped_on_a_cpu_with_the_reason(
+    engine: str, why: str, cell: Cell, bench: Workbench
+) -> None:
     with (
-        pytest.raises(Skipped, match=f"engine {engine} needs a CUDA device"),
+        pytest.raises(Skipped, match=f"engine {engine}.*({why})"),
         open_engine(engine, bench.dense("tiny"), bench.inputs(cell), "fp16"),
     ):
         pass
 
 
-def test_onnx_runtime_runs_on_bound_buffers(cell: Cell, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    # A GPU's provider is not here; the way through export, session and binding is the same with the CPU's.
-    monkeypatch.setattr(engines_ort, "need_cuda", lambda engine, inputs: CPU)
-    monkeypatch.setattr(engines_ort, "CUDA", "CPUExecutionProvider")
-    monkeypatch.setattr(engines_ort, "_onnxruntime", lambda engine, provider: import_onnxruntime())
-    inputs, variant = bench.inputs(cell), bench.variants(cell)["ragged"].model
-    with open_engine("ort-cuda", variant, inputs, "fp32") as run:
-        assert check_parity(reference(variant, inputs), run, "fp32")["ok"]
-
-
-def test_onnx_runtime_without_the_provider_is_skipped_with_what_to_bring(
+def test_a_precision_that_an_engine_lacks_is_skipped(
     cell: Cell, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines_ort, "need_cuda", lambda engine, inputs: CPU)
+    monkeypatch.setattr(OrtCudaExporter, "obstacle", lambda self, precision: None)
     with (
-        pytest.raises(Skipped, match="onnxruntime"),
-        open_engine("ort-trt", bench.dense("tiny"), bench.inputs(cell), "fp32"),
+        pytest.raises(Skipped, match="engine ort-cuda has no precision bf16; possible: fp32, tf32, fp16"),
+        open_engine("ort-cuda", bench.dense("tiny"), bench.inputs(cell), "bf16"),
     ):
         pass
 
 
-class FakeGraph:
-    """Records what is done with a CUDA graph."""
-
-    def __init__(self) -> None:
-        self.replays, self.resets = 0, 0
-
-    def replay(self) -> None:
-        self.replays += 1
-
-    def reset(self) -> None:
-        self.resets += 1
-
-
-def test_a_graph_is_captured_after_warm_up_replayed_and_freed_also_after_an_error(
-    cell: Cell, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["tiny", "tiny-vit"])
+def test_an_engine_of_files_runs_on_inputs_that_are_there(
+    name: str, cell: Cell, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured, events = FakeGraph(), []
-
-    @contextmanager
-    def noted(name: str) -> Iterator[None]:
-        events.append(f"{name} on")
-        yield
-        events.append(f"{name} off")
-
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            events.append("wait")
-
-    for name, fake in {
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": lambda stream: noted("side stream"),
-        "device": lambda device: nullcontext(),
-        "CUDAGraph": lambda: captured,
-        "graph": lambda graph: noted("capture"),
-        "synchronize": lambda: events.append("synchronize"),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(engines, "need_cuda", lambda engine, inputs: CPU)
-    model, inputs = bench.dense("tiny"), bench.inputs(cell)
-    with pytest.raises(RuntimeError, match="stop"), open_engine("graph", model, inputs, "fp32") as run:
-        assert torch.equal(run(), reference(model, inputs))
-        assert (captured.replays, captured.resets) == (1, 0)
-        raise RuntimeError("stop")
-    assert captured.resets == 1
-    assert events == ["wait", "side stream on", "side stream off", "wait", "capture on", "capture off", "synchronize"]
+    # A GPU's provider is not here; the way through export, session and binding is the same with the CPU's.
+    monkeypatch.setattr(OrtCudaExporter, "obstacle", lambda self, precision: None)
+    monkeypatch.setattr(OrtCudaExporter, "provider", PROVIDER)
+    monkeypatch.setattr(OrtCudaExporter, "options", lambda self, path, precision: {})
+    cell = replace(cell, model=name, seq=None if name == "tiny-vit" else 16)
+    inputs, variant = bench.inputs(cell), bench.variants(cell)["ragged"].model
+    with open_engine("ort-cuda", variant, inputs, "fp32") as launch:
+        assert check_parity(reference(variant, inputs), launch, "fp32")["ok"]
+        assert launch() is launch()
 
 
 def test_the_state_of_the_gpu_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,20 +452,6 @@ def test_the_state_of_the_gpu_is_read_from_nvidia_smi(tmp_path: Path, monkeypatc
     assert gpu_state(CPU) is None
 
 
-def test_precision_modes_are_restored_also_after_an_error() -> None:
-    def modes() -> tuple[str, bool]:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-
-    before = modes()
-    with pytest.raises(RuntimeError), matmul_mode("tf32"):
-        assert modes() == ("high", True)
-        with matmul_mode("fp32"):
-            assert modes() == ("highest", False)
-        assert modes() == ("high", True)
-        raise RuntimeError
-    assert modes() == before
-
-
 def ticking() -> tuple[Callable[[], float], Callable[[float], Callable[[], torch.Tensor]]]:
     """A clock, and runs that take so many milliseconds of it."""
     now = [0.0]
@@ -513,20 +466,35 @@ def ticking() -> tuple[Callable[[], float], Callable[[float], Callable[[], torch
     return lambda: now[0], run_of
 
 
-def test_timing_finds_the_ratio_and_keeps_to_its_seconds() -> None:
+@pytest.mark.parametrize("way", [back_to_back, single_calls])
+def test_timing_finds_the_ratio_and_keeps_to_its_seconds(way: Any) -> None:
+    clock, run_of = ticking()
+    runs = {"dense": run_of(2.0), "aligned": run_of(1.0), "ragged": run_of(1.5)}
+    found = way(runs, CpuTimer(clock), timed_s=1.5, blocks=8)
+    assert 1.5 * 0.7 < clock() < 1.5 * 1.4  # with the warm-up of each block
+    ratio = speedup(found["dense"], found["aligned"], "call_")
+    assert ratio["call_speedup"] == pytest.approx(2.0)
+    assert ratio["call_ci95"] == pytest.approx((2.0, 2.0))
+    shown = times(found["ragged"])
+    assert (shown["p50_ms"], shown["p95_ms"]) == pytest.approx((1.5, 1.5))
+    assert shown["block_ms"] == pytest.approx([1.5] * 8)
+
+
+def test_launches_back_to_back_fill_a_stretch_and_single_calls_do_not() -> None:
+    stretches: list[int] = []
+
+    class Noting(CpuTimer):
+        def stretch_ms(self, run: Callable[[], object], runs: int) -> float:
+            stretches.append(runs)
+            return super().stretch_ms(run, runs)
+
     clock, run_of = ticking()
     runs = {"dense": run_of(2.0), "pruned": run_of(1.0)}
-    found = measure(runs, CpuTimer(clock), timed_s=1.5, blocks=8)
-    assert clock() < 1.5 * 1.3
-    ratio = compare(found["dense"], found["pruned"])
-    assert ratio["speedup"] == pytest.approx(2.0)
-    assert ratio["ci95"] == pytest.approx((2.0, 2.0))
-    assert ratio["call_speedup"] == pytest.approx(2.0)
-    shown = found["pruned"].to_json(batch=4)
-    assert shown["p50_ms"] == pytest.approx(1.0)
-    assert shown["throughput"] == pytest.approx(4000)
-    assert shown["block_ms"] == pytest.approx([1.0] * 8)
-    assert shown["runs_a_stretch"] in (4, 5)  # 4 ms, rounded up
+    single_calls(runs, Noting(clock), timed_s=0.1, blocks=2)
+    assert set(stretches) == {1}
+    stretches.clear()
+    back_to_back(runs, Noting(clock), timed_s=0.1, blocks=2)
+    assert set(stretches[-10:]) <= {4, 5}  # 4 ms of the faster one, rounded up
 
 
 def test_timing_interleaves_the_variants_in_changing_order() -> None:
@@ -542,9 +510,8 @@ def test_timing_interleaves_the_variants_in_changing_order() -> None:
 
         return noting
 
-    found = measure({name: noted(name) for name in "abc"}, CpuTimer(clock), timed_s=0.5, blocks=2)
-    rounds = 2 * len(found["a"].call_ms[0])
-    timed = "".join(order)[-6 * rounds :: 2]  # a stretch of one run, then a call, of each
+    found = back_to_back({name: noted(name) for name in "abc"}, CpuTimer(clock), timed_s=0.5, blocks=2)
+    timed = "".join(order)[-3 * len(found["a"][1]) :]  # a stretch of one run of each
     turns = {timed[i : i + 3] for i in range(0, len(timed), 3)}
     assert {frozenset(turn) for turn in turns} == {frozenset("abc")}
     assert len(turns) > 1

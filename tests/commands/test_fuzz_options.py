@@ -119,7 +119,7 @@ def check(arguments: list[object]) -> None:
         os.chdir(empty)
         try:
             with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-                patch.setattr("optin_deploy.jobs.job._check_needed", lambda *_: None)  # it measures: seconds
+                patch.setattr("optin_deploy.jobs.checked._check_needed", lambda *_: None)  # it measures: seconds
                 code = run("optin", *arguments, monkeypatch=patch)
         finally:
             os.chdir(here)

@@ -27,7 +27,9 @@ from optin_deploy.jobs.cluster import score_on_ray
 from optin_deploy.jobs.stages import ScoreRequest
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
-from optin_deploy.scoring import ScoreSettings, UnitScores, unit_parts
+from optin_deploy.scoring import unit_parts
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.unit_scores import UnitScores
 from support.part_workers import Log, watched
 from support.project import ROOT
 from support.tiny_checkpoint import SEQ_LEN, Shell, bert, lines, root, run, snapshot, temporary_files

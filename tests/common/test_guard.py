@@ -20,7 +20,7 @@ from optin_deploy.common.guard import alone, inference
 from optin_deploy.errors import BadInput
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.pruning import modules
-from optin_deploy.scoring import ScoreSettings
+from optin_deploy.scoring.settings import ScoreSettings
 from support.tiny_scoring import VOCABULARY, bert, one_thread, state_of, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)

@@ -15,7 +15,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
-from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.shipping import ship_folder
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell

@@ -16,17 +16,20 @@ from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.errors import BadInput, CannotBuildHere
 from optin_deploy.exporters import exporter, to_aoti, to_torch
 from optin_deploy.exporters.base import Artifact, ExportSpec, Form
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.runtimes import aoti
+from optin_deploy.runtimes import torch as torch_runtime
 from optin_deploy.runtimes.aoti import AotiRuntime
+from optin_deploy.runtimes.device import NO_GPU
 from optin_deploy.runtimes.record import read_record
 from support.tiny_forms import Tiny, form_of, module_in, tiny
 from support.tiny_models import error, outputs, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPEC = ExportSpec(pool="mean")
+SPEC = ExportSpec(head=EmbeddingHead("mean"))
 
 
 def case() -> Tiny:
@@ -42,7 +45,7 @@ def pruned_bert() -> Any:
 def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
     folder = tmp_path_factory.mktemp("form")
     about = {"module": module_in(case(), folder / "model"), "longest": 64}
-    return form_of(case().network, folder / "model.onnx", pool="mean", **about)
+    return form_of(case().network, folder / "model.onnx", head=EmbeddingHead("mean"), **about)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,19 @@ def test_a_package_computes_what_the_model_computes_at_other_sizes(package: Path
             real = inputs["attention_mask"].unsqueeze(-1)
             mean = (expected * real).sum(1) / real.sum(1)
             assert error(mean, torch.from_numpy(found[POOLED])) < 1e-5
+
+
+def test_a_launch_without_transfers_gives_what_a_run_gives(package: Path) -> None:
+    inputs = tiny_batch(pruned_bert(), batch=3, seq_len=9)
+    with exporter("aoti").open_device(package) as runtime:
+        launch = runtime.launcher(inputs)
+        expected = runtime.run({name: value.numpy() for name, value in inputs.items()})
+        for found in (launch(), launch()):
+            assert found.keys() == expected.keys()
+            assert all(np.array_equal(found[name].numpy(), expected[name]) for name in expected)
+        assert not runtime.replays
+    with pytest.raises(BadInput, match="closed"):
+        launch()
 
 
 def test_pruning_shows_in_the_package(package: Path) -> None:
@@ -199,7 +215,9 @@ def test_a_finished_package_is_not_compiled_again(package: Path, form: Form) -> 
 
 
 @pytest.mark.usefixtures("no_compiling")
-@pytest.mark.parametrize("spec", [ExportSpec(), ExportSpec("fp16", pool="mean")], ids=["no pooling", "precision"])
+@pytest.mark.parametrize(
+    "spec", [ExportSpec(), ExportSpec("fp16", head=EmbeddingHead("mean"))], ids=["no pooling", "precision"]
+)
 def test_other_settings_compile_it_again(package: Path, form: Form, spec: ExportSpec) -> None:
     before = package.read_bytes()
     with pytest.raises(Loading):
@@ -209,7 +227,7 @@ def test_other_settings_compile_it_again(package: Path, form: Form, spec: Export
 
 @pytest.mark.usefixtures("no_compiling")
 def test_another_network_compiles_it_again(package: Path, tmp_path: Path) -> None:
-    other = form_of(tiny("bert").network, tmp_path / "model.onnx", pool="mean")
+    other = form_of(tiny("bert").network, tmp_path / "model.onnx", head=EmbeddingHead("mean"))
     with pytest.raises(Loading):
         exporter("aoti").export(other, SPEC, package)
 
@@ -312,7 +330,13 @@ def test_compiled_torch_uses_autotuned_graphs_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(to_torch, "current_gpu", lambda: torch.device("cpu"))  # stands for one
     exporter("torch-compile").open(stored)
-    assert [(options["mode"], options["dynamic"]) for _, options in compile_calls] == [("max-autotune", False)]
+    exporter("torch-compile").open_device(stored)  # a launcher records a graph of its own
+    modes = [(options["mode"], options["dynamic"]) for _, options in compile_calls]
+    assert modes == [("max-autotune", False), ("max-autotune-no-cudagraphs", False)]
+
+
+def test_only_a_gpu_rounds_to_tf32() -> None:
+    assert exporter("torch").obstacle("tf32") == exporter("torch-compile").obstacle("tf32") == NO_GPU
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -367,7 +391,7 @@ def test_more_points_than_torch_allows_by_default_are_all_compiled(stored: Path,
 def test_past_the_limit_is_an_error_not_an_eager_run(
     stored: Path, quick_compiler: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_torch, "SHAPES", 2)
+    monkeypatch.setattr(torch_runtime, "SHAPES", 2)
     with torch._dynamo.config.patch(recompile_limit=2):
         run_once(stored, 2)
         run_once(stored, 3)

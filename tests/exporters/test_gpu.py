@@ -12,7 +12,6 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,10 +23,10 @@ from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.errors import MissingDependency
 from optin_deploy.exporters import ENGINES, exporter
-from optin_deploy.exporters.base import Artifact, ExportSpec
+from optin_deploy.exporters.base import Artifact, DeviceExporter, ExportSpec
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.tensorrt_plan import PlanOptions
 from optin_deploy.jobs.proving import relative_error
 from optin_deploy.measuring.device_time import measure_device_time
 from optin_deploy.measuring.timing import measure_pair
@@ -37,7 +36,7 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.unused import tidied
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.runtimes import tensorrt as tensorrt_runtime
-from optin_deploy.runtimes.device import NO_GPU, exact_float32
+from optin_deploy.runtimes.device import NO_GPU, float32_mode
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.subject import Subject
@@ -56,7 +55,7 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 PROFILE = Profile((1, 4, 16), (4, 16, 60))
 CORNERS = PROFILE.corners()
-OPTIONS = EngineOptions(profiles=(PROFILE,))
+OPTIONS = PlanOptions(profiles=(PROFILE,))
 MODELS = ("wide", "bert", "vit+head")
 TORCH = ("torch", "torch-compile")
 PLANS = ("trt", "trt-rtx")
@@ -160,26 +159,29 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     root = tmp_path_factory.mktemp("engines")
 
     @cache
-    def built(engine: str, name: str, precision: str, options: EngineOptions | None = None) -> Artifact:
+    def built(engine: str, name: str, precision: str, options: PlanOptions | None = None) -> Artifact:
         chosen = exporter(engine)
         folder = root / f"{engine}-{name}-{precision}-{len(list(root.iterdir()))}"
         folder.mkdir()
-        given = options or (OPTIONS if engine in PLANS else EngineOptions())
+        given = options or (OPTIONS if engine in PLANS else None)
         fed = samples(tiny_of(name).model) if precision == "int8" else ()
         spec = ExportSpec(precision, options=given, calibration=fed)
-        form = form_of(tiny_of(name).network, folder / "model.onnx", longest=128 if name == "wide" else 64)
-        with patch("optin_deploy.exporters.to_aoti.module_of", lambda path, task: cut_of(name)):
-            return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
+        about = {"module": cut_of(name), "longest": 128 if name == "wide" else 64}
+        form = form_of(tiny_of(name).network, folder / "model.onnx", **about)
+        return chosen.export(form, spec, folder / chosen.file_names(precision)[0])
 
     return built
 
 
 @pytest.fixture
 def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Any]:
-    """(engine, model, precision) -> a context manager of its runtime, opened as the commands open it."""
+    """(engine, model, precision) -> a context manager of its runtime, opened as the commands open it.
+
+    With `cuda_graph` it is opened for launches on inputs that lie on the device.
+    """
 
     @contextmanager
-    def context(engine: str, name: str, precision: str) -> Iterator[Any]:
+    def context(engine: str, name: str, precision: str, **options: bool) -> Iterator[Any]:
         need(engine, precision)
         if engine in TORCH:
             # Stands for a saved model, which only pydantic could read; type and device are the exporter's work.
@@ -189,7 +191,9 @@ def opened(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         else:
             path = build(engine, name, precision).path
         try:
-            runtime = exporter(engine).open(path, precision=precision)
+            runtime = (exporter(engine).open_device if options else exporter(engine).open)(
+                path, precision=precision, **options
+            )
         except MissingDependency as err:  # a provider that is offered, but does not load
             pytest.skip(f"{engine}: {err}")
         try:
@@ -337,19 +341,21 @@ def test_two_runtimes_of_one_plan_do_not_disturb_each_other(engine: str, build: 
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
-@pytest.mark.parametrize("engine", PLANS)
-def test_a_launch_without_transfers_gives_what_a_run_gives(engine: str, cuda_graph: bool, build: Build) -> None:
-    need(engine, "fp32")
-    artifact, model = build(engine, "wide", "fp32"), model_of("wide")
-    with TensorRTRuntime(artifact.path, engine=engine, cuda_graph=cuda_graph) as runtime:
+@pytest.mark.parametrize("engine", [name for name in ENGINES if isinstance(exporter(name), DeviceExporter)])
+def test_a_launch_without_transfers_gives_what_torch_computes_on_the_cpu(
+    engine: str, cuda_graph: bool, opened: Callable[..., Any]
+) -> None:
+    precision, model = exporter(engine).precisions[0], model_of("wide")
+    with opened(engine, "wide", precision, cuda_graph=cuda_graph) as runtime:
         for seed in (1, 2):
             feeds = feeds_of(model, 4, 16, seed=seed)
             launch = runtime.launcher({k: torch.from_numpy(v).to(DEVICE) for k, v in feeds.items()})
             for _ in range(3):
                 found = launch()
             torch.cuda.synchronize()
-            values = {name: found[name].cpu().numpy() for name in artifact.outputs}
-            assert error_of(model, feeds, values) < TOLERANCES["fp32"]
+            values = {name: value.cpu().numpy() for name, value in found.items()}
+            assert error_of(model, feeds, values) < TOLERANCES[precision]
+        assert runtime.replays == (cuda_graph and engine in (*TORCH, *PLANS))
 
 
 @pytest.mark.parametrize("engine", PLANS)
@@ -372,7 +378,7 @@ def test_the_time_on_the_device_is_positive_and_within_that_of_a_run(engine: str
 def test_a_plan_without_weights_takes_them_from_the_onnx_beside_it(engine: str, build: Build) -> None:
     need(engine, "fp16")
     whole = build(engine, "wide", "fp16")
-    stripped = build(engine, "wide", "fp16", EngineOptions(profiles=(PROFILE,), weights="stripped"))
+    stripped = build(engine, "wide", "fp16", PlanOptions(profiles=(PROFILE,), weights="stripped"))
     assert stripped.size_bytes < whole.size_bytes
     model = model_of("wide")
     with TensorRTRuntime(stripped.path, engine=engine) as runtime:
@@ -397,7 +403,7 @@ def test_scores_on_the_gpu_are_those_on_the_cpu(name: str, scorer: str) -> None:
     batches, settings = tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
     expected = score_units(Subject.of(layout), batches, settings)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
-    with exact_float32():  # else the image patches are rounded to TF32
+    with float32_mode():  # else the image patches are rounded to TF32
         found = score_units(Subject.of(layout, device=DEVICE), there, settings)
     assert found.provenance["kl_weight"] == pytest.approx(expected.provenance["kl_weight"], rel=1e-3)
     for group, values in expected.scores.items():

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.base import Artifact, ExportSpec, Form
-from optin_deploy.exporters.passes.pooled import check_pool
+from optin_deploy.exporters.passes.pooled import head_of
 from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.stages import dense_stage
@@ -261,8 +262,8 @@ def test_a_damaged_file_is_not_reused(
 
 def test_mean_pooling_averages_the_real_tokens(tmp_path: Path) -> None:
     model = case("bert").reference
-    form = form_of(case("bert").network, tmp_path / "model.onnx", pool="mean")
-    artifact = OnnxExporter().export(form, ExportSpec(pool="mean"), form.graph)
+    form = form_of(case("bert").network, tmp_path / "model.onnx", head=EmbeddingHead("mean"))
+    artifact = OnnxExporter().export(form, ExportSpec(head=EmbeddingHead("mean")), form.graph)
     assert artifact.outputs == ("last_hidden_state", "sentence_embedding")
     batch = tiny_batch(model, batch=4, seq_len=13)
     states = outputs(model, batch)["last_hidden_state"]
@@ -277,7 +278,7 @@ def test_mean_pooling_averages_the_real_tokens(tmp_path: Path) -> None:
 
 def test_mean_pooling_of_an_image_model_averages_all_tokens(tmp_path: Path) -> None:
     model = case("vit").reference
-    form = form_of(case("vit").network, tmp_path / "model.onnx", pool="mean")
+    form = form_of(case("vit").network, tmp_path / "model.onnx", head=EmbeddingHead("mean"))
     batch = tiny_batch(model, batch=3)
     expected = outputs(model, batch)["last_hidden_state"].mean(1)
     assert error(expected, run(form.graph, batch)["sentence_embedding"]) < TOLERANCE
@@ -285,9 +286,9 @@ def test_mean_pooling_of_an_image_model_averages_all_tokens(tmp_path: Path) -> N
 
 def test_pooling_of_a_classifier_and_unknown_pooling_are_refused() -> None:
     with pytest.raises(BadInput, match=r"--pool mean.*logits"):
-        check_pool(case("roberta+head").network, "mean", None)
+        head_of(case("roberta+head").network, "mean", None)
     with pytest.raises(BadInput, match=r"'max'.*possible: mean"):
-        check_pool(case("bert").network, "median", None)
+        head_of(case("bert").network, "median", None)
 
 
 # ---- whole or not at all

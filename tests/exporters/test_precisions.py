@@ -24,6 +24,7 @@ from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.exporters.base import Artifact, ExportSpec, Form, typed_name
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.to_onnx import OnnxExporter
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.jobs.building import Built, Forms, Pair
 from optin_deploy.jobs.proving import check_engine
@@ -46,8 +47,8 @@ INT8_TOLERANCE = 0.15
 
 
 def spec_of(name: str, precision: str) -> ExportSpec:
-    pool = "mean" if name == "bert" else None
-    return ExportSpec(precision, pool, calibration=samples(tiny(name).model) if precision == "int8" else ())
+    head = EmbeddingHead("mean") if name == "bert" else None
+    return ExportSpec(precision, head, calibration=samples(tiny(name).model) if precision == "int8" else ())
 
 
 Exported = Callable[[str, str], Artifact]
@@ -62,7 +63,7 @@ def formed(tmp_path_factory: pytest.TempPathFactory) -> Formed:
     @cache
     def form(name: str) -> Form:
         (folder / name).mkdir()
-        return form_of(tiny(name).network, folder / name / "model.onnx", pool=spec_of(name, "fp32").pool)
+        return form_of(tiny(name).network, folder / name / "model.onnx", head=spec_of(name, "fp32").head)
 
     return form
 

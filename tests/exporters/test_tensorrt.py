@@ -14,13 +14,13 @@ import onnx
 import pytest
 import torch
 
-from benchmarks.gpu import engines_trt
+from benchmarks.gpu.engines import open_engine
 from optin_deploy.common.validation import parse_size
 from optin_deploy.errors import BadInput, CannotBuildHere, MissingDependency
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.exporters.profiles import Profile, parse_profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions
+from optin_deploy.exporters.tensorrt_plan import PlanOptions
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.jobs.proving import relative_error
 from optin_deploy.runtimes import tensorrt as runtime_module
@@ -33,7 +33,7 @@ from support.tiny_checkpoint import Shell, bert, labelled, text_options
 from support.tiny_forms import Tiny, form_of, tiny
 from support.tiny_models import main_name, outputs, tiny_batch
 
-SMALL = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
+SMALL = PlanOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 
 
 @pytest.fixture
@@ -51,13 +51,14 @@ def put_device(monkeypatch: pytest.MonkeyPatch, described: tuple[str, str] | Non
     for module in ("optin_deploy.exporters.to_tensorrt", "optin_deploy.runtimes.tensorrt"):
         monkeypatch.setattr(f"{module}.current_gpu", lambda: device)
         monkeypatch.setattr(f"{module}.describe_device", lambda _: described)
+    monkeypatch.setattr("optin_deploy.measuring.artifacts.current_gpu", lambda: device)
 
 
 def pruned(name: str = "bert") -> Tiny:
     return tiny(name, no_neurons=())
 
 
-def export(case: Tiny, out: Path, *, precision: str = "fp32", options: EngineOptions = SMALL) -> Any:
+def export(case: Tiny, out: Path, *, precision: str = "fp32", options: PlanOptions = SMALL) -> Any:
     out.parent.mkdir(exist_ok=True)
     form = form_of(case.network, out.with_name("model.onnx"), longest=64)
     return exporter("trt").export(form, ExportSpec(precision, options=options), out)
@@ -167,7 +168,7 @@ def test_options_of_plans_are_refused_by_engines_without_plans(shell: Shell, fin
 
 def test_profiles_reach_the_builder_and_end_at_the_position_table(trt: Any, tmp_path: Path) -> None:
     profiles = (parse_profile("batch=1,8,32 seq=16,48,384"), parse_profile("batch=64 seq=8"))
-    artifact = export(pruned(), tmp_path / "model.engine", options=EngineOptions(profiles=profiles))
+    artifact = export(pruned(), tmp_path / "model.engine", options=PlanOptions(profiles=profiles))
     first, second = (profile._shapes["input_ids"] for profile in trt.built[-1]._profiles)
     assert first == [[1, 16], [8, 48], [32, 64]]  # the tiny table holds 64 positions
     assert second == [[64, 8]] * 3
@@ -180,7 +181,7 @@ def test_images_have_profiles_of_the_batch_alone(trt: Any, tmp_path: Path) -> No
 
 
 def test_options_reach_the_builder(trt: Any, tmp_path: Path) -> None:
-    given = EngineOptions(SMALL.profiles, parse_size("512MiB", "--workspace"), ("version", "hardware"), "stripped")
+    given = PlanOptions(SMALL.profiles, parse_size("512MiB", "--workspace"), ("version", "hardware"), "stripped")
     export(pruned(), tmp_path / "model.engine", options=given)
     config = trt.built[-1]
     assert config._workspace == 512 * 2**20
@@ -205,7 +206,7 @@ def test_precision_comes_from_the_types_in_the_graph(trt: Any, tmp_path: Path, p
 def test_the_timing_cache_is_read_and_extended(trt: Any, tmp_path: Path) -> None:
     cache = tmp_path / "kernels.cache"
     cache.write_bytes(b"old;")
-    options = EngineOptions(SMALL.profiles, timing_cache=cache)
+    options = PlanOptions(SMALL.profiles, timing_cache=cache)
     export(pruned(), tmp_path / "model.engine", options=options)
     assert cache.read_bytes() == b"old;measured;"
 
@@ -231,11 +232,11 @@ def test_a_timing_cache_of_another_device_costs_no_plan(
 
 def test_a_finished_plan_is_not_built_again_but_a_changed_one_is(trt: Any, tmp_path: Path) -> None:
     out = tmp_path / "model.engine"
-    for options in (SMALL, SMALL, EngineOptions(SMALL.profiles, weights="refittable")):
+    for options in (SMALL, SMALL, PlanOptions(SMALL.profiles, weights="refittable")):
         export(pruned(), out, options=options)
     assert len(trt.built) == 2
     out.write_bytes(out.read_bytes()[:-1])
-    export(pruned(), out, options=EngineOptions(SMALL.profiles, weights="refittable"))
+    export(pruned(), out, options=PlanOptions(SMALL.profiles, weights="refittable"))
     assert len(trt.built) == 3
 
 
@@ -256,7 +257,7 @@ def test_impossible_workspace_sizes_are_refused(text: str) -> None:
 @pytest.mark.parametrize("options", [{"compatible": ("everything",)}, {"weights": "none"}])
 def test_unknown_options_are_refused_with_what_is_possible(options: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="possible: "):
-        EngineOptions(**options)
+        PlanOptions(**options)
 
 
 # ---- the runtime
@@ -276,7 +277,7 @@ def test_a_plan_computes_what_the_model_computes_at_every_corner(trt: Any, tmp_p
 
 def test_each_profile_takes_its_own_shapes(trt: Any, tmp_path: Path) -> None:
     model = pruned()
-    options = EngineOptions(profiles=(Profile((1, 1, 1), (4, 4, 4)), Profile((2, 2, 3), (8, 8, 16))))
+    options = PlanOptions(profiles=(Profile((1, 1, 1), (4, 4, 4)), Profile((2, 2, 3), (8, 8, 16))))
     artifact = export(model, tmp_path / "model.engine", options=options)
     with TensorRTRuntime(artifact.path) as runtime:
         for batch, seq_len in ((1, 4), (3, 16), (1, 4)):
@@ -289,7 +290,7 @@ def test_each_profile_takes_its_own_shapes(trt: Any, tmp_path: Path) -> None:
 
 def test_of_two_fitting_profiles_the_narrower_one_is_used(trt: Any, tmp_path: Path) -> None:
     model = pruned()
-    options = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)), Profile((1, 1, 1), (4, 8, 8))))
+    options = PlanOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)), Profile((1, 1, 1), (4, 8, 8))))
     with TensorRTRuntime(export(model, tmp_path / "model.engine", options=options).path) as runtime:
         for batch, seq_len in ((1, 8), (2, 8), (1, 16)):
             runtime.run(feeds_of(model, batch=batch, seq_len=seq_len))
@@ -318,14 +319,11 @@ def test_later_runs_allocate_nothing(trt: Any, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])
-def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(
-    trt: Any, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(engines_trt, "need_cuda", lambda engine, inputs: None)
+def test_the_gpu_suite_launches_plans_on_inputs_that_are_there(trt: Any, name: str) -> None:
     model = pruned(name)
     inputs = tiny_batch(model.model, batch=3, seq_len=8)
     inputs.pop("attention_mask", None)  # the suite's full inputs have none
-    with engines_trt.trt(model.reference, inputs, "fp32") as run:
+    with open_engine("trt", model.reference, inputs, "fp32") as run:
         expected = outputs(model.reference, inputs, states=False)["last_hidden_state"]
         assert relative_error(expected.numpy(), run().numpy()) < 1e-5
         assert run() is run()
@@ -363,7 +361,7 @@ def test_a_failing_launch_is_an_error_not_an_old_answer(
 
 def test_a_plan_without_weights_takes_them_from_the_onnx_beside_it(trt: Any, tmp_path: Path) -> None:
     model = pruned()
-    artifact = export(model, tmp_path / "model.engine", options=EngineOptions(SMALL.profiles, weights="stripped"))
+    artifact = export(model, tmp_path / "model.engine", options=PlanOptions(SMALL.profiles, weights="stripped"))
     feeds = feeds_of(model, batch=2, seq_len=8)
     with TensorRTRuntime(artifact.path) as runtime:
         expected = OrtRuntime(tmp_path / "model.onnx").run(feeds)["last_hidden_state"]
@@ -407,9 +405,7 @@ def test_a_plan_of_another_version_is_refused_before_it_is_loaded(
 def test_version_compatible_plans_load_in_later_versions_of_the_same_major(
     trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, loads: bool
 ) -> None:
-    artifact = export(
-        pruned(), tmp_path / "model.engine", options=EngineOptions(SMALL.profiles, compatible=("version",))
-    )
+    artifact = export(pruned(), tmp_path / "model.engine", options=PlanOptions(SMALL.profiles, compatible=("version",)))
     monkeypatch.setattr(fake, "__version__", version)
     if not loads:
         with pytest.raises(BadInput, match="was built with version"):
@@ -423,7 +419,7 @@ def test_version_compatible_plans_load_in_later_versions_of_the_same_major(
 def test_hardware_compatible_plans_run_from_ampere_on(
     trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, loads: bool
 ) -> None:
-    options = EngineOptions(SMALL.profiles, compatible=("hardware",))
+    options = PlanOptions(SMALL.profiles, compatible=("hardware",))
     artifact = export(pruned(), tmp_path / "model.engine", options=options)
     put_device(monkeypatch, ("Other GPU", capability))
     if loads:

@@ -17,14 +17,14 @@ from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.exporters.preflight import build_ahead
 from optin_deploy.exporters.profiles import Profile
-from optin_deploy.exporters.tensorrt_plan import EngineOptions, build_engine
+from optin_deploy.exporters.tensorrt_plan import PlanOptions, build_engine
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.runtimes.tensorrt import TensorRTRuntime
 from optin_deploy.runtimes.tensorrt_bindings import EngineLog, import_tensorrt
 from support.tiny_checkpoint import Shell, bert, lines, text_options
 from support.tiny_forms import Tiny, form_of, samples, tiny
 
-OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
+OPTIONS = PlanOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 MODELS = [
     ("bert", "fp32", (), ()),
     ("dynamo bert", "fp16", (1,), ()),
@@ -103,8 +103,8 @@ def test_the_names_for_the_gpu_that_is_here_exist() -> None:
     assert {"num_compute_capabilities", "set_compute_capability"} <= set(dir(trt.IBuilderConfig))
 
 
-@pytest.mark.parametrize("options", [EngineOptions(compatible=("version",)), EngineOptions(weights="stripped")])
-def test_what_it_cannot_do_is_refused(options: EngineOptions) -> None:
+@pytest.mark.parametrize("options", [PlanOptions(compatible=("version",)), PlanOptions(weights="stripped")])
+def test_what_it_cannot_do_is_refused(options: PlanOptions) -> None:
     with pytest.raises(BadInput, match="TensorRT-RTX"):
         exporter("trt-rtx").check(options)
 
@@ -112,7 +112,7 @@ def test_what_it_cannot_do_is_refused(options: EngineOptions) -> None:
 @pytest.mark.parametrize("given", [{"weights": "stripped"}, {"weights": "refittable"}, {"compatible": ("version",)}])
 def test_the_preflight_leaves_out_what_needs_a_gpu(tmp_path: Path, given: dict[str, Any]) -> None:
     form = form_of(pruned("vit").network, tmp_path / "model.onnx")
-    said = build_ahead(form.graph, EngineOptions(profiles=OPTIONS.profiles, **given))
+    said = build_ahead(form.graph, PlanOptions(profiles=OPTIONS.profiles, **given))
     assert said is not None
     assert said.startswith("TensorRT-RTX")
 

@@ -21,7 +21,8 @@ from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.samples import Sample
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.passes.pooled import check_pool, pooled
+from optin_deploy.exporters.passes.pooled import head_of, pooled
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLINGS, pooled_states, pooling_of
 from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.feeds.sentence_modules import ABOUT, Prompts
@@ -29,9 +30,9 @@ from optin_deploy.feeds.targets import prompted
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 from optin_deploy.scoring.dense_run import dense_run
-from optin_deploy.scoring.features import ALL_TOKENS
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
+from optin_deploy.scoring.settings import ALL_TOKENS
 from optin_deploy.scoring.subject import valid_of
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell
@@ -132,7 +133,7 @@ def test_pooling_inside_of_the_graph_is_the_models_own(tmp_path: Path) -> None:
 
     model = load_dense(str(sentence_model(tmp_path / "model"))).model
     network = read(model)
-    check_pool(network, "cls", pooling_of(model))
+    head_of(network, "cls", EmbeddingHead(pooling_of(model)))
     write(pooled(network, "cls"), tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     batch = {"input_ids": torch.arange(10, 34).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
@@ -149,7 +150,7 @@ def test_another_pooling_than_the_models_own_is_refused(shell: Shell, tmp_path: 
     assert "--pool mean: this model is scored and judged by its cls" in ran.err
     assert "Give --pool cls" in ran.err
     with pytest.raises(BadInput, match=r"--pool cls: .* judged by its mean .*Give --pool mean"):
-        check_pool(read(load_dense(str(tiny.bert())).model), "cls", "mean")
+        head_of(read(load_dense(str(tiny.bert())).model), "cls", EmbeddingHead("mean"))
 
 
 def test_a_job_of_a_folder_by_the_first_token(shell: Shell, tmp_path: Path) -> None:

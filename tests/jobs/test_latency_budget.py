@@ -15,7 +15,8 @@ from benchmarks.latency import equal_time
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissedTime, OptinError, TooUnstable
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import ExportSpec
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table, read_table, table_at, with_held_out

@@ -36,7 +36,7 @@ from optin_deploy.planning.widths import Choice
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality
-from optin_deploy.scoring import ScoreSettings
+from optin_deploy.scoring.settings import ScoreSettings
 from support.tiny_checkpoint import CLASSES, SEQ_LEN, Shell, bert, classifier, labelled, lines, root, texts
 
 SHARES = "0.9,0.5,0.2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Self
@@ -250,6 +251,13 @@ def test_rounds_fill_the_block_within_limits(pair_seconds: float, rounds: int) -
 def test_round_count_comes_from_the_warm_up(run_seconds: float, rounds: int) -> None:
     timing = measure(Bench(), lambda: run_seconds, lambda: run_seconds, blocks=2)
     assert [len(block) for block in timing.dense_ms] == [rounds, rounds]
+
+
+def test_shorter_blocks_have_fewer_rounds() -> None:
+    bench = Bench()
+    opened = {name: partial(FakeRuntime, bench, name, lambda: 0.0625) for name in "abc"}
+    found = measure_together(opened, FEEDS, blocks=2, block_seconds=0.625, clock=bench.clock)
+    assert [len(block) for block in found.ms["a"]] == [5, 5]  # a pair takes 0.125 s
 
 
 @pytest.mark.parametrize("failing", ["dense", "pruned"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -41,6 +42,22 @@ onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), "own.on
 print([(group.kind, group.units) for group in inspect("own.onnx").groups])
 print(exporter("my-engine").engine, server("my-server").name, ENGINES["onnx"])
 """
+NETWORK = """
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+drawn = np.random.default_rng(0)
+weights = [numpy_helper.from_array(drawn.normal(size=shape).astype("f4"), name) for name, shape in
+           (("first", (5, 64)), ("second", (64, 3)))]
+nodes = [helper.make_node("MatMul", ["x", "first"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+         helper.make_node("MatMul", ["b", "second"], ["logits"])]
+ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+        for name, size in (("x", 5), ("logits", 3))]
+graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), "network.onnx")
+np.savez("rows.npz", x=drawn.normal(size=(64, 5)).astype("f4"))
+"""
 
 
 @pytest.fixture
@@ -62,19 +79,31 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def ran(package: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A process that finds the package."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(package), str(ROOT))), "COLUMNS": "200"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=package, env=env, capture_output=True, text=True, check=False)
+
+
 def test_rows_of_another_package_are_in_the_tables(package: Path) -> None:
-    path = os.pathsep.join((str(package), str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-c", TRY],
-        cwd=package,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(package, "-c", TRY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [
         "[('neurons', 8)]",
         "my-engine my-server optin_deploy.exporters.to_onnx:OnnxExporter",
     ]
     assert "my-package declares 'onnx' in optin_deploy.engines, which is taken" in done.stderr
+
+
+def test_an_engine_of_another_package_takes_an_option_of_its_own(package: Path) -> None:
+    pytest.importorskip("openvino")  # which the engine of the documentation runs
+    assert ran(package, "-c", NETWORK).returncode == 0
+    job = ("--calibration", "rows.npz", "--flops", 0.5, "--allocation", "uniform", "--no-dense", "--out", "out")
+    export = ("-m", "optin_deploy", "export", "network.onnx", *job, "--engine", "my-engine", "--engine-option")
+    done = ran(package, *export, "streams=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((package / "out/my-engine.json").read_text()) == {"streams": "4"}
+    assert 'engine-option = ["streams=4"]' in (package / "out/job.toml").read_text()
+    done = ran(package, *export, "threads=4")
+    assert (done.returncode, "Engine my-engine has streams to be given by it." in done.stderr) == (2, True), done.stderr

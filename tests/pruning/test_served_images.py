@@ -15,7 +15,8 @@ import transformers
 
 import optin_deploy
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.job import Job, checked_job
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.job import Job
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import Limits

@@ -19,7 +19,8 @@ from optin_deploy.quality.judges import judge_of
 from optin_deploy.quality.outputs import NetworkJudge, readouts
 from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
-from optin_deploy.scoring.reading import Kind, Reading, reading_of
+from optin_deploy.scoring.reading import Reading, reading_of
+from optin_deploy.scoring.settings import Kind
 from support import tiny_ports
 from support.tiny_graphs import FLOAT, INT64, model_of, value, weight
 

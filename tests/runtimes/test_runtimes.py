@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.runtimes.base import Runtime
+from optin_deploy.runtimes.cuda_graph import WARMUP_RUNS
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.runtimes.torch import TorchRuntime
 
@@ -206,3 +209,126 @@ def test_nested_runtimes_restore_the_first_number_of_threads() -> None:
     with TorchRuntime(model, threads=before + 1), TorchRuntime(model, threads=before + 2):
         assert torch.get_num_threads() == before + 2
     assert torch.get_num_threads() == before
+
+
+# ---- launches without transfers
+
+
+def test_a_launch_of_onnx_runtime_reads_and_writes_bound_memory(onnx_file: Path) -> None:
+    given, bias = torch.from_numpy(X.copy()), torch.from_numpy(BIAS)
+    with OrtRuntime(onnx_file) as runtime:
+        launch = runtime.launcher({"x": given, "bias": bias, "unknown": torch.zeros(1)})
+        expected = runtime.run({"x": X, "bias": BIAS})
+        found = launch()
+        assert not runtime.replays
+        for name, values in expected.items():
+            found[name].fill_(float("nan"))
+            assert launch()[name] is found[name]
+            np.testing.assert_array_equal(found[name].numpy(), values)
+        given *= 2  # the same memory
+        launch()
+        doubled = runtime.run({"x": 2 * X, "bias": BIAS})
+        assert all(np.array_equal(found[name].numpy(), values) for name, values in doubled.items())
+
+
+def test_a_launch_of_torch_gives_what_a_run_gives_in_the_models_type() -> None:
+    with TorchRuntime(Tiny("logits").bfloat16(), cuda_graph=True) as runtime:
+        found = runtime.launcher({"x": torch.from_numpy(X)})()["logits"]
+        assert found.dtype == torch.bfloat16
+        np.testing.assert_array_equal(found.float().numpy(), runtime.run({"x": X})["logits"])
+        assert not runtime.replays  # a CPU records no graph
+
+
+class FakeCuda:
+    """What recording a graph calls of torch.cuda, on the CPU, with a diary."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
+        self.diary: list[str] = []
+        self.fails = fails
+        fakes = {
+            "Stream": lambda device: self,
+            "current_stream": lambda device: "before",
+            "set_stream": lambda stream: self.diary.append(f"back to {stream}"),
+            "stream": lambda stream: self.noted("warm-up"),
+            "CUDAGraph": lambda: self,
+            "graph": lambda graph, **options: self.noted("capture"),
+            "synchronize": lambda device: self.diary.append("wait"),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    device = torch.device("cpu")
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        self.diary.append(f"{name} on")
+        yield
+        if self.fails and name == "capture":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.diary.append(f"{name} off")
+
+    def synchronize(self) -> None:
+        self.diary.append("stream done")
+
+    def replay(self) -> None:
+        self.diary.append("replay")
+
+
+def launcher_with_graph(fake: FakeCuda) -> tuple[TorchRuntime, Any]:
+    class Noting(Tiny):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            fake.diary.append("run")
+            return super().forward(x)
+
+    runtime = TorchRuntime(Noting("logits"))
+    runtime._cuda_graph = True  # the CPU plays the GPU
+    return runtime, runtime.launcher({"x": torch.from_numpy(X)})
+
+
+def test_a_graph_is_recorded_after_warming_up_and_then_only_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    runtime, launch = launcher_with_graph(fake)
+    assert runtime.replays
+    warm = ["warm-up on", *["run"] * WARMUP_RUNS, "stream done", "warm-up off"]
+    assert fake.diary == ["wait", *warm, "capture on", "run", "capture off"]
+    fake.diary.clear()
+    first, second = launch()["logits"], launch()["logits"]
+    assert first is second
+    np.testing.assert_allclose(first.numpy(), X @ WEIGHT, rtol=0, atol=1e-6)
+    assert fake.diary == ["replay", "replay"]
+
+
+def test_where_no_graph_can_be_recorded_each_launch_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeCuda(monkeypatch, fails=True)
+    runtime, launch = launcher_with_graph(fake)
+    assert not runtime.replays
+    assert "without a CUDA graph: operation not permitted" in caplog.text
+    assert fake.diary[-1] == "back to before"
+    np.testing.assert_allclose(launch()["logits"].numpy(), X @ WEIGHT, rtol=0, atol=1e-6)
+    assert fake.diary[-1] == "run"
+
+
+def modes() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("tf32", "inside"), [(True, ("high", True)), (False, ("highest", False))])
+def test_float32_is_exact_unless_tf32_is_asked_for_and_the_modes_are_restored(
+    tf32: bool, inside: tuple[str, bool]
+) -> None:
+    seen = []
+
+    class Noting(Tiny):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            seen.append(modes())
+            raise KeyError
+
+    before = modes()
+    runtime = TorchRuntime(Noting("logits"), tf32=tf32)
+    for run in (lambda: runtime.run({"x": X}), runtime.launcher({"x": torch.from_numpy(X)})):
+        with pytest.raises(KeyError):
+            run()
+    assert seen == [inside] * 2
+    assert modes() == before

@@ -19,10 +19,10 @@ from torch import Tensor
 from benchmarks.zoo.export import export
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.scoring import PartsLeft, ScoreSettings, Worker, unit_job, unit_parts
-from optin_deploy.scoring.features import Features
+from optin_deploy.scoring import unit_job, unit_parts
 from optin_deploy.scoring.masking_units import masked_terms
-from optin_deploy.scoring.parts import FolderStore
+from optin_deploy.scoring.parts import FolderStore, PartsLeft, Worker
+from optin_deploy.scoring.settings import Features, ScoreSettings
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.stability import rank_correlation
 from optin_deploy.scoring.subject import Subject

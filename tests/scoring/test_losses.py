@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.scoring import PAPER, Features
 from optin_deploy.scoring import losses as losses_module
 from optin_deploy.scoring.features import draw_tokens, trajectory_distance
 from optin_deploy.scoring.losses import (
@@ -23,6 +22,7 @@ from optin_deploy.scoring.losses import (
 )
 from optin_deploy.scoring.noise import drawn, sample_keys, signs, stream, uniform_order
 from optin_deploy.scoring.reading import Reading
+from optin_deploy.scoring.settings import PAPER, Features
 from support.oracle_scoring import drawn_tokens, key_of, signs_of, splitmix, stream_of
 from support.tiny_scoring import Batch, image_batch, one_thread, padded, rows, text_batch
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from optin_deploy.errors import BadInput
-from optin_deploy.scoring import Features, ScoreSettings, UnitScores, score_units
 from optin_deploy.scoring import memory as memory_module
 from optin_deploy.scoring.memory import SHARE, Memory, PeakBytes, free_bytes, measured, micro_batches, peak_bytes
+from optin_deploy.scoring.settings import Features, ScoreSettings
 from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.unit_job import score_units
+from optin_deploy.scoring.unit_scores import UnitScores
 from support.tiny_scoring import bert, image_batch, masked_lm, one_thread, subject_of, text_batch, vit
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)

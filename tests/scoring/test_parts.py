@@ -32,9 +32,10 @@ from optin_deploy.files.ownership import RECORD
 from optin_deploy.jobs.stages import score_stage
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.pruning import score
-from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, UnitScores, Worker
-from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, run_parts, worker_of
-from optin_deploy.scoring.terms import ROWS
+from optin_deploy.scoring.parts import FolderStore, MemoryStore, Part, PartsLeft, Worker, run_parts, worker_of
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.terms import ROWS, Terms
+from optin_deploy.scoring.unit_scores import UnitScores
 from support.part_workers import LEFT, SETTINGS, SOURCE, Log, Workers, prepared, small_parts, watched
 
 

@@ -12,11 +12,14 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from optin_deploy.scoring import ScoreSettings, UnitScores, score_units, unit_parts
 from optin_deploy.scoring import unit_job as job_module
+from optin_deploy.scoring import unit_parts
 from optin_deploy.scoring.parts import MemoryStore
+from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.stability import enough, rank_stability
 from optin_deploy.scoring.subject import Subject
+from optin_deploy.scoring.unit_job import score_units
+from optin_deploy.scoring.unit_scores import UnitScores
 from support.tiny_scoring import bert, one_thread, subject_of, text_batch
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)

@@ -18,9 +18,9 @@ from optin_deploy.cutting.masks import masks
 from optin_deploy.errors import BadInput
 from optin_deploy.network.run import Program
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.scoring.features import PAPER, Features
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.noise import sample_keys, signs, stream
+from optin_deploy.scoring.settings import PAPER, Features
 from optin_deploy.scoring.slopes import Projections, slope_terms
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY

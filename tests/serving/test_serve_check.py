@@ -20,8 +20,8 @@ from optin_deploy.serving.checking import Load, check_server, compare, differenc
 from optin_deploy.serving.client import METADATA_BYTES, connect
 from optin_deploy.serving.load import Burst, LoadPoint, burst, measure_load
 from optin_deploy.serving.manifest import ServingOptions, TensorSpec
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import Repository
-from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import ship_folder
 from support import tiny_checkpoint as tiny
 

@@ -26,8 +26,8 @@ from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.serving.checking import Load as Loading
 from optin_deploy.serving.checking import check_server
 from optin_deploy.serving.manifest import ServingOptions
+from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import Repository
-from optin_deploy.serving.shipments import Order
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from support import tiny_checkpoint as tiny
 from support.project import ROOT

@@ -23,9 +23,9 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
 from optin_deploy.runtimes.record import EngineRecord, write_record
-from optin_deploy.serving import SERVERS, server
 from optin_deploy.serving import repository as repositories
-from optin_deploy.serving.manifest import LARGEST_VERSION, SCHEMA_VERSION, Manifest, ServingOptions, TensorSpec
+from optin_deploy.serving import server, servers
+from optin_deploy.serving.manifest import LARGEST_VERSION, Manifest, ServingOptions, TensorSpec
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import default_name, preferred_batches, shipments
 from optin_deploy.serving.shipping import roll_back, ship_folder
@@ -145,7 +145,6 @@ def manifest_of(
     inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], options: ServingOptions | None = None
 ) -> Manifest:
     return Manifest(
-        schema_version=SCHEMA_VERSION,
         name="tiny",
         version=1,
         role="pruned",
@@ -522,7 +521,7 @@ def test_a_tensorrt_plan_is_shipped_with_the_name_that_triton_expects(job: Path,
 
 
 def test_every_server_writes_nothing_on_a_dry_run(job: Path, repo: Path) -> None:
-    for name in SERVERS:
+    for name in servers():
         asked = order(repo, server=name, options=ServingOptions(storage_uri="s3://x/y"))
         served, new = ship_folder(job, asked, dry_run=True)
         assert served

@@ -34,9 +34,11 @@ from optin_deploy.pruning.dense import Dense
 from optin_deploy.pruning.modules import example_for
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.pruning.source import Source
-from optin_deploy.scoring import PartsLeft, ScoreSettings, Terms, Worker, unit_job, unit_parts
+from optin_deploy.scoring import unit_job, unit_parts
 from optin_deploy.scoring.memory import Memory
-from optin_deploy.scoring.parts import FolderStore, Part, Store, run_parts
+from optin_deploy.scoring.parts import FolderStore, Part, PartsLeft, Store, Worker, run_parts
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.scoring.terms import Terms
 from support import tiny_scoring
 from support.project import ROOT
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 
-from optin_deploy.serving.shipments import Order
+from optin_deploy.serving.order import Order
 from support.sealed import put_artifact
 
 

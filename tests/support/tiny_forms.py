@@ -14,10 +14,12 @@ import torch
 
 from optin_deploy.checkpoint.loading import drop_pooler
 from optin_deploy.checkpoint.smaller import save
+from optin_deploy.checkpoint.tasks import task_of
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.exporters.base import Form
 from optin_deploy.exporters.passes.pooled import pooled
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.axes import kept
 from optin_deploy.network.examples import example_of
@@ -74,7 +76,7 @@ def tiny(name: str, *, no_heads: tuple[int, ...] = (1,), no_neurons: tuple[int, 
     how, _, name = f" {name}".rpartition(" ")
     model = tiny_model(name)
     if not name.endswith("+head"):
-        drop_pooler(model, "feature-extraction")
+        drop_pooler(model, task_of("feature-extraction"))
     example = example_of(model)
     network = tidied(read_module(model, example.inputs, axes=example.axes, dynamo="dynamo" in how))
     layout = find(network, probes_of(network))
@@ -124,10 +126,14 @@ def module_in(case: Tiny, folder: Path) -> Path:
     return save(found.module, found.attributes, plan_of(case.layout, case.keep), folder)
 
 
-def form_of(network: Network, path: Path, *, pool: str | None = None, **about: Any) -> Form:
+def form_of(network: Network, path: Path, *, head: EmbeddingHead | None = None, **about: Any) -> Form:
     """Write a network as the stages before an export do."""
-    whole = network if pool is None else pooled(network, pool)
-    store(whole, path, sha256_json([{name: weight.tobytes().hex() for name, weight in whole.weights.items()}, pool]))
+    whole = network if head is None else pooled(network, head)
+    store(
+        whole,
+        path,
+        sha256_json([{name: weight.tobytes().hex() for name, weight in whole.weights.items()}, head and head.digest]),
+    )
     return Form(path, whole, **about)
 
 

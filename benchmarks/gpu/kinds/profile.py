@@ -9,8 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from benchmarks.gpu.cells import Cell
-from benchmarks.gpu.engines import Run, open_engine
-from benchmarks.gpu.precision import matmul_mode
+from benchmarks.gpu.engines import Launch, open_engine
 from benchmarks.gpu.workbench import SEED, Workbench
 
 RUNS = 5
@@ -36,23 +35,22 @@ def profile(cell: Cell, bench: Workbench) -> dict[str, Any]:
     models = {"dense": bench.dense(cell.model)} | {n: v.model for n, v in bench.variants(cell).items()}
     inputs = bench.inputs(cell)
     found = {}
-    with matmul_mode(cell.precision):
-        for name, model in models.items():
-            with open_engine(cell.engine, model, inputs, cell.precision) as run:
-                found[name] = kernels(run, bench)
+    for name, model in models.items():
+        with open_engine(cell.engine, model, inputs, cell.precision) as launch:
+            found[name] = kernels(launch, bench)
     return {"seed": SEED, "runs": RUNS, "variants": found}
 
 
-def kernels(run: Run, bench: Workbench) -> dict[str, Any]:
+def kernels(launch: Launch, bench: Workbench) -> dict[str, Any]:
     """Profile a few runs of a warm engine."""
     on_gpu = bench.device.type == "cuda"
     for _ in range(3):
-        run()
+        launch()
     bench.synchronize()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         for _ in range(RUNS):
-            run()
+            launch()
         bench.synchronize()
     wanted = "CUDA" if on_gpu else "CPU"
     events: list[Any] = [e for e in profiler.key_averages() if e.device_type.name == wanted]

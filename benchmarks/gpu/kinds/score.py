@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.engines import Skipped
-from benchmarks.gpu.precision import matmul_mode
 from benchmarks.gpu.workbench import SEED, Workbench
+from optin_deploy.runtimes.device import float32_mode
 
 Batch = dict[str, Tensor]
 KINDS = ("heads", "neurons")
@@ -51,7 +51,7 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     def score(some: list[Batch], **how: int) -> Any:
         return score_units(subject, some, ScoreSettings(seed=SEED, **how), kinds=KINDS)  # type: ignore[arg-type]
 
-    with matmul_mode(cell.precision):
+    with float32_mode(tf32=cell.precision == "tf32"):
         seconds(lambda: forward(model, batches[:1]))  # warm-up
         forward_s = median(seconds(lambda: forward(model, batches)) for _ in range(3))
         score(batches[:1], probes=1, head_samples=1)

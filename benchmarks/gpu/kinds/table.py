@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.cells import Cell
-from benchmarks.gpu.engines import Run, open_engine
+from benchmarks.gpu.engines import open_engine
 from benchmarks.gpu.models import MODELS, equal_plan
-from benchmarks.gpu.precision import matmul_mode
-from benchmarks.gpu.timing import compare, measure
+from benchmarks.gpu.timing import back_to_back, times
 from benchmarks.gpu.workbench import SEED, Workbench
 from optin_deploy.measuring.device_clock import timer_for
+from optin_deploy.measuring.timing import mean_ratio
 
 
 def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
@@ -24,26 +24,23 @@ def table(cell: Cell, bench: Workbench) -> dict[str, Any]:
     inputs = bench.inputs(cell)
     timer = timer_for(bench.device)
     rows = []
-    with matmul_mode(cell.precision), open_engine(cell.engine, dense, inputs, cell.precision) as dense_run:
+    with open_engine(cell.engine, dense, inputs, cell.precision) as dense_launch:
         for heads, neurons in grid(cell):
             plan = equal_plan(MODELS[cell.model], heads=heads, neurons=neurons)
-            smaller = bench.cut(cell.model, plan)
-            with open_engine(cell.engine, smaller, inputs, cell.precision) as run:
-                runs: dict[str, Run] = {"dense": dense_run, "point": run}
-                samples = measure(runs, timer, timed_s=cell.timed_s, blocks=cell.blocks, seed=SEED)
-            ms = {name: found.to_json(cell.batch)["p50_ms"] for name, found in samples.items()}
-            relative = 1 / compare(samples["dense"], samples["point"], seed=SEED)["speedup"]
+            with open_engine(cell.engine, bench.cut(cell.model, plan), inputs, cell.precision) as launch:
+                launches = {"dense": dense_launch, "point": launch}
+                found = back_to_back(launches, timer, timed_s=cell.timed_s, blocks=cell.blocks, seed=SEED)
             rows.append(
                 {
                     "heads": heads,
                     "neurons": neurons,
                     "macs_kept": cost.of(plan) / cost.dense,
-                    "ms": ms["point"],
-                    "dense_ms": ms["dense"],
-                    "relative": relative,
+                    "ms": times(found["point"])["p50_ms"],
+                    "dense_ms": times(found["dense"])["p50_ms"],
+                    "relative": mean_ratio(found["point"], found["dense"]),
                 }
             )
-            del smaller, run, runs
+            del launch, launches
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()  # each captured graph had memory of its own
     return {"tokens": cost.tokens, "seed": SEED, "rows": rows}
