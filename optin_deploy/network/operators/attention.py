@@ -174,13 +174,6 @@ def flow_heads(flow: Flow, place: int, heads: int) -> list[Axis]:
     return [one, three, two, four]
 
 
-def give_rest(flow: Flow, outputs: Sequence[Sequence[Axis]]) -> None:
-    """Give the outputs after the first that anybody reads."""
-    for place, axes in enumerate(outputs, 1):
-        if len(flow.node.outputs) > place and flow.node.outputs[place]:
-            flow.give(place, axes)
-
-
 def _attention(
     node: Node,
     query: Tensor,
@@ -236,11 +229,8 @@ def _lengthened(mask: Tensor, keys: int) -> Tensor:
 def _flow_attention(flow: Flow) -> None:
     node, flat = flow.node, len(flow.shape(0)) == 3
     number, groups_number = (node.get("q_num_heads"), node.get("kv_num_heads")) if flat else (0, 0)
-    query, key, value = (
-        flow_heads(flow, 0, number),
-        flow_heads(flow, 1, groups_number),
-        flow_heads(flow, 2, groups_number),
-    )
+    query = flow_heads(flow, 0, number)
+    key, value = (flow_heads(flow, place, groups_number) for place in (1, 2))
     heads, groups, _ = flow_shared(flow, query[1].size, key[1].size)
     for one, other in ((query[1], heads), (key[1], groups), (value[1], groups)):
         flow.unify(one, other)
@@ -260,8 +250,9 @@ def _flow_attention(flow: Flow) -> None:
         flow.give(0, [query[0], query[2], flow.product([heads, value[3]])])
     else:
         flow.give(0, [query[0], heads, query[2], value[3]])
-    cache = [query[0], groups, keys]
-    give_rest(flow, [[*cache, key[3]], [*cache, value[3]], scores])
+    flow.give(1, [query[0], groups, keys, key[3]])
+    flow.give(2, [query[0], groups, keys, value[3]])
+    flow.give(3, scores)
 
 
 ROWS = (Row("Attention", _attention, _flow_attention),)
