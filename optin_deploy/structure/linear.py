@@ -67,9 +67,7 @@ class Linear:
     @property
     def plain(self) -> bool:
         """Whether each output follows from one place of what is read, and all places have one."""
-        pads, strides = self.node.get("pads", (0,)), self.node.get("strides", (1,))
-        same = self.node.get("auto_pad", "NOTSET").startswith("SAME")
-        return not self.kernel or (self.taps == 1 and not any(pads) and set(strides) == {1} and not same)
+        return not self.kernel or (self.taps == 1 and set(self.node.get("strides", (1,))) == {1} and not self.fringed)
 
     @property
     def fringed(self) -> bool:
@@ -215,13 +213,11 @@ def _normalization(structure: Structure, node: Node) -> Linear:
     if not {*node.inputs[3:5]} <= set(weights):
         raise Unsupported("its means or variances are computed")
     mean, variance = (torch_tensor(weights[name]).double() for name in node.inputs[3:5])
-    return Linear(
-        node=node,
-        reads=node.inputs[0],
-        gives=node.outputs[0],
-        stored=stored,
-        place=1,
-        samples=(samples_axis(structure, node.inputs[0]), samples_axis(structure, node.outputs[0])),
+    return _made(
+        structure,
+        node,
+        1,
+        stored,
         features=1,
         outputs_axis=1,
         outputs=len(mean),
