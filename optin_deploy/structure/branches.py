@@ -26,17 +26,6 @@ BIASED = ("BiasGelu", "FastGelu", "BiasSplitGelu")
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A product of an activation with a weight."""
-
-    node: int
-    weight: int
-    """Place of the factor that follows from weights alone."""
-    reads: str
-    """Name of the activation that is read."""
-
-
-@dataclass(frozen=True)
 class Way:
     """The way of a product's result as long as it is affine, at most to a residual Add."""
 
@@ -59,19 +48,18 @@ def branches(structure: Structure, group: UnitGroup) -> tuple[Way | None, ...]:
     return tuple(_branch(structure, site) for site in group.sites)
 
 
-def projection_of(structure: Structure, node: Node) -> Projection | None:
-    """Return a product with a weight as such; None if both factors are activations, or none is."""
-    fixed = structure.network.fixed
-    for activation, weight in ((0, 1), (1, 0)):
-        if node.inputs[weight] in fixed and node.inputs[activation] not in fixed:
-            return Projection(node.index, weight, node.inputs[activation])
-    return None
+def weight_place(structure: Structure, node: Node) -> int | None:
+    """Return the place of the factor of a product that follows from weights alone; None if both are activations, or
+    none is."""
+    first, second = (name in structure.network.fixed for name in node.inputs[:2])
+    return None if first == second else int(second)
 
 
 def _branch(structure: Structure, site: Contraction) -> Way | None:
-    output = projection_of(structure, structure.network.nodes[site.node]) if site.with_weight else None
-    found = None if output is None else way_from(structure, output.node)
-    return None if found is None or found.add is None else found
+    if not site.with_weight or weight_place(structure, structure.network.nodes[site.node]) is None:
+        return None
+    found = way_from(structure, site.node)
+    return None if found.add is None else found
 
 
 def way_from(structure: Structure, index: int) -> Way:

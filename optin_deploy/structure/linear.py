@@ -18,7 +18,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.structure.branches import projection_of
+from optin_deploy.structure.branches import weight_place
 from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
 from optin_deploy.structure.structure import Structure
@@ -126,16 +126,16 @@ def linear_of(structure: Structure, node: Node, *, shared: bool = False) -> Line
     """
     if node.op == "BatchNormalization":
         return _normalization(structure, node)
-    projection = projection_of(structure, node)
-    if projection is None:
+    weight = weight_place(structure, node)
+    if weight is None:
         raise Unsupported("it multiplies no weight")
     form = FORMS.get((node.domain, node.op))
     if form is None:
         raise Unsupported(f"{node.op} is not known as a product with one matrix")
-    stored = stored_at(structure, node.inputs[projection.weight])
+    stored = stored_at(structure, node.inputs[weight])
     if len(stored.places) > 1 and not shared:
         raise Unsupported("several nodes read its weight")
-    return form(structure, node, projection.weight, stored)
+    return form(structure, node, weight, stored)
 
 
 def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more: object) -> Linear:

@@ -15,7 +15,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.structure.branches import SKIPS, branches
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.structure import Contraction, Structure
+from optin_deploy.structure.structure import Structure
 
 NORMALIZATIONS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 
@@ -78,14 +78,10 @@ def _last_of_sizes(layout: Layout) -> list[str]:
     if not sites:
         return []
     read = [(structure.network.nodes[node].inputs[place], site) for (node, place), site in sites]
-    sizes = [_others(structure, value, site) for value, site in read]
+    shapes = [(structure.shapes.shape(value) or (), site.position) for value, site in read]
+    sizes = [(*shape[:position], *shape[position + 1 :]) for shape, position in shapes]
     found = [value for (value, _), one, other in zip(read, sizes, [*sizes[1:], None], strict=True) if one != other]
     return [*found, structure.network.nodes[sites[-1][0][0]].outputs[0]]
-
-
-def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, ...]:
-    shape = structure.shapes.shape(value) or ()
-    return tuple(size for position, size in enumerate(shape) if position != site.position)
 
 
 def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Feature | None:

@@ -10,7 +10,7 @@ import torch
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read as read_any
 from optin_deploy.network.run import Program
-from optin_deploy.structure.branches import Way, branches, projection_of
+from optin_deploy.structure.branches import Way, branches, weight_place
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from support.tiny_networks import Image, Text, export, made, read
@@ -29,9 +29,10 @@ def is_affine(layout: Layout, name: str) -> bool:
     assert found.add is not None
     assert found.residual is not None
     program, feeds = Program(network, dtype=torch.float64), probes_of(network)[0]
-    output = projection_of(layout.structure, network.nodes[layout.by_name[name].sites[0].node])
-    assert output is not None
-    arrives, place = network.nodes[found.add[0]].inputs[found.add[1]], (output.node, 1 - output.weight)
+    output = network.nodes[layout.by_name[name].sites[0].node]
+    weight = weight_place(layout.structure, output)
+    assert weight is not None
+    arrives, place = network.nodes[found.add[0]].inputs[found.add[1]], (output.index, 1 - weight)
     seen = []
     for factor in (0.0, 1.0, 2.0):
         watched = program(

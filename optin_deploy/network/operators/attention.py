@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -197,19 +198,14 @@ def _attention(
     left, right = node.get("left_window_size", -1), node.get("right_window_size", -1)
     if node.get("is_causal", 0):
         right = 0
-    allowed = None
+    seen, bias = [], None if mask is None else _lengthened(mask, keys)
     if left >= 0 or right >= 0:
-        allowed = window(queries, keys, offset, left=left, right=right).to(query.device)
+        seen.append(window(queries, keys, offset, left=left, right=right).to(query.device))
     if lengths is not None:
-        real = torch.arange(keys, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
-        allowed = real if allowed is None else allowed & real
-    bias = None
-    if mask is not None:
-        mask = _lengthened(mask, keys)
-        if mask.dtype == torch.bool:
-            allowed = mask if allowed is None else allowed & mask
-        else:
-            bias = mask
+        seen.append(torch.arange(keys, device=lengths.device) < lengths.reshape(-1, 1, 1, 1))
+    if bias is not None and bias.dtype == torch.bool:
+        seen, bias = [*seen, bias], None
+    allowed = reduce(torch.logical_and, seen) if seen else None
     precision = {1: torch.float32, 11: torch.float64}.get(node.get("softmax_precision", 0))
     how = Weighing(node.get("scale"), node.get("softcap", 0.0), bias, allowed, None, precision)
     out, scores = attend(query, key, value, how)

@@ -44,9 +44,7 @@ def rms_norm(node: Node, x: Tensor, scale: Tensor) -> Tensor:
 
 def over_last(flow: Flow) -> None:
     """Flow of normalisations from an axis to the last."""
-    axes = flow.axes(0)
-    start = flow.node.get("axis", -1) % len(axes)
-    axes = together(flow)
+    start, axes = flow.node.get("axis", -1) % len(flow.shape(0)), together(flow)
     flow.freeze(axes[start:])
     flow.give(0, axes)
     for place in range(1, len(flow.node.outputs)):
