@@ -18,7 +18,7 @@ from optin_deploy.feeds.rows import Batch
 from optin_deploy.files.storage import read_json
 from optin_deploy.scoring.masking_units import masked_terms
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.scoring.terms import Terms, TermWeights, combined, mean_scores
+from optin_deploy.scoring.terms import Terms, combined, mean_scores
 from optin_deploy.structure.groups import UnitGroup
 
 Units = Mapping[UnitGroup, Sequence[int]]
@@ -55,8 +55,7 @@ def exactly(subject: Subject, batches: Sequence[Batch], units: Units, kl_weight:
     for kind in KINDS:
         some = {group: chosen for group, chosen in units.items() if group.kind == kind}
         terms, spent = clock(f"exact, {kind}", partial(work, some))
-        means = mean_scores(terms, tuple(some), TermWeights((1.0,) * len(some), kl_weight))
-        scores |= {g.name: mean[list(c)].tolist() for (g, c), mean in zip(some.items(), means, strict=True)}
+        scores |= {g.name: mean_scores(terms, g, 1.0, kl_weight)[list(c)].tolist() for g, c in some.items()}
         seconds += spent
         whole += spent * sum(group.units for group in some) / sum(map(len, some.values()))
     return Exact(scores, seconds, whole / clock.forward, str(environment()["date"]))

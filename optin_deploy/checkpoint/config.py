@@ -90,7 +90,7 @@ def _is_dtype(name: object) -> bool:
     return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def make_config(path: Path, data: Mapping[str, Any], step: str = CONFIG_HINT) -> Any:
+def make_config(path: Path, data: Mapping[str, Any]) -> Any:
     """The transformers config of these entries.
 
     Raises: BadInput: names the entry that transformers does not take.
@@ -101,7 +101,7 @@ def make_config(path: Path, data: Mapping[str, Any], step: str = CONFIG_HINT) ->
     _check_numbers(path, {key: value for key, value in data.items() if key in known})
     # An entry that is no field would take the place of a method or a table of the class.
     taken = {key: value for key, value in data.items() if key in known or not hasattr(kind, key)}
-    return blamed(path, taken, lambda entries: kind.from_dict(entries), step)
+    return blamed(path, taken, lambda entries: kind.from_dict(entries), CONFIG_HINT)
 
 
 def _config_class(path: Path, data: Mapping[str, Any]) -> Any:

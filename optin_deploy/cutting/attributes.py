@@ -195,18 +195,12 @@ def _pieces(axis: Axis) -> Iterator[Axis]:
     axis = axis.root
     yield axis
     join = axes.product if axis.kind == "product" else axes.total
-    parts = _row(axis)
+    parts = axes.flat(axis.kind, axis.parts)
     for start in range(len(parts)):
         for end in range(start + 2, len(parts) + (start > 0)):
             yield join(parts[start:end])
     for part in parts:
         yield from _pieces(part)
-
-
-def _row(axis: Axis) -> list[Axis]:
-    return [
-        inner for part in axis.parts for inner in (_row(part) if part.kind == axis.kind and part.parts else [part.root])
-    ]
 
 
 def _written(axis: Axis, names: Mapping[Axis, str]) -> object:

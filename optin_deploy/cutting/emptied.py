@@ -12,10 +12,11 @@ from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from optin_deploy.cutting.dimensions import Dimensions, Size
 from optin_deploy.cutting.editing import Editor
-from optin_deploy.cutting.remainders import CONTRACTIONS, bias_of, onnx_type, remainder
+from optin_deploy.cutting.remainders import CONTRACTIONS, bias_of, remainder
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, size, touched
 from optin_deploy.network.graph import Node
@@ -92,7 +93,7 @@ class Emptied:
                 )
             elif node.op == "CastLike" and names[0] not in self._empty:
                 copy.op_type = "Cast"
-                to = onnx_type(self._structure.shapes.tensors[names[1]].dtype)
+                to = from_torch_dtype(self._structure.shapes.tensors[names[1]].dtype)
                 copy.attributes["to"] = ir.AttrInt64("to", to.value)
                 names = names[:1]
                 _set_inputs(copy, copy.inputs[:1])

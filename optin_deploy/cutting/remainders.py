@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from optin_deploy.cutting.editing import Editor
 from optin_deploy.network.axes import size
 from optin_deploy.network.graph import Node
-from optin_deploy.network.tensors import DTYPES
 
 BIAS = {
     **{"Gemm": 2, "Conv": 2, "ConvTranspose": 2},
@@ -39,7 +38,7 @@ def remainder(cut: Editor, node: Node, copy: ir.Node) -> tuple[ir.Value, list[in
     own = {axis.root for use in cut.structure.uses if use.node == node.index for axis in use.axes}
     held = [axis.size if axis.root in own else 1 for axis in axes]
     left = [size(axis, cut.sizes) if axis.root in own else 1 for axis in axes]
-    dtype = ir.DataType.INT32 if node.op in WHOLE else onnx_type(cut.structure.shapes.tensors[name].dtype)
+    dtype = ir.DataType.INT32 if node.op in WHOLE else from_torch_dtype(cut.structure.shapes.tensors[name].dtype)
     return cut.constant(np.zeros(left, dtype.numpy()), "zero"), held
 
 
@@ -47,7 +46,7 @@ def _bias(cut: Editor, node: Node, copy: ir.Node, place: int) -> tuple[ir.Value,
     tensor, value = cut.structure.shapes.tensors[node.inputs[place]], copy.inputs[place]
     assert value is not None
     if node.op == "Gemm" and node.get("beta", 1.0) != 1.0:
-        beta = np.asarray(node.get("beta")).astype(onnx_type(tensor.dtype).numpy())
+        beta = np.asarray(node.get("beta")).astype(from_torch_dtype(tensor.dtype).numpy())
         value = cut.before(copy, "Mul", [value, cut.constant(beta, "beta")])
     rank = len(cut.structure.axes[node.outputs[0]])
     if tensor.ndim == rank:
@@ -55,8 +54,3 @@ def _bias(cut: Editor, node: Node, copy: ir.Node, place: int) -> tuple[ir.Value,
     along = 1 if "Conv" in node.op else rank - 1
     shape, held = ([number if position == along else 1 for position in range(rank)] for number in (-1, tensor.numel()))
     return cut.before(copy, "Reshape", [value, cut.constant(np.array(shape, dtype=np.int64), "channels")]), held
-
-
-def onnx_type(dtype: torch.dtype) -> ir.DataType:
-    """Return the type that a file gives to values of a type of torch."""
-    return next(kind for kind, other in DTYPES.items() if other is dtype)

@@ -15,7 +15,7 @@ from optin_deploy.common.regression import MOST_INPUTS
 from optin_deploy.network.axes import Axis, kept, touched
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
-from optin_deploy.structure.branches import projection_of
+from optin_deploy.structure.branches import weight_place
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.linear import Linear
 from optin_deploy.structure.solvable import Solvable, solvable
@@ -126,7 +126,7 @@ def repairs(
     products = sorted({index for index, _ in structure.products}.intersection(changed))
     norms = [node.index for node in nodes if node.op == "BatchNormalization" and node.index in changed]
     for index in [*products, *norms]:
-        if index in done or index in ways or (index in products and projection_of(structure, nodes[index]) is None):
+        if index in done or index in ways or (index in products and weight_place(structure, nodes[index]) is None):
             continue
         try:
             alike = _alike(structure, index, masks)

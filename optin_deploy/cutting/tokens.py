@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from optin_deploy.cutting.editing import Editor
@@ -25,7 +26,6 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, touched
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
-from optin_deploy.network.run import REAL_TYPES
 from optin_deploy.structure.find import all_shapes
 from optin_deploy.structure.flow import walk
 from optin_deploy.structure.groups import Layout
@@ -262,7 +262,7 @@ def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int], dir
     producer, tensors = gap.network.producer, cut.structure.shapes.tensors
 
     def type_of(name: str) -> ir.DataType:
-        return next(ir.DataType(number) for number, kind in REAL_TYPES.items() if kind == tensors[name].dtype)
+        return from_torch_dtype(tensors[name].dtype)
 
     gaps = iter([cut.nodes[producer[name].index] for name in gap.breaks])
     end = cut.nodes[producer[gap.end].index]

@@ -75,7 +75,7 @@ def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes |
     trials = Trials(module, layout, probes)
     chosen, why = trials.assign(keep)
     if not why:
-        smaller, attributes = trials.made(keep, chosen)
+        smaller, attributes = trials.made(module, keep, chosen)
         return CutModule(smaller, attributes)
     trained = {name for name, value in trials.tensors.items() if isinstance(value, nn.Parameter)}
     smaller_graph = cut(layout, keep)
@@ -164,7 +164,7 @@ class Trials:
         """Return why a copy does not compute what the masked network computes; empty if it does."""
         probes = probes or self.probes
         try:
-            smaller, _ = self._made(self._source, keep, chosen)
+            smaller, _ = self.made(self._source, keep, chosen)
             found = self._outputs(smaller, probes)
         except _CannotHold as err:
             return str(err)
@@ -176,11 +176,8 @@ class Trials:
         self._worst = max(difference(*pair) for pair in zip(found, expected, strict=True))
         return "" if self._worst <= self._tolerance else f"it differs by {self._worst:.1e} of the largest output"
 
-    def made(self, keep: Keep, chosen: Sequence[Candidate]) -> tuple[nn.Module, Sizes]:
-        """Return a copy that holds what is kept, and the attributes that were set in it."""
-        return self._made(self.module, keep, chosen)
-
-    def _made(self, source: nn.Module, keep: Keep, chosen: Sequence[Candidate]) -> tuple[nn.Module, Sizes]:
+    def made(self, source: nn.Module, keep: Keep, chosen: Sequence[Candidate]) -> tuple[nn.Module, Sizes]:
+        """Return a copy of a module that holds what is kept, and the attributes that were set in it."""
         cuts = self._indices(keep)
         smaller = copied(source, cuts)
         attributes = followers(self.module, self._shapes(cuts))

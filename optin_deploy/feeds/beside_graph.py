@@ -86,16 +86,13 @@ def _tokenizer_in(folder: Path) -> Any:
         what = f"only {pieces[0]}, of SentencePiece: convert it to tokenizer.json" if pieces else "no vocabulary"
         raise BadInput(f"{folder} holds {what}. {TOKENIZER}")
     kind: Any = transformers.AutoTokenizer
-    if found == ["vocab.txt"] and not _names_class(folder, settings):
+    said = settings.get("tokenizer_config.json", {})
+    if found == ["vocab.txt"] and not (folder / "config.json").is_file() and "tokenizer_class" not in said:
         kind = transformers.BertTokenizer  # what writes this file
     with wall(f"{folder} has no usable tokenizer ({', '.join(found)})", TOKENIZER):
         tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.model_max_length = _longest(settings.get("tokenizer_config.json", {}))
+        tokenizer.model_max_length = _longest(said)
         return _checked(tokenizer, str(folder))
-
-
-def _names_class(folder: Path, settings: Mapping[str, Mapping[str, object]]) -> bool:
-    return (folder / "config.json").is_file() or "tokenizer_class" in settings.get("tokenizer_config.json", {})
 
 
 def _tokenizer_of(folder: Path, name: str) -> Any:

@@ -61,15 +61,14 @@ def config_settings(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in VOLATILE and not k.startswith("_")}
 
 
-def check_seq_len(config: Any, seq_len: int, option: str = "--seq-len ") -> None:
+def check_seq_len(config: Any, seq_len: int) -> None:
     """Refuse a length that the position table does not hold.
 
-    Args: option: where the length was given, up to the number.
     Raises: BadInput: names the longest length possible.
     """
     longest = longest_text(config)
     if seq_len < 1 or (longest is not None and seq_len > longest):
-        raise BadInput(f"{option}{seq_len}: possible are 1 to {longest or 'any'} tokens for this model.")
+        raise BadInput(f"--seq-len {seq_len}: possible are 1 to {longest or 'any'} tokens for this model.")
 
 
 def longest_text(config: Any) -> int | None:

@@ -51,7 +51,8 @@ def text_inputs(inputs: Takes) -> TextInputs:
     """
     roles = {name: ROLES[plain] for name in inputs.ports if (plain := name.partition(":")[0]) in ROLES}
     if IDS not in roles.values():  # the only whole numbers (rows, tokens) are the text, whatever they are called
-        alone = [name for name in inputs.ports if name not in roles and _is_ids(inputs, name)]
+        free = [port for name, port in inputs.ports.items() if name not in roles]
+        alone = [port.name for port in free if port.dtype.is_integer() and _rank(inputs, port.name) == 2]
         roles |= {alone[0]: IDS} if len(alone) == 1 else {}
     others = [port for name, port in inputs.ports.items() if name not in roles]
     if others or IDS not in roles.values():
@@ -74,10 +75,6 @@ def text_inputs(inputs: Takes) -> TextInputs:
             said = f"of fewer than {length} tokens are padded, and it takes that for text, as when it is served"
         log.warning("%s: the network has no attention mask, so texts %s", inputs.source, said)
     return TextInputs(inputs, roles, length)
-
-
-def _is_ids(inputs: Takes, name: str) -> bool:
-    return inputs.ports[name].dtype.is_integer() and _rank(inputs, name) == 2
 
 
 def _rank(inputs: Takes, name: str) -> int | None:

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.opening import short
+from optin_deploy.network.onnx_data import named, nodes_below
 
 MOST_NODES = 2**16
 """Nodes of a model, also after its functions took the place of their calls."""
@@ -65,9 +65,7 @@ def check_model(proto: onnx.ModelProto, source: str) -> None:
         _check_texts(proto)
         for entry in chain(proto.opset_import, *(function.opset_import for function in proto.functions)):
             if not 1 <= entry.version <= NEWEST_VERSION:
-                raise _Fault(
-                    f"it asks for version {entry.version} of the operators {_named(entry.domain or 'ai.onnx')}"
-                )
+                raise _Fault(f"it asks for version {entry.version} of the operators {named(entry.domain or 'ai.onnx')}")
             if entry.domain in ONNX and entry.version < OLDEST_VERSION:
                 raise BadInput(
                     f"{source} is written with opset {entry.version}; possible are {OLDEST_VERSION} and newer. Export "
@@ -98,12 +96,12 @@ def _check_texts(proto: Any) -> None:
             elif field.type == field.TYPE_STRING:
                 for text in (value,) if isinstance(value, (str, bytes)) else value:
                     if isinstance(text, bytes):
-                        raise _Fault(f"its {field.name} {_named(text)} is no text")
+                        raise _Fault(f"its {field.name} {named(text)} is no text")
 
 
 def _check_graph(graph: onnx.GraphProto, outer: tuple[set[str], ...], *, in_function: bool = False) -> None:
     if graph.sparse_initializer:
-        raise _Fault(f"weight {_named(graph.sparse_initializer[0].values.name)} is sparse; store it as a dense tensor")
+        raise _Fault(f"weight {named(graph.sparse_initializer[0].values.name)} is sparse; store it as a dense tensor")
     for value in chain(graph.input, graph.output, graph.value_info):
         _check_sizes(value)
     for tensor in graph.initializer:
@@ -125,27 +123,27 @@ def _check_body(
     computed = [name for node in nodes for name in node.output if name]
     for name in computed:
         if name in names:
-            raise _Fault(f"value {_named(name)} is defined twice")
+            raise _Fault(f"value {named(name)} is defined twice")
         names.add(name)
     scopes = (*outer, names)
     for node in nodes:
         if not node.op_type:
-            raise _Fault(f"node {_named(node.name)} names no operator")
+            raise _Fault(f"node {named(node.name)} names no operator")
         for name in node.input:
             if name and not any(name in scope for scope in scopes):
-                raise _Fault(f"node {_node(node)} reads {_named(name)}, which nothing defines")
+                raise _Fault(f"node {_node(node)} reads {named(name)}, which nothing defines")
         _once((attribute.name for attribute in node.attribute), f"attribute of {_node(node)}")
         for attribute in node.attribute:
             _check_attribute(attribute, node, scopes, in_function=in_function)
     for name in outputs:  # one value may be several outputs
         if name not in names:
-            raise _Fault(f"output {_named(name)} is computed by nothing")
+            raise _Fault(f"output {named(name)} is computed by nothing")
 
 
 def _check_attribute(
     attribute: onnx.AttributeProto, node: onnx.NodeProto, scopes: tuple[set[str], ...], *, in_function: bool
 ) -> None:
-    where = f"attribute {_named(attribute.name)} of {_node(node)}"
+    where = f"attribute {named(attribute.name)} of {_node(node)}"
     if attribute.ref_attr_name:
         if not in_function:
             raise _Fault(f"{where} refers to an attribute of a function, but is in none")
@@ -177,10 +175,10 @@ def _declared(op: str) -> Mapping[str, int]:
 
 def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     """Do its type and sizes fit what is stored? Of values in other files only the length is compared, if it is told."""
-    where = f"tensor {_named(tensor.name or name)}"
+    where = f"tensor {named(tensor.name or name)}"
     dtype = _dtype(tensor.data_type, where)
     if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MOST_ENTRIES:
-        raise _Fault(f"{where} has impossible sizes {_named(list(tensor.dims))}")
+        raise _Fault(f"{where} has impossible sizes {named(list(tensor.dims))}")
     if tensor.HasField("segment"):
         raise _Fault(f"{where} is stored in segments, which nothing reads")
     stored = {field: len(getattr(tensor, field)) for field in _ALL_FIELDS if getattr(tensor, field)}
@@ -188,10 +186,10 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         length = next((entry.value for entry in tensor.external_data if entry.key == "length"), None)
         if stored or dtype == ir.DataType.STRING:
-            raise _Fault(f"{where} says that it lies in another file, but holds {_named(stored or 'texts')}")
+            raise _Fault(f"{where} says that it lies in another file, but holds {named(stored or 'texts')}")
         if length is not None and length != str(tensor_bytes(tensor)):
             raise _Fault(
-                f"{where} of sizes {list(tensor.dims)} takes {tensor_bytes(tensor)} bytes, not {_named(length)}"
+                f"{where} of sizes {list(tensor.dims)} takes {tensor_bytes(tensor)} bytes, not {named(length)}"
             )
         return
     field = "raw_data" if tensor.raw_data else _FIELDS.get(dtype, "int32_data")
@@ -202,19 +200,19 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     else:
         needed = 2 * entries if dtype in _COMPLEX else entries
     if stored != ({field: needed} if needed else {}):
-        raise _Fault(f"{where} of type {dtype} and sizes {_named(list(tensor.dims))} does not fit its {_named(stored)}")
+        raise _Fault(f"{where} of type {dtype} and sizes {named(list(tensor.dims))} does not fit its {named(stored)}")
 
 
 def _check_sizes(value: onnx.ValueInfoProto) -> None:
     """A size of -1 is met in files of several exporters: it is free."""
-    where = f"value {_named(value.name)}"
+    where = f"value {named(value.name)}"
     if not value.type.HasField("tensor_type"):
         return
     if value.type.tensor_type.elem_type:
         _dtype(value.type.tensor_type.elem_type, where)
     sizes = [size.dim_value for size in value.type.tensor_type.shape.dim if size.HasField("dim_value")]
     if any(size < -1 for size in sizes) or abs(math.prod(size or 1 for size in sizes)) > MOST_ENTRIES:
-        raise _Fault(f"{where} has impossible sizes {_named(sizes)}")
+        raise _Fault(f"{where} has impossible sizes {named(sizes)}")
 
 
 def _dtype(number: int, where: str) -> ir.DataType:
@@ -232,13 +230,13 @@ def _check_calls(proto: onnx.ModelProto) -> None:
     functions = {_id(function.domain, function.name, function.overload): function for function in proto.functions}
     if len(functions) != len(proto.functions):
         raise _Fault("two of its functions have one name")
-    bodies = {key: list(_all_nodes(function.node)) for key, function in functions.items()}
-    main = list(_all_nodes(proto.graph.node))
+    bodies = {key: list(nodes_below(function.node)) for key, function in functions.items()}
+    main = list(nodes_below(proto.graph.node))
     called = {key: Counter(_calls(nodes, functions)) for key, nodes in bodies.items()}
     try:
         inner_first = tuple(TopologicalSorter(called).static_order())
     except CycleError as err:
-        raise _Fault(f"function {_named(err.args[1][0][1])} calls itself") from err
+        raise _Fault(f"function {named(err.args[1][0][1])} calls itself") from err
     times = Counter(_calls(main, functions))
     for key in reversed(inner_first):
         for inner, count in called[key].items():
@@ -256,17 +254,6 @@ def _check_calls(proto: onnx.ModelProto) -> None:
         raise _Fault("its functions are called too often; inline them with `onnx.inliner.inline_local_functions`")
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These, and those of the graphs inside of them."""
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        for attribute in node.attribute:
-            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                waiting.extend(graph.node)
-
-
 def _calls(nodes: Iterable[onnx.NodeProto], functions: Iterable[_FunctionId]) -> Iterator[_FunctionId]:
     for node in nodes:
         key = _id(node.domain, node.op_type, node.overload)
@@ -282,14 +269,10 @@ def _once(names: Iterable[str], what: str) -> set[str]:
     found: set[str] = set()
     for name in names:
         if not name or name in found:
-            raise _Fault(f"{what} {_named(name)} is defined twice" if name else f"the name of an {what} is empty")
+            raise _Fault(f"{what} {named(name)} is defined twice" if name else f"the name of an {what} is empty")
         found.add(name)
     return found
 
 
 def _node(node: onnx.NodeProto) -> str:
-    return _named(node.name or (node.output[0] if node.output else node.op_type))
-
-
-def _named(value: Any) -> str:
-    return short(value, 80)
+    return named(node.name or (node.output[0] if node.output else node.op_type))

@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 SIZES = ("Shape", "Size")
 """Operators that read no entry of what they are given, only how many there are."""
+MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+"""Operators that pass the entries of their first input on; their other inputs are sizes."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import MOVING, Network, Node
 
 MATRICES: Mapping[str, tuple[int, ...]] = {
     "MatMul": (0, 1),
@@ -22,8 +22,6 @@ MATRICES: Mapping[str, tuple[int, ...]] = {
 """Operator -> inputs that are learned."""
 VECTORS = ("Add", "Mul")
 """Operators that add a bias or multiply by a gain: a weight with one axis of more than one entry."""
-MOVING = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-"""Operators that pass the entries of a weight on."""
 
 
 def learned(network: Network) -> frozenset[str]:

@@ -57,24 +57,25 @@ class NetworkModule(nn.Module):
         feeds = {**dict(zip(inputs, values, strict=False)), **named}
         if len(values) > len(inputs) or set(feeds) != set(inputs):
             raise BadInput(f"This network takes {', '.join(inputs)}; it was given {', '.join(feeds) or 'nothing'}.")
-        held = {name: getattr(owner, last) for name, (owner, last) in self._held.items()}
-        return self._ready()({**feeds, **held}).outputs
+        return self._ready()({**feeds, **self._values()}).outputs
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters as they are now, by the names of the network's weights."""
-        held = {name: getattr(owner, last) for name, (owner, last) in self._held.items()}
-        return {name: value.detach() for name, value in held.items() if isinstance(value, nn.Parameter)}
+        return {name: value.detach() for name, value in self._values().items() if isinstance(value, nn.Parameter)}
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: getattr(owner, last) for name, (owner, last) in self._held.items()}
 
     def _ready(self) -> Program:
         """The program, made anew where the parameters were moved or became another type."""
-        device = next((getattr(owner, last).device for owner, last in self._held.values()), torch.device("cpu"))
+        device = next((value.device for value in self._values().values()), torch.device("cpu"))
         dtype = None if self._dtype() == self._stored else self._dtype()
         if (self._program.device, self._program.dtype) != (device, dtype):
             self._program = Program(self.network, device=device, dtype=dtype, fed=self._held)
         return self._program
 
     def _dtype(self) -> torch.dtype | None:
-        return next((getattr(owner, last).dtype for owner, last in self._held.values()), None)
+        return next((value.dtype for value in self._values().values()), None)
 
     def _owner(self, key: str) -> tuple[nn.Module, str]:
         """The part that a weight belongs to, made where it is missing, and the weight's name in it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -68,7 +68,7 @@ def data_files_of(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
     for tensor in all_tensors(proto):
         fault = external_fault(tensor, path.parent)
         if fault is not None:
-            raise BadInput(f"{path}: weights of {_named(tensor.name)} cannot be read: {fault}. {remedy(path)}")
+            raise BadInput(f"{path}: weights of {named(tensor.name)} cannot be read: {fault}. {remedy(path)}")
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             found[path.parent / data_location(tensor)] = None
     return tuple(found)
@@ -81,7 +81,12 @@ def data_location(tensor: onnx.TensorProto) -> str:
 
 def all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Every node, also in the branches and loops, and in the model's own functions."""
-    waiting = [*proto.graph.node[::-1], *(node for function in proto.functions for node in function.node)]
+    return nodes_below([*proto.graph.node[::-1], *(node for function in proto.functions for node in function.node)])
+
+
+def nodes_below(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes, the last ones first, and those of the graphs inside of them."""
+    waiting = list(nodes)
     while waiting:
         node = waiting.pop()
         yield node
@@ -113,16 +118,17 @@ def external_fault(tensor: onnx.TensorProto, folder: Path) -> str | None:
         path = (inside / location).resolve()
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     except (ValueError, OSError, RuntimeError):  # a name with a zero byte, a text as number, a loop of links
-        return f"its entry for external data is damaged: {_named(str(entries))}"
+        return f"its entry for external data is damaged: {named(str(entries))}"
     if not location or Path(location).is_absolute() or not path.is_relative_to(inside):
-        return f"its data lies outside of the folder, at {_named(location)}; it is not read"
+        return f"its data lies outside of the folder, at {named(location)}; it is not read"
     if not path.is_file():
-        return f"its data file {_named(location)} is missing"
+        return f"its data file {named(location)} is missing"
     size = path.stat().st_size
     if offset < 0 or length < 0 or offset + length > size:
-        return f"{_named(location)} has {size} bytes, too few for bytes {offset} to {offset + length}"
+        return f"{named(location)} has {size} bytes, too few for bytes {offset} to {offset + length}"
     return None
 
 
-def _named(text: str) -> str:
-    return short(text, NAME_LENGTH)
+def named(value: object) -> str:
+    """Something out of a file as messages tell it, cut short."""
+    return short(value, NAME_LENGTH)

@@ -100,11 +100,7 @@ class PoolingNodes:
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add whole numbers."""
-        stored = ir.tensor(array.astype(np.int64))
-        value = ir.Value(name=self.named("pooling.number"), type=ir.TensorType(stored.dtype), const_value=stored)
-        value.shape = ir.Shape(array.shape)
-        self.graph.register_initializer(value)
-        return value
+        return self._stored(ir.tensor(array.astype(np.int64)), self.named("pooling.number"))
 
     def number(self, value: float, real: int) -> ir.Value:
         """Add one real number of a type."""
@@ -117,9 +113,11 @@ class PoolingNodes:
     def weight(self, tensor: Tensor, hint: str) -> ir.Value:
         """Add a weight."""
         name = self.named(hint)
-        stored = ir.tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name)
-        value = ir.Value(name=name, type=ir.TensorType(stored.dtype), const_value=stored)
-        value.shape = ir.Shape(tuple(tensor.shape))
+        return self._stored(ir.tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name), name)
+
+    def _stored(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value.shape = ir.Shape(tensor.shape.numpy())
         self.graph.register_initializer(value)
         return value
 

@@ -48,14 +48,12 @@ class Given:
 NOTHING = Given()
 
 
-def probes_of(
-    network: Network, seed: int = 0, *, padding: bool = False, given: Given = NOTHING
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def probes_of(network: Network, *, given: Given = NOTHING) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Make the inputs of both probes, in the first sizes that the graph takes.
 
     Raises: BadInput: as `probes`.
     """
-    first, second = (_fitting(network, probes(network, which, seed, padding=padding, given=given)) for which in (0, 1))
+    first, second = (_fitting(network, probes(network, which, given=given)) for which in (0, 1))
     return first, second
 
 
@@ -72,16 +70,6 @@ def _fitting(network: Network, tries: Iterator[dict[str, Tensor]]) -> dict[str, 
         if not problems:
             break
     return best
-
-
-def probe_inputs(
-    network: Network, which: int = 0, seed: int = 0, *, padding: bool = False, given: Given = NOTHING
-) -> dict[str, Tensor]:
-    """Make the inputs that are tried first; see `probes`.
-
-    Raises: BadInput: as `probes`.
-    """
-    return next(probes(network, which, seed, padding=padding, given=given))
 
 
 def probes(

@@ -61,11 +61,12 @@ def read_file(path: Path) -> Network:
 
 
 @uncollected()
-def read_proto(proto: onnx.ModelProto, source: str = "ModelProto") -> Network:
+def read_proto(proto: onnx.ModelProto) -> Network:
     """Read a model in memory; its weights are copied once.
 
     Raises: BadInput: damaged, above 2 GiB, or its weights lie in files, which only a path tells where to find.
     """
+    source = "ModelProto"
     try:
         whole = proto.SerializeToString()
     except (EncodeError, ValueError) as err:

@@ -49,7 +49,6 @@ def read_module(
     inputs: Mapping[str, Tensor],
     *,
     axes: Axes | None = None,
-    opset: int = OPSET,
     dynamo: bool | None = None,
 ) -> Network:
     """Read a module by tracing it.
@@ -67,7 +66,7 @@ def read_module(
     with EXPORTING, prepared(module), torch.no_grad(), quiet():
         for new in (True, False) if dynamo is None else (dynamo,):
             try:
-                model = _by_dynamo(traced, inputs, free, opset) if new else _by_script(traced, inputs, free)
+                model = _by_dynamo(traced, inputs, free) if new else _by_script(traced, inputs, free)
                 break
             except FAILURES as err:
                 failures.append(f"{'torch.export' if new else 'TorchScript'}: {reason(err)}")
@@ -114,13 +113,13 @@ def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
+def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
     program = torch.onnx.export(
         traced,
         tuple(inputs.values()),
         dynamo=True,
         optimize=False,
-        opset_version=opset,
+        opset_version=OPSET,
         input_names=list(inputs),
         dynamic_shapes=(tuple(dict(axes.get(name, {})) for name in inputs),),
         verbose=False,

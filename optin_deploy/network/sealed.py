@@ -7,7 +7,6 @@ are one, so that every reader takes the file as it is. The hash of the weights' 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
-from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import atomic_file, scratch_folder, sha256_file
 from optin_deploy.network.graph import Network
-from optin_deploy.network.write import data_path, write
+from optin_deploy.network.write import data_path, take_away, write
 
 KEY = "optin.key"
 """Metadata entry: hash of weights and settings, by which a finished export is recognised."""
@@ -102,13 +100,13 @@ def install(draft: Path, out: Path) -> None:
     before, data = finished(out), data_path(out)
     if data_path(draft).exists():
         if data.exists():
-            _remove(out)
+            take_away(out)
         _move(data_path(draft), data)
         _move(draft, out)
         return
     _move(draft, out)
     if before is not None and before.data:
-        _remove(data)
+        take_away(data)
 
 
 def finished(path: Path) -> Finished | None:
@@ -165,15 +163,6 @@ def _entry(sha256: str) -> bytes:
     entry = onnx.StringStringEntryProto(key=SEAL, value=sha256)
     data: bytes = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
     return data
-
-
-def _remove(path: Path) -> None:
-    """Remove a file; in a folder that keeps a record, only if it is ours."""
-    record = Record.above(path)
-    if record is None:
-        path.unlink(missing_ok=True)
-    else:
-        record.remove(os.path.relpath(path, record.root))
 
 
 def _move(draft: Path, out: Path) -> None:

@@ -51,7 +51,7 @@ def write(network: Network, path: Path, *, single_file_bytes: int = SINGLE_FILE_
         with atomic_file(data) as temporary_data:
             with temporary_data.open("wb") as file:
                 entries = list(_write_beside(file, data.name, weights))
-            _take_away(path)
+            take_away(path)
         proto.graph.initializer.extend(entries)
         temporary.write_bytes(proto.SerializeToString())
 
@@ -145,7 +145,7 @@ def _write_values(file: BinaryIO, weight: ir.TensorProtocol) -> None:
     assert file.tell() - start == weight.nbytes, f"{weight.name} is not of the size that it tells"
 
 
-def _take_away(path: Path) -> None:
+def take_away(path: Path) -> None:
     """Remove a file before its weights are replaced; in a folder that keeps a record, only if it is ours."""
     record = Record.above(path)
     if record is None:

@@ -174,7 +174,8 @@ def _stored(structure: Structure, names: Mapping[Axis, str], whole: Widths, *, b
     terms: Terms = {}
     copies = []
     for weight, found in ways.items():
-        bits = _bits(structure.network.weights[weight].dtype)
+        dtype = structure.network.weights[weight].dtype
+        bits = 8 if dtype == ir.DataType.STRING else dtype.bitwidth  # a string is never cut
         each = [terms_of(axes, names) for axes in found.values()]
         if len(each) == 1 and (bits % 8 == 0 or not by_bytes):
             add(terms, each[0], bits // 8 if by_bytes else 1)
@@ -182,11 +183,6 @@ def _stored(structure: Structure, names: Mapping[Axis, str], whole: Widths, *, b
         groups = [frozenset(name for key in one for name in key) for one in each]
         copies.append(Copies(tuple(map(Polynomial, each)), tuple(groups), bits if by_bytes else None))
     return Cost("--size" if by_bytes else "--params", Polynomial(terms), tuple(copies), whole)
-
-
-def _bits(dtype: ir.DataType) -> int:
-    """Bits of an entry; a string, which is never cut, counts as a byte."""
-    return 8 if dtype == ir.DataType.STRING else dtype.bitwidth
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Protocol
 
 import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.planning.allocate import Options, least_error
 from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import Ladder
 from optin_deploy.planning.polynomial import Widths
 from optin_deploy.planning.promising import bound
@@ -31,21 +31,6 @@ MANY = 200
 """Options of which no more are left to an exact solution: it would take long, and gain little in so large a network."""
 LEAST_GAIN = 1e-12
 """Least gain, as a part of the error of the narrowest network; a smaller one is rounding."""
-
-
-class Curve(Protocol):
-    """The error of a network in which one group alone gets narrower, such as `optin_deploy.planning.curve.Curve`."""
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Widths that were measured, ascending; the last one is all units."""
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """All units: those that stay first."""
-
-    def at(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return errors, never rising with the width."""
 
 
 def check_curves(ladders: Sequence[Ladder], curves: Mapping[str, Curve]) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning.costs import Limit, fits
+from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowest
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
-from optin_deploy.planning.trading import Curve, check_curves, least_summed_error
+from optin_deploy.planning.trading import check_curves, least_summed_error
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.labels import DEFAULT_KINDS, KINDS, TOKENS
 

@@ -134,12 +134,9 @@ class Ready:
 
     def token_weights(self, progress: Progress = silent) -> TokenWeights | None:
         """What each calibration token counts in curves and repairs: the same for every plan, measured once."""
-        if "token weights" not in self._kept:
-            self._kept["token weights"] = token_weights(
-                self.subject, self.rows.calibration.batches, seed=self.seed, progress=progress
-            )
-        found: TokenWeights | None = self._kept["token weights"]
-        return found
+        batches = self.rows.calibration.batches
+        make = partial(token_weights, self.subject, batches, seed=self.seed, progress=progress)
+        return self.kept("token weights", make)
 
     def know_token_weights(self, weights: TokenWeights | None) -> None:
         """Take what calibration tokens count from elsewhere."""

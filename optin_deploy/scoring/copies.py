@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from optin_deploy.network.run import Cone, Program
+from optin_deploy.structure.sharing import REAL
 from optin_deploy.structure.stream import samples_axis
 from optin_deploy.structure.structure import Structure
-
-REAL = (torch.int8, torch.uint8)
-"""Whole numbers that stand for real ones; others may count samples."""
 
 
 def cone_of_copies(program: Program, structure: Structure, nodes: Collection[int]) -> Cone:

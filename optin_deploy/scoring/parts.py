@@ -12,10 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +25,8 @@ from optin_deploy.errors import BadInput, OptinError
 from optin_deploy.files.locking import Lock, opened
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import read_metadata, read_tensors, sha256_file, write_tensors
-from optin_deploy.scoring.terms import ROWS, Terms, Units
+from optin_deploy.scoring.terms import ROWS, Terms
+from optin_deploy.structure.groups import UnitGroup
 
 FIGURES = ("samples", "probes", "output_probes", "forward_seconds", "seconds", "peak_bytes")
 """Fields of `Terms` that a part's file holds beside the sums."""
@@ -90,19 +90,6 @@ def _is_count(text: str) -> bool:
     return text.isdecimal() and len(text) <= 20  # Python refuses to read thousands of digits
 
 
-class Store(Protocol):
-    """A store of finished parts."""
-
-    def get(self, name: str) -> Terms | None:
-        """The result of a part, if it is finished."""
-
-    def put(self, name: str, terms: Terms) -> None:
-        """Keep a result."""
-
-    def claimed(self, name: str, *, wait: bool) -> AbstractContextManager[bool]:
-        """True if the part is this worker's to do; False if another is at it and `wait` is off."""
-
-
 @dataclass(frozen=True)
 class MemoryStore:
     """A store for one process: parts are kept until it ends."""
@@ -128,7 +115,7 @@ class FolderStore:
     """A store in a folder for many processes, now or later."""
 
     folder: Path
-    branches: Sequence[Units]
+    branches: Sequence[UnitGroup]
     """Branches of the model, which a part may hold sums of."""
 
     @contextmanager
@@ -180,7 +167,7 @@ class FolderStore:
 
     @contextmanager
     def claimed(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Hold the lock of a part."""
+        """Hold the lock of a part; False if another worker does and `wait` is off."""
         with self._locked(name) as lock:
             yield lock.take(wait=wait)
 
@@ -198,6 +185,9 @@ class FolderStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+Store = MemoryStore | FolderStore
 
 
 def run_parts(
@@ -253,5 +243,5 @@ def _are_figures(found: object) -> bool:
     return all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in found.values())
 
 
-def _fits(sums: torch.Tensor, branch: Units) -> bool:
+def _fits(sums: torch.Tensor, branch: UnitGroup) -> bool:
     return sums.shape == (ROWS, branch.units) and sums.dtype == torch.float64 and bool(torch.isfinite(sums).all())

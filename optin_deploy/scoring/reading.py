@@ -10,11 +10,10 @@ from torch import Tensor
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.embedding_head import DenseLayer, EmbeddingHead
-from optin_deploy.network.graph import Network, Node
+from optin_deploy.network.graph import MOVING, Network, Node
 from optin_deploy.scoring.losses import OutputKind, Readout
 from optin_deploy.scoring.settings import KINDS, Kind
 
-PASSING = ("Identity", "Cast", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 LEAST = 1e-30
 """Least probability before its logarithm is taken."""
 NOWHERE = -1e4
@@ -170,7 +169,7 @@ def _kind(network: Network, output: str, shape: Sequence[int] | None) -> Kind:
 def _maker(network: Network, output: str) -> Node | None:
     """The node that computes an output, behind those that only move entries."""
     node = network.producer.get(output)
-    while node is not None and node.op in PASSING:
+    while node is not None and node.op in MOVING:
         node = network.producer.get(node.inputs[0])
     return node
 

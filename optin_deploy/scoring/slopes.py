@@ -164,7 +164,6 @@ def _add(terms: Terms, subject: Subject, entries: dict[Key, Tensor], row: int, *
     Args: entries: gradients of multipliers. certain: the direction is not random.
     """
     for group, sums in terms.sums.items():
-        assert isinstance(group, UnitGroup)
         found = [(site, entries[site.key]) for site in subject.sites[group.name] if site.key in entries]
         if not found:
             continue

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from optin_deploy.structure.groups import UnitGroup
 
 KL_SHARE = 0.1
 """lambda makes the output term a tenth of the trajectory term on average (the authors' code: about 1/10 a unit)."""
@@ -16,23 +17,11 @@ TRAJECTORY, OUTPUT, VARIANCE, ROWS = 0, 1, 2, 5
 """Rows of `Terms.sums`: the two terms, from VARIANCE on their second moments and the one between them."""
 
 
-class Units(Protocol):
-    """What has units, such as a group."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in files; unique in a network."""
-
-    @property
-    def units(self) -> int:
-        """Number of units."""
-
-
 @dataclass
 class Terms:
     """Running sums over samples, in float64; those of disjoint samples or units add up."""
 
-    sums: dict[Units, Tensor]
+    sums: dict[UnitGroup, Tensor]
     """Sums by group, (5, units): of trajectory terms D, of output terms O, then DD, OO and DO for the standard error.
     Exact: the sums of D^2, O^2, D O over samples. Sketch: the variances of the first two rows, and 0; all summed over
     the probes too."""
@@ -49,9 +38,9 @@ class Terms:
     """Most memory that the process had held when the work was done."""
 
     @classmethod
-    def zeros(cls, branches: Iterable[Units]) -> Terms:
-        """Empty sums for these branches."""
-        return cls({b: torch.zeros(ROWS, b.units, dtype=torch.float64) for b in branches})
+    def zeros(cls, groups: Iterable[UnitGroup]) -> Terms:
+        """Empty sums for these groups."""
+        return cls({group: torch.zeros(ROWS, group.units, dtype=torch.float64) for group in groups})
 
 
 def combined(rounds: Sequence[Sequence[Terms]]) -> Terms:
@@ -75,24 +64,14 @@ def combined(rounds: Sequence[Sequence[Terms]]) -> Terms:
     )
 
 
-@dataclass(frozen=True)
-class TermWeights:
-    """score = trajectory[layer] * D + output * O."""
-
-    trajectory: tuple[float, ...]
-    """One a layer."""
-    output: float
-    """Weight lambda of the output term."""
-
-
-def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:
+def balanced(terms: Terms, shares: Iterable[tuple[UnitGroup, float]]) -> float:
     """The lambda at which the mean output term is `KL_SHARE` of the mean trajectory term.
 
     It is 0 where no output moves, and 1 where there is no trajectory, so that the output counts alone.
 
     Args: shares: what the trajectory terms count.
     """
-    pairs = [(share, terms.sums[units]) for units, share in shares]
+    pairs = [(share, terms.sums[group]) for group, share in shares]
     trajectory = float(torch.cat([share * sums[TRAJECTORY] for share, sums in pairs]).mean())
     output = float(torch.cat([sums[OUTPUT] for _, sums in pairs]).mean())
     if trajectory == 0 or output == 0:
@@ -100,30 +79,30 @@ def balanced(terms: Terms, shares: Iterable[tuple[Units, float]]) -> float:
     return KL_SHARE * trajectory / output
 
 
-def mean_scores(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:
-    """Scores of one branch a layer, mean over samples, (units,) each."""
-    pairs = zip(branches, weights.trajectory, strict=True)
-    return [
-        (share * terms.sums[b][TRAJECTORY] + weights.output * terms.sums[b][OUTPUT]) / terms.samples
-        for b, share in pairs
-    ]
+def mean_scores(terms: Terms, group: UnitGroup, share: float, weight: float) -> Tensor:
+    """Scores of units, share * D + weight * O: mean over samples, (units,).
+
+    Args: share: what the trajectory term counts. weight: lambda, of the output term.
+    """
+    sums = terms.sums[group]
+    scores: Tensor = (share * sums[TRAJECTORY] + weight * sums[OUTPUT]) / terms.samples
+    return scores
 
 
-def sketch_errors(terms: Terms, branches: Sequence[Units], weights: TermWeights) -> list[Tensor]:
-    """Standard errors of sketched scores, (units,) a layer, against the curvature on these very samples."""
-    pairs = [(terms.sums[b][VARIANCE:], share) for b, share in zip(branches, weights.trajectory, strict=True)]
-    return [(share**2 * dd + weights.output**2 * oo).sqrt() / terms.samples for (dd, oo, _), share in pairs]
+def sketch_errors(terms: Terms, group: UnitGroup, share: float, weight: float) -> Tensor:
+    """Standard errors of sketched scores, (units,), against the curvature on these very samples."""
+    dd, oo, _ = terms.sums[group][VARIANCE:]
+    errors: Tensor = (share**2 * dd + weight**2 * oo).sqrt() / terms.samples
+    return errors
 
 
-def sampling_errors(terms: Terms, branches: Sequence[Units], weights: TermWeights, population: int) -> list[Tensor]:
-    """Standard errors of scores from some of `population` samples, drawn without replacement, (units,) a layer."""
-    n, o = terms.samples, weights.output
+def sampling_errors(terms: Terms, group: UnitGroup, share: float, weight: float, population: int) -> Tensor:
+    """Standard errors of scores from some of `population` samples, drawn without replacement, (units,)."""
+    n = terms.samples
     if n >= population or n < 2:
-        return [torch.zeros(branch.units, dtype=torch.float64) for branch in branches]
-    errors = []
-    for branch, mean, t in zip(branches, mean_scores(terms, branches, weights), weights.trajectory, strict=True):
-        dd, oo, do = terms.sums[branch][VARIANCE:]
-        squares = t**2 * dd + o**2 * oo + 2 * t * o * do
-        variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
-        errors.append((variance / n * (1 - n / population)).sqrt())
+        return torch.zeros(group.units, dtype=torch.float64)
+    dd, oo, do = terms.sums[group][VARIANCE:]
+    squares = share**2 * dd + weight**2 * oo + 2 * share * weight * do
+    variance = (squares - n * mean_scores(terms, group, share, weight).square()).clamp(min=0) / (n - 1)
+    errors: Tensor = (variance / n * (1 - n / population)).sqrt()
     return errors

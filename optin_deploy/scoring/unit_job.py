@@ -17,15 +17,7 @@ from optin_deploy.scoring.parts import MemoryStore, Part, Store, Worker, run_par
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.scoring.stability import STABLE_HEADS, STABLE_NEURONS, enough, rank_stability
 from optin_deploy.scoring.subject import Subject
-from optin_deploy.scoring.terms import (
-    Terms,
-    TermWeights,
-    balanced,
-    combined,
-    mean_scores,
-    sampling_errors,
-    sketch_errors,
-)
+from optin_deploy.scoring.terms import Terms, balanced, combined, mean_scores, sampling_errors, sketch_errors
 from optin_deploy.scoring.unit_parts import FIRST_PROBES, MASKED, MOST_PROBES, UnitParts
 from optin_deploy.scoring.unit_scores import UnitScores
 from optin_deploy.structure.groups import UnitGroup
@@ -130,22 +122,16 @@ class UnitJob:
         Args: masked: of the sketch; None: all are from the other ones.
         """
         parts, exact = self.parts, self.parts.settings.scorer == "exact"
-        weights = self._weights(estimated)
+        shares, weight = self._weights(estimated)
         scores, errors = {}, {}
-        for group, share in zip(parts.groups, weights.trajectory, strict=True):
-            one = [group], TermWeights((share,), weights.output)
+        for group, share in shares.items():
+            name, one = group.name, (group, share, weight)
             if masked is not None and group in masked.sums:
-                (scores[group.name],), (errors[group.name],) = (
-                    mean_scores(masked, *one),
-                    sampling_errors(masked, *one, len(parts.keys)),
-                )
+                scores[name], errors[name] = mean_scores(masked, *one), sampling_errors(masked, *one, len(parts.keys))
             else:
-                (scores[group.name],), (errors[group.name],) = (
-                    mean_scores(estimated, *one),
-                    sketch_errors(estimated, *one),
-                )
+                scores[name], errors[name] = mean_scores(estimated, *one), sketch_errors(estimated, *one)
             if exact:
-                errors[group.name] = torch.zeros_like(scores[group.name])
+                errors[name] = torch.zeros_like(scores[name])
         both = [terms for terms in (masked, estimated) if terms is not None]
         seconds = sum(terms.seconds for terms in both)
         plain = both[0]  # forwards under slopes record, maybe in a faster type
@@ -161,7 +147,7 @@ class UnitJob:
             "probes": None if exact else estimated.probes,
             "output_probes": None if exact else estimated.output_probes,
             "pass_dtype": None if exact else str(parts.dtype).removeprefix("torch."),
-            "kl_weight": weights.output,
+            "kl_weight": weight,
             "rank_stability": {kind: rank_stability(some, their) for kind, some, their in self._pools(found)},
             "seconds": round(seconds, 3),
             "forward_equivalents": round(seconds / forward_seconds, 2),
@@ -173,21 +159,19 @@ class UnitJob:
         }
         return replace(found, provenance=provenance)
 
-    def _weights(self, terms: Terms) -> TermWeights:
-        """What the trajectory term of each group counts, and the output term.
+    def _weights(self, terms: Terms) -> tuple[dict[UnitGroup, float], float]:
+        """What the trajectory term of each group counts, and lambda, what the output term counts.
 
         `paper`: the plain sum over all features behind a group. `normalised`: divided by their number, so that a unit
         does not gain by standing early. `output`: how far the network's output moves, alone.
         """
         settings, groups = self.parts.settings, self.parts.groups
         if settings.weighting == "output":
-            return TermWeights((0.0,) * len(groups), 1.0)
-        behind = [max(1, len(self.parts.subject.behind(group))) for group in groups]
-        shares = tuple(1.0 / many if settings.weighting == "normalised" else 1.0 for many in behind)
-        weight = settings.kl_weight
-        if weight is None:
-            weight = balanced(terms, zip(groups, shares, strict=True))
-        return TermWeights(shares, weight)
+            return dict.fromkeys(groups, 0.0), 1.0
+        shares = dict.fromkeys(groups, 1.0)
+        if settings.weighting == "normalised":
+            shares = {group: 1.0 / max(1, len(self.parts.subject.behind(group))) for group in groups}
+        return shares, balanced(terms, shares.items()) if settings.kl_weight is None else settings.kl_weight
 
     def _pools(self, found: UnitScores) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
         """Scores and errors of all groups of a kind: what is ranked together."""

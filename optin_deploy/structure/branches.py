@@ -1,4 +1,4 @@
-"""Branches: which products make a group's units, which one uses them, and the residual Add that its result flows into.
+"""Branches: the ways from the products that use a group's units to the residual Adds that their results flow into.
 
 There a cut can be made up for: the projection out of a branch, and its bias, can be solved again against what is added.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from optin_deploy.network.graph import SIZES, Node
+from optin_deploy.network.graph import MOVING, SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.groups import Layout, UnitGroup
-from optin_deploy.structure.makers import Roles
 from optin_deploy.structure.stored import stored_at
 from optin_deploy.structure.structure import Contraction, Structure
 
-REARRANGING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "Dropout")
+REARRANGING = (*MOVING, "Dropout")
 """Operators that compute nothing; their other inputs are sizes."""
 SCALING = {"Mul": (0, 1), "Div": (0,), "BatchNormalization": (0,)}
 """Operators that multiply by fixed vectors, with the places of what they multiply."""
@@ -24,43 +23,6 @@ SKIPS = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 """Operators of ONNX Runtime that add their first two inputs, with the place of a bias."""
 BIASED = ("BiasGelu", "FastGelu", "BiasSplitGelu")
 """Operators of ONNX Runtime that add their second input and apply an activation."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A product of an activation with a weight."""
-
-    node: int
-    weight: int
-    """Place of the factor that follows from weights alone."""
-    reads: str
-    """Name of the activation that is read."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """The way from one place that consumes units of a group to a residual Add: affine all along."""
-
-    inputs: tuple[Projection, ...]
-    """What makes the units."""
-    output: Projection
-    """What uses them."""
-    bias: Place | None
-    """Node and place of the vector that is added to the result, the first if there are several."""
-    scale: tuple[int, ...]
-    """Nodes that multiply the result by fixed vectors, such as LayerScale or a BatchNorm."""
-    way: tuple[int, ...]
-    """All nodes between the output projection and the Add, in the order of work."""
-    add: Place
-    """The residual Add, and at which of its places the branch arrives."""
-    residual: str
-    """The value that is added."""
-
-    @property
-    def reads(self) -> str | None:
-        """The one value that all input projections read; None if there are several, or no such projection."""
-        values = {each.reads for each in self.inputs}
-        return values.pop() if len(values) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -81,34 +43,23 @@ class Way:
     """The value that is added there."""
 
 
-def branches(structure: Structure, group: UnitGroup) -> tuple[Branch | None, ...]:
-    """Return the branch behind each site of a group; None where no affine way leads to a residual Add."""
-    inputs = _inputs(structure, group)
-    return tuple(_branch(structure, site, inputs) for site in group.sites)
+def branches(structure: Structure, group: UnitGroup) -> tuple[Way | None, ...]:
+    """Return the way behind each site of a group, affine to a residual Add; None where none leads to one."""
+    return tuple(_branch(structure, site) for site in group.sites)
 
 
-def _inputs(structure: Structure, group: UnitGroup) -> tuple[Projection, ...]:
-    found = (projection_of(structure, node) for node in Roles(structure).makers(group))
-    return tuple(each for each in found if each is not None)
+def weight_place(structure: Structure, node: Node) -> int | None:
+    """Return the place of the factor of a product that follows from weights alone; None if both are activations, or
+    none is."""
+    first, second = (name in structure.network.fixed for name in node.inputs[:2])
+    return None if first == second else int(second)
 
 
-def projection_of(structure: Structure, node: Node) -> Projection | None:
-    """Return a product with a weight as such; None if both factors are activations, or none is."""
-    fixed = structure.network.fixed
-    for activation, weight in ((0, 1), (1, 0)):
-        if node.inputs[weight] in fixed and node.inputs[activation] not in fixed:
-            return Projection(node.index, weight, node.inputs[activation])
-    return None
-
-
-def _branch(structure: Structure, site: Contraction, inputs: tuple[Projection, ...]) -> Branch | None:
-    output = projection_of(structure, structure.network.nodes[site.node]) if site.with_weight else None
-    if output is None:
+def _branch(structure: Structure, site: Contraction) -> Way | None:
+    if not site.with_weight or weight_place(structure, structure.network.nodes[site.node]) is None:
         return None
-    found = way_from(structure, output.node)
-    if found.add is None or found.residual is None:
-        return None
-    return Branch(inputs, output, found.bias, found.scale, found.nodes, found.add, found.residual)
+    found = way_from(structure, site.node)
+    return None if found.add is None else found
 
 
 def way_from(structure: Structure, index: int) -> Way:

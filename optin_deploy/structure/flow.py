@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from optin_deploy.network.axes import Axis, freeze, product, total, unify
+from optin_deploy.network.axes import Axis, freeze
 from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
-from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.operators.row import Flow, Unsupported
 from optin_deploy.network.shapes import Shapes
 from optin_deploy.structure.sharing import Positions, positions
 from optin_deploy.structure.structure import Contraction, Number, Structure, Tap, WeightUse
@@ -59,7 +59,7 @@ class Sharing:
         return found
 
 
-class Visit:
+class Visit(Flow):
     """One node on the way: what its row reads and says (see `network.operators.row.Flow`)."""
 
     def __init__(self, structure: Structure, node: Node, shared: Sharing) -> None:
@@ -98,10 +98,6 @@ class Visit:
 
     # What a row asks.
 
-    def has(self, place: int) -> bool:
-        """Whether the input is there."""
-        return place < len(self.node.inputs) and bool(self.node.inputs[place])
-
     def shape(self, place: int) -> tuple[int, ...]:
         """Sizes of an input."""
         return self._size_of(self.node.inputs[place])
@@ -109,10 +105,6 @@ class Visit:
     def out_shape(self, place: int = 0) -> tuple[int, ...]:
         """Sizes of an output."""
         return self._size_of(self.node.outputs[place])
-
-    def is_float(self, place: int) -> bool:
-        """Whether an output holds real numbers."""
-        return self._structure.shapes.tensors[self.node.outputs[place]].is_floating_point()
 
     def known(self, place: int) -> np.ndarray | None:
         """Values of an input of numbers."""
@@ -135,6 +127,8 @@ class Visit:
 
     def give(self, place: int, axes: Sequence[Axis]) -> None:
         """Set the axes of an output."""
+        if place >= len(self.node.outputs) or not self.node.outputs[place]:
+            return
         sizes = self.out_shape(place)
         if tuple(axis.size for axis in axes) != sizes:
             raise AssertionError(f"{self.node}: axes {list(axes)} for an output of {sizes}")
@@ -144,66 +138,9 @@ class Visit:
         if name in self._shared.positions.several:
             self._shared.axes.extend(axes)
 
-    def fresh(self, size: int, frozen: str = "") -> Axis:
-        """Make an axis."""
-        return Axis(size, frozen)
-
-    def unify(self, one: Axis, other: Axis) -> None:
-        """Unify two axes."""
-        unify(one, other, f"at {self.node}")
-
-    def freeze(self, axes: Iterable[Axis], why: str = "") -> None:
-        """Freeze axes."""
-        freeze(axes, why or self.node.op)
-
-    def product(self, axes: Sequence[Axis]) -> Axis:
-        """Multiply axes."""
-        return product(axes)
-
-    def total(self, axes: Sequence[Axis]) -> Axis:
-        """Put axes behind each other."""
-        return total(axes)
-
     def broadcast(self, places: Iterable[int], shape: Sequence[int]) -> list[Axis]:
         """Align inputs; what several layers share is read through a tap."""
         return self.align([self._elementwise(place) for place in places], shape)
-
-    def align(self, tensors: Iterable[Sequence[Axis]], shape: Sequence[int]) -> list[Axis]:
-        """Align lists of axes from the right."""
-        out: list[Axis | None] = [None] * len(shape)
-        for axes in tensors:
-            for position, axis in enumerate(axes, start=len(shape) - len(axes)):
-                if axis.size != shape[position] or axis.size == 1:
-                    continue
-                known = out[position]
-                if known is None:
-                    out[position] = axis
-                else:
-                    self.unify(known, axis)
-        return [Axis(size) if axis is None else axis for axis, size in zip(out, shape, strict=True)]
-
-    def reshape(self, axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
-        """Split and merge axes."""
-        if 0 in shape:
-            freeze(axes, "a tensor without entries")
-            return [Axis(size, "a tensor without entries") for size in shape]
-        out = [Axis(size) for size in shape]
-        olds, news = [axis for axis in axes if axis.size > 1], [n for n, size in enumerate(shape) if size > 1]
-        while olds or news:
-            these, those = [olds.pop(0)], [news.pop(0)]
-            one, other = these[0].size, shape[those[0]]
-            while one != other:
-                if one < other:
-                    these.append(olds.pop(0))
-                    one *= these[-1].size
-                else:
-                    those.append(news.pop(0))
-                    other *= shape[those[-1]]
-            if len(those) == 1:
-                out[those[0]] = product(these)
-            else:
-                self.unify(product(these), product([out[n] for n in those]))
-        return out
 
     def contract(self, place: int, position: int, other: tuple[int, int] | None = None) -> None:
         """Note a place for masks."""

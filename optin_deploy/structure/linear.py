@@ -18,7 +18,7 @@ from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
 from optin_deploy.network.tensors import torch_tensor
-from optin_deploy.structure.branches import projection_of
+from optin_deploy.structure.branches import weight_place
 from optin_deploy.structure.stored import Stored, stored_at
 from optin_deploy.structure.stream import samples_axis
 from optin_deploy.structure.structure import Structure
@@ -67,9 +67,7 @@ class Linear:
     @property
     def plain(self) -> bool:
         """Whether each output follows from one place of what is read, and all places have one."""
-        pads, strides = self.node.get("pads", (0,)), self.node.get("strides", (1,))
-        same = self.node.get("auto_pad", "NOTSET").startswith("SAME")
-        return not self.kernel or (self.taps == 1 and not any(pads) and set(strides) == {1} and not same)
+        return not self.kernel or (self.taps == 1 and set(self.node.get("strides", (1,))) == {1} and not self.fringed)
 
     @property
     def fringed(self) -> bool:
@@ -128,16 +126,16 @@ def linear_of(structure: Structure, node: Node, *, shared: bool = False) -> Line
     """
     if node.op == "BatchNormalization":
         return _normalization(structure, node)
-    projection = projection_of(structure, node)
-    if projection is None:
+    weight = weight_place(structure, node)
+    if weight is None:
         raise Unsupported("it multiplies no weight")
     form = FORMS.get((node.domain, node.op))
     if form is None:
         raise Unsupported(f"{node.op} is not known as a product with one matrix")
-    stored = stored_at(structure, node.inputs[projection.weight])
+    stored = stored_at(structure, node.inputs[weight])
     if len(stored.places) > 1 and not shared:
         raise Unsupported("several nodes read its weight")
-    return form(structure, node, projection.weight, stored)
+    return form(structure, node, weight, stored)
 
 
 def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more: object) -> Linear:
@@ -215,13 +213,11 @@ def _normalization(structure: Structure, node: Node) -> Linear:
     if not {*node.inputs[3:5]} <= set(weights):
         raise Unsupported("its means or variances are computed")
     mean, variance = (torch_tensor(weights[name]).double() for name in node.inputs[3:5])
-    return Linear(
-        node=node,
-        reads=node.inputs[0],
-        gives=node.outputs[0],
-        stored=stored,
-        place=1,
-        samples=(samples_axis(structure, node.inputs[0]), samples_axis(structure, node.outputs[0])),
+    return _made(
+        structure,
+        node,
+        1,
+        stored,
         features=1,
         outputs_axis=1,
         outputs=len(mean),

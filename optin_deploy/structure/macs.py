@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from optin_deploy.network.axes import Axis, size, touched
+from optin_deploy.network.axes import Axis, flat, size, touched
 from optin_deploy.structure.structure import Structure
 
 Way = tuple[object, ...] | Axis | int
@@ -43,19 +43,10 @@ def way(axis: Axis, cut: Mapping[Axis, object]) -> Way:
     if axis.kind == "leaf":
         return axis
     found: list[Way] = []
-    for part in _flat(axis):
+    for part in flat(axis.kind, axis.parts):
         one = way(part, cut)
         if found and isinstance(one, int) and isinstance(before := found[-1], int):
             found[-1] = before * one if axis.kind == "product" else before + one
         else:
             found.append(one)
     return axis.kind, *found
-
-
-def _flat(axis: Axis) -> Iterator[Axis]:
-    """Parts, with the parts of those that are of the same kind."""
-    for part in axis.parts:
-        if part.kind == axis.kind:
-            yield from _flat(part.root)
-        else:
-            yield part.root

@@ -6,15 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Literal
 
-from optin_deploy.network.graph import Network
+from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
-from optin_deploy.structure.groups import UnitGroup
-from optin_deploy.structure.makers import Role, Roles
+from optin_deploy.structure.groups import UnitGroup, WeightSlice
 from optin_deploy.structure.structure import Structure
 
 Path = tuple[str, ...]
 """Modules from the outermost inwards."""
+Role = Literal["maker", "carrier", "user"]
+"""What weights do with the units of a group: make them, carry them along, or use them."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Key under which torch's new exporter writes the modules that a node comes from, as a list in Python's syntax."""
 SCOPES_CHARACTERS = 10_000
@@ -64,7 +66,7 @@ class _Modules:
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
-        self._roles = Roles(structure)
+        self._products = {index for index, _ in structure.products}
         self._borrowed = _borrowed(structure)
         paths = {self._whole(use.weight, use.node) for use in structure.uses} - {()}
         shared = _common(paths)[: -1 if len(paths) == 1 else None]
@@ -82,7 +84,7 @@ class _Modules:
             len(set(parts)) > 1
             and makers
             and around
-            and not any(_enters_list(path[len(around) :]) for path, _ in parts)
+            and not any(part.isdigit() for path, _ in parts for part in path[len(around) :])
         ):
             yield around
         makers = makers or [path for path, role in parts if role == "carrier"] or users
@@ -104,8 +106,29 @@ class _Modules:
         for part in group.slices:
             path = self._whole(part.weight, part.node)[self._outer :]
             if path:
-                found.append((path, self._roles.of(group, part)))
+                found.append((path, self._role(group, part)))
         return list(dict.fromkeys(found))
+
+    def _role(self, group: UnitGroup, part: WeightSlice) -> Role:
+        """What one weight does with the units of a group."""
+        readers = list(self._readers(self._network.nodes[part.node]))
+        if any(self._makes(group, node) for node in readers):
+            return "maker"
+        consumers = {site.node for site in group.sites}
+        return "user" if any(node.index in consumers for node in readers) else "carrier"
+
+    def _makes(self, group: UnitGroup, node: Node) -> bool:
+        """Whether a node is a product whose result holds the units."""
+        out = self._structure.axes.get(node.outputs[0], ())
+        return node.index in self._products and any(leaf is group.leaf for axis in out for leaf in axis.leaves())
+
+    def _readers(self, node: Node) -> Iterator[Node]:
+        """The node itself, or those that read what it makes of weights alone, such as a transposed weight."""
+        if node.outputs[0] not in self._network.fixed:
+            yield node
+            return
+        for after, _ in self._network.consumers.get(node.outputs[0], ()):
+            yield from self._readers(after)
 
     def _whole(self, weight: str, node: int) -> Path:
         """Modules around a weight, by its own name or by the scope of a node that reads it; empty: not known."""
@@ -123,7 +146,7 @@ class _Modules:
 
     def _tensor(self, group: UnitGroup) -> str:
         """The name of a weight, a node or a value, where no module is known."""
-        makers = [part for part in group.slices if self._roles.of(group, part) == "maker"]
+        makers = [part for part in group.slices if self._role(group, part) == "maker"]
         weights = [CUT.sub("", part.weight) for part in makers if part.weight not in self._borrowed]
         node = self._network.nodes[makers[0].node if makers else group.depth]
         told = (*weights, node.name.split("/")[0], node.outputs[0])
@@ -164,7 +187,3 @@ def _common(paths: Iterable[Path]) -> Path:
         length = next((n for n, (a, b) in enumerate(zip(first, path, strict=False)) if a != b), min(length, len(path)))
         first = first[:length]
     return first
-
-
-def _enters_list(path: Path) -> bool:
-    return any(part.isdigit() for part in path)

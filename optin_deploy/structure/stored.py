@@ -8,14 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optin_deploy.network.graph import SIZES, Network, Node
+from optin_deploy.network.graph import MOVING, SIZES, Network, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import REAL_TYPES, Place
 from optin_deploy.network.tensors import torch_dtype
 from optin_deploy.structure.structure import Structure
-
-MOVING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
-"""Operators between a stored tensor and where it is used that keep its entries."""
 
 
 @dataclass(frozen=True)

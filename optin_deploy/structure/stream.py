@@ -6,16 +6,16 @@ convolutional networks, the last value of each size is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from optin_deploy.network.axes import Axis
+from optin_deploy.network.axes import Axis, touched
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators import rows
 from optin_deploy.structure.branches import SKIPS, branches
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.structure import Contraction, Structure
+from optin_deploy.structure.structure import Structure
 
 NORMALIZATIONS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 
@@ -48,19 +48,19 @@ def features(layout: Layout, site: Literal["block", "ffn"] = "block") -> tuple[F
     Args: site: `block`: what a branch leaves when it is added; `ffn`: what is added, as the paper's authors took it.
     """
     structure = layout.structure
-    ways = [branch for group in layout.groups for branch in branches(structure, group) if branch is not None]
+    ways = [way for group in layout.groups for way in branches(structure, group) if way is not None]
     nodes = structure.network.nodes
     if site == "ffn":
-        values = [nodes[index].inputs[place] for index, place in (branch.add for branch in ways)]
+        values = [way.value for way in ways]
     else:
-        residuals = {branch.residual for branch in ways}
-        values = [_left(structure, nodes[add], residuals) for add in sorted({branch.add[0] for branch in ways})]
+        residuals = {way.residual for way in ways}
+        values = [_left(structure, nodes[add], residuals) for add in sorted({way.add[0] for way in ways if way.add})]
     made = _made(structure)
     found = (_feature(structure, value, made) for value in dict.fromkeys(values or _last_of_sizes(layout)))
     return tuple(sorted((each for each in found if each is not None), key=lambda each: each.node))
 
 
-def _left(structure: Structure, add: Node, residuals: Iterable[str]) -> str:
+def _left(structure: Structure, add: Node, residuals: Collection[str | None]) -> str:
     """What an Add leaves for the next branch: its result, or that of the normalization which alone reads it."""
     value = add.outputs[0]
     readers = structure.network.consumers.get(value, ())
@@ -78,14 +78,10 @@ def _last_of_sizes(layout: Layout) -> list[str]:
     if not sites:
         return []
     read = [(structure.network.nodes[node].inputs[place], site) for (node, place), site in sites]
-    sizes = [_others(structure, value, site) for value, site in read]
+    shapes = [(structure.shapes.shape(value) or (), site.position) for value, site in read]
+    sizes = [(*shape[:position], *shape[position + 1 :]) for shape, position in shapes]
     found = [value for (value, _), one, other in zip(read, sizes, [*sizes[1:], None], strict=True) if one != other]
     return [*found, structure.network.nodes[sites[-1][0][0]].outputs[0]]
-
-
-def _others(structure: Structure, value: str, site: Contraction) -> tuple[int, ...]:
-    shape = structure.shapes.shape(value) or ()
-    return tuple(size for position, size in enumerate(shape) if position != site.position)
 
 
 def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Feature | None:
@@ -93,7 +89,7 @@ def _feature(structure: Structure, value: str, made: Mapping[Axis, None]) -> Fea
     axes = structure.axes.get(value, ())
     if len(axes) < 3 or (samples_axis(structure, value) != 0 and not _takes_one(structure)):
         return None
-    held = [position for position, axis in enumerate(axes) if position and _touches(axis, made)]
+    held = [position for position, axis in enumerate(axes) if position and touched(axis, made)]
     return Feature(value, structure.network.producer[value].index, held[-1]) if held else None
 
 
@@ -113,7 +109,3 @@ def _made(structure: Structure) -> Mapping[Axis, None]:
                 axes = stored.get((node.index, place), structure.axes.get(node.inputs[place], []))
                 found.update({leaf: None for axis in axes for leaf in axis.leaves() if leaf.size > 1})
     return found
-
-
-def _touches(axis: Axis, leaves: Mapping[Axis, None]) -> bool:
-    return any(leaf in leaves for leaf in axis.leaves())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from optin_deploy.errors import BadInput
 from optin_deploy.network.axes import Axis, flat
 from optin_deploy.network.graph import SIZES, Node, Port
-from optin_deploy.structure.branches import REARRANGING, projection_of, way_from
+from optin_deploy.structure.branches import REARRANGING, way_from, weight_place
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.stream import features
 from optin_deploy.structure.structure import Structure
@@ -188,9 +188,9 @@ def _leaves(structure: Structure, softmax: Node) -> str | None:
         if len(readers) != 1:
             return None
         node, place = readers[0]
-        if node.op == "MatMul" and place == 0 and not mixed and projection_of(structure, node) is None:
+        if node.op == "MatMul" and place == 0 and not mixed and weight_place(structure, node) is None:
             mixed = True
-        elif mixed and node.op in ("MatMul", "Gemm") and projection_of(structure, node) is not None:
+        elif mixed and node.op in ("MatMul", "Gemm") and weight_place(structure, node) is not None:
             way = way_from(structure, node.index)
             add = None if way.add is None else network.nodes[way.add[0]]
             return add.outputs[0] if add is not None and add.op == "Add" else None  # others give normalised values

@@ -17,7 +17,7 @@ from optin_deploy.network.axes import Axis, units_along
 from optin_deploy.network.graph import SIZES, Node
 from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
-from optin_deploy.structure.branches import REARRANGING, projection_of
+from optin_deploy.structure.branches import REARRANGING, weight_place
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.solvable import Solvable, solvable
 from optin_deploy.structure.structure import Structure
@@ -73,24 +73,25 @@ def turnable(structure: Structure, group: UnitGroup) -> Turnable:
     if group.kind not in KINDS or len(nodes) != 1:
         raise Unsupported("several products sum over its entries")
     node = structure.network.nodes[nodes.pop()]
-    projection = projection_of(structure, node)
-    live = [projection.reads] if projection else [name for name in node.inputs if _holds(structure, name, group.leaf)]
+    weight = weight_place(structure, node)
+    live = [name for name in node.inputs if _holds(structure, name, group.leaf)]
+    live = live if weight is None else [node.inputs[1 - weight]]
     found = [_Way(structure, group.leaf, node, name) for name in live]
-    if projection is None and len(found) != 2:
+    if weight is None and len(found) != 2:
         raise Unsupported("it is no product of two values")
     makers = [[solvable(structure, index) for index in way.makers] for way in found]
-    if projection is None and (set(found[0].makers) & set(found[1].makers) or any(len(each) > 1 for each in makers)):
+    if weight is None and (set(found[0].makers) & set(found[1].makers) or any(len(each) > 1 for each in makers)):
         raise Unsupported("several products make one side, or one makes both")
     biases = {product.shift.place for some in makers for product in some if product.shift is not None}
     if not {place for way in found for place in way.added} <= biases:
         raise Unsupported("something else than a bias is added")
-    users = [solvable(structure, node.index)] if projection else []
+    users = [solvable(structure, node.index)] if weight is not None else []
     _check(structure, [*(product for some in makers for product in some), *users])
     given = [[(each, structure.axes[each.linear.gives][each.linear.outputs_axis]) for each in some] for some in makers]
     used = [(each, structure.axes[each.linear.reads][each.linear.features]) for each in users]
     heads = _shared([axis for _, axis in (*(pair for some in given for pair in some), *used)], group.leaf)
     sides = [tuple(Side(each, _entries(axis, group.leaf, heads)) for each, axis in some) for some in (*given, used)]
-    return Turnable(group, sides[0], sides[1], bool(projection))
+    return Turnable(group, sides[0], sides[1], weight is not None)
 
 
 class _Way:
@@ -110,7 +111,7 @@ class _Way:
             node = network.producer.get(name)
             if node is None or any(port.name == name for port in network.outputs):
                 raise Unsupported("they are an input or an output")
-            if node.index in products and projection_of(structure, node) is not None:
+            if node.index in products and weight_place(structure, node) is not None:
                 self.makers.append(node.index)
                 continue
             passed.add(node.index)

@@ -287,7 +287,7 @@ def test_mean_pooling_of_an_image_model_averages_all_tokens(tmp_path: Path) -> N
 def test_pooling_of_a_classifier_and_unknown_pooling_are_refused() -> None:
     with pytest.raises(BadInput, match=r"--pool mean.*logits"):
         head_of(case("roberta+head").network, "mean", None)
-    with pytest.raises(BadInput, match=r"'max'.*possible: mean"):
+    with pytest.raises(BadInput, match=r"'median'.*possible: mean"):
         head_of(case("bert").network, "median", None)
 
 

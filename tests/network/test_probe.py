@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -10,9 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.network.probe import Given, probe_inputs, probes, probes_of
+from optin_deploy.network.graph import Network
+from optin_deploy.network.probe import Given, probes, probes_of
 from optin_deploy.network.read import read
 from support.tiny_graphs import FLOAT, FORMS, INT64, WIDTH, chain, model_of, outputs, text, value, weight
+
+
+def probe_inputs(network: Network, which: int = 0, seed: int = 0, **more: Any) -> dict[str, torch.Tensor]:
+    """The inputs that are tried first."""
+    return next(probes(network, which, seed, **more))
 
 
 def shapes(feeds: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

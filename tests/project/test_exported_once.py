@@ -38,9 +38,9 @@ def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the modules that are really exported; nothing was before."""
     seen: list[str] = []
 
-    def export(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
+    def export(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
         seen.append(type(traced.module).__name__)
-        return real(traced, inputs, axes, opset)
+        return real(traced, inputs, axes)
 
     real = read_torch._by_dynamo
     monkeypatch.setattr(read_torch, "_by_dynamo", exported_once(export, tmp_path))

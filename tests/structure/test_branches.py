@@ -1,4 +1,4 @@
-"""Branches: from the products that make units, through one that uses them, along an affine way to a residual Add."""
+"""Branches: from a product that uses units, along an affine way to a residual Add."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.network.read import read as read_any
 from optin_deploy.network.run import Program
-from optin_deploy.structure.branches import Branch, branches
+from optin_deploy.structure.branches import Way, branches, weight_place
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 from support.tiny_networks import Image, Text, export, made, read
 
 
-def branch(layout: Layout, name: str) -> Branch:
+def branch(layout: Layout, name: str) -> Way:
     found = branches(layout.structure, layout.by_name[name])
     assert len(found) == 1
     assert found[0] is not None
     return found[0]
 
 
-def weights(network: Network, found: Branch) -> list[str]:
-    return [network.nodes[each.node].inputs[each.weight] for each in found.inputs]
-
-
-def is_affine(layout: Layout, found: Branch) -> bool:
+def is_affine(layout: Layout, name: str) -> bool:
     """Double what the output projection reads: what arrives at the Add moves by as much again, and the rest stays."""
-    network = layout.structure.network
+    network, found = layout.structure.network, branch(layout, name)
+    assert found.add is not None
+    assert found.residual is not None
     program, feeds = Program(network, dtype=torch.float64), probes_of(network)[0]
-    arrives, place = network.nodes[found.add[0]].inputs[found.add[1]], (found.output.node, 1 - found.output.weight)
+    output = network.nodes[layout.by_name[name].sites[0].node]
+    weight = weight_place(layout.structure, output)
+    assert weight is not None
+    arrives, place = network.nodes[found.add[0]].inputs[found.add[1]], (output.index, 1 - weight)
     seen = []
     for factor in (0.0, 1.0, 2.0):
         watched = program(
@@ -47,37 +47,33 @@ def is_affine(layout: Layout, found: Branch) -> bool:
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-def test_heads_have_three_projections_that_read_one_value_and_a_scaled_way_out(dynamo: bool) -> None:
+def test_heads_have_a_scaled_way_out(dynamo: bool) -> None:
     network = read(made(Text), dynamo=dynamo)
     layout = find(network)
     found = branch(layout, "layers.1.attention: heads")
-    assert found.reads is not None
-    assert len(found.inputs) == 3
     assert found.bias is not None
     assert network.nodes[found.bias[0]].inputs[found.bias[1]] == "layers.1.attention.out.bias"
     assert [network.nodes[index].op for index in found.scale] == ["Mul"]
-    assert is_affine(layout, found)
+    assert is_affine(layout, "layers.1.attention: heads")
 
 
-def test_neurons_have_one_projection_and_no_scale(tmp_path: Path) -> None:
+def test_neurons_have_no_scale(tmp_path: Path) -> None:
     network = read_any(export(made(Text), tmp_path / "text.onnx"))
     layout = find(network)
     found = branch(layout, "layers.0.mlp: neurons")
-    assert len(found.inputs) == 1
     assert found.scale == ()
     assert found.bias is not None
     assert network.nodes[found.bias[0]].inputs[found.bias[1]] == "layers.0.mlp.down.bias"
-    assert is_affine(layout, found)
+    assert is_affine(layout, "layers.0.mlp: neurons")
 
 
 def test_channels_pass_through_a_batch_norm() -> None:
     network = read(made(Image), dynamo=False)
     layout = find(network)
     found = branch(layout, "stages.0.1: channels")
-    assert weights(network, found) == ["stages.0.1.first.weight"]
-    assert found.bias == (found.output.node, 2)
+    assert found.bias == (layout.by_name["stages.0.1: channels"].sites[0].node, 2)
     assert [network.nodes[index].op for index in found.scale] == ["BatchNormalization"]
-    assert is_affine(layout, found)
+    assert is_affine(layout, "stages.0.1: channels")
 
 
 def test_what_no_residual_add_follows_has_no_branch() -> None:
@@ -107,7 +103,8 @@ def test_a_rotation_is_on_the_way_and_a_value_that_others_read_ends_it(dynamo: b
 
     network = read_module(Rolled().eval(), {"x": torch.randn(2, 8, 6)}, dynamo=dynamo)
     layout = find(network)
-    found = branch(layout, "up: neurons" if "up: neurons" in layout.by_name else layout.groups[0].name)
-    assert [network.nodes[index].op for index in found.way].count("Slice") == 2
-    assert is_affine(layout, found)
+    name = "up: neurons" if "up: neurons" in layout.by_name else layout.groups[0].name
+    found = branch(layout, name)
+    assert [network.nodes[index].op for index in found.nodes].count("Slice") == 2
+    assert is_affine(layout, name)
     assert branches(layout.structure, layout.groups[1]) == (None,)

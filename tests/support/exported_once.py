@@ -26,20 +26,20 @@ UNKNOWN = (pickle.PicklingError, AttributeError, TypeError, RecursionError)
 """Modules that hold what has no name, such as a class inside of a function, or themselves."""
 REAL = torch.onnx.export
 """Tests that put something in its place want to see it used."""
-Export = Callable[[Traced, Mapping[str, Tensor], Axes, int], ir.Model]
+Export = Callable[[Traced, Mapping[str, Tensor], Axes], ir.Model]
 
 
 def exported_once(export: Export, folder: Path) -> Export:
     """The same export that keeps what it made in a folder, which several processes may share."""
 
-    def found(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes, opset: int) -> ir.Model:
+    def found(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
         if torch.onnx.export is not REAL:
-            return export(traced, inputs, axes, opset)
+            return export(traced, inputs, axes)
         forms = {name: (value.dtype, tuple(value.shape), value.stride()) for name, value in inputs.items()}
         try:
-            path = folder / key(traced.module, forms, {name: dict(some) for name, some in axes.items()}, opset)
+            path = folder / key(traced.module, forms, {name: dict(some) for name, some in axes.items()})
         except UNKNOWN:
-            return export(traced, inputs, axes, opset)
+            return export(traced, inputs, axes)
         weights = dict((*_named(traced.named_parameters), *_named(traced.named_buffers)))
         if path.exists():
             proto = onnx.ModelProto.FromString(path.read_bytes())
@@ -49,7 +49,7 @@ def exported_once(export: Export, folder: Path) -> Export:
                 if name in weights:
                     value.const_value = ir.tensor_adapters.TorchTensor(weights[name].detach(), name)
             return model
-        model = export(traced, inputs, axes, opset)
+        model = export(traced, inputs, axes)
         memory = {weight.data_ptr() for weight in traced.parameters()}
         others = (value.const_value for name, value in model.graph.initializers.items() if name not in weights)
         if all(not isinstance(each.raw, Tensor) or each.raw.data_ptr() not in memory for each in others):

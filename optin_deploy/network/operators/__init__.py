@@ -4,35 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
 
 from optin_deploy.common.plugins import with_added
 from optin_deploy.errors import BadInput
 from optin_deploy.network.operators.row import Row
-
-FAMILIES = (
-    "elementwise",
-    "products",
-    "shapes",
-    "selections",
-    "reductions",
-    "normalizations",
-    "spatial",
-    "pools",
-    "resizing",
-    "detection",
-    "attention",
-    "attention_runtime",
-    "attention_grouped",
-    "rotations",
-    "fused",
-    "quantized",
-    "quantized_products",
-    "quantized_units",
-    "packed",
-    "control",
-    "recurrent",
-)
-"""Files of this folder with a tuple `ROWS`."""
 
 
 @cache
@@ -42,7 +18,7 @@ def rows() -> dict[tuple[str, str], Row]:
     Raises: BadInput: a package adds a row that is there.
     """
     found: dict[tuple[str, str], Row] = {}
-    own = {family: f"{__name__}.{family}:ROWS" for family in FAMILIES}
+    own = {each.name: f"{__name__}.{each.name}:ROWS" for each in iter_modules(__path__) if each.name != "row"}
     for name, place in with_added("operators", own).items():
         module, _, table = place.partition(":")
         for row in getattr(import_module(module), table):

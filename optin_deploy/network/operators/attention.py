@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -174,13 +175,6 @@ def flow_heads(flow: Flow, place: int, heads: int) -> list[Axis]:
     return [one, three, two, four]
 
 
-def give_rest(flow: Flow, outputs: Sequence[Sequence[Axis]]) -> None:
-    """Give the outputs after the first that anybody reads."""
-    for place, axes in enumerate(outputs, 1):
-        if len(flow.node.outputs) > place and flow.node.outputs[place]:
-            flow.give(place, axes)
-
-
 def _attention(
     node: Node,
     query: Tensor,
@@ -204,19 +198,14 @@ def _attention(
     left, right = node.get("left_window_size", -1), node.get("right_window_size", -1)
     if node.get("is_causal", 0):
         right = 0
-    allowed = None
+    seen, bias = [], None if mask is None else _lengthened(mask, keys)
     if left >= 0 or right >= 0:
-        allowed = window(queries, keys, offset, left=left, right=right).to(query.device)
+        seen.append(window(queries, keys, offset, left=left, right=right).to(query.device))
     if lengths is not None:
-        real = torch.arange(keys, device=lengths.device) < lengths.reshape(-1, 1, 1, 1)
-        allowed = real if allowed is None else allowed & real
-    bias = None
-    if mask is not None:
-        mask = _lengthened(mask, keys)
-        if mask.dtype == torch.bool:
-            allowed = mask if allowed is None else allowed & mask
-        else:
-            bias = mask
+        seen.append(torch.arange(keys, device=lengths.device) < lengths.reshape(-1, 1, 1, 1))
+    if bias is not None and bias.dtype == torch.bool:
+        seen, bias = [*seen, bias], None
+    allowed = reduce(torch.logical_and, seen) if seen else None
     precision = {1: torch.float32, 11: torch.float64}.get(node.get("softmax_precision", 0))
     how = Weighing(node.get("scale"), node.get("softcap", 0.0), bias, allowed, None, precision)
     out, scores = attend(query, key, value, how)
@@ -236,11 +225,8 @@ def _lengthened(mask: Tensor, keys: int) -> Tensor:
 def _flow_attention(flow: Flow) -> None:
     node, flat = flow.node, len(flow.shape(0)) == 3
     number, groups_number = (node.get("q_num_heads"), node.get("kv_num_heads")) if flat else (0, 0)
-    query, key, value = (
-        flow_heads(flow, 0, number),
-        flow_heads(flow, 1, groups_number),
-        flow_heads(flow, 2, groups_number),
-    )
+    query = flow_heads(flow, 0, number)
+    key, value = (flow_heads(flow, place, groups_number) for place in (1, 2))
     heads, groups, _ = flow_shared(flow, query[1].size, key[1].size)
     for one, other in ((query[1], heads), (key[1], groups), (value[1], groups)):
         flow.unify(one, other)
@@ -260,8 +246,9 @@ def _flow_attention(flow: Flow) -> None:
         flow.give(0, [query[0], query[2], flow.product([heads, value[3]])])
     else:
         flow.give(0, [query[0], heads, query[2], value[3]])
-    cache = [query[0], groups, keys]
-    give_rest(flow, [[*cache, key[3]], [*cache, value[3]], scores])
+    flow.give(1, [query[0], groups, keys, key[3]])
+    flow.give(2, [query[0], groups, keys, value[3]])
+    flow.give(3, scores)
 
 
 ROWS = (Row("Attention", _attention, _flow_attention),)

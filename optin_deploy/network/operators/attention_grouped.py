@@ -125,8 +125,7 @@ def _flow_group_query(flow: Flow) -> None:
     for place in (1, 2):
         if len(node.outputs) > place and node.outputs[place]:
             flow.give(place, [batch, groups, flow.fresh(flow.out_shape(place)[2], SOFTMAX), width])
-    if len(node.outputs) > 3 and node.outputs[3]:
-        flow.give(3, [batch, heads, length, whole])
+    flow.give(3, [batch, heads, length, whole])
 
 
 ROWS = (Row("GroupQueryAttention", _group_query, _flow_group_query, numbers=(6,), domain="com.microsoft"),)

@@ -20,7 +20,6 @@ from optin_deploy.network.operators.attention import (
     flow_heads,
     flow_past,
     flow_products,
-    give_rest,
     merge_heads,
     split_heads,
     window,
@@ -129,8 +128,7 @@ def flow_self_attention(flow: Flow, *, weight: int, columns: Sequence[int], mask
     if node.get("qkv_hidden_sizes"):
         flow.attribute("qkv_hidden_sizes", parts)
     flow.give(0, [batch, length, parts[2]])
-    if len(node.outputs) > 1 and node.outputs[1]:
-        flow.give(1, [flow.fresh(2, "keys and values"), batch, heads, keys, width])
+    flow.give(1, [flow.fresh(2, "keys and values"), batch, heads, keys, width])
 
 
 def _flow_attention(flow: Flow) -> None:
@@ -202,7 +200,15 @@ def _flow_multi_head(flow: Flow) -> None:
         else:
             key, value = flow_heads(flow, 1, number), flow_heads(flow, 2, number)
     flow.freeze([query[3]], WIDTH)
-    heads, keys = _attend_flow(flow, query, key, value, past=(6, 7))
+    heads = query[1]
+    flow.label(heads, "heads")
+    for one in (key, value):  # the heads of all are alike
+        for position in (0, 1):
+            flow.unify(one[position], query[position])
+    flow.unify(key[3], query[3])
+    flow.unify(value[2], key[2])
+    keys = flow_past(flow, key, value, (6, 7))
+    flow_products(flow, [query[0], heads, query[2], keys], query[3], value[3])
     if flow.has(3):
         parts = [flow.product([heads, part[3]]) for part in (query, key, value)]
         flow.unify(flow.axes(3)[0], flow.total(parts))
@@ -211,23 +217,9 @@ def _flow_multi_head(flow: Flow) -> None:
     flow_bias(flow, 5, scores)
     flow.attribute("num_heads", heads)
     flow.give(0, [query[0], query[2], flow.product([heads, value[3]])])
-    give_rest(flow, [[query[0], heads, keys, key[3]], [query[0], heads, keys, value[3]], scores])
-
-
-def _attend_flow(
-    flow: Flow, query: Sequence[Axis], key: Sequence[Axis], value: Sequence[Axis], *, past: tuple[int, int]
-) -> tuple[Axis, Axis]:
-    """Unify queries, keys, values and their pasts where the heads of all are alike; returns heads and all keys."""
-    heads = query[1]
-    flow.label(heads, "heads")
-    for one, other in ((key, query), (value, query)):
-        for position in (0, 1):
-            flow.unify(one[position], other[position])
-    flow.unify(key[3], query[3])
-    flow.unify(value[2], key[2])
-    keys = flow_past(flow, key, value, past)
-    flow_products(flow, [query[0], heads, query[2], keys], query[3], value[3])
-    return heads, keys
+    flow.give(1, [query[0], heads, keys, key[3]])
+    flow.give(2, [query[0], heads, keys, value[3]])
+    flow.give(3, scores)
 
 
 ROWS = (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Flow, Row
 from optin_deploy.network.tensors import torch_dtype
@@ -15,15 +17,32 @@ from optin_deploy.network.tensors import torch_dtype
 
 def same(flow: Flow) -> None:
     """Each output has the axes of the first input."""
-    for place, name in enumerate(flow.node.outputs):
-        if name:
-            flow.give(place, flow.axes(0))
+    for place in range(len(flow.node.outputs)):
+        flow.give(place, flow.axes(0))
 
 
 def aligned(flow: Flow) -> None:
     """The output has the axes of all inputs."""
-    places = [place for place in range(len(flow.node.inputs)) if flow.has(place)]
-    flow.give(0, flow.broadcast(places, flow.out_shape()))
+    flow.give(0, together(flow))
+
+
+def together(flow: Flow) -> list[Axis]:
+    """Unify the axes of all inputs that are there, as broadcasting aligns them; returns those of the result."""
+    return flow.broadcast([place for place in range(len(flow.node.inputs)) if flow.has(place)], flow.out_shape())
+
+
+def whole_at(positions: Callable[[Node, int], Iterable[int]], *, added: bool = False) -> Callable[[Flow], None]:
+    """Make the flow of what keeps all axes of a tensor, of which some stay whole.
+
+    Args: positions: of these axes, by the node and the number of axes. added: other inputs are added to the first.
+    """
+
+    def flow(flow: Flow) -> None:
+        axes = together(flow) if added else flow.axes(0)
+        flow.freeze([axes[position] for position in positions(flow.node, len(axes))])
+        flow.give(0, axes)
+
+    return flow
 
 
 def unary(name: str, compute: Callable[[Tensor], Tensor], domain: str = "") -> Row:
@@ -40,9 +59,7 @@ def many(name: str, compute: Callable[[Tensor, Tensor], Tensor], mean: bool = Fa
     """Make the row of a function of any number of tensors, taken two by two."""
 
     def folded(_: Node, first: Tensor, *others: Tensor) -> Tensor:
-        result = first
-        for other in others:
-            result = compute(result, other)
+        result = reduce(compute, others, first)
         return result / (1 + len(others)) if mean else result
 
     return Row(name, folded, aligned)
@@ -58,17 +75,10 @@ def power(a: Tensor, b: Tensor) -> Tensor:
     return torch.pow(a, b).to(a.dtype)
 
 
-def modulo(node: Node, a: Tensor, b: Tensor) -> Tensor:
-    """Take the remainder, with the sign of the divisor, or of the dividend where the node asks for it."""
-    return torch.fmod(a, b) if node.get("fmod", 0) else torch.remainder(a, b)
-
-
 def shift(node: Node, a: Tensor, b: Tensor) -> Tensor:
     """Move bits to one side; whole numbers without a sign go through a wider type, which torch can shift."""
-    wide = a.to(torch.int64), b.to(torch.int64)
-    return (torch.bitwise_left_shift if node.attributes["direction"] == "LEFT" else torch.bitwise_right_shift)(
-        *wide
-    ).to(a.dtype)
+    move = torch.bitwise_left_shift if node.attributes["direction"] == "LEFT" else torch.bitwise_right_shift
+    return move(a.to(torch.int64), b.to(torch.int64)).to(a.dtype)
 
 
 def clip(node: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -85,20 +95,10 @@ def clip(node: Node, x: Tensor, low: Tensor | None = None, high: Tensor | None =
     return x
 
 
-def cast(node: Node, x: Tensor) -> Tensor:
-    """Change the type."""
-    return x.to(torch_dtype(node.attributes["to"]))
-
-
 def infinite(node: Node, x: Tensor) -> Tensor:
     """Tell what is infinite, perhaps of one sign only."""
     above = torch.isposinf(x) if node.get("detect_positive", 1) else torch.zeros_like(x, dtype=torch.bool)
     return above | torch.isneginf(x) if node.get("detect_negative", 1) else above
-
-
-def prelu(_: Node, x: Tensor, slope: Tensor) -> Tensor:
-    """Scale what is negative."""
-    return torch.where(x < 0, x * slope, x)
 
 
 def shrink(node: Node, x: Tensor) -> Tensor:
@@ -142,12 +142,12 @@ ROWS = (
     Row("ThresholdedRelu", lambda node, x: torch.where(x > node.get("alpha", 1.0), x, torch.zeros_like(x)), same),
     Row("Shrink", shrink, same),
     Row("Clip", clip, same),
-    Row("Cast", cast, same),
+    Row("Cast", lambda node, x: x.to(torch_dtype(node.attributes["to"])), same),
     Row("CastLike", lambda _, x, like: x.to(like.dtype), same),
     Row("Dropout", dropout, same),
-    Row("PRelu", prelu, aligned),
+    Row("PRelu", lambda _, x, slope: torch.where(x < 0, x * slope, x), aligned),
     Row("Where", lambda _, condition, a, b: torch.where(condition, a, b), aligned),
-    Row("Mod", modulo, aligned),
+    Row("Mod", lambda node, a, b: torch.fmod(a, b) if node.get("fmod", 0) else torch.remainder(a, b), aligned),
     binary("Add", torch.add),
     binary("Sub", torch.sub),
     binary("Mul", torch.mul),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.elementwise import aligned, same
+from optin_deploy.network.operators.elementwise import ROWS as ELEMENTWISE
+from optin_deploy.network.operators.elementwise import aligned, same, together, whole_at
 from optin_deploy.network.operators.normalizations import over_last, rms_norm
 from optin_deploy.network.operators.products import gemm, gemm_axes, matmul_axes
 from optin_deploy.network.operators.row import CHANNELS_LAST, Flow, Row, Unsupported, optional, refused
@@ -31,11 +34,6 @@ def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-def quick_gelu(node: Node, x: Tensor) -> Tensor:
-    """Multiply by a sigmoid of itself; the factor in it is 1.702 where it is left out."""
-    return x * torch.sigmoid(x * node.get("alpha", 1.702))
-
-
 def split_gelu(_: Node, x: Tensor, bias: Tensor) -> Tensor:
     """Add a bias, and gate the left half by the right one."""
     left, right = (x + bias).chunk(2, -1)
@@ -50,21 +48,12 @@ def halves(flow: Flow) -> None:
     flow.give(0, [*axes[:-1], half])
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
-    "": lambda x, _: x,
-    "Relu": lambda x, _: torch.relu(x),
-    "Tanh": lambda x, _: torch.tanh(x),
-    "Sigmoid": lambda x, _: torch.sigmoid(x),
-    "Softplus": lambda x, _: functional.softplus(x),
-    "Softsign": lambda x, _: functional.softsign(x),
-    "LeakyRelu": lambda x, given: functional.leaky_relu(x, (given or (0.01,))[0]),
-    "Elu": lambda x, given: functional.elu(x, (given or (1.0,))[0]),
-    "ThresholdedRelu": lambda x, given: torch.where(x > (given or (1.0,))[0], x, torch.zeros_like(x)),
-    "Clip": lambda x, given: x.clamp(*given),
-    "HardSigmoid": lambda x, given: (x * (given or (0.2,))[0] + (given or (0.2, 0.5))[1]).clamp(0, 1),
-    "HardSwish": lambda x, _: functional.hardswish(x),
-}
-"""Activations that ONNX Runtime puts into products, by their name, with their parameters."""
+ACTIVATIONS = (
+    *("Relu", "Tanh", "Sigmoid", "Softplus", "Softsign", "LeakyRelu", "Elu", "ThresholdedRelu", "Clip", "HardSigmoid"),
+    "HardSwish",
+)
+"""Activations that ONNX Runtime puts into products."""
+COMPUTED = {row.name: row.compute for row in ELEMENTWISE if row.name in ACTIVATIONS}
 
 
 def activated(node: Node, x: Tensor) -> Tensor:
@@ -72,12 +61,17 @@ def activated(node: Node, x: Tensor) -> Tensor:
 
     Raises: Unsupported: the activation is none of those that ONNX Runtime fuses.
     """
-    name = node.get("activation", "")
+    name = node.get("activation")
+    if not name:
+        return x
     if name not in ACTIVATIONS:
-        raise Unsupported(f"{node.op} with the activation {name}; known are {', '.join(filter(None, ACTIVATIONS))}")
+        raise Unsupported(f"{node.op} with the activation {name}; known are {', '.join(ACTIVATIONS)}")
     single = (node.get(f"activation_{key}") for key in ("alpha", "beta"))
     given = node.get("activation_params") or [value for value in single if value is not None]
-    return ACTIVATIONS[name](x, given)
+    named = zip(("min", "max") if name == "Clip" else ("alpha", "beta"), given, strict=False)
+    result = COMPUTED[name](replace(node, attributes=dict(named)), x)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def fused_conv(
@@ -88,16 +82,15 @@ def fused_conv(
     return activated(node, y if added is None else y + added)
 
 
-def fused_convolved(flow: Flow) -> None:
-    """Flow of FusedConv; what is added has the axes of the output."""
-    out = convolved(flow)
-    if flow.has(3):
-        flow.align([out, flow.axes(3)], flow.out_shape())
+def plus(product: Callable[[Flow], list[Axis]], place: int) -> Callable[[Flow], None]:
+    """Make the flow of a product to which the input at a place is added, where it is there."""
 
+    def flow(flow: Flow) -> None:
+        out = product(flow)
+        if flow.has(place):
+            flow.align([out, flow.axes(place)], flow.out_shape())
 
-def fused_gemm(node: Node, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-    """Multiply, add and apply an activation."""
-    return activated(node, gemm(node, a, b, c))
+    return flow
 
 
 def orders(node: Node, ranks: tuple[int, int]) -> tuple[list[int], list[int]]:
@@ -125,18 +118,6 @@ def fused_matmul_axes(flow: Flow) -> None:
     matmul_axes(flow, orders=orders(flow.node, (len(flow.shape(0)), len(flow.shape(1)))))
 
 
-def gemm_fast_gelu(_: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply, add a bias, and apply the unit."""
-    return fast_gelu(x @ weight, bias)
-
-
-def gemm_fast_gelu_axes(flow: Flow) -> None:
-    """Flow of GemmFastGelu."""
-    out = matmul_axes(flow)
-    if flow.has(2):
-        flow.align([out, flow.axes(2)], flow.out_shape())
-
-
 def skip_layer_norm(
     node: Node, x: Tensor, skip: Tensor, scale: Tensor, shift: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
@@ -160,11 +141,10 @@ def skip_rms_norm(
 
 def skipped(flow: Flow) -> None:
     """Flow of a sum that is normalised over its last axis."""
-    axes = flow.broadcast([place for place in range(len(flow.node.inputs)) if flow.has(place)], flow.out_shape())
+    axes = together(flow)
     flow.freeze(axes[-1:])
     flow.give(0, axes)
-    if len(flow.node.outputs) > 3 and flow.node.outputs[3]:
-        flow.give(3, axes)
+    flow.give(3, axes)
 
 
 def embedded(
@@ -203,8 +183,7 @@ def embedded_axes(flow: Flow) -> None:
     for place in (5, 6):
         flow.unify(flow.axes(place)[0], width)
     for place, axes in enumerate(([batch, length, width], [batch], [batch, length, width])):
-        if len(flow.node.outputs) > place and flow.node.outputs[place]:
-            flow.give(place, axes)
+        flow.give(place, axes)
 
 
 def bias_softmax(node: Node, x: Tensor, bias: Tensor) -> Tensor:
@@ -214,40 +193,39 @@ def bias_softmax(node: Node, x: Tensor, bias: Tensor) -> Tensor:
     return torch.softmax(scores.flatten(axis), -1).reshape(scores.shape)
 
 
-def bias_softmax_axes(flow: Flow) -> None:
-    """Flow of BiasSoftmax."""
-    axes = flow.broadcast((0, 1), flow.out_shape())
-    flow.freeze(axes[flow.node.get("axis", 1) % len(axes) :])
-    flow.give(0, axes)
-
-
-def inverse_axes(flow: Flow) -> None:
-    """Flow of Inverse: matrices are inverted whole."""
-    axes = flow.axes(0)
-    flow.freeze(axes[-2:])
-    flow.give(0, axes)
-
-
 ROWS = (
     Row("Gelu", lambda _, x: functional.gelu(x), same, domain=RUNTIME),
-    Row("QuickGelu", quick_gelu, same, domain=RUNTIME),
+    Row("QuickGelu", lambda node, x: x * torch.sigmoid(x * node.get("alpha", 1.702)), same, domain=RUNTIME),
     Row("FastGelu", lambda _, x, bias=None: fast_gelu(x, bias), aligned, domain=RUNTIME),
     Row("BiasGelu", lambda _, x, bias: functional.gelu(x + bias), aligned, domain=RUNTIME),
     Row("BiasAdd", lambda _, x, bias, skip: x + bias + skip, aligned, domain=RUNTIME),
     Row("BiasSplitGelu", split_gelu, halves, domain=RUNTIME),
-    Row("FusedConv", fused_conv, fused_convolved, domain=RUNTIME, factors=(0, 1)),
-    Row("FusedGemm", fused_gemm, gemm_axes, domain=RUNTIME, factors=(0, 1)),
+    Row("FusedConv", fused_conv, plus(convolved, 3), domain=RUNTIME, factors=(0, 1)),
+    Row(
+        "FusedGemm", lambda node, *given: activated(node, gemm(node, *given)), gemm_axes, domain=RUNTIME, factors=(0, 1)
+    ),
     *(
         Row(name, fused_matmul, fused_matmul_axes, domain=RUNTIME, factors=(0, 1))
         for name in ("FusedMatMul", "FusedMatMulActivation", "TransposeMatMul")
     ),
-    Row("GemmFastGelu", gemm_fast_gelu, gemm_fast_gelu_axes, domain=RUNTIME, factors=(0, 1)),
+    Row(
+        "GemmFastGelu",
+        lambda _, x, weight, bias=None: fast_gelu(x @ weight, bias),
+        plus(matmul_axes, 2),
+        domain=RUNTIME,
+        factors=(0, 1),
+    ),
     Row("SimplifiedLayerNormalization", rms_norm, over_last),
     Row("SkipLayerNormalization", skip_layer_norm, skipped, domain=RUNTIME),
     Row("SkipSimplifiedLayerNormalization", skip_rms_norm, skipped, domain=RUNTIME),
     Row("EmbedLayerNormalization", embedded, embedded_axes, domain=RUNTIME),
-    Row("BiasSoftmax", bias_softmax, bias_softmax_axes, domain=RUNTIME),
-    Row("Inverse", lambda _, x: torch.linalg.inv(x), inverse_axes, domain=RUNTIME),
+    Row(
+        "BiasSoftmax",
+        bias_softmax,
+        whole_at(lambda node, rank: range(node.get("axis", 1) % rank, rank), added=True),
+        domain=RUNTIME,
+    ),
+    Row("Inverse", lambda _, x: torch.linalg.inv(x), whole_at(lambda *_: (-2, -1)), domain=RUNTIME),
     *(refused(name, RUNTIME, CHANNELS_LAST) for name in ("NhwcConv", "NhwcFusedConv", "NhwcMaxPool")),
     *(
         refused(name, BLOCKED, LAID_OUT)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.elementwise import together, whole_at
 from optin_deploy.network.operators.row import Flow, Row, Unsupported
 
 
@@ -41,15 +44,11 @@ def rms_norm(node: Node, x: Tensor, scale: Tensor) -> Tensor:
 
 def over_last(flow: Flow) -> None:
     """Flow of normalisations from an axis to the last."""
-    axes = flow.axes(0)
-    start = flow.node.get("axis", -1) % len(axes)
-    places = [place for place in range(len(flow.node.inputs)) if flow.has(place)]
-    axes = flow.broadcast(places, flow.out_shape())
+    start, axes = flow.node.get("axis", -1) % len(flow.shape(0)), together(flow)
     flow.freeze(axes[start:])
     flow.give(0, axes)
-    for place, name in enumerate(flow.node.outputs[1:], start=1):
-        if name:
-            flow.give(place, [*axes[:start], *(flow.fresh(1) for _ in axes[start:])])
+    for place in range(1, len(flow.node.outputs)):
+        flow.give(place, [*axes[:start], *(flow.fresh(1) for _ in axes[start:])])
 
 
 def batch_norm(node: Node, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -108,28 +107,21 @@ def grouped(flow: Flow) -> None:
     flow.give(0, axes)
 
 
-def softmax_like(name: str, compute: object) -> Row:
+def softmax_like(name: str, compute: Callable[[Tensor, int], Tensor]) -> Row:
     """Make the row of a softmax; before opset 13 it runs over all axes from the one that is named."""
 
     def computed(node: Node, x: Tensor) -> Tensor:
         if node.opset >= 13:
-            return compute(x, node.get("axis", -1))  # type: ignore[operator,no-any-return]
+            return compute(x, node.get("axis", -1))
         axis = node.get("axis", 1) % x.ndim
-        return compute(x.flatten(axis), axis).reshape(x.shape)  # type: ignore[operator,no-any-return]
+        return compute(x.flatten(axis), axis).reshape(x.shape)
 
-    def flow(flow: Flow) -> None:
-        axes = flow.axes(0)
-        old = flow.node.opset < 13
-        axis = flow.node.get("axis", 1 if old else -1) % len(axes)
-        flow.freeze(axes[axis:] if old else [axes[axis]])
-        flow.give(0, axes)
+    def over(node: Node, rank: int) -> range:
+        old = node.opset < 13
+        axis = node.get("axis", 1 if old else -1) % rank
+        return range(axis, rank if old else axis + 1)
 
-    return Row(name, computed, flow)
-
-
-def hardmax(x: Tensor, axis: int) -> Tensor:
-    """One at the first largest entry, zero elsewhere."""
-    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
+    return Row(name, computed, whole_at(over))
 
 
 def lp_norm(node: Node, x: Tensor) -> Tensor:
@@ -137,13 +129,6 @@ def lp_norm(node: Node, x: Tensor) -> Tensor:
     axis = node.get("axis", -1)
     norm = x.norm(node.get("p", 2), axis, keepdim=True)
     return torch.where(norm == 0, torch.zeros_like(x), x / norm)
-
-
-def along_axis(flow: Flow) -> None:
-    """Flow of what runs over the axis that the node names."""
-    axes = flow.axes(0)
-    flow.freeze([axes[flow.node.get("axis", -1)]])
-    flow.give(0, axes)
 
 
 def local_response(node: Node, x: Tensor) -> Tensor:
@@ -155,25 +140,11 @@ def local_response(node: Node, x: Tensor) -> Tensor:
     return result
 
 
-def channels_whole(flow: Flow) -> None:
-    """Flow of what mixes neighbouring channels."""
-    axes = flow.axes(0)
-    flow.freeze([axes[1]])
-    flow.give(0, axes)
-
-
 def mean_variance(node: Node, x: Tensor) -> Tensor:
     """Normalise over some axes."""
     over = list(node.get("axes", (0, 2, 3)))
     centred = x - x.mean(over, keepdim=True)
     return centred / (centred.square().mean(over, keepdim=True).sqrt() + 1e-9)
-
-
-def named_whole(flow: Flow) -> None:
-    """Flow of MeanVarianceNormalization."""
-    axes = flow.axes(0)
-    flow.freeze([axes[position] for position in flow.node.get("axes", (0, 2, 3))])
-    flow.give(0, axes)
 
 
 ROWS = (
@@ -184,8 +155,8 @@ ROWS = (
     Row("GroupNormalization", group_norm, grouped),
     softmax_like("Softmax", torch.softmax),
     softmax_like("LogSoftmax", torch.log_softmax),
-    softmax_like("Hardmax", hardmax),
-    Row("LpNormalization", lp_norm, along_axis),
-    Row("LRN", local_response, channels_whole),
-    Row("MeanVarianceNormalization", mean_variance, named_whole),
+    softmax_like("Hardmax", lambda x, axis: torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)),
+    Row("LpNormalization", lp_norm, whole_at(lambda node, _: (node.get("axis", -1),))),
+    Row("LRN", local_response, whole_at(lambda *_: (1,))),
+    Row("MeanVarianceNormalization", mean_variance, whole_at(lambda node, _: node.get("axes", (0, 2, 3)))),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.quantized import BLOCK
 from optin_deploy.network.operators.row import Flow, Row, Unsupported, only
+from optin_deploy.network.operators.selections import gather
 
 BYTES = "zero points of several blocks share a byte"
 
@@ -95,20 +98,13 @@ def gather_blocks(node: Node, table: Tensor, indices: Tensor, scales: Tensor, ze
     if table.dtype == torch.uint8 and -(-table.shape[-1] * (8 // bits) // size) == scales.shape[-1]:
         table, default = unpacked(table, bits), 2 ** (bits - 1)
         zeros = None if zeros is None else unpacked(zeros, bits).narrow(-1, 0, scales.shape[-1])
-    indices = torch.where(indices < 0, indices + table.shape[axis], indices).long()
-    found, factors, shifts = (each if each is None else _picked(each, indices, axis) for each in (table, scales, zeros))
-    assert found is not None
-    assert factors is not None
+    pick = partial(gather, replace(node, attributes={"axis": axis}), indices=indices.long())
+    found, factors, shifts = pick(table), pick(scales), None if zeros is None else pick(zeros)
     along += indices.ndim - 1 if along > axis else 0
     values = found.to(factors.dtype)
     wide = values.shape[along]
     values = values - (default if shifts is None else _spread(shifts.to(factors.dtype), size, along, wide))
     return values * _spread(factors, size, along, wide)
-
-
-def _picked(x: Tensor, indices: Tensor, axis: int) -> Tensor:
-    picked = x.index_select(axis, indices.reshape(-1))
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
 def _spread(x: Tensor, size: int, axis: int, wide: int) -> Tensor:

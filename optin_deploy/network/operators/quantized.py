@@ -58,10 +58,10 @@ def dynamic(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return quantize(x, scale, zero), scale, zero
 
 
-def spread(node: Node, x: Tensor, parameter: Tensor | None) -> Tensor | None:
+def spread(node: Node, x: Tensor, parameter: Tensor) -> Tensor:
     """Let a scale or a zero broadcast to a tensor: one for all, one an entry of an axis, or one a block of entries."""
-    if parameter is None or parameter.numel() == 1:
-        return None if parameter is None else parameter.reshape(())
+    if parameter.numel() == 1:
+        return parameter.reshape(())
     axis = node.get("axis", 1) % x.ndim
     if parameter.ndim == 1:
         return parameter.reshape([-1 if position == axis else 1 for position in range(x.ndim)])
@@ -71,20 +71,16 @@ def spread(node: Node, x: Tensor, parameter: Tensor | None) -> Tensor | None:
 
 def quantize_linear(node: Node, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """Quantise by given scales."""
-    scales = spread(node, x, scale)
-    assert scales is not None
-    asked = node.get("output_dtype", 0)
-    return quantize(x, scales.to(x.dtype), spread(node, x, zero), torch_dtype(asked) if asked else None)
+    asked, shift = node.get("output_dtype", 0), None if zero is None else spread(node, x, zero)
+    return quantize(x, spread(node, x, scale).to(x.dtype), shift, torch_dtype(asked) if asked else None)
 
 
 def dequantize_linear(node: Node, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     """Turn whole numbers into real ones, in the type of the scale or a wider one that the node asks for."""
-    scales = spread(node, x, scale)
-    assert scales is not None
-    asked = node.get("output_dtype", 0)
+    scales, asked = spread(node, x, scale), node.get("output_dtype", 0)
     if asked and scale.dtype != torch.float64:
         scales = scales.to(torch_dtype(asked))
-    return dequantize(x, scales, spread(node, x, zero))
+    return dequantize(x, scales, None if zero is None else spread(node, x, zero))
 
 
 def scaled(flow: Flow) -> None:
@@ -116,9 +112,8 @@ def blocks(flow: Flow, axis: Axis, count: Axis) -> None:
 def ranged(flow: Flow) -> None:
     """Flow of DynamicQuantizeLinear, whose scale and zero follow from the range of all entries."""
     flow.ranged(0)
-    for place, name in enumerate(flow.node.outputs):
-        if name:
-            flow.give(place, [] if place else flow.axes(0))
+    for place in range(len(flow.node.outputs)):
+        flow.give(place, [] if place else flow.axes(0))
 
 
 ROWS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -229,31 +230,24 @@ def matmul(
     )
 
 
-def qgemm_flow(flow: Flow) -> None:
-    """Flow of QGemm."""
-    numbers(flow, (1, 2))
+def numbered(places: Sequence[int], product: Callable[[Flow], object]) -> Callable[[Flow], None]:
+    """Make the flow of a product whose inputs at some places must be one number each, and whose channels come first."""
+
+    def flow(flow: Flow) -> None:
+        channels_first(flow.node)
+        numbers(flow, places)
+        product(flow)
+
+    return flow
+
+
+def qgemm_axes(flow: Flow) -> None:
+    """Flow of the product in QGemm."""
     per_column(flow, (4, 5), gemm_axes(flow, places=(0, 3, 6))[-1])
 
 
-def conv_integer_flow(flow: Flow) -> None:
-    """Flow of ConvInteger."""
-    numbers(flow, (2,))
-    convolved(flow, bias=(3,))
-
-
-def qlinear_conv_flow(flow: Flow) -> None:
-    """Flow of QLinearConv."""
-    channels_first(flow.node)
-    numbers(flow, (1, 2))
-    convolved(flow, at=3, bias=(4, 5, 8))
-
-
-def qattention_flow(flow: Flow) -> None:
-    """Flow of QAttention."""
-    numbers(flow, (3, 6))
-    flow_self_attention(flow, weight=1, columns=(2, 4, 7), mask=5, past=8, added=-1)
-
-
+self_attended = partial(flow_self_attention, weight=1, columns=(2, 4, 7), mask=5, past=8, added=-1)
+conv_axes = partial(convolved, at=3, bias=(4, 5, 8))
 RUNTIME = "com.microsoft"
 ROWS = (
     matmul("MatMulInteger", matmul_integer, zeros=(2, 3), singles=(2,), columns=(3,)),
@@ -267,11 +261,11 @@ ROWS = (
         domain=RUNTIME,
     ),
     matmul("DynamicQuantizeMatMul", dynamic_matmul, columns=(2, 3, 4), domain=RUNTIME),
-    Row("QGemm", qgemm, qgemm_flow, domain=RUNTIME, factors=(0, 3), zeros={0: 2, 3: 5}),
-    Row("ConvInteger", conv_integer, conv_integer_flow, factors=(0, 1), zeros={0: 2}),
+    Row("QGemm", qgemm, numbered((1, 2), qgemm_axes), domain=RUNTIME, factors=(0, 3), zeros={0: 2, 3: 5}),
+    Row("ConvInteger", conv_integer, numbered((2,), partial(convolved, bias=(3,))), factors=(0, 1), zeros={0: 2}),
     *(
-        Row("QLinearConv", qlinear_conv, qlinear_conv_flow, domain=domain, factors=(0, 3), zeros={0: 2})
+        Row("QLinearConv", qlinear_conv, numbered((1, 2), conv_axes), domain=domain, factors=(0, 3), zeros={0: 2})
         for domain in ("", RUNTIME)
     ),
-    Row("QAttention", qattention, qattention_flow, domain=RUNTIME, factors=(0, 1), zeros={0: 6}),
+    Row("QAttention", qattention, numbered((3, 6), self_attended), domain=RUNTIME, factors=(0, 1), zeros={0: 6}),
 )

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators.elementwise import same
+from optin_deploy.network.operators.elementwise import same, whole_at
 from optin_deploy.network.operators.pools import average_pool, pooled
 from optin_deploy.network.operators.quantized import dequantize, quantize
 from optin_deploy.network.operators.row import Flow, Row, channels_first, optional
+from optin_deploy.network.operators.selections import joined
 
 RUNTIME = "com.microsoft"
 
@@ -72,11 +73,10 @@ def softmax(node: Node, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_sca
     return quantize(y, 1 / torch.floor(1 / y_scale.float()).clamp(min=1).to(y.dtype), y_zero)
 
 
-def softmax_axes(flow: Flow) -> None:
-    """Flow of QLinearSoftmax."""
-    axes, axis = flow.axes(0), flow.node.get("axis", -1)
-    flow.freeze([axes[axis]] if flow.node.get("opset", 13) >= 13 else axes[axis:])
-    flow.give(0, axes)
+def softmax_axes(node: Node, rank: int) -> range:
+    """Positions that QLinearSoftmax normalises over."""
+    axis = node.get("axis", -1) % rank
+    return range(axis, axis + 1 if node.get("opset", 13) >= 13 else rank)
 
 
 def average(node: Node, x: Tensor) -> Tensor:
@@ -121,25 +121,14 @@ def concat(node: Node, y_scale: Tensor, y_zero: Tensor, *inputs: Tensor) -> Tens
     return quantize(torch.cat(parts, node.attributes["axis"]), y_scale, y_zero)
 
 
-def joined(flow: Flow) -> None:
-    """Flow of QLinearConcat: along its axis the inputs are a sum."""
-    shape = flow.out_shape()
-    along = flow.node.attributes["axis"] % len(shape)
-    tensors = [flow.axes(place) for place in range(2, len(flow.node.inputs), 3)]
-    rest = [[flow.fresh(1) if at == along else axis for at, axis in enumerate(axes)] for axes in tensors]
-    out = flow.align(rest, shape)
-    out[along] = flow.total([axes[along] for axes in tensors])
-    flow.give(0, out)
-
-
 ROWS = (
     unary("QLinearSigmoid", lambda _, x: torch.sigmoid(x)),
     unary("QLinearLeakyRelu", lambda node, x: functional.leaky_relu(x, node.get("alpha", 0.01))),
-    Row("QLinearSoftmax", softmax, softmax_axes, domain=RUNTIME),
+    Row("QLinearSoftmax", softmax, whole_at(softmax_axes), domain=RUNTIME),
     unary("QLinearAveragePool", average, pooled_axes),
     unary("QLinearGlobalAveragePool", global_average, pooled_axes),
     binary("QLinearAdd", torch.add),
     binary("QLinearMul", torch.mul),
     Row("QLinearWhere", where, lambda flow: flow.give(0, flow.broadcast((0, 1, 4), flow.out_shape())), domain=RUNTIME),
-    Row("QLinearConcat", concat, joined, domain=RUNTIME),
+    Row("QLinearConcat", concat, lambda flow: joined(flow, slice(2, None, 3)), domain=RUNTIME),
 )

@@ -216,9 +216,8 @@ def axes(flow: Flow) -> None:
     else:
         flow.freeze([first], STEPS)
         shown, state = [first, sides, second, units], [sides, second, units]
-    for place, name in enumerate(flow.node.outputs):
-        if name:
-            flow.give(place, state if place else shown)
+    for place in range(len(flow.node.outputs)):
+        flow.give(place, state if place else shown)
 
 
 LSTM = Cell(lstm, 4, ("Sigmoid", "Tanh", "Tanh"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,16 +56,11 @@ def padded_where(flow: Flow) -> None:
 
 def sized(flow: Flow) -> None:
     """Flow of what changes some sizes: axes that keep theirs stay what they are, the others are frozen."""
-    axes, shape = flow.axes(0), flow.out_shape()
+    axes, shape, why = flow.axes(0), flow.out_shape(), f"{flow.node.op} changes its size"
     changed = [position for position, size in enumerate(shape) if axes[position].size != size or position >= 2]
-    flow.freeze([axes[position] for position in changed], f"{flow.node.op} changes its size")
-    flow.give(
-        0,
-        [
-            axis if axis.size == size else flow.fresh(size, f"{flow.node.op} changes its size")
-            for axis, size in zip(axes, shape, strict=True)
-        ],
-    )
+    flow.freeze([axes[position] for position in changed], why)
+    sizes = zip(axes, shape, strict=True)
+    flow.give(0, [axis if axis.size == size else flow.fresh(size, why) for axis, size in sizes])
 
 
 def resized(flow: Flow) -> None:
@@ -203,13 +199,8 @@ def blocks(flow: Flow) -> None:
 
 def upsample(node: Node, x: Tensor, scales: Tensor) -> Tensor:
     """Resize as before opset 10."""
-    old = Node(
-        **{
-            **vars(node),
-            "attributes": {**node.attributes, "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
-        }
-    )
-    return resize(old, x, None, scales)
+    old = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return resize(replace(node, attributes={**node.attributes, **old}), x, None, scales)
 
 
 def fold(node: Node, x: Tensor, image: Tensor, block: Tensor) -> Tensor:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Node
+from optin_deploy.network.operators.elementwise import whole_at
 from optin_deploy.network.operators.row import Flow, Row, Unsupported, refuse
 from optin_deploy.network.operators.shapes import numbers_only, whole
 
 
-def joined(flow: Flow) -> None:
-    """Flow of Concat: along its axis the inputs are a sum."""
+def joined(flow: Flow, places: slice = slice(None)) -> None:
+    """Flow of Concat: along its axis the inputs are a sum.
+
+    Args: places: of what is joined.
+    """
     shape = flow.out_shape()
     along = flow.node.attributes["axis"] % len(shape)
-    tensors = [flow.axes(place) for place in range(len(flow.node.inputs))]
-    out = flow.align(
-        [[flow.fresh(1) if i == along else axis for i, axis in enumerate(axes)] for axes in tensors], shape
-    )
+    tensors = [flow.axes(place) for place in range(len(flow.node.inputs))[places]]
+    rest = [[flow.fresh(1) if i == along else axis for i, axis in enumerate(axes)] for axes in tensors]
+    out = flow.align(rest, shape)
     out[along] = flow.total([axes[along] for axes in tensors])
     flow.give(0, out)
 
@@ -175,7 +179,7 @@ def scatter_nd(node: Node, x: Tensor, indices: Tensor, updates: Tensor) -> Tenso
     rows = torch.zeros_like(indices[..., 0])
     for size, index in zip(x.shape[:depth], indices.unbind(-1), strict=True):
         rows = rows * size + torch.where(index < 0, index + size, index)
-    alike = Node(**{**vars(node), "attributes": {**node.attributes, "axis": 0}})
+    alike = replace(node, attributes={**node.attributes, "axis": 0})
     wide = rows.reshape(-1, 1).expand(rows.numel(), inner)
     flat = x.reshape(math.prod(x.shape[:depth]), inner)
     return scatter_elements(alike, flat, wide, updates.reshape(rows.numel(), inner)).reshape(x.shape)
@@ -227,13 +231,6 @@ def trilu(node: Node, x: Tensor, diagonal: Tensor | None = None) -> Tensor:
     return torch.triu(x, at) if node.get("upper", 1) else torch.tril(x, at)
 
 
-def last_two_whole(flow: Flow) -> None:
-    """Flow of operators on matrices that are picked by place."""
-    axes = flow.axes(0)
-    flow.freeze(axes[-2:])
-    flow.give(0, axes)
-
-
 def nonzero(_: Node, x: Tensor) -> Tensor:
     """Places of what is not zero, an axis a row."""
     return torch.stack(torch.nonzero(x, as_tuple=True))
@@ -247,13 +244,6 @@ def reverse_sequence(node: Node, x: Tensor, lengths: Tensor) -> Tensor:
     places = places if time < batch else places.T
     shape = [size if axis in (time, batch) else 1 for axis, size in enumerate(x.shape)]
     return torch.gather(x, time, places.reshape(shape).expand(x.shape))
-
-
-def turned(flow: Flow) -> None:
-    """Flow of ReverseSequence: time and batch stay whole."""
-    axes = flow.axes(0)
-    flow.freeze([axes[flow.node.get("time_axis", 0)], axes[flow.node.get("batch_axis", 1)]])
-    flow.give(0, axes)
 
 
 def compress(node: Node, x: Tensor, condition: Tensor) -> Tensor:
@@ -280,8 +270,12 @@ ROWS = (
     Row("ScatterND", scatter_nd, scattered_nd),
     Row("TopK", top, topped, numbers=(1,)),
     Row("OneHot", one_hot, numbers_only, numbers=(1,)),
-    Row("Trilu", trilu, last_two_whole, numbers=(1,)),
+    Row("Trilu", trilu, whole_at(lambda *_: (-2, -1)), numbers=(1,)),
     Row("NonZero", nonzero, numbers_only),
-    Row("ReverseSequence", reverse_sequence, turned),
+    Row(
+        "ReverseSequence",
+        reverse_sequence,
+        whole_at(lambda node, _: (node.get("time_axis", 0), node.get("batch_axis", 1))),
+    ),
     Row("Compress", compress, refuse("Compress takes entries that only a run tells"), numbers=(1,)),
 )
