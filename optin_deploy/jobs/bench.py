@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from optin_deploy.checkpoint.config import longest_in
 from optin_deploy.common.environment import environment
 from optin_deploy.common.progress import Stage, silent_stage
+from optin_deploy.common.validation import read_stored
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import Exporter
@@ -31,11 +34,16 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.findings import Bench as StoredBench
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.structure.groups import Layout
 
 DEFAULT_SEQ = 128
 """Tokens where neither the user nor a plan says how many."""
+SCHEMA_VERSION = 2
+"""Version of measurements.json."""
+SAME = ("platform", "cpu_model", "cores_physical", "cores_logical", "cpus_available", "python", "versions")
+"""What must be the same of an environment for rows to stand in one file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +273,25 @@ def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
 
 
 def keep(folder: Path, measured: Sequence[Measurement]) -> None:
-    """Write measurements.json, raw samples and environment included."""
-    rows = [m.to_json() for m in measured]
-    write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
+    """Write measurements.json, raw samples and environment included; what was measured here in other cases stays."""
+    path, rows, here = folder / "measurements.json", [m.to_json() for m in measured], environment()
+    again = {_case(row) for row in rows}
+    older = [row for row in _measured_before(path, here) if _case(row) not in again]
+    write_json(path, {"schema_version": SCHEMA_VERSION, "latency": older + rows, "environment": here})
+
+
+def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was measured: a later row of the same case takes its place."""
+    return tuple(row.get(name) for name in ("engine", "precision", "batch", "seq_len", "threads"))
+
+
+def _measured_before(path: Path, here: Mapping[str, object]) -> list[dict[str, Any]]:
+    """The rows of an earlier measurements.json; none if it is damaged, or of another machine or other packages."""
+    try:
+        found = read_stored(StoredBench, path, "")
+    except BadInput:
+        return []
+    if found.schema_version != SCHEMA_VERSION or any(found.environment.get(name) != here[name] for name in SAME):
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_bytes())["latency"]
+    return rows
