@@ -38,7 +38,7 @@ STATE = "optin.json"
 """File in a model's folder that says which versions are served."""
 LOCK = ".optin.lock"
 SCHEMA_VERSION = 2
-"""From 2 on the file says what share of the traffic the last served version gets; before, its manifest did."""
+"""Since 2 the file says what share of the traffic the last served version gets; before, its manifest did."""
 HINT = "Make a repository with `optin ship DIR --server triton --out REPO`."
 
 
