@@ -10,6 +10,6 @@ publish() {
 publish first
 publish second --canary 10
 cp cluster/pictures.yaml pictures-canary.yaml
-publish second # without --canary all requests go to it; other settings make it a version of its own, the third
-# Name the version to go back to: the one before the third is the second, which is the same file with its tenth.
-optin ship --rollback --version 1 --out cluster --name pictures
+publish second # without --canary all requests go to it: it stays the second version, and its file is not published again
+cp cluster/pictures.yaml pictures-all.yaml
+optin ship --rollback --out cluster --name pictures # all requests go to the first again

@@ -12,6 +12,7 @@ import typer
 from optin_deploy.commands.options import Building, Engine, Folder, Measuring, Writing
 from optin_deploy.commands.parsing import echo, engine_options, refuse_idle, warn_of_disagreements, writing_to
 from optin_deploy.commands.values import options
+from optin_deploy.common.formatting import size
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.loadgen import HEADER, Load, compared_lines, run_rows
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
@@ -47,10 +48,11 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
     if built is None:
         typer.echo(f"would export {folder / 'model'} to engine {engine.engine}")
         return
-    for pair in built.pairs:
-        for artifact in pair.artifacts().values():
-            size = f"{artifact.size_bytes / 2**20:.1f} MiB"
-            typer.echo(f"{artifact.path}  {pair.precision}  {size}  sha256 {artifact.sha256[:12]}")
+    artifacts = [(each, pair.precision) for pair in built.pairs for each in pair.artifacts().values()]
+    told = [
+        f"{each.path}  {of_type}  {size(each.size_bytes)}  sha256 {each.sha256[:12]}" for each, of_type in artifacts
+    ]
+    echo([*dict.fromkeys(told)])  # an engine that runs the ONNX file builds no other
     if built.problem is not None and not building.prepare_only:
         raise built.problem
     if built.obstacle is not None:

@@ -136,8 +136,8 @@ def sweep(
     shares = parse_shares(flops)
     with writing_to(folder, writing):
         planner = planner_of(folder, making)
-        check_shares(planner, shares)
         if writing.dry_run:
+            shares = check_shares(planner, shares)
             typer.echo(f"would make and judge {len(shares)} models on {len(planner.prepared.ready.rows.held_out)} rows")
             return
         points = sweep_folder(planner, shares, compensation=making.compensation, stage=stage_bar)

@@ -11,6 +11,7 @@ import typer
 from optin_deploy.commands.options import DryRun, Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.commands.values import options
+from optin_deploy.common.formatting import size
 from optin_deploy.common.validation import UINT64, holds, positive_number, whole_number
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.files.ownership import free_name
@@ -280,7 +281,7 @@ def _say(served: Any, out: Path, did: str) -> None:
             str(each.version),
             each.role,
             each.file or "-",
-            f"{each.size_bytes / 2**20:.1f} MiB" if each.size_bytes else "-",
+            size(each.size_bytes) if each.size_bytes else "-",
             each.sha256.get(each.file, "-")[:12],
         )
         for each in served

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,10 @@ log = logging.getLogger(__name__)
 TEXT_EXTENSIONS = (".txt", ".jsonl", ".csv")
 MAX_ROWS = 10_000_000
 """Largest number of rows in a file: what a few GiB of memory hold."""
-_FORMATS = "a .txt, .jsonl or .csv file, or a folder of png, jpg, jpeg, bmp, webp, gif, tif or ppm images"
+_FORMATS = (
+    "a .txt, .jsonl or .csv file, .npz or .safetensors with every input of the network by its name, or a folder of "
+    "png, jpg, jpeg, bmp, webp, gif, tif or ppm images"
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,7 @@ def read_samples(
     """
     path = Path(path)
     check_pair_column(pair_column, text_column)
-    try:
-        check_name(path)
+    with _readable(path):
         if path.is_dir():
             mapped = mapped_photographs(path, judging=judging)
             samples = tuple(Sample(image=file, class_map=of_it, source=str(file)) for file, of_it in mapped) or tuple(
@@ -92,9 +95,6 @@ def read_samples(
             with path.open("rb") as stream:
                 rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column, pair_column)
                 samples = tuple(islice(rows, MAX_ROWS + 1))
-    except OSError as err:
-        where = path if err.filename is None else Path(err.filename)
-        raise BadInput(f"{where}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
     if len(samples) > MAX_ROWS:
         raise BadInput(
             f"{path}: more than {MAX_ROWS:,} rows. A few hundred samples are enough: cut a random part of them into a"
@@ -106,9 +106,38 @@ def read_samples(
     return samples
 
 
-def _check_file(path: Path) -> None:
+def check_start(path: Path, text_column: str, label_column: str, pair_column: str) -> None:
+    """Refuse a file that is absent, or a table whose first row lacks a column, before the long work.
+
+    Raises: BadInput.
+    """
+    with _readable(path):
+        _check_exists(path)
+        if path.suffix.lower() in TEXT_EXTENSIONS and path.is_file():
+            check_size(path)
+            with path.open("rb") as stream:
+                rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column, pair_column)
+                next(rows, None)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises: BadInput: the system does not let a file be read."""
+    try:
+        check_name(path)
+        yield
+    except OSError as err:
+        where = path if err.filename is None else Path(err.filename)
+        raise BadInput(f"{where}: cannot be read: {err.strerror or err}. Check the path and its permissions.") from err
+
+
+def _check_exists(path: Path) -> None:
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder. Possible: {_FORMATS}; check the path.")
+
+
+def _check_file(path: Path) -> None:
+    _check_exists(path)
     special = special_kind(path)
     if special is not None:
         raise BadInput(f"{path}: cannot read {special}. Write its data into a file. Possible: {_FORMATS}.")

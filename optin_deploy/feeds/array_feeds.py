@@ -19,8 +19,9 @@ from optin_deploy.files.opening import short
 
 log = logging.getLogger(__name__)
 
-LABELS = "labels"
-"""The array of the labels: (samples,) of classes or numbers, (samples, positions) of classes, or names of classes."""
+LABELS = ("labels", "label", "label_ids")
+"""Names of the labels beside inputs: (samples,) of classes or numbers, (samples, positions) of classes, or names of
+classes."""
 MOST_FILES = 100_000
 
 
@@ -51,7 +52,8 @@ def array_feeds(inputs: Takes, paths: Sequence[Path], origin: str) -> Feeds:
     """
     files = [open_arrays(path) for path in paths]
     check_total(files)
-    unused = sorted({name for file in files for name in file.headers} - {*inputs.ports, LABELS})
+    used = [{*inputs.ports, _label_name(inputs, file)} for file in files]
+    unused = sorted({name for file, names in zip(files, used, strict=True) for name in file.headers.keys() - names})
     batches: list[dict[str, Tensor]] = []
     labels: list[Label] = []
     for file in files:
@@ -64,8 +66,8 @@ def array_feeds(inputs: Takes, paths: Sequence[Path], origin: str) -> Feeds:
             )
         batches.append(batch)
         rows = len(batch[inputs.samples[0]])
-        given = LABELS in file.headers and LABELS not in inputs.ports
-        labels += (labels_of(file.read(LABELS), rows, f"{file.path}: {LABELS}") if given else None) or [None] * rows
+        name = _label_name(inputs, file)
+        labels += (None if name is None else labels_of(file.read(name), rows, f"{file.path}: {name}")) or [None] * rows
     if unused:
         log.warning("%s: not used, as they are no inputs of the network: %s", origin, short(", ".join(unused), 200))
     return Feeds(tuple(batches), tuple(labels), origin, inputs.shared)
@@ -78,6 +80,11 @@ def _check_missing(inputs: Takes, file: Arrays, unused: Sequence[str]) -> None:
         raise BadInput(
             f"{file.path}: it holds no {', '.join(missing)}. {inputs.source} takes {inputs}.{beside} {inputs.as_arrays}"
         )
+
+
+def _label_name(inputs: Takes, file: Arrays) -> str | None:
+    """The array of the labels, the first of LABELS that is there, if one is."""
+    return next((name for name in LABELS if name in file.headers and name not in inputs.ports), None)
 
 
 def _numbers(file: Arrays, name: str) -> Tensor:

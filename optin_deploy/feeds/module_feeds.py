@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.array_feeds import labels_of
+from optin_deploy.feeds.array_feeds import LABELS, labels_of
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.network.examples import Example
 
@@ -28,8 +28,6 @@ WHAT = (
     "A batch is a dict of tensors by the names of the forward's arguments, one row a sample, a tuple of them in that"
     " order, or (inputs, labels); give a list, a generator or a DataLoader of batches."
 )
-LABELS = ("labels", "label", "label_ids")
-"""Names under which labels stand beside inputs."""
 MOST_BATCHES = 2**20
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import Exporter
 from optin_deploy.files.names import DENSE, PRUNED
-from optin_deploy.files.storage import write_json
+from optin_deploy.files.storage import read_json, write_json
 from optin_deploy.jobs.origin import check_origin
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifact_inputs import Input, make_feeds, network_inputs, settled, with_sizes
@@ -31,11 +32,14 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.networks import find_in
+from optin_deploy.reporting.findings import Bench as StoredBench
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.structure.groups import Layout
 
 DEFAULT_SEQ = 128
 """Tokens where neither the user nor a plan says how many."""
+SAME = ("platform", "cpu_model", "cores_physical", "cores_logical", "cpus_available", "python", "versions")
+"""What must be the same of an environment for rows to stand in one file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +271,27 @@ def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
 
 
 def keep(folder: Path, measured: Sequence[Measurement]) -> None:
-    """Write measurements.json, raw samples and environment included."""
-    rows = [m.to_json() for m in measured]
-    write_json(folder / "measurements.json", {"schema_version": 2, "latency": rows, "environment": environment()})
+    """Write measurements.json, raw samples and environment included; what was measured here in other cases stays."""
+    path, rows, here = folder / "measurements.json", [m.to_json() for m in measured], environment()
+    again = {_case(row) for row in rows}
+    older = [row for row in _measured_before(path, here) if _case(row) not in again]
+    write_json(path, {"schema_version": StoredBench.schema_version, "latency": older + rows, "environment": here})
+
+
+def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was measured: a later row of the same case takes its place."""
+    return tuple(row.get(name) for name in ("engine", "precision", "batch", "seq_len", "threads"))
+
+
+def _measured_before(path: Path, here: Mapping[str, object]) -> list[dict[str, Any]]:
+    """The rows of an earlier measurements.json; none if it is damaged, or of another machine or other packages."""
+    try:
+        data = read_json(path, "", ours=True)
+        found = StoredBench.from_json(data)
+    except BadInput:
+        return []
+    if data["schema_version"] != StoredBench.schema_version:
+        return []
+    alike = all(found.environment.get(name) == here[name] for name in SAME)
+    rows: list[dict[str, Any]] = data["latency"]
+    return rows if alike else []

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from optin_deploy import __version__
+from optin_deploy.data.samples import check_start
 from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
 from optin_deploy.feeds.image_feeds import Pixels
 from optin_deploy.files.names import DENSE
@@ -45,6 +46,8 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
         as they are there, though that was done by other rows.
     Raises: BadInput and its kinds: see errors.py.
     """
+    for file in filter(None, (source.calibration, source.evaluation)):
+        check_start(Path(file), source.text_column, source.label_column, source.pair_column)
     dense = dense_of(source, home)
     network = dense.network
     probes = probes_of(network, given=Given(source.sizes, {}))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.validation import STORED, validated
@@ -32,6 +32,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the MACs, if nothing else is asked."""
 HEADER = ("flops", "kept", "parameters", "metric", "dense", "pruned", "drop")
 HINT = "It will be made again."
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -190,13 +191,13 @@ def sweep(
 ) -> list[Point]:
     """Make and judge a network at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
 
-    Without matplotlib there is no sweep.png, which is said.
-    Raises: BadInput, InfeasibleBudget.
+    A share that cannot be met is left out, with a warning. Without matplotlib there is no sweep.png, which is said.
+    Raises: BadInput. InfeasibleBudget: no share can be met.
     """
-    check_shares(planner, shares)
+    shares = check_shares(planner, shares)
     measure_curves(planner, stage)
     trials, root = Trials(planner, compensation, stage), planner.workspace.root
-    points = [trials.at(share) for share in shares]
+    points = feasible(shares, trials.at)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
     write_text(root / "sweep.csv", text.getvalue())
@@ -215,14 +216,34 @@ def measure_curves(planner: Planner, stage: Stage) -> None:
             curve_stage(planner.workspace, planner.prepared, progress=progress)
 
 
-def check_shares(planner: Planner, shares: Sequence[float]) -> None:
+def check_shares(planner: Planner, shares: Sequence[float]) -> tuple[float, ...]:
     """Refuse what is impossible before the long work.
 
-    Raises: BadInput, InfeasibleBudget.
+    Returns: the shares that may be met.
+    Raises: BadInput. InfeasibleBudget: none may.
     """
-    ready = planner.prepared.ready
+
+    def checked(share: float) -> float:
+        check(planner.prepared.ready, Limits(flops=share), planner.choice)
+        return share
+
+    return tuple(feasible(shares, checked))
+
+
+def feasible(shares: Sequence[float], made: Callable[[float], T]) -> list[T]:
+    """What is made at each share that can be met; of each other share a warning tells why it cannot.
+
+    Raises: InfeasibleBudget: of the last share, if none can be met.
+    """
+    found: list[T] = []
     for share in shares:
-        check(ready, Limits(flops=share), planner.choice)
+        try:
+            found.append(made(share))
+        except InfeasibleBudget as err:
+            if not found and share == shares[-1]:
+                raise
+            log.warning("--flops %g is left out: %s", share, err)
+    return found
 
 
 def parse_shares(text: str | None) -> tuple[float, ...]:

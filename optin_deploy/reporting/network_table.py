@@ -6,15 +6,14 @@ from collections import Counter
 from typing import Any
 
 from optin_deploy.common.formatting import si
+from optin_deploy.network.axes import size
 from optin_deploy.structure.groups import Layout
-from optin_deploy.structure.macs import macs, weight_entries
+from optin_deploy.structure.macs import batch_axes, macs, weight_entries
 from optin_deploy.structure.shares import shares
 
 HEADER = ("group: kind", "units", "width", "MACs", "weights")
 FROZEN_HEADER = ("why", "axes", "entries", "on weights such as")
 PROBLEM_HEADER = ("operator", "why", "nodes")
-FOLLOWS = "the shape of"
-"""So begins the reason of a node that reads what another one, not understood, gives."""
 SHARES_NOTE = "MACs, weights: what would go with all units of a group; what two groups lie on counts for both."
 
 
@@ -34,8 +33,8 @@ def group_rows(layout: Layout) -> list[tuple[str, ...]]:
 
 
 def frozen_rows(layout: Layout) -> list[tuple[str, ...]]:
-    """Rows of FROZEN_HEADER: one for each reason, the most frequent first."""
-    many = Counter(each.why for each in layout.frozen)
+    """Rows of FROZEN_HEADER: one for each reason of axes that stay whole, the most frequent first."""
+    many = Counter(each.why for each in layout.frozen if each.weights)
     rows: list[tuple[str, ...]] = []
     for why, count in many.most_common():
         these = [each for each in layout.frozen if each.why == why]
@@ -47,23 +46,20 @@ def frozen_rows(layout: Layout) -> list[tuple[str, ...]]:
 
 def problem_rows(layout: Layout) -> list[tuple[str, ...]]:
     """Rows of PROBLEM_HEADER: nodes that are not understood, without those that only lie behind them."""
-    nodes = layout.structure.network.nodes
-    found = Counter(
-        (nodes[index].op, why) for index, why in layout.structure.problems.items() if not why.startswith(FOLLOWS)
-    )
-    return [(op, why, f"{count:,}") for (op, why), count in found.most_common()]
+    return [(op, why, f"{count:,}") for (op, why), count in layout.structure.not_understood.most_common()]
 
 
 def summary(layout: Layout) -> tuple[str, str]:
-    """Two lines: what the whole network is and costs, and at which sizes that is counted."""
+    """Two lines: what the whole network is and costs, and at which sizes of one sample that is counted."""
     structure = layout.structure
+    one = dict.fromkeys(batch_axes(structure), 1)
     sizes = ", ".join(
-        f"{port.name} {'x'.join(map(str, structure.shapes.shape(port.name) or ()))}"
+        f"{port.name} {'x'.join(str(size(axis, one)) for axis in structure.axes[port.name])}"
         for port in structure.network.inputs
     )
     return (
         f"{structure.network.source}: {len(structure.network.nodes):,} nodes, {len(layout.groups):,} groups, "
-        f"{si(weight_entries(structure))} weights, {si(macs(structure))} MACs",
+        f"{si(weight_entries(structure))} weights, {si(macs(structure, one))} MACs a sample",
         f"MACs are counted for {sizes}.",
     )
 
@@ -85,5 +81,4 @@ def to_json(layout: Layout) -> dict[str, Any]:
         for group in layout.groups
     ]
     frozen = [{"why": each.why, "units": each.units, "weights": list(each.weights)} for each in layout.frozen]
-    problems = [{"why": f"{op}: {why}", "units": 0, "weights": []} for op, why, _ in problem_rows(layout)]
-    return {"groups": groups, "frozen": [*frozen, *problems]}
+    return {"groups": groups, "frozen": frozen}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from optin_deploy.common.formatting import BYTES, COUNTS, pair
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import point_name
 from optin_deploy.measuring.state import told_of
@@ -78,15 +79,12 @@ def _figures(metric: Metric, dense: float, pruned: float) -> str:
 def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
     """Rows (what, dense, pruned, ratio) of the size table."""
     sizes = [
-        ("parameters", report.params["dense"], report.params["pruned"], 1e6, "M"),
-        ("MACs a sample", report.macs["dense"], report.macs["pruned"], 1e9, "G"),
+        ("parameters", report.params["dense"], report.params["pruned"], COUNTS),
+        ("MACs a sample", report.macs["dense"], report.macs["pruned"], COUNTS),
     ]
     if "dense" in report.size_bytes:
-        sizes.append(("file", report.size_bytes["dense"], report.size_bytes["pruned"], 2**20, "MiB"))
-    return [
-        (name, f"{dense / unit:.2f} {suffix}", f"{pruned / unit:.2f} {suffix}", f"{pruned / dense:.1%}")
-        for name, dense, pruned, unit, suffix in sizes
-    ]
+        sizes.append(("file", report.size_bytes["dense"], report.size_bytes["pruned"], BYTES))
+    return [(name, *pair(dense, pruned, units), f"{pruned / dense:.1%}") for name, dense, pruned, units in sizes]
 
 
 def _named(latency: Sequence[Measurement]) -> list[tuple[str, Measurement]]:

@@ -48,7 +48,7 @@ def stage_bar(title: str) -> Iterator[Progress]:
     )
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.file.isatty():  # FORCE_COLOR makes rich take a log for a terminal
         typer.echo(f"{title} ...", err=True)
         yield lambda done, total: None
         return
@@ -76,6 +76,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
 
     Args: units: of all groups, by name, as far as they are known. table: False: only the shares.
     """
+    from optin_deploy.common.formatting import si
     from optin_deploy.planning.plan import told_merges
     from optin_deploy.structure.kept import HEADER, kept_lines, kept_of, kept_rows
 
@@ -83,7 +84,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
     if cost is not None:
         shapes = ", ".join(f"{name} {shape}" for name, shape in cost.inputs.items())
         typer.echo(
-            f"keeps {cost.macs_pruned / max(1, cost.macs_dense):.1%} of {cost.macs_dense / 1e9:.3f} GMACs at {shapes}, "
+            f"keeps {cost.macs_pruned / max(1, cost.macs_dense):.1%} of {si(cost.macs_dense)} MACs at {shapes}, "
             f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
         )
     if any(plan.merges):
@@ -150,4 +151,4 @@ def output_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
+    return console if console.file.isatty() else Console(width=LOG_WIDTH)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from optin_deploy.common.stored import Stored
@@ -88,7 +88,8 @@ class ServingOptions:
     storage_uri: str | None = None
     """Address at which KServe finds the repository, e.g. `s3://bucket/repository` or `pvc://claim/repository`."""
     canary: int | None = None
-    """Percent of KServe's traffic that goes to a new version; None: all."""
+    """Percent of KServe's traffic that goes to the version; None: all. It may change while the version stays: what it
+    is now, the repository says."""
 
     def __post_init__(self) -> None:
         counts = {"--max-batch": self.max_batch, "--instances": self.instances}
@@ -102,8 +103,7 @@ class ServingOptions:
             raise BadInput(f"preferred batches {list(self.preferred)}: possible are 1 to --max-batch {self.max_batch}")
         if self.too_long not in ("truncate", "refuse"):
             raise BadInput(f"--too-long {self.too_long!r}: possible are truncate, refuse")
-        if self.canary is not None and not 0 <= self.canary <= 100:
-            raise BadInput(f"--canary {self.canary}: possible are 0 to 100 percent")
+        check_canary(self.canary)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,25 @@ class Manifest(Stored):
     def same_tensors(self) -> tuple[object, ...]:
         """What clients depend on: equal for versions that may take each other's place."""
         return (self.inputs, self.outputs)
+
+
+def with_canary(manifest: Manifest, percent: int | None) -> Manifest:
+    """The same version with another share of the traffic."""
+    return replace(manifest, options=replace(manifest.options, canary=percent))
+
+
+def same_version(one: Manifest, other: Manifest) -> bool:
+    """Are these one version, whatever share of the traffic it gets?"""
+    return with_canary(one, None) == with_canary(other, None)
+
+
+def check_canary(percent: int | None) -> None:
+    """Refuse what is no share of the traffic.
+
+    Raises: BadInput.
+    """
+    if percent is not None and not 0 <= percent <= 100:
+        raise BadInput(f"--canary {percent}: possible are 0 to 100 percent")
 
 
 def check_name(name: str) -> str:

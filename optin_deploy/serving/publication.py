@@ -17,7 +17,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.serving.base import Rows, Server
-from optin_deploy.serving.manifest import Manifest
+from optin_deploy.serving.manifest import Manifest, same_version, with_canary
 from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import STATE, Contents, Repository, Version, stage_version, state_of
 from optin_deploy.serving.shipments import SAMPLES
@@ -141,7 +141,7 @@ def _numbered(repository: Repository, order: Order, models: Sequence[Version]) -
     for manifest, contents in models:
         served = _same_as_served(repository, manifest) if order.version is None or manifest.role != "pruned" else None
         if served is not None:
-            found.append((served, contents))
+            found.append((with_canary(served, manifest.options.canary), contents))
             continue
         beside = next((each.version for each, _ in found if each.name == manifest.name), None)
         taken = number + 1 if beside == number else number
@@ -158,7 +158,7 @@ def _same_as_served(repository: Repository, manifest: Manifest) -> Manifest | No
         return None
     for each in served:
         made_from = {**manifest.made_from, **{k: v for k, v in each.made_from.items() if k == "beside"}}
-        if replace(manifest, version=each.version, made_from=made_from) == each:
+        if same_version(replace(manifest, version=each.version, made_from=made_from), each):
             return each
     return None
 

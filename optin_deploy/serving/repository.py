@@ -20,12 +20,25 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.locking import opened
 from optin_deploy.files.ownership import RECORD
 from optin_deploy.files.storage import sha256_file
-from optin_deploy.serving.manifest import FILE, FOLDER, Manifest, check_files, check_name, check_version, read_manifest
+from optin_deploy.serving.manifest import (
+    FILE,
+    FOLDER,
+    Manifest,
+    check_canary,
+    check_files,
+    check_name,
+    check_version,
+    read_manifest,
+    same_version,
+    with_canary,
+)
 from optin_deploy.serving.staging import Staging
 
 STATE = "optin.json"
 """File in a model's folder that says which versions are served."""
 LOCK = ".optin.lock"
+AS_PUBLISHED = 0
+"""The share of the traffic is what the version's manifest says, as in files of schema_version 1."""
 HINT = "Make a repository with `optin ship DIR --server triton --out REPO`."
 
 
@@ -33,12 +46,18 @@ HINT = "Make a repository with `optin ship DIR --server triton --out REPO`."
 class State(Stored):
     """Which versions of a model are served."""
 
+    schema_version = 2
+    older = (1,)
     hint = HINT
 
     server: str
     served: tuple[int, ...]
+    canary: int | None = AS_PUBLISHED
+    """Percent of KServe's traffic that goes to the last of them; None: all."""
 
     def __post_init__(self) -> None:
+        if self.canary != AS_PUBLISHED:
+            check_canary(self.canary)
         if not 1 <= len(self.served) <= 2 or len(set(self.served)) != len(self.served):
             raise BadInput(f"{len(self.served)} served versions; possible are one, or two different ones side by side")
         for version in self.served:
@@ -129,8 +148,10 @@ class Repository:
         return read_manifest(self.folder(name, version), name, version)
 
     def served(self, name: str) -> tuple[Manifest, ...]:
-        """The manifests of the served versions."""
-        return tuple(self.manifest(name, version) for version in self.state(name).served)
+        """The manifests of the served versions, with the share of the traffic that they get now."""
+        state = self.state(name)
+        found = tuple(self.manifest(name, version) for version in state.served)
+        return found if state.canary == AS_PUBLISHED else tuple(with_canary(each, state.canary) for each in found)
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """Every number that is taken in a model's folder, also by what `optin ship` did not publish."""
@@ -167,7 +188,7 @@ class Repository:
             check_files(self.folder(manifest.name, manifest.version), found)
         except BadInput:
             return False
-        return found == manifest
+        return same_version(found, manifest)
 
 
 def hashes(contents: Contents) -> dict[str, str]:
@@ -189,4 +210,4 @@ def stage_version(staging: Staging, folder: Path, manifest: Manifest, contents: 
 
 def state_of(server: str, served: Sequence[Manifest]) -> State:
     """State in which these versions are served."""
-    return State(server, tuple(manifest.version for manifest in served))
+    return State(server, tuple(manifest.version for manifest in served), served[-1].options.canary)

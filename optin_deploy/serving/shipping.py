@@ -7,7 +7,7 @@ from pathlib import Path
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.workspace import is_job
 from optin_deploy.serving import server
-from optin_deploy.serving.manifest import Manifest, check_files
+from optin_deploy.serving.manifest import Manifest, check_files, with_canary
 from optin_deploy.serving.order import Order
 from optin_deploy.serving.publication import Publication, files_of, publication, published, write
 from optin_deploy.serving.repository import Repository
@@ -18,7 +18,7 @@ def ship_folder(folder: Path, order: Order, *, dry_run: bool = False) -> tuple[t
     """Publish what lies in an output folder: all of it, or nothing.
 
     Args: dry_run: everything is checked, and nothing written.
-    Returns: the versions that are served, and whether any of them is new.
+    Returns: the versions that are served, and whether any of them is new or gets another share of the traffic.
     Raises: BadInput: something that the server would not serve, files that are not ours where ours are to be, or a
         version that exists already and is another one.
     """
@@ -31,11 +31,11 @@ def ship_folder(folder: Path, order: Order, *, dry_run: bool = False) -> tuple[t
     with repository.locked():
         wanted = publication(repository, target, order, models)  # another one may have published meanwhile
         write(repository, wanted)
-    return wanted.manifests, bool(wanted.new)
+    return wanted.manifests, bool(wanted.new or wanted.files)
 
 
 def roll_back(out: Path, name: str, version: int | None = None, *, dry_run: bool = False) -> tuple[Manifest, ...]:
-    """Serve an older version again: the one before, or the one that is named. Nothing is deleted.
+    """Serve an older version to all again: the one before, or the one that is named. Nothing is deleted.
 
     Returns: the versions that are served now.
     Raises: BadInput: there is none, or its files are not those that were published.
@@ -73,9 +73,12 @@ def _older(repository: Repository, name: str, version: int | None) -> Publicatio
         if number < now.version and repository.manifest(name, number).role == now.role
     ]
     if version is None and not older:
-        raise BadInput(f"{name} has no version before {now.version}. Name one with --version.")
+        raise BadInput(
+            f"{name} has no version before {now.version}: nothing older is published. Published are "
+            f"{', '.join(map(str, repository.versions(name)))}; name one with --version."
+        )
     chosen = repository.manifest(name, older[-1] if version is None else version)
-    served = _with_beside(repository, chosen)
+    served = tuple(with_canary(each, None) for each in _with_beside(repository, chosen))
     for manifest in served:
         check_files(repository.folder(name, manifest.version), manifest)
     versions = [(manifest, published(repository, manifest)) for manifest in served]

@@ -121,4 +121,5 @@ def layout_of(structure: Structure) -> Layout:
     groups.sort(key=lambda group: group.depth)
     names = group_names(structure, groups)
     named = tuple(replace(group, name=name) for group, name in zip(groups, names, strict=True))
+    frozen += [Frozen((), 0, f"{op}: {why}") for (op, why), _ in structure.not_understood.most_common()]
     return Layout(structure, named, tuple(frozen))

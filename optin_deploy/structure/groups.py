@@ -51,11 +51,14 @@ class UnitGroup:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Units that stay whole, though weights hold them and a contraction consumes them."""
+    """Units that stay whole, though weights hold them and a contraction consumes them; or what is not understood."""
 
     weights: tuple[str, ...]
+    """Weights that hold them; none where an operator is not understood."""
     units: int
+    """0 where an operator is not understood."""
     why: str
+    """The reason, behind the name of an operator that is not understood."""
 
 
 @dataclass(frozen=True, eq=False)

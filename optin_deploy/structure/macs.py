@@ -12,6 +12,12 @@ Way = tuple[object, ...] | Axis | int
 """How an axis is cut, as something to compare by."""
 
 
+def batch_axes(structure: Structure) -> list[Axis]:
+    """Return the free first axes of inputs, which hold the samples; with a size of 1 for them `macs` counts one."""
+    firsts = ((port, structure.axes[port.name]) for port in structure.network.inputs)
+    return [axes[0].root for port, axes in firsts if axes and (port.shape is None or isinstance(port.shape[0], str))]
+
+
 def macs(structure: Structure, sizes: Mapping[Axis, int] | None = None) -> int:
     """Return the multiply-accumulates of the probe's inputs when leaves have these sizes; the others keep theirs."""
     sizes = sizes or {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.shapes import Shapes
+
+FOLLOWS = "the shape of"
+"""So begins the reason of a node that reads what another one, not understood, gives."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,9 @@ class Structure:
     labels: list[tuple[Axis, str]] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
     """Nodes by index that were not understood, with the reason; what they touch is frozen."""
+
+    @property
+    def not_understood(self) -> Counter[tuple[str, str]]:
+        """How many nodes of an operator are not understood for a reason, without those that only lie behind others."""
+        nodes = self.network.nodes
+        return Counter((nodes[index].op, why) for index, why in self.problems.items() if not why.startswith(FOLLOWS))

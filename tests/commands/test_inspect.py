@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as Photo
 
 import optin_deploy
+from optin_deploy.common.formatting import si
 from optin_deploy.errors import BadInput
 from optin_deploy.reporting import network_picture
 from optin_deploy.reporting.network_picture import blocks_of, draw, joined
@@ -62,6 +63,14 @@ def test_json_is_all_that_stdout_gets(shell: Shell, text: Path) -> None:
     assert 0 < heads["weights"] < 1
     assert {group["kind"] for group in found["groups"]} <= set(KINDS)
     assert all(each["why"] and each["weights"] for each in found["frozen"])
+
+
+def test_macs_are_those_of_one_sample_at_the_sizes_that_are_named(shell: Shell, tmp_path: Path) -> None:
+    path = tower(tmp_path / "tower.onnx", layers=3)  # matrices of 8 x 16, 16 x 16 and 16 x 8, the last twice as wide
+    said = shell("optin", "inspect", path).out
+    macs = sum(8 * inner + inner * 16 + 16 * 8 for inner in (16, 16, 32))
+    assert f"{si(macs)} MACs a sample" in said
+    assert "MACs are counted for x 1x8." in said
 
 
 def test_tables_say_what_can_be_cut_and_what_stays_whole_and_why(shell: Shell, text: Path) -> None:
@@ -207,3 +216,5 @@ def test_an_operator_that_is_not_known_is_a_reason(shell: Shell, tmp_path: Path)
     assert "own.Mystery is not known" in ran.out
     frozen = json.loads(shell("optin", "inspect", path, "--json").out)["frozen"]
     assert "Mystery: the operator own.Mystery is not known" in [each["why"] for each in frozen]
+    assert [each["why"] for each in frozen] == [each.why for each in optin_deploy.inspect(path).frozen]
+    assert "Mystery" not in ran.out[ran.out.index("What stays whole") : ran.out.index("What is not understood")]

@@ -29,6 +29,8 @@ from optin_deploy.feeds.preprocessor import check_tokenizer
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.feeds.text_feeds import encoded
 from optin_deploy.files import opening as data_files
+from optin_deploy.jobs import prepared
+from optin_deploy.pruning.source import Source
 from support.tiny_files import processor, save_image, write
 from support.tiny_ports import TEXT as BERT_INPUTS
 from support.tiny_ports import image_rows, text_rows
@@ -540,3 +542,26 @@ def test_a_tokenizer_without_its_vocabulary_files_is_refused(words: int, vocab_s
 def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_numbers() -> None:
     with pytest.raises(BadInput, match=r"needs 204 embeddings, but config\.vocab_size is 203.*saved"):
         check_tokenizer(make_tokenizer(200), SimpleNamespace(vocab_size=203))
+
+
+@pytest.mark.parametrize(
+    ("field", "rows", "says"),
+    [
+        ("calibration", None, "no such file or folder. Possible: .*npz"),
+        ("calibration", "id,body\n1,a\n", "no column 'text'. The columns are 'id, body'"),
+        ("evaluation", "text,topic\na,b\n", "no column 'team'"),
+    ],
+)
+def test_files_are_looked_at_before_the_model_is_loaded(
+    field: str, rows: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(prepared, "dense_of", never)
+    path = tmp_path / "rows.csv"
+    if rows is not None:
+        path.write_text(rows)
+    columns = {"label_column": "team"} if field == "evaluation" else {}
+    with pytest.raises(BadInput, match=says):
+        prepared.prepare(Source("nowhere", **{field: str(path)}, **columns))

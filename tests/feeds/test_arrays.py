@@ -72,6 +72,21 @@ def in_order(feeds: Feeds, name: str, wanted: Array) -> list[int]:
     return [int((wanted == row).reshape(len(wanted), -1).all(1).nonzero()[0][0]) for row in together(feeds, name)]
 
 
+@pytest.mark.parametrize("name", ["labels", "label", "label_ids"])
+def test_labels_have_the_names_that_they_have_beside_modules(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = fed(one(), stored(tmp_path / "data.npz", **{"x": X, name: np.arange(ROWS)})).calibration
+    assert set(found.labels) == set(range(ROWS))
+    assert caplog.text == ""
+
+
+def test_of_two_arrays_of_labels_the_second_is_told_as_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = stored(tmp_path / "data.npz", x=X, label=np.arange(ROWS) + 100, labels=np.arange(ROWS))
+    assert max(fed(one(), path).calibration.labels) == ROWS - 1  # type: ignore[type-var]
+    assert "not used, as they are no inputs of the network: 'label'" in caplog.text
+
+
 @pytest.mark.parametrize("ending", [".npz", ".safetensors"])
 def test_rows_are_read_by_name_with_their_labels(tmp_path: Path, ending: str) -> None:
     path = stored(tmp_path / f"data{ending}", attention_mask=MASK, input_ids=IDS, labels=np.arange(ROWS))

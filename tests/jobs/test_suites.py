@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.bench import Bench
+from optin_deploy.jobs.bench import Bench, keep
 from optin_deploy.jobs.suites import MOST_CASES, read_suite
+from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import latency_rows
 from support.made_timings import MEASURED
@@ -89,3 +90,25 @@ def test_a_case_that_is_not_built_is_refused_before_anything_is_measured(
     assert ran.code == 2
     assert "model.fp16.onnx does not exist" in ran.err or "dense.fp16.onnx does not exist" in ran.err
     assert not (finished / "measurements.json").exists()
+
+
+def test_rows_of_other_cases_stay_and_those_of_the_same_case_are_replaced(tmp_path: Path) -> None:
+    def kept(*measured: Measurement) -> list[tuple[str, str, int, int, float]]:
+        keep(tmp_path, measured)
+        rows = json.loads((tmp_path / "measurements.json").read_text())["latency"]
+        return [(row["engine"], row["precision"], row["batch"], row["threads"], row["ideal"]) for row in rows]
+
+    first, other = ("onnx", "fp32", 3, 2, 2.0), ("openvino", "fp32", 3, 2, 2.0)
+    assert kept(MEASURED) == [first]
+    assert kept(replace(MEASURED, engine="openvino")) == [first, other]
+    assert kept(replace(MEASURED, ideal=1.5)) == [other, (*first[:4], 1.5)]
+    more = (replace(MEASURED, precision="fp16"), replace(MEASURED, batch=8), replace(MEASURED, threads=1))
+    assert len(kept(*more)) == 5
+    assert len(kept(*more)) == 5
+    path = tmp_path / "measurements.json"
+    stored = json.loads(path.read_text())
+    for changed in ({"cpu_model": "another"}, {"versions": {"onnxruntime": "0"}}):
+        path.write_text(json.dumps({**stored, "environment": {**stored["environment"], **changed}}))
+        assert kept(MEASURED) == [first]
+    path.write_text("{")
+    assert kept(MEASURED) == [first]

@@ -353,7 +353,7 @@ def test_impossible_wishes_are_refused(shell: Shell, folder: Path, options: tupl
 
 
 def test_a_sweep_refuses_impossible_shares_before_any_work(shell: Shell, folder: Path) -> None:
-    for shares, says in (("0.5,0", "--flops 0.0"), ("0.5,0.0001", "--flops"), ("x", "commas")):
+    for shares, says in (("0.5,0", "--flops 0.0"), ("0.0002,0.0001", "--flops 0.0001"), ("x", "commas")):
         ran = shell("optin", "sweep", folder, "--flops", shares)
         assert ran.code == 2
         assert says in ran.err
@@ -364,7 +364,25 @@ def test_a_share_that_leaves_no_unit_of_an_encoder_is_refused_before_any_work() 
     prepared = prepare(Source(str(bert()), calibration=str(lines()), seq_len=SEQ_LEN))
     planner = Planner(Workspace(Path("nowhere")), prepared, Choice(align=8, allocation="curves"))
     with pytest.raises(InfeasibleBudget, match=r"--flops 0\.001: with the fewest units of heads, .* are left\. Use --"):
-        check_shares(planner, (0.5, 0.001))
+        check_shares(planner, (0.0005, 0.001))
+
+
+def test_a_sweep_goes_on_without_shares_that_cannot_be_met(
+    shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command, real = ("optin", "sweep", folder, "--align", 8), module.Trials._made
+
+    def late(self: object, flops: float) -> Point:  # known only when the plan is made
+        if flops == 0.8:
+            raise InfeasibleBudget("made up")
+        return real(self, flops)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module.Trials, "_made", late)
+    ran = shell(*command, "--flops", "0.0001,0.9,0.8,0.5")
+    assert ran.code == 0
+    assert [row["flops"] for row in rows_of(folder)] == ["0.9", "0.5"]
+    assert caplog.text.count("--flops 0.0001 is left out: ") == 1
+    assert "--flops 0.8 is left out: made up" in caplog.text
 
 
 def test_eval_labels_must_be_the_models(shell: Shell, folder: Path, tmp_path: Path) -> None:

@@ -235,11 +235,11 @@ def test_triton_canary_publishes_and_goes_back(examples: Path) -> None:
     assert "max_batch_size: 16" in config
     run(folder, "./canary.sh")
     out, found = folder / "out", []
-    for path in (out / "pictures-canary.yaml", out / "cluster/pictures.yaml"):
+    for path in (out / "pictures-canary.yaml", out / "pictures-all.yaml", out / "cluster/pictures.yaml"):
         service = yaml.safe_load(path.read_text())
         version = service["metadata"]["annotations"]["optin-deploy/version"]
         found.append((version, service["spec"]["predictor"].get("canaryTrafficPercent")))
-    assert found == [("2", 10), ("1", None)]
+    assert found == [("2", 10), ("2", None), ("1", None)]
 
 
 def test_the_notebook_is_committed_with_its_outputs_and_names_no_machine() -> None:

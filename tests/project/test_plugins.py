@@ -13,13 +13,6 @@ import pytest
 
 from support.project import ROOT
 
-SERVER = """
-from optin_deploy.serving.kserve import KServe
-
-
-class MyServer(KServe):
-    name = "my-server"
-"""
 TRY = """
 import onnx
 from onnx import TensorProto, helper
@@ -68,7 +61,7 @@ def package(tmp_path: Path) -> Path:
     (declared,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     sections = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", declared).replace('"', "")
     taken = "\n[optin_deploy.engines]\nonnx = my_package.engine:MyExporter\n"
-    files = {"operators.py": code[0], "engine.py": code[1], "server.py": SERVER, "__init__.py": ""}
+    files = {"operators.py": code[0], "engine.py": code[1], "server.py": code[2], "__init__.py": ""}
     (tmp_path / "my_package").mkdir()
     for name, content in files.items():
         (tmp_path / "my_package" / name).write_text(content)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from optin_deploy.common.formatting import BYTES, COUNTS, pair
 from optin_deploy.quality.quality import Quality, correlation
 from optin_deploy.reporting.report import Report, latency_rows, quality_lines, summary_rows, to_markdown
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_of, kept_rows
@@ -204,6 +205,11 @@ def test_the_tables_by_hand() -> None:
         ("MACs a sample", "2.00 G", "1.00 G", "50.0%"),
         ("file", "4.00 MiB", "3.00 MiB", "75.0%"),
     ]
+    small = replace(REPORT, macs={**REPORT.macs, "dense": 16_781_824, "pruned": 990_000}, size_bytes={})
+    assert summary_rows(small)[1] == ("MACs a sample", "16.78 M", "0.99 M", "5.9%")
+    assert pair(40_900, 1_000, BYTES) == ("39.94 KiB", "0.98 KiB")
+    assert pair(1_430_000_000, 99_000_000, COUNTS) == ("1430.00 M", "99.00 M")
+    assert pair(3, 0, COUNTS) == ("3.00", "0.00")
     ((point, *figures),) = latency_rows([MEASURED])
     assert re.findall(r"\d+", point) == ["3", "16"]
     assert figures == ["6.00 / 7.70", "4.00 / 4.00", "500 -> 750", "1.50x [1.50, 1.50]", "67% of 2.00x"]

@@ -350,6 +350,43 @@ def test_kserve_gets_a_service_that_names_the_repository(job: Path, repo: Path) 
         ship_folder(job, order(repo, server="kserve", name="other"))
 
 
+def test_a_canary_that_gets_all_of_the_traffic_stays_the_version_it_is(job: Path, repo: Path) -> None:
+    def shipped(canary: int | None, **settings: Any) -> bool:
+        options = ServingOptions(storage_uri="s3://bucket/repo", canary=canary)
+        return ship_folder(job, order(repo, server="kserve", options=options, **settings))[1]
+
+    def now() -> tuple[str, int | None]:
+        service = yaml.safe_load((repo / "tiny.yaml").read_text())
+        version = service["metadata"]["annotations"]["optin-deploy/version"]
+        return version, service["spec"]["predictor"].get("canaryTrafficPercent")
+
+    assert shipped(None)
+    changed(job)
+    assert shipped(10)
+    published_manifest = (repo / "tiny/2/optin/manifest.json").read_bytes()
+    for canary, number in ((50, None), (20, 2), (None, None)):
+        assert shipped(canary, version=number)
+        assert now() == ("2", canary)
+        assert not shipped(canary)
+    assert Repository(repo).versions("tiny") == (1, 2)
+    assert (repo / "tiny/2/optin/manifest.json").read_bytes() == published_manifest
+    shipped(10)
+    roll_back(repo, "tiny")
+    assert now() == ("1", None)
+    roll_back(repo, "tiny", 2)
+    assert now() == ("2", None)
+
+
+def test_a_repository_of_the_version_before_keeps_the_canary_of_its_manifest(job: Path, repo: Path) -> None:
+    options = ServingOptions(storage_uri="s3://bucket/repo", canary=10)
+    ship_folder(job, order(repo, server="kserve", options=options))
+    state = json.loads((repo / "tiny/optin.json").read_text())
+    del state["canary"]
+    (repo / "tiny/optin.json").write_text(json.dumps({**state, "schema_version": 1}))
+    ship_folder(job, order(repo, server="kserve", name="other", options=replace(options, canary=None)))
+    assert yaml.safe_load((repo / "tiny.yaml").read_text())["spec"]["predictor"]["canaryTrafficPercent"] == 10
+
+
 @pytest.mark.parametrize("name", ["", "..", "../out", "a/b", "/tmp/x", "a b", ".hidden", "x" * 64, "a\0b", "-x", "ü"])
 def test_hostile_names_write_nothing(job: Path, tmp_path: Path, name: str) -> None:
     before = sorted(map(str, tmp_path.rglob("*")))
