@@ -229,15 +229,16 @@ def _no_column(column: str, row: Mapping[str, object], source: str, flag: str) -
 
 def _label(value: object, source: str) -> str | int | tuple[str | int, ...] | None:
     if isinstance(value, list):  # of a row with several labels, or none
-        found = [_label(each, source) for each in value]
-        return tuple(each for each in found if isinstance(each, str | int))
+        found = tuple(_label(each, source) for each in value if not isinstance(each, list))
+        if len(found) == len(value) and None not in found:
+            return found  # type: ignore[return-value]  # each is a class
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, float) and math.isnan(value):
         return None  # as tables write an absent value into JSON
     if (value is not None and not isinstance(value, str | int | float)) or value in (math.inf, -math.inf):
         raise BadInput(
-            f"{source}: the label {short(value)} is neither text nor a number. Write one class, or a list of them."
+            f"{source}: the label {short(value)} is neither text nor a number. Write one class a row, or a list."
         )
     text = "" if value is None else str(value).strip()
     whole = re.fullmatch(r"(-?(?:0|[1-9][0-9]{0,17}))(?:\.0)?", text)

@@ -59,7 +59,7 @@ class Prompts:
     usual: str = ""
     query: str = ""
     document: str = ""
-    """Of texts that are searched."""
+    """What is put before texts that are searched."""
 
 
 NONE = Prompts()

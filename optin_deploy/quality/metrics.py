@@ -46,4 +46,4 @@ METRICS = {
     "same_answer": Metric("Same answer as dense", labelled=False),
     "correlation_with_dense": Metric("Correlation with the dense predictions", labelled=False),
 }
-"""By the names that reports hold. A new metric is a row here and what computes it beside this file."""
+"""Metrics by the names that reports hold. A new one is a row here and what computes it beside this file."""

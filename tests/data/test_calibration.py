@@ -165,7 +165,7 @@ REFUSED_FILES: dict[str, tuple[str, str | bytes, list[str]]] = {
     "no_text_column_csv": ("a.csv", "body,id\nx,1\n", [":2:", "'text'", "body, id", "--text-column"]),
     "text_is_a_number": ("a.jsonl", '{"text": 12}\n', [":1:", "12, not a string", "quotes"]),
     "text_is_a_lone_surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', [":1:", "not valid Unicode", "delete that row"]),
-    "label_is_a_list": ("a.jsonl", '{"text": "x", "label": [1]}\n', [":1:", "label [1]", "one class a row"]),
+    "label_is_a_list": ("a.jsonl", '{"text": "x", "label": [[1]]}\n', [":1:", "label [[1]]", "one class a row"]),
     "too_many_fields": ("a.csv", "text,label\na,b,1\n", [":2:", "3 fields", "text, label", "double quotes"]),
     "open_quote": ("a.csv", 'text\nx\n"never closed\n', [":3:", "not CSV", "double each quote"]),
     "latin_1": ("a.txt", "gut\nschön\n".encode("latin-1"), [":2:", "not UTF-8", "0xf6", "position 4", "iconv"]),

@@ -274,10 +274,11 @@ def test_texts_that_only_sentence_transformers_lower_cases_are_refused(tmp_path:
 def test_a_folders_own_prompt_stands_before_each_text(tmp_path: Path) -> None:
     folder = sentence_model(tmp_path / "model", max_seq_length=14)
     about = {"prompts": {"usual": "the old song: "}, "default_prompt_name": "usual"}
-    plain, prompted = (prepared_of(each) for each in (folder, changed(folder, ABOUT, about)))
+    plain = prepared_of(folder)
+    after = prepared_of(changed(folder, ABOUT, about))
     tokens = transformers.AutoTokenizer.from_pretrained(folder)("the old song: ")["input_ids"][1:-1]
-    assert prompted.dense.seq_len(None) == 14
-    for batch in prompted.ready.rows.calibration.batches:
+    assert after.dense.seq_len(None) == 14
+    for batch in after.ready.rows.calibration.batches:
         assert all(row[1 : 1 + len(tokens)].tolist() == tokens for row in batch["input_ids"])
     rows = [row[1 : 1 + len(tokens)].tolist() for b in plain.ready.rows.calibration.batches for row in b["input_ids"]]
     assert tokens not in rows
