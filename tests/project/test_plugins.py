@@ -15,8 +15,10 @@ from support.project import ROOT
 
 TRY = """
 import onnx
+import transformers
 from onnx import TensorProto, helper
 from optin_deploy import inspect
+from optin_deploy.checkpoint.tasks import infer_task
 from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.serving import server
 
@@ -34,6 +36,7 @@ opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my.domain", 1)]
 onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), "own.onnx")
 print([(group.kind, group.units) for group in inspect("own.onnx").groups])
 print(exporter("my-engine").engine, server("my-server").name, ENGINES["onnx"])
+print(infer_task(transformers.PretrainedConfig(architectures=["BertForMyTask"])).name)
 """
 NETWORK = """
 import numpy as np
@@ -61,7 +64,7 @@ def package(tmp_path: Path) -> Path:
     (declared,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     sections = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", declared).replace('"', "")
     taken = "\n[optin_deploy.engines]\nonnx = my_package.engine:MyExporter\n"
-    files = {"operators.py": code[0], "engine.py": code[1], "server.py": code[2], "__init__.py": ""}
+    files = {"operators.py": code[0], "engine.py": code[1], "server.py": code[2], "tasks.py": code[3], "__init__.py": ""}
     (tmp_path / "my_package").mkdir()
     for name, content in files.items():
         (tmp_path / "my_package" / name).write_text(content)
@@ -85,6 +88,7 @@ def test_rows_of_another_package_are_in_the_tables(package: Path) -> None:
     assert done.stdout.splitlines() == [
         "[('neurons', 8)]",
         "my-engine my-server optin_deploy.exporters.to_onnx:OnnxExporter",
+        "my-task",
     ]
     assert "my-package declares 'onnx' in optin_deploy.engines, which is taken" in done.stderr
 
