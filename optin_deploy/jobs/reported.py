@@ -44,7 +44,7 @@ def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
                 readout: Readout = reading.read(values, mask if mask is not None and mask.dim() == 2 else None)
                 yield readout
 
-    return ready.judge.of(readouts(held_out))
+    return ready.judge.compare(readouts(held_out))
 
 
 def report_of(

@@ -145,7 +145,7 @@ class Ready:
     def quality_of(self, smaller: Network) -> Quality:
         """What a cut network is worth on the rows that judge."""
         assert self.rows.held_out is not None, "asked for a judge before"
-        return self.judge.of(readouts(Program(smaller), self.subject.reading, self.rows.held_out))
+        return self.judge.compare(readouts(Program(smaller), self.subject.reading, self.rows.held_out))
 
 
 def sizes_of(found: Found, rows: Feeds) -> dict[Axis, int]:

@@ -29,7 +29,7 @@ class AnswerJudge:
         self._impossible = any(label is not None and not label.texts for label in self._known)
         self._dense = self._found(dense)
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return F1 and exact match of both networks, or without answers the share of the rows with the same one."""
         found = self._found(cut)
         judged = [place for place, label in enumerate(self._known) if label is not None]

@@ -24,7 +24,7 @@ class Judge(Protocol):
 
     rows: Feeds
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return what fits the output, of both networks."""
 
 

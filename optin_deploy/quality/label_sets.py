@@ -45,7 +45,7 @@ class LabelSetJudge:
                     "network's."
                 )
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return micro F1 of both networks and the share of the rows whose labels are all right, or without labels the
         share of the rows with the same ones."""
         found = self._found(cut)

@@ -79,7 +79,7 @@ class NetworkJudge:
             shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(self._first.classes)]
             check_order(wanted[wanted != UNKNOWN].numpy(), given[wanted != UNKNOWN].numpy(), shown, rows.origin)
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
         rows, dense = len(self.rows), self._dense
         notes = [self._note(readout) for readout in cut]

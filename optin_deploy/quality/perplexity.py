@@ -28,7 +28,7 @@ class PerplexityJudge:
         self.rows, self._ids, self._masked = rows, ids, masked
         self._dense = self._found(dense)
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return the perplexity of both networks."""
         (before, right), (after, still) = self._dense, self._found(cut)
         if not self._masked:

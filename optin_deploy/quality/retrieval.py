@@ -54,7 +54,7 @@ class RetrievalJudge:
             )
         self._dense = self._vectors(dense)
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return recall@10 of both networks, or where there are only scores of pairs Spearman's correlation."""
         found = self._vectors(cut)
         cosine = {"cosine_to_dense": (1.0, float((self._dense * found).sum(1).mean()))}

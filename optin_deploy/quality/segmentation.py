@@ -52,7 +52,7 @@ class SegmentationJudge:
                 "preprocessor_config.json."
             )
 
-    def of(self, cut: Iterable[Readout]) -> Quality:
+    def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return mean IoU of both networks, and beside it the share of the pixels that are right."""
         found = self._confusion(cut)
         right = {"pixel_accuracy": (accuracy(self._dense), accuracy(found))}

@@ -128,7 +128,7 @@ def _with_classifier(ready: Ready, smaller: Network, tuning: Tuning, scratch: Pa
     judge = NetworkJudge(readouts(Program(dense), logits, held_out), held_out, names=names, strict=ready.strict)
 
     def worth(network: Network) -> Quality:
-        return judge.of(readouts(Program(network), Reading(network.outputs[0].name, "logits"), held_out))
+        return judge.compare(readouts(Program(network), Reading(network.outputs[0].name, "logits"), held_out))
 
     head = fitted(Program(smaller), reading, rows, classes, len(names))
     student = Student(smaller, ready.subject.program, reading, tuning.distill)

@@ -68,8 +68,8 @@ def test_scores_and_quality_are_of_the_first_token_where_the_folder_pools_by_it(
             states[:, 1:] *= others
             yield ready.subject.reading.read({ready.subject.reading.output: states}, valid_of(rows))
 
-    assert ready.judge.of(readouts(-1, 1)).pruned == pytest.approx(-1)
-    assert ready.judge.of(readouts(1, -1)).pruned == pytest.approx(1)
+    assert ready.judge.compare(readouts(-1, 1)).pruned == pytest.approx(-1)
+    assert ready.judge.compare(readouts(1, -1)).pruned == pytest.approx(1)
 
 
 @pytest.mark.parametrize("pooling", ["mean", {"pooling_mode": "mean"}, {}])

@@ -53,8 +53,8 @@ def read_by(kind: Kind, values: Tensor, feeds: Feeds) -> list[Readout]:
 
 def judged(kind: Kind, dense: Tensor, cut: Tensor, feeds: Feeds, **options: object) -> Quality:
     judge = judge_of(read_by(kind, dense, feeds), Reading("y", kind), feeds, **options)  # type: ignore[arg-type]
-    assert judge.of(read_by(kind, dense, feeds)).drop == pytest.approx(0, abs=1e-4)
-    return judge.of(read_by(kind, cut, feeds))
+    assert judge.compare(read_by(kind, dense, feeds)).drop == pytest.approx(0, abs=1e-4)
+    return judge.compare(read_by(kind, cut, feeds))
 
 
 @pytest.mark.parametrize("kind", ["logits", "probabilities"])
@@ -208,7 +208,7 @@ def test_a_network_is_run_on_its_own_inputs_with_what_tells_padding() -> None:
     mean = (table[IDS] * RIGHT.unsqueeze(-1)).sum(1)
     assert torch.allclose(torch.cat([r.values for r in found])[:, 0], torch.nn.functional.normalize(mean, dim=-1))
     judge = NetworkJudge(found, feeds)
-    assert judge.of(readouts(Program(network), reading, feeds)).pruned == pytest.approx(1)
+    assert judge.compare(readouts(Program(network), reading, feeds)).pruned == pytest.approx(1)
 
 
 def test_ids_that_a_file_hands_through_are_not_what_is_compared() -> None:

@@ -343,7 +343,7 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     reading = Reading("logits", "logits")
     read = [reading.read({"logits": part}) for part in (logits[:2], logits[2:])]
     judge = SegmentationJudge(read, feeds)
-    quality = judge.of(read)
+    quality = judge.compare(read)
     wanted, given = (
         np.concatenate([x.flatten() for x in some])
         for some in ([one.read().numpy() for one in maps], [one.numpy() for one in found])
@@ -358,7 +358,7 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     assert quality.metric == "mean_iou"
     assert quality.dense == quality.pruned == pytest.approx(np.mean(each))
     assert quality.beside["pixel_accuracy"] == (pytest.approx(np.mean(wanted == given)),) * 2
-    other = judge.of([reading.read({"logits": part}) for part in (logits[:2].roll(1, 1), logits[2:])])
+    other = judge.compare([reading.read({"logits": part}) for part in (logits[:2].roll(1, 1), logits[2:])])
     assert other.pruned < quality.pruned
 
 

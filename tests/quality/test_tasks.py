@@ -51,14 +51,14 @@ def test_sets_of_labels_are_judged_as_scikit_learn_does() -> None:
     names = tuple("abcdef")
     labels: list[Label] = [tuple(names[i] for i in range(6) if row[i]) for row in wanted]
     reading, feeds = Reading("y", "multi-label"), rows(labels)
-    found = judge_of(read({"y": dense}, reading), reading, feeds, names=names, strict=True).of(
+    found = judge_of(read({"y": dense}, reading), reading, feeds, names=names, strict=True).compare(
         read({"y": cut}, reading)
     )
     assert found.metric == "micro_f1"
     expected = [f1_score(wanted, each > 0, average="micro") for each in (dense, cut)]
     assert [found.dense, found.pruned] == pytest.approx(expected)
     assert found.beside["subset_accuracy"] == pytest.approx([accuracy_score(wanted, each > 0) for each in (dense, cut)])
-    alone = judge_of(read({"y": dense}, reading), reading, rows([None] * 40)).of(read({"y": cut}, reading))
+    alone = judge_of(read({"y": dense}, reading), reading, rows([None] * 40)).compare(read({"y": cut}, reading))
     assert (alone.metric, alone.pruned) == ("same_prediction", pytest.approx(accuracy_score(dense > 0, cut > 0)))
 
 
@@ -124,7 +124,7 @@ def test_entities_of_words_are_judged_where_their_first_tokens_are() -> None:
     cut = logits.clone()
     cut[:5, 0] = cut[:5, 0].roll(1, -1)
     reading, feeds = Reading("y", "logits"), rows(labels)
-    found = judge_of(read({"y": logits}, reading), reading, feeds, names=names).of(read({"y": cut}, reading))
+    found = judge_of(read({"y": logits}, reading), reading, feeds, names=names).compare(read({"y": cut}, reading))
     assert (found.metric, found.dense) == ("entity_f1", 1.0)
     assert found.beside["accuracy_per_token"] == (1.0, pytest.approx(25 / 30))
     told = [[names[t] for i, t in enumerate(row) if i != 2] for row in (cut.argmax(-1)).tolist()]
@@ -170,10 +170,10 @@ def test_answers_of_both_networks_are_judged() -> None:
     dense = {name: torch.nn.functional.one_hot(each, 4).float() for name, each in (("s", starts), ("e", ends))}
     cut = {"s": dense["s"], "e": torch.nn.functional.one_hot(torch.tensor([2, 3, 1] * 4), 4).float()}
     reading, feeds = Reading("s", "span", ends="e"), rows(labels)
-    found = judge_of(read(dense, reading), reading, feeds).of(read(cut, reading))
+    found = judge_of(read(dense, reading), reading, feeds).compare(read(cut, reading))
     assert (found.metric, found.dense, found.beside["exact_match"]) == ("answer_f1", 1.0, (1.0, pytest.approx(2 / 3)))
     assert found.pruned == pytest.approx((1 + 1 + 2 / 3) / 3)
-    alone = judge_of(read(dense, reading), reading, rows([None] * 12)).of(read(cut, reading))
+    alone = judge_of(read(dense, reading), reading, rows([None] * 12)).compare(read(cut, reading))
     assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
 
 
@@ -186,7 +186,7 @@ def test_masked_words_are_judged_by_the_loss_of_transformers() -> None:
     wanted[:, 1] = torch.arange(20) % 9
     wanted[::2, 3] = 5
     reading, feeds = Reading("y", "logits"), rows(list(wanted))
-    found = judge_of(read({"y": logits}, reading), reading, feeds, metric="pseudo_perplexity").of(
+    found = judge_of(read({"y": logits}, reading), reading, feeds, metric="pseudo_perplexity").compare(
         read({"y": cut}, reading)
     )
     for told, values in ((found.dense, logits), (found.pruned, cut)):
@@ -211,7 +211,7 @@ def test_searches_are_judged_as_by_hand() -> None:
     order = torch.randperm(60, generator=torch.Generator().manual_seed(2))  # rows are sorted by length in earnest
     reading, feeds = Reading("y", "embedding"), rows([labels[i] for i in order])
     judge = judge_of(read({"y": vectors[order]}, reading), reading, feeds)
-    found = judge.of(read({"y": cut[order]}, reading))
+    found = judge.compare(read({"y": cut[order]}, reading))
     assert (found.metric, found.samples) == ("recall_at_10", 20)
     candidates = [i for i in range(60) if i % 3 != 0]
     for place, each in enumerate((vectors, cut)):
@@ -234,7 +234,7 @@ def test_a_text_does_not_find_itself_and_equal_vectors_find_nothing() -> None:
     labels: list[Label] = [Role(i, ((i + 1) % 30,), candidate=True) for i in range(30)]
     reading = Reading("y", "embedding")
     judge = judge_of(read({"y": drawn(30, 4)}, reading), reading, rows(labels))
-    found = judge.of(read({"y": torch.ones(30, 4)}, reading))
+    found = judge.compare(read({"y": torch.ones(30, 4)}, reading))
     assert (found.pruned, found.beside["mrr"][1]) == (0.0, pytest.approx(1 / 29))
 
 
@@ -252,7 +252,7 @@ KINDS: list[tuple[Kind, Label]] = [("logits", Role(0, (1,))), ("logits", Answers
 def test_labels_of_another_task_are_left_out_or_refused(kind: Kind, label: Label) -> None:
     reading = Reading("y", kind)
     feeds, dense = rows([label] * 12), read({"y": drawn(12, 3)}, reading)
-    assert judge_of(dense, reading, feeds).of(dense).metric in ("same_prediction", "relative_error")
+    assert judge_of(dense, reading, feeds).compare(dense).metric in ("same_prediction", "relative_error")
     if kind == "logits":
         with pytest.raises(BadInput, match="Correct the labels, or leave out all of them"):
             judge_of(dense, reading, feeds, strict=True)
