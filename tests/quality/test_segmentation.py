@@ -374,7 +374,7 @@ def test_a_rare_class_that_is_found_can_be_measured(tmp_path: Path) -> None:
     logits[0, 1, 0, :8] = 1  # as many pixels wrong as right: no more of them than if none were found
     read = Reading("logits", "logits").read({"logits": logits})
     feeds = Feeds(({"x": torch.zeros(1)},), (ClassMap(painted(tmp_path / "a.png", values)),), "here")
-    assert SegmentationJudge([read], feeds).of([read]).dense == pytest.approx((4 / 8 + 248 / 252) / 2)
+    assert SegmentationJudge([read], feeds).compare([read]).dense == pytest.approx((4 / 8 + 248 / 252) / 2)
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
