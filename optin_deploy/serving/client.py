@@ -6,6 +6,7 @@ import http.client
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -195,8 +196,6 @@ def _path(name: str, version: str) -> str:
 
 
 def _tritonclient(protocol: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(f"tritonclient.{protocol}")
     except ImportError as err:  # tritonclient raises its own where a protocol's packages are missing
