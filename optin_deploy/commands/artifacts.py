@@ -162,7 +162,7 @@ def bench(
 
 def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides, *, dry_run: bool) -> None:
     from optin_deploy.jobs.bench import bench_folder
-    from optin_deploy.jobs.suites import bench_suite, read_suite
+    from optin_deploy.jobs.suites import read_suite
 
     suite, operators = besides.suite, besides.operators
     if operators and (bench.engine != "onnx" or suite is not None):
@@ -173,7 +173,7 @@ def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides,
         refuse_idle(
             ctx, "engine", "precision", "at", "threads", "memory", why=f"{suite} says what is measured, and how"
         )
-        measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
+        measured = bench_folder(folder, *read_suite(suite).benches(), dry_run=dry_run, stage=stage_bar)
     else:
         bench = replace(bench, memory=besides.memory, device_time=besides.device_time)
         measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)

@@ -163,18 +163,18 @@ class Case:
 
 
 def bench_folder(
-    folder: Path, bench: Bench, *, dry_run: bool = False, stage: Stage = silent_stage
+    folder: Path, *benches: Bench, dry_run: bool = False, stage: Stage = silent_stage
 ) -> list[Measurement]:
-    """Measure the artifacts in an output folder; raw samples go to measurements.json.
+    """Measure the artifacts in an output folder in every case; measurements.json grows with each, by raw samples too.
 
     Args: dry_run: only check that it could be done.
-    Raises: BadInput: an artifact is missing.
+    Raises: BadInput: an artifact is missing, or a case is impossible; before anything is measured.
     """
-    case = checked(folder, bench)
-    if dry_run:
-        return []
-    measured = bench_rows(case, stage=stage)
-    keep(folder, measured)
+    cases = [checked(folder, bench) for bench in benches]
+    measured: list[Measurement] = []
+    for case in cases if not dry_run else ():
+        measured += bench_rows(case, stage=stage)
+        keep(folder, measured)
     return measured
 
 

@@ -42,11 +42,10 @@ class KServe(Triton):
         require("yaml")
         import yaml
 
-        roles = ("pruned", "dense")
         return {
             f"{name}.yaml": yaml.safe_dump(service_of(served[-1]), sort_keys=False)
             for name, served in models.items()
-            if served[-1].role in roles
+            if served[-1].role in ("pruned", "dense")
         }
 
 

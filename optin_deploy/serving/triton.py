@@ -74,7 +74,8 @@ def config_of(served: Sequence[Manifest], warmup: Rows) -> str:
     if last.role == "text":
         message |= {"platform": "ensemble", "ensemble_scheduling": {"step": _steps(last)}}
     elif last.role == "tokenizer":
-        message |= {"backend": "python", "instance_group": [_instances(last)], "parameters": _tokenizing(last)}
+        cut = {"longest": last.options.longest, "too_long": last.options.too_long}
+        message |= {"backend": "python", "instance_group": [_instances(last)], "parameters": _parameters(cut)}
     else:
         message |= _running(last, warmup, joined)
     return "\n".join(lines(message)) + "\n"
@@ -136,10 +137,6 @@ def _warmups(manifest: Manifest, rows: Rows, joined: bool) -> list[Message]:
     }
     sizes = sorted({1, *(manifest.options.preferred[-1:] or (manifest.options.max_batch,))})
     return [{"name": f"recorded rows, batch {size}", "batch_size": size, "inputs": entries(inputs)} for size in sizes]
-
-
-def _tokenizing(manifest: Manifest) -> list[Message]:
-    return _parameters({"longest": manifest.options.longest, "too_long": manifest.options.too_long})
 
 
 def _steps(manifest: Manifest) -> list[Message]:
