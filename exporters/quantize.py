@@ -95,7 +95,8 @@ def _quantize(source: Path, out: Path, feeds: Sequence[Feeds]) -> None:
 
 def _fragile(proto: Any, readers: Mapping[str, Sequence[str]], feed: Feeds) -> list[str]:
     """Names of the products that stay in float, so that all others together stay under NOISE_LIMIT."""
-    free = {port.name for port in proto.graph.input if port.type.tensor_type.shape.dim[:1] and not _rows(port)}
+    sizes = {port.name: port.type.tensor_type.shape.dim for port in proto.graph.input}
+    free = {name for name, axes in sizes.items() if axes and not axes[0].dim_value}
     few = {name: values[:ROWS] if name in free else values for name, values in feed.items()}
     kept_noise, fragile = 0.0, list[str]()
     for tensor, noise in sorted(_damage(proto, readers, few).items(), key=lambda item: item[1]):
@@ -103,12 +104,6 @@ def _fragile(proto: Any, readers: Mapping[str, Sequence[str]], feed: Feeds) -> l
         if not kept_noise <= NOISE_LIMIT:
             fragile += readers[tensor]
     return fragile
-
-
-def _rows(port: Any) -> int:
-    """Size of the first axis of an input; 0: it is free."""
-    size: int = port.type.tensor_type.shape.dim[0].dim_value
-    return size
 
 
 def _readers(graph: Any) -> dict[str, list[str]]:

@@ -77,10 +77,8 @@ def _rows(prepared: Prepared, threads: int) -> Iterator[Row]:
             for at in POINTS:
                 point = parse_point(at)
                 feeds = inputs.feeds(point)
-                with stage_bar(f"{share:g} at {at}"):
-                    timing = time_pair(
-                        engine, shaped, bare, feeds, at=(point.batch, point.seq), opening=Opening("fp32", threads)
-                    )
+                first, second = (Opening(engine, path, "fp32", threads) for path in (shaped, bare))
+                timing = time_pair(first, second, feeds, title=f"{share:g} at {at}", stage=stage_bar)
                 verdict = judge(timing, Limit("max_ratio", 1.0))
                 yield Row(
                     share=share,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import onnx
 import onnx_ir as ir
 
 from optin_deploy.errors import BadInput
-from optin_deploy.exporters.passes.schemas import signature, subgraphs
+from optin_deploy.exporters.passes.schemas import signature
 from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import FOREIGN, normalise, reason
+from optin_deploy.network.read_torch import quiet
 
 
 def raised(network: Network, opset: int, precision: str) -> Network:
@@ -25,7 +23,7 @@ def raised(network: Network, opset: int, precision: str) -> Network:
     if now >= opset:
         return network
     model = network.model.clone()
-    differs = next((node for node in _nodes(model.graph) if not _same(node, now, opset)), None)
+    differs = next((node for node in model.graph.all_nodes() if not _same(node, now, opset)), None)
     if differs is None:
         model.graph.opset_imports[""] = opset
         return Network(model, network.source)
@@ -50,20 +48,8 @@ def _refusal(network: Network, node: ir.Node, versions: tuple[int, int], precisi
 def _convert(model: ir.Model, opset: int) -> None:
     from onnxscript.version_converter import ConvertVersionPass
 
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what it cannot convert is told by the version that it leaves
-    try:
+    with quiet():  # what it cannot convert is told by the version that it leaves
         ConvertVersionPass(opset, fallback=True)(model)
-    finally:
-        logger.setLevel(level)
-
-
-def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in graph:
-        yield node
-        for inner in subgraphs(node):
-            yield from _nodes(inner)
 
 
 def _same(node: ir.Node, now: int, opset: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.measuring.loadgen import HEADER, Load, compared_lines, run_rows
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
 
-LOADGEN = "MLCommons LoadGen"
+of_loadgen = partial(typer.Option, rich_help_panel="MLCommons LoadGen")
 BUILD_EXAMPLES = """
 Examples:
 
@@ -105,29 +106,18 @@ class Protocol:
     """Who says how it is measured."""
 
     protocol: Annotated[
-        str,
-        typer.Option(
-            help="interleaved (our own, with confidence intervals) or mlperf (LoadGen's scenarios).",
-            rich_help_panel=LOADGEN,
-        ),
+        str, of_loadgen(help="interleaved (our own, with confidence intervals) or mlperf (LoadGen's scenarios).")
     ] = "interleaved"
-    scenario: Annotated[
-        str | None,
-        typer.Option(help="single-stream, offline or server. [default: single-stream]", rich_help_panel=LOADGEN),
-    ] = None
+    scenario: Annotated[str | None, of_loadgen(help="single-stream, offline or server. [default: single-stream]")] = (
+        None
+    )
     seconds: Annotated[
         float | None,
-        typer.Option(
-            help="Least duration of each of the four runs; MLPerf's own rules ask for 600. [default: 10]",
-            rich_help_panel=LOADGEN,
-        ),
+        of_loadgen(help="Least duration of each of the four runs; MLPerf's own rules ask for 600. [default: 10]"),
     ] = None
-    qps: Annotated[
-        float | None, typer.Option(help="Server: queries a second, Poisson arrivals.", rich_help_panel=LOADGEN)
-    ] = None
+    qps: Annotated[float | None, of_loadgen(help="Server: queries a second, Poisson arrivals.")] = None
     target_latency: Annotated[
-        float | None,
-        typer.Option(help="Server: milliseconds that 99% of the queries must keep.", rich_help_panel=LOADGEN),
+        float | None, of_loadgen(help="Server: milliseconds that 99% of the queries must keep.")
     ] = None
 
     def load(self) -> Load | None:
@@ -172,7 +162,7 @@ def bench(
 
 def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides, *, dry_run: bool) -> None:
     from optin_deploy.jobs.bench import bench_folder
-    from optin_deploy.jobs.suites import bench_suite, read_suite
+    from optin_deploy.jobs.suites import read_suite
 
     suite, operators = besides.suite, besides.operators
     if operators and (bench.engine != "onnx" or suite is not None):
@@ -183,7 +173,7 @@ def _interleaved(ctx: typer.Context, folder: Path, bench: Any, besides: Besides,
         refuse_idle(
             ctx, "engine", "precision", "at", "threads", "memory", why=f"{suite} says what is measured, and how"
         )
-        measured = bench_suite(folder, read_suite(suite), dry_run=dry_run, stage=stage_bar)
+        measured = bench_folder(folder, *read_suite(suite).benches(), dry_run=dry_run, stage=stage_bar)
     else:
         bench = replace(bench, memory=besides.memory, device_time=besides.device_time)
         measured = bench_folder(folder, bench, dry_run=dry_run, stage=stage_bar)

@@ -12,7 +12,7 @@ import typer
 from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.options import Writing
 from optin_deploy.commands.parsing import echo
-from optin_deploy.commands.source import NETWORK, Shape, Units, kinds_of, sizes_of
+from optin_deploy.commands.source import Shape, Units, kinds_of, of_network, sizes_of
 from optin_deploy.commands.values import options
 from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import si, size
@@ -37,13 +37,10 @@ class PlanOfNetwork:
     """How a plan is made without data."""
 
     magnitude: Annotated[
-        bool,
-        typer.Option(
-            "--magnitude", help="Score units by the norms of their weights; no data.", rich_help_panel=NETWORK
-        ),
+        bool, of_network("--magnitude", help="Score units by the norms of their weights; no data.")
     ] = False
     units: Units = None
-    out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="File.", rich_help_panel=NETWORK)] = None
+    out: Annotated[Path | None, of_network(metavar="PLAN.json", help="File.")] = None
     shape: Shape = None
 
 
@@ -51,8 +48,8 @@ class PlanOfNetwork:
 class CutOfNetwork:
     """How an ONNX file is cut."""
 
-    plan: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="What stays.", rich_help_panel=NETWORK)] = None
-    out: Annotated[Path | None, typer.Option(metavar="SMALLER.onnx", help="File.", rich_help_panel=NETWORK)] = None
+    plan: Annotated[Path | None, of_network(metavar="PLAN.json", help="What stays.")] = None
+    out: Annotated[Path | None, of_network(metavar="SMALLER.onnx", help="File.")] = None
     shape: Shape = None
 
 

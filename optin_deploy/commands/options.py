@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,11 @@ from optin_deploy.measuring.points import Point, parse_points
 from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
 from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
+of_budget = partial(typer.Option, rich_help_panel="Budget: all that is given must hold")
+in_time = partial(typer.Option, rich_help_panel="Budget in time")
+of_scoring = partial(typer.Option, rich_help_panel="Scoring")
+of_tensorrt = partial(typer.Option, rich_help_panel="TensorRT")
+"""Options in the panels of `--help`."""
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model, or an .onnx file.")
 ]
@@ -41,11 +47,10 @@ EngineAlign = Annotated[
 ]
 ProfileSizes = Annotated[
     list[str] | None,
-    typer.Option(
+    of_tensorrt(
         "--profile",
         metavar="SIZES",
         help="min, opt and max sizes of the engine: batch=1,8,32 seq=16,128,512 (the default); repeatable.",
-        rich_help_panel="TensorRT",
     ),
 ]
 OfEngine = Annotated[
@@ -54,8 +59,6 @@ OfEngine = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 Threads = Annotated[int, typer.Option(help="Threads of the engine; 0 = its default.")]
-BUDGET, TIME, SCORING = "Budget: all that is given must hold", "Budget in time", "Scoring"
-TENSORRT, MANY = "TensorRT", "Many processes"
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,15 @@ class Budget:
 
     flops: Annotated[
         float | None,
-        typer.Option(
-            help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]",
-            rich_help_panel=BUDGET,
-        ),
+        of_budget(help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]"),
     ] = None
-    params: Annotated[
-        float | None, typer.Option(help="Share of the dense parameters to keep, in (0, 1].", rich_help_panel=BUDGET)
-    ] = None
-    size: Annotated[
-        str | None,
-        typer.Option(help="Most that all weights may take in float32, e.g. 60MiB.", rich_help_panel=BUDGET),
-    ] = None
+    params: Annotated[float | None, of_budget(help="Share of the dense parameters to keep, in (0, 1].")] = None
+    size: Annotated[str | None, of_budget(help="Most that all weights may take in float32, e.g. 60MiB.")] = None
     max_drop: Annotated[
         float | None,
-        typer.Option(
+        of_budget(
             help="Points of the metric that may be lost: the smallest such model is found by bisection. Instead of a "
-            "budget.",
-            rich_help_panel=BUDGET,
+            "budget."
         ),
     ] = None
 
@@ -112,21 +106,13 @@ class Budget:
 class BudgetInTime(Budget):
     """The same, and a budget in measured time."""
 
-    latency: Annotated[
-        str | None,
-        typer.Option(help="Longest time of a batch at the first --at, measured: 4.0ms.", rich_help_panel=TIME),
-    ] = None
-    speedup: Annotated[
-        float | None, typer.Option(help="How much faster than the dense model at the first --at.", rich_help_panel=TIME)
-    ] = None
-    throughput: Annotated[
-        float | None, typer.Option(help="Least samples a second at the first --at.", rich_help_panel=TIME)
-    ] = None
+    latency: Annotated[str | None, in_time(help="Longest time of a batch at the first --at, measured: 4.0ms.")] = None
+    speedup: Annotated[float | None, in_time(help="How much faster than the dense model at the first --at.")] = None
+    throughput: Annotated[float | None, in_time(help="Least samples a second at the first --at.")] = None
     latency_table: Annotated[
         Path | None,
-        typer.Option(
-            help="Written by optin profile for this model and engine. [default: measured, kept in the output folder]",
-            rich_help_panel=TIME,
+        in_time(
+            help="Written by optin profile for this model and engine. [default: measured, kept in the output folder]"
         ),
     ] = None
 
@@ -176,36 +162,28 @@ class Making:
 class Scoring:
     """How units are scored."""
 
-    scorer: Annotated[
-        str, typer.Option(help="sketch (fast) or exact (one partial forward a unit).", rich_help_panel=SCORING)
-    ] = ScoreSettings.scorer
+    scorer: Annotated[str, of_scoring(help="sketch (fast) or exact (one partial forward a unit).")] = (
+        ScoreSettings.scorer
+    )
     paper: Annotated[
         bool,
-        typer.Option(
+        of_scoring(
             "--paper",
             help="With --scorer exact: FFN outputs of 768 tokens drawn across each batch, as in the authors' code.",
-            rich_help_panel=SCORING,
         ),
     ] = False
     weighting: Annotated[
         str,
-        typer.Option(
-            help="paper (all later layers add up), normalised (their mean) or output (only the model's output).",
-            rich_help_panel=SCORING,
+        of_scoring(
+            help="paper (all later layers add up), normalised (their mean) or output (only the model's output)."
         ),
     ] = ScoreSettings.weighting
     kl_weight: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Weight of the output term. [default: a tenth of the trajectory term]", rich_help_panel=SCORING
-        ),
+        float | None, of_scoring(min=0, help="Weight of the output term. [default: a tenth of the trajectory term]")
     ] = None
     memory_budget: Annotated[
         str | None,
-        typer.Option(
-            help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]",
-            rich_help_panel=SCORING,
-        ),
+        of_scoring(help="Memory that scoring may take beyond the model, e.g. 2GiB. [default: most of what is free]"),
     ] = None
 
     def settings(self) -> ScoreSettings:
@@ -260,25 +238,15 @@ class Building:
         Job.dense
     )
     profile: ProfileSizes = None
-    workspace: Annotated[
-        str | None, typer.Option(help="Scratch memory of kernels, e.g. 4GiB.", rich_help_panel=TENSORRT)
-    ] = None
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(help="File of measured kernel times, reused by later builds.", rich_help_panel=TENSORRT),
-    ] = None
+    workspace: Annotated[str | None, of_tensorrt(help="Scratch memory of kernels, e.g. 4GiB.")] = None
+    timing_cache: Annotated[Path | None, of_tensorrt(help="File of measured kernel times, reused by later builds.")] = (
+        None
+    )
     compatible: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="version (loads in later ones) or hardware (any GPU from Ampere on).", rich_help_panel=TENSORRT
-        ),
+        list[str] | None, of_tensorrt(help="version (loads in later ones) or hardware (any GPU from Ampere on).")
     ] = None
     weights: Annotated[
-        str | None,
-        typer.Option(
-            help="fixed, refittable, or stripped (put in from the ONNX at load). [default: fixed]",
-            rich_help_panel=TENSORRT,
-        ),
+        str | None, of_tensorrt(help="fixed, refittable, or stripped (put in from the ONNX at load). [default: fixed]")
     ] = None
     engine_option: OfEngine = None
     prepare_only: Annotated[

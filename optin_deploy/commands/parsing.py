@@ -111,11 +111,6 @@ def warn_of_disagreements(folder: Path) -> None:
         warn(problem)
 
 
-def judged_by(source: Any, evaluation: Path | None) -> Any:
-    """The same source, judged by the rows of `--eval`."""
-    return source if evaluation is None else replace(source, evaluation=str(evaluation.absolute()))
-
-
 def warn_if_bundled(calibration: Path | None) -> None:
     """The bundled set is for trying things out."""
     if calibration is None:

@@ -5,6 +5,7 @@ Of the output folder of a job, or, with --magnitude or an ONNX file, of any netw
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.networks import CutOfNetwork, PlanOfNetwork, plan_network, rewrite_network
 from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing
-from optin_deploy.commands.parsing import echo, given, judged_by, refuse_idle, writing_to
+from optin_deploy.commands.parsing import echo, given, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
@@ -95,8 +96,10 @@ def planner_of(folder: Path, making: Making, limits: Any = None) -> Any:
 
     workspace = Workspace(folder)
     workspace.read_scores()
-    prepared = prepare(judged_by(workspace.source(), making.evaluation), folder)
-    source, asked = prepared.source, align_of(making.align)
+    source, asked = workspace.source(), align_of(making.align)
+    if making.evaluation is not None:
+        source = replace(source, evaluation=str(making.evaluation.absolute()))
+    prepared = prepare(source, folder)
     drops = making.drop_tokens or (source.drop_tokens and (making.tokens is not None or TOKENS in source.units))
     usual = Choice(source.units, align=ExporterDefaults.align, allocation=making.allocation, drops=drops)
     ready = prepared.ready

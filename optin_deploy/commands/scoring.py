@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optin_deploy.commands.options import MANY, SCORING, Model, Scoring, Writing
+from optin_deploy.commands.options import Model, Scoring, Writing, of_scoring
 from optin_deploy.commands.parsing import check_columns, echo, refuse_idle, warn_if_bundled
 from optin_deploy.commands.source import AllRows
 from optin_deploy.commands.values import options
@@ -21,6 +22,7 @@ from optin_deploy.planning.budget import Limits
 from optin_deploy.reporting.terminal import stage_bar
 from optin_deploy.scoring.settings import Features, ScoreSettings
 
+of_many = partial(typer.Option, rich_help_panel="Many processes")
 SCORE_EXAMPLES = """
 Examples:
 
@@ -36,17 +38,10 @@ Examples:
 class AllScoring(Scoring):
     """How units are scored, in all details."""
 
-    features: Annotated[
-        str, typer.Option(help="What is compared: block (outputs of blocks) or ffn.", rich_help_panel=SCORING)
-    ] = Features.site
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens drawn from each sample. [default: all]", rich_help_panel=SCORING)
-    ] = None
+    features: Annotated[str, of_scoring(help="What is compared: block (outputs of blocks) or ffn.")] = Features.site
+    tokens: Annotated[int | None, of_scoring(help="Tokens drawn from each sample. [default: all]")] = None
     probes: Annotated[
-        int | None,
-        typer.Option(
-            help="Random projections a sample. [default: until the ranking is stable]", rich_help_panel=SCORING
-        ),
+        int | None, of_scoring(help="Random projections a sample. [default: until the ranking is stable]")
     ] = None
 
     def settings(self) -> ScoreSettings:
@@ -62,14 +57,9 @@ class AllScoring(Scoring):
 class Share:
     """Which share of the work a process does."""
 
-    shard: Annotated[
-        str | None, typer.Option(metavar="i/N", help="Do only this share of the work.", rich_help_panel=MANY)
-    ] = None
+    shard: Annotated[str | None, of_many(metavar="i/N", help="Do only this share of the work.")] = None
     ray: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.", rich_help_panel=MANY
-        ),
+        int | None, of_many(metavar="N", help="Run N workers on the Ray cluster of RAY_ADDRESS, or here.")
     ] = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,24 +15,24 @@ from optin_deploy.errors import BadInput
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.settings import KINDS
 
-DATA, NETWORK = "Data of any network", "ONNX files and any network"
+of_data = partial(typer.Option, rich_help_panel="Data of any network")
+of_network = partial(typer.Option, rich_help_panel="ONNX files and any network")
+"""Options in the panels of `--help`."""
 Seed = Annotated[int, typer.Option(help="Seed of sampling and random projections.")]
 Shape = Annotated[
     list[str] | None,
-    typer.Option(
+    of_network(
         "--shape",
         metavar="NAME=SIZE",
         help="Size of a free axis of the inputs, by its name in the file; repeatable. [default: several are tried]",
-        rich_help_panel=NETWORK,
     ),
 ]
 Units = Annotated[
     str | None,
-    typer.Option(
+    of_network(
         metavar="KINDS",
         help="What may be cut: heads, groups, queries, neurons, channels; qk-width, v-width: heads get narrower. "
         "[default: heads,groups,neurons,channels]",
-        rich_help_panel=NETWORK,
     ),
 ]
 
@@ -67,18 +68,16 @@ class Rows:
     seed: Seed = Source.seed
     tokenizer: Annotated[
         str | None,
-        typer.Option(
+        of_data(
             metavar="DIR|FILE|ID",
             help="Tokenizer of the calibration texts: folder, tokenizer.json or hub id. [default: beside the file]",
-            rich_help_panel=DATA,
         ),
     ] = None
     preprocessor: Annotated[
         str | None,
-        typer.Option(
+        of_data(
             metavar="DIR|FILE|ID",
             help="How images are prepared: folder, preprocessor_config.json or hub id. [default: beside the file]",
-            rich_help_panel=DATA,
         ),
     ] = None
     shape: Shape = None
@@ -110,36 +109,30 @@ class AllRows(Rows):
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = Source.samples
     image_size: Annotated[
         str | None,
-        typer.Option(
+        of_data(
             metavar="SIZE|HxW",
             help="Of images: what an ONNX file leaves free, and what a transformers model is exported for. "
             "[default: as its image processor makes them]",
-            rich_help_panel=DATA,
         ),
     ] = None
     any_size: Annotated[
         bool,
-        typer.Option(
+        of_data(
             "--any-size",
             help="Leave height and width of images free in what a transformers model becomes, where it allows that.",
-            rich_help_panel=DATA,
         ),
     ] = False
     mean: Annotated[
-        str | None,
-        typer.Option(
-            metavar="M[,M,M]", help="Of channels: pixels become (pixel / 255 - mean) / std.", rich_help_panel=DATA
-        ),
+        str | None, of_data(metavar="M[,M,M]", help="Of channels: pixels become (pixel / 255 - mean) / std.")
     ] = None
-    std: Annotated[str | None, typer.Option(metavar="S[,S,S]", help="Of channels.", rich_help_panel=DATA)] = None
+    std: Annotated[str | None, of_data(metavar="S[,S,S]", help="Of channels.")] = None
     units: Units = None
     compared: Annotated[
         str | None,
-        typer.Option(
+        of_data(
             "--compare-output",
             metavar="NAME[:KIND]",
             help="Output that is compared, and as what: logits, probabilities, regression, embedding. [default: found]",
-            rich_help_panel=DATA,
         ),
     ] = None
 

@@ -8,7 +8,7 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
-from optin_deploy.common.processors import available_cpus, physical_cores, read_cpuinfo, usable_cpus
+from optin_deploy.common.processors import available_cpus, physical_cores, read_cpuinfo, read_text, usable_cpus
 
 DISTRIBUTIONS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "numpy")
 """Packages whose version can change a latency."""
@@ -16,10 +16,7 @@ DISTRIBUTIONS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-gp
 
 def read_line(path: Path) -> str | None:
     """First line of a system file; None if this system does not have it or does not show it."""
-    try:
-        return path.read_text(encoding="utf-8").partition("\n")[0].strip() or None
-    except OSError:
-        return None
+    return read_text(path).partition("\n")[0].strip() or None
 
 
 def installed_versions(names: tuple[str, ...] = DISTRIBUTIONS) -> dict[str, str]:

@@ -91,16 +91,6 @@ def _switched(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return before
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is no loaded transformer.
-
-    Raises: BadInput: no module, no config, or weights without values.
-    """
-    check_module(model)
-    if getattr(model, "config", None) is None:
-        raise BadInput(f"{type(model).__name__} has no `config`: give a transformers model.")
-
-
 def check_module(model: Any) -> None:
     """Refuse what is no module with weights that can be worked on.
 

@@ -25,6 +25,7 @@ class Stored:
     """The next step where a file is absent or refused; `{folder}` stands for the folder that it lies in."""
 
     __pydantic_config__ = STORED
+    """How a file is checked; values in its fields are checked likewise, unless they state it themselves."""
 
     @classmethod
     def read(cls, path: Path, hint: str = "") -> Self:

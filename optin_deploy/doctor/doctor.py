@@ -14,7 +14,7 @@ from onnx import TensorProto
 from optin_deploy.common.formatting import named, plain
 from optin_deploy.doctor.activation_range import check_activations, check_outputs
 from optin_deploy.doctor.clashes import check_machine
-from optin_deploy.doctor.findings import HEADER, Finding, finding_rows, has_problem, summary
+from optin_deploy.doctor.findings import HEADER, Finding, finding_rows, summary
 from optin_deploy.doctor.graph import check_graph, unsupported_by_list
 from optin_deploy.doctor.half_range import check_constants
 from optin_deploy.doctor.machine import Machine, examine
@@ -60,7 +60,7 @@ class Diagnosis:
     @property
     def has_problem(self) -> bool:
         """Is anything wrong, beyond warnings?"""
-        return has_problem(self.findings)
+        return any(finding.level == "problem" for finding in self.findings)
 
     @property
     def summary(self) -> str:
@@ -96,7 +96,7 @@ def diagnose(target: Path | None = None, *, preflight: Preflight = build_ahead) 
     for path in onnx_files(target):
         found = check_file(path, recorded_inputs(path.parent), parser=parser)
         findings += found
-        if path.name == PREFLIGHT_FILE and not has_problem(found):
+        if path.name == PREFLIGHT_FILE and not Diagnosis(tuple(found)).has_problem:
             findings += _built(preflight, path)
     return Diagnosis(tuple(findings))
 

@@ -23,11 +23,6 @@ class Finding:
     """What to do next; empty if nothing is to be done."""
 
 
-def has_problem(findings: Iterable[Finding]) -> bool:
-    """Is anything wrong, beyond warnings?"""
-    return any(finding.level == "problem" for finding in findings)
-
-
 def summary(findings: Iterable[Finding]) -> str:
     """How many problems and warnings there are, as a sentence."""
     levels = [finding.level for finding in findings]

@@ -6,6 +6,7 @@ import codecs
 import stat
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,11 +79,11 @@ def text_lines(stream: BinaryIO, name: str | Path) -> Iterator[tuple[int, str]]:
         if start.startswith(beginning):
             raise BadInput(f"{name}: this is {what}.")
     wide = next((encoding for mark, encoding in _WIDE_MARKS if start.startswith(mark)), None)
-    chunks = _chained(start, iter(partial(stream.read, _CHUNK_BYTES), b""))
+    chunks: Iterator[bytes] = chain((start,), iter(partial(stream.read, _CHUNK_BYTES), b""))
     if wide is not None:
         chunks = _as_utf8(chunks, wide, name)
         start = next(chunks, b"")
-        chunks = _chained(start, chunks)
+        chunks = chain((start,), chunks)
     end = b"\r" if b"\r" in start and b"\n" not in start else b"\n"
     for number, raw in enumerate(_split(chunks, end, name), start=1):
         try:
@@ -98,11 +99,6 @@ def text_lines(stream: BinaryIO, name: str | Path) -> Iterator[tuple[int, str]]:
                 f" Only Unicode is read; convert it, for example: iconv -f LATIN1 -t UTF-8 {name}"
             ) from err
         yield number, line
-
-
-def _chained(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
 
 
 def _as_utf8(chunks: Iterator[bytes], encoding: str, name: str | Path) -> Iterator[bytes]:

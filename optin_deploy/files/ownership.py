@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from optin_deploy.errors import BadInput
 from optin_deploy.files.byte_lock import ByteLock
 from optin_deploy.files.descriptors import WINDOWS, open_flags
-from optin_deploy.files.paths import clear, digest, exists, is_empty, is_file, is_folder
+from optin_deploy.files.paths import exists, is_empty, is_file, is_folder, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ class Record:
         if is_folder(path):
             own = Record(path)
             return is_file(path / RECORD) and all(own.owns(file) for file in _files(path))
-        return self._is_inside(path) and is_file(path) and digest(path) in self._known().get(self._name(path), set())
+        return (
+            self._is_inside(path) and is_file(path) and sha256_file(path) in self._known().get(self._name(path), set())
+        )
 
     def strangers(self, path: Path) -> list[Path]:
         """What others put at a name, or into a folder of this name; what we made and somebody changed is none."""
@@ -140,7 +143,7 @@ class Record:
             if found["kind"] == "old" and not exists(place) and is_folder(path):
                 path.rename(place)  # it was killed between the two renames of an exchange
             elif is_folder(path):
-                clear(path)  # its name was drawn at random, so that nobody else writes there
+                shutil.rmtree(path)  # its name was drawn at random, so that nobody else writes there
             elif is_file(path):
                 path.unlink()
 
@@ -269,7 +272,7 @@ def record_all(folder: Path) -> None:
     record = Record(folder)
     record.begin()
     for file in _files(folder):
-        record.note(file, digest(file))
+        record.note(file, sha256_file(file))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,15 +6,8 @@ import hashlib
 from pathlib import Path
 
 
-def clear(folder: Path) -> None:
-    """Remove a folder with all that is in it; of links only themselves."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if is_folder(path) else path.unlink()
-    folder.rmdir()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+def sha256_file(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from optin_deploy.errors import BadInput
 from optin_deploy.files.descriptors import sync
 from optin_deploy.files.ownership import Record, beside, in_the_way, record_all
+from optin_deploy.files.paths import sha256_file as sha256_file  # for all that write files
 
 JSON_LIMIT_BYTES = 64 * 2**20
 """A plan of a very large model is a few MiB; anything above this is not ours."""
@@ -240,12 +241,6 @@ def read_metadata(path: Path, hint: str) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as err:
         raise BadInput(f"{path} is absent or not a safetensors file ({err}). {hint}") from err
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_tensors(tensors: Mapping[str, Tensor]) -> str:

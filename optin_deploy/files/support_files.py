@@ -11,7 +11,6 @@ from optin_deploy.files.storage import read_json
 TEXT_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEXT_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
-DENSE = "*_Dense/model.safetensors"
 SENTENCE_FILES = (
     "modules.json",
     "config_sentence_transformers.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from optin_deploy.common.environment import environment
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
-from optin_deploy.exporters.base import Exporter
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.files.storage import read_json, write_json
 from optin_deploy.jobs.origin import check_origin
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifact_inputs import Input, make_feeds, network_inputs, settled, with_sizes
 from optin_deploy.measuring.artifacts import Opening, check_built, check_runs, check_threads, device_exporter, time_pair
-from optin_deploy.measuring.device_time import DeviceTime, measure_device_time
+from optin_deploy.measuring.device_time import DeviceOpener, DeviceTime, measure_device_time
 from optin_deploy.measuring.measurement import Measurement
-from optin_deploy.measuring.points import Point, check_different
+from optin_deploy.measuring.points import Point, check_different, point_name
 from optin_deploy.measuring.room import check_room, least_bytes
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
@@ -100,42 +99,32 @@ def sizes_at(layout: Layout, feeds: Mapping[str, np.ndarray]) -> dict[Axis, int]
 
 
 def measure(
-    target: Exporter,
-    dense: Path,
-    smaller: Path,
+    dense: Opening,
+    smaller: Opening,
     inputs: Inputs,
     points: Sequence[Point],
     *,
-    precision: str,
-    threads: int = 0,
-    task: str | None = None,
+    beside: str = "",
     stage: Stage = silent_stage,
 ) -> list[Measurement]:
-    """Interleaved A/B timing of two artifacts of an engine at each point, on the same random inputs without padding.
+    """Interleaved A/B timing of two artifacts at each point, on the same random inputs without padding.
 
-    Args: task: of the dense model, where the engine runs its own folder. stage: draws progress, one stage a point.
+    Args: beside: what the dense model is, for the titles. stage: draws progress, one stage a point.
     """
     measured = []
-    for each in points:
-        point = inputs.at(each)
-        timing = time_pair(
-            target,
-            dense,
-            smaller,
-            inputs.feeds(point),
-            at=(point.batch, point.seq),
-            opening=Opening(precision, threads, task),
-            stage=stage,
-        )
+    for point in map(inputs.at, points):
+        title = f"measure {point_name(point.batch, point.seq)}{beside}"
         measured.append(
             Measurement(
-                engine=target.engine,
+                engine=smaller.target.engine,
                 batch=point.batch,
                 seq_len=point.seq,
-                threads=target.threads(threads),
+                threads=smaller.target.threads(smaller.threads),
                 ideal=inputs.ideal(point),
-                timing=timing,
-                precision=precision,
+                timing=time_pair(dense, smaller, inputs.feeds(point), title=title, stage=stage),
+                precision=check_precision(smaller.target, smaller.precision),
+                dense_engine=dense.target.engine,
+                dense_precision=dense.precision,
             )
         )
     return measured
@@ -161,33 +150,31 @@ class Case:
     """The same, with everything found and checked."""
 
     bench: Bench
-    target: Exporter
     precision: str
     """The asked one, or the engine's default."""
-    dense: Path
-    smaller: Path
+    dense: Opening
+    smaller: Opening
     inputs: Inputs
-    task: str | None
 
     @property
     def threads(self) -> int:
         """What the asked threads come to."""
-        return self.target.threads(self.bench.threads)
+        return self.smaller.target.threads(self.bench.threads)
 
 
 def bench_folder(
-    folder: Path, bench: Bench, *, dry_run: bool = False, stage: Stage = silent_stage
+    folder: Path, *benches: Bench, dry_run: bool = False, stage: Stage = silent_stage
 ) -> list[Measurement]:
-    """Measure the artifacts in an output folder; raw samples go to measurements.json.
+    """Measure the artifacts in an output folder in every case; measurements.json grows with each, by raw samples too.
 
     Args: dry_run: only check that it could be done.
-    Raises: BadInput: an artifact is missing.
+    Raises: BadInput: an artifact is missing, or a case is impossible; before anything is measured.
     """
-    case = checked(folder, bench)
-    if dry_run:
-        return []
-    measured = bench_rows(case, stage=stage)
-    keep(folder, measured)
+    cases = [checked(folder, bench) for bench in benches]
+    measured: list[Measurement] = []
+    for case in cases if not dry_run else ():
+        measured += bench_rows(case, stage=stage)
+        keep(folder, measured)
     return measured
 
 
@@ -216,7 +203,8 @@ def checked(folder: Path, bench: Bench) -> Case:
     check_different(bench.points)
     check_threads(bench.threads)
     target.threads(bench.threads)
-    return Case(bench, target, precision, dense, folder / name, inputs, source.task)
+    opened = partial(Opening, target, precision=precision, threads=bench.threads)
+    return Case(bench, precision, opened(dense, task=source.task), opened(folder / name), inputs)
 
 
 def inputs_in(workspace: Workspace) -> Inputs:
@@ -231,32 +219,19 @@ def inputs_in(workspace: Workspace) -> Inputs:
 
 def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
     """Measure a case at all its points."""
-    measured = measure(
-        case.target,
-        case.dense,
-        case.smaller,
-        case.inputs,
-        case.bench.points,
-        precision=case.precision,
-        threads=case.bench.threads,
-        task=case.task,
-        stage=stage,
-    )
+    measured = measure(case.dense, case.smaller, case.inputs, case.bench.points, stage=stage)
     if case.bench.device_time:
         measured = [replace(each, device_time=_device_time(case, each, stage)) for each in measured]
     return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.bench.memory else measured
 
 
 def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
-    target = device_exporter(case.target)
-    return measure_device_time(
-        lambda cuda_graph: target.open_device(
-            case.dense, precision=at.precision, cuda_graph=cuda_graph, task=case.task
-        ),
-        lambda cuda_graph: target.open_device(case.smaller, precision=at.precision, cuda_graph=cuda_graph),
-        case.inputs.feeds(Point(at.batch, at.seq_len)),
-        stage=stage,
-    )
+    def opener(one: Opening) -> DeviceOpener:
+        target = device_exporter(one.target)
+        return lambda graph: target.open_device(one.path, precision=one.precision, cuda_graph=graph, task=one.task)
+
+    feeds = case.inputs.feeds(Point(at.batch, at.seq_len))
+    return measure_device_time(opener(case.dense), opener(case.smaller), feeds, stage=stage)
 
 
 def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
@@ -264,9 +239,10 @@ def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
 
     feeds = case.inputs.feeds(Point(at.batch, at.seq_len))
     found = {}
-    for name, path, task in (("dense", case.dense, case.task), ("pruned", case.smaller, None)):
+    asked = {"engine": at.engine, "precision": at.precision}
+    for name, one in (("dense", case.dense), ("pruned", case.smaller)):
         with stage(f"memory {name}"):
-            found[name] = peak_of(path, feeds, engine=at.engine, precision=at.precision, threads=at.threads, task=task)
+            found[name] = peak_of(one.path, feeds, **asked, threads=at.threads, task=one.task)
     return found
 
 

@@ -28,6 +28,7 @@ from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import Round, TimeVerdict, judged
 from optin_deploy.jobs.width_timer import inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.measuring.artifacts import Opening
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.report import Report, to_markdown
@@ -109,14 +110,10 @@ def _measured(asked: CheckedJob, built: Built, made: Rewritten, clock: Clock) ->
     if pair is None or built.obstacle is not None or not job.dense:
         return []
     inputs = replace(inputs_of(asked.prepared), plan=made.plan)
-    dense = pair.dense.path if pair.dense else Path(job.source.model)
-    found = measure(
-        *(pair.engine, dense, pair.pruned.path, inputs, job.points),
-        precision=pair.precision,
-        threads=job.threads,
-        task=job.source.task,
-        stage=clock,
-    )
+    path = pair.dense.path if pair.dense else Path(job.source.model)
+    dense = Opening(pair.engine, path, pair.precision, job.threads, job.source.task)
+    smaller = Opening(pair.engine, pair.pruned.path, pair.precision, job.threads)
+    found = measure(dense, smaller, inputs, job.points, stage=clock)
     return found + measure_beside_float32(built, inputs, job.source, job.points, threads=job.threads, stage=clock)
 
 

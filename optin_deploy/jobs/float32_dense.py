@@ -9,11 +9,11 @@ from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import Exporter
 from optin_deploy.files.names import DENSE
-from optin_deploy.jobs.bench import Inputs
+from optin_deploy.jobs.bench import Inputs, measure
 from optin_deploy.jobs.building import Built
-from optin_deploy.measuring.artifacts import timed
+from optin_deploy.measuring.artifacts import Opening
 from optin_deploy.measuring.measurement import Measurement
-from optin_deploy.measuring.points import Point, point_name
+from optin_deploy.measuring.points import Point
 from optin_deploy.pruning.source import Source
 
 PRECISION = "fp32"
@@ -36,30 +36,9 @@ def measure_beside_float32(
     if asked.precision == PRECISION:
         return []
     engine, path = float32_dense(built, source)
-    measured = []
-    for each in points:
-        point = inputs.at(each)
-        timing = timed(
-            lambda: engine.open(path, precision=PRECISION, threads=threads, task=source.task),
-            lambda: asked.engine.open(asked.pruned.path, precision=asked.precision, threads=threads),
-            inputs.feeds(point),
-            title=f"measure {point_name(point.batch, point.seq)} beside float32 dense",
-            stage=stage,
-        )
-        measured.append(
-            Measurement(
-                engine=asked.engine.engine,
-                batch=point.batch,
-                seq_len=point.seq,
-                threads=asked.engine.threads(threads),
-                ideal=inputs.ideal(point),
-                timing=timing,
-                precision=asked.precision,
-                dense_engine=engine.engine,
-                dense_precision=PRECISION,
-            )
-        )
-    return measured
+    dense = Opening(engine, path, PRECISION, threads, source.task)
+    smaller = Opening(asked.engine, asked.pruned.path, asked.precision, threads)
+    return measure(dense, smaller, inputs, points, beside=" beside float32 dense", stage=stage)
 
 
 def float32_dense(built: Built, source: Source) -> tuple[Exporter, Path]:

@@ -12,7 +12,7 @@ from optin_deploy.common.environment import environment
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.files.storage import atomic_folder, write_json
-from optin_deploy.jobs.bench import Bench, Case, checked
+from optin_deploy.jobs.bench import Bench, checked
 from optin_deploy.measuring.loadgen import SCENARIOS, Compared, Load, Run
 from optin_deploy.measuring.loadgen_log import Figures, read_log
 from optin_deploy.measuring.loadgen_system import SAMPLES, System
@@ -60,9 +60,10 @@ def bench_loadgen(
     runs = []
     with atomic_folder(folder / LOGS) as written:
         for model, number in ORDER:
+            opening = case.dense if model == "dense" else case.smaller
             name = f"{load.scenario}-{model}-{number}"
             (written / name).mkdir()
-            with stage(name), _opened(case, model) as runtime:
+            with stage(name), opening.open() as runtime:
                 figures = run_load(runtime, feeds, load, batch=point.batch, logs=written / name)
             runs.append(Run(model, number, f"{LOGS}/{name}", figures))
     found = Compared(load, tuple(runs))
@@ -71,11 +72,6 @@ def bench_loadgen(
     about = {"schema_version": 1, "settings": settings, "environment": environment()}
     write_json(folder / FILE, {**about, **found.to_json()})
     return found
-
-
-def _opened(case: Case, model: str) -> Runtime:
-    path, task = (case.dense, case.task) if model == "dense" else (case.smaller, None)
-    return case.target.open(path, precision=case.precision, threads=case.bench.threads, task=task)
 
 
 def run_load(runtime: Runtime, feeds: Feeds, load: Load, *, batch: int, logs: Path) -> Figures:

@@ -53,11 +53,11 @@ def explain_folder(
     for each in points:
         point = case.inputs.at(each)
         feeds = case.inputs.feeds(point)
-        dense, pruned = (operator_times(path, feeds, threads=case.bench.threads) for path in (case.dense, case.smaller))
+        dense, pruned = (operator_times(one.path, feeds, threads=one.threads) for one in (case.dense, case.smaller))
         cut = Cut(
             kept=1 / case.inputs.ideal(point),
             widths=_widths(case.inputs),
-            align=case.target.align,
+            align=case.smaller.target.align,
             rows=point.batch * (point.seq or 1),
         )
         found.append(Explanation(point.batch, point.seq, dense, pruned, cut))

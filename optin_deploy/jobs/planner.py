@@ -56,14 +56,14 @@ class Planner:
     def least_error(
         self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]
     ) -> tuple[tuple[int, ...], Keep]:
-        """See `jobs.tokens.least_error`.
+        """See `pruning.tokens.least_error`.
 
         Raises: InfeasibleBudget.
         """
         return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
 
     def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
-        """Choose what stays; see `jobs.pruning.pick`.
+        """Choose what stays; see `pruning.pruning.pick`.
 
         Raises: BadInput, InfeasibleBudget.
         """

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput
 from optin_deploy.files.toml import read_toml
-from optin_deploy.jobs.bench import Bench, bench_rows, checked, keep
-from optin_deploy.measuring.measurement import Measurement
+from optin_deploy.jobs.bench import Bench
 from optin_deploy.measuring.points import Point
 
 HINT = 'Give lists such as engines = ["onnx"], batch = [1, 8], seq = [128], threads = [2].'
@@ -67,17 +65,3 @@ def read_suite(path: Path) -> Suite:
     """
     data = read_toml(path, f"--suite {path}", HINT)
     return validated(Suite, data, f"--suite {path}", HINT)
-
-
-def bench_suite(folder: Path, suite: Suite, *, dry_run: bool = False, stage: Stage = silent_stage) -> list[Measurement]:
-    """Measure an output folder's artifacts in every case; measurements.json grows with each.
-
-    Args: dry_run: only check that it could be done.
-    Raises: BadInput: an artifact is missing, or a case is impossible; before anything is measured.
-    """
-    cases = [checked(folder, bench) for bench in suite.benches()]
-    measured: list[Measurement] = []
-    for case in cases if not dry_run else ():
-        measured += bench_rows(case, stage=stage)
-        keep(folder, measured)
-    return measured

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from optin_deploy.common.processors import available_cpus
 from optin_deploy.common.progress import Stage, silent_stage
@@ -17,7 +13,6 @@ from optin_deploy.errors import BadInput
 from optin_deploy.exporters import ENGINES, exporter
 from optin_deploy.exporters.base import DeviceExporter, Exporter
 from optin_deploy.files.ownership import Record
-from optin_deploy.measuring.points import point_name
 from optin_deploy.measuring.timing import PairTiming, measure_pair
 from optin_deploy.network.onnx_data import remedy
 from optin_deploy.network.write import data_path
@@ -29,45 +24,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opening:
-    """How an engine opens two artifacts."""
+    """An artifact, and how an engine opens it."""
 
+    target: Exporter
+    path: Path
     precision: str | None
     """Precision that is asked for; None means the artifact's own."""
     threads: int
     task: str | None = None
-    """Task of the first artifact, if the engine runs a dense transformers folder."""
+    """Task of the artifact, if it is a dense transformers folder."""
+
+    def open(self) -> Runtime:
+        """Load the artifact."""
+        return self.target.open(self.path, precision=self.precision, threads=self.threads, task=self.task)
 
 
-def time_pair(
-    target: Exporter,
-    first: Path,
-    second: Path,
-    feeds: Mapping[str, np.ndarray],
-    *,
-    at: tuple[int, int | None],
-    opening: Opening,
-    stage: Stage = silent_stage,
-) -> PairTiming:
-    """Interleaved A/B timing of two artifacts of an engine on the same feeds, as one stage.
-
-    Args: first: stands as `dense` in the result, second as `pruned`. at: batch and length, for the title.
-    """
-    opened = partial(target.open, precision=opening.precision, threads=opening.threads)
-    return timed(
-        partial(opened, first, task=opening.task),
-        partial(opened, second),
-        feeds,
-        title=f"measure {point_name(*at)}",
-        stage=stage,
-    )
-
-
-def timed(
-    dense: Callable[[], Runtime], pruned: Callable[[], Runtime], feeds: Feeds, *, title: str, stage: Stage
-) -> PairTiming:
-    """Interleaved A/B timing of what two functions open, as one stage."""
+def time_pair(dense: Opening, pruned: Opening, feeds: Feeds, *, title: str, stage: Stage = silent_stage) -> PairTiming:
+    """Interleaved A/B timing of two artifacts on the same feeds, as one stage."""
     with stage(title) as progress:
-        return measure_pair(dense, pruned, feeds, on_block=progress)
+        return measure_pair(dense.open, pruned.open, feeds, on_block=progress)
 
 
 def device_exporter(target: Exporter) -> DeviceExporter:

@@ -71,17 +71,13 @@ class Comparison:
         """
         artifacts = {name: _about(path) for name, path in (("baseline", self.baseline), ("candidate", self.candidate))}
         self.try_out()
+        first, second = (
+            Opening(self.target, path, self.precision, self.threads) for path in (self.baseline, self.candidate)
+        )
         points = []
         for point in self.points:
-            timing = time_pair(
-                self.target,
-                self.baseline,
-                self.candidate,
-                make_feeds(self.inputs, point),
-                at=(point.batch, point.seq),
-                opening=Opening(self.precision, self.threads),
-                stage=stage,
-            )
+            title = f"measure {point_name(point.batch, point.seq)}"
+            timing = time_pair(first, second, make_feeds(self.inputs, point), title=title, stage=stage)
             points.append(GatedPoint(point.batch, point.seq, timing, judge(timing, limit)))
         settings = {**self.settings, "threads": self.target.threads(self.threads)}
         return Gate(limit, tuple(points), settings, artifacts, environment())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -142,11 +141,9 @@ class _Launches:
         self._runtime.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._launch = None
-        self._runtime.__exit__(kind, error, trace)
+        self._runtime.__exit__(*error)
 
     def _ready(self, feeds: Feeds) -> Launch:
         launch = self._runtime.launcher({name: torch.from_numpy(values) for name, values in feeds.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optin_deploy.common.validation import STORED, whole_number
+from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
 
 AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
@@ -14,8 +14,6 @@ AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
 @dataclass(frozen=True)
 class Point:
     """A batch size and a length at which latency is measured."""
-
-    __pydantic_config__ = STORED
 
     batch: int = 1
     seq: int | None = None

@@ -17,12 +17,14 @@ from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.quality.quality import Quality
-from optin_deploy.reporting.latency_rows import LENIENT, LatencyRow
+from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.reporting.report import SCHEMA_VERSION, quality_lines
 
 if TYPE_CHECKING:
     from optin_deploy.reporting.report import Report
 
+LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
+"""`__pydantic_config__` of what other versions may have added fields to."""
 OF_TEXT = {**LENIENT, "strict": False}
 """`LENIENT` for a table, in which every value is text."""
 
@@ -35,8 +37,6 @@ Metric = Annotated[float, Field(ge=-1, le=1)]
 class Pair:
     """One figure of both models."""
 
-    __pydantic_config__ = LENIENT
-
     dense: PositiveFloat
     pruned: PositiveFloat
 
@@ -44,8 +44,6 @@ class Pair:
 @dataclass(frozen=True)
 class Macs(Pair):
     """MACs of one sample."""
-
-    __pydantic_config__ = LENIENT
 
     kept: Share
     prunable_kept: Share
@@ -55,8 +53,6 @@ class Macs(Pair):
 class Sizes:
     """Bytes of the artifacts."""
 
-    __pydantic_config__ = LENIENT
-
     pruned: PositiveFloat
     dense: PositiveFloat | None = None
 
@@ -64,8 +60,6 @@ class Sizes:
 @dataclass(frozen=True)
 class StoredGroup:
     """Units of one group of a network that was cut in its graph."""
-
-    __pydantic_config__ = LENIENT
 
     name: str
     kind: str

@@ -11,9 +11,6 @@ from pydantic import Field, PositiveInt
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.measurement import beside
 
-LENIENT = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
-"""`__pydantic_config__` of what other versions may have added fields to."""
-
 Milliseconds = Annotated[float, Field(ge=1e-9, le=1e9)]
 """A latency, no shorter than any clock tells and no longer than 11 days: quotients of two are finite."""
 Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -25,8 +22,6 @@ Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)
 class Side:
     """Latency of one model at one point."""
 
-    __pydantic_config__ = LENIENT
-
     p50_ms: Milliseconds
     p95_ms: Milliseconds
     throughput: float
@@ -36,8 +31,6 @@ class Side:
 @dataclass(frozen=True)
 class Samples:
     """Raw samples of one comparison."""
-
-    __pydantic_config__ = LENIENT
 
     dense: Blocks
     pruned: Blocks
@@ -55,8 +48,6 @@ class Samples:
 @dataclass(frozen=True)
 class LatencyRow:
     """Dense against pruned at one point."""
-
-    __pydantic_config__ = LENIENT
 
     engine: str
     precision: str

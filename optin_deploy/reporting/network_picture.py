@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from optin_deploy.common.extras import require
 from optin_deploy.files.storage import atomic_file
 from optin_deploy.reporting.network_table import summary
+from optin_deploy.reporting.score_table import shortened
 from optin_deploy.structure.blocks import by_block
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.labels import KINDS
@@ -134,11 +135,22 @@ def _draw_column(axes: Axes, blocks: Sequence[Block], found: dict[str, Share], m
         axes.add_patch(frame)
         more = f"   and {block.alike - 1} alike" if block.alike > 1 else ""
         axes.text(
-            0.02, y + 0.55, f"{_short(block.name, LONGEST_BLOCK)}{more}", va="center", fontsize=7.5, fontweight="bold"
+            0.02,
+            y + 0.55,
+            f"{shortened(block.name, LONGEST_BLOCK)}{more}",
+            va="center",
+            fontsize=7.5,
+            fontweight="bold",
         )
         for n, (name, group) in enumerate(block.rows):
             middle, share = y + n + 1.4, found[group.name].macs
-            axes.text(0.04, middle, _short(f"{name}: {group.kind}" if name else group.kind), va="center", fontsize=7)
+            axes.text(
+                0.04,
+                middle,
+                shortened(f"{name}: {group.kind}" if name else group.kind, LONGEST_NAME),
+                va="center",
+                fontsize=7,
+            )
             axes.add_patch(Rectangle((NAME_WIDTH, middle - 0.28), BAR_WIDTH, 0.56, facecolor="#e4e4e4"))
             length = BAR_WIDTH * share / most
             axes.add_patch(Rectangle((NAME_WIDTH, middle - 0.28), length, 0.56, facecolor=COLOURS[group.kind]))
@@ -153,7 +165,3 @@ def _legend(axes: Axes, kinds: Sequence[str]) -> None:
 
     handles = [Patch(facecolor=COLOURS[kind], label=kind) for kind in kinds]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=7, frameon=False, fontsize=7)
-
-
-def _short(name: str, longest: int = LONGEST_NAME) -> str:
-    return name if len(name) <= longest else f"...{name[3 - longest :]}"

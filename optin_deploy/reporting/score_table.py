@@ -93,9 +93,9 @@ def heatmap(groups: Sequence[Tensor], names: Sequence[str], *, width: int) -> li
     return lines
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, longest: int = LABEL_WIDTH) -> str:
     """The end of a long name."""
-    return name if len(name) <= LABEL_WIDTH else f"...{name[3 - LABEL_WIDTH :]}"
+    return name if len(name) <= longest else f"...{name[3 - longest :]}"
 
 
 def compact(ratio: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -64,11 +63,6 @@ class AotiRuntime(OwnThreads):
         values = found if isinstance(found, (tuple, list)) else (found,)
         return dict(zip(self._outputs, values, strict=True))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self._package = None
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: `run` copies its outputs to host memory."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ SAID = 300
 """Characters of an engine's own error that are shown."""
 
 
-class Runtime(Protocol):
+class Runtime(AbstractContextManager["Runtime", None], Protocol):
     """One loaded model on one engine; a context manager that frees the engine on exit."""
 
     engine: str
@@ -34,10 +34,6 @@ class Runtime(Protocol):
         """Return only when all started work is done (a no-op on CPU engines)."""
 
     def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 class DeviceRuntime(Runtime, Protocol):
@@ -67,10 +63,46 @@ class Closing(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class OnnxSession(Closing):
+    """An ONNX file that an engine has loaded, with the names of its inputs and outputs."""
+
+    engine: str
+    _path: Path
+    _inputs: tuple[str, ...]
+    _outputs: tuple[str, ...]
+    _session: Any
+    """What runs it; None: it is closed."""
+
+    @abstractmethod
+    def _infer(self, feeds: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """Run once; values of the outputs, as copies."""
+
+    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
+        """Run once; feeds that the graph does not take are left out.
+
+        Returns: every output of the graph by name, as copies.
+        Raises: BadInput: an input of the graph is not in `feeds`, or of a size that it does not take, or the runtime is
+            closed.
+        """
+        if self._session is None:
+            raise closed(self)
+        check_names(self._inputs, feeds, self._path)
+        try:
+            values = self._infer({name: feeds[name] for name in self._inputs})
+        except Exception as err:  # errors of engines have no common base but Exception
+            raise does_not_run(self._path, self.engine, feeds, err) from err
+        return dict(zip(self._outputs, values, strict=True))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: `run` returns when the work is done."""
+
+    def close(self) -> None:
+        """Free the session (its weights, buffers and threads); a second call does nothing."""
+        self._session = None
 
 
 class OwnThreads:
@@ -87,10 +119,11 @@ class OwnThreads:
         torch.set_num_threads(self._threads or torch_threads())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         torch.set_num_threads(self._threads_before)
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: `run` copies its outputs to host memory, which waits for the device."""
 
 
 def torch_threads() -> int:

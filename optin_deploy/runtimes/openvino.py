@@ -14,16 +14,7 @@ import numpy as np
 
 from optin_deploy.common.processors import available_cpus, usable_cpus
 from optin_deploy.errors import MissingDependency
-from optin_deploy.runtimes.base import (
-    Closing,
-    Feeds,
-    check_names,
-    check_onnx_file,
-    check_threads,
-    closed,
-    does_not_load,
-    does_not_run,
-)
+from optin_deploy.runtimes.base import OnnxSession, check_onnx_file, check_threads, does_not_load
 
 DEVICE = "CPU"
 TELEMETRY = "openvino_telemetry"
@@ -50,7 +41,7 @@ def import_openvino() -> ModuleType:
     return module
 
 
-class OpenVinoRuntime(Closing):
+class OpenVinoRuntime(OnnxSession):
     """One compiled model with one request, tuned for the time of a single run."""
 
     engine = "openvino"
@@ -79,32 +70,18 @@ class OpenVinoRuntime(Closing):
             self._inputs = tuple(each.get_any_name() for each in model.inputs)
             self._outputs = tuple(each.get_any_name() for each in model.outputs)
             self._compiled: Any = core.compile_model(model, DEVICE, settings)
-            self._request: Any = self._compiled.create_infer_request()
+            self._session = self._compiled.create_infer_request()
         except Exception as err:  # its errors have no common base but Exception
             raise does_not_load(self._path, self.engine, err) from err
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once; feeds that the graph does not take are left out.
-
-        Returns: every output of the graph by name, as copies.
-        Raises: BadInput: an input of the graph is not in `feeds`, or of a size that it does not take, or the runtime is
-            closed.
-        """
-        if self._request is None:
-            raise closed(self)
-        check_names(self._inputs, feeds, self._path)
-        try:
-            found = self._request.infer({name: feeds[name] for name in self._inputs})
-        except Exception as err:  # as above
-            raise does_not_run(self._path, self.engine, feeds, err) from err
-        return {name: found[name] for name in self._outputs}
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: `run` returns when the work is done."""
+    def _infer(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        found = self._session.infer(feeds)
+        return [found[name] for name in self._outputs]
 
     def close(self) -> None:
-        """Free the compiled model (its weights, buffers and threads); a second call does nothing."""
-        self._request = self._compiled = None
+        """See `OnnxSession.close`; the compiled model goes too."""
+        super().close()
+        self._compiled = None
 
 
 @cache

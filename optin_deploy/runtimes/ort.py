@@ -6,7 +6,6 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +13,7 @@ from torch import Tensor
 
 from optin_deploy.common.processors import default_threads, is_limited
 from optin_deploy.errors import MissingDependency
-from optin_deploy.runtimes.base import (
-    Closing,
-    Feeds,
-    check_names,
-    check_onnx_file,
-    check_threads,
-    closed,
-    does_not_load,
-    does_not_run,
-)
+from optin_deploy.runtimes.base import OnnxSession, check_onnx_file, check_threads, does_not_load
 
 PROVIDER = "CPUExecutionProvider"
 FALLBACKS = {"TensorrtExecutionProvider": [("CUDAExecutionProvider", {"use_tf32": "0"})]}
@@ -57,7 +47,7 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
-class OrtRuntime(Closing):
+class OrtRuntime(OnnxSession):
     """One session on one provider, all graph optimisations on; its threads rest between runs."""
 
     replays = False
@@ -106,25 +96,13 @@ class OrtRuntime(Closing):
             )
         self.device = torch.device("cpu") if provider == PROVIDER else torch.device("cuda", 0)  # theirs by default
         self._path = Path(path)
-        self._session: Any = session
+        self._session = session
         self._inputs = tuple(node.name for node in session.get_inputs())
         self._outputs = tuple(node.name for node in session.get_outputs())
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once; feeds that the graph does not take are left out.
-
-        Returns: every output of the graph by name.
-        Raises: BadInput: an input of the graph is not in `feeds`, or of a size that it does not take, or the runtime is
-            closed.
-        """
-        if self._session is None:
-            raise closed(self)
-        check_names(self._inputs, feeds, self._path)
-        try:
-            values = self._session.run(None, {name: feeds[name] for name in self._inputs})
-        except Exception as err:  # as above
-            raise does_not_run(self._path, self.engine, feeds, err) from err
-        return dict(zip(self._outputs, values, strict=True))
+    def _infer(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        values: list[np.ndarray] = self._session.run(None, feeds)
+        return values
 
     def launcher(self, inputs: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """See `DeviceRuntime.launcher`; a launch waits for its work, which is on a stream of the session's own.
@@ -153,10 +131,3 @@ class OrtRuntime(Closing):
             return outputs
 
         return launch
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: `run` returns when the work is done."""
-
-    def close(self) -> None:
-        """Free the session (its weights, arena and threads); a second call does nothing."""
-        self._session = None

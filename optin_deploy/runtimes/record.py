@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from optin_deploy.common.stored import Stored
-from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
 
@@ -23,8 +22,6 @@ REBUILD = "Build it here: optin build {folder} --engine {engine}"
 @dataclass(frozen=True)
 class EngineRecord:
     """One artifact that fits one device and one version of its engine."""
-
-    __pydantic_config__ = STORED
 
     engine: str
     precision: str

@@ -105,9 +105,6 @@ class TorchRuntime(OwnThreads):
             "Wrap it in a module that returns a dict of them."
         )
 
-    def synchronize(self) -> None:
-        """Nothing to wait for: `run` copies its output to host memory, which waits for the device."""
-
 
 def compiled(model: Any, mode: str) -> Any:
     """The model with its forward compiled at the first run of each shape, which takes seconds to minutes.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, Self
+from importlib import import_module
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,9 +26,10 @@ SHOWN = 300
 """Characters of a server's message that go into an error of ours."""
 
 
-class ServedClient(Protocol):
+class ServedClient(Closing):
     """One connection; a context manager. Each thread takes its own."""
 
+    @abstractmethod
     def metadata(self, name: str, version: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """Inputs and outputs of a model as the server says them.
 
@@ -35,20 +37,12 @@ class ServedClient(Protocol):
         Raises: ServerFault.
         """
 
+    @abstractmethod
     def infer(self, name: str, feeds: Feeds, version: str) -> dict[str, np.ndarray]:
         """Run once; all outputs by name.
 
         Raises: ServerFault.
         """
-
-    def close(self) -> None:
-        """End the connection."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 def connect(url: str, timeout: float) -> ServedClient:
@@ -70,7 +64,7 @@ def connect(url: str, timeout: float) -> ServedClient:
     return CLIENTS[scheme](address, timeout)
 
 
-class HttpClient(Closing):
+class HttpClient(ServedClient):
     """A client over HTTP; tensors are sent as bytes where the server offers it, else as JSON.
 
     tritonclient's own connections cannot leave the thread they were made in; it writes and reads the messages here.
@@ -111,7 +105,7 @@ class HttpClient(Closing):
         )
 
     def close(self) -> None:
-        """See `ServedClient.close`."""
+        """End the connection."""
         self._connection.close()
 
     def _json(self, path: str) -> dict[str, Any]:
@@ -150,7 +144,7 @@ class HttpClient(Closing):
         return data, length
 
 
-class GrpcClient(Closing):
+class GrpcClient(ServedClient):
     """A client over gRPC."""
 
     def __init__(self, address: str, timeout: float) -> None:
@@ -188,7 +182,7 @@ class GrpcClient(Closing):
         )
 
     def close(self) -> None:
-        """See `ServedClient.close`."""
+        """End the connection."""
         self._client.close()
         self._asking.close()
 
@@ -202,8 +196,6 @@ def _path(name: str, version: str) -> str:
 
 
 def _tritonclient(protocol: str) -> Any:
-    from importlib import import_module
-
     try:
         return import_module(f"tritonclient.{protocol}")
     except ImportError as err:  # tritonclient raises its own where a protocol's packages are missing

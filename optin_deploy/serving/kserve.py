@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from optin_deploy.common.extras import require
@@ -41,11 +42,10 @@ class KServe(Triton):
         require("yaml")
         import yaml
 
-        roles = ("pruned", "dense")
         return {
             f"{name}.yaml": yaml.safe_dump(service_of(served[-1]), sort_keys=False)
             for name, served in models.items()
-            if served[-1].role in roles
+            if served[-1].role in ("pruned", "dense")
         }
 
 
@@ -56,10 +56,8 @@ def metadata_of(served: Sequence[Manifest]) -> dict[str, Any]:
         "name": last.name,
         "versions": [str(each.version) for each in served],
         "platform": PLATFORMS.get(last.engine, "ensemble" if last.role == "text" else "python"),
-        **{
-            kind: [{"name": each.name, "datatype": each.datatype, "shape": list(each.shape)} for each in tensors]
-            for kind, tensors in (("inputs", last.inputs), ("outputs", last.outputs))
-        },
+        "inputs": [asdict(each) for each in last.inputs],
+        "outputs": [asdict(each) for each in last.outputs],
     }
 
 

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,24 +96,22 @@ def measure_load(
 
 def burst(clients: Sequence[Ask], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Burst:
     """All clients ask for so long; requests that are under way at the end are waited for and counted."""
-    latencies: list[list[float]] = [[] for _ in clients]
-    failures: list[BaseException] = []
+    ended = threading.Event()
     started = clock()
 
-    def ask(client: Ask, mine: list[float]) -> None:
-        try:
-            while not failures and (not mine or clock() - started < seconds):
-                before = clock()
-                client()
-                mine.append(1000 * (clock() - before))
-        except BaseException as err:  # noqa: BLE001  # raised below, in the caller's thread
-            failures.append(err)
+    def ask(client: Ask) -> list[float]:
+        latencies: list[float] = []
+        while not ended.is_set() and (not latencies or clock() - started < seconds):
+            before = clock()
+            client()
+            latencies.append(1000 * (clock() - before))
+        return latencies
 
-    threads = [threading.Thread(target=ask, args=pair) for pair in zip(clients, latencies, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return Burst(clock() - started, tuple(ms for mine in latencies for ms in mine))
+    with ThreadPoolExecutor(len(clients)) as pool:
+        asking = [pool.submit(ask, client) for client in clients]
+        try:
+            for each in as_completed(asking):
+                each.result()
+        finally:
+            ended.set()  # one failed: the others need not go on
+    return Burst(clock() - started, tuple(ms for each in asking for ms in each.result()))

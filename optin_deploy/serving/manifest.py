@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from optin_deploy.common.stored import Stored
-from optin_deploy.common.validation import STORED
 from optin_deploy.errors import BadInput
 
 FOLDER = "optin"
@@ -44,8 +43,6 @@ DATATYPES = {
 class TensorSpec:
     """One input or output, as the artifact has it."""
 
-    __pydantic_config__ = STORED
-
     name: str
     datatype: str
     """One of DATATYPES."""
@@ -68,8 +65,6 @@ class TensorSpec:
 @dataclass(frozen=True)
 class ServingOptions:
     """How a version is to be served; what None stands for is the server's default."""
-
-    __pydantic_config__ = STORED
 
     max_batch: int = 32
     """Samples a request, and requests joined, at most."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from optin_deploy.errors import BadInput
 from optin_deploy.serving.base import Files, Rows
-from optin_deploy.serving.manifest import Manifest, TensorSpec
+from optin_deploy.serving.manifest import Manifest
 from optin_deploy.serving.payload_files import payload
 
 SETTINGS = "model-settings.json"
@@ -38,8 +39,8 @@ class MLServer:
             "name": last.name,
             "implementation": f"{module}.OnnxModel",
             "platform": "onnxruntime",
-            "inputs": [_metadata(each) for each in last.inputs],
-            "outputs": [_metadata(each) for each in last.outputs],
+            "inputs": [asdict(each) for each in last.inputs],
+            "outputs": [asdict(each) for each in last.outputs],
             "max_batch_size": options.max_batch,
             "max_batch_time": options.queue_delay_us / 1e6,
             # No version: a load then takes the place of what is served, also where it goes back to an older one.
@@ -50,7 +51,3 @@ class MLServer:
     def root_files(self, models: Mapping[str, Sequence[Manifest]]) -> Files:
         """Nothing lies beside the models."""
         return {}
-
-
-def _metadata(spec: TensorSpec) -> dict[str, object]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}

@@ -24,7 +24,7 @@ from optin_deploy.reporting.findings import StoredReport, read_report
 from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
-from optin_deploy.serving.manifest import FOLDER, Manifest, ServingOptions, check_name
+from optin_deploy.serving.manifest import FOLDER, Manifest, check_name
 from optin_deploy.serving.names import dense_of
 from optin_deploy.serving.order import Order
 from optin_deploy.serving.repository import Version, hashes
@@ -96,7 +96,10 @@ def _model(
         if record.stripped or record.onnx is None:
             raise BadInput(f"{path} holds no weights; servers need them inside. Build it without --weights stripped.")
         graph = folder / record.onnx
-        options = _bounded(options, largest_batch(path, record, options.longest))
+        most = largest_batch(path, record, options.longest)
+        if options.max_batch > most:
+            told = f"the engine was built for at most {most}. Give that or less."
+            raise BadInput(f"--max-batch {options.max_batch}: {told}")
     inputs, outputs = tensors_of(graph)
     if not options.preferred and report is not None:
         options = replace(options, preferred=preferred_batches(report.latency, order, precision))
@@ -124,16 +127,6 @@ def _model(
         made_from={**(made_from if cut else {"source": made_from["source"]}), **network},
     )
     return manifest, contents
-
-
-def _bounded(options: ServingOptions, most: int) -> ServingOptions:
-    """Options of an engine that takes `most` samples.
-
-    Raises: BadInput: more are asked for than its profile holds.
-    """
-    if options.max_batch > most:
-        raise BadInput(f"--max-batch {options.max_batch}: the engine was built for at most {most}. Give that or less.")
-    return options
 
 
 def preferred_batches(latency: Sequence[LatencyRow], order: Order, precision: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -25,12 +24,8 @@ def tensors_of(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
     """
     proto = read_onnx(path)
     stored = {tensor.name for tensor in proto.graph.initializer}
-    inputs = _specs(path, (entry for entry in proto.graph.input if entry.name not in stored))
-    return inputs, _specs(path, proto.graph.output)
-
-
-def _specs(path: Path, entries: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
-    return tuple(_spec(path, entry) for entry in entries)
+    inputs = tuple(_spec(path, entry) for entry in proto.graph.input if entry.name not in stored)
+    return inputs, tuple(_spec(path, entry) for entry in proto.graph.output)
 
 
 def _spec(path: Path, entry: onnx.ValueInfoProto) -> TensorSpec:

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from optin_deploy.errors import BadInput
 from optin_deploy.serving.base import Files, Rows
 from optin_deploy.serving.manifest import Manifest, TensorSpec
 from optin_deploy.serving.names import TEXT, tokenizer_of
-from optin_deploy.serving.triton_config import (
-    Accelerator,
-    Accelerators,
-    Cache,
-    Config,
-    DynamicBatching,
-    Ensemble,
-    InstanceGroup,
-    Optimization,
-    Parameter,
-    Specific,
-    Step,
-    Tensor,
-    VersionPolicy,
-    Warmup,
-    WarmupInput,
-    Word,
-    data_type,
-)
+from optin_deploy.serving.triton_config import Message, Word, data_type, entries, lines
 
 CONFIG = "config.pbtxt"
 WARMUP = "warmup"
@@ -64,7 +45,7 @@ class Triton:
         last = served[-1]
         warmup = {} if last.role not in ("dense", "pruned") else _first_row(last, rows)
         files = {f"{WARMUP}/{_warmup_file(last, name)}": row.tobytes() for name, row in warmup.items()}
-        return {**files, CONFIG: str(config_of(served, warmup))}
+        return {**files, CONFIG: config_of(served, warmup)}
 
     def root_files(self, models: Mapping[str, Sequence[Manifest]]) -> Files:
         """Triton reads nothing beside its models' folders."""
@@ -76,44 +57,60 @@ def batches(manifest: Manifest) -> bool:
     return all(tensor.shape[0] == -1 for tensor in (*manifest.inputs, *manifest.outputs))
 
 
-def config_of(served: Sequence[Manifest], warmup: Rows) -> Config:
-    """The configuration of a model.
+def config_of(served: Sequence[Manifest], warmup: Rows) -> str:
+    """The configuration of a model, as text.
 
     Args: served: its versions, of which the last one's options count. warmup: one row of values for each input.
     """
     last = served[-1]
     joined = batches(last)
-    config = Config(
-        name=last.name,
-        max_batch_size=last.options.max_batch if joined else 0,
-        input=tuple(_tensor(each, joined) for each in last.inputs),
-        output=tuple(_tensor(each, joined) for each in last.outputs),
-        version_policy=VersionPolicy(Specific(tuple(each.version for each in served))),
-    )
+    message = {
+        "name": last.name,
+        "max_batch_size": last.options.max_batch if joined else 0,
+        "input": [_tensor(each, joined) for each in last.inputs],
+        "output": [_tensor(each, joined) for each in last.outputs],
+        "version_policy": {"specific": {"versions": [each.version for each in served]}},  # others may lie beside them
+    }
     if last.role == "text":
-        return replace(config, platform="ensemble", ensemble_scheduling=_ensemble(last))
-    if last.role == "tokenizer":
-        return replace(config, backend="python", instance_group=_instances(last), parameters=_tokenizing(last))
-    options = last.options
-    return replace(
-        config,
-        platform=PLATFORMS[last.engine],
-        instance_group=_instances(last),
-        dynamic_batching=DynamicBatching(options.preferred, options.queue_delay_us) if joined else None,
-        optimization=Optimization(Accelerators((Accelerator("tensorrt"),))) if last.engine == "ort-trt" else None,
-        model_warmup=_warmups(last, warmup, joined),
-        parameters=None if options.threads is None else {"intra_op_thread_count": Parameter(str(options.threads))},
-        response_cache=Cache(enable=False),
-    )
+        message |= {"platform": "ensemble", "ensemble_scheduling": {"step": _steps(last)}}
+    elif last.role == "tokenizer":
+        cut = {"longest": last.options.longest, "too_long": last.options.too_long}
+        message |= {"backend": "python", "instance_group": [_instances(last)], "parameters": _parameters(cut)}
+    else:
+        message |= _running(last, warmup, joined)
+    return "\n".join(lines(message)) + "\n"
 
 
-def _tensor(spec: TensorSpec, joined: bool) -> Tensor:
-    return Tensor(spec.name, data_type(spec.datatype), spec.shape[1:] if joined else spec.shape)
+def _running(manifest: Manifest, warmup: Rows, joined: bool) -> Message:
+    """How an artifact is run."""
+    options, accelerator = manifest.options, {"gpu_execution_accelerator": [{"name": "tensorrt"}]}
+    delay = {"max_queue_delay_microseconds": options.queue_delay_us}
+    threads = {} if options.threads is None else {"intra_op_thread_count": options.threads}
+    return {
+        "platform": PLATFORMS[manifest.engine],
+        "instance_group": [_instances(manifest)],
+        "dynamic_batching": {"preferred_batch_size": options.preferred, **delay} if joined else None,
+        "optimization": {"execution_accelerators": accelerator} if manifest.engine == "ort-trt" else None,
+        "model_warmup": _warmups(manifest, warmup, joined),
+        "parameters": _parameters(threads),
+        "response_cache": {"enable": False},  # dense and pruned are compared by what they compute
+    }
 
 
-def _instances(manifest: Manifest) -> tuple[InstanceGroup, ...]:
+def _tensor(spec: TensorSpec, joined: bool) -> Message:
+    """An input or output; its sizes are without the batch axis if the model batches."""
+    dims = spec.shape[1:] if joined else spec.shape
+    return {"name": spec.name, "data_type": data_type(spec.datatype), "dims": dims}
+
+
+def _instances(manifest: Manifest) -> Message:
     on_cpu = manifest.engine in ON_CPU or manifest.role == "tokenizer"
-    return (InstanceGroup(manifest.options.instances, Word("KIND_CPU" if on_cpu else "KIND_GPU")),)
+    return {"count": manifest.options.instances, "kind": Word("KIND_CPU" if on_cpu else "KIND_GPU")}
+
+
+def _parameters(settings: Mapping[str, object]) -> list[Message]:
+    """Settings of a backend."""
+    return entries({name: {"string_value": str(value)} for name, value in settings.items()})
 
 
 def _first_row(manifest: Manifest, rows: Rows) -> Rows:
@@ -126,28 +123,29 @@ def _warmup_file(manifest: Manifest, name: str) -> str:
     return f"{manifest.version}-{name.replace('/', '_')}"
 
 
-def _warmups(manifest: Manifest, rows: Rows, joined: bool) -> tuple[Warmup, ...]:
+def _warmups(manifest: Manifest, rows: Rows, joined: bool) -> list[Message]:
     """A request of one sample, and one of a full batch, of recorded values: random ids may lie outside a table."""
     if not (rows and joined):
-        return ()
+        return []
     inputs = {
-        each.name: WarmupInput(data_type(each.datatype), rows[each.name].shape[1:], _warmup_file(manifest, each.name))
+        each.name: {
+            "data_type": data_type(each.datatype),
+            "dims": rows[each.name].shape[1:],
+            "input_data_file": _warmup_file(manifest, each.name),
+        }
         for each in manifest.inputs
     }
     sizes = sorted({1, *(manifest.options.preferred[-1:] or (manifest.options.max_batch,))})
-    return tuple(Warmup(f"recorded rows, batch {size}", size, inputs) for size in sizes)
+    return [{"name": f"recorded rows, batch {size}", "batch_size": size, "inputs": entries(inputs)} for size in sizes]
 
 
-def _tokenizing(manifest: Manifest) -> Mapping[str, Parameter]:
-    return {
-        "longest": Parameter(str(manifest.options.longest)),
-        "too_long": Parameter(manifest.options.too_long),
-    }
-
-
-def _ensemble(manifest: Manifest) -> Ensemble:
-    """Texts go to the tokenizer, its tensors to the model."""
+def _steps(manifest: Manifest) -> list[Message]:
+    """Texts go to the tokenizer, its tensors to the model; maps go from a model's names to the ensemble's."""
     model, tensors = manifest.made_from["serves"], manifest.made_from["tensors"].split()
     passed = {name: name for name in tensors}
     outputs = {tensor.name: tensor.name for tensor in manifest.outputs}
-    return Ensemble((Step(tokenizer_of(model), -1, {TEXT: TEXT}, passed), Step(model, -1, passed, outputs)))
+    steps = ((tokenizer_of(model), {TEXT: TEXT}, passed), (model, passed, outputs))
+    return [
+        {"model_name": name, "model_version": -1, "input_map": entries(given), "output_map": entries(found)}
+        for name, given, found in steps
+    ]

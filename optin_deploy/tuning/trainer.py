@@ -16,7 +16,6 @@ from torch import Tensor
 from optin_deploy.common.progress import Progress
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.ports import takes
-from optin_deploy.feeds.rows import Feeds
 from optin_deploy.files.storage import sha256_json, sha256_tensors
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.pruning.ready import Ready
@@ -43,9 +42,8 @@ def train(
         folder = Path(nowhere) if scratch is None else scratch / sha256_json(key)[:16]
         folder.mkdir(parents=True, exist_ok=True)
         how = replace(tuning, batch_size=exact or tuning.batch_size)
-        trainer = _trainer(
-            student, _Rows(rows, classes), how, folder, kept=scratch is not None, exact=exact is not None
-        )
+        data = [{**row, **{k: v[i : i + 1] for k, v in labels.items()}} for i, row in enumerate(rows.rows())]
+        trainer = _trainer(student, data, how, folder, kept=scratch is not None, exact=exact is not None)
         trainer.add_callback(_callback(progress))
         trainer.pop_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_newest(folder))
@@ -63,7 +61,9 @@ def _newest(folder: Path) -> str | None:
     return None
 
 
-def _trainer(student: Student, rows: _Rows, tuning: Tuning, folder: Path, *, kept: bool, exact: bool) -> Any:
+def _trainer(
+    student: Student, rows: list[dict[str, Tensor]], tuning: Tuning, folder: Path, *, kept: bool, exact: bool
+) -> Any:
     from transformers import Trainer, TrainingArguments
 
     def collated(some: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -99,17 +99,3 @@ def _callback(progress: Progress) -> Any:
             progress(state.global_step, state.max_steps)
 
     return Told()
-
-
-class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Rows one by one, as Trainer draws them."""
-
-    def __init__(self, rows: Feeds, classes: Tensor | None) -> None:
-        self._rows, self._classes = rows.rows(), classes
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        labels = {} if self._classes is None else {"classes": self._classes[place : place + 1]}
-        return {**self._rows[place], **labels}

@@ -195,7 +195,7 @@ def test_missing_inputs_are_named(onnx_file: Path) -> None:
 
 def test_leaving_frees_the_model_also_after_an_error(onnx_file: Path) -> None:
     runtime = OpenVinoRuntime(onnx_file)
-    held = [weakref.ref(each) for each in (runtime._compiled, runtime._request)]
+    held = [weakref.ref(each) for each in (runtime._compiled, runtime._session)]
     with pytest.raises(BadInput), runtime:
         runtime.run({})
     gc.collect()

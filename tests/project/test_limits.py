@@ -12,7 +12,6 @@ from support.project import ROOT
 FOLDERS = ("optin_deploy", "exporters", "benchmarks")
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 300, 60, 8
 EXCEPTIONS = {
-    "optin_deploy/jobs/bench.py:measure": "what and where, and how, most with defaults",
     "optin_deploy/pruning/modules.py:prune": "public, keyword by keyword; most of its lines say what they mean",
 }
 """Path, or path and function, of what is larger -> the reason."""

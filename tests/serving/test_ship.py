@@ -111,7 +111,7 @@ def test_the_config_of_any_artifact_is_read_by_triton_and_fits_the_file(seed: in
     manifest = manifest_of(inputs, outputs, ServingOptions(max_batch=rng.choice([1, 8, 64]), preferred=(1,)))
     server("triton").check(manifest)
     values = {each.name: np.ones([2 if n < 0 else n for n in each.shape], "float32") for each in inputs}
-    config = text_format.Parse(str(config_of([manifest], values)), model_config_pb2.ModelConfig())
+    config = text_format.Parse(config_of([manifest], values), model_config_pb2.ModelConfig())
     open_batch = all(
         entry.type.tensor_type.shape.dim[0].dim_param for entry in [*proto.graph.input, *proto.graph.output]
     )
@@ -160,12 +160,12 @@ def manifest_of(
 
 
 def test_text_in_pbtxt_is_quoted_and_escaped() -> None:
-    from optin_deploy.serving.triton_config import Parameter, Word, _field
+    from optin_deploy.serving.triton_config import Word, entries, lines
 
     odd = 'quote " backslash \\ newline \n umlaut ü'
-    text = "\n".join(_field("parameters", {"key": Parameter(odd)}, ""))
+    text = "\n".join(lines({"parameters": entries({"key": {"string_value": odd}})}))
     assert text_format.Parse(text, model_config_pb2.ModelConfig()).parameters["key"].string_value == odd
-    assert list(_field("kind", Word("KIND_CPU"), "")) == ["kind: KIND_CPU"]
+    assert list(lines({"kind": Word("KIND_CPU")})) == ["kind: KIND_CPU"]
 
 
 def test_texts_are_served_by_a_tokenizer_and_an_ensemble(job: Path, repo: Path) -> None:
