@@ -154,6 +154,7 @@ def test_a_graph_that_holds_for_one_size_is_refused(tmp_path: Path) -> None:
         dense_of(Source(saved(tmp_path / "model", "Beit", **sizes), any_size=True))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.parametrize("family", ["MobileNetV2", "Swin"])
 def test_models_that_fill_up_odd_sizes_are_refused(tmp_path: Path, family: str) -> None:
     """What they add to an image is a number in the graph."""

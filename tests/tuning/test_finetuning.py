@@ -245,6 +245,7 @@ def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path)
         finetune(ready, smaller, Tuning(epochs=0))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, shell: Shell, tmp_path: Path) -> None:
     model, data = {"text": (bert(), labelled()), "image": (vit(), photos())}[kind]
