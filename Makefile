@@ -20,7 +20,7 @@ SERVER_STAMPS := $(patsubst %,.venv-%/.installed,triton mlserver kserve)
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help venv browser servers demo test test-servers docs lint format clean
+.PHONY: help venv browser servers demo test test-all test-servers docs lint format clean
 
 help: ## list the targets
 	@echo "optin-deploy: smaller transformers, measured"
@@ -46,7 +46,10 @@ servers: $(SERVER_STAMPS) ## install Triton, MLServer and KServe's schema, each 
 demo: $(STAMP) ## prune a real model, measure it against the dense one, print the report
 	@$(PY) -m benchmarks.demo
 
-test: $(STAMP) ## run the tests, a file a process, TEST_JOBS at a time
+test: $(STAMP) ## run the tests but the slow ones, a file a process, TEST_JOBS at a time
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not servers and not slow" -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+test-all: $(STAMP) ## run the slow tests too: whole examples, the wheel, long pages of the documentation
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not servers" -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 test-servers: $(STAMP) $(SERVER_STAMPS) ## run the tests that start real inference servers

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Batch, rows_of
@@ -136,12 +135,15 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        before = {_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and _address(tensor) not in before | self._alive:
-                self._count(tensor.untyped_storage())
-        self.most = max(self.most, self._now)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = [storage for storage in _storages((result,)) if storage.data_ptr() not in self._alive]
+        if made:
+            before = {storage.data_ptr() for storage in _storages((*args, *kwargs.values()))}
+            for storage in made:
+                if storage.data_ptr() not in before | self._alive:
+                    self._count(storage)
+            self.most = max(self.most, self._now)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -155,5 +157,10 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         self._now -= size
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    """Storages of tensors in what an operator takes or gives: tensors, others, and lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (list, tuple)):
+            yield from _storages(value)

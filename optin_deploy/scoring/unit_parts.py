@@ -154,14 +154,15 @@ class UnitParts:
         """What one sample takes, seen on the largest."""
         first, *others = self.groups
         chosen, seed = self.settings.features, self.settings.seed
+        dtype = self.dtype if self.settings.scorer == "sketch" else None  # outside of what is measured, which is slow
 
         def one_sample() -> None:
             # Two, one by one: what is left of the last sample, unit or probe is still there when the next is in work.
             units = {first: range(first.units)[:2], **{group: range(0) for group in others}}
             masked_terms(self.subject, self._sample * 2, units, features=chosen, seed=seed, rows=1)
-            if self.settings.scorer == "sketch":
+            if dtype is not None:
                 some = self._projections(range(self.settings.probes or MOST_PROBES))
-                self._sloped(self._sample, some, self.dtype)
+                self._sloped(self._sample, some, dtype)
 
         return measured(one_sample, self._device, self.memory_budget)
 

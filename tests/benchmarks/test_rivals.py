@@ -49,6 +49,8 @@ from support.tiny_scoring import (
     text_batch,
 )
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 TEXT = [

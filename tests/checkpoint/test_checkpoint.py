@@ -440,6 +440,7 @@ def test_a_config_from_before_model_types(tmp_path: Path) -> None:
 # families
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_distilled_deit_is_an_image_classifier_and_can_be_cut(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.DeiTConfig(**IMAGE)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import optin_deploy
+from support.exported_once import BY_TORCHSCRIPT
 from support.tiny_checkpoint import (
     POSITIONS,
     Ran,
@@ -87,6 +88,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
 # the model
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_an_architecture_that_nothing_here_knows_of_goes_by_its_graph(shell: Shell, tmp_path: Path, out: Path) -> None:
     model = copied(bert(), tmp_path / "megatron", without="model.safetensors")
     config = transformers.AutoConfig.from_pretrained(bert()).to_dict()
@@ -493,10 +495,11 @@ def test_ctrl_c_while_the_onnx_file_is_saved_leaves_none(shell: Shell, finished:
     assert temporary_files(finished) == []
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_real_sigint_ends_the_process_cleanly(shell: Shell, out: Path) -> None:
     options = text_options(lines(), out)
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(bert()), *map(str, options)],
+        [sys.executable, "-c", BY_TORCHSCRIPT + CHILD, str(bert()), *map(str, options)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

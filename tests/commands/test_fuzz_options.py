@@ -132,7 +132,7 @@ def test_every_command_with_a_dry_run_is_tried() -> None:
     assert {*BASES} == {*COMMANDS} - {"doctor"}
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(command_lines())
 def test_any_options_are_done_or_refused(arguments: list[object]) -> None:
     check(arguments)

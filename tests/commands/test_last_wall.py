@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT
+from support.exported_once import BY_TORCHSCRIPT
 from support.tiny_checkpoint import Shell, bert, lines, temporary_files, text_options
 
 
@@ -104,7 +105,7 @@ def test_ctrl_c_pressed_again_and_again_ends_cleanly(tmp_path: Path) -> None:
     """Five times in the middle of a file, and again while it is cleared away."""
     options = [str(bert()), *map(str, text_options(lines(), tmp_path / "out")), "--engine", "torch", "--no-dense"]
     ran = subprocess.run(
-        [sys.executable, "-c", PRESSED, *options],
+        [sys.executable, "-c", BY_TORCHSCRIPT + PRESSED, *options],
         capture_output=True,
         text=True,
         check=False,

@@ -25,7 +25,8 @@ from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
-from optin_deploy.network.read_onnx import read_file, read_ir
+from optin_deploy.network.read_onnx import read_file
+from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
 from optin_deploy.pruning.networks import network_of
@@ -37,6 +38,8 @@ from optin_deploy.structure.tokens import token_stream
 from support.fewer_tokens import check_fewer
 from support.rtx import builds
 from support.tiny_checkpoint import Shell, classifier, copy_of, labelled
+
+pytestmark = pytest.mark.usefixtures("by_torchscript")
 
 FAMILIES = ("bert", "roberta", "distilbert", "albert", "electra", "mpnet", "modernbert", "clip-text")
 WORDS, WIDTH, HEADS = 30, 16, 2
@@ -79,7 +82,7 @@ class Reader(nn.Module):
 
     def bias(self, mask: Tensor) -> Tensor:
         places = torch.arange(mask.shape[1])
-        far = self.far((places[:, None] - places[None]).abs()).movedim(-1, 0)[None]
+        far = self.far((places[:, None] - places[None]).abs()).permute(2, 0, 1)[None]
         return far + (1 - mask[:, None, None].float()) * -1e4
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -125,11 +128,8 @@ def made() -> tuple[Reader, Network]:
 
 def exported(model: nn.Module, feeds: dict[str, Tensor] | None = None) -> Network:
     """Its graph, for any number of texts and tokens."""
-    free = {0: torch.export.Dim("rows"), 1: torch.export.Dim("length", min=2, max=64)}
     feeds = feeds or texts(3, 9)
-    program = torch.onnx.export(model, (), kwargs=feeds, dynamic_shapes=dict.fromkeys(feeds, free), dynamo=True)
-    assert program is not None
-    return read_ir(program.model)
+    return read_module(model, feeds, axes={name: {0: "rows", 1: "length"} for name in feeds})
 
 
 def texts(rows: int, length: int) -> dict[str, Tensor]:

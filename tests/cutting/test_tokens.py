@@ -41,6 +41,8 @@ from optin_deploy.structure.tokens import SelfAttention, TokenStream, most_merge
 from support.fewer_tokens import check_fewer
 from support.rtx import builds
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 WIDTH, HEADS, BLOCKS = 16, 2, 3
 
 

@@ -25,6 +25,8 @@ from optin_deploy.network.read_torch import read_module
 from optin_deploy.structure.find import find
 from optin_deploy.structure.groups import Layout
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 TEXT = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 80, "vocab_size": 97,
     "max_position_embeddings": 64,
@@ -73,7 +75,8 @@ def scattered(module: nn.Module, seed: int = 0) -> nn.Module:
 def probes(kind: str) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     if kind == "text":
-        return [{"input_ids": torch.randint(5, 97, size, generator=generator)} for size in ((7, 13), (5, 17))]
+        ids = [torch.randint(5, 97, size, generator=generator) for size in ((7, 13), (5, 17))]
+        return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
     return [{"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)} for batch in (7, 5)]
 
 

@@ -29,6 +29,8 @@ from optin_deploy.structure.turning import KINDS, turnables
 from support.tiny_checkpoint import Shell, bert, classifier, lines, text_options
 from support.tiny_models import tiny_batches, tiny_model
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 
 class Turned(NamedTuple):
     network: Network

@@ -280,6 +280,7 @@ def test_too_few_labels_are_no_measure(tmp_path: Path, caplog: pytest.LogCapture
     assert "too few have one to measure accuracy" in caplog.text
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_labels_of_a_regression_are_not_used(tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(classifier(), num_labels=1)
     folder = Path(shutil.copytree(classifier(), tmp_path / "model"))

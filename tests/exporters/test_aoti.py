@@ -50,8 +50,10 @@ def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
 
 @pytest.fixture(scope="module")
 def compiled(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The one package of this file, which takes half a minute."""
-    return exporter("aoti").export(form, SPEC, tmp_path_factory.mktemp("aoti") / "model.pt2")
+    """The one package of this file; its C++ is compiled without optimisation, in a third of the time."""
+    quick = {"debug_compile": True, "compile_wrapper_opt_level": "O0", "precompile_headers": False}
+    with torch._inductor.config.patch({f"aot_inductor.{name}": value for name, value in quick.items()}):
+        return exporter("aoti").export(form, SPEC, tmp_path_factory.mktemp("aoti") / "model.pt2")
 
 
 @pytest.fixture
@@ -371,7 +373,7 @@ def quick_compiler(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
     torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
         yield graphs
     torch.compiler.reset()
 
@@ -383,9 +385,9 @@ def run_once(stored: Path, batch: int) -> None:
 
 
 def test_more_points_than_torch_allows_by_default_are_all_compiled(stored: Path, quick_compiler: list[Any]) -> None:
-    for batch in range(2, 11):
+    for batch in range(2, 6):
         run_once(stored, batch)
-    assert len(quick_compiler) == 9
+    assert len(quick_compiler) == 4
 
 
 def test_past_the_limit_is_an_error_not_an_eager_run(

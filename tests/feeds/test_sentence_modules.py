@@ -48,6 +48,7 @@ def first_tokens(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return states / states.norm(dim=1, keepdim=True)
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_scores_and_quality_are_of_the_first_token_where_the_folder_pools_by_it(tmp_path: Path) -> None:
     prepared = prepared_of(sentence_model(tmp_path / "model"))
     ready, model = prepared.ready, prepared.dense.model

@@ -21,6 +21,7 @@ from optin_deploy.files.ownership import RECORD, Record, free_name
 from optin_deploy.files.storage import atomic_file, atomic_folder, read_json, sha256_file, write_json, write_text
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
+from support.exported_once import BY_TORCHSCRIPT
 from support.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
 
 TEMPTING = (
@@ -523,10 +524,11 @@ export_main()
 """
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_job_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(shell: Shell, tmp_path: Path) -> None:
     options = [str(bert()), *map(str, text_options(lines(), tmp_path / "out")), *BRIEF]
     ran = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(100_000), *options],
+        [sys.executable, "-c", BY_TORCHSCRIPT + LIMITED, str(100_000), *options],
         capture_output=True,
         text=True,
         check=False,

@@ -241,7 +241,7 @@ def any_value(whole: Path, monkeypatch: pytest.MonkeyPatch, cases: int, *, every
 
 
 def test_any_value_in_any_field_of_any_file_is_no_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    any_value(whole, monkeypatch, 160)
+    any_value(whole, monkeypatch, 100)
 
 
 @pytest.mark.skipif("OPTIN_FUZZ" not in os.environ, reason="minutes: set OPTIN_FUZZ=1")

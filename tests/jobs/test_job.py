@@ -337,6 +337,7 @@ def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished
     assert not (finished / "dense.onnx").exists()
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_images_are_counted_and_exported_at_the_size_that_the_processor_makes(tmp_path: Path) -> None:
     """DINOv2 is built for one size and served at another."""
     import transformers

@@ -240,7 +240,9 @@ NEAR = {"uniform": 0.85, "curves": 0.93}
 
 @pytest.mark.parametrize("allocation", ["uniform", "curves"])
 @pytest.mark.parametrize("drift", [0.9, 1.02, 1.04, 1.06, 1.08, 1.1, 1.3])
-@pytest.mark.parametrize("share", [0.4, 0.5, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize(
+    "share", [0.4, 0.6, 0.9, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.5, 0.75))]
+)
 def test_a_table_that_is_off_is_corrected_by_measuring(
     scored: Scored, share: float, drift: float, allocation: str
 ) -> None:

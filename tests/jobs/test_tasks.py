@@ -18,6 +18,8 @@ import optin_deploy
 from optin_deploy.checkpoint.tasks import infer_task
 from support import tiny_checkpoint as tiny
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 NAMES = ("O", "B-name", "I-name")
 
 

@@ -124,6 +124,7 @@ def test_tokens_are_dropped_where_that_is_asked_for(finished: Path, shell: Shell
     assert "Log" not in {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_module_is_given_as_a_graph_that_merges(tmp_path: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(vit()).eval()
     batches: list[dict[str, Tensor]] = [{"pixel_values": torch.rand(8, 3, 32, 32)} for _ in range(3)]
@@ -282,6 +283,7 @@ def test_units_that_cannot_be_are_refused(options: tuple[str, ...], says: str, s
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_an_attention_that_nobody_hears_keeps_a_head_where_tokens_are_merged_by_its_keys() -> None:
     model = AutoModelForImageClassification.from_pretrained(vit()).eval()
     silent = model.vit.layers[0].attention.o_proj

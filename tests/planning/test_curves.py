@@ -36,6 +36,8 @@ from support.tiny_scoring import (
     vit,
 )
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 

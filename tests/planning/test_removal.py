@@ -20,6 +20,8 @@ from support.own_regression import texts
 from support.tiny_networks import made
 from support.tiny_scoring import bert, one_thread
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 

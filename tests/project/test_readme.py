@@ -7,6 +7,8 @@ Python blocks run in order in one process, as a reader would type them; of bash 
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 import typer
 
+import optin_deploy
 from optin_deploy.cli import app
 from support.project import ROOT, environment
 
@@ -27,6 +30,8 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 REASONS = ("GPU", "docker", "minutes", "part")
 MISNAMED = {"py": "python", "python3": "python", "sh": "bash", "shell": "bash", "console": "bash", "zsh": "bash"}
 """Fence languages that would slip past this test."""
+LONG = ("networks", "python")
+"""Pages that take half a minute each."""
 SECONDS = 300
 RUNNER = """
 import json, sys
@@ -117,13 +122,33 @@ def test_the_readme_is_short_and_has_code_to_run() -> None:
     assert any(commands_of(block.code) for block in blocks(PAGES[0], "bash"))
 
 
-@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in LONG else [])
+        for page in with_blocks("python")
+    ],
+)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     code = [(block.line, block.code) for block in blocks_to_run(page, "python")]
     called([sys.executable, "-c", RUNNER], tmp_path, page.name, input=json.dumps(code))
     for block in blocks_to_run(page, "bash"):
         for command in commands_of(block.code):
             called(["bash", "-c", command], tmp_path, f"{page.name}:{block.line}: {command}")
+
+
+def test_python_blocks_of_all_pages_compile_and_name_what_there_is() -> None:
+    # Also of those that are too long to run each time, or anywhere.
+    for page, block in [(each, block) for each in PAGES for block in blocks(each, "python")]:
+        if block.left_out == "part":
+            continue
+        for node in ast.walk(ast.parse(block.code, f"{page.name}:{block.line}")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optin_deploy"):
+                module = importlib.import_module(node.module or "")
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{page.name}:{block.line}: {name.name}"
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "optin_deploy":
+                assert hasattr(optin_deploy, node.attr), f"{page.name}:{block.line}: optin_deploy.{node.attr}"
 
 
 def test_commands_are_run_after_the_code_that_they_need() -> None:

@@ -21,10 +21,10 @@ import pytest
 from optin_deploy import __version__
 from support.project import ROOT
 
-pytestmark = pytest.mark.slow
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "optin_deploy", "exporters")
 """What is built; a copy of it, so that nothing is left in the checkout, and nothing that lies there gets in."""
 LEAST_SETUPTOOLS = 77
+OFFLINE = ("--no-deps", "--no-index")
 IMPORT_ALL = """
 import importlib, json, pkgutil
 import optin_deploy
@@ -47,7 +47,6 @@ class Installed:
     """An environment with the wheel."""
 
     folder: Path
-    wheel: Path
 
     def run(self, program: str, *arguments: object, cwd: Path) -> str:
         """What a program of the environment prints; fails with what it says if it fails."""
@@ -74,8 +73,8 @@ def pip(*arguments: object, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel in an environment that sees this one's packages, but not the checkout."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the sources."""
     try:
         found = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +82,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     if int(found.partition(".")[0]) < LEAST_SETUPTOOLS:
         pytest.skip(f"building offline needs setuptools {LEAST_SETUPTOOLS} or newer here; there is {found}")
     folder = tmp_path_factory.mktemp("wheel")
-    source, wheels, environment = folder / "source", folder / "wheels", folder / "environment"
+    source, wheels = folder / "source", folder / "wheels"
     source.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -92,19 +91,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
             )
         else:
             shutil.copyfile(ROOT / name, source / name)
-    offline = ("--no-deps", "--no-index")
-    pip("wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, source, cwd=folder)
-    (wheel,) = wheels.glob("*.whl")
+    pip("wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", wheels, source, cwd=folder)
+    (built,) = wheels.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel in an environment that sees this one's packages, but not the checkout."""
+    environment = tmp_path_factory.mktemp("installed") / "environment"
     venv.create(environment, symlinks=os.name != "nt")
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    pip("--python", python, "install", *offline, wheel, cwd=folder)
+    pip("--python", python, "install", *OFFLINE, wheel, cwd=environment)
     inner = subprocess.run(
         [str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
     )
     # A path file adds a folder but reads none of the path files in it: an editable install there stays unseen.
     packages = Path(inner.stdout.strip())
     (packages / "outer.pth").write_text("".join(f"{path}\n" for path in site.getsitepackages()), encoding="utf-8")
-    return Installed(environment, wheel)
+    return Installed(environment)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +128,9 @@ def sources() -> set[str]:
     return found | {f"optin_deploy/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "exporters").rglob("*.py")}
 
 
-def test_one_name_is_installed_with_all_of_its_files(installed: Installed) -> None:
-    assert installed.wheel.name == f"optin_deploy-{__version__}-py3-none-any.whl"
-    with ZipFile(installed.wheel) as file:
+def test_one_name_is_installed_with_all_of_its_files(wheel: Path) -> None:
+    assert wheel.name == f"optin_deploy-{__version__}-py3-none-any.whl"
+    with ZipFile(wheel) as file:
         names = set(file.namelist())
     assert {name.partition("/")[0] for name in names} == {"optin_deploy", f"optin_deploy-{__version__}.dist-info"}
     assert {name for name in names if name.endswith(".py")} == sources()
@@ -133,6 +138,7 @@ def test_one_name_is_installed_with_all_of_its_files(installed: Installed) -> No
     assert data == {"optin_deploy/py.typed", "optin_deploy/data/calibration.txt", "optin_deploy/reporting/report.html"}
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_from_the_environment(installed: Installed, tmp_path: Path) -> None:
     told = json.loads(installed.run("python", "-W", "ignore", "-c", IMPORT_ALL, cwd=tmp_path))
     assert Path(told["file"]).is_relative_to(installed.folder)
@@ -144,6 +150,7 @@ def test_every_module_is_imported_from_the_environment(installed: Installed, tmp
     assert not missing & {"optin_deploy", "exporters", *core}
 
 
+@pytest.mark.slow
 def test_its_commands_export_a_model_and_show_what_came_of_it(installed: Installed, tiny: Path, tmp_path: Path) -> None:
     assert "--flops" in installed.run("optin-export", "--help", cwd=tmp_path)
     assert installed.run("optin", "--version", cwd=tmp_path).strip() == f"optin-deploy {__version__}"

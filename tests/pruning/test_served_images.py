@@ -69,6 +69,7 @@ def test_height_and_width_stay_free(
         torch.testing.assert_close(found, by_transformers(folder, images, **how), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_one_size_that_was_asked_for() -> None:
     dense = dense_of(Source(str(vit()), image_size=(48, 24)))
     assert shape_of(dense) == ("batch", 3, 48, 24)
@@ -143,6 +144,7 @@ def test_sizes_of_an_inner_config_count() -> None:
     assert config.inference_image_size == [224, 224]  # type: ignore[attr-defined]  # it is noted there
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_sizes_are_part_of_the_key() -> None:
     sources = [Source(str(vit())), Source(str(vit()), any_size=True), Source(str(vit()), image_size=(48, 24))]
     assert len({dense_of(source).key for source in sources}) == 3
@@ -155,6 +157,7 @@ def test_a_graph_that_holds_for_one_size_is_refused(tmp_path: Path) -> None:
         dense_of(Source(saved(tmp_path / "model", "Beit", **sizes), any_size=True))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.parametrize("family", ["MobileNetV2", "Swin"])
 def test_models_that_fill_up_odd_sizes_are_refused(tmp_path: Path, family: str) -> None:
     """What they add to an image is a number in the graph."""
@@ -192,11 +195,13 @@ def test_engines_with_profiles_refuse_free_heights_and_widths() -> None:
         checked_job(Job(source, Limits(flops=0.9), engine="trt-rtx"))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_engines_that_run_modules_scale_positions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--calibration", photos(), "--samples", 8, "--flops", 0.7, "--image-size", "48x32", "--engine", "torch"]
     assert run("optin-export", vit(), *options, "--threads", 1, "--out", tmp_path / "x", monkeypatch=monkeypatch) == 0
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_whole_job_leaves_sizes_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     options = ["--calibration", photos(), "--samples", 8, "--flops", 0.7, "--any-size", "--image-size", "48x32"]

@@ -27,6 +27,8 @@ from optin_deploy.structure.find import find
 from support.own_regression import distance, images, judged_rows, texts
 from support.tiny_scoring import Batch, bare_bert, bert, dinov2, one_thread, rows, vit
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 CASES: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {

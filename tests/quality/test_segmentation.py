@@ -410,7 +410,8 @@ def checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["segformer", "mask2former"])
+@pytest.mark.usefixtures("by_torchscript")
+@pytest.mark.parametrize("name", ["segformer", pytest.param("mask2former", marks=pytest.mark.slow)])
 def test_a_job_tells_mean_iou_on_maps(name: str, tmp_path: Path, shell: Shell) -> None:
     model = checkpoint(name, tmp_path / "model")
     data = tmp_path / "data"

@@ -15,6 +15,8 @@ from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.find import find
 from support.tiny_scoring import BERT, VIT, Batch, Family, bert, image_batch, one_thread, padded, rows, text_batch, vit
 
+pytestmark = pytest.mark.usefixtures("by_torchscript")
+
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 LENGTHS = (3, 7, 5, 9)

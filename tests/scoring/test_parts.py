@@ -718,7 +718,10 @@ def kill_two_of_four(workers: Workers, folder: Path, scorer: str, log: Log, *, h
     return [workers.wait(pid) for pid in pids]
 
 
-@pytest.mark.parametrize("helps", [True, False], ids=["helping", "strict shards"])
+@pytest.mark.parametrize(
+    "helps",
+    [pytest.param(True, id="helping"), pytest.param(False, id="strict shards", marks=pytest.mark.slow)],
+)
 def test_after_kill_9_the_scores_are_those_of_an_undisturbed_run(tmp_path: Path, workers: Workers, helps: bool) -> None:
     killed = begun = 0
     for seed in range(10):

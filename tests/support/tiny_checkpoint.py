@@ -141,7 +141,7 @@ class Ran:
 
 
 class Shell:
-    """Runs commands in this process, as their entry points do, with two timed blocks instead of twelve."""
+    """Runs commands in this process, as their entry points do, but times and measures memory in fewer rounds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
@@ -159,12 +159,14 @@ def run(program: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> in
     from optin_deploy.measuring import artifacts as measuring
     from optin_deploy.measuring.device_time import measure_device_time
     from optin_deploy.measuring.timing import measure_pair
+    from optin_deploy.scoring import unit_parts
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [program, *map(str, arguments)])
         patch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
         patch.setattr(measuring, "measure_pair", partial(measure_pair, blocks=2))
         patch.setattr(bench, "measure_device_time", partial(measure_device_time, blocks=2))
+        patch.setattr(unit_parts, "MOST_PROBES", unit_parts.FIRST_PROBES)  # in work while memory is measured
         for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
             patch.setenv(name, {"TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"))
         patch.setenv("COLUMNS", "200")  # tables and messages unbroken

@@ -62,7 +62,7 @@ def test_learned_weights_are_those_of_layers_and_norms() -> None:
     assert sorted(math.prod(network.weights[name].shape.numpy()) for name in found) == sorted(map(torch.numel, values))
 
 
-@pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("distill", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_training_brings_a_cut_network_nearer(distill: float) -> None:
     folder = finished_job()
     source = Workspace(folder).source()
@@ -245,6 +245,7 @@ def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path)
         finetune(ready, smaller, Tuning(epochs=0))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, shell: Shell, tmp_path: Path) -> None:
     model, data = {"text": (bert(), labelled()), "image": (vit(), photos())}[kind]
