@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.jobs.bench import Bench, bench_folder
+from optin_deploy.jobs.bench import BenchSettings, bench_folder
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
 from optin_deploy.measuring.points import Point
@@ -26,7 +26,7 @@ def reported(source: Source, flops: float, out: Path) -> dict[str, Any]:
     """What a job at a share of the MACs reports; made unless `out` has it, and measured on ONNX Runtime in this run."""
     if not (out / "report.json").is_file():
         export_model(Job(source, Limits(flops=flops), points=(), threads=THREADS), out, stage=stage_bar)
-    bench_folder(out, Bench("onnx", None, (Point(),), THREADS), stage=stage_bar)
+    bench_folder(out, BenchSettings("onnx", None, (Point(),), THREADS), stage=stage_bar)
     said, measured = (
         json.loads((out / name).read_text(encoding="utf-8")) for name in ("report.json", "measurements.json")
     )

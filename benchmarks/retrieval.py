@@ -21,7 +21,7 @@ from optin_deploy.jobs.checked import checked_job
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
-from optin_deploy.jobs.sweep import Point, sweep
+from optin_deploy.jobs.sweep import SweepPoint, sweep
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     calibration, searches = written(options.out, options.queries)
-    found: dict[int, list[Point]] = {}
+    found: dict[int, list[SweepPoint]] = {}
     for seed in options.seeds:
         source = Source(
             str(options.model),
@@ -78,7 +78,7 @@ def written(out: Path, queries: int) -> tuple[Path, Path]:
     return calibration, searches
 
 
-def swept(source: Source, shares: Sequence[float], out: Path) -> list[Point]:
+def swept(source: Source, shares: Sequence[float], out: Path) -> list[SweepPoint]:
     """What models at these shares of the MACs find; scores and curves are made once."""
     job = Job(source, Limits(flops=shares[0]), points=(), dense=False)
     if not (out / "report.json").is_file():
@@ -87,7 +87,7 @@ def swept(source: Source, shares: Sequence[float], out: Path) -> list[Point]:
     return sweep(Planner(Workspace(out), asked.prepared, asked.choice), shares, stage=stage_bar)
 
 
-def page(found: dict[int, list[Point]], queries: int) -> str:
+def page(found: dict[int, list[SweepPoint]], queries: int) -> str:
     """Means over the calibration sets, and the drop of each."""
     rows: list[tuple[str, ...]] = []
     for at_share in zip(*found.values(), strict=True):
@@ -108,7 +108,7 @@ def page(found: dict[int, list[Point]], queries: int) -> str:
     )
 
 
-def figures_of(point: Point) -> dict[str, tuple[float, float]]:
+def figures_of(point: SweepPoint) -> dict[str, tuple[float, float]]:
     """Figures of the dense and the cut network, by name."""
     return {point.quality.metric: (point.quality.dense, point.quality.pruned), **point.quality.beside}
 

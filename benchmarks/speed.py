@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.record import RESULTS, command_of, write_result
-from optin_deploy.jobs.bench import Bench, bench_folder
+from optin_deploy.jobs.bench import BenchSettings, bench_folder
 from optin_deploy.jobs.operator_times import RUNS, explain_folder
 from optin_deploy.measuring.diagnosis import OPERATOR_HEADER, explained, operator_rows
 from optin_deploy.measuring.points import Point
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     points = tuple(Point(batch=batch, seq=options.seq_len) for batch in options.batch)
-    measured = bench_folder(options.folder, Bench("onnx", None, points, options.threads), stage=stage_bar)
+    measured = bench_folder(options.folder, BenchSettings("onnx", None, points, options.threads), stage=stage_bar)
     parts = [
         f"# Speed on ONNX Runtime, {options.threads} threads",
         to_table(LATENCY_HEADER, latency_rows(measured)),

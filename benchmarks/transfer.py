@@ -23,7 +23,7 @@ from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.tuning.folder import finetune_folder
-from optin_deploy.tuning.settings import Rows, Tuning
+from optin_deploy.tuning.settings import TrainingRows, Tuning
 
 NAME = "transfer"
 HEADER = ("MACs kept", "dense, classifier", "cut, classifier", "cut, fine-tuned")
@@ -60,7 +60,7 @@ def done(flops: float, samples: int, epochs: float, cache: Path, home: Path) -> 
         source = Source(str(dinov2_folder(cache)), calibration=str(learned), samples=samples)
         export_model(Job(source, Limits(flops=flops), points=(), threads=1), cut, stage=stage_bar)
     if not (tuned / "tuned.json").is_file():
-        finetune_folder(cut, tuned, Rows(learned, judged, LEARNED), Tuning(epochs), stage=stage_bar)
+        finetune_folder(cut, tuned, TrainingRows(learned, judged, LEARNED), Tuning(epochs), stage=stage_bar)
     report: dict[str, Any] = json.loads((cut / "report.json").read_text(encoding="utf-8"))
     told: dict[str, Any] = json.loads((tuned / "tuned.json").read_text(encoding="utf-8"))
     return {

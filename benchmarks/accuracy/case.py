@@ -22,7 +22,7 @@ from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, fits, limits_within
+from optin_deploy.planning.costs import CostLimit, fits, limits_within
 from optin_deploy.planning.plan import plan_of
 from optin_deploy.planning.widths import Choice, Keep, aligned, choose
 from optin_deploy.pruning.networks import Found
@@ -152,7 +152,7 @@ class Case:
         found: T = self._made[stage]
         return found
 
-    def limits(self, flops: float, merges: tuple[int, ...] = ()) -> list[Limit]:
+    def limits(self, flops: float, merges: tuple[int, ...] = ()) -> list[CostLimit]:
         """A share of the MACs, for one of the widest calibration rows."""
         return limits_within(self.ready.costs_with(merges), Limits(flops=flops))
 

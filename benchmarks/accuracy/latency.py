@@ -15,7 +15,7 @@ from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import read_json
 from optin_deploy.measuring.comparing import comparison_of
-from optin_deploy.measuring.gate import Limit
+from optin_deploy.measuring.gate import LatencyLimit
 from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
@@ -56,7 +56,7 @@ def measured(folder: Path, path: Path, batch: int) -> dict[str, Any]:
     cell = CELL.fullmatch(path.stem)
     assert cell is not None
     contest = comparison_of(folder / f"{DENSE_NAME}.onnx", path, threads=1, points=[Point(batch)])
-    timing = contest.run(Limit("min_speedup", 1.0), stage=stage_bar).points[0].timing
+    timing = contest.run(LatencyLimit("min_speedup", 1.0), stage=stage_bar).points[0].timing
     value = read_json(path.with_suffix(".json"), "Delete the network beside it.")["value"]
     return {
         "method": cell["method"].replace("_", " "),

@@ -49,9 +49,9 @@ from optin_deploy.planning.ladder import narrowest
 from optin_deploy.planning.latency import LatencyTable, TimeCost
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, ladders_of
-from optin_deploy.pruning.dense import Dense
+from optin_deploy.pruning.dense import DenseSource
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.pruning.pruning import Compared, emptiable, make, ready_of
+from optin_deploy.pruning.pruning import ComparedOutput, emptiable, make, ready_of
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
@@ -146,8 +146,10 @@ def _setting(task: Task, folder: Path, seed: int, options: argparse.Namespace) -
     read = find_in(task.model)
     source = Source(task.name, seq_len=task.seq_len, samples=rows, seed=seed)
     loaded = LoadedModel(task.model, task_of("text-classification"), task.preprocessor)
-    dense = Dense(read.network, sha256_tensors(task.model.state_dict()), loaded)
-    prepared = Prepared(source, dense, ready_of(read, Halves(calibration, None), compared=Compared(OUTPUT), seed=seed))
+    dense = DenseSource(read.network, sha256_tensors(task.model.state_dict()), loaded)
+    prepared = Prepared(
+        source, dense, ready_of(read, Halves(calibration, None), compared=ComparedOutput(OUTPUT), seed=seed)
+    )
     workspace = Workspace.claim(folder / f"work-seed{seed}", source)
     with stage_bar(f"score {task.name}") as progress:
         score_stage(workspace, prepared, progress=progress)

@@ -17,13 +17,13 @@ from optin_deploy.common.progress import Progress
 from optin_deploy.jobs.checked import checked_job
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.width_timer import WidthTimer, width_timer
-from optin_deploy.measuring.gate import Limit, judge
+from optin_deploy.measuring.gate import LatencyLimit, verdict_of
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
-LIMIT = Limit("max_ratio", 1.05)
+LIMIT = LatencyLimit("max_ratio", 1.05)
 KEPT = 0.75
 """Share of the heads and neurons that the smaller model of a swap keeps."""
 MUST_COVER = 0.85
@@ -80,7 +80,7 @@ def _runs(yard: WidthTimer, same: int, swapped: int) -> Iterator[Run]:
         for number in range(count):
             with stage_bar(f"{kind} {number + 1}") as progress:
                 timing = measure(progress)
-            verdict = judge(timing, LIMIT)
+            verdict = verdict_of(timing, LIMIT)
             yield Run(kind, verdict.ratio, verdict.ci95, verdict.outcome)
 
 

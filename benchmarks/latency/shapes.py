@@ -23,7 +23,7 @@ from optin_deploy.exporters import exporter
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.width_timer import inputs_of
 from optin_deploy.measuring.artifacts import Opening, time_pair
-from optin_deploy.measuring.gate import Limit, judge
+from optin_deploy.measuring.gate import LatencyLimit, verdict_of
 from optin_deploy.measuring.points import parse_point
 from optin_deploy.network.write import write
 from optin_deploy.reporting.report import to_table
@@ -79,7 +79,7 @@ def _rows(prepared: Prepared, threads: int) -> Iterator[Row]:
                 feeds = inputs.feeds(point)
                 first, second = (Opening(engine, path, "fp32", threads) for path in (shaped, bare))
                 timing = time_pair(first, second, feeds, title=f"{share:g} at {at}", stage=stage_bar)
-                verdict = judge(timing, Limit("max_ratio", 1.0))
+                verdict = verdict_of(timing, LatencyLimit("max_ratio", 1.0))
                 yield Row(
                     share=share,
                     at=at,

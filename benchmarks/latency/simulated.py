@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.common.progress import Progress, silent
-from optin_deploy.measuring.gate import OUTCOMES, Limit, Verdict, judge
+from optin_deploy.measuring.gate import OUTCOMES, LatencyLimit, Verdict, verdict_of
 from optin_deploy.measuring.timing import BLOCKS, measure_pair
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import stage_bar
@@ -37,7 +37,7 @@ SEEN = 1.03
 """The slowdown that must be seen."""
 SLOWDOWNS = (1.0, SEEN, 1.10)
 """True ratios candidate / baseline."""
-LIMIT = Limit("max_ratio", 1.05)
+LIMIT = LatencyLimit("max_ratio", 1.05)
 CHUNK = 4096
 """Random numbers drawn at once."""
 
@@ -167,7 +167,7 @@ def one_run(luck: float, slowdown: float, *, seed: int) -> Verdict:
         clock=machine.clock,
         watch=dict,
     )
-    return judge(timing, LIMIT)
+    return verdict_of(timing, LIMIT)
 
 
 def summed(scenario: Scenario, slowdown: float, verdicts: list[Verdict]) -> Found:

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.scoring.rivals import KINDS, Importance, groups_of
-from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.costs import CostLimit
 from optin_deploy.planning.widths import Choice, choose
 from optin_deploy.scoring.subject import Subject
 
@@ -55,7 +55,9 @@ def rho(exact: Tensor, found: Tensor) -> float:
     return float(spearmanr(exact.numpy(), found.numpy()).statistic)
 
 
-def kept_shared(subject: Subject, limits: Sequence[Limit], truth: Importance, estimate: Importance) -> dict[str, float]:
+def kept_shared(
+    subject: Subject, limits: Sequence[CostLimit], truth: Importance, estimate: Importance
+) -> dict[str, float]:
     """Share of kept units that two scores have in common, by allocation, if each scored neuron stands for its share."""
     layout, shared = subject.layout, {}
     stands = {

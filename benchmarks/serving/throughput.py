@@ -22,14 +22,14 @@ import numpy as np
 from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.serving.servers import TritonServer, environment
 from optin_deploy.files.storage import read_tensors
-from optin_deploy.jobs.bench import Bench, bench_rows, checked
+from optin_deploy.jobs.bench import BenchSettings, bench_rows, checked
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.names import dense_of
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.shipping import ship_folder
 
 NAME = "model"
@@ -86,12 +86,12 @@ def main() -> None:
 
 def _local(folder: Path, batches: Sequence[int], threads: int) -> list[Measurement]:
     points = tuple(Point(batch) for batch in batches)
-    return bench_rows(checked(folder, Bench("onnx", None, points, threads)), stage=stage_bar)
+    return bench_rows(checked(folder, BenchSettings("onnx", None, points, threads)), stage=stage_bar)
 
 
 def _served(options: argparse.Namespace, home: Path, scratch: Path, local: Sequence[Measurement]) -> Iterator[Run]:
     serving = ServingOptions(max_batch=32, threads=options.threads)
-    ship_folder(options.folder, Order("triton", scratch / "repository", NAME, options=serving))
+    ship_folder(options.folder, ShipOrder("triton", scratch / "repository", NAME, options=serving))
     data = _input_data(options.folder / "samples.safetensors", scratch / "inputs.json")
     control = ["--model-control-mode=none"]
     with TritonServer(scratch / "repository", scratch / "server", home=home, control=control) as server:

@@ -23,7 +23,7 @@ from benchmarks.zoo.real import REAL, exported_by_torchscript
 from optin_deploy.cutting.graph import cut
 from optin_deploy.cutting.proof import prove
 from optin_deploy.measuring.comparing import comparison_of
-from optin_deploy.measuring.gate import Limit
+from optin_deploy.measuring.gate import LatencyLimit
 from optin_deploy.network.graph import Network
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
@@ -82,7 +82,7 @@ def row(name: str, flops: float, threads: int, folder: Path) -> dict[str, Any]:
     cost = plan_of(found.layout, keep).cost
     assert cost is not None
     write(network, smaller)
-    point = comparison_of(dense, smaller, engine="onnx", threads=threads).run(Limit("max_ratio", 1.0)).points[0]
+    point = comparison_of(dense, smaller, engine="onnx", threads=threads).run(LatencyLimit("max_ratio", 1.0)).points[0]
     return {
         "file": name,
         "what": real.what,

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from optin_deploy.checkpoint.config import CONFIG_HINT, SWITCHES, make_config
 from optin_deploy.errors import BadInput
 from optin_deploy.files.wall import blamed, shown
-from optin_deploy.files.weights import Stored
+from optin_deploy.files.weights import HeaderTensor
 
 MODULES_PER_TENSOR, FREE_MODULES = 8, 2000
 """Modules and parameters that a class may build for each stored tensor, and besides: a bound, not a measure."""
@@ -38,7 +38,12 @@ BLOCK = re.compile(r"(^|\.)(\d+)\.")
 
 
 def sketch(
-    path: Path, data: Mapping[str, Any], stored: Collection[Stored], make: Callable[[Any], nn.Module], *, ratio: int
+    path: Path,
+    data: Mapping[str, Any],
+    stored: Collection[HeaderTensor],
+    make: Callable[[Any], nn.Module],
+    *,
+    ratio: int,
 ) -> Any:
     """The model of a config on the meta device: shapes without values, bounded by what the weights file holds.
 

@@ -22,7 +22,7 @@ from optin_deploy.feeds.inputs import example_inputs, longest_text
 from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.feeds.sentence_modules import SentenceModules, embeds
 from optin_deploy.files.wall import blamed, shown, wall
-from optin_deploy.files.weights import INDEX, WEIGHTS, Stored, model_folder, read_weights, stored_tensors
+from optin_deploy.files.weights import INDEX, WEIGHTS, HeaderTensor, model_folder, read_weights, stored_tensors
 
 TRIED_TOKENS = 8
 """Length of the text that a loaded model is tried with."""
@@ -101,7 +101,7 @@ def _refuse_pruned(folder: Path) -> None:
 
 
 def _load(
-    source: Path, data: Mapping[str, Any], task: Task, stored: Mapping[str, Stored]
+    source: Path, data: Mapping[str, Any], task: Task, stored: Mapping[str, HeaderTensor]
 ) -> tuple[Any, tuple[str, ...]]:
     """The model with its weights, and what is left out; a config and weights that do not agree are refused."""
     auto: Any = getattr(transformers, task.auto_class)

@@ -15,7 +15,7 @@ from optin_deploy.commands.parsing import echo, engine_options, refuse_idle, war
 from optin_deploy.commands.values import options
 from optin_deploy.common.formatting import size
 from optin_deploy.errors import BadInput
-from optin_deploy.measuring.loadgen import HEADER, Load, compared_lines, run_rows
+from optin_deploy.measuring.loadgen import HEADER, LoadSettings, compared_lines, run_rows
 from optin_deploy.reporting.terminal import print_latency, print_table, stage_bar
 
 of_loadgen = partial(typer.Option, rich_help_panel="MLCommons LoadGen")
@@ -120,14 +120,14 @@ class Protocol:
         float | None, of_loadgen(help="Server: milliseconds that 99% of the queries must keep.")
     ] = None
 
-    def load(self) -> Load | None:
+    def load(self) -> LoadSettings | None:
         """Return what LoadGen sends, checked; None means our own protocol."""
         asked = {"scenario": self.scenario, "seconds": self.seconds, "qps": self.qps}
         given = {k: v for k, v in {**asked, "target_latency_ms": self.target_latency}.items() if v is not None}
         if self.protocol not in ("interleaved", "mlperf"):
             raise BadInput(f"--protocol {self.protocol!r}: possible are interleaved, mlperf.")
         if self.protocol == "mlperf":
-            return Load(**given)  # type: ignore[arg-type]  # a dict forgets which value is of which type
+            return LoadSettings(**given)  # type: ignore[arg-type]  # a dict forgets which value is of which type
         if given:
             raise BadInput("--scenario, --seconds, --qps and --target-latency are LoadGen's: add --protocol mlperf.")
         return None
@@ -144,11 +144,11 @@ def bench(
     writing: Writing,
 ) -> None:
     """Measure the dense and the pruned artifact in DIR against each other, interleaved, with confidence intervals."""
-    from optin_deploy.jobs.bench import Bench
+    from optin_deploy.jobs.bench import BenchSettings
 
     with writing_to(folder, writing):
         warn_of_disagreements(folder)
-        bench = Bench(engine.engine, engine.precision, measuring.points(), measuring.threads)
+        bench = BenchSettings(engine.engine, engine.precision, measuring.points(), measuring.threads)
         load = protocol.load()
         if load is None:
             _interleaved(ctx, folder, bench, besides, dry_run=writing.dry_run)

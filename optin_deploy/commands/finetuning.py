@@ -12,7 +12,7 @@ from optin_deploy.commands.options import Eval, Folder, Writing
 from optin_deploy.commands.source import Columns, Seed
 from optin_deploy.commands.values import options
 from optin_deploy.reporting.terminal import print_table, stage_bar
-from optin_deploy.tuning.settings import Rows, Tuning
+from optin_deploy.tuning.settings import TrainingRows, Tuning
 
 FINETUNE_EXAMPLES = """
 Examples:
@@ -38,7 +38,7 @@ class LearnedRows:
         ),
     ]
     columns: Columns
-    samples: Annotated[int, typer.Option(help="Rows to learn from, drawn by --seed.")] = Rows.samples
+    samples: Annotated[int, typer.Option(help="Rows to learn from, drawn by --seed.")] = TrainingRows.samples
     evaluation: Eval = None
 
 
@@ -70,7 +70,7 @@ def finetune(
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
     from optin_deploy.tuning.folder import finetune_folder
 
-    learned = Rows(rows.data, rows.evaluation, rows.samples, **vars(rows.columns))
+    learned = TrainingRows(rows.data, rows.evaluation, rows.samples, **vars(rows.columns))
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(**vars(learning))
     force, dry_run = writing.force, writing.dry_run

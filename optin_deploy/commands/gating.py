@@ -31,7 +31,7 @@ Examples:
 
 
 @dataclass(frozen=True)
-class Limit:
+class LimitOptions:
     """How slow the candidate may be."""
 
     max_ratio: Annotated[float | None, typer.Option(help="Most that candidate / baseline time may be, e.g. 1.05.")] = (
@@ -44,7 +44,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Place:
+class PlaceOptions:
     """The engine and the points at which both are measured; None is what the pin says."""
 
     engine: Annotated[
@@ -68,8 +68,8 @@ def gate(
     baseline: Annotated[
         Path, typer.Argument(metavar="BASELINE", help="Artifact, output folder (its pruned artifact), or pin (.json).")
     ],
-    limit: Limit,
-    place: Place,
+    limit: LimitOptions,
+    place: PlaceOptions,
     writing: Writing,
     candidate: Annotated[
         Path | None, typer.Argument(metavar="CANDIDATE", help="Artifact or output folder; none with --pin.")
@@ -94,7 +94,7 @@ def gate(
     compared = partial(comparison_of, baseline, engine=place.engine, precision=place.precision, threads=place.threads)
     points = parse_points(place.at)
     if pin is not None:
-        if (candidate, limit, out) != (None, Limit(), None):
+        if (candidate, limit, out) != (None, LimitOptions(), None):
             raise BadInput(
                 "--pin measures nothing: leave out CANDIDATE, --max-ratio, --min-speedup, --strict and --out."
             )

@@ -133,7 +133,7 @@ def plan_network(
 
 def rewrite_network(network: Path, how: CutOfNetwork, writing: Writing) -> None:
     """Cut an ONNX file."""
-    from optin_deploy.planning.plan import told_merges
+    from optin_deploy.planning.plan import describe_merges
     from optin_deploy.pruning.rewriting import rewrite_file
 
     plan, out = how.plan, how.out
@@ -152,7 +152,7 @@ def rewrite_network(network: Path, how: CutOfNetwork, writing: Writing) -> None:
     engine = "" if found.engine is None else f"; ONNX Runtime differs by {found.engine:.1e}"
     typer.echo(f"proven: it differs from the masked network by {found.proof.masked:.1e} of the largest output{engine}")
     if any(found.plan.merges):
-        typer.echo(told_merges(found.plan.merges, of_text=found.plan.of_text))
+        typer.echo(describe_merges(found.plan.merges, of_text=found.plan.of_text))
     elif not found.proof.dense:
         warn("the plan changes nothing: all that it removes counts for nothing, or it removes nothing.")
     if found.bytes_pruned is None:

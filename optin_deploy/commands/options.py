@@ -76,7 +76,7 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetOptions:
     """What may stay, or what may be lost."""
 
     flops: Annotated[
@@ -103,7 +103,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class BudgetInTime(Budget):
+class BudgetInTime(BudgetOptions):
     """The same, and a budget in measured time."""
 
     latency: Annotated[str | None, in_time(help="Longest time of a batch at the first --at, measured: 4.0ms.")] = None

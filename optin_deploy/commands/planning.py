@@ -13,7 +13,7 @@ import typer
 
 from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.networks import CutOfNetwork, PlanOfNetwork, plan_network, rewrite_network
-from optin_deploy.commands.options import Budget, Compensation, Folder, FolderOrFile, Making, Writing
+from optin_deploy.commands.options import BudgetOptions, Compensation, Folder, FolderOrFile, Making, Writing
 from optin_deploy.commands.parsing import echo, given, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
@@ -43,7 +43,12 @@ OF_NETWORKS = ("units", "out", "shape")
 
 @options
 def plan(
-    ctx: typer.Context, folder: FolderOrFile, budget: Budget, making: Making, network: PlanOfNetwork, writing: Writing
+    ctx: typer.Context,
+    folder: FolderOrFile,
+    budget: BudgetOptions,
+    making: Making,
+    network: PlanOfNetwork,
+    writing: Writing,
 ) -> None:
     """Choose what to keep under a budget; writes plan.json from the scores in DIR.
 
@@ -63,7 +68,7 @@ def plan(
         _plan_job(ctx, folder, budget, making, writing)
 
 
-def _plan_job(ctx: typer.Context, folder: Path, budget: Budget, making: Making, writing: Writing) -> None:
+def _plan_job(ctx: typer.Context, folder: Path, budget: BudgetOptions, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
     from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.sweep import planned

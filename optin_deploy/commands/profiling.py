@@ -11,7 +11,7 @@ import typer
 from optin_deploy.commands.amounts import align_of
 from optin_deploy.commands.options import Engine, EngineAlign, Model, OfEngine, ProfileSizes, Threads, Writing
 from optin_deploy.commands.parsing import engine_options
-from optin_deploy.commands.source import Rows
+from optin_deploy.commands.source import RowOptions
 from optin_deploy.commands.values import options
 from optin_deploy.common.validation import whole_number
 from optin_deploy.jobs.job import Job
@@ -46,7 +46,7 @@ class Table:
 def profile(
     ctx: typer.Context,
     model: Model,
-    rows: Rows,
+    rows: RowOptions,
     engine: Engine,
     table: Table,
     writing: Writing,

@@ -54,7 +54,7 @@ class AllScoring(Scoring):
 
 
 @dataclass(frozen=True)
-class Share:
+class ShareOptions:
     """Which share of the work a process does."""
 
     shard: Annotated[str | None, of_many(metavar="i/N", help="Do only this share of the work.")] = None
@@ -70,7 +70,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Output folder.")],
     rows: AllRows,
     scoring: AllScoring,
-    share: Share,
+    share: ShareOptions,
     writing: Writing,
 ) -> None:
     """Score every unit of MODEL that may be cut; writes scores.safetensors, and the network as dense.onnx.

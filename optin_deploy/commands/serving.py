@@ -17,7 +17,7 @@ from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.files.ownership import free_name
 from optin_deploy.reporting.terminal import print_table, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 
 SHIP_EXAMPLES = """
 Examples:
@@ -35,7 +35,7 @@ Examples:
 
 
 @dataclass(frozen=True)
-class Place:
+class RepositoryOptions:
     """The repository that artifacts are published to."""
 
     server: Annotated[str, typer.Option(help="triton, ovms, mlserver or kserve.")] = "triton"
@@ -57,7 +57,7 @@ class Settings:
 
     dense: Annotated[
         str, typer.Option(help="Serve the dense model beside it: as one of two `models` or `versions`, or `none`.")
-    ] = Order.dense
+    ] = ShipOrder.dense
     max_batch: Annotated[int, typer.Option(help="Samples that are run at once, at most.")] = ServingOptions.max_batch
     preferred: Annotated[
         str | None,
@@ -87,7 +87,7 @@ class Settings:
 @options
 def ship(
     ctx: typer.Context,
-    place: Place,
+    place: RepositoryOptions,
     engine: Engine,
     settings: Settings,
     folder: Annotated[
@@ -123,7 +123,7 @@ def ship(
         storage_uri=settings.storage_uri,
         canary=settings.canary,
     )
-    order = Order(
+    order = ShipOrder(
         server=place.server,
         out=out,
         name=place.name or default_name(folder),
@@ -171,7 +171,7 @@ MOST_CLIENTS = 1024
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadOptions:
     """The load under which latency is measured."""
 
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure it from the client's side.")] = True
@@ -201,7 +201,7 @@ def serve_check(
     repository: Annotated[
         Path, typer.Argument(metavar="REPO", help="Repository of `optin ship`, as the server has it.")
     ],
-    load: Load,
+    load: LoadOptions,
     writing: Writing,
     url: Annotated[str, typer.Option(help="http://host:port or grpc://host:port.")] = "http://127.0.0.1:8000",
     model: Annotated[list[str] | None, typer.Option(help="Only this model; repeatable. [default: all]")] = None,
@@ -216,7 +216,7 @@ def serve_check(
     """
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
-    from optin_deploy.serving.checking import Load as CheckLoad
+    from optin_deploy.serving.checking import ServerLoad as CheckLoad
     from optin_deploy.serving.checking import check_server
 
     if not load.latency:

@@ -51,7 +51,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowOptions:
     """Calibration rows of a model, and what they are read with."""
 
     task: Annotated[str | None, typer.Option(help="transformers task; inferred from config.architectures.")] = None
@@ -102,7 +102,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class AllRows(Rows):
+class AllRows(RowOptions):
     """The same, with all that is known of rows, and what of the network they are for."""
 
     columns: Columns = Columns()  # it is frozen

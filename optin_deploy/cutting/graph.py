@@ -31,11 +31,11 @@ def cut(layout: Layout, keep: Mapping[str, Sequence[int]]) -> Network:
     if not leaves:
         return network
     model = network.model.clone()
-    Cut(layout.structure, model, leaves).make()
+    GraphCut(layout.structure, model, leaves).make()
     return Network(RemoveUnusedNodesPass()(model).model, network.source)
 
 
-class Cut(Editor):
+class GraphCut(Editor):
     """One cut, while it is made on a copy of the graph."""
 
     def make(self) -> None:

@@ -23,7 +23,7 @@ APART = -4.0
 
 
 @dataclass(frozen=True)
-class Step:
+class MergeStep:
     """One merge: places that a run finds, each (samples, places, 1)."""
 
     tokens: int
@@ -44,7 +44,7 @@ class Merging(Writer):
         super().__init__(cut)
         self._real, self._stream = real, stream
         self._left = stream.tokens
-        self._steps: list[Step] = []
+        self._steps: list[MergeStep] = []
         self._sizes: ir.Value | None = None
         """How many tokens each stands for, (samples, tokens, 1)."""
         self._bias: ir.Value | None = None
@@ -103,7 +103,7 @@ class Merging(Writer):
             self._bias = self._put(gap, "Unsqueeze", bias, self._whole([1]))
         self._cut.renamed(gap, out)
         self._left = before - count
-        self._steps.append(Step(before, self._left, self._put(gap, "Concat", stays, goes, axis=1), into))
+        self._steps.append(MergeStep(before, self._left, self._put(gap, "Concat", stays, goes, axis=1), into))
 
     def restore(self, gap: ir.Node) -> None:
         """Give every token of the input the one that it became a part of."""

@@ -34,7 +34,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SharedInput:
     """A value, and the products that read it."""
 
     value: str
@@ -82,7 +82,7 @@ class OutputRepair(_Repair):
 class InputRepair(_Repair):
     """Fold into all products that read a value the linear map which brings it nearest to the dense one."""
 
-    places: tuple[Reading, ...]
+    places: tuple[SharedInput, ...]
     """Values in the order of work; mostly one. Where there are several the same matrices read each."""
     side = "input"
 
@@ -220,11 +220,11 @@ def _inputs(
     by_value: dict[tuple[str, int], list[Solvable]] = {}
     for each in readers:
         by_value.setdefault((each.linear.reads, each.linear.features), []).append(each)
-    together: dict[tuple[str, ...], list[Reading]] = {}
+    together: dict[tuple[str, ...], list[SharedInput]] = {}
     for (value, _), products in by_value.items():
         products.sort(key=lambda each: each.linear.node.index)
         together.setdefault(tuple(each.linear.stored.name for each in products), []).append(
-            Reading(value, tuple(products))
+            SharedInput(value, tuple(products))
         )
     times = Counter(name for names in together for name in names)
     found, skipped = [], []

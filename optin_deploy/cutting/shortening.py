@@ -26,7 +26,7 @@ RESIZING = ("Reshape", "Expand")
 
 
 @dataclass(frozen=True)
-class Step:
+class DropStep:
     """What is left behind a block."""
 
     count: ir.Value
@@ -50,7 +50,7 @@ class Shortening(Writer):
         self._nodes = self._cut.nodes  # of the network, before any is put in
         self._length: ir.Value
         """How many tokens there are at first, (1,); known from the first step on."""
-        self._steps: list[Step] = []
+        self._steps: list[DropStep] = []
         self._behind: dict[str, int] = {}
         """Steps that values lie behind."""
         self._resized: set[str] = set()
@@ -206,7 +206,7 @@ class Shortening(Writer):
         for reader, place in self._structure.network.consumers[block.leaves]:
             self._check_reads(reader)
             self._nodes[reader.index].replace_input_with(place, fewer)
-        self._steps.append(Step(count, first, standing))
+        self._steps.append(DropStep(count, first, standing))
         self._behind[block.leaves] = len(self._steps)
 
     def _most(self, after: ir.Node, block: SelfAttention, standing: ir.Value, count: ir.Value) -> ir.Value:

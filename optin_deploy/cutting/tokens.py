@@ -18,7 +18,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import Tensor
 
 from optin_deploy.cutting.editing import Editor
-from optin_deploy.cutting.graph import Cut
+from optin_deploy.cutting.graph import GraphCut
 from optin_deploy.cutting.merging import Merging
 from optin_deploy.cutting.same import check_runs, prove_same
 from optin_deploy.cutting.texts import shortened
@@ -99,7 +99,7 @@ def _made(
     structure = walk(gap.network, all_shapes(gap.network, probes[0]))
     kept = {structure.axes[name][1].root: np.arange(counts[at]) for name, at in zip(gap.breaks, used, strict=True)}
     _check_apart(structure, kept, len(used))
-    return _lowered(gap, Cut(structure, gap.network.model.clone(), kept), stream, merges, directions)
+    return _lowered(gap, GraphCut(structure, gap.network.model.clone(), kept), stream, merges, directions)
 
 
 def counted(stream: TokenStream, merges: Sequence[int]) -> list[int]:
@@ -257,7 +257,9 @@ def _check_opset(network: Network) -> None:
         raise BadInput(f"{network.source} has opset {opset}: tokens are merged from opset {OPSET} on. Export it anew.")
 
 
-def _lowered(gap: Gap, cut: Cut, stream: TokenStream, merges: Sequence[int], directions: np.ndarray | None) -> Network:
+def _lowered(
+    gap: Gap, cut: GraphCut, stream: TokenStream, merges: Sequence[int], directions: np.ndarray | None
+) -> Network:
     """Cut the numbers of tokens, and put the merging itself into the gaps."""
     producer, tensors = gap.network.producer, cut.structure.shapes.tensors
 

@@ -72,7 +72,7 @@ def cut_and_tell(module: nn.Module, layout: Layout, keep: Keep, probes: Probes |
     """Do what `cut_module` does; also tell which attributes were set, or why the graph is returned instead."""
     keep = {name: units for name, units in checked(layout, keep).items() if len(units) < layout.by_name[name].units}
     probes = probes or probes_of(layout.structure.network)
-    trials = Trials(module, layout, probes)
+    trials = SmallerCopies(module, layout, probes)
     chosen, why = trials.assign(keep)
     if not why:
         smaller, attributes = trials.made(module, keep, chosen)
@@ -88,7 +88,7 @@ class _CannotHold(Exception):
     """Says why parameters alone cannot be what a plan keeps."""
 
 
-class Trials:
+class SmallerCopies:
     """Smaller copies of a module, compared with the masked network; in float64 where the module runs in it."""
 
     def __init__(self, module: nn.Module, layout: Layout, probes: Probes) -> None:

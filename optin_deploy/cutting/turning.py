@@ -34,7 +34,7 @@ from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.subject import Subject
 from optin_deploy.structure.linear import rows_of_value
 from optin_deploy.structure.solving import Changes, apart
-from optin_deploy.structure.turning import Side, Turnable
+from optin_deploy.structure.turning import Turnable, WidthProduct
 
 SAMPLES, ROWS = 512, 8
 """Samples that are looked at, at most, and at once."""
@@ -74,7 +74,7 @@ def turned(
 class _Look:
     """Rows that one side of a product is judged by."""
 
-    side: Side
+    side: WidthProduct
     used: bool
     """Whether the side uses the entries: rows are of what it reads, else of what it gives."""
     slopes: bool
@@ -166,7 +166,7 @@ def _turn(each: Turnable, changes: Changes, forward: Tensor, back: Tensor) -> No
         _multiply(side, changes, back.mT, columns=each.used)
 
 
-def _multiply(side: Side, changes: Changes, by: Tensor, *, columns: bool) -> None:
+def _multiply(side: WidthProduct, changes: Changes, by: Tensor, *, columns: bool) -> None:
     product, entries = side.product, torch.as_tensor(side.entries)
     matrix = changes.matrix(product)
     change = by - torch.eye(by.shape[-1], dtype=by.dtype)

@@ -33,7 +33,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Order:
+class LabelOrder:
     """How labels and predictions of the same rows go together."""
 
     rows: int
@@ -92,7 +92,7 @@ def check_order(labels: Indices, predicted: Indices, names: Sequence[str], origi
         log.warning("%s Do these labels fit the model?", told)
 
 
-def compared(labels: Indices, predicted: Indices, classes: int) -> Order:
+def compared(labels: Indices, predicted: Indices, classes: int) -> LabelOrder:
     """Count what is right, what guessing gets right, and whether another order of the labels fits."""
     rows, right = len(labels), labels == predicted
     present = np.union1d(labels, predicted)  # the other classes tell nothing
@@ -112,7 +112,7 @@ def compared(labels: Indices, predicted: Indices, classes: int) -> Order:
     surely = at_least(int(fits.sum()), rows, by_chance / rows) < SURE and at_least(gains, gains + losses, 0.5) < SURE
     order = _best_order(wanted, given, len(present))
     other = {int(present[i]): int(present[order[i]]) for i in np.unique(wanted)} if surely else None
-    return Order(rows, int(right.sum()), guessed, classes, other, int((order[wanted] == given).sum()))
+    return LabelOrder(rows, int(right.sum()), guessed, classes, other, int((order[wanted] == given).sum()))
 
 
 def _best_order(labels: Indices, predicted: Indices, classes: int) -> Indices:

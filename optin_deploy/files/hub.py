@@ -33,12 +33,12 @@ def snapshot(name: str, patterns: Sequence[str]) -> Path:
         raise BadInput(
             f"{short(name)} is no folder, and no id of the Hub: give a folder, org/name or org/name@REVISION."
         )
-    with told(hub_id, revision):
+    with hub_errors(hub_id, revision):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
 
 
 @contextmanager
-def told(hub_id: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(hub_id: str, revision: str | None = None) -> Iterator[None]:
     """Say what to do about whatever the Hub refuses.
 
     Raises: BadInput.

@@ -26,7 +26,7 @@ WHOLE_HINT = "Copy the file again, whole, or save the model anew with save_pretr
 
 
 @dataclass(frozen=True)
-class Stored:
+class HeaderTensor:
     """A tensor in a weights file, as the file's header describes it."""
 
     file: Path
@@ -82,7 +82,7 @@ def refuse_pointer(path: Path) -> None:
         )
 
 
-def stored_tensors(name: str, folder: Path) -> dict[str, Stored]:
+def stored_tensors(name: str, folder: Path) -> dict[str, HeaderTensor]:
     """All tensors of a model folder by name, from the headers alone; weights of a hub id are downloaded first.
 
     Raises: BadInput: no safetensors, truncated, quantised, or an index that does not fit its files.
@@ -114,7 +114,7 @@ def _instead(folder: Path) -> str:
     return f" weights ({pickles[0]} is a pickle, which is not read)" if pickles else ""
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, HeaderTensor]:
     """Name, shape and dtype of each tensor of a safetensors file.
 
     Raises: BadInput: a pointer of Git LFS, truncated, or not safetensors.
@@ -124,10 +124,10 @@ def read_header(path: Path) -> dict[str, Stored]:
     refuse_pointer(path)
     with wall(f"{path} is truncated or not a safetensors file", WHOLE_HINT), safe_open(path, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-        return {key: Stored(path, tuple(each.get_shape()), str(each.get_dtype())) for key, each in slices.items()}
+        return {key: HeaderTensor(path, tuple(each.get_shape()), str(each.get_dtype())) for key, each in slices.items()}
 
 
-def _sharded(folder: Path) -> dict[str, Stored]:
+def _sharded(folder: Path) -> dict[str, HeaderTensor]:
     path = folder / INDEX
     refuse_pointer(path)
     weight_map = read_json(path, WHOLE_HINT).get("weight_map")
@@ -139,7 +139,7 @@ def _sharded(folder: Path) -> dict[str, Stored]:
             raise BadInput(f"{path}: {key} lies in {shown(shard)}, which is no safetensors file of this folder.")
         if not (folder / shard).is_file():
             raise BadInput(f"{path}: {key} lies in {shown(shard)}, which is missing. {WHOLE_HINT}")
-    found: dict[str, Stored] = {}
+    found: dict[str, HeaderTensor] = {}
     for shard in sorted(set(weight_map.values())):
         header = read_header(folder / shard)
         twice = sorted(header.keys() & found.keys())
@@ -152,7 +152,7 @@ def _sharded(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def read_weights(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+def read_weights(tensors: Mapping[str, HeaderTensor]) -> dict[str, Any]:
     """The tensors by name, mapped from their files.
 
     Raises: BadInput: a file that has changed meanwhile.

@@ -31,7 +31,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.reporting.findings import Bench as StoredBench
+from optin_deploy.reporting.findings import StoredMeasurements as StoredBench
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.structure.groups import Layout
 
@@ -131,7 +131,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchSettings:
     """How an output folder is measured."""
 
     engine: str
@@ -146,10 +146,10 @@ class Bench:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class BenchCase:
     """The same, with everything found and checked."""
 
-    bench: Bench
+    bench: BenchSettings
     precision: str
     """The asked one, or the engine's default."""
     dense: Opening
@@ -163,7 +163,7 @@ class Case:
 
 
 def bench_folder(
-    folder: Path, *benches: Bench, dry_run: bool = False, stage: Stage = silent_stage
+    folder: Path, *benches: BenchSettings, dry_run: bool = False, stage: Stage = silent_stage
 ) -> list[Measurement]:
     """Measure the artifacts in an output folder in every case; measurements.json grows with each, by raw samples too.
 
@@ -174,11 +174,11 @@ def bench_folder(
     measured: list[Measurement] = []
     for case in cases if not dry_run else ():
         measured += bench_rows(case, stage=stage)
-        keep(folder, measured)
+        write_measurements(folder, measured)
     return measured
 
 
-def checked(folder: Path, bench: Bench) -> Case:
+def checked(folder: Path, bench: BenchSettings) -> BenchCase:
     """Find what is measured.
 
     Raises: BadInput: an artifact is missing, the engine does not run here, or it cannot be measured so or there.
@@ -204,7 +204,7 @@ def checked(folder: Path, bench: Bench) -> Case:
     check_threads(bench.threads)
     target.threads(bench.threads)
     opened = partial(Opening, target, precision=precision, threads=bench.threads)
-    return Case(bench, precision, opened(dense, task=source.task), opened(folder / name), inputs)
+    return BenchCase(bench, precision, opened(dense, task=source.task), opened(folder / name), inputs)
 
 
 def inputs_in(workspace: Workspace) -> Inputs:
@@ -217,7 +217,7 @@ def inputs_in(workspace: Workspace) -> Inputs:
     return Inputs(read_file(path), plan, lambda: find_in(path).layout, longest_in(workspace.model_folder))
 
 
-def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
+def bench_rows(case: BenchCase, *, stage: Stage = silent_stage) -> list[Measurement]:
     """Measure a case at all its points."""
     measured = measure(case.dense, case.smaller, case.inputs, case.bench.points, stage=stage)
     if case.bench.device_time:
@@ -225,7 +225,7 @@ def bench_rows(case: Case, *, stage: Stage = silent_stage) -> list[Measurement]:
     return [replace(each, peak_bytes=_peaks(case, each, stage)) for each in measured] if case.bench.memory else measured
 
 
-def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
+def _device_time(case: BenchCase, at: Measurement, stage: Stage) -> DeviceTime:
     def opener(one: Opening) -> DeviceOpener:
         target = device_exporter(one.target)
         return lambda graph: target.open_device(one.path, precision=one.precision, cuda_graph=graph, task=one.task)
@@ -234,7 +234,7 @@ def _device_time(case: Case, at: Measurement, stage: Stage) -> DeviceTime:
     return measure_device_time(opener(case.dense), opener(case.smaller), feeds, stage=stage)
 
 
-def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
+def _peaks(case: BenchCase, at: Measurement, stage: Stage) -> dict[str, int]:
     from optin_deploy.measuring.peak_memory import peak_of
 
     feeds = case.inputs.feeds(Point(at.batch, at.seq_len))
@@ -246,7 +246,7 @@ def _peaks(case: Case, at: Measurement, stage: Stage) -> dict[str, int]:
     return found
 
 
-def keep(folder: Path, measured: Sequence[Measurement]) -> None:
+def write_measurements(folder: Path, measured: Sequence[Measurement]) -> None:
     """Write measurements.json, raw samples and environment included; what was measured here in other cases stays."""
     path, rows, here = folder / "measurements.json", [m.to_json() for m in measured], environment()
     again = {_case(row) for row in rows}

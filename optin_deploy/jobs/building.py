@@ -38,7 +38,7 @@ OWN_FILES = ("model.safetensors", "plan.json", "optin.json")
 
 
 @dataclass(frozen=True)
-class Pair:
+class ArtifactPair:
     """The pruned and the dense model on one engine, in one precision."""
 
     engine: Exporter
@@ -62,7 +62,7 @@ class Pair:
 class Built:
     """What an export left: the forms of the model on the way to the asked engine, the asked one last."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ArtifactPair, ...]
     problem: CannotBuildHere | None = None
     """Why the asked engine is not among them."""
 
@@ -146,7 +146,7 @@ def _pooled(path: Path, head: EmbeddingHead | None) -> Any:
 
 def build(workspace: Workspace, target: Exporter, spec: ExportSpec, forms: Forms) -> Built:
     """Export pruned and dense to an engine; what it is built from is exported, kept and proven too."""
-    pairs: list[Pair] = []
+    pairs: list[ArtifactPair] = []
     problem: CannotBuildHere | None = None
     for engine, precision in _steps(target, spec.precision or target.precisions[0]):
         try:
@@ -168,7 +168,7 @@ def _steps(target: Exporter, precision: str) -> list[tuple[Exporter, str]]:
     return steps if target.engine == onnx.engine else [*steps, (target, precision)]
 
 
-def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, forms: Forms) -> Pair:
+def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, forms: Forms) -> ArtifactPair:
     precision = spec.precision or engine.precisions[0]
     name, dense_name = engine.file_names(precision, workspace.root)
     smaller = engine.export(forms.pruned, spec, workspace.root / name)
@@ -178,7 +178,7 @@ def _pair(workspace: Workspace, engine: Exporter, spec: ExportSpec, forms: Forms
     elif dense_name is not None:
         for each in (dense_name, data_path(Path(dense_name)).name):  # of an earlier run: perhaps of another model
             workspace.record.remove(each)
-    return Pair(engine, precision, smaller, original)
+    return ArtifactPair(engine, precision, smaller, original)
 
 
 def _copy_support_files(workspace: Workspace) -> None:

@@ -22,10 +22,10 @@ from optin_deploy.jobs.proving import check_engine
 from optin_deploy.jobs.reported import notes_of, quality_of, report_of
 from optin_deploy.jobs.samples import record_samples
 from optin_deploy.jobs.stage_memory import over_budget, resident_bytes
-from optin_deploy.jobs.stages import Rewritten, dense_stage, rewrite_stage, score_stage
+from optin_deploy.jobs.stages import StoredCut, dense_stage, rewrite_stage, score_stage
 from optin_deploy.jobs.sweep import measure_curves, planned
 from optin_deploy.jobs.time_budget import Planning
-from optin_deploy.jobs.time_rounds import Round, TimeVerdict, judged
+from optin_deploy.jobs.time_rounds import Round, TimeVerdict, verdict_on
 from optin_deploy.jobs.width_timer import inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifacts import Opening
@@ -74,7 +74,7 @@ def export_model(
         quality = quality_of(prepared, made.network, built)
         record_samples(workspace, prepared, made.network)
     latency = _measured(asked, built, made, clock)
-    verdict = None if limits.time is None else judged(limits.time, latency[0])
+    verdict = None if limits.time is None else verdict_on(limits.time, latency[0])
     parity = {"masked_vs_rewritten": made.error, **parity}
     notes = [*notes_of(asked, made, built, rounds, quality), *_over_budget(clock, loaded_bytes, budget)]
     report = report_of(asked, made, built, quality, parity, latency, clock, workspace.model_folder)
@@ -104,7 +104,7 @@ def _plan_in_time(asked: CheckedJob, planner: Planner, clock: Clock) -> list[Rou
     return rounds
 
 
-def _measured(asked: CheckedJob, built: Built, made: Rewritten, clock: Clock) -> list[Measurement]:
+def _measured(asked: CheckedJob, built: Built, made: StoredCut, clock: Clock) -> list[Measurement]:
     """Dense against pruned at all points, where the engine runs here."""
     job, pair = asked.job, built.pairs[-1] if built.pairs else None
     if pair is None or built.obstacle is not None or not job.dense:

@@ -12,8 +12,8 @@ from optin_deploy.common.environment import environment
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput, MissingDependency
 from optin_deploy.files.storage import atomic_folder, write_json
-from optin_deploy.jobs.bench import Bench, checked
-from optin_deploy.measuring.loadgen import SCENARIOS, Compared, Load, Run
+from optin_deploy.jobs.bench import BenchSettings, checked
+from optin_deploy.measuring.loadgen import SCENARIOS, LoadSettings, Run, ScenarioRuns
 from optin_deploy.measuring.loadgen_log import Figures, read_log
 from optin_deploy.measuring.loadgen_system import SAMPLES, System
 from optin_deploy.measuring.timing import warm_up
@@ -37,8 +37,8 @@ def import_loadgen() -> Any:
 
 
 def bench_loadgen(
-    folder: Path, bench: Bench, load: Load, *, dry_run: bool = False, stage: Stage = silent_stage
-) -> Compared | None:
+    folder: Path, bench: BenchSettings, load: LoadSettings, *, dry_run: bool = False, stage: Stage = silent_stage
+) -> ScenarioRuns | None:
     """Test the artifacts in an output folder; LoadGen's logs go to mlperf/, the figures to mlperf.json.
 
     Both take the place of those of an earlier call.
@@ -66,7 +66,7 @@ def bench_loadgen(
             with stage(name), opening.open() as runtime:
                 figures = run_load(runtime, feeds, load, batch=point.batch, logs=written / name)
             runs.append(Run(model, number, f"{LOGS}/{name}", figures))
-    found = Compared(load, tuple(runs))
+    found = ScenarioRuns(load, tuple(runs))
     asked = {"engine": bench.engine, "precision": case.precision, "threads": case.threads, "batch": point.batch}
     settings = {**asked, "seq_len": point.seq, "inputs": SAMPLES, "inputs_seed": 0}
     about = {"schema_version": 1, "settings": settings, "environment": environment()}
@@ -74,7 +74,7 @@ def bench_loadgen(
     return found
 
 
-def run_load(runtime: Runtime, feeds: Feeds, load: Load, *, batch: int, logs: Path) -> Figures:
+def run_load(runtime: Runtime, feeds: Feeds, load: LoadSettings, *, batch: int, logs: Path) -> Figures:
     """Warm up an open runtime and test it.
 
     Args: feeds: SAMPLES inputs. batch: samples a run. logs: an empty folder.
@@ -104,7 +104,7 @@ def run_load(runtime: Runtime, feeds: Feeds, load: Load, *, batch: int, logs: Pa
     return read_log(logs)
 
 
-def _test_settings(lg: Any, load: Load, batch: int, batch_seconds: float) -> Any:
+def _test_settings(lg: Any, load: LoadSettings, batch: int, batch_seconds: float) -> Any:
     asked = lg.TestSettings()
     asked.mode = lg.TestMode.PerformanceOnly
     asked.scenario = getattr(lg.TestScenario, SCENARIOS[load.scenario][0])

@@ -15,8 +15,8 @@ from typing import Any
 from optin_deploy.common.environment import environment
 from optin_deploy.common.processors import default_threads, is_limited
 from optin_deploy.files.storage import write_json
-from optin_deploy.jobs.bench import Bench, Inputs, checked
-from optin_deploy.measuring.diagnosis import OUTSIDE, Cut, Operators, Width
+from optin_deploy.jobs.bench import BenchSettings, Inputs, checked
+from optin_deploy.measuring.diagnosis import OUTSIDE, Operators, PrunedFacts, Width
 from optin_deploy.measuring.points import Point
 from optin_deploy.network.onnx_data import read_onnx
 from optin_deploy.runtimes.base import Feeds
@@ -38,7 +38,7 @@ class Explanation:
     seq_len: int | None
     dense: Operators
     pruned: Operators
-    cut: Cut
+    cut: PrunedFacts
 
 
 def explain_folder(
@@ -48,13 +48,13 @@ def explain_folder(
 
     Raises: BadInput: a file is missing.
     """
-    case = checked(folder, Bench("onnx", precision, tuple(points), threads))
+    case = checked(folder, BenchSettings("onnx", precision, tuple(points), threads))
     found = []
     for each in points:
         point = case.inputs.at(each)
         feeds = case.inputs.feeds(point)
         dense, pruned = (operator_times(one.path, feeds, threads=one.threads) for one in (case.dense, case.smaller))
-        cut = Cut(
+        cut = PrunedFacts(
             kept=1 / case.inputs.ideal(point),
             widths=_widths(case.inputs),
             align=case.smaller.target.align,

@@ -11,7 +11,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.costs import CostLimit, limits_within
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.pruning.pruning import pick, planned
@@ -35,7 +35,7 @@ class Planner:
     def _curves(self) -> Any:
         return self.workspace.read_curves()[0] if self.choice.allocation == "curves" else None
 
-    def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[Limit]:
+    def limits(self, limits: Limits, merges: tuple[int, ...] | None = None) -> list[CostLimit]:
         """Return the limits of MACs, parameters and bytes; without `merges`, with those that were asked for."""
         merges = self.choice.merges if merges is None else merges
         return limits_within(self.prepared.ready.costs_with(merges), limits)
@@ -54,7 +54,7 @@ class Planner:
         return schedules(self.prepared.ready, drops=self.choice.drops)
 
     def least_error(
-        self, limits: Callable[[tuple[int, ...]], list[Limit]], merges: Sequence[tuple[int, ...]]
+        self, limits: Callable[[tuple[int, ...]], list[CostLimit]], merges: Sequence[tuple[int, ...]]
     ) -> tuple[tuple[int, ...], Keep]:
         """See `pruning.tokens.least_error`.
 
@@ -62,7 +62,7 @@ class Planner:
         """
         return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
 
-    def keep(self, limits: list[Limit], *, emptying: bool = True) -> Keep:
+    def keep(self, limits: list[CostLimit], *, emptying: bool = True) -> Keep:
         """Choose what stays; see `pruning.pruning.pick`.
 
         Raises: BadInput, InfeasibleBudget.

@@ -15,9 +15,9 @@ from optin_deploy.files.names import DENSE
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.probe import Given, probes_of
 from optin_deploy.network.sealed import finished
-from optin_deploy.pruning.dense import Dense, dense_of, stored_in
+from optin_deploy.pruning.dense import DenseSource, dense_of, stored_in
 from optin_deploy.pruning.networks import Found
-from optin_deploy.pruning.pruning import Compared, ready_of, turned
+from optin_deploy.pruning.pruning import ComparedOutput, ready_of, turned
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.structure.find import find
@@ -30,7 +30,7 @@ class Prepared:
     """The dense network and its data: what every computing stage needs."""
 
     source: Source
-    dense: Dense
+    dense: DenseSource
     ready: Ready
 
     @cached_property
@@ -55,7 +55,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
     ready = ready_of(
         found,
         _rows(dense, source),
-        compared=Compared(source.output, source.read_as or dense.read_as, dense.head),
+        compared=ComparedOutput(source.output, source.read_as or dense.read_as, dense.head),
         kinds=tuple(kind for kind in source.units if kind != TOKENS),
         names=dense.class_names,
         strict=source.evaluation is not None,
@@ -70,7 +70,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
     return prepared
 
 
-def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[Dense, Ready]:
+def _turned(dense: DenseSource, ready: Ready, home: Path | None, *, other_rows: bool) -> tuple[DenseSource, Ready]:
     """The same with the widths of heads turned: as dense.onnx has them, if that is of these rows, so that plans fit."""
     key, stored = sha256_json(["turned", dense.key, ready.key]), None
     known = None if home is None else finished(home / DENSE)
@@ -80,7 +80,7 @@ def _turned(dense: Dense, ready: Ready, home: Path | None, *, other_rows: bool) 
     return (replace(dense, network=after.network, key=key) if after.turned else dense), after
 
 
-def _rows(dense: Dense, source: Source) -> Halves:
+def _rows(dense: DenseSource, source: Source) -> Halves:
     """Rows that teach and rows that judge."""
     pixels = None
     if source.mean is not None or source.std is not None:

@@ -20,7 +20,7 @@ from optin_deploy.measuring.timing import mean_ratio
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost
-from optin_deploy.planning.points import Cell, cells, keep_at, table_of
+from optin_deploy.planning.points import WidthCell, cells, keep_at, table_of
 from optin_deploy.planning.widths import Choice, Keep, ladders_of
 from optin_deploy.pruning.pruning import emptiable
 from optin_deploy.structure.labels import TOKENS
@@ -96,7 +96,7 @@ def measure_table(yard: WidthTimer, choice: Choice, *, progress: Progress = sile
     """Time a few widths of all groups of a shape, inside the whole network and beside the dense one."""
     yard = replace(yard, merges=())
     points = cells(yard.layout, choice, emptiable(yard.layout))
-    ratios: dict[Cell, float] = {}
+    ratios: dict[WidthCell, float] = {}
     dense: list[float] = []
     for start in range(0, len(points), AT_ONCE):
         some = points[start : start + AT_ONCE]

@@ -12,7 +12,7 @@ from optin_deploy.errors import ParityFailure
 from optin_deploy.exporters.base import Artifact, Form
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.feeds.rows import MASK, Batch
-from optin_deploy.jobs.building import Built, Forms, Pair
+from optin_deploy.jobs.building import ArtifactPair, Built, Forms
 from optin_deploy.measuring.artifact_inputs import Input, make_feeds, network_inputs
 from optin_deploy.measuring.points import Point
 from optin_deploy.network.run import Program
@@ -64,7 +64,7 @@ def _rows(values: Tensor) -> Tensor:
     return values[:ROWS] if values.dim() else values
 
 
-def _error(pair: Pair, artifact: Artifact, form: Form, samples: Sequence[Batch]) -> float:
+def _error(pair: ArtifactPair, artifact: Artifact, form: Form, samples: Sequence[Batch]) -> float:
     errors, rounding = [], [0.0]
     program = Program(form.network)
     # Narrow types flip a choice between entries that are nearly the same, such as tokens that are merged.

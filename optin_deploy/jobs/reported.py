@@ -16,11 +16,11 @@ from optin_deploy.jobs.building import Built
 from optin_deploy.jobs.checked import CheckedJob
 from optin_deploy.jobs.clock import Clock
 from optin_deploy.jobs.prepared import Prepared
-from optin_deploy.jobs.stages import Rewritten
+from optin_deploy.jobs.stages import StoredCut
 from optin_deploy.jobs.time_rounds import Round
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.network.graph import Network
-from optin_deploy.planning.plan import PlanCost, told_merges
+from optin_deploy.planning.plan import PlanCost, describe_merges
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.report import Report
 from optin_deploy.scoring.losses import Readout
@@ -49,7 +49,7 @@ def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
 
 def report_of(
     asked: CheckedJob,
-    made: Rewritten,
+    made: StoredCut,
     built: Built,
     quality: Quality,
     parity: Mapping[str, float],
@@ -114,7 +114,7 @@ def _macs(prepared: Prepared, cost: PlanCost, merges: tuple[int, ...]) -> dict[s
     }
 
 
-def notes_of(asked: CheckedJob, made: Rewritten, built: Built, rounds: Sequence[Round], quality: Quality) -> list[str]:
+def notes_of(asked: CheckedJob, made: StoredCut, built: Built, rounds: Sequence[Round], quality: Quality) -> list[str]:
     """Return the sentences that people should read beside the figures."""
     notes, job = [], asked.job
     if job.limits.max_drop is not None:
@@ -137,7 +137,7 @@ def notes_of(asked: CheckedJob, made: Rewritten, built: Built, rounds: Sequence[
         told = "; ".join(made.skipped)
         notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
     if any(made.plan.merges):
-        notes.append(f"{told_merges(made.plan.merges, of_text=made.plan.of_text)}.")
+        notes.append(f"{describe_merges(made.plan.merges, of_text=made.plan.of_text)}.")
     if made.why_graph:
         notes.append(f"There is no `model/`: {made.why_graph}. `optin_deploy.load` gives the graph as a torch module.")
     if built.problem is not None:

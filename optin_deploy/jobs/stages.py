@@ -27,7 +27,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished, store
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.modules import with_weights_of
-from optin_deploy.pruning.pruning import Cut, check_plan, curves_of, make, score, score_key
+from optin_deploy.pruning.pruning import CutResult, check_plan, curves_of, make, score, score_key
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.stored import mark
 from optin_deploy.scoring.parts import FolderStore, Worker
@@ -119,7 +119,7 @@ ABOUT = "optin.about"
 
 
 @dataclass(frozen=True, eq=False)
-class Rewritten:
+class StoredCut:
     """A cut network in its output folder."""
 
     network: Network
@@ -136,7 +136,7 @@ class Rewritten:
 
 def rewrite_stage(
     workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
-) -> Rewritten:
+) -> StoredCut:
     """Write model.onnx from the stored plan, and model/ where a transformers class holds it."""
     workspace.check_untuned()
     plan, ready = workspace.read_plan(), prepared.ready
@@ -147,7 +147,7 @@ def rewrite_stage(
     if known is not None and known.key == key:
         told = json.loads(known.said[ABOUT])
         if prepared.dense.loaded is None or told["why_graph"] or intact(workspace.model_folder, plan.hash):
-            return Rewritten(network=read_file(path), plan=plan, reused=True, **told)
+            return StoredCut(network=read_file(path), plan=plan, reused=True, **told)
     made = make(ready, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
         workspace.record.remove(name)
@@ -159,10 +159,10 @@ def rewrite_stage(
         "compensated": compensation,
     }
     store(made.network, path, key, {**mark(ready.subject.hash, plan.hash), ABOUT: json.dumps(told)}, anew=True)
-    return Rewritten(network=made.network, plan=plan, **told)
+    return StoredCut(network=made.network, plan=plan, **told)
 
 
-def _write_module(workspace: Workspace, prepared: Prepared, made: Cut) -> str:
+def _write_module(workspace: Workspace, prepared: Prepared, made: CutResult) -> str:
     """Write model/, the cut network as a transformers class. Returns: why there is none; empty where there is."""
     loaded, ready = prepared.dense.loaded, prepared.ready
     if loaded is None:

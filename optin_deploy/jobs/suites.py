@@ -11,7 +11,7 @@ from pathlib import Path
 from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput
 from optin_deploy.files.toml import read_toml
-from optin_deploy.jobs.bench import Bench
+from optin_deploy.jobs.bench import BenchSettings
 from optin_deploy.measuring.points import Point
 
 HINT = 'Give lists such as engines = ["onnx"], batch = [1, 8], seq = [128], threads = [2].'
@@ -52,10 +52,10 @@ class Suite:
         """Every batch at every length."""
         return tuple(Point(batch, seq) for batch, seq in product(self.batch, self.seq or (None,)))
 
-    def benches(self) -> Iterator[Bench]:
+    def benches(self) -> Iterator[BenchSettings]:
         """Every other combination, each with all points."""
         for engine, precision, threads in product(self.engines, self.precisions or (None,), self.threads):
-            yield Bench(engine, precision, self.points, threads, self.memory, self.device_time)
+            yield BenchSettings(engine, precision, self.points, threads, self.memory, self.device_time)
 
 
 def read_suite(path: Path) -> Suite:

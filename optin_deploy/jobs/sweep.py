@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One budget, and what the model within it is worth."""
 
     flops: float
@@ -66,18 +66,18 @@ class _Stored:
     key: str
     settings: dict[str, Any]
     """How the models were made; for people."""
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Trials:
+class BudgetTrials:
     """Models of one workspace at any budget, judged on the held-out rows; those in sweep.json are not made again."""
 
     planner: Planner
     compensation: bool = True
     stage: Stage = silent_stage
 
-    def at(self, flops: float) -> Point:
+    def at(self, flops: float) -> SweepPoint:
         """The point at this share of the MACs.
 
         Raises: BadInput, InfeasibleBudget.
@@ -91,7 +91,7 @@ class Trials:
             write_json(self._path, asdict(_Stored(self._key, self._settings, tuple(points))))
         return self._points[flops]
 
-    def _made(self, flops: float) -> Point:
+    def _made(self, flops: float) -> SweepPoint:
         ready = self.planner.prepared.ready
         plan = self.planner.plan(Limits(flops=flops))
         cost = plan.cost
@@ -103,10 +103,10 @@ class Trials:
             made = make(ready, plan, compensation=self.compensation, progress=progress)
             quality = ready.quality_of(made.network)
         seconds = round(time.perf_counter() - started, 2)
-        return Point(flops, cost.macs_pruned / max(1, cost.macs_dense), cost.weights_pruned, quality, seconds)
+        return SweepPoint(flops, cost.macs_pruned / max(1, cost.macs_dense), cost.weights_pruned, quality, seconds)
 
     @cached_property
-    def _points(self) -> dict[float, Point]:
+    def _points(self) -> dict[float, SweepPoint]:
         try:
             stored = validated(_Stored, read_json(self._path, HINT, ours=True), str(self._path), HINT)
         except BadInput:
@@ -133,7 +133,7 @@ class Trials:
 
 def planned(
     planner: Planner, limits: Limits, *, compensation: bool = True, stage: Stage = silent_stage
-) -> tuple[NetworkPlan, Point | None]:
+) -> tuple[NetworkPlan, SweepPoint | None]:
     """Write the plan, after the curves that it needs, and after the search for the budget if a loss is given instead.
 
     Returns: the plan, and what its network is worth if that was looked for.
@@ -144,7 +144,7 @@ def planned(
     noted = {}
     if drop is not None:
         fixed = macs.of({group.name: 0 for group in planner.prepared.ready.layout.groups})
-        best = smallest_within(drop, fixed / max(1, macs.dense), Trials(planner, compensation, stage).at)
+        best = smallest_within(drop, fixed / max(1, macs.dense), BudgetTrials(planner, compensation, stage).at)
         limits, noted = Limits(flops=best.flops), {"max_drop": drop}
     with stage("plan"):
         plan = planner.plan(limits, noted=noted)
@@ -152,7 +152,7 @@ def planned(
     return plan, best
 
 
-def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> Point:
+def smallest_within(drop: float, least: float, at: Callable[[float], SweepPoint]) -> SweepPoint:
     """Bisect whole percents of the MACs for the smallest model that loses at most `drop` points.
 
     Quality is taken to fall with the budget; the model that is returned was judged itself.
@@ -160,7 +160,7 @@ def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> 
     Raises: QualityLimit: every smaller model loses more.
     """
     low, high = int(100 * least), 100  # low: too small; high: good enough
-    best: Point | None = None
+    best: SweepPoint | None = None
     while high - low > 1:
         middle = (low + high) // 2
         try:
@@ -188,7 +188,7 @@ def smallest_within(drop: float, least: float, at: Callable[[float], Point]) -> 
 
 def sweep(
     planner: Planner, shares: Sequence[float] = SHARES, *, compensation: bool = True, stage: Stage = silent_stage
-) -> list[Point]:
+) -> list[SweepPoint]:
     """Make and judge a network at each share of the MACs; writes sweep.json, sweep.csv and sweep.png.
 
     A share that cannot be met is left out, with a warning. Without matplotlib there is no sweep.png, which is said.
@@ -196,7 +196,7 @@ def sweep(
     """
     shares = check_shares(planner, shares)
     measure_curves(planner, stage)
-    trials, root = Trials(planner, compensation, stage), planner.workspace.root
+    trials, root = BudgetTrials(planner, compensation, stage), planner.workspace.root
     points = feasible(shares, trials.at)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])

@@ -15,7 +15,7 @@ from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, ROUNDS, Round, as_as
 from optin_deploy.jobs.width_timer import DENSE, WidthTimer
 from optin_deploy.measuring.timing import mean_ratio
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.costs import CostLimit
 from optin_deploy.planning.ladder import narrowest
 from optin_deploy.planning.latency import LatencyTable, TimeCost
 from optin_deploy.planning.plan import NetworkPlan, plan_of
@@ -61,7 +61,7 @@ class Planning:
         while len(tried) < ROUNDS:
             allowed = max(least, min(int(asked_ms * NS), too_much_ns - 1))
             try:
-                keep = self._chosen([*others, Limit(cost, allowed, str(target))])
+                keep = self._chosen([*others, CostLimit(cost, allowed, str(target))])
             except InfeasibleBudget:
                 if not tried:
                     raise
@@ -112,8 +112,8 @@ class Planning:
         costs = {merges: self._cost(table, merges) for merges in left}
         self._least(costs, goal)
 
-        def limits(merges: tuple[int, ...]) -> list[Limit]:
-            time = Limit(costs[merges], int(AIM * goal * NS), str(self.limits.time))
+        def limits(merges: tuple[int, ...]) -> list[CostLimit]:
+            time = CostLimit(costs[merges], int(AIM * goal * NS), str(self.limits.time))
             return [*self.planner.limits(self.limits, merges), time]
 
         problem: InfeasibleBudget | None = None
@@ -166,7 +166,7 @@ class Planning:
         empties = self.planner.choice.allocation == "curves" and not any(merges)
         return emptiable(self.yard.layout) if empties else frozenset()
 
-    def _chosen(self, limits: list[Limit]) -> Keep:
+    def _chosen(self, limits: list[CostLimit]) -> Keep:
         """What stays; branches are emptied only if that keeps the outputs nearer than the best plan that empties none.
 
         A whole branch less saves more time than its units do, and error curves, each of one group alone, know least of

@@ -62,7 +62,7 @@ class TimeVerdict:
             raise TooUnstable(self.sentence)
 
 
-def judged(target: TimeTarget, measured: Measurement) -> TimeVerdict:
+def verdict_on(target: TimeTarget, measured: Measurement) -> TimeVerdict:
     """Hold the interval of the last measurement against the target, as gates do: only what it excludes is missed."""
     timing = measured.timing
     dense_ms = timing.dense(50)

@@ -27,7 +27,7 @@ from optin_deploy.jobs.bench import Inputs
 from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.measuring.artifacts import check_runs
 from optin_deploy.measuring.points import Point
-from optin_deploy.measuring.timing import PairTiming, Samples, measure_pair, measure_together
+from optin_deploy.measuring.timing import LatencySamples, PairTiming, measure_pair, measure_together
 from optin_deploy.network.graph import Network
 from optin_deploy.network.sealed import store
 from optin_deploy.planning.plan import plan_of
@@ -83,7 +83,7 @@ class WidthTimer:
         with self._artifacts([keep]) as (artifact,):
             return measure_pair(partial(self._open, artifact), self._open_dense, self.feeds, on_block=progress)
 
-    def together(self, plans: Sequence[Keep], *, blocks: int) -> Samples:
+    def together(self, plans: Sequence[Keep], *, blocks: int) -> LatencySamples:
         """Some candidates beside the dense network: `dense`, `0`, `1`, ..."""
         with self._artifacts(plans) as artifacts:
             candidates = {str(i): partial(self._open, artifact) for i, artifact in enumerate(artifacts)}

@@ -25,7 +25,7 @@ from optin_deploy.measuring.artifact_inputs import (
     with_sizes,
 )
 from optin_deploy.measuring.artifacts import Opening, check_built, check_runs, check_threads, time_pair
-from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge
+from optin_deploy.measuring.gate import Gate, GatedPoint, LatencyLimit, verdict_of
 from optin_deploy.measuring.pins import Pin, data_hashes, pinned_path, write_pin
 from optin_deploy.measuring.points import Point, point_name
 from optin_deploy.measuring.room import check_room, least_bytes
@@ -64,7 +64,7 @@ class Comparison:
         at = ", ".join(point_name(point.batch, point.seq) for point in self.points)
         return f"at {at}, engine {self.target.engine}, threads {self.threads or 'default'}"
 
-    def run(self, limit: Limit, *, stage: Stage = silent_stage) -> Gate:
+    def run(self, limit: LatencyLimit, *, stage: Stage = silent_stage) -> Gate:
         """Run each once at every point, then measure and judge.
 
         Raises: BadInput: one of them does not load, or does not run at a point.
@@ -78,7 +78,7 @@ class Comparison:
         for point in self.points:
             title = f"measure {point_name(point.batch, point.seq)}"
             timing = time_pair(first, second, make_feeds(self.inputs, point), title=title, stage=stage)
-            points.append(GatedPoint(point.batch, point.seq, timing, judge(timing, limit)))
+            points.append(GatedPoint(point.batch, point.seq, timing, verdict_of(timing, limit)))
         settings = {**self.settings, "threads": self.target.threads(self.threads)}
         return Gate(limit, tuple(points), settings, artifacts, environment())
 

@@ -61,7 +61,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Cut:
+class PrunedFacts:
     """What is known of the pruned model."""
 
     kept: float
@@ -74,7 +74,7 @@ class Cut:
     """Batch times tokens."""
 
 
-def explained(dense: Operators, pruned: Operators, cut: Cut) -> list[str]:
+def explained(dense: Operators, pruned: Operators, cut: PrunedFacts) -> list[str]:
     """A sentence, with its remedy, for each reason why the time fell less than the MACs."""
     took = pruned.wall_ms / dense.wall_ms
     if took <= cut.kept * (2 - UNCHANGED):
@@ -94,7 +94,7 @@ def _launches(pruned: Operators) -> str | None:
     )
 
 
-def _products(dense: Operators, pruned: Operators, cut: Cut) -> str | None:
+def _products(dense: Operators, pruned: Operators, cut: PrunedFacts) -> str | None:
     before, after = (sum(each.by_operator.get(name, 0.0) for name in PRODUCTS) for each in (dense, pruned))
     if not before or after / before <= cut.kept * BEHIND:
         return None
@@ -143,7 +143,7 @@ SHOWN = 12
 """Operators listed; the others are one row."""
 
 
-def layer_rows(dense: Operators, pruned: Operators, cut: Cut) -> list[tuple[str, ...]]:
+def layer_rows(dense: Operators, pruned: Operators, cut: PrunedFacts) -> list[tuple[str, ...]]:
     """A row a block, then what belongs to none."""
     kept: dict[str, dict[str, int]] = {}
     for each in cut.widths:

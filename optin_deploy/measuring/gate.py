@@ -25,7 +25,7 @@ HEADER = ("batch x length", "baseline p50/p95 ms", "candidate p50/p95 ms", "cand
 
 
 @dataclass(frozen=True)
-class Limit:
+class LatencyLimit:
     """How slow a candidate may be, in the words in which it was asked."""
 
     kind: Literal["max_ratio", "min_speedup"]
@@ -49,15 +49,15 @@ class Limit:
         return f"the speed-up is {1 / ratio:.3f}, 95% CI {1 / high:.3f} to {1 / low:.3f}; asked {self.value:g}"
 
 
-def limit_of(max_ratio: float | None, min_speedup: float | None) -> Limit:
+def limit_of(max_ratio: float | None, min_speedup: float | None) -> LatencyLimit:
     """The limit of the two options, of which one must be given.
 
     Raises: BadInput: none, both, or not a positive number.
     """
     if max_ratio is not None and min_speedup is None:
-        return Limit("max_ratio", max_ratio)
+        return LatencyLimit("max_ratio", max_ratio)
     if min_speedup is not None and max_ratio is None:
-        return Limit("min_speedup", min_speedup)
+        return LatencyLimit("min_speedup", min_speedup)
     given = "neither" if max_ratio is None else "both"
     raise BadInput(f"{given} of --max-ratio and --min-speedup given: give one, e.g. --max-ratio 1.05 (5% slower).")
 
@@ -74,7 +74,7 @@ class Verdict:
     """The numbers, the limit, and the next step."""
 
 
-def judge(timing: PairTiming, limit: Limit) -> Verdict:
+def verdict_of(timing: PairTiming, limit: LatencyLimit) -> Verdict:
     """Hold the 95% interval of candidate / baseline time against a limit.
 
     Args: timing: of the baseline (as `dense`) and the candidate (as `pruned`).
@@ -116,7 +116,7 @@ class GatedPoint:
         """The verdict's, with the point."""
         return f"{point_name(self.batch, self.seq_len)} {self.verdict.sentence}"
 
-    def row(self, limit: Limit) -> tuple[str, ...]:
+    def row(self, limit: LatencyLimit) -> tuple[str, ...]:
         """Cells below HEADER."""
         t, (low, high) = self.timing, self.verdict.ci95
         return (
@@ -150,7 +150,7 @@ class GatedPoint:
 class Gate:
     """All points of one comparison, and what decides."""
 
-    limit: Limit
+    limit: LatencyLimit
     points: Sequence[GatedPoint]
     settings: Mapping[str, Any]
     """Engine, precision, threads."""

@@ -25,7 +25,7 @@ MOST = {"--seconds": 86_400.0, "--qps": 1e6, "--target-latency": 86_400_000.0}
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadSettings:
     """What LoadGen sends."""
 
     scenario: str = "single-stream"
@@ -63,10 +63,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ScenarioRuns:
     """All runs of a scenario, in the order they ran."""
 
-    load: Load
+    load: LoadSettings
     runs: tuple[Run, ...]
 
     @property
@@ -115,7 +115,7 @@ def run_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     ]
 
 
-def compared_lines(found: Compared) -> list[str]:
+def compared_lines(found: ScenarioRuns) -> list[str]:
     """The ratio, and what it is not."""
     what, unit = {
         "p90_ms": ("latency at percentile 90", "ms"),
@@ -138,7 +138,7 @@ def invalid_lines(runs: Sequence[Run]) -> list[str]:
     return [f"LoadGen calls {count} of {len(runs)} runs invalid: do not compare by them."] if count else []
 
 
-def about(load: Load) -> str:
+def about(load: LoadSettings) -> str:
     """What these figures are not."""
     return (
         f"Not an MLPerf result or submission: its rules ask, among other things, for {OFFICIAL_SECONDS} seconds a run; "

@@ -2,7 +2,7 @@
 
 Two runs one after the other differ by more than pruning does: identical code looked 1.20x slower. So each
 block opens all models afresh (memory layout and threads are redrawn), in another order, and times them in
-rounds of random order. Samples within a block share its luck, so the block is the replicate, not the sample.
+rounds of random order. LatencySamples within a block share its luck, so the block is the replicate, not the sample.
 
 The dense model is opened twice. Its two sessions should differ by nothing: where they do, the measurement is unstable
 and nothing should be decided by it.
@@ -49,7 +49,7 @@ Blocks = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class Samples:
+class LatencySamples:
     """Raw latencies of models that ran beside each other."""
 
     ms: Mapping[str, Blocks]
@@ -74,7 +74,7 @@ class PairTiming:
     load_ms: Mapping[str, float]
     """Median milliseconds from file to session, of `dense` and `pruned`."""
     states: tuple[State, ...] = ()
-    """See `Samples`."""
+    """See `LatencySamples`."""
 
     def __post_init__(self) -> None:
         shapes = {tuple(map(len, blocks)) for blocks in (self.dense_ms, self.pruned_ms, self.again_ms)}
@@ -209,7 +209,7 @@ def measure_together(
     clock: Clock = time.perf_counter,
     watch: Callable[[], State] = machine_state,
     on_block: Callable[[int, int], object] | None = None,
-) -> Samples:
+) -> LatencySamples:
     """Time models on the same feeds, each beside all others.
 
     Args: openers: of each model, by name. blocks: replicates, 2 or more. block_seconds: what a pair of models is timed
@@ -241,7 +241,7 @@ def measure_together(
         states.append(watch())
         if on_block is not None:
             on_block(block + 1, blocks)
-    return Samples(
+    return LatencySamples(
         {name: tuple(values) for name, values in samples.items()},
         {name: tuple(values) for name, values in load_ms.items()},
         tuple(states),

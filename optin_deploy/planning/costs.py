@@ -186,7 +186,7 @@ def _stored(structure: Structure, names: Mapping[Axis, str], whole: Widths, *, b
 
 
 @dataclass(frozen=True, eq=False)
-class Limit:
+class CostLimit:
     """A resource, and the most that a plan may spend of it."""
 
     resource: Resource
@@ -208,18 +208,18 @@ class Limit:
         )
 
 
-def limits_within(costs: Costs, limits: Limits) -> list[Limit]:
+def limits_within(costs: Costs, limits: Limits) -> list[CostLimit]:
     """Return the limits of multiply-accumulates, parameters and bytes that a user set; time is measured elsewhere."""
     resources = {cost.option: cost for cost in (costs.macs, costs.params, costs.size)}
     return [_limit(resources[budget.option], budget) for budget in limits.budgets()]
 
 
-def _limit(resource: Resource, budget: Budget) -> Limit:
+def _limit(resource: Resource, budget: Budget) -> CostLimit:
     # The share as it was typed: 0.29 * 100 is 28.999999999999996 in floating point.
     most = math.floor(Fraction(str(budget.limit)) * resource.dense) if budget.relative else int(budget.limit)
-    return Limit(resource, most, str(budget), budget.relative)
+    return CostLimit(resource, most, str(budget), budget.relative)
 
 
-def fits(limits: Sequence[Limit], widths: Widths) -> bool:
+def fits(limits: Sequence[CostLimit], widths: Widths) -> bool:
     """Return whether widths stay within all limits."""
     return all(limit.resource.of(widths) <= limit.most for limit in limits)

@@ -58,7 +58,7 @@ class Origin:
     """Hash of the latency table; None means that no time was asked for."""
 
 
-def told_merges(merges: Sequence[int], *, of_text: bool) -> str:
+def describe_merges(merges: Sequence[int], *, of_text: bool) -> str:
     """Say how many tokens go, and where; where both happen, dropped ones have a minus.
 
     Args: of_text: the numbers are percents.

@@ -19,14 +19,14 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Cell:
+class WidthCell:
     """All groups of one shape at one width."""
 
     groups: tuple[str, ...]
     count: int
 
 
-def cells(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -> tuple[Cell, ...]:
+def cells(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -> tuple[WidthCell, ...]:
     """Return the points to measure: of all groups of a shape at once, whose times must be alike.
 
     Raises: BadInput: nothing can be cut.
@@ -36,7 +36,9 @@ def cells(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -> tup
     for each in ladders_of(layout, choice, emptying):
         alike.setdefault((each.counts, shapes[each.name]), []).append(each)
     return tuple(
-        Cell(tuple(each.name for each in ladders), count) for ladders in alike.values() for count in _counts(ladders[0])
+        WidthCell(tuple(each.name for each in ladders), count)
+        for ladders in alike.values()
+        for count in _counts(ladders[0])
     )
 
 
@@ -63,13 +65,13 @@ def _shapes(layout: Layout) -> dict[str, object]:
     return found
 
 
-def keep_at(layout: Layout, cell: Cell) -> Keep:
+def keep_at(layout: Layout, cell: WidthCell) -> Keep:
     """Return what to keep for a point: times do not depend on which units these are."""
     return {name: tuple(range(cell.count)) for name in cell.groups}
 
 
 def table_of(
-    layout: Layout, dense_ns: int, measured: Mapping[Cell, int], setting: Mapping[str, str | int]
+    layout: Layout, dense_ns: int, measured: Mapping[WidthCell, int], setting: Mapping[str, str | int]
 ) -> LatencyTable:
     """Make the table of a network from the times of its points."""
     costs = costs_of(layout)

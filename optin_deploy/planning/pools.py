@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from optin_deploy.planning.costs import Limit, fits
+from optin_deploy.planning.costs import CostLimit, fits
 from optin_deploy.planning.ladder import Ladder, narrowest
 from optin_deploy.planning.polynomial import Widths
 
@@ -84,7 +84,7 @@ def by_share(ladders: Sequence[Ladder], scores: Scores) -> Pool:
     return Pool(ladders, [changes[place] for place in places], [Fraction(0), *places], scores)
 
 
-def by_score(ladders: Sequence[Ladder], scores: Scores, limits: Sequence[Limit], whole: Widths) -> Pool:
+def by_score(ladders: Sequence[Ladder], scores: Scores, limits: Sequence[CostLimit], whole: Widths) -> Pool:
     """Let the steps of all groups come by score per cost; of one group in the order of its widths.
 
     Costs are those in the whole network; of several limits, the sum of shares of what may be spent on units.
@@ -105,7 +105,7 @@ def by_score(ladders: Sequence[Ladder], scores: Scores, limits: Sequence[Limit],
     return Pool(ladders, [[(number, rung)] for _, number, rung, _ in ranked], (gone / gone[-1]).tolist(), scores)
 
 
-def together(pools: Sequence[Pool], limits: Sequence[Limit], whole: Widths) -> list[int]:
+def together(pools: Sequence[Pool], limits: Sequence[CostLimit], whole: Widths) -> list[int]:
     """Return the largest sizes that fit of which all pools keep the same part; the least sizes are known to fit."""
     places = sorted({place for pool in pools for place in pool.places})
 
@@ -122,7 +122,7 @@ def together(pools: Sequence[Pool], limits: Sequence[Limit], whole: Widths) -> l
     return sizes(places[low])
 
 
-def largest_total(pools: Sequence[Pool], limits: Sequence[Limit], whole: Widths) -> list[int]:
+def largest_total(pools: Sequence[Pool], limits: Sequence[CostLimit], whole: Widths) -> list[int]:
     """Return the sizes of the largest total score: two pools at a time, until no two can do better."""
     sizes = together(pools, limits, whole)
     if len(pools) == 2:
@@ -138,7 +138,7 @@ def largest_total(pools: Sequence[Pool], limits: Sequence[Limit], whole: Widths)
 
 
 def _best_pair(
-    pools: Sequence[Pool], sizes: Sequence[int], pair: tuple[int, int], limits: Sequence[Limit], whole: Widths
+    pools: Sequence[Pool], sizes: Sequence[int], pair: tuple[int, int], limits: Sequence[CostLimit], whole: Widths
 ) -> list[int]:
     """Try every size of one pool with the largest of the other that fits; the others stay as they are, which fit."""
     found, best, (one, other) = list(sizes), list(sizes), pair
@@ -167,7 +167,7 @@ def widths_of(pools: Sequence[Pool], sizes: Sequence[int], whole: Widths) -> dic
     return found
 
 
-def filled(pools: Sequence[Pool], sizes: Sequence[int], limits: Sequence[Limit], whole: Widths) -> dict[str, int]:
+def filled(pools: Sequence[Pool], sizes: Sequence[int], limits: Sequence[CostLimit], whole: Widths) -> dict[str, int]:
     """Return the widths, with what still fits of the steps that come later; each group stops where it does not fit."""
     widths = widths_of(pools, sizes, whole)
     left = [limit.most - limit.resource.of(widths) for limit in limits]

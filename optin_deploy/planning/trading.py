@@ -15,7 +15,7 @@ import numpy as np
 
 from optin_deploy.errors import BadInput
 from optin_deploy.planning.allocate import Options, least_error
-from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.costs import CostLimit
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import Ladder
 from optin_deploy.planning.polynomial import Widths
@@ -49,7 +49,7 @@ def check_curves(ladders: Sequence[Ladder], curves: Mapping[str, Curve]) -> None
 
 
 def least_summed_error(
-    ladders: Sequence[Ladder], curves: Mapping[str, Curve], limits: Sequence[Limit], start: Widths
+    ladders: Sequence[Ladder], curves: Mapping[str, Curve], limits: Sequence[CostLimit], start: Widths
 ) -> dict[str, int]:
     """Return the widths of all groups.
 
@@ -80,7 +80,7 @@ class _Trade:
 
     ladders: Sequence[Ladder]
     errors: Sequence[np.ndarray]
-    limits: Sequence[Limit]
+    limits: Sequence[CostLimit]
 
     def error(self, widths: Widths) -> float:
         """Summed over groups."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
-from optin_deploy.planning.costs import Limit, fits
+from optin_deploy.planning.costs import CostLimit, fits
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import ALIGNED, Ladder, best, ladder, narrowest
 from optin_deploy.planning.pools import Pool, by_score, by_share, filled, largest_total, together, widths_of
@@ -97,7 +97,7 @@ def aligned(layout: Layout, choice: Choice, asked: Align | None) -> Choice:
 def choose(
     layout: Layout,
     scores: Mapping[str, np.ndarray],
-    limits: Sequence[Limit],
+    limits: Sequence[CostLimit],
     choice: Choice,
     *,
     curves: Mapping[str, Curve] | None = None,
@@ -134,7 +134,7 @@ def choose(
 
 
 def check_choice(
-    layout: Layout, limits: Sequence[Limit], choice: Choice, emptying: Collection[str] = ()
+    layout: Layout, limits: Sequence[CostLimit], choice: Choice, emptying: Collection[str] = ()
 ) -> list[Ladder]:
     """Return the widths of all groups that may be cut.
 
@@ -165,7 +165,7 @@ def ladders_of(layout: Layout, choice: Choice, emptying: Collection[str] = ()) -
 def _pools(
     ladders: Sequence[Ladder],
     scores: Mapping[str, np.ndarray],
-    limits: Sequence[Limit],
+    limits: Sequence[CostLimit],
     whole: Mapping[str, int],
     choice: Choice,
 ) -> list[Pool]:
@@ -187,7 +187,7 @@ def _check_scores(layout: Layout, ladders: Sequence[Ladder], scores: Mapping[str
             )
 
 
-def _check_feasible(limits: Sequence[Limit], least: Mapping[str, int], choice: Choice) -> None:
+def _check_feasible(limits: Sequence[CostLimit], least: Mapping[str, int], choice: Choice) -> None:
     """Raises: InfeasibleBudget: names what is possible."""
     found = [(limit, limit.resource.of(least)) for limit in limits]
     if all(amount <= limit.most for limit, amount in found):

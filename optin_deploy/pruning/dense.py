@@ -38,7 +38,7 @@ SEQ_LEN = 128
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class DenseSource:
     """A dense network and what belongs to it."""
 
     network: Network
@@ -110,7 +110,7 @@ class Dense:
         return asked or min(SEQ_LEN, self.longest or SEQ_LEN, (known and known.longest) or SEQ_LEN)
 
 
-def dense_of(source: Source, home: Path | None = None) -> Dense:
+def dense_of(source: Source, home: Path | None = None) -> DenseSource:
     """Load what a job starts from; a transformers model is exported once, and read from its output folder afterwards.
 
     Args: home: an output folder, whose dense.onnx is taken where it was exported from this very model.
@@ -125,7 +125,9 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
             )
         path = Path(source.model)
         network = read_file(path)
-        return Dense(network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model))
+        return DenseSource(
+            network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model)
+        )
     loaded = load_dense(source.model, source.task)
     if not loaded.is_text:
         serve_images(loaded, source.image_size, any_size=source.any_size)
@@ -137,14 +139,14 @@ def dense_of(source: Source, home: Path | None = None) -> Dense:
     names = _names(loaded) if classifies(loaded.model) else None
     known = None if home is None else finished(home / DENSE)
     if home is not None and known is not None and known.key == key:
-        return Dense(stored_in(home, type(loaded.model).__name__), key, loaded, names)
+        return DenseSource(stored_in(home, type(loaded.model).__name__), key, loaded, names)
     if source.image_size is not None:
         check_room(loaded.model, source.image_size)
     _try_two(loaded)
     network = tidied(read(loaded.model))
     if source.any_size:
         check_any_size(loaded.model, network)
-    return Dense(network, key, loaded, names)
+    return DenseSource(network, key, loaded, names)
 
 
 def stored_in(home: Path, source: str) -> Network:

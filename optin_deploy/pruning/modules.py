@@ -36,7 +36,7 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.pruning import stored
 from optin_deploy.pruning.networks import Found, find_in
-from optin_deploy.pruning.pruning import Cut, curves_of, make, pick, planned, ready_of, score, turned
+from optin_deploy.pruning.pruning import CutResult, curves_of, make, pick, planned, ready_of, score, turned
 from optin_deploy.pruning.tokens import check, merging
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
@@ -208,7 +208,7 @@ def fitting(network: Network, rows: Feeds) -> Feeds:
     return replace(rows, batches=tuple(batches))
 
 
-def cut_like(model: nn.Module, pruned: Cut, found: Found, *, graph: bool = False) -> CutModule:
+def cut_like(model: nn.Module, pruned: CutResult, found: Found, *, graph: bool = False) -> CutModule:
     """The module cut as its graph was: of the same class where that holds it.
 
     Args: found: the graph of the module, as it was read. graph: the class does not hold it.

@@ -23,7 +23,7 @@ from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.graph import Network
 from optin_deploy.network.hashing import hash_of
 from optin_deploy.network.run import Program
-from optin_deploy.planning.costs import Limit
+from optin_deploy.planning.costs import CostLimit
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.plan import NetworkPlan, Origin, plan_cost, plan_of
 from optin_deploy.planning.unit_curves import unit_curves
@@ -50,7 +50,7 @@ Curves = Mapping[str, Curve]
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class CutResult:
     """A smaller network, and how it came to be."""
 
     network: Network
@@ -62,7 +62,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedOutput:
     """What is compared of a network's outputs, and as what; see `scoring.reading.reading_of`."""
 
     output: str | None = None
@@ -75,7 +75,7 @@ def ready_of(
     found: Found,
     rows: Halves,
     *,
-    compared: Compared = Compared(),  # frozen
+    compared: ComparedOutput = ComparedOutput(),  # frozen
     kinds: tuple[str, ...] = DEFAULT_KINDS,
     names: tuple[str, ...] | None = None,
     strict: bool = False,
@@ -167,7 +167,7 @@ def curves_of(ready: Ready, scores: UnitScores, progress: Progress = silent) -> 
 def pick(
     ready: Ready,
     scores: UnitScores,
-    limits: Sequence[Limit],
+    limits: Sequence[CostLimit],
     choice: Choice,
     curves: Curves | None = None,
     *,
@@ -214,7 +214,7 @@ def check_plan(ready: Ready, plan: NetworkPlan) -> None:
         )
 
 
-def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress: Progress = silent) -> Cut:
+def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress: Progress = silent) -> CutResult:
     """Repair the weights around a cut, cut, and prove that the result computes what the masked network does.
 
     Raises: BadInput, NonFiniteActivation: data and network do not fit. NotProven: our fault.
@@ -232,7 +232,7 @@ def make(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, progress
         )
     dense = found.network if repaired is None else repaired.network
     smaller, proof = cut_by(found if repaired is None else Found(find(dense, found.probes), found.probes), plan)
-    return Cut(smaller, dense, plan, repaired, proof)
+    return CutResult(smaller, dense, plan, repaired, proof)
 
 
 def emptiable(layout: Layout) -> frozenset[str]:

@@ -40,7 +40,7 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class Rewritten:
+class RewrittenFile:
     """What a cut did to a file."""
 
     plan: NetworkPlan
@@ -62,7 +62,7 @@ def rewrite_file(
     force: bool = False,
     dry_run: bool = False,
     stage: Stage = silent_stage,
-) -> Rewritten:
+) -> RewrittenFile:
     """Cut a file.
 
     Args: sizes: of free axes, by name. dry_run: all but writing.
@@ -86,11 +86,11 @@ def rewrite_file(
         write(named, folder / out.name)
         error = compare(named, found.network, folder / out.name, source, found.probes)
     if dry_run:
-        return Rewritten(chosen, proof, file_bytes(source), None, error)
+        return RewrittenFile(chosen, proof, file_bytes(source), None, error)
     free_name(out, is_ours, force=force)
     free_name(data_path(out), lambda _: is_ours(out), force=force)
     write(named, out)
-    return Rewritten(chosen, proof, file_bytes(source), file_bytes(out), error)
+    return RewrittenFile(chosen, proof, file_bytes(source), file_bytes(out), error)
 
 
 def is_ours(path: Path) -> bool:

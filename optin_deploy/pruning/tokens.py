@@ -10,8 +10,8 @@ import numpy as np
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, limits_within
-from optin_deploy.planning.plan import plan_of, told_merges
+from optin_deploy.planning.costs import CostLimit, limits_within
+from optin_deploy.planning.plan import describe_merges, plan_of
 from optin_deploy.planning.tokens import Growth, growth, schedule, tried
 from optin_deploy.planning.widths import Choice, Keep, check_choice
 from optin_deploy.pruning.pruning import Curves, pick
@@ -63,7 +63,7 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     most = costs.macs.of(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
-            told = told_merges(merges, of_text=ready.stream.of_text)
+            told = describe_merges(merges, of_text=ready.stream.of_text)
             raise BadInput(
                 f"that {told}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
@@ -123,7 +123,7 @@ def least_error(
     scores: UnitScores,
     choice: Choice,
     curves: Curves,
-    limits: Callable[[tuple[int, ...]], Sequence[Limit]],
+    limits: Callable[[tuple[int, ...]], Sequence[CostLimit]],
     merges: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[int, ...], Keep]:
     """Return the merges and the kept units of least error.

@@ -32,7 +32,7 @@ Ticks = tuple[tuple[float, str], ...]
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """Values along one side of a plot."""
 
     low: float
@@ -97,7 +97,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Row:
+class UnitRow:
     """One group in a chart of units."""
 
     group: str
@@ -123,7 +123,7 @@ class Units:
     """One kind of unit in all its groups."""
 
     kind: str
-    rows: tuple[Row, ...]
+    rows: tuple[UnitRow, ...]
     cell_width: float
 
     @property
@@ -162,7 +162,7 @@ def units_chart(kind: str, groups: Sequence[Sequence[bool]], names: Sequence[str
         full = (BARS_RIGHT - UNITS_LEFT) * len(keep) / most
         units = ", ".join(str(unit) for unit, stays in enumerate(keep) if stays) or "none"
         rows.append(
-            Row(
+            UnitRow(
                 group=names[index],
                 name=f"{names[index]}: {units if cells else f'{sum(keep):,} of {len(keep):,}'}",
                 y=ROW * index + (ROW - BAR) / 2,
@@ -195,7 +195,7 @@ def latency_chart(row: LatencyRow) -> Chart:
     """Share of the runs that were done within a time, dense and pruned; through the stated p50 and p95."""
     both = {name: np.concatenate(getattr(row.samples_ms, name)) for name in ("dense", "pruned")}
     ends = [end for ms in both.values() for end in np.percentile(ms, (0, SHOWN_PERCENT)).tolist()]
-    x, y = _axis(ends, LEFT, RIGHT), Axis(0.0, 1.0, BOTTOM, TOP)
+    x, y = _axis(ends, LEFT, RIGHT), ChartAxis(0.0, 1.0, BOTTOM, TOP)
     shares = np.linspace(0, 1, CURVE_POINTS + 1)
     lines = []
     for name, ms in both.items():
@@ -216,7 +216,7 @@ def ratio_chart(row: LatencyRow) -> Chart:
     ratios, (low, high) = row.samples_ms.block_ratios, row.ci95
     count = len(ratios)
     x = _axis([1.0, row.ideal, low, high, row.speedup, *ratios], LEFT, RIGHT)
-    y = Axis(count + 1.5, -0.5, BOTTOM, TOP)  # blocks 0, 1, ... downwards, then the interval
+    y = ChartAxis(count + 1.5, -0.5, BOTTOM, TOP)  # blocks 0, 1, ... downwards, then the interval
     dots = tuple((x.at(ratio), y.at(block)) for block, ratio in enumerate(ratios))
     span = (x.at(low), x.at(high), x.at(row.speedup), y.at(count + 0.5))
     rules = (Rule(x.at(1.0), True, "1x: no gain"), Rule(x.at(row.ideal), True, f"{row.ideal:.2f}x: ideal", row=1))
@@ -246,14 +246,14 @@ LEAST = 1e-300
 """A twentieth of less may be nothing."""
 
 
-def _axis(values: Sequence[float], start: float, end: float) -> Axis:
+def _axis(values: Sequence[float], start: float, end: float) -> ChartAxis:
     """An axis from the lowest to the highest value with a margin, also if all values are equal."""
     low, high = min(values), max(values)
     span, largest = high - low, max(abs(low), abs(high))
     if span <= max(1e-6 * largest, LEAST):
         span = largest if largest > LEAST else 1.0
-    return Axis(low - 0.05 * span, high + 0.05 * span, start, end)
+    return ChartAxis(low - 0.05 * span, high + 0.05 * span, start, end)
 
 
-def _points(x: Axis, y: Axis, xs: Sequence[float], ys: Sequence[float]) -> str:
+def _points(x: ChartAxis, y: ChartAxis, xs: Sequence[float], ys: Sequence[float]) -> str:
     return " ".join(f"{x.at(a):g},{y.at(b):g}" for a, b in zip(xs, ys, strict=True))

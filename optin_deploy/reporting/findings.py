@@ -34,7 +34,7 @@ Metric = Annotated[float, Field(ge=-1, le=1)]
 
 
 @dataclass(frozen=True)
-class Pair:
+class FigurePair:
     """One figure of both models."""
 
     dense: PositiveFloat
@@ -42,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Macs(Pair):
+class Macs(FigurePair):
     """MACs of one sample."""
 
     kept: Share
@@ -77,7 +77,7 @@ class StoredReport(Stored):
     __pydantic_config__ = LENIENT
 
     quality: Quality
-    params: Pair
+    params: FigurePair
     macs: Macs
     size_bytes: Sizes
     parity: Mapping[str, float]
@@ -110,7 +110,7 @@ class StoredReport(Stored):
 
 
 @dataclass(frozen=True)
-class Bench(Stored):
+class StoredMeasurements(Stored):
     """What is read of measurements.json."""
 
     schema_version = 2
@@ -158,7 +158,7 @@ class Findings:
     report_sha256: str
     kept: Mapping[str, Kept]
     """Which units of the dense model are in the pruned one, by kind."""
-    bench: Bench | None
+    bench: StoredMeasurements | None
     """Measured again by `optin bench`."""
     sweep: tuple[SweepRow, ...]
     """Empty if there was no sweep."""
@@ -176,7 +176,7 @@ def read_findings(folder: Path) -> Findings:
         report,
         sha256_file(path),
         _kept(folder, report),
-        Bench.read(bench) if bench.exists() else None,
+        StoredMeasurements.read(bench) if bench.exists() else None,
         _read_sweep(sweep, f"Make it again with `optin sweep {folder}`.") if sweep.exists() else (),
     )
 

@@ -19,7 +19,7 @@ Blocks = Annotated[tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)
 
 
 @dataclass(frozen=True)
-class Side:
+class StoredLatency:
     """Latency of one model at one point."""
 
     p50_ms: Milliseconds
@@ -29,7 +29,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Samples:
+class StoredSamples:
     """Raw samples of one comparison."""
 
     dense: Blocks
@@ -54,13 +54,13 @@ class LatencyRow:
     batch: PositiveInt
     seq_len: PositiveInt | None
     threads: int
-    dense: Side
-    pruned: Side
+    dense: StoredLatency
+    pruned: StoredLatency
     speedup: Ratio
     ci95: tuple[Ratio, Ratio]
     ideal: Ratio
     realised: float
-    samples_ms: Samples
+    samples_ms: StoredSamples
     same_ci95: tuple[Ratio, Ratio] = (1.0, 1.0)
     """Confidence interval of the ratio of the dense model's two sessions; since schema 2."""
     unstable: bool = False

@@ -15,7 +15,7 @@ from optin_deploy.reporting.score_table import shortened
 from optin_deploy.structure.blocks import by_block
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.labels import KINDS
-from optin_deploy.structure.shares import Share, shares
+from optin_deploy.structure.shares import CostShares, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def _columns(blocks: Sequence[Block]) -> Iterator[list[Block]]:
     yield column
 
 
-def _draw_column(axes: Axes, blocks: Sequence[Block], found: dict[str, Share], most: float) -> None:
+def _draw_column(axes: Axes, blocks: Sequence[Block], found: dict[str, CostShares], most: float) -> None:
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
     y = 0

@@ -77,7 +77,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
     Args: units: of all groups, by name, as far as they are known. table: False: only the shares.
     """
     from optin_deploy.common.formatting import si
-    from optin_deploy.planning.plan import told_merges
+    from optin_deploy.planning.plan import describe_merges
     from optin_deploy.structure.kept import HEADER, kept_lines, kept_of, kept_rows
 
     cost = plan.cost
@@ -88,7 +88,7 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
             f"{cost.weights_pruned / max(1, cost.weights_dense):.1%} of {cost.weights_dense:,} parameters"
         )
     if any(plan.merges):
-        typer.echo(told_merges(plan.merges, of_text=plan.of_text))
+        typer.echo(describe_merges(plan.merges, of_text=plan.of_text))
     if not table:
         return
     groups = kept_of(plan.keep, units)

@@ -24,7 +24,7 @@ MOST_TOKENS = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class DenseBatch:
     """What a batch gives in the dense network: what all comparisons start from."""
 
     values: Values
@@ -49,7 +49,7 @@ def dense_run(
     seed: int,
     *,
     watch: Collection[str] = (),
-) -> Dense:
+) -> DenseBatch:
     """Run a batch and keep these values, and those of the features.
 
     Raises: NonFiniteActivation: the network puts out NaN or infinity.
@@ -62,7 +62,7 @@ def dense_run(
     tokens = {f.value: chosen_tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
     readout = subject.read(values.outputs, valid)
     check_finite(subject, batch, [readout.values])
-    return Dense(values, tokens, readout, valid, seconds)
+    return DenseBatch(values, tokens, readout, valid, seconds)
 
 
 def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> None:

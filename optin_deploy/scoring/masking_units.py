@@ -15,7 +15,7 @@ from torch import Tensor
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.scoring.copies import copies
-from optin_deploy.scoring.dense_run import Dense, dense_run
+from optin_deploy.scoring.dense_run import DenseBatch, dense_run
 from optin_deploy.scoring.features import trajectory_distance
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.memory import micro_batches
@@ -66,7 +66,7 @@ def masked_terms(
     return terms
 
 
-def units_at_once(subject: Subject, dense: Dense, samples: int, rows: int | None) -> int:
+def units_at_once(subject: Subject, dense: DenseBatch, samples: int, rows: int | None) -> int:
     """Units that share a run: so many that it fills the device, and that samples times units stay below `rows`."""
     if subject.alone:
         return 1
@@ -85,7 +85,7 @@ def _chunks(units: Sequence[int], most: int) -> Iterable[list[int]]:
 class _Base:
     """The dense run of one batch, and runs of it in which single units are absent."""
 
-    def __init__(self, subject: Subject, dense: Dense, values: Mapping[str, Tensor], samples: int) -> None:
+    def __init__(self, subject: Subject, dense: DenseBatch, values: Mapping[str, Tensor], samples: int) -> None:
         self.samples = samples
         self._subject, self._dense, self._values = subject, dense, values
         self._grams = {f.value: dense.gram(f, dense.values.watched[f.value]) for f in subject.features}

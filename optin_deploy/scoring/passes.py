@@ -18,7 +18,7 @@ from torch import Tensor
 from optin_deploy.feeds.rows import Batch, rows_of
 from optin_deploy.network.run import Cone
 from optin_deploy.network.spans import Spans
-from optin_deploy.scoring.sites import Key, Site, masks_of
+from optin_deploy.scoring.sites import Key, MaskSite, masks_of
 from optin_deploy.scoring.subject import Subject
 
 Gradients = dict[str, Tensor]
@@ -32,10 +32,10 @@ class Span:
     cone: Cone
     gives: tuple[str, ...]
     """Values that it makes and later ones, or whoever asked, read."""
-    sites: tuple[Site, ...]
+    sites: tuple[MaskSite, ...]
 
 
-def spans_of(subject: Subject, wanted: Collection[str], sites: Iterable[Site]) -> list[Span]:
+def spans_of(subject: Subject, wanted: Collection[str], sites: Iterable[MaskSite]) -> list[Span]:
     """Divide a network behind each of its features, where the least is live.
 
     Args: wanted: values that are read beside what leads from one span to the next. sites: where gradients are wanted.

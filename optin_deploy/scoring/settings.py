@@ -9,8 +9,8 @@ from optin_deploy.common.arguments import checked, number, whole
 from optin_deploy.common.validation import INT32, whole_number
 from optin_deploy.errors import BadInput
 
-Site = Literal["block", "ffn"]
-SITES: tuple[Site, ...] = ("block", "ffn")
+FeatureSite = Literal["block", "ffn"]
+SITES: tuple[FeatureSite, ...] = ("block", "ffn")
 Weighting = Literal["paper", "normalised", "output"]
 WEIGHTINGS: tuple[Weighting, ...] = ("paper", "normalised", "output")
 Kind = Literal["logits", "probabilities", "regression", "embedding", "multi-label", "span"]
@@ -26,7 +26,7 @@ MOST_PROBES = 2**16
 class Features:
     """Which features are compared."""
 
-    site: Site = "block"
+    site: FeatureSite = "block"
     """`block`: outputs of the blocks; `ffn`: outputs of the FFN's second projection, before the residual is added."""
     tokens: int | None = None
     """Tokens drawn, seeded, from each sample's own; None = all."""

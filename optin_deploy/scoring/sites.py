@@ -15,7 +15,7 @@ Key = tuple[Place, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class MaskSite:
     """A place where units of a group are masked, for each sample alone."""
 
     place: Place
@@ -55,7 +55,7 @@ class Site:
         return placed
 
 
-def masks_of(multipliers: Iterable[tuple[Site, Tensor]]) -> dict[Place, Mask]:
+def masks_of(multipliers: Iterable[tuple[MaskSite, Tensor]]) -> dict[Place, Mask]:
     """Masks for places, from (samples, entries) for each site; where several stand at one place all multiply."""
     found: dict[Place, Mask] = {}
     for site, entries in multipliers:

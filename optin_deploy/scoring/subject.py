@@ -17,9 +17,9 @@ from optin_deploy.network.run import Cone, Mask, Place, Program, Values
 from optin_deploy.scoring.copies import cone_of_copies
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading, reading_of
+from optin_deploy.scoring.settings import FeatureSite as FeatureSite
 from optin_deploy.scoring.settings import Kind
-from optin_deploy.scoring.settings import Site as FeatureSite
-from optin_deploy.scoring.sites import Site, masks_of
+from optin_deploy.scoring.sites import MaskSite, masks_of
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis
 from optin_deploy.structure.structure import Structure
@@ -76,7 +76,7 @@ class Subject:
         return features(self.layout, self.compared)
 
     @cached_property
-    def sites(self) -> Mapping[str, tuple[Site, ...]]:
+    def sites(self) -> Mapping[str, tuple[MaskSite, ...]]:
         """Sites at which each group is masked, by name of group."""
         return {group.name: tuple(self._sites(group)) for group in self.layout.groups}
 
@@ -142,14 +142,14 @@ class Subject:
             return True
         return math.prod(shape) == mask[0] * mask[1] * shape[channels]
 
-    def _sites(self, group: UnitGroup) -> Iterable[Site]:
+    def _sites(self, group: UnitGroup) -> Iterable[MaskSite]:
         nodes = self.structure.network.nodes
         ranged = [site for site in self.structure.ranged if any(leaf is group.leaf for leaf in site.axis.leaves())]
         for site in dict.fromkeys((*group.sites, *ranged)):
             value = nodes[site.node].inputs[site.place]
             along = torch.from_numpy(units_along(site.axis, group.leaf))
             along[along < 0] = group.units
-            yield Site((site.node, site.place), site.position, samples_axis(self.structure, value), along)
+            yield MaskSite((site.node, site.place), site.position, samples_axis(self.structure, value), along)
 
 
 def tokens_of(feature: Feature, value: Tensor, samples: int) -> Tensor:

@@ -44,7 +44,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ServedPair:
     """A pruned version, and the dense one that it is compared with."""
 
     pruned: Manifest
@@ -56,7 +56,7 @@ class ServeCheck:
     """Everything that was found."""
 
     checked: tuple[Checked, ...]
-    load: tuple[tuple[Pair, tuple[LoadPoint, ...]], ...]
+    load: tuple[tuple[ServedPair, tuple[LoadPoint, ...]], ...]
     settings: Mapping[str, Any]
 
     def load_rows(self) -> list[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from optin_deploy.files.storage import read_tensors
 from optin_deploy.jobs.proving import relative_error
 from optin_deploy.measuring.timing import BLOCKS
 from optin_deploy.runtimes.base import Feeds
-from optin_deploy.serving.check_result import Checked, Pair, ServeCheck, label
+from optin_deploy.serving.check_result import Checked, ServeCheck, ServedPair, label
 from optin_deploy.serving.client import ServedClient, connect
 from optin_deploy.serving.load import Ask, measure_load
 from optin_deploy.serving.manifest import Manifest, TensorSpec, check_files
@@ -32,7 +32,7 @@ SAME_FILE = 2e-2
 
 
 @dataclass(frozen=True)
-class Load:
+class ServerLoad:
     """How a server is loaded while its latency is measured from the client's side."""
 
     concurrencies: Sequence[int] = (1, 4, 16)
@@ -57,7 +57,7 @@ def check_server(
     *,
     names: Sequence[str] = (),
     timeout: float = 30.0,
-    load: Load = Load(),  # frozen
+    load: ServerLoad = ServerLoad(),  # frozen
     stage: Stage = silent_stage,
 ) -> ServeCheck:
     """Compare a server with the repository that it is to serve.
@@ -214,13 +214,13 @@ def differences(kind: str, expected: Sequence[TensorSpec], found: Sequence[Tenso
     return problems
 
 
-def _pairs(manifests: Sequence[Manifest]) -> list[Pair]:
+def _pairs(manifests: Sequence[Manifest]) -> list[ServedPair]:
     """Each pruned version with the dense one of the same weights; a dense one alone if nothing is pruned."""
     dense = [each for each in manifests if each.role == "dense"]
     pruned = [each for each in manifests if each.role == "pruned"]
     if not pruned:
-        return [Pair(each, None) for each in dense]
-    return [Pair(each, next((other for other in dense if _same_origin(each, other)), None)) for each in pruned]
+        return [ServedPair(each, None) for each in dense]
+    return [ServedPair(each, next((other for other in dense if _same_origin(each, other)), None)) for each in pruned]
 
 
 def _same_origin(pruned: Manifest, dense: Manifest) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.hub import ID, told
+from optin_deploy.files.hub import ID, hub_errors
 from optin_deploy.files.names import PRUNED, SUPPORT_FILES, TUNED
 from optin_deploy.files.ownership import RECORD
 from optin_deploy.reporting.card import card_of
@@ -64,7 +64,7 @@ def push(made: Push, *, private: bool = False, branch: str | None = None) -> Pus
     operations = [CommitOperationAdd(CARD, made.card.encode())]
     operations += [CommitOperationAdd(name, path) for name, path in made.files.items()]
     api = HfApi()
-    with told(made.repository, branch):
+    with hub_errors(made.repository, branch):
         api.create_repo(made.repository, private=private, exist_ok=True)
         if branch is not None:
             api.create_branch(made.repository, branch=branch, exist_ok=True)

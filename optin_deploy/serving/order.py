@@ -13,7 +13,7 @@ DENSE = ("models", "versions", "none")
 
 
 @dataclass(frozen=True)
-class Order:
+class ShipOrder:
     """What is to be published, and how."""
 
     server: str

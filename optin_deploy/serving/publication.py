@@ -18,7 +18,7 @@ from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.serving.base import Rows, Server
 from optin_deploy.serving.manifest import Manifest, same_version, with_canary
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import STATE, Contents, Repository, Version, stage_version, state_of
 from optin_deploy.serving.shipments import SAMPLES
 from optin_deploy.serving.staging import staged
@@ -40,7 +40,7 @@ class Publication:
         return tuple(manifest for manifest, _ in self.versions)
 
 
-def publication(repository: Repository, target: Server, order: Order, models: Sequence[Version]) -> Publication:
+def publication(repository: Repository, target: Server, order: ShipOrder, models: Sequence[Version]) -> Publication:
     """Number the versions, and find out what has to be written for them.
 
     Raises: BadInput: see `ship_folder`.
@@ -132,7 +132,7 @@ def published(repository: Repository, manifest: Manifest) -> Contents:
     return {SAMPLES: path} if path.is_file() else {}
 
 
-def _numbered(repository: Repository, order: Order, models: Sequence[Version]) -> list[Version]:
+def _numbered(repository: Repository, order: ShipOrder, models: Sequence[Version]) -> list[Version]:
     """Give each version its number: the asked one or the next, or that of the same content which is served already."""
     known = {manifest.name: manifest for manifest, _ in models}
     highest = max((number for name in known for number in repository.numbers(name)), default=0)

@@ -26,7 +26,7 @@ from optin_deploy.runtimes.record import read_record
 from optin_deploy.serving.base import Server
 from optin_deploy.serving.manifest import FOLDER, Manifest, check_name
 from optin_deploy.serving.names import dense_of
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Version, hashes
 from optin_deploy.serving.tensors import largest_batch, tensors_of
 from optin_deploy.serving.texts import text_models
@@ -39,7 +39,7 @@ NEARLY_BEST = 0.95
 REBUILD = "Make it with `optin build {folder} --engine {engine}`."
 
 
-def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
+def shipments(folder: Path, order: ShipOrder, target: Server) -> list[Version]:
     """The models that are asked for, all with version 1: the repository numbers them.
 
     Raises: BadInput: something that is missing, damaged, or that the server would not serve.
@@ -74,7 +74,7 @@ def shipments(folder: Path, order: Order, target: Server) -> list[Version]:
 def _model(
     path: Path,
     role: str,
-    order: Order,
+    order: ShipOrder,
     precision: str,
     target: Server,
     report: StoredReport | None,
@@ -129,7 +129,7 @@ def _model(
     return manifest, contents
 
 
-def preferred_batches(latency: Sequence[LatencyRow], order: Order, precision: str) -> tuple[int, ...]:
+def preferred_batches(latency: Sequence[LatencyRow], order: ShipOrder, precision: str) -> tuple[int, ...]:
     """Measured batch sizes with nearly the best throughput; none where only single samples were measured."""
     throughput = {
         row.batch: row.pruned.throughput for row in latency if (row.engine, row.precision) == (order.engine, precision)

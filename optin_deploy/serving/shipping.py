@@ -8,13 +8,13 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.workspace import is_job
 from optin_deploy.serving import server
 from optin_deploy.serving.manifest import Manifest, check_files, with_canary
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.publication import Publication, files_of, publication, published, write
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipments import shipments
 
 
-def ship_folder(folder: Path, order: Order, *, dry_run: bool = False) -> tuple[tuple[Manifest, ...], bool]:
+def ship_folder(folder: Path, order: ShipOrder, *, dry_run: bool = False) -> tuple[tuple[Manifest, ...], bool]:
     """Publish what lies in an output folder: all of it, or nothing.
 
     Args: dry_run: everything is checked, and nothing written.

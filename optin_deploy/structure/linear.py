@@ -19,7 +19,7 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.operators.spatial import padded, window
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.structure.branches import weight_place
-from optin_deploy.structure.stored import Stored, stored_at
+from optin_deploy.structure.stored import GivenTensor, stored_at
 from optin_deploy.structure.stream import samples_axis
 from optin_deploy.structure.structure import Structure
 
@@ -31,7 +31,7 @@ class Linear:
     node: Node
     reads: str
     gives: str
-    stored: Stored
+    stored: GivenTensor
     place: int
     """Place of the weight."""
     features: int
@@ -138,7 +138,7 @@ def linear_of(structure: Structure, node: Node, *, shared: bool = False) -> Line
     return form(structure, node, weight, stored)
 
 
-def _made(structure: Structure, node: Node, weight: int, stored: Stored, **more: object) -> Linear:
+def _made(structure: Structure, node: Node, weight: int, stored: GivenTensor, **more: object) -> Linear:
     reads, gives = node.inputs[1 - weight], node.outputs[0]
     return Linear(
         node=node,
@@ -162,7 +162,7 @@ def without(node: Node) -> Node | None:
     )
 
 
-def _product(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+def _product(structure: Structure, node: Node, weight: int, stored: GivenTensor) -> Linear:
     """MatMul, Gemm, FusedMatMul, and those with an activation."""
     read, given = (len(structure.shapes.shape(name) or ()) for name in (node.inputs[1 - weight], node.outputs[0]))
     shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
@@ -187,7 +187,7 @@ def _product(structure: Structure, node: Node, weight: int, stored: Stored) -> L
     )
 
 
-def _convolution(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+def _convolution(structure: Structure, node: Node, weight: int, stored: GivenTensor) -> Linear:
     shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
     if samples_axis(structure, node.inputs[0]) not in (0, None):
         raise Unsupported("samples do not lie along the first axis")
@@ -227,7 +227,7 @@ def _normalization(structure: Structure, node: Node) -> Linear:
     )
 
 
-def _attention(structure: Structure, node: Node, weight: int, stored: Stored) -> Linear:
+def _attention(structure: Structure, node: Node, weight: int, stored: GivenTensor) -> Linear:
     """ONNX Runtime's Attention: queries, keys and values are made of one value in the same node."""
     shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
     return _made(
@@ -243,7 +243,7 @@ def _attention(structure: Structure, node: Node, weight: int, stored: Stored) ->
     )
 
 
-FORMS: dict[tuple[str, str], Callable[[Structure, Node, int, Stored], Linear]] = {
+FORMS: dict[tuple[str, str], Callable[[Structure, Node, int, GivenTensor], Linear]] = {
     ("", "MatMul"): _product,
     ("", "Gemm"): _product,
     ("com.microsoft", "FusedMatMul"): _product,

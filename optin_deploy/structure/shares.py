@@ -11,16 +11,16 @@ from optin_deploy.structure.structure import WeightUse
 
 
 @dataclass(frozen=True)
-class Share:
+class CostShares:
     """Parts of the whole network, in [0, 1]; what two groups lie on counts for both."""
 
     macs: float
     weights: float
 
 
-def shares(layout: Layout) -> dict[str, Share]:
+def shares(layout: Layout) -> dict[str, CostShares]:
     """Return the share of each group by name."""
-    structure, found = layout.structure, dict[str, Share]()
+    structure, found = layout.structure, dict[str, CostShares]()
     dense, entries = max(1, macs(structure)), max(1, weight_entries(structure))
     uses: dict[str, list[WeightUse]] = {}
     products: dict[Axis, list[tuple[int, tuple[Axis, ...]]]] = {}
@@ -34,5 +34,5 @@ def shares(layout: Layout) -> dict[str, Share]:
         read = [use for name in weights for use in uses[name]]
         near = replace(structure, uses=read, products=products.get(group.leaf, []))
         saved, lost = macs(near) - macs(near, none), weight_entries(near) - weight_entries(near, none)
-        found[group.name] = Share(saved / dense, lost / entries)
+        found[group.name] = CostShares(saved / dense, lost / entries)
     return found

@@ -9,7 +9,7 @@ from optin_deploy.network.operators.row import Unsupported
 from optin_deploy.network.run import Place
 from optin_deploy.structure.branches import Way, own_bias, way_from
 from optin_deploy.structure.linear import Linear, linear_of, without
-from optin_deploy.structure.stored import Stored, stored_at
+from optin_deploy.structure.stored import GivenTensor, stored_at
 from optin_deploy.structure.structure import Structure
 
 
@@ -18,7 +18,7 @@ class Shift:
     """A vector that is added to what a product gives."""
 
     place: Place
-    stored: Stored
+    stored: GivenTensor
     value: str
     """Name of the sum, or of what it is added to where both are not apart."""
     factor: float = 1.0

@@ -16,7 +16,7 @@ from optin_deploy.structure.structure import Structure
 
 
 @dataclass(frozen=True)
-class Stored:
+class GivenTensor:
     """A tensor of the file, and how it comes to a node that reads it."""
 
     name: str
@@ -33,7 +33,7 @@ class Stored:
         return tensor
 
 
-def stored_at(structure: Structure, name: str) -> Stored:
+def stored_at(structure: Structure, name: str) -> GivenTensor:
     """Return the stored tensor that a value is.
 
     Raises: Unsupported: it is computed, or is not stored as real numbers of 16 bits or more.
@@ -50,7 +50,7 @@ def stored_at(structure: Structure, name: str) -> Stored:
     if int(tensor.dtype) not in REAL_TYPES:
         raise Unsupported(f"its weight is stored as {tensor.dtype.name}")
     views = tuple(_view(structure, node) for node in reversed(nodes))
-    found = Stored(name, tuple(tensor.shape.numpy()), views, frozenset(_places(network, name)))
+    found = GivenTensor(name, tuple(tensor.shape.numpy()), views, frozenset(_places(network, name)))
     try:
         found.used(torch.empty(found.shape, dtype=torch_dtype(tensor.dtype), device="meta"))
     except RuntimeError as err:  # a Reshape behind a Transpose

@@ -31,7 +31,7 @@ SCALING = {"Mul": (0, 1), "Div": (0,)}
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class WidthProduct:
     """A product that makes the entries of a width, or uses them."""
 
     product: Solvable
@@ -45,9 +45,9 @@ class Turnable:
     """A width that may be turned."""
 
     group: UnitGroup
-    makers: tuple[Side, ...]
+    makers: tuple[WidthProduct, ...]
     """What is multiplied by the matrix of each head."""
-    others: tuple[Side, ...]
+    others: tuple[WidthProduct, ...]
     """What is multiplied by its inverse."""
     used: bool
     """Whether the others use the entries, as the projection behind attention does; else they make them too."""
@@ -90,7 +90,9 @@ def turnable(structure: Structure, group: UnitGroup) -> Turnable:
     given = [[(each, structure.axes[each.linear.gives][each.linear.outputs_axis]) for each in some] for some in makers]
     used = [(each, structure.axes[each.linear.reads][each.linear.features]) for each in users]
     heads = _shared([axis for _, axis in (*(pair for some in given for pair in some), *used)], group.leaf)
-    sides = [tuple(Side(each, _entries(axis, group.leaf, heads)) for each, axis in some) for some in (*given, used)]
+    sides = [
+        tuple(WidthProduct(each, _entries(axis, group.leaf, heads)) for each, axis in some) for some in (*given, used)
+    ]
     return Turnable(group, sides[0], sides[1], weight is not None)
 
 

@@ -26,7 +26,7 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import check_plan
 from optin_deploy.pruning.stored import mark, plan_named
 from optin_deploy.tuning.finetune import Tuned, check, finetune
-from optin_deploy.tuning.settings import Rows, Tuning
+from optin_deploy.tuning.settings import TrainingRows, Tuning
 
 STATE = ".optin-training"
 """Folder of an unfinished training."""
@@ -36,7 +36,7 @@ ABOUT_TUNED = {"error": 0.0, "skipped": {}, "why_graph": "it was fine-tuned as a
 def finetune_folder(
     folder: Path,
     out: Path,
-    rows: Rows,
+    rows: TrainingRows,
     tuning: Tuning,
     *,
     force: bool = False,

@@ -10,7 +10,7 @@ from optin_deploy.pruning.source import Source
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingRows:
     """What is learned from."""
 
     data: Path

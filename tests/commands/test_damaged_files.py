@@ -20,7 +20,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.exporters import exporter
 from optin_deploy.exporters.base import Artifact
 from optin_deploy.jobs.bench import inputs_in
-from optin_deploy.jobs.building import Built, Pair
+from optin_deploy.jobs.building import ArtifactPair, Built
 from optin_deploy.jobs.float32_dense import float32_dense, measure_beside_float32
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring import artifacts as measuring
@@ -189,7 +189,7 @@ def built(engine: str, precision: str, folder: Path, *, onnx_too: bool = True) -
     for name, kind in steps:
         files = exporter(name).file_names(kind)
         made_of = [Artifact(folder / (file or ""), name, kind, (), (), "", 0) for file in files]
-        pairs.append(Pair(exporter(name), kind, made_of[0], made_of[1] if files[1] else None))
+        pairs.append(ArtifactPair(exporter(name), kind, made_of[0], made_of[1] if files[1] else None))
     return Built(tuple(pairs))
 
 

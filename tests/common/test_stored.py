@@ -17,7 +17,7 @@ from optin_deploy.measuring.pins import Pin
 from optin_deploy.planning.latency import LatencyTable
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.source import Source
-from optin_deploy.reporting.findings import Bench, StoredReport
+from optin_deploy.reporting.findings import StoredMeasurements, StoredReport
 from optin_deploy.runtimes.record import _Records
 from optin_deploy.scoring.unit_scores import _About
 from optin_deploy.serving.manifest import Manifest
@@ -74,7 +74,7 @@ ON_DISK: dict[type[Stored], tuple[str, str]] = {
         '"config_sha256": "c", "attributes": {"": {"heads": 2}}, "params": {"dense": 2, "pruned": 1}, "about": {}}',
         "optin-export MODEL",
     ),
-    Bench: ('{"schema_version": 2, "latency": [], "environment": {}}', "optin bench DIR"),
+    StoredMeasurements: ('{"schema_version": 2, "latency": [], "environment": {}}', "optin bench DIR"),
     StoredReport: (
         '{"schema_version": 2, "quality": {"metric": "accuracy", "dense": 0.9, "pruned": 0.8, "samples": 9, '
         f'"beside": {{}}}}, "params": {PAIR}, "macs": {{{PAIR[1:-1]}, "kept": 0.5, "prunable_kept": 0.5}}, '
@@ -84,7 +84,7 @@ ON_DISK: dict[type[Stored], tuple[str, str]] = {
     ),
 }
 """What each kind holds, with its fields in order, and the next step where it is refused."""
-LENIENT = (Saved, Bench, StoredReport)
+LENIENT = (Saved, StoredMeasurements, StoredReport)
 """Kinds of which later versions may hold more."""
 WITHOUT_VERSION = (NetworkPlan, LatencyTable)
 kinds = pytest.mark.parametrize("kind", ON_DISK)

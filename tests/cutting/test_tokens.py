@@ -29,7 +29,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
 from optin_deploy.network.write import write
-from optin_deploy.planning.plan import told_merges
+from optin_deploy.planning.plan import describe_merges
 from optin_deploy.planning.tokens import Growth, growth, mean_share, schedule
 from optin_deploy.runtimes.openvino import OpenVinoRuntime
 from optin_deploy.runtimes.ort import OrtRuntime
@@ -295,8 +295,8 @@ def test_weights_make_up_for_merging_too() -> None:
     ],
 )
 def test_what_is_told_of_merges(merges: tuple[int, ...], told: str) -> None:
-    assert told_merges(merges, of_text=False) == told
-    assert told_merges(merges, of_text=True) == told.replace(" tokens", "% of the tokens")
+    assert describe_merges(merges, of_text=False) == told
+    assert describe_merges(merges, of_text=True) == told.replace(" tokens", "% of the tokens")
 
 
 def test_nothing_merged_is_the_same_network() -> None:

@@ -26,7 +26,7 @@ from optin_deploy.data.labels import class_index, classifies
 from optin_deploy.errors import BadInput, QualityLimit
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.jobs.prepared import prepare
-from optin_deploy.jobs.sweep import Point, smallest_within
+from optin_deploy.jobs.sweep import SweepPoint, smallest_within
 from optin_deploy.pruning.source import Source
 from optin_deploy.quality.quality import Quality
 from support.tiny_checkpoint import CLASSES, SEQ_LEN, classifier, labelled, lines, texts, vit
@@ -184,8 +184,8 @@ def test_a_gain_beyond_noise_does_not_hold(found: Quality, holds: bool) -> None:
 
 
 def test_no_budget_is_chosen_by_a_gain() -> None:
-    def at(flops: float) -> Point:
-        return Point(flops, flops, 1, Quality("accuracy", 4 / 60, 13 / 60, 60), 0.0)
+    def at(flops: float) -> SweepPoint:
+        return SweepPoint(flops, flops, 1, Quality("accuracy", 4 / 60, 13 / 60, 60), 0.0)
 
     with pytest.raises(QualityLimit, match=r"accuracy gains 15\.00 points, beyond noise.*--eval rows"):
         smallest_within(1.0, 0.1, at)

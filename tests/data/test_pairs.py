@@ -15,7 +15,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.shipping import ship_folder
 from support import tiny_checkpoint as tiny
 from support.tiny_checkpoint import Shell
@@ -105,7 +105,7 @@ def test_every_command_that_reads_texts_takes_the_pair_column(program: str, shel
 
 def test_a_model_of_pairs_is_not_shipped_as_one_of_single_texts(finished: Path, shell: Shell, tmp_path: Path) -> None:
     assert read_saved(finished / "model")[0].about["text_pairs"] is False
-    order = Order("triton", tmp_path / "repo", "tiny", text=True)
+    order = ShipOrder("triton", tmp_path / "repo", "tiny", text=True)
     ship_folder(finished, order, dry_run=True)
     manifest = finished / "model" / MANIFEST
     data = json.loads(manifest.read_text())

@@ -26,7 +26,7 @@ from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.exporters.to_onnx import OnnxExporter
 from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.pooling import POOLED
-from optin_deploy.jobs.building import Built, Forms, Pair
+from optin_deploy.jobs.building import ArtifactPair, Built, Forms
 from optin_deploy.jobs.proving import check_engine
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.runtimes.base import Feeds, Runtime
@@ -479,7 +479,7 @@ class BentEngine(OnnxExporter):
 def check(engine: BentEngine, precision: str, path: Path, name: str) -> float:
     artifact = Artifact(path, engine.engine, precision, (), ("logits",), "", 0)
     forms = Forms(Form(path, tiny(name).network), None)
-    built = Built((Pair(engine, precision, artifact, None),))
+    built = Built((ArtifactPair(engine, precision, artifact, None),))
     (found,) = check_engine(built, forms, tiny_batches(tiny(name).model)).values()
     return found
 
@@ -526,7 +526,7 @@ def test_an_engine_may_be_as_far_off_as_float32_itself_is(tmp_path: Path) -> Non
     forms = Forms(Form(tmp_path / "x.onnx", network), None)
 
     def found(share: float) -> float:
-        pair = Pair(BentEngine(lambda path: Exact(output), share), "fp32", artifact, None)
+        pair = ArtifactPair(BentEngine(lambda path: Exact(output), share), "fp32", artifact, None)
         (error_,) = check_engine(Built((pair,)), forms, [{"x": x}]).values()
         return error_
 
@@ -550,7 +550,7 @@ def test_a_choice_that_narrow_types_flip_is_judged_as_a_whole(tmp_path: Path) ->
     def found(precision: str, share: float) -> float:
         artifact = Artifact(tmp_path / "x.onnx", "onnx", precision, (), (output,), "", 0)
         engine = BentEngine(lambda path: Top(output), share)
-        built = Built((Pair(engine, precision, artifact, None),))
+        built = Built((ArtifactPair(engine, precision, artifact, None),))
         (error_,) = check_engine(built, Forms(Form(tmp_path / "x.onnx", network), None), [{"x": x}]).values()
         return error_
 
@@ -577,7 +577,7 @@ def test_a_bent_file_is_refused(precision: str, exported: Exported) -> None:
 
 def test_a_file_that_cannot_run_here_is_not_called_proven(exported: Exported) -> None:
     artifact = exported("bert+head", "bf16")
-    built = Built((Pair(OnnxExporter(), "bf16", artifact, None),))
+    built = Built((ArtifactPair(OnnxExporter(), "bf16", artifact, None),))
     forms = Forms(Form(artifact.path, tiny("bert+head").network), None)
     assert check_engine(built, forms, tiny_batches(tiny("bert+head").model)) == {}
     assert "bfloat16" in str(built.obstacle)

@@ -24,7 +24,7 @@ from optin_deploy.exporters import ENGINES, check_precision, exporter
 from optin_deploy.exporters.base import Artifact
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.feeds.rows import Batch, Feeds
-from optin_deploy.jobs.building import Built, Forms, Pair, forms_in
+from optin_deploy.jobs.building import ArtifactPair, Built, Forms, forms_in
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.prepared import prepare
@@ -269,7 +269,7 @@ def _built(folder: Path) -> Built:
     def artifact(name: str) -> Artifact:
         return Artifact(folder / name, "onnx", "fp32", ("input_ids",), ("logits",), "", 0)
 
-    return Built((Pair(exporter("onnx"), "fp32", artifact("model.onnx"), artifact("dense.onnx")),))
+    return Built((ArtifactPair(exporter("onnx"), "fp32", artifact("model.onnx"), artifact("dense.onnx")),))
 
 
 # recorded samples

@@ -22,14 +22,14 @@ from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.profiling import measure_table, read_table, table_at, with_held_out
 from optin_deploy.jobs.stages import curve_stage, score_stage
 from optin_deploy.jobs.time_budget import Planning
-from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, Round, TimeVerdict, judged
+from optin_deploy.jobs.time_rounds import AIM, LEAST, MOST, Round, TimeVerdict, verdict_on
 from optin_deploy.jobs.width_timer import WidthTimer, inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
-from optin_deploy.measuring.timing import PairTiming, Samples
+from optin_deploy.measuring.timing import LatencySamples, PairTiming
 from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
-from optin_deploy.planning.costs import Limit, fits, limits_within
+from optin_deploy.planning.costs import CostLimit, fits, limits_within
 from optin_deploy.planning.latency import HeldOut, LatencyTable, TimeCost, held_out_line, table_rows
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice, Keep
@@ -82,9 +82,9 @@ class FormulaYard(WidthTimer):
     def ms(self, keep: Keep) -> float:
         return self.clock(self.layout, keep)
 
-    def together(self, plans: Sequence[Keep], *, blocks: int) -> Samples:
+    def together(self, plans: Sequence[Keep], *, blocks: int) -> LatencySamples:
         times = {"dense": self.ms({}), **{str(i): self.ms(keep) for i, keep in enumerate(plans)}}
-        return Samples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
+        return LatencySamples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
 
     def against_dense(self, keep: Keep, progress: Any = None) -> PairTiming:
         dense, pruned = (((self.ms(each),),) * 2 for each in ({}, keep))
@@ -203,7 +203,10 @@ def test_a_table_tells_its_widths_and_its_errors(scored: Scored) -> None:
 def test_time_and_macs_hold_together(scored: Scored, allocation: str) -> None:
     table = measure_table(scored.yard(Formula(step=32)), UNIFORM)
     costs = scored.prepared.ready.costs
-    limits = [*limits_within(costs, Limits(flops=0.7)), Limit(scored.cost(table), int(0.6 * table.dense_ns), "time")]
+    limits = [
+        *limits_within(costs, Limits(flops=0.7)),
+        CostLimit(scored.cost(table), int(0.6 * table.dense_ns), "time"),
+    ]
     keep = scored.planner(allocation).keep(limits)
     assert fits(limits, costs.widths(keep))
     # The formula takes a step up where the table draws a line from one measured width to the next.
@@ -442,15 +445,15 @@ TARGETS = [TimeTarget("--latency", 5.0), TimeTarget("--speedup", 2.0), TimeTarge
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_the_shipped_model_has_the_last_word(target: TimeTarget) -> None:
-    assert judged(target, measurement(10.0, 4.99)).outcome == "holds"
-    missed = judged(target, measurement(10.0, 5.02))
+    assert verdict_on(target, measurement(10.0, 4.99)).outcome == "holds"
+    missed = verdict_on(target, measurement(10.0, 5.02))
     with pytest.raises(MissedTime, match=r"is 5 ms a batch; measured at the end: 5\.02 ms.*too slow") as raised:
         missed.check()
     assert raised.value.exit_code == 1
     # Noise alone misses nothing: the target lies within the interval.
-    assert judged(target, measurement(10.0, 5.02, noise=0.05)).outcome == "undecided"
-    assert "came nearer" in judged(target, measurement(10.0, 4.0)).sentence
-    shaky = judged(target, measurement(10.0, 4.0, again=1.2))
+    assert verdict_on(target, measurement(10.0, 5.02, noise=0.05)).outcome == "undecided"
+    assert "came nearer" in verdict_on(target, measurement(10.0, 4.0)).sentence
+    shaky = verdict_on(target, measurement(10.0, 4.0, again=1.2))
     assert shaky.outcome == "unstable"
     with pytest.raises(TooUnstable):
         shaky.check()

@@ -23,7 +23,7 @@ from optin_deploy.exporters.to_onnx import OnnxExporter
 from optin_deploy.files.storage import atomic_folder, write_json
 from optin_deploy.jobs import loadgen_runs as loadgen
 from optin_deploy.jobs.loadgen_runs import run_load
-from optin_deploy.measuring.loadgen import Compared, Load, Run, compared_lines, run_rows
+from optin_deploy.measuring.loadgen import LoadSettings, Run, ScenarioRuns, compared_lines, run_rows
 from optin_deploy.measuring.loadgen_log import DETAIL, Figures, LoadGenFailed, read_log
 from optin_deploy.measuring.loadgen_system import SAMPLES
 from optin_deploy.runtimes.base import Closing, Feeds
@@ -31,8 +31,8 @@ from support.tiny_checkpoint import Shell, finished_job, snapshot, temporary_fil
 
 FEEDS = {"x": np.arange(SAMPLES)[:, None]}
 RUN_SECONDS = 0.002
-SERVER = Load("server", 0.3, qps=1600, target_latency_ms=1e4)
-LOADS = (Load(seconds=0.3), Load("offline", 0.3), SERVER)
+SERVER = LoadSettings("server", 0.3, qps=1600, target_latency_ms=1e4)
+LOADS = (LoadSettings(seconds=0.3), LoadSettings("offline", 0.3), SERVER)
 FIGURES = Figures(
     valid=True,
     unmet=(),
@@ -105,7 +105,7 @@ def test_single_stream_counts_and_times_what_the_engine_ran(tmp_path: Path) -> N
 @pytest.mark.usefixtures("unwarmed")
 def test_offline_runs_whole_batches_and_counts_samples(tmp_path: Path) -> None:
     runtime = Counting(sleeping)
-    found = run_load(runtime, FEEDS, Load("offline", 0.31), batch=7, logs=tmp_path)
+    found = run_load(runtime, FEEDS, LoadSettings("offline", 0.31), batch=7, logs=tmp_path)
     assert found.samples % 7  # else the last batch is not tested
     assert len(runtime.seen) == math.ceil(found.samples / 7)
     assert {len(run) for run in runtime.seen} == {7}
@@ -158,7 +158,7 @@ def test_settings_in_the_working_directory_do_not_count(tmp_path: Path, monkeypa
 
 @pytest.mark.usefixtures("unwarmed")
 @pytest.mark.parametrize("load", LOADS, ids=lambda load: load.scenario)
-def test_what_the_engine_raises_is_raised_after_the_test(load: Load, tmp_path: Path) -> None:
+def test_what_the_engine_raises_is_raised_after_the_test(load: LoadSettings, tmp_path: Path) -> None:
     runtime = Counting(broken)
     with pytest.raises(Broken, match="run 30 broke"):
         run_load(runtime, FEEDS, load, batch=1, logs=tmp_path)
@@ -223,13 +223,13 @@ def test_a_failing_engine_leaves_the_folder_as_it_was(
 @pytest.mark.parametrize(
     ("load", "better", "ratio"),
     [
-        (Load(), {"p90_ms": 1.5}, 2.0),
-        (Load("offline"), {"samples_per_second": 100.0}, 2.0),
+        (LoadSettings(), {"p90_ms": 1.5}, 2.0),
+        (LoadSettings("offline"), {"samples_per_second": 100.0}, 2.0),
         (SERVER, {"p99_ms": 1.0}, 4.0),
     ],
     ids=lambda value: getattr(value, "scenario", None),
 )
-def test_the_ratio_is_of_geometric_means(load: Load, better: dict[str, float], ratio: float) -> None:
+def test_the_ratio_is_of_geometric_means(load: LoadSettings, better: dict[str, float], ratio: float) -> None:
     (name,) = better
     dense = getattr(FIGURES, name)
     figures = {
@@ -237,7 +237,7 @@ def test_the_ratio_is_of_geometric_means(load: Load, better: dict[str, float], r
         "pruned": (replace(FIGURES, **better), replace(FIGURES, **better)),
     }
     runs = tuple(Run(model, i, "", figures[model][i]) for i in (0, 1) for model in figures)
-    found = Compared(load, runs)
+    found = ScenarioRuns(load, runs)
     assert found.ratio == pytest.approx(ratio)
     assert any(f"{ratio:.2f}x" in line for line in compared_lines(found))
 
@@ -246,9 +246,13 @@ def test_invalid_runs_are_told_with_their_reasons() -> None:
     bad = replace(FIGURES, valid=False, unmet=("too short",), errors=("Ending early",))
     runs = (Run("dense", 1, "", FIGURES), Run("pruned", 1, "", bad))
     assert [row[-1] for row in run_rows(runs)] == ["valid", "invalid; too short; Ending early"]
-    assert "LoadGen calls 1 of 2 runs invalid: do not compare by them." in compared_lines(Compared(Load(), runs))
+    assert "LoadGen calls 1 of 2 runs invalid: do not compare by them." in compared_lines(
+        ScenarioRuns(LoadSettings(), runs)
+    )
     assert not [
-        line for line in compared_lines(Compared(Load(), (*runs[:1], Run("pruned", 1, "", FIGURES)))) if "1 of" in line
+        line
+        for line in compared_lines(ScenarioRuns(LoadSettings(), (*runs[:1], Run("pruned", 1, "", FIGURES))))
+        if "1 of" in line
     ]
 
 

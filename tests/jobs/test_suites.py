@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optin_deploy.errors import BadInput
-from optin_deploy.jobs.bench import Bench, keep
+from optin_deploy.jobs.bench import BenchSettings, write_measurements
 from optin_deploy.jobs.suites import MOST_CASES, read_suite
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
@@ -28,15 +28,15 @@ def test_every_combination_is_a_case(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path / "suite.toml", text))
     points = (Point(1, 16), Point(1, 32), Point(8, 16), Point(8, 32))
     assert list(suite.benches()) == [
-        Bench("onnx", "fp32", points, 1),
-        Bench("onnx", "fp32", points, 2),
-        Bench("openvino", "fp32", points, 1),
-        Bench("openvino", "fp32", points, 2),
+        BenchSettings("onnx", "fp32", points, 1),
+        BenchSettings("onnx", "fp32", points, 2),
+        BenchSettings("openvino", "fp32", points, 1),
+        BenchSettings("openvino", "fp32", points, 2),
     ]
 
 
 def test_an_empty_suite_is_one_case_of_the_defaults(tmp_path: Path) -> None:
-    assert list(read_suite(written(tmp_path / "s.toml", "")).benches()) == [Bench("onnx", None, (Point(1),), 0)]
+    assert list(read_suite(written(tmp_path / "s.toml", "")).benches()) == [BenchSettings("onnx", None, (Point(1),), 0)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_case_that_is_not_built_is_refused_before_anything_is_measured(
 
 def test_rows_of_other_cases_stay_and_those_of_the_same_case_are_replaced(tmp_path: Path) -> None:
     def kept(*measured: Measurement) -> list[tuple[str, str, int, int, float]]:
-        keep(tmp_path, measured)
+        write_measurements(tmp_path, measured)
         rows = json.loads((tmp_path / "measurements.json").read_text())["latency"]
         return [(row["engine"], row["precision"], row["batch"], row["threads"], row["ideal"]) for row in rows]
 

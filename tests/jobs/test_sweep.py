@@ -28,7 +28,7 @@ from optin_deploy.jobs import sweep as module
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.stages import ScoreRequest
-from optin_deploy.jobs.sweep import HEADER, Point, check_shares, parse_shares, smallest_within
+from optin_deploy.jobs.sweep import HEADER, SweepPoint, check_shares, parse_shares, smallest_within
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
@@ -57,8 +57,8 @@ def judging() -> Path:
     return path
 
 
-def point(flops: float, drop: float) -> Point:
-    return Point(flops, flops, 1, Quality("accuracy", 1.0, 1.0 - drop / 100, 10), 0.0)
+def point(flops: float, drop: float) -> SweepPoint:
+    return SweepPoint(flops, flops, 1, Quality("accuracy", 1.0, 1.0 - drop / 100, 10), 0.0)
 
 
 @given(
@@ -72,7 +72,7 @@ def test_bisection_finds_the_smallest_share_that_brute_force_finds(
     drops = sorted(drops, reverse=True)  # the more stays, the less is lost
     tried: list[float] = []
 
-    def at(share: float) -> Point:
+    def at(share: float) -> SweepPoint:
         assert share > least, "below what can be cut"
         tried.append(share)
         return point(share, drops[round(100 * share)])
@@ -87,7 +87,7 @@ def test_bisection_finds_the_smallest_share_that_brute_force_finds(
 
 
 def test_budgets_at_which_nothing_would_be_left_are_too_small() -> None:
-    def at(share: float) -> Point:
+    def at(share: float) -> SweepPoint:
         if share < 0.07:
             raise InfeasibleBudget("nothing is left")
         return point(share, 0)
@@ -200,7 +200,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_a_damaged_file_is_made_again(
     command = ("optin", "sweep", folder, "--align", 8, "--flops", "0.9,0.5")
     real = module.Trials._made
 
-    def failing(self: object, flops: float) -> Point:
+    def failing(self: object, flops: float) -> SweepPoint:
         if flops == 0.5:
             raise KeyboardInterrupt
         return real(self, flops)  # type: ignore[arg-type]
@@ -324,7 +324,7 @@ def test_a_precision_that_loses_more_than_max_drop_fails_the_job(
 
 
 def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path) -> None:
-    def never(self: module.Trials, flops: float) -> Point:
+    def never(self: module.Trials, flops: float) -> SweepPoint:
         return point(flops, 7.0)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -372,7 +372,7 @@ def test_a_sweep_goes_on_without_shares_that_cannot_be_met(
 ) -> None:
     command, real = ("optin", "sweep", folder, "--align", 8), module.Trials._made
 
-    def late(self: object, flops: float) -> Point:  # known only when the plan is made
+    def late(self: object, flops: float) -> SweepPoint:  # known only when the plan is made
         if flops == 0.8:
             raise InfeasibleBudget("made up")
         return real(self, flops)  # type: ignore[arg-type]

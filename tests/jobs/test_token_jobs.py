@@ -35,11 +35,11 @@ from optin_deploy.jobs.time_rounds import AIM
 from optin_deploy.jobs.width_timer import WidthTimer, form_at, inputs_of
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.points import Point
-from optin_deploy.measuring.timing import PairTiming, Samples
+from optin_deploy.measuring.timing import LatencySamples, PairTiming
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import Limits, TimeTarget
-from optin_deploy.planning.costs import Limit, limits_within
+from optin_deploy.planning.costs import CostLimit, limits_within
 from optin_deploy.planning.plan import NetworkPlan, plan_of
 from optin_deploy.planning.widths import Choice, Keep
 from optin_deploy.pruning.networks import find_in
@@ -188,9 +188,9 @@ class CountingYard(WidthTimer):
     def dense_macs(self) -> int:
         return macs(self.layout.structure)
 
-    def together(self, plans: Sequence[Keep], *, blocks: int) -> Samples:
+    def together(self, plans: Sequence[Keep], *, blocks: int) -> LatencySamples:
         times = {"dense": self.dense_ms, **{str(i): self.ms(keep, self.merges) for i, keep in enumerate(plans)}}
-        return Samples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
+        return LatencySamples({name: ((ms,),) * blocks for name, ms in times.items()}, {})
 
     def against_dense(self, keep: Keep, progress: Any = None) -> PairTiming:
         dense, pruned = (((ms,),) * 2 for ms in (self.dense_ms, self.ms(keep, self.merges)))
@@ -231,7 +231,9 @@ def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], fr
     errors, kept = {}, {}
     for merges in schedules(ready):
         room = AIM * share * dense_ms * 10**6 - yard.fixed(merges)
-        limit = Limit(ready.costs_with(merges).macs, int(room * ready.costs.macs.dense / yard.dense_macs), "by hand")
+        limit = CostLimit(
+            ready.costs_with(merges).macs, int(room * ready.costs.macs.dense / yard.dense_macs), "by hand"
+        )
         with suppress(InfeasibleBudget):
             keep = pick(ready, scores, [limit], choice, curves, emptying=not any(merges))
             widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())

@@ -248,14 +248,14 @@ def test_other_inputs_are_refused_with_both_names(
 
 def test_pictures_go_through_the_whole_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from optin_deploy.measuring import artifacts as measuring
-    from optin_deploy.measuring.gate import Limit
+    from optin_deploy.measuring.gate import LatencyLimit
     from support.made_timings import HOLDS, FakeMeasuring
 
     fake = FakeMeasuring([HOLDS])
     monkeypatch.setattr(measuring, "measure_pair", fake)
     file = graph_file(tmp_path / "image.onnx", {"pixel_values": (FLOAT, ["n", 3, 8, 6])})
     copy = Path(shutil.copy(file, tmp_path / "copy.onnx"))
-    found = comparison_of(file, copy, points=[Point(2)]).run(Limit("max_ratio", 1.05))
+    found = comparison_of(file, copy, points=[Point(2)]).run(LatencyLimit("max_ratio", 1.05))
     assert found.to_json()["points"][0]["seq_len"] is None
     assert found.sentence.startswith("2 holds")
     assert [feeds["pixel_values"].shape for feeds in fake.feeds] == [(2, 3, 8, 6)]

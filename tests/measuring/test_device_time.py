@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import ENGINES, exporter
-from optin_deploy.jobs.bench import Bench
+from optin_deploy.jobs.bench import BenchSettings
 from optin_deploy.jobs.suites import read_suite
 from optin_deploy.measuring.artifacts import device_exporter
 from optin_deploy.measuring.device_clock import MAX_RUNS, stretch_runs
@@ -239,7 +239,7 @@ def test_bench_times_the_torch_engine_on_the_device(
 def test_a_suite_asks_for_it_in_its_file(shell: Shell, finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "suite.toml"
     file.write_text('engines = ["trt"]\ndevice_time = true\n')
-    assert list(read_suite(file).benches()) == [Bench("trt", None, (Point(1),), 0, device_time=True)]
+    assert list(read_suite(file).benches()) == [BenchSettings("trt", None, (Point(1),), 0, device_time=True)]
     beside = shell("optin", "bench", finished, "--suite", file, "--device-time")
     assert beside.code == 2
     assert "device_time = true" in beside.err

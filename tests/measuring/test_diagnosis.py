@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from optin_deploy.jobs.operator_times import RUNS, WARMUP, operator_times, summed
-from optin_deploy.measuring.diagnosis import OUTSIDE, Cut, Operators, Width, explained, layer_rows, operator_rows
+from optin_deploy.measuring.diagnosis import (
+    OUTSIDE,
+    Operators,
+    PrunedFacts,
+    Width,
+    explained,
+    layer_rows,
+    operator_rows,
+)
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
 from support.tiny_checkpoint import LAYERS, Shell
@@ -22,7 +30,7 @@ DENSE = Operators(10.0, {"MatMul": 8.0, "Softmax": 0.5, "SkipLayerNormalization"
 GOOD = Operators(5.5, {"MatMul": 4.0, "Softmax": 0.3, "SkipLayerNormalization": 0.5}, {"0": 2.5, "1": 2.3})
 WIDTHS = [Width("0", "heads", 6, 6), Width("0", "neurons", 32, 96), Width("1", "heads", 5, 6)]
 WIDTHS += [Width("1", "neurons", 64, 96), Width(OUTSIDE, "neurons", 50, 50)]
-CUT = Cut(kept=0.5, widths=WIDTHS, align=16, rows=128)
+CUT = PrunedFacts(kept=0.5, widths=WIDTHS, align=16, rows=128)
 
 
 def slower(**operators: float) -> Operators:
@@ -51,7 +59,7 @@ def test_time_that_fell_with_the_macs_needs_no_explanation() -> None:
         (slower(SkipLayerNormalization=1.0, Softmax=1.0), CUT, "SkipLayerNormalization takes 15%"),
     ],
 )
-def test_each_reason_has_its_sentence(pruned: Operators, cut: Cut, said: str) -> None:
+def test_each_reason_has_its_sentence(pruned: Operators, cut: PrunedFacts, said: str) -> None:
     found = explained(DENSE, pruned, cut)
     assert [line for line in found if line.startswith(said)], found
 

@@ -15,13 +15,13 @@ import pytest
 from optin_deploy.errors import BadInput, GateFailed, TooUnstable
 from optin_deploy.measuring import timing as timing_module
 from optin_deploy.measuring.comparing import comparison_of
-from optin_deploy.measuring.gate import Gate, GatedPoint, Limit, judge, limit_of
+from optin_deploy.measuring.gate import Gate, GatedPoint, LatencyLimit, limit_of, verdict_of
 from optin_deploy.measuring.points import Point
 from optin_deploy.measuring.timing import PairTiming
 from support.made_timings import FAILS, HOLDS, STRADDLES, UNSTABLE, FakeMeasuring, made
 from support.tiny_checkpoint import Ran, Shell, finished_job, snapshot, temporary_files
 
-FIVE_PERCENT = Limit("max_ratio", 1.05)
+FIVE_PERCENT = LatencyLimit("max_ratio", 1.05)
 
 
 # the judge
@@ -43,7 +43,7 @@ FIVE_PERCENT = Limit("max_ratio", 1.05)
     ],
 )
 def test_the_interval_decides(timing: PairTiming, outcome: str) -> None:
-    verdict = judge(timing, FIVE_PERCENT)
+    verdict = verdict_of(timing, FIVE_PERCENT)
     assert verdict.outcome == outcome
     low, high = verdict.ci95
     assert (low, high) == pytest.approx((1 / timing.ci95[1], 1 / timing.ci95[0]))
@@ -56,8 +56,8 @@ def test_the_interval_decides(timing: PairTiming, outcome: str) -> None:
     ("ratio", "outcome"), [(1 / 1.6, "holds"), (1 / 1.501, "holds"), (1 / 1.499, "fails"), (1.0, "fails")]
 )
 def test_a_least_speedup_is_the_inverse_of_a_ratio(ratio: float, outcome: str) -> None:
-    verdict = judge(made(ratio), Limit("min_speedup", 1.5))
-    assert verdict.outcome == judge(made(ratio), Limit("max_ratio", 1 / 1.5)).outcome == outcome
+    verdict = verdict_of(made(ratio), LatencyLimit("min_speedup", 1.5))
+    assert verdict.outcome == verdict_of(made(ratio), LatencyLimit("max_ratio", 1 / 1.5)).outcome == outcome
     assert f"speed-up is {1 / ratio:.3f}" in verdict.sentence
     assert "asked 1.5" in verdict.sentence
 
@@ -72,7 +72,7 @@ def test_a_least_speedup_is_the_inverse_of_a_ratio(ratio: float, outcome: str) -
     ],
 )
 def test_a_sentence_has_the_numbers_the_limit_and_the_next_step(timing: PairTiming, says: tuple[str, ...]) -> None:
-    sentence = judge(timing, FIVE_PERCENT).sentence
+    sentence = verdict_of(timing, FIVE_PERCENT).sentence
     assert [part for part in says if part not in sentence] == []
 
 
@@ -88,7 +88,9 @@ def test_one_limit_is_given() -> None:
 
 
 def gate_of(*timings: PairTiming) -> Gate:
-    points = [GatedPoint(batch + 1, 16, timing, judge(timing, FIVE_PERCENT)) for batch, timing in enumerate(timings)]
+    points = [
+        GatedPoint(batch + 1, 16, timing, verdict_of(timing, FIVE_PERCENT)) for batch, timing in enumerate(timings)
+    ]
     return Gate(FIVE_PERCENT, points, {}, {}, {})
 
 

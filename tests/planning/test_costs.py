@@ -24,7 +24,7 @@ from optin_deploy.network.axes import Axis, product, size, total
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Limit, costs_of, limits_within
+from optin_deploy.planning.costs import CostLimit, costs_of, limits_within
 from optin_deploy.planning.polynomial import Polynomial, terms_of
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.pruning.ready import sizes_of
@@ -191,7 +191,7 @@ def test_limits_are_shares_as_they_were_typed_and_bytes() -> None:
     assert (most.most, most.resource) == (60_000, costs.size)
     assert flops.told(flops.most + 1).startswith("--flops 0.29")
     assert most.told(2**20 + 1) == "--size 1025KiB"
-    assert Limit(costs.macs, 1, "--latency 1ms").told(1_500_000).endswith(" 1.5ms")
+    assert CostLimit(costs.macs, 1, "--latency 1ms").told(1_500_000).endswith(" 1.5ms")
 
 
 def test_a_network_of_impossible_size_is_refused() -> None:

@@ -18,7 +18,7 @@ from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.network.graph import Network
 from optin_deploy.network.probe import probes_of
-from optin_deploy.planning.costs import Costs, Limit, costs_of
+from optin_deploy.planning.costs import CostLimit, Costs, costs_of
 from optin_deploy.planning.latency import HeldOut, LatencyTable, Steps, TimeCost
 from optin_deploy.planning.points import cells, keep_at, table_of
 from optin_deploy.planning.polynomial import Widths
@@ -165,7 +165,10 @@ def test_no_time_is_ever_exceeded(family: str, data: st.DataObject) -> None:
         measured(layout, costs, by_products(costs, data.draw(st.sampled_from([1, 4]))), emptying), costs.macs
     )
     most = int(data.draw(st.floats(0.4, 1)) * time.dense)
-    limits = [Limit(time, most, "--latency"), Limit(costs.params, int(0.9 * costs.params.dense), "--params 0.9", True)]
+    limits = [
+        CostLimit(time, most, "--latency"),
+        CostLimit(costs.params, int(0.9 * costs.params.dense), "--params 0.9", True),
+    ]
     scores = {group.name: rng.random(group.units) for group in layout.groups}
     curves = {group.name: falling(group.units, rng) for group in layout.groups}
     choice = Choice(align=2, allocation=data.draw(st.sampled_from(["uniform", "paper", "curves"])))
@@ -183,9 +186,9 @@ def test_an_impossible_time_names_the_least() -> None:
     time = TimeCost(measured(layout, costs, by_products(costs)), costs.macs)
     scores = {group.name: np.ones(group.units) for group in layout.groups}
     with pytest.raises(InfeasibleBudget, match=r"Use --latency [\d.]+ms or more") as refused:
-        choose(layout, scores, [Limit(time, 10**6, "--latency 1ms")], CHOICE)
+        choose(layout, scores, [CostLimit(time, 10**6, "--latency 1ms")], CHOICE)
     least = float(str(refused.value).split("Use --latency ")[1].split("ms")[0])
-    assert choose(layout, scores, [Limit(time, round(least * 10**6), "--latency")], CHOICE)
+    assert choose(layout, scores, [CostLimit(time, round(least * 10**6), "--latency")], CHOICE)
 
 
 # what is stored

@@ -14,7 +14,7 @@ from optin_deploy.errors import BadInput, InfeasibleBudget
 from optin_deploy.planning import trading
 from optin_deploy.planning.allocate import Options
 from optin_deploy.planning.budget import Limits
-from optin_deploy.planning.costs import Cost, Limit, fits, limits_within
+from optin_deploy.planning.costs import Cost, CostLimit, fits, limits_within
 from optin_deploy.planning.curve import Curve
 from optin_deploy.planning.ladder import Ladder, best
 from optin_deploy.planning.polynomial import Polynomial, Terms
@@ -61,7 +61,7 @@ def test_two_groups_have_the_pair_of_largest_total_score(allocation: str) -> Non
         rng = np.random.default_rng(seed)
         scores = {name: rng.random(many) * (3 if name == "h0" else 1) for name, many in units.items()}
         for most in range(cost.of({"h0": 1, "n0": 1}), cost.dense + 1, 2):
-            limits = [Limit(cost, most, "")]
+            limits = [CostLimit(cost, most, "")]
             pools = [
                 by_share([each], scores) if allocation == "uniform" else by_score([each], scores, limits, units)
                 for each in some
@@ -79,7 +79,7 @@ def test_three_kinds_have_the_largest_total_score_that_two_at_a_time_find() -> N
         rng = np.random.default_rng(seed)
         scores = {name: rng.random(many) * (units["c0"] / many) for name, many in units.items()}
         for most in range(cost.of(dict.fromkeys(units, 1)), cost.dense + 1, 5):
-            limits = [Limit(cost, most, "")]
+            limits = [CostLimit(cost, most, "")]
             pools = [by_share([each], scores) for each in ladders(units)]
             widths = widths_of(pools, largest_total(pools, limits, units), units)
             even = widths_of(pools, together(pools, limits, units), units)
@@ -98,7 +98,7 @@ def test_one_share_for_all_groups_of_a_kind() -> None:
     found = []
     for most in range(3, 28):
         pools = [by_share(ladders(units), scores)]
-        limits = [Limit(cost, most, "")]
+        limits = [CostLimit(cost, most, "")]
         found.append(widths_of(pools, together(pools, limits, units), units))
     assert {"n0": 4, "n1": 8, "n2": 2} in found
     for widths in found:
@@ -121,7 +121,7 @@ def test_units_of_a_kind_are_ranked_by_score_per_cost(prices: list[int]) -> None
         scores = {name: rng.random(many) * (3 if name[0] == "h" else 1) for name, many in units.items()}
         firsts = [firsts_of(kind, scores, price) for kind in (("h0", "h1"), ("n0", "n1"))]
         for most in range(5, cost.dense + 1):
-            limits = [Limit(cost, most, "")]
+            limits = [CostLimit(cost, most, "")]
             pools = [by_score(part, scores, limits, units) for part in (some[:2], some[2:])]
             sizes = largest_total(pools, limits, units)
             pairs = [{**one, **other} for one, other in itertools.product(*firsts)]
@@ -161,7 +161,7 @@ def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(
         start = {each.name: each.counts[0] for each in some}
         known = [(cost.of(each), summed(curves, each)) for each in every(some)]
         for most in range(cost.of(start), cost.dense + 1, 7):
-            widths = least_summed_error(some, curves, [Limit(cost, most, "")], start)
+            widths = least_summed_error(some, curves, [CostLimit(cost, most, "")], start)
             assert cost.of(widths) <= most
             expected = min(error for spent, error in known if spent <= most)
             assert summed(curves, widths) == pytest.approx(expected, abs=1e-9), (seed, most)
@@ -203,7 +203,7 @@ def test_curves_within_two_limits_have_the_least_error_of_all_widths() -> None:
         rng = np.random.default_rng(seed)
         curves = {name: falling(many, rng) for name, many in units.items()}
         for share in (0.2, 0.35, 0.5, 0.7, 0.9):
-            limits = [Limit(cost, int(share * cost.dense), ""), Limit(other, int(0.8 * other.dense), "")]
+            limits = [CostLimit(cost, int(share * cost.dense), ""), CostLimit(other, int(0.8 * other.dense), "")]
             widths = least_summed_error(some, curves, limits, dict.fromkeys(units, 1))
             assert fits(limits, widths)
             expected = min(summed(curves, each) for each in every(some) if fits(limits, each))

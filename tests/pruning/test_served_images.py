@@ -20,7 +20,7 @@ from optin_deploy.jobs.job import Job
 from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import Limits
-from optin_deploy.pruning.dense import Dense, dense_of
+from optin_deploy.pruning.dense import DenseSource, dense_of
 from optin_deploy.pruning.served_images import check_any_size, serve_images
 from optin_deploy.pruning.source import Source
 from support.tiny_checkpoint import bert, photos, run, vit
@@ -38,7 +38,7 @@ def saved(folder: Path, family: str, channels: int = 3, **settings: Any) -> str:
     return str(folder)
 
 
-def shape_of(dense: Dense) -> tuple[int | str, ...] | None:
+def shape_of(dense: DenseSource) -> tuple[int | str, ...] | None:
     return dense.network.inputs[0].shape
 
 

@@ -32,7 +32,7 @@ from optin_deploy.jobs.sweep import HEADER
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
 from optin_deploy.reporting.findings import SweepRow, read_findings
-from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
+from optin_deploy.reporting.latency_rows import LatencyRow, StoredLatency, StoredSamples
 from optin_deploy.reporting.page import render
 from support.project import ROOT
 from support.tiny_checkpoint import Shell, copy_of, snapshot, temporary_files
@@ -682,10 +682,10 @@ def test_an_error_while_writing_keeps_the_old_page(
 
 def a_row(dense: list[list[float]], pruned: list[list[float]], **fields: Any) -> LatencyRow:
     sides = [
-        Side(float(np.median(np.concatenate(x))), float(np.percentile(np.concatenate(x), 95)), 1.0)
+        StoredLatency(float(np.median(np.concatenate(x))), float(np.percentile(np.concatenate(x), 95)), 1.0)
         for x in (dense, pruned)
     ]
-    samples = Samples(*(tuple(map(tuple, x)) for x in (dense, pruned)))
+    samples = StoredSamples(*(tuple(map(tuple, x)) for x in (dense, pruned)))
     known = {"speedup": 1.5, "ci95": (1.4, 1.6), "ideal": 2.0} | fields
     return LatencyRow("onnx", "fp32", 1, 16, 0, *sides, realised=1.0, samples_ms=samples, **known)
 

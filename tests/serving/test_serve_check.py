@@ -16,11 +16,11 @@ import pytest
 
 from optin_deploy.errors import BadInput, ServerFault
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import Load, check_server, compare, differences
+from optin_deploy.serving.checking import ServerLoad, check_server, compare, differences
 from optin_deploy.serving.client import METADATA_BYTES, connect
 from optin_deploy.serving.load import Burst, LoadPoint, burst, measure_load
 from optin_deploy.serving.manifest import ServingOptions, TensorSpec
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipping import ship_folder
 from support import tiny_checkpoint as tiny
@@ -71,7 +71,7 @@ class Served:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     root = tmp_path_factory.mktemp("served") / "repository"
     options = ServingOptions(max_batch=8, threads=1)
-    ship_folder(tiny.finished_job(), Order(server="triton", out=root, name="tiny", options=options))
+    ship_folder(tiny.finished_job(), ShipOrder(server="triton", out=root, name="tiny", options=options))
     return Repository(root)
 
 
@@ -113,7 +113,7 @@ def served(repository: Repository) -> Iterator[Served]:
 
 def check(served: Served, **settings: Any) -> Any:
     names, timeout = settings.pop("names", ()), settings.pop("timeout", 10)
-    load = Load(**{"concurrencies": (), **settings})
+    load = ServerLoad(**{"concurrencies": (), **settings})
     return check_server(served.repository.root, served.url, names=names, timeout=timeout, load=load)
 
 
@@ -270,7 +270,7 @@ def test_nobody_there_is_told(scheme: str, repository: Repository) -> None:
 
     (port,) = free_ports(1)
     with pytest.raises(ServerFault, match=str(port)):
-        check_server(repository.root, f"{scheme}://127.0.0.1:{port}", timeout=5, load=Load(()))
+        check_server(repository.root, f"{scheme}://127.0.0.1:{port}", timeout=5, load=ServerLoad(()))
 
 
 def test_a_server_that_does_not_answer_in_time_is_told(served: Served) -> None:
@@ -299,7 +299,7 @@ def test_files_are_verified_before_anything_is_asked(served: Served, tmp_path: P
     copy = Repository(tiny.copy_of(served.repository.root, tmp_path / "copy"))
     (copy.root / "tiny/1/model.onnx").write_bytes(b"other")
     with pytest.raises(BadInput, match="not the published file"):
-        check_server(copy.root, served.url, load=Load(()))
+        check_server(copy.root, served.url, load=ServerLoad(()))
     assert not served.requests
 
 

@@ -23,10 +23,10 @@ import yaml
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import Load as Loading
+from optin_deploy.serving.checking import ServerLoad as Loading
 from optin_deploy.serving.checking import check_server
 from optin_deploy.serving.manifest import ServingOptions
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Repository
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from support import tiny_checkpoint as tiny
@@ -66,10 +66,10 @@ def triton(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trit
         yield server
 
 
-def order(out: Path, **settings: Any) -> Order:
+def order(out: Path, **settings: Any) -> ShipOrder:
     # A long delay: on a busy machine requests come late, and they are to be joined all the same.
     options = ServingOptions(max_batch=16, queue_delay_us=20_000, threads=1)
-    return Order(**{"server": "triton", "out": out, "name": "tiny", "options": options, **settings})
+    return ShipOrder(**{"server": "triton", "out": out, "name": "tiny", "options": options, **settings})
 
 
 def ask(server: ServerProcess, protocol: str, name: str, rows: Rows, version: str = "") -> dict[str, np.ndarray]:

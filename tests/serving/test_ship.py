@@ -21,7 +21,7 @@ from tritonclient.grpc import model_config_pb2
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_file
-from optin_deploy.reporting.latency_rows import LatencyRow, Samples, Side
+from optin_deploy.reporting.latency_rows import LatencyRow, StoredLatency, StoredSamples
 from optin_deploy.runtimes.record import EngineRecord, write_record
 from optin_deploy.serving import repository as repositories
 from optin_deploy.serving import server, servers
@@ -502,7 +502,7 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
 
 def test_preferred_batches_are_those_with_nearly_the_best_measured_throughput() -> None:
     def row(batch: int, throughput: float, engine: str = "onnx") -> LatencyRow:
-        sides, samples = (Side(1.0, 1.0, throughput),) * 2, Samples(((1.0,),) * 2, ((1.0,),) * 2)
+        sides, samples = (StoredLatency(1.0, 1.0, throughput),) * 2, StoredSamples(((1.0,),) * 2, ((1.0,),) * 2)
         return LatencyRow(engine, "fp32", batch, 16, 1, *sides, 1.0, (1.0, 1.0), 1.0, 1.0, samples)
 
     rows = [row(1, 100), row(8, 196), row(16, 200), row(32, 150), row(64, 200), row(4, 999, "trt")]

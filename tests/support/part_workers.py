@@ -30,7 +30,7 @@ from optin_deploy.jobs.stages import score_stage
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.pruning import pruning
-from optin_deploy.pruning.dense import Dense
+from optin_deploy.pruning.dense import DenseSource
 from optin_deploy.pruning.modules import example_for
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.pruning.source import Source
@@ -64,7 +64,7 @@ def prepared() -> Prepared:
     example = example_for(model, rows)
     found = find_in(read_module(model, example.inputs, axes=example.axes, dynamo=False))
     ready = pruning.ready_of(found, Halves(rows, None))
-    return Prepared(SOURCE, Dense(ready.network, "0" * 64), ready)
+    return Prepared(SOURCE, DenseSource(ready.network, "0" * 64), ready)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import onnx
 
-from optin_deploy.serving.order import Order
+from optin_deploy.serving.order import ShipOrder
 from support.sealed import put_artifact
 
 
-def order(out: Path, **settings: Any) -> Order:
-    return Order(**{"server": "triton", "out": out, "name": "tiny", **settings})
+def order(out: Path, **settings: Any) -> ShipOrder:
+    return ShipOrder(**{"server": "triton", "out": out, "name": "tiny", **settings})
 
 
 def changed(job: Path) -> None:

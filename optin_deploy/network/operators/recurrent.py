@@ -86,7 +86,7 @@ def rnn(weights: Weights, given: Tensor, hidden: Tensor, cell: Tensor) -> tuple[
 
 
 @dataclass(frozen=True)
-class Cell:
+class RecurrentCell:
     """A kind of recurrent layer."""
 
     step: Step
@@ -220,9 +220,9 @@ def axes(flow: Flow) -> None:
         flow.give(place, state if place else shown)
 
 
-LSTM = Cell(lstm, 4, ("Sigmoid", "Tanh", "Tanh"))
-GRU = Cell(gru, 3, ("Sigmoid", "Tanh"))
-RNN = Cell(rnn, 1, ("Tanh",))
+LSTM = RecurrentCell(lstm, 4, ("Sigmoid", "Tanh", "Tanh"))
+GRU = RecurrentCell(gru, 3, ("Sigmoid", "Tanh"))
+RNN = RecurrentCell(rnn, 1, ("Tanh",))
 ROWS = (
     Row("LSTM", LSTM.compute, axes, factors=(0, 1)),
     Row("GRU", GRU.compute, axes, factors=(0, 1)),
