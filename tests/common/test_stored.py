@@ -60,7 +60,7 @@ ON_DISK: dict[type[Stored], tuple[str, str]] = {
         '"any_device": false, "stripped": false}}}',
         "optin build DIR",
     ),
-    State: ('{"schema_version": 1, "server": "triton", "served": [2, 1]}', "optin ship"),
+    State: ('{"schema_version": 2, "server": "triton", "served": [2, 1], "canary": null}', "optin ship"),
     Manifest: (
         '{"schema_version": 1, "name": "n", "version": 1, "role": "dense", "engine": "onnx", "precision": "fp32", '
         '"file": "model.onnx", "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}], "outputs": [], '
