@@ -26,13 +26,6 @@ UNKNOWN = (pickle.PicklingError, AttributeError, TypeError, RecursionError)
 """Modules that hold what has no name, such as a class inside of a function, or themselves."""
 REAL = torch.onnx.export
 """Tests that put something in its place want to see it used."""
-BY_TORCHSCRIPT = """
-from optin_deploy.network import read_torch
-def left_out(*_):
-    raise NotImplementedError
-read_torch._by_dynamo = left_out
-"""
-"""Begins a script whose process reads modules as tests with the fixture `by_torchscript` do."""
 Export = Callable[[Traced, Mapping[str, Tensor], Axes, int], ir.Model]
 
 
@@ -68,6 +61,15 @@ def exported_once(export: Export, folder: Path) -> Export:
         return model
 
     return found
+
+
+BY_TORCHSCRIPT = """
+from optin_deploy.network import read_torch
+def left_out(*_):
+    raise NotImplementedError
+read_torch._by_dynamo = left_out
+"""
+"""Begins a script whose process reads modules as tests with the fixture `by_torchscript` do."""
 
 
 def _named(tensors: Callable[..., Iterator[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
