@@ -143,6 +143,7 @@ def test_methods_differ(case: Case) -> None:
         assert i >= j or not torch.allclose(outputs[i], outputs[j]), (peers[i], peers[j])
 
 
+@pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Torch-Pruning
 @pytest.mark.parametrize("method", ["ours", "Torch-Pruning, Taylor", "Torch-Pruning, L1"])
 def test_methods_for_convolutional_networks_stay_within_the_budget(method: str) -> None:
@@ -395,6 +396,7 @@ def test_glue_refuses_what_does_not_fit(tmp_path: Path) -> None:
         glue("stsb", str(classifier()), data=glue_files(tmp_path / "pairs", "stsb", some_rows("stsb")))
 
 
+@pytest.mark.usefixtures("by_torchscript")
 def test_a_model_of_numbers_goes_through_every_method(tmp_path: Path) -> None:
     folder = tmp_path / "regression"
     model = transformers.BertForSequenceClassification.from_pretrained(
