@@ -19,7 +19,7 @@ class EngineOptions:
     """
 
     @classmethod
-    def of(cls, given: EngineOptions | None) -> Self:
+    def checked(cls, given: EngineOptions | None) -> Self:
         """Return options as this engine's own; None: its defaults.
 
         Raises: BadInput: they are those of another engine.

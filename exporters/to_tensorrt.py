@@ -54,7 +54,7 @@ class TensorRTExporter(ExporterDefaults):
         onnx_precision = graph_precision(precision)
         source = out.with_name(typed_name(stem, onnx_precision, ".onnx"))
         graph = OnnxExporter().export(form, replace(spec, precision=onnx_precision), source)
-        options = self.options.of(spec.options)
+        options = self.options.checked(spec.options)
         profiles = tuple(profile.up_to(form.longest) for profile in options.profiles)
         options = replace(options, profiles=profiles)
         missing = self.cannot_build()
@@ -188,7 +188,7 @@ class RtxExporter(TensorRTExporter):
 
         Raises: BadInput.
         """
-        own = self.options.of(options)
+        own = self.options.checked(options)
         if own.compatible:
             raise BadInput("TensorRT-RTX has no --compatible: its plans load in the release that built them.")
         if own.timing_cache is not None:

@@ -50,7 +50,7 @@ class TorchExporter(ExporterDefaults):
 
     def export(self, form: Form, spec: ExportSpec, out: Path) -> Artifact:
         """Describe what the rewrite stage wrote; nothing more is needed."""
-        self.check(self.options.of(spec.options), None if spec.head is None else spec.head.pooling)
+        self.check(self.options.checked(spec.options), None if spec.head is None else spec.head.pooling)
         module = form.module
         weights = check_weights(module) if isinstance(module, Path) and out.suffix != ".onnx" else form.graph
         return Artifact(

@@ -76,14 +76,14 @@ class Setting:
     def predicted(self, plan: NetworkPlan) -> float:
         """Milliseconds by the table."""
         costs = self.planner.prepared.ready.costs
-        return TimeCost(self.table, costs.macs).of(costs.widths(plan.keep)) / NS
+        return TimeCost(self.table, costs.macs).total(costs.widths(plan.keep)) / NS
 
     def by_macs(self, allowed_ms: float) -> NetworkPlan:
         """The largest plan by MACs that the table gives this time, to a step."""
         ready = self.planner.prepared.ready
         whole = ready.costs.macs.whole
         least = narrowest(ladders_of(ready.layout, self.planner.choice, emptiable(ready.layout)), whole)
-        low, high = int(ready.costs.macs.of(least) / ready.costs.macs.dense / STEP) + 1, int(1 / STEP)
+        low, high = int(ready.costs.macs.total(least) / ready.costs.macs.dense / STEP) + 1, int(1 / STEP)
         while low < high:  # the time grows with the MACs, near enough
             middle = (low + high + 1) // 2
             fits = self.predicted(self.planner.plan(Limits(flops=middle * STEP))) <= allowed_ms

@@ -109,7 +109,7 @@ def compare(
     model: nn.Module, network: Found, feeds: Feeds, *, neurons: int, seed: int, draws: int, exact: Exact | None
 ) -> Comparison:
     """Score some units exactly, all units in other ways, and correlate the ranks."""
-    subject, batches = Subject.of(network.layout), feeds.batches
+    subject, batches = Subject.make(network.layout), feeds.batches
     rng, groups = np.random.default_rng(seed), groups_of(subject)
     units: dict[UnitGroup, Sequence[int]] = {
         group: range(group.units)

@@ -100,7 +100,7 @@ def measure(samples: int, seq_len: int) -> Found:
     """Time scoring between dense forwards, then memory in processes of their own."""
     memory = {work: _fresh(work) for work in MEMORY_WORK}
     model, size = bert_base(), 32
-    subject = Subject.of(find_in(model).layout)
+    subject = Subject.make(find_in(model).layout)
     firsts = range(0, samples, size)
     batches = [example_inputs(model, batch=min(size, samples - i), seq_len=seq_len, seed=i) for i in firsts]
     clock = Clock(subject, batches)
@@ -129,7 +129,7 @@ def _fresh(work: str) -> dict[str, int]:
 def growth(work: str) -> dict[str, int]:
     """Bytes that one micro-batch takes beyond the model: resident, and in a second run as tensors alive at once."""
     model = bert_base()
-    subject = Subject.of(find_in(model).layout)
+    subject = Subject.make(find_in(model).layout)
     batch = example_inputs(model, batch=MEMORY_BATCH, seq_len=MEMORY_LENGTH)
     one_row = example_inputs(model, batch=1, seq_len=8)
     with inference(model), torch.no_grad():

@@ -84,7 +84,7 @@ def main() -> None:
     rows: list[Row] = []
     dense: dict[str, float] = {}
     for case in cases(options.cache, options.rows, options.test_rows):
-        before = outputs_of(Subject.of(case.found.layout), case.test)
+        before = outputs_of(Subject.make(case.found.layout), case.test)
         if case.test.labels[0] is not None:
             dense[case.name] = accuracy(before, case.test)
         rows += compare(case, before, options.flops)

@@ -90,7 +90,7 @@ def export(
     check_columns(ctx, rows.calibration, making.evaluation)
     chosen = engine_options(ctx, target.engine.engine)
     judge = None if making.evaluation is None else str(making.evaluation.absolute())
-    source = rows.of(model, evaluation=judge, drop_tokens=making.drop_tokens)
+    source = rows.source(model, evaluation=judge, drop_tokens=making.drop_tokens)
     job = Job(
         source=source,
         limits=budget.limits(),

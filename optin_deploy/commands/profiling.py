@@ -58,7 +58,7 @@ def profile(
 
     chosen = engine_options(ctx, engine.engine)
     whole_number(table.check, "--check", 0, MOST_PLANS, "Each plan is a model that is measured.")
-    source = rows.of(model)
+    source = rows.source(model)
     path = out or Path(f"{Path(source.model).name}-{engine.engine}-latency.json")
     job = Job(
         source=source,

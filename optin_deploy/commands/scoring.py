@@ -88,7 +88,7 @@ def score(
     check_columns(ctx, rows.calibration)
     if scoring.scorer == "exact":
         refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
-    source, force, ray = rows.of(model), writing.force, share.ray
+    source, force, ray = rows.source(model), writing.force, share.ray
     request = ScoreRequest(source, out.absolute(), scoring.settings(), scoring.memory(), force)
     if ray is not None and share.shard is not None:
         raise BadInput("--ray divides the work itself: leave out --shard.")

@@ -82,7 +82,7 @@ class RowOptions:
     ] = None
     shape: Shape = None
 
-    def of(self, model: str, **more: Any) -> Source:
+    def source(self, model: str, **more: Any) -> Source:
         """Return a `Source`; files by their full paths, so that later commands find them from anywhere.
 
         Args: more: further fields of it.
@@ -136,10 +136,10 @@ class AllRows(RowOptions):
         ),
     ] = None
 
-    def of(self, model: str, **more: Any) -> Source:
+    def source(self, model: str, **more: Any) -> Source:
         """Return a `Source`; see `Rows.of`."""
         output, read_as = _compared(self.compared)
-        return super().of(
+        return super().source(
             model,
             **vars(self.columns),
             samples=self.samples,

@@ -197,7 +197,7 @@ class _Work:
             pupil = self._look(self.pruned, batch, linear, {linear.reads, linear.gives, *compared, *cone.needs})
             arrived, given = pupil[end], pupil[linear.gives]
             gap = torch.stack([teacher[name] - pupil[name] for name in compared]).sum(0)
-            counts = self.counts.at(batch, end, arrived, linear.node.index, behind=True).to(arrived)
+            counts = self.counts.places(batch, end, arrived, linear.node.index, behind=True).to(arrived)
             chosen = drawn(linear.places(given, count), len(repair.inputs), self.samples)
             gaps, counted = (
                 linear.rows_out(each, count, chosen)
@@ -226,7 +226,7 @@ class _Work:
             count = rows_of(rows)
             found = self.pruned.look(batch, [value])[value]
             wanted = self.dense.look(batch, [value])[value]
-            counts = self.counts.at(batch, value, found, linear.node.index, behind=False).to(found.device)
+            counts = self.counts.places(batch, value, found, linear.node.index, behind=False).to(found.device)
             chosen = drawn(found.numel() // (count * linear.channels), len(repair.inputs), self.samples)
             before, after, counted = (
                 rows_of_value(each, linear.features, linear.samples[0], count, chosen)

@@ -39,7 +39,7 @@ class Dimensions:
         self._asked: set[tuple[Axis, bool]] = set()
         """What is being looked for, so that it is not asked for on the way."""
 
-    def of(self, axis: Axis, copy: ir.Node, before: int, *, dense: bool = False) -> Size | None:
+    def size_of(self, axis: Axis, copy: ir.Node, before: int, *, dense: bool = False) -> Size | None:
         """Return the size of an axis, None if nothing tells it.
 
         Args:
@@ -75,7 +75,7 @@ class Dimensions:
                 if value is not None:
                     return self._read(copy, value, position)
         if axis.kind != "leaf":
-            parts = [self.of(part, copy, before, dense=dense) for part in axis.parts]
+            parts = [self.size_of(part, copy, before, dense=dense) for part in axis.parts]
             told = [part for part in parts if part is not None]
             if len(told) == len(parts):
                 return self._joined(copy, "Mul" if axis.kind == "product" else "Add", told)
@@ -112,7 +112,7 @@ class Dimensions:
         spare, step = self._padding(node, position) if node.op == "Pad" else self._window(node, position - 2)
         if step == 0 or (source.size + spare) // step + 1 != axis.size:
             return None
-        told = self.of(source, copy, before)
+        told = self.size_of(source, copy, before)
         if told is None or isinstance(told, int):
             return None if told is None else (told + spare) // step + 1
         found = self._joined(copy, "Add", [told, spare])

@@ -199,7 +199,7 @@ class Emptied:
         if name not in self._full:
             sizes: list[Size] = []
             for position, axis in enumerate(self._structure.axes[name]):
-                told = self._dimensions.of(axis, copy, node.index) if position in self._thin[name] else 1
+                told = self._dimensions.size_of(axis, copy, node.index) if position in self._thin[name] else 1
                 if told is None:
                     raise _untold(node, name, position)
                 sizes.append(told)
@@ -212,7 +212,7 @@ class Emptied:
         sizes: list[Size] = []
         axes = self._structure.axes[name]
         for position in range(*slice(node.get("start", 0), node.get("end")).indices(len(axes))):
-            told = self._dimensions.of(axes[position], copy, node.index, dense=True)
+            told = self._dimensions.size_of(axes[position], copy, node.index, dense=True)
             if told is None:
                 raise _untold(node, name, position)
             sizes.append(told)
@@ -245,7 +245,7 @@ class Emptied:
         if len(left) > 1:
             along = node.get("axis", 0) % len(self._structure.axes[node.outputs[left[0]]])
             parts = [self._structure.axes[node.outputs[place]][along] for place in left]
-            sizes = [self._dimensions.of(part, copy, node.index) for part in parts]
+            sizes = [self._dimensions.size_of(part, copy, node.index) for part in parts]
             told = [one for one in sizes if isinstance(one, int)]
             if len(told) < len(sizes):
                 raise _untold(node, node.outputs[left[0]], along)

@@ -133,7 +133,7 @@ def _sums(subject: Subject, looks: Collection[_Look], batches: Sequence[Batch]) 
                     look.add(sums[look], gradient, rows)
                 continue
             linear, value = look.side.product.linear, values[look.value]
-            count = counts.at(number, look.value, value, linear.node.index, behind=False).to(value)
+            count = counts.places(number, look.value, value, linear.node.index, behind=False).to(value)
             weights = rows_of_value(count.expand(value.shape), linear.features, linear.samples[0], rows)[..., 0]
             look.add(sums[look], value, rows, weights.flatten())
         samples += rows

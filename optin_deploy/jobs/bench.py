@@ -63,7 +63,7 @@ class Inputs:
         """What can be cut in the dense network."""
         return self.layout_of()
 
-    def at(self, point: Point) -> Point:
+    def settled(self, point: Point) -> Point:
         """The point with its length; None where no input has one.
 
         Raises: BadInput: longer than the table of positions, or a size that fixed shapes do not have.
@@ -75,17 +75,17 @@ class Inputs:
 
     def feeds(self, point: Point) -> Feeds:
         """Random inputs without padding, as engines take them."""
-        return make_feeds(self.inputs, self.at(point))
+        return make_feeds(self.inputs, self.settled(point))
 
     def ideal(self, point: Point) -> float:
         """Dense over pruned multiply-accumulates of one sample: the speed-up if time were these."""
-        cost, seq = self.plan.cost, self.at(point).seq
+        cost, seq = self.plan.cost, self.settled(point).seq
         usual = set[int]().union(*(each.lengths for each in self.inputs))
         if cost is not None and seq in (None, *usual):
             return cost.macs_dense / max(1, cost.macs_pruned)
         macs = costs_of(self.layout, sizes_at(self.layout, self.feeds(replace(point, batch=1)))).macs
         widths = {**macs.whole, **{name: len(units) for name, units in self.plan.keep.items()}}
-        return macs.dense / max(1, macs.of(widths))
+        return macs.dense / max(1, macs.total(widths))
 
 
 def sizes_at(layout: Layout, feeds: Mapping[str, np.ndarray]) -> dict[Axis, int]:
@@ -112,7 +112,7 @@ def measure(
     Args: beside: what the dense model is, for the titles. stage: draws progress, one stage a point.
     """
     measured = []
-    for point in map(inputs.at, points):
+    for point in map(inputs.settled, points):
         title = f"measure {point_name(point.batch, point.seq)}{beside}"
         measured.append(
             Measurement(

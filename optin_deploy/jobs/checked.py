@@ -53,7 +53,7 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
         Workspace(home).check_untuned()
     target = exporter(job.engine)
     precision = check_precision(target, job.precision)
-    options = target.options.of(job.options)
+    options = target.options.checked(job.options)
     _check_options(job, target, options)
     source = job.source
     choice = Choice(source.units, align=target.align, allocation=job.allocation, drops=source.drop_tokens)
@@ -118,7 +118,7 @@ def _check_points(job: Job, options: EngineOptions, prepared: Prepared, precisio
     """
     network, inputs, profiles = prepared.ready.network, inputs_of(prepared), options.sizes()
     for point in job.points:
-        settled = inputs.at(point)
+        settled = inputs.settled(point)
         room = least_bytes(network, inputs.feeds(replace(settled, batch=1)), precision)
         check_room(room, str(point), point.batch)
         if profiles and not any(profile.holds(settled.batch, settled.seq) for profile in profiles):
@@ -128,7 +128,7 @@ def _check_points(job: Job, options: EngineOptions, prepared: Prepared, precisio
             )
     for profile in profiles:
         longest = profile.up_to(prepared.dense.longest).seq[2]
-        seq = longest if inputs.at(Point()).seq is not None else None
+        seq = longest if inputs.settled(Point()).seq is not None else None
         room = least_bytes(network, inputs.feeds(Point(1, seq)), precision)
         check_room(room, f'--profile "{profile}"', profile.batch[2])
 

@@ -42,7 +42,7 @@ def build_folder(
     """
     target = exporter(engine)
     precision = check_precision(target, precision)
-    own = target.options.of(options)
+    own = target.options.checked(options)
     target.check(own, pool)
     workspace = Workspace(folder)
     workspace.read_plan()

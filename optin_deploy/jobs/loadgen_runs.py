@@ -55,7 +55,7 @@ def bench_loadgen(
     import_loadgen()
     if dry_run:
         return None
-    point = case.inputs.at(point)
+    point = case.inputs.settled(point)
     feeds = case.inputs.feeds(replace(point, batch=SAMPLES))
     runs = []
     with atomic_folder(folder / LOGS) as written:

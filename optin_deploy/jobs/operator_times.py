@@ -51,7 +51,7 @@ def explain_folder(
     case = checked(folder, BenchSettings("onnx", precision, tuple(points), threads))
     found = []
     for each in points:
-        point = case.inputs.at(each)
+        point = case.inputs.settled(each)
         feeds = case.inputs.feeds(point)
         dense, pruned = (operator_times(one.path, feeds, threads=one.threads) for one in (case.dense, case.smaller))
         cut = PrunedFacts(

@@ -126,7 +126,7 @@ def with_held_out(
             # Beside the dense network of the same run, as the table was.
             measured = table.dense_ns * mean_ratio(samples.ms[str(i)], samples.ms[DENSE])
             widths = costs.widths(keep)
-            found.append(HeldOut(widths, cost.of(widths), round(measured)))
+            found.append(HeldOut(widths, cost.total(widths), round(measured)))
         progress(len(found), count)
     return replace(table, held_out=tuple(found))
 

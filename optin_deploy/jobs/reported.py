@@ -104,7 +104,7 @@ def _params(folder: Path, cost: PlanCost) -> dict[str, int]:
 def _macs(prepared: Prepared, cost: PlanCost, merges: tuple[int, ...]) -> dict[str, float]:
     """Multiply-accumulates, what part of them stays, and what part of those that any group could lose."""
     macs = prepared.ready.costs_with(merges).macs
-    fixed = macs.of({group.name: 0 for group in prepared.ready.layout.groups})
+    fixed = macs.total({group.name: 0 for group in prepared.ready.layout.groups})
     dense, pruned = cost.macs_dense, cost.macs_pruned
     return {
         "dense": dense,

@@ -77,7 +77,7 @@ class BudgetTrials:
     compensation: bool = True
     stage: Stage = silent_stage
 
-    def at(self, flops: float) -> SweepPoint:
+    def made_at(self, flops: float) -> SweepPoint:
         """The point at this share of the MACs.
 
         Raises: BadInput, InfeasibleBudget.
@@ -143,7 +143,7 @@ def planned(
     best, drop, macs = None, limits.max_drop, planner.prepared.ready.costs_with(planner.choice.merges).macs
     noted = {}
     if drop is not None:
-        fixed = macs.of({group.name: 0 for group in planner.prepared.ready.layout.groups})
+        fixed = macs.total({group.name: 0 for group in planner.prepared.ready.layout.groups})
         best = smallest_within(drop, fixed / max(1, macs.dense), BudgetTrials(planner, compensation, stage).at)
         limits, noted = Limits(flops=best.flops), {"max_drop": drop}
     with stage("plan"):
@@ -197,7 +197,7 @@ def sweep(
     shares = check_shares(planner, shares)
     measure_curves(planner, stage)
     trials, root = BudgetTrials(planner, compensation, stage), planner.workspace.root
-    points = feasible(shares, trials.at)
+    points = feasible(shares, trials.made_at)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(point.row for point in points)])
     write_text(root / "sweep.csv", text.getvalue())

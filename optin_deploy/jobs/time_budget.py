@@ -68,7 +68,7 @@ class Planning:
                 break
             if any(keep == known for _, known in tried):
                 break
-            predicted = cost.of(costs.widths(keep)) / NS
+            predicted = cost.total(costs.widths(keep)) / NS
             with stage(f"try plan {len(tried) + 1}, {allowed / NS:.3g} ms") as progress:
                 measured = measured_ms(target, self._yard.against_dense(keep, progress), dense_ms)
             if LEAST * goal <= measured <= goal:  # by luck, perhaps: measured once more, and what both say counts
@@ -148,7 +148,7 @@ class Planning:
         target, choice, layout = self.limits.time, self.planner.choice, self.yard.layout
         assert target is not None, "there is a time to plan for"
         narrow = {merges: narrowest(ladders_of(layout, choice, self._may_go(merges)), layout.units) for merges in costs}
-        least = min(cost.of(narrow[merges]) for merges, cost in costs.items())
+        least = min(cost.total(narrow[merges]) for merges, cost in costs.items())
         dense = next(iter(costs.values())).dense
         if least <= int(AIM * goal * NS):
             return least

@@ -148,7 +148,7 @@ def setting_of(target: Exporter, spec: ExportSpec, feeds: Feeds, *, threads: int
         "engine": target.engine,
         "precision": check_precision(target, spec.precision),
         "pool": spec.head.digest if spec.head else "none",
-        "options": str(target.options.of(spec.options).settings() or "none"),
+        "options": str(target.options.checked(spec.options).settings() or "none"),
         "inputs": ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in sorted(feeds.items())),
         "threads": threads,
         "cpu": f"{env['cpu_model']}, {env['cores_logical']} cores{quota}",

@@ -35,7 +35,7 @@ class Resource(Protocol):
     def dense(self) -> int:
         """Cost of the network as it is."""
 
-    def of(self, widths: Widths) -> int:
+    def total(self, widths: Widths) -> int:
         """Return the exact cost at these widths of all groups."""
 
     def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
@@ -55,11 +55,11 @@ class Copies:
     bits: int | None
     """Bits of an entry; None means that entries are counted."""
 
-    def of(self, widths: Widths, whole: Widths) -> int:
+    def total(self, widths: Widths, whole: Widths) -> int:
         """Return its entries or bytes."""
         cut = [any(widths[name] < whole[name] for name in names) for names in self.groups]
-        stored = [self.ways[0].of(whole)] if not all(cut) else []
-        stored += [entries.of(widths) for entries, changed in zip(self.ways, cut, strict=True) if changed]
+        stored = [self.ways[0].total(whole)] if not all(cut) else []
+        stored += [entries.total(widths) for entries, changed in zip(self.ways, cut, strict=True) if changed]
         return sum(int(self._counted(entries)) for entries in stored)
 
     def along(self, name: str, counts: np.ndarray, widths: Widths, whole: Widths) -> np.ndarray:
@@ -69,15 +69,15 @@ class Copies:
             others = any(widths[other] < whole[other] for other in names if other != name)
             if name in names:
                 powers = entries.along(name, widths)
-                stored = entries.of({**widths, name: 0}) + values(powers, counts)
+                stored = entries.total({**widths, name: 0}) + values(powers, counts)
                 cut = np.full(len(counts), True) if others else counts < whole[name]
                 found += np.where(cut, self._counted(stored), 0)
                 all_cut &= cut
             elif others:
-                found += self._counted(entries.of(widths))
+                found += self._counted(entries.total(widths))
             else:
                 all_cut[:] = False
-        return found + np.where(all_cut, 0, self._counted(self.ways[0].of(whole)))
+        return found + np.where(all_cut, 0, self._counted(self.ways[0].total(whole)))
 
     def _counted(self, entries: int | np.ndarray) -> int | np.ndarray:
         return entries if self.bits is None else -(-entries * self.bits // 8)
@@ -99,11 +99,11 @@ class Cost:
     @cached_property
     def dense(self) -> int:
         """See `Resource.dense`."""
-        return self.of(self.whole) if self.base is None else self.base
+        return self.total(self.whole) if self.base is None else self.base
 
-    def of(self, widths: Widths) -> int:
+    def total(self, widths: Widths) -> int:
         """See `Resource.of`."""
-        return self.polynomial.of(widths) + sum(each.of(widths, self.whole) for each in self.copies)
+        return self.polynomial.total(widths) + sum(each.total(widths, self.whole) for each in self.copies)
 
     def changes(self, name: str, counts: Sequence[int], widths: Widths) -> np.ndarray:
         """See `Resource.changes`."""
@@ -222,4 +222,4 @@ def _limit(resource: Resource, budget: Budget) -> CostLimit:
 
 def fits(limits: Sequence[CostLimit], widths: Widths) -> bool:
     """Return whether widths stay within all limits."""
-    return all(limit.resource.of(widths) <= limit.most for limit in limits)
+    return all(limit.resource.total(widths) <= limit.most for limit in limits)

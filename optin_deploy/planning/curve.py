@@ -46,7 +46,7 @@ class Curve:
         if sorted(self.order) != list(range(self.counts[-1])):
             raise BadInput(f"curve: the order must name each of {self.counts[-1]} units once: {self.order[:8]}, ..")
 
-    def at(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    def error(self, counts: Sequence[int] | np.ndarray) -> np.ndarray:
         """Interpolated errors, monotone between the measured widths."""
         found: np.ndarray = PchipInterpolator(self.counts, self.errors)(np.asarray(counts)).clip(min=0)
         return found

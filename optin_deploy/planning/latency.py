@@ -162,7 +162,7 @@ class TimeCost:
         """See `Resource.dense`."""
         return self.table.dense_ns if self.base is None else self.base
 
-    def of(self, widths: Widths) -> int:
+    def total(self, widths: Widths) -> int:
         """See `Resource.of`; noise may lead below 0."""
         cut = [name for name in self.table.groups if widths[name] < self.macs.whole[name]]
         return self.table.dense_ns - sum(int(self._saved(name, widths[name], self._last(name, widths))) for name in cut)

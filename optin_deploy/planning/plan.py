@@ -175,8 +175,8 @@ def plan_cost(
         for port in structure.network.inputs
     }
     return PlanCost(
-        *(costs.macs.dense, costs.macs.of(widths)),
-        *(costs.params.dense, costs.params.of(widths)),
-        *(costs.size.dense, costs.size.of(widths)),
+        *(costs.macs.dense, costs.macs.total(widths)),
+        *(costs.params.dense, costs.params.total(widths)),
+        *(costs.size.dense, costs.size.total(widths)),
         inputs,
     )

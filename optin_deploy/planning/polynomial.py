@@ -62,7 +62,7 @@ class Polynomial:
 
     terms: Terms = field(default_factory=dict)
 
-    def of(self, widths: Widths) -> int:
+    def total(self, widths: Widths) -> int:
         """Return the value at these widths."""
         return sum(many * math.prod(widths[name] for name in names) for names, many in self.terms.items())
 

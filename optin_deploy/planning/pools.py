@@ -90,7 +90,7 @@ def by_score(ladders: Sequence[Ladder], scores: Scores, limits: Sequence[CostLim
     Costs are those in the whole network; of several limits, the sum of shares of what may be spent on units.
     """
     least = narrowest(ladders, whole)
-    rooms = [max(1, limit.most - limit.resource.of(least)) for limit in limits]
+    rooms = [max(1, limit.most - limit.resource.total(least)) for limit in limits]
     ranked = []
     for number, each in enumerate(ladders):
         costs = [np.diff(limit.resource.changes(each.name, each.counts, whole)) for limit in limits]
@@ -170,7 +170,7 @@ def widths_of(pools: Sequence[Pool], sizes: Sequence[int], whole: Widths) -> dic
 def filled(pools: Sequence[Pool], sizes: Sequence[int], limits: Sequence[CostLimit], whole: Widths) -> dict[str, int]:
     """Return the widths, with what still fits of the steps that come later; each group stops where it does not fit."""
     widths = widths_of(pools, sizes, whole)
-    left = [limit.most - limit.resource.of(widths) for limit in limits]
+    left = [limit.most - limit.resource.total(widths) for limit in limits]
     stopped = set()
     for name, count in _later(pools, sizes):
         if name in stopped:

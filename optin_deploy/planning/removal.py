@@ -56,7 +56,7 @@ class Use:
     of them."""
 
     @classmethod
-    def of(cls, matrix: Tensor, metric: Tensor, moments: Moments, unit: Tensor, *, centred: bool) -> Use:
+    def make(cls, matrix: Tensor, metric: Tensor, moments: Moments, unit: Tensor, *, centred: bool) -> Use:
         """Put a matrix (outputs, columns) together with what its outputs count, (outputs, outputs), and what it reads.
 
         Raises: NonFiniteActivation: the moments hold no numbers.

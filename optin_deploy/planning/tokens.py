@@ -31,7 +31,7 @@ class Growth:
     scale: float = 1.0
     power: float = 2.0
 
-    def at(self, counts: np.ndarray) -> np.ndarray:
+    def error(self, counts: np.ndarray) -> np.ndarray:
         """Errors for these numbers of tokens."""
         return np.asarray(self.scale * counts**self.power)
 
@@ -107,7 +107,7 @@ def _priced(stream: TokenStream, errors: Sequence[Growth], blocks: int, price: f
     parts = count * (stream.tokens / np.maximum(left, 1))
     rest, choices = np.zeros((stream.tokens + 1, blocks + 1)), []
     for block in reversed(range(len(stream.blocks))):
-        known = 0.0 if np.isinf(price) else errors[block].at(parts)
+        known = 0.0 if np.isinf(price) else errors[block].error(parts)
         allowed = count <= (most[:, None] if block else 0)
         best, chosen = each * left + rest, np.zeros(rest.shape, dtype=int)
         for uses in range(1, blocks + 1):
@@ -145,4 +145,4 @@ def expected(stream: TokenStream, errors: Sequence[Growth], merges: Sequence[int
     """Return the sum of the errors of some merges."""
     left = stream.tokens - np.cumsum([0, *merges[:-1]])
     parts = np.array(merges) * stream.tokens / left
-    return float(sum(each.at(part) for each, part in zip(errors, parts, strict=True)))
+    return float(sum(each.error(part) for each, part in zip(errors, parts, strict=True)))

@@ -55,7 +55,7 @@ def least_summed_error(
 
     Args: start: widths that fit.
     """
-    trade = _Trade(ladders, [curves[each.name].at(each.counts) for each in ladders], limits)
+    trade = _Trade(ladders, [curves[each.name].error(each.counts) for each in ladders], limits)
     around: dict[str, int] | None = dict(start)
     seen: list[dict[str, int]] = []
     found = []
@@ -214,7 +214,7 @@ class _Trade:
 
     def _room(self, widths: Widths) -> np.ndarray:
         """What is left of each limit, (limits,); below 0: it is exceeded."""
-        return np.array([limit.most - limit.resource.of(widths) for limit in self.limits], dtype=np.int64)
+        return np.array([limit.most - limit.resource.total(widths) for limit in self.limits], dtype=np.int64)
 
     def _changes(self, each: Ladder, counts: Sequence[int], widths: Widths) -> np.ndarray:
         """What each limited cost changes by, (limits, counts)."""

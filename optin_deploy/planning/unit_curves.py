@@ -173,7 +173,7 @@ class _Bench:
         metric = torch.stack([self.metrics[each.linear.gives] for each in use.products]).sum(0)
         units = torch.from_numpy(units_along(use.site.axis, group.leaf))
         matrix = Changes(self.program.network, self.program.device).matrix(product)
-        return Use.of(matrix, metric, use.moments, units.repeat_interleave(product.linear.taps), centred=use.centred)
+        return Use.make(matrix, metric, use.moments, units.repeat_interleave(product.linear.taps), centred=use.centred)
 
     def _moments(self, products: Sequence[Solvable]) -> tuple[Moments, Tensor]:
         """Sums of what products with one matrix read in the dense network, and see `solving.reach`."""
@@ -183,7 +183,7 @@ class _Bench:
             samples = rows_of(batch)
             values = self.fit.look(number, [linear.reads, linear.gives])
             given = values[linear.gives]
-            counts = self.counts.at(number, linear.gives, given, linear.node.index, behind=True).to(given.device)
+            counts = self.counts.places(number, linear.gives, given, linear.node.index, behind=True).to(given.device)
             chosen = drawn(linear.places(given, samples), linear.inputs, self.samples)
             rows = linear.rows_out(counts.expand(given.shape), samples, chosen)[..., 0]
             read = linear.rows_in(values[linear.reads], samples, chosen)[rows > 0]

@@ -189,7 +189,7 @@ def _check_scores(layout: Layout, ladders: Sequence[Ladder], scores: Mapping[str
 
 def _check_feasible(limits: Sequence[CostLimit], least: Mapping[str, int], choice: Choice) -> None:
     """Raises: InfeasibleBudget: names what is possible."""
-    found = [(limit, limit.resource.of(least)) for limit in limits]
+    found = [(limit, limit.resource.total(least)) for limit in limits]
     if all(amount <= limit.most for limit, amount in found):
         return
     asked = " and ".join(limit.asked for limit, amount in found if amount > limit.most)

@@ -86,7 +86,7 @@ def ready_of(
 
     Raises: BadInput: they do not fit.
     """
-    subject = Subject.of(found.layout, output=compared.output, kind=compared.kind)
+    subject = Subject.make(found.layout, output=compared.output, kind=compared.kind)
     if compared.head is not None:
         head = compared.head
         subject = replace(subject, reading=replace(subject.reading, pooling=head.pooling, layers=head.layers))

@@ -60,7 +60,7 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
         merges = _reachable(ready.stream, SHARES)[-1]
         merges = _dropped(merges) if choice.drops else merges
     costs = ready.costs_with(merges)
-    most = costs.macs.of(costs.macs.whole)
+    most = costs.macs.total(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
             told = describe_merges(merges, of_text=ready.stream.of_text)
@@ -141,7 +141,7 @@ def least_error(
         except InfeasibleBudget as err:
             problem = err
             continue
-        widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+        widths = sum(float(curves[name].error([len(units)])[0]) for name, units in keep.items())
         found.append((widths + merge_error(ready, some), some, keep))
     if not found:
         assert problem is not None

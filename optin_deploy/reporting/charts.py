@@ -42,7 +42,7 @@ class ChartAxis:
     end: float
     """Coordinate of `high`; of a y axis the smaller one."""
 
-    def at(self, value: float) -> float:
+    def place(self, value: float) -> float:
         """Coordinate of a value."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.start + share * (self.end - self.start), 2)
@@ -58,7 +58,7 @@ class ChartAxis:
         found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
         factor = 100 if unit == "%" else 1
         inside = [float(value) for value in found if self.low <= value <= self.high]
-        return tuple((self.at(value), f"{factor * value:.6g}{unit}") for value in inside)
+        return tuple((self.place(value), f"{factor * value:.6g}{unit}") for value in inside)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def latency_chart(row: LatencyRow) -> Chart:
         times = np.percentile(ms, 100 * shares)
         shown = times <= x.high
         lines.append((name, _points(x, y, times[shown].tolist(), shares[shown].tolist())))
-    rules = tuple(Rule(y.at(share), False, text) for share, text in ((0.5, "p50"), (0.95, "p95")))
+    rules = tuple(Rule(y.place(share), False, text) for share, text in ((0.5, "p50"), (0.95, "p95")))
     p50, p95 = (
         f"{milliseconds(getattr(row.dense, name))} dense and {milliseconds(getattr(row.pruned, name))} pruned"
         for name in ("p50_ms", "p95_ms")
@@ -217,10 +217,10 @@ def ratio_chart(row: LatencyRow) -> Chart:
     count = len(ratios)
     x = _axis([1.0, row.ideal, low, high, row.speedup, *ratios], LEFT, RIGHT)
     y = ChartAxis(count + 1.5, -0.5, BOTTOM, TOP)  # blocks 0, 1, ... downwards, then the interval
-    dots = tuple((x.at(ratio), y.at(block)) for block, ratio in enumerate(ratios))
-    span = (x.at(low), x.at(high), x.at(row.speedup), y.at(count + 0.5))
-    rules = (Rule(x.at(1.0), True, "1x: no gain"), Rule(x.at(row.ideal), True, f"{row.ideal:.2f}x: ideal", row=1))
-    sides = ((y.at(0), "first"), (y.at(count - 1), "last"), (y.at(count + 0.5), "all"))
+    dots = tuple((x.place(ratio), y.place(block)) for block, ratio in enumerate(ratios))
+    span = (x.place(low), x.place(high), x.place(row.speedup), y.place(count + 0.5))
+    rules = (Rule(x.place(1.0), True, "1x: no gain"), Rule(x.place(row.ideal), True, f"{row.ideal:.2f}x: ideal", row=1))
+    sides = ((y.place(0), "first"), (y.place(count - 1), "last"), (y.place(count + 0.5), "all"))
     name = (
         f"Speed-up in each of {count} blocks, from {min(ratios):.2f}x to {max(ratios):.2f}x; of all together "
         f"{row.speedup:.2f}x, 95% interval {low:.2f} to {high:.2f}; {row.ideal:.2f}x if time were MACs."
@@ -234,8 +234,8 @@ def sweep_chart(sweep: Sequence[SweepRow], kept: float) -> Chart:
     metric = sweep[0].metric.replace("_", " ")
     shares, values = zip(*found, strict=True)
     x, y = _axis([kept, *shares], LEFT, RIGHT), _axis([dense, *values], BOTTOM, TOP)
-    dots = tuple((x.at(share), y.at(value)) for share, value in found)
-    rules = (Rule(y.at(dense), False, "dense"), Rule(x.at(kept), True, "this model", row=1))
+    dots = tuple((x.place(share), y.place(value)) for share, value in found)
+    rules = (Rule(y.place(dense), False, "dense"), Rule(x.place(kept), True, "this model", row=1))
     told = ", ".join(f"{value:.3f} at {share:.0%}" for share, value in reversed(found))
     name = f"{metric} over the MACs that stay: {dense:.3f} dense, {told}."
     lines = (("pruned", _points(x, y, shares, values)),)
@@ -256,4 +256,4 @@ def _axis(values: Sequence[float], start: float, end: float) -> ChartAxis:
 
 
 def _points(x: ChartAxis, y: ChartAxis, xs: Sequence[float], ys: Sequence[float]) -> str:
-    return " ".join(f"{x.at(a):g},{y.at(b):g}" for a, b in zip(xs, ys, strict=True))
+    return " ".join(f"{x.place(a):g},{y.place(b):g}" for a, b in zip(xs, ys, strict=True))

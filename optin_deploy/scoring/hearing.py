@@ -134,7 +134,7 @@ class Counts:
     def __init__(self, subject: Subject, batches: Sequence[Batch], weights: TokenWeights | None) -> None:
         self._subject, self._batches, self._weights = subject, batches, weights
 
-    def at(self, number: int, name: str, value: Tensor, node: int, *, behind: bool) -> Tensor:
+    def places(self, number: int, name: str, value: Tensor, node: int, *, behind: bool) -> Tensor:
         """Return what places of a value of a batch count, as a tensor that broadcasts over it.
 
         Args: behind: the tokens count as in the first feature that this node or a later one makes; else as in the last

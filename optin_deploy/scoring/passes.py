@@ -65,7 +65,7 @@ class Passes:
     """Seconds of the forward."""
 
     @classmethod
-    def of(cls, subject: Subject, batch: Batch, spans: Sequence[Span]) -> Passes:
+    def make(cls, subject: Subject, batch: Batch, spans: Sequence[Span]) -> Passes:
         """Run a batch without a graph."""
         kept, started = subject.fed(batch), time.perf_counter()
         for span in spans:

@@ -75,7 +75,7 @@ def slope_terms(
     spans = spans_of(subject, watched, [site for group in groups for site in subject.sites[group.name]])
     for number, batch in enumerate(batches):
         with torch.no_grad(), torch.autocast(subject.program.device.type, dtype, enabled=dtype is not None):
-            passes = Passes.of(subject, batch, spans)
+            passes = Passes.make(subject, batch, spans)
             terms.forward_seconds += passes.seconds
             terms.samples += passes.samples
             directions, exact = _directions(passes, batch, projections)

@@ -36,7 +36,7 @@ class Subject:
     """Which values the trajectory looks at, see `structure.stream.features`."""
 
     @classmethod
-    def of(
+    def make(
         cls,
         layout: Layout,
         *,

@@ -36,7 +36,7 @@ def loss(outputs: object, index: int) -> Tensor:
 
 @pytest.fixture(scope="module", name="subject")
 def _subject() -> Subject:
-    return Subject.of(find_in(bert()).layout)
+    return Subject.make(find_in(bert()).layout)
 
 
 def group_of(subject: Subject, layer: int, kind: str) -> UnitGroup:

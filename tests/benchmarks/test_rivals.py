@@ -131,7 +131,7 @@ def weights_of(model: nn.Module, family: Family, kind: str, layer: int, unit: in
 @cache
 def subject(model: nn.Module) -> Subject:
     """Made once: no test changes a model afterwards."""
-    return Subject.of(find(read(model)))
+    return Subject.make(find(read(model)))
 
 
 def flat(found: Importance) -> Tensor:

@@ -100,9 +100,9 @@ def test_flags_of_other_engines_are_refused(shell: Shell, tmp_path: Path) -> Non
 
 
 def test_options_of_one_engine_are_none_of_another() -> None:
-    assert exporter("trt").options.of(None) == PlanOptions()
+    assert exporter("trt").options.checked(None) == PlanOptions()
     plan = PlanOptions(weights="stripped")
-    assert exporter("trt-rtx").options.of(plan) is plan
+    assert exporter("trt-rtx").options.checked(plan) is plan
     for engine, other in (("onnx", plan), ("torch", plan), ("trt", MyOptions()), ("trt", EngineOptions())):
         with pytest.raises(BadInput, match=f"{type(other).__name__} are the options of another engine"):
-            exporter(engine).options.of(other)
+            exporter(engine).options.checked(other)

@@ -47,7 +47,7 @@ Keep = Mapping[str, Sequence[int]]
 
 def subject_of(module: nn.Module, x: Tensor, **more: object) -> Subject:
     name = "pixels" if isinstance(module, Image) else "x"
-    return Subject.of(find(read_module(module.eval(), {name: x}, dynamo=False)), **more)  # type: ignore[arg-type]
+    return Subject.make(find(read_module(module.eval(), {name: x}, dynamo=False)), **more)  # type: ignore[arg-type]
 
 
 def named(subject: Subject, part: str) -> str:
@@ -212,7 +212,7 @@ BETWEEN = {BERT: "intermediate", VIT: "layernorm_after", DINOV2: "norm2", SWIGLU
 def test_every_branch_of_a_transformer_brings_the_stream_back(case: str, kind: str) -> None:
     """Its projection gives what the dense branch gave, and what the stream before it lacks."""
     model, family, batches = CASES[case]()
-    subject = Subject.of(find(read(model)))
+    subject = Subject.make(find(read(model)))
     groups = [group for group in subject.layout.groups if group.kind in ("heads", "neurons")][: 2 * LAYERS]
     keep = {group.name: (0, 2) if group.kind == "heads" else tuple(range(0, group.units, 2)) for group in groups}
     done = compensated(subject, keep, batches)
@@ -345,7 +345,7 @@ def test_a_plan_cuts_whole_stages_after_repair_and_is_nearer_to_the_dense_networ
 def test_padding_does_not_count() -> None:
     batches = texts()
     other = [{**each, "input_ids": torch.where(each["attention_mask"] > 0, each["input_ids"], 7)} for each in batches]
-    subject = Subject.of(find(read(bert())))
+    subject = Subject.make(find(read(bert())))
     keep = {group.name: range(0, group.units, 2) for group in subject.layout.groups if group.kind == "neurons"}
     one, two = (
         compensated(subject, keep, each, token_weights=token_weights(subject, each)) for each in (batches, other)
@@ -422,4 +422,4 @@ def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same()
 
 def test_tokens_of_an_embedding_count_the_same() -> None:
     model, _, batches = CASES["dinov2: LayerScale"]()
-    assert token_weights(Subject.of(find(read(model)), kind="embedding"), batches) is None
+    assert token_weights(Subject.make(find(read(model)), kind="embedding"), batches) is None

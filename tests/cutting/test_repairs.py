@@ -39,7 +39,7 @@ RNG = np.random.default_rng(0)
 
 
 def subject_of(module: nn.Module, x: Tensor) -> Subject:
-    return Subject.of(find(read_module(module.eval(), {"x": x}, dynamo=False)))
+    return Subject.make(find(read_module(module.eval(), {"x": x}, dynamo=False)))
 
 
 def weight(done: Compensation | Network, name: str) -> np.ndarray:
@@ -348,7 +348,7 @@ def test_a_product_in_a_fused_node_is_solved_for_before_what_follows(case: str) 
     network = read_proto(graph(nodes, weights, {"x": x}))
     batch = {"x": torch.from_numpy(x)}
     layout = find(network, [batch, {"x": batch["x"][:3]}])
-    subject = Subject.of(layout)
+    subject = Subject.make(layout)
     group = next(group for group in layout.groups if group.units == 9)
     kept = [0, 2, 3, 5, 6, 8]
     done = compensated(subject, {group.name: kept}, [batch])
@@ -378,7 +378,7 @@ def test_what_is_scaled_otherwise_from_place_to_place_follows_its_own_dense_outp
     network = read_proto(graph(nodes, weights, {"x": batch["x"].numpy()}))
     layout = find(network, [batch])
     group = next(group for group in layout.groups if group.units == 9)
-    done = compensated(Subject.of(layout), {group.name: [0, 2, 3, 5]}, [batch])
+    done = compensated(Subject.make(layout), {group.name: [0, 2, 3, 5]}, [batch])
     hidden = Program(network)(batch, watch=["h"]).watched["h"].double().numpy()
     others = [1, 4, 6, 7, 8]
     lost = hidden[..., others] @ weights["w"].astype(np.float64)[others]
@@ -408,7 +408,7 @@ def test_a_shape_of_a_weight_that_is_used_in_part_tells_what_is_used() -> None:
     assert {group.units for group in layout.groups} == {8, 4}
     keep = {group.name: [0, 2] for group in layout.groups}
     prove(layout, keep, cut(layout, keep), probes_of(network))
-    done = compensated(Subject.of(layout), keep, [{"x": torch.randn(12, 3, 6, 7)}])
+    done = compensated(Subject.make(layout), keep, [{"x": torch.randn(12, 3, 6, 7)}])
     assert not done.skipped, "who asks for the shape alone reads no entry"
 
 

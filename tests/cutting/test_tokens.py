@@ -265,7 +265,7 @@ def test_weights_make_up_for_merging_too() -> None:
     _, network = made(1)
     probes = probes_of(network)
     layout, merges = find(network, probes), [0, 8, 3]
-    subject, stream, keep = Subject.of(layout), token_stream(layout), some_cut(layout)
+    subject, stream, keep = Subject.make(layout), token_stream(layout), some_cut(layout)
     rows = torch.rand(400, 3, 5, 5, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2)
     rows = rows.repeat_interleave(4, 3) + 0.1 * torch.randn(400, 3, 20, 20)
     fitted, unseen = rows[:300], {"pixels": rows[300:]}
@@ -390,8 +390,8 @@ def test_a_schedule_costs_little_more_than_the_best_of_all(seed: int, share: flo
 )
 def test_an_error_grows_as_it_was_measured(counts: tuple[int, int], errors: tuple[float, float], at: float) -> None:
     found = growth(counts, errors)
-    assert found.at(counts[1]) == pytest.approx(errors[1])
-    assert found.at(6) == pytest.approx(at)
+    assert found.error(counts[1]) == pytest.approx(errors[1])
+    assert found.error(6) == pytest.approx(at)
 
 
 def test_a_share_that_cannot_be_had_is_refused() -> None:

@@ -41,7 +41,7 @@ class Turned(NamedTuple):
 def turn(model: nn.Module, batches: Sequence[Batch], **how: Any) -> tuple[Subject, Turned]:
     network = read(model, **how)
     probes = probes_of(network)
-    subject = Subject.of(find(network, probes))
+    subject = Subject.make(find(network, probes))
     widths, skipped = turnables(subject.structure, (group for group in subject.layout.groups if group.kind in KINDS))
     network = turned(subject, batches, widths, probes)
     return subject, Turned(network, tuple(each.group.name for each in widths), skipped)
@@ -109,7 +109,7 @@ def test_entries_in_front_move_the_output_less_than_the_best_choice_of_others(ki
     """Beside every choice of as many entries of the network as it was."""
     model, batches = attention()
     before, found = turn(model, batches, inputs=batches[0])
-    after = Subject.of(find(found.network, probes_of(found.network)))
+    after = Subject.make(find(found.network, probes_of(found.network)))
 
     def moved(subject: Subject, kept: Sequence[int]) -> float:
         (group,) = (group for group in subject.layout.groups if group.kind == kind)

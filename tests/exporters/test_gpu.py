@@ -401,10 +401,10 @@ def test_scores_on_the_gpu_are_those_on_the_cpu(name: str, scorer: str) -> None:
     example = example_of(model)
     layout = find_in(tidied(read_module(model, example.inputs, axes=example.axes, dynamo=False))).layout
     batches, settings = tiny_batches(model), ScoreSettings(scorer, probes=8, seed=3)
-    expected = score_units(Subject.of(layout), batches, settings)
+    expected = score_units(Subject.make(layout), batches, settings)
     there = [{key: value.to(DEVICE) for key, value in batch.items()} for batch in batches]
     with float32_mode():  # else the image patches are rounded to TF32
-        found = score_units(Subject.of(layout, device=DEVICE), there, settings)
+        found = score_units(Subject.make(layout, device=DEVICE), there, settings)
     assert found.provenance["kl_weight"] == pytest.approx(expected.provenance["kl_weight"], rel=1e-3)
     for group, values in expected.scores.items():
         check_scores(values, found.scores[group])

@@ -149,7 +149,7 @@ def test_a_table_of_an_additive_engine_predicts_every_plan(scored: Scored) -> No
             for group in scored.layout.groups
             if group.name in table.groups
         }
-        found = scored.cost(table).of(costs.widths(keep)) / 1e6
+        found = scored.cost(table).total(costs.widths(keep)) / 1e6
         assert found == pytest.approx(Formula()(scored.layout, keep), rel=1e-6)
 
 

@@ -236,7 +236,7 @@ def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], fr
         )
         with suppress(InfeasibleBudget):
             keep = pick(ready, scores, [limit], choice, curves, emptying=not any(merges))
-            widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+            widths = sum(float(curves[name].error([len(units)])[0]) for name, units in keep.items())
             errors[merges] = widths + merge_error(ready, merges)
             kept[merges] = keep
     assert plan.merges == tried(ready, errors, kept)
@@ -257,7 +257,7 @@ def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path
     judging = joined(ready.rows.calibration.batches, judged_samples(ready.rows.calibration.batches))
     for merges in schedules(ready):
         keep = pick(ready, scores, limits_within(ready.costs_with(merges), limits), choice, curves)
-        widths = sum(float(curves[name].at([len(units)])[0]) for name, units in keep.items())
+        widths = sum(float(curves[name].error([len(units)])[0]) for name, units in keep.items())
         errors[merges], kept[merges] = widths + merge_error(ready, merges), keep
         smaller = merged(ready.layout, merges, ready.found.probes)
         programs = [Program(network) for network in (ready.network, smaller)]

@@ -58,12 +58,12 @@ def test_a_polynomial_is_the_size_of_its_axes(sizes: list[int], data: st.DataObj
     widths = {name: data.draw(st.integers(0, leaf.size)) for leaf, name in leaves.items()}
     left = {leaf: widths[name] for leaf, name in leaves.items()}
     found = Polynomial(terms_of(some, leaves))
-    assert found.of(widths) == np.prod([size(axis, left) for axis in some])
+    assert found.total(widths) == np.prod([size(axis, left) for axis in some])
     for leaf, name in leaves.items():
         powers = found.along(name, widths)
         values = [sum(many * count**power for power, many in enumerate(powers)) for count in range(leaf.size + 1)]
         for count, value in enumerate(values):
-            assert value - values[0] == found.of({**widths, name: count}) - found.of({**widths, name: 0})
+            assert value - values[0] == found.total({**widths, name: count}) - found.total({**widths, name: 0})
 
 
 # the costs of cut networks
@@ -77,9 +77,9 @@ def test_costs_are_those_of_the_cut_network(family: str) -> None:
     for _ in range(4):
         keep = drawn(layout, rng)
         widths, smaller = costs.widths(keep), cut(layout, keep)
-        assert costs.macs.of(widths) == macs(find(smaller, probes).structure)
-        assert costs.params.dense - costs.params.of(widths) == reals(network) - reals(smaller)
-        assert costs.size.dense - costs.size.of(widths) == 4 * (reals(network) - reals(smaller))
+        assert costs.macs.total(widths) == macs(find(smaller, probes).structure)
+        assert costs.params.dense - costs.params.total(widths) == reals(network) - reals(smaller)
+        assert costs.size.dense - costs.size.total(widths) == 4 * (reals(network) - reals(smaller))
 
 
 def reals(network: Network) -> int:
@@ -93,13 +93,13 @@ def test_what_a_width_changes_is_the_difference_of_two_plans(family: str) -> Non
     costs = costs_of(layout)
     widths = costs.widths(drawn(layout, rng))
     sizes = {group.leaf: widths[group.name] for group in layout.groups}
-    assert costs.macs.of(widths) == macs(layout.structure, sizes)
-    assert costs.params.of(widths) == weight_entries(layout.structure, sizes)
+    assert costs.macs.total(widths) == macs(layout.structure, sizes)
+    assert costs.params.total(widths) == weight_entries(layout.structure, sizes)
     for group in layout.groups:
         counts = sorted({0, 1, group.units // 2, group.units})
         for cost in (costs.macs, costs.params, costs.size):
             changed = cost.changes(group.name, counts, widths)
-            assert changed.tolist() == [cost.of({**widths, group.name: n}) - cost.of(widths) for n in counts]
+            assert changed.tolist() == [cost.total({**widths, group.name: n}) - cost.total(widths) for n in counts]
 
 
 @pytest.mark.parametrize("kind", [Text, Image])
@@ -113,7 +113,7 @@ def test_multiply_accumulates_are_those_that_torch_counts_in_the_cut_module(kind
         smaller = cut_module(module, layout, keep, probes_of(network))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             smaller(*feeds.values())
-        assert costs.macs.of(costs.widths(keep)) == counter.get_total_flops() // 2
+        assert costs.macs.total(costs.widths(keep)) == counter.get_total_flops() // 2
 
 
 # weights that are stored in other ways
@@ -147,11 +147,11 @@ def test_a_vector_that_two_groups_cut_differently_is_stored_twice() -> None:
     for keep in ({first: [0, 1]}, {first: [0, 1], last: [2, 3]}, {first: [0, 1, 2], last: [2, 3]}):
         smaller, widths = cut(layout, keep), costs.widths(keep)
         sizes = {layout.by_name[name].leaf: len(units) for name, units in keep.items()}
-        assert costs.params.of(widths) == reals(smaller) == weight_entries(layout.structure, sizes)
-        assert costs.size.of(widths) == 4 * reals(smaller)
+        assert costs.params.total(widths) == reals(smaller) == weight_entries(layout.structure, sizes)
+        assert costs.size.total(widths) == 4 * reals(smaller)
         for name in (first, last):
             changed = costs.params.changes(name, range(9), widths).tolist()
-            assert changed == [costs.params.of({**widths, name: n}) - costs.params.of(widths) for n in range(9)]
+            assert changed == [costs.params.total({**widths, name: n}) - costs.params.total(widths) for n in range(9)]
 
 
 def test_bytes_are_those_of_the_stored_types() -> None:
@@ -169,7 +169,7 @@ def test_bytes_of_fewer_bits_are_those_that_are_left(family: str, form: str) -> 
     costs, weights = costs_of(layout), layout.structure.network.weights
     assert costs.size.dense == sum(weights[name].nbytes for name in {use.weight for use in layout.structure.uses})
     keep = drawn(layout, np.random.default_rng(2))
-    gone = costs.size.dense - costs.size.of(costs.widths(keep))
+    gone = costs.size.dense - costs.size.total(costs.widths(keep))
     smaller = cut(layout, keep)
 
     def held(network: Network) -> int:

@@ -72,7 +72,7 @@ def test_every_point_is_an_own_regression_and_a_forward_of_the_changed_model(
     case: str, kind: str, measured: Measured
 ) -> None:
     model, family, batches = CASES[case]()
-    subject = Subject.of(find(read(model)))
+    subject = Subject.make(find(read(model)))
     generator = torch.Generator().manual_seed(0)
     random = {
         group.name: torch.rand(group.units, generator=generator, dtype=torch.float64) for group in subject.layout.groups
@@ -118,7 +118,7 @@ class Convolved(nn.Module):
 def test_a_convolution_is_solved_for_patches_of_the_dense_network(measured: Measured) -> None:
     module = made(Convolved).double()
     x = torch.randn(24, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    subject = Subject.make(find(read_module(module, {"x": x}, dynamo=False)))
     group, other = (next(g for g in subject.layout.groups if g.units == units) for units in (8, 7))
     scores = {each.name: torch.arange(each.units).double() for each in (group, other)}
     found = unit_curves(subject, scores, [{"x": x[:10]}, {"x": x[10:]}])
@@ -171,7 +171,7 @@ def test_a_curve_is_a_power_of_what_is_expected_and_without_units_as_measured() 
 
 def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same() -> None:
     model, _, batches = CASES["bert: post-LN"]()
-    subject = Subject.of(find(read(model)))
+    subject = Subject.make(find(read(model)))
     scores = {group.name: torch.arange(group.units).double() for group in subject.layout.groups}
     weights = token_weights(subject, batches)
     one, other, plain = (
@@ -186,6 +186,6 @@ def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same()
 
 def test_too_few_samples_are_refused() -> None:
     model, _, batches = CASES["vit: pre-LN"]()
-    subject = Subject.of(find(read(model)))
+    subject = Subject.make(find(read(model)))
     with pytest.raises(BadInput, match="too few"):
         unit_curves(subject, {}, [{"pixel_values": batches[0]["pixel_values"][:3]}])

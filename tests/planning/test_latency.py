@@ -41,7 +41,7 @@ def by_products(costs: Costs, step: int = 1) -> Clock:
 
     def clock(widths: Widths) -> int:
         rounded = {name: min(costs.macs.whole[name], -(-count // step) * step) for name, count in widths.items()}
-        return 10**6 + 5 * costs.macs.of(rounded)
+        return 10**6 + 5 * costs.macs.total(rounded)
 
     return clock
 
@@ -81,7 +81,7 @@ def test_a_point_is_cut_from_the_layout() -> None:
     for cell in cells(layout, CHOICE)[:4]:
         keep = keep_at(layout, cell)
         again = find(cut(layout, keep), probes_of(layout.structure.network))
-        assert macs(again.structure) == costs.macs.of(costs.widths(keep))
+        assert macs(again.structure) == costs.macs.total(costs.widths(keep))
 
 
 # what a table tells
@@ -113,13 +113,13 @@ def test_times_of_other_plans_are_those_of_the_machine(family: str) -> None:
     layout, costs = layout_of(family), costs_in(family)
     clock, rng = by_products(costs), np.random.default_rng(0)
     time = TimeCost(measured(layout, costs, clock), costs.macs)
-    assert time.dense == time.of(costs.macs.whole) == clock(costs.macs.whole)
+    assert time.dense == time.total(costs.macs.whole) == clock(costs.macs.whole)
     for _ in range(20):
         widths = dict(costs.macs.whole)
         for group in layout.groups:
             if group.name in time.table.groups:
                 widths[group.name] = int(rng.integers(time.table.groups[group.name].counts[0], group.units + 1))
-        assert time.of(widths) == pytest.approx(clock(widths), rel=2e-3)
+        assert time.total(widths) == pytest.approx(clock(widths), rel=2e-3)
 
 
 @pytest.mark.parametrize("family", ["bert", "resnet", "mobilenet-v2"])
@@ -129,7 +129,7 @@ def test_what_a_width_changes_is_the_difference_of_two_times(family: str) -> Non
     widths = {group.name: int(rng.integers(1, group.units + 1)) for group in layout.groups}
     for group in layout.groups:
         counts = range(group.units + 1)
-        expected = [time.of({**widths, group.name: count}) - time.of(widths) for count in counts]
+        expected = [time.total({**widths, group.name: count}) - time.total(widths) for count in counts]
         assert time.changes(group.name, counts, widths).tolist() == expected
 
 
@@ -147,8 +147,8 @@ def test_a_table_of_one_layer_of_heads_and_neurons_is_a_sum() -> None:
         neurons: Steps((8, layout.by_name[neurons].units), (1000, 0)),
     }
     time = TimeCost(LatencyTable(5000, groups, "", SETTING), costs.macs)
-    assert time.of({**costs.macs.whole, heads: 1}) == 4700
-    assert time.of({**costs.macs.whole, heads: 1, neurons: 8}) == 3700
+    assert time.total({**costs.macs.whole, heads: 1}) == 4700
+    assert time.total({**costs.macs.whole, heads: 1, neurons: 8}) == 3700
 
 
 # plans in time
@@ -177,8 +177,8 @@ def test_no_time_is_ever_exceeded(family: str, data: st.DataObject) -> None:
     except InfeasibleBudget:
         return
     widths = costs.widths(keep)
-    assert time.of(widths) <= most
-    assert costs.params.of(widths) <= 0.9 * costs.params.dense
+    assert time.total(widths) <= most
+    assert costs.params.total(widths) <= 0.9 * costs.params.dense
 
 
 def test_an_impossible_time_names_the_least() -> None:

@@ -52,7 +52,7 @@ def test_the_unit_goes_first_whose_loss_costs_least_among_all(columns: int, othe
         moments = Moments(many, 0)
         moments.add(torch.tensor(x), torch.zeros(len(x), 0))
         some = (torch.tensor(each) for each in (weight, metric))
-        uses.append(Use.of(*some, moments, torch.tensor(unit), centred=True))
+        uses.append(Use.make(*some, moments, torch.tensor(unit), centred=True))
     left, expected, spent, before = list(range(units)), [], [], 0.0
     while left:
         costs = [
@@ -75,7 +75,7 @@ def test_what_is_there_twice_goes_before_what_is_there_once_and_equals_go_by_sco
     x = torch.cat([x, x[:, :1]], dim=1)
     moments, weight = Moments(4, 0), torch.tensor([[4.0, 1.0, 2.0, 4.0]]).double()
     moments.add(x, x[:, :0])
-    use = Use.of(weight, torch.eye(1).double(), moments, torch.arange(4), centred=True)
+    use = Use.make(weight, torch.eye(1).double(), moments, torch.arange(4), centred=True)
     order = removal([use], torch.zeros(4)).order
     assert {order[0], order[3]} == {0, 3}, "one of the two that move the output most: the other says what it says"
     assert order[1:3] == (2, 1)
@@ -97,7 +97,7 @@ class Mixed(nn.Module):
 def test_metrics_are_second_moments_of_the_jacobian_of_the_divergence() -> None:
     module = made(Mixed).double()
     x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    subject = Subject.make(find(read_module(module, {"x": x}, dynamo=False)))
     group = next(g for g in subject.layout.groups if g.units == 8)
     linear = solvable(subject.structure, group.sites[0].node).linear
     found = metrics(subject, [{"x": x[:30]}, {"x": x[30:]}], [linear])[linear.gives]
@@ -129,7 +129,7 @@ def test_channels_beside_those_of_another_group_are_ordered_while_the_others_sta
     with torch.no_grad():
         module.one.weight[3], module.one.bias[3] = 0, -1
     x = torch.randn(32, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    subject = Subject.of(find(read_module(module, {"x": x}, dynamo=False)))
+    subject = Subject.make(find(read_module(module, {"x": x}, dynamo=False)))
     scores = {group.name: torch.zeros(group.units) for group in subject.layout.groups}
     curves = unit_curves(subject, scores, [{"x": x}])
     first, other = (next(c for name, c in curves.items() if len(c.order) == units) for units in (8, 4))
@@ -139,7 +139,7 @@ def test_channels_beside_those_of_another_group_are_ordered_while_the_others_sta
 
 
 def test_curves_keep_units_in_an_order_of_their_own() -> None:
-    subject, batches = Subject.of(find(read(bert()))), texts()
+    subject, batches = Subject.make(find(read(bert()))), texts()
     groups = [group for group in subject.layout.groups if group.kind == "neurons"]
     scores = {group.name: torch.arange(group.units).double() for group in groups}
     curves = unit_curves(subject, scores, batches)

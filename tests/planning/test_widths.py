@@ -60,15 +60,15 @@ def test_two_groups_have_the_pair_of_largest_total_score(allocation: str) -> Non
     for seed in range(5):
         rng = np.random.default_rng(seed)
         scores = {name: rng.random(many) * (3 if name == "h0" else 1) for name, many in units.items()}
-        for most in range(cost.of({"h0": 1, "n0": 1}), cost.dense + 1, 2):
+        for most in range(cost.total({"h0": 1, "n0": 1}), cost.dense + 1, 2):
             limits = [CostLimit(cost, most, "")]
             pools = [
                 by_share([each], scores) if allocation == "uniform" else by_score([each], scores, limits, units)
                 for each in some
             ]
             widths = filled(pools, largest_total(pools, limits, units), limits, units)
-            expected = max(worth(scores, each) for each in every(some) if cost.of(each) <= most)
-            assert cost.of(widths) <= most
+            expected = max(worth(scores, each) for each in every(some) if cost.total(each) <= most)
+            assert cost.total(widths) <= most
             assert worth(scores, widths) == pytest.approx(expected, rel=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_three_kinds_have_the_largest_total_score_that_two_at_a_time_find() -> N
     for seed in range(5):
         rng = np.random.default_rng(seed)
         scores = {name: rng.random(many) * (units["c0"] / many) for name, many in units.items()}
-        for most in range(cost.of(dict.fromkeys(units, 1)), cost.dense + 1, 5):
+        for most in range(cost.total(dict.fromkeys(units, 1)), cost.dense + 1, 5):
             limits = [CostLimit(cost, most, "")]
             pools = [by_share([each], scores) for each in ladders(units)]
             widths = widths_of(pools, largest_total(pools, limits, units), units)
@@ -88,7 +88,7 @@ def test_three_kinds_have_the_largest_total_score_that_two_at_a_time_find() -> N
             for one, other in itertools.combinations(units, 2):  # no two kinds alone can do better
                 for widths_, total in ((w, worth(scores, w)) for w in every(ladders(units))):
                     if all(widths_[name] == widths[name] for name in units if name not in (one, other)):
-                        assert total <= worth(scores, widths) + 1e-12 or cost.of(widths_) > most
+                        assert total <= worth(scores, widths) + 1e-12 or cost.total(widths_) > most
 
 
 def test_one_share_for_all_groups_of_a_kind() -> None:
@@ -125,10 +125,10 @@ def test_units_of_a_kind_are_ranked_by_score_per_cost(prices: list[int]) -> None
             pools = [by_score(part, scores, limits, units) for part in (some[:2], some[2:])]
             sizes = largest_total(pools, limits, units)
             pairs = [{**one, **other} for one, other in itertools.product(*firsts)]
-            expected = max((each for each in pairs if cost.of(each) <= most), key=lambda each: worth(scores, each))
+            expected = max((each for each in pairs if cost.total(each) <= most), key=lambda each: worth(scores, each))
             assert widths_of(pools, sizes, units) == expected
             full = filled(pools, sizes, limits, units)
-            assert cost.of(full) <= most
+            assert cost.total(full) <= most
             gained = worth(scores, full) - worth(scores, expected)
             assert gained >= 0
             more += gained > 0
@@ -159,10 +159,10 @@ def test_curves_of_two_groups_that_meet_have_the_least_error_of_all_widths(
         rng = np.random.default_rng(seed)
         curves = {name: falling(many, rng) for name, many in units.items()}
         start = {each.name: each.counts[0] for each in some}
-        known = [(cost.of(each), summed(curves, each)) for each in every(some)]
-        for most in range(cost.of(start), cost.dense + 1, 7):
+        known = [(cost.total(each), summed(curves, each)) for each in every(some)]
+        for most in range(cost.total(start), cost.dense + 1, 7):
             widths = least_summed_error(some, curves, [CostLimit(cost, most, "")], start)
-            assert cost.of(widths) <= most
+            assert cost.total(widths) <= most
             expected = min(error for spent, error in known if spent <= most)
             assert summed(curves, widths) == pytest.approx(expected, abs=1e-9), (seed, most)
 
@@ -213,7 +213,7 @@ def test_curves_within_two_limits_have_the_least_error_of_all_widths() -> None:
 
 
 def summed(curves: Mapping[str, Curve], widths: Mapping[str, int]) -> float:
-    return sum(float(curves[name].at([count])[0]) for name, count in widths.items())
+    return sum(float(curves[name].error([count])[0]) for name, count in widths.items())
 
 
 # whole networks
@@ -246,7 +246,7 @@ def test_no_limit_is_ever_exceeded(family: str, data: st.DataObject) -> None:
         return
     widths = costs.widths(keep)
     for limit in limits:
-        assert limit.resource.of(widths) <= limit.most
+        assert limit.resource.total(widths) <= limit.most
     for name, units in keep.items():
         group = layout.by_name[name]
         assert group.kind in kinds
@@ -268,7 +268,7 @@ def test_what_is_allowed_is_spent(family: str, allocation: str) -> None:
         limits = limits_within(costs, Limits(flops))
         keep = choose(layout, scores, limits, Choice(align=1, allocation=allocation), curves=curves)
         widths = costs.widths(keep)
-        left = limits[0].most - costs.macs.of(widths)
+        left = limits[0].most - costs.macs.total(widths)
         for group in layout.groups:  # no group could keep one unit more
             if group.name in keep:
                 assert costs.macs.changes(group.name, [widths[group.name] + 1], widths)[0] > left

@@ -249,7 +249,7 @@ def queries() -> tuple[Subject, dict[str, Tensor]]:
     for output, name in zip(model.graph.outputs, ("class_queries_logits", "masks_queries_logits"), strict=True):
         output.name = name
     found = find_in(Network(model, "queries"))
-    return Subject.of(found.layout, dtype=torch.float64), {"pixels": pixels}
+    return Subject.make(found.layout, dtype=torch.float64), {"pixels": pixels}
 
 
 def places(outputs: Mapping[str, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ DRAWN: dict[str, Callable[[], Case]] = {
 
 def measured(model: nn.Module, batches: list[Batch]) -> list[tuple[Tensor, ...]]:
     """Of the stream behind each block, in their order."""
-    subject = Subject.of(find(read(model)))
+    subject = Subject.make(find(read(model)))
     found = token_weights(subject, batches)
     assert found is not None
     ends = [feature.value for feature in subject.features][1::2]  # behind both branches of a block

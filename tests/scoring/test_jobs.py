@@ -42,7 +42,7 @@ def _one_thread(one_thread: None) -> None:
 
 @cache
 def subject(family: str = "bert") -> Subject:
-    return Subject.of(find_in(export(family, "torchscript").path).layout, dtype=torch.float64)
+    return Subject.make(find_in(export(family, "torchscript").path).layout, dtype=torch.float64)
 
 
 def batches(family: str = "bert", count: int = 2) -> list[Mapping[str, Tensor]]:
@@ -154,7 +154,7 @@ def test_branches_before_the_residual_are_compared_where_the_paper_is_followed()
 
 
 def test_a_network_without_tokens_is_scored_by_its_output_alone() -> None:
-    network = Subject.of(find_in(chain()).layout)
+    network = Subject.make(find_in(chain()).layout)
     assert network.features == ()
     (group,), x = network.layout.groups, torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
     found = score_units(network, [{"x": x}], EXACT)
@@ -173,7 +173,7 @@ def test_a_faster_type_is_taken_only_where_it_ranks_alike(
 ) -> None:
     """DeBERTa writes the least number of float32 where there is padding: in bfloat16 that is minus infinity."""
     monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: torch.bfloat16)
-    network = Subject.of(find_in(export(family, "torchscript").path).layout)
+    network = Subject.make(find_in(export(family, "torchscript").path).layout)
     found = score_units(network, batches(), ONE_ROUND)
     assert found.provenance["pass_dtype"] == ("bfloat16" if faster else "float32")
     monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: like.dtype)
@@ -190,7 +190,7 @@ def test_an_operator_that_does_not_mix_types_keeps_the_own_one(monkeypatch: pyte
 
     monkeypatch.setattr(unit_parts, "pass_dtype", lambda like: torch.bfloat16)
     monkeypatch.setattr(unit_parts, "slope_terms", refuse)
-    network = Subject.of(find_in(export("bert", "torchscript").path).layout)
+    network = Subject.make(find_in(export("bert", "torchscript").path).layout)
     assert score_units(network, batches(), ONE_ROUND).provenance["pass_dtype"] == "float32"
 
 
@@ -321,4 +321,4 @@ def test_a_network_for_exactly_two_samples_is_refused() -> None:
     for port in (*model.graph.input, *model.graph.output):
         port.type.tensor_type.shape.dim[0].dim_value = 2
     with pytest.raises(BadInput, match=r"takes 2 samples at once.*Export it with a free batch"):
-        score_units(Subject.of(find_in(model).layout), batches("resnet"))
+        score_units(Subject.make(find_in(model).layout), batches("resnet"))

@@ -60,7 +60,7 @@ def fixed_batch(family: str) -> Layout:
 
 
 def subject(name: str, **more: Any) -> Subject:
-    return Subject.of(layout(name), dtype=torch.float64, **more)
+    return Subject.make(layout(name), dtype=torch.float64, **more)
 
 
 def batch_of(name: str, seed: int = 0, **sizes: int) -> Batch:
@@ -167,8 +167,8 @@ def test_a_decoder_of_the_length_of_the_padded_text_has_no_padding() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "resnet"])
 def test_a_network_for_one_sample_runs_them_one_by_one(family: str) -> None:
-    free = Subject.of(find_in(export(family, "torchscript").path).layout, dtype=torch.float64)
-    fixed = Subject.of(fixed_batch(family), dtype=torch.float64)
+    free = Subject.make(find_in(export(family, "torchscript").path).layout, dtype=torch.float64)
+    fixed = Subject.make(fixed_batch(family), dtype=torch.float64)
     batch = export(family, "torchscript").family.feeds(0, **SIZES)
     assert fixed.alone
     assert not free.alone
@@ -302,7 +302,7 @@ def test_padding_changes_nothing() -> None:
 
 def test_a_network_of_whole_numbers_whose_range_follows_from_a_batch_is_masked_as_it_is_cut() -> None:
     found = find_in(dialect("bert", "int8-dynamic").path).layout
-    network = Subject.of(found)
+    network = Subject.make(found)
     assert network.alone
     batch = export("bert", "dynamo").family.feeds(0, **SIZES)
     groups = {group: [0] for group in network.layout.groups[:4]}

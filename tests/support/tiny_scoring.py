@@ -138,7 +138,7 @@ def subject_of(model: Any) -> Subject:
     text = model.main_input_name == "input_ids"
     example = text_batch((7, 7)) if text else image_batch(2)
     axes = {name: {0: "batch", 1: "length"} if text else {0: "batch"} for name in example}
-    return Subject.of(find_in(read_module(model, example, axes=axes, dynamo=False)).layout)
+    return Subject.make(find_in(read_module(model, example, axes=axes, dynamo=False)).layout)
 
 
 def state_of(model: nn.Module) -> list[object]:

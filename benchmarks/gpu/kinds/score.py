@@ -45,7 +45,7 @@ def score_times(cell: Cell, bench: Workbench) -> dict[str, Any]:
     model = bench.dense(cell.model)
     batches = [bench.inputs(cell, seed=SEED + i) for i in range(cell.samples // cell.batch)]
     network = read_module(model, {name: value[:2] for name, value in batches[0].items()}, dynamo=False)
-    subject = Subject.of(find_in(network).layout, device=bench.device)
+    subject = Subject.make(find_in(network).layout, device=bench.device)
     seconds = partial(elapsed, bench)
 
     def score(some: list[Batch], **how: int) -> Any:
