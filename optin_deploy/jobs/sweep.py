@@ -144,7 +144,7 @@ def planned(
     noted = {}
     if drop is not None:
         fixed = macs.total({group.name: 0 for group in planner.prepared.ready.layout.groups})
-        best = smallest_within(drop, fixed / max(1, macs.dense), BudgetTrials(planner, compensation, stage).at)
+        best = smallest_within(drop, fixed / max(1, macs.dense), BudgetTrials(planner, compensation, stage).made_at)
         limits, noted = Limits(flops=best.flops), {"max_drop": drop}
     with stage("plan"):
         plan = planner.plan(limits, noted=noted)
