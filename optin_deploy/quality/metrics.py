@@ -44,6 +44,6 @@ METRICS = {
     "same_prediction": Metric("Same prediction as dense", labelled=False),
     "same_prediction_per_token": Metric("Same prediction as dense, of all tokens", labelled=False),
     "same_answer": Metric("Same answer as dense", labelled=False),
-    "correlation_with_dense": Metric("Correlation with the dense predictions", labelled=False),
+    "correlation_with_dense": Metric("Correlation with the dense predictions, whatever the labels", labelled=False),
 }
 """Metrics by the names that reports hold. A new one is a row here and what computes it beside this file."""

@@ -65,7 +65,7 @@ def quality_lines(report: Report) -> list[str]:
         points = f"{100 * (q.pruned - q.dense):+.1f} points, " if metric.share else ""
         beside = "".join(f"; {other[0].lower()}{other[1:]}" for other in others)
         return [f"{main} ({points}{q.samples} held-out {metric.rows}){beside}."]
-    lines = [f"{metric.told}: {q.pruned:.3f} ({q.samples} held-out rows, labels are not used)."]
+    lines = [f"{metric.told}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
     return lines
