@@ -107,7 +107,7 @@ def test_a_hub_id_that_cannot_be_had(shell: Shell, out: Path, monkeypatch: pytes
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refuse_job(shell, "nobody/nothing", out, says=("nobody/nothing", "cannot be loaded"))
+    refuse_job(shell, "nobody/nothing", out, says=("nobody/nothing", "neither a folder nor in the Hub's cache"))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_budget_below_the_fewest_units_names_the_least(shell: Shell, out: Path
         ("--precision", "int3", "fp32"),
         ("--allocation", "bogus", "curves, uniform, paper"),
         ("--scorer", "bogus", "sketch, exact"),
-        ("--task", "bogus", "feature-extraction, text-classification, image-classification"),
+        ("--task", "bogus", "feature-extraction, sentence-similarity, text-classification"),
         ("--pool", "max", "mean"),
         ("--align", "0", "16"),
         ("--samples", "0", "512"),

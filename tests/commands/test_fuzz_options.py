@@ -41,6 +41,7 @@ BASES: dict[str, list[tuple[object, ...]]] = {
     "serve-check": [(finished_job,)],
     "show": [(finished_job,), ("scores", finished_job)],
     "report": [(finished_job,)],
+    "push": [(finished_job, "my-org/smaller")],
 }
 """A command that works, to which options are added."""
 NUMBERS = (

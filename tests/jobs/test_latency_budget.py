@@ -579,7 +579,7 @@ def test_a_job_within_a_time_leaves_table_plan_and_rounds(
         judgements.append((target, measured.batch))
         return TimeVerdict("holds", "It holds.")
 
-    monkeypatch.setattr("optin_deploy.jobs.export.judged", said)
+    monkeypatch.setattr("optin_deploy.jobs.export.verdict_on", said)
     out = tmp_path / "out"
     ran = shell(
         *("optin-export", classifier(), *text_options(lines(), out)),

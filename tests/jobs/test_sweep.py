@@ -198,7 +198,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_a_damaged_file_is_made_again(
     shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("optin", "sweep", folder, "--align", 8, "--flops", "0.9,0.5")
-    real = module.Trials._made
+    real = module.BudgetTrials._made
 
     def failing(self: object, flops: float) -> SweepPoint:
         if flops == 0.5:
@@ -206,7 +206,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_a_damaged_file_is_made_again(
         return real(self, flops)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.Trials, "_made", failing)
+        patched.setattr(module.BudgetTrials, "_made", failing)
         assert shell(*command).code == 130
     assert not (folder / "sweep.csv").exists()
     with counted(monkeypatch) as cuts:
@@ -324,11 +324,11 @@ def test_a_precision_that_loses_more_than_max_drop_fails_the_job(
 
 
 def test_a_limit_that_nothing_holds_is_a_failed_limit(shell: Shell, folder: Path) -> None:
-    def never(self: module.Trials, flops: float) -> SweepPoint:
+    def never(self: module.BudgetTrials, flops: float) -> SweepPoint:
         return point(flops, 7.0)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module.Trials, "_made", never)
+        patched.setattr(module.BudgetTrials, "_made", never)
         ran = shell("optin", "plan", folder, "--max-drop", 5, "--eval", judging())
     assert ran.code == 1
     assert "99% of the MACs lose 7.00 points" in ran.err
@@ -370,14 +370,14 @@ def test_a_share_that_leaves_no_unit_of_an_encoder_is_refused_before_any_work() 
 def test_a_sweep_goes_on_without_shares_that_cannot_be_met(
     shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command, real = ("optin", "sweep", folder, "--align", 8), module.Trials._made
+    command, real = ("optin", "sweep", folder, "--align", 8), module.BudgetTrials._made
 
     def late(self: object, flops: float) -> SweepPoint:  # known only when the plan is made
         if flops == 0.8:
             raise InfeasibleBudget("made up")
         return real(self, flops)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module.Trials, "_made", late)
+    monkeypatch.setattr(module.BudgetTrials, "_made", late)
     ran = shell(*command, "--flops", "0.0001,0.9,0.8,0.5")
     assert ran.code == 0
     assert [row["flops"] for row in rows_of(folder)] == ["0.9", "0.5"]
