@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,3 +21,18 @@ def sync(path: Path) -> None:
     """Have what a file holds written to the disk; Windows does so only through a handle that may write."""
     with path.open("r+b" if WINDOWS else "rb") as file:
         os.fsync(file.fileno())
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Put a file in the place of another.
+
+    On Windows an open file keeps its place, and networks refer to themselves: what nobody uses any more maps its file
+    until it is collected.
+    """
+    try:
+        temporary.replace(path)
+    except PermissionError:
+        if not WINDOWS:
+            raise
+        gc.collect()
+        temporary.replace(path)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.descriptors import sync
+from optin_deploy.files.descriptors import replace, sync
 from optin_deploy.files.ownership import Record, beside, in_the_way, record_all
 from optin_deploy.files.paths import sha256_file as sha256_file  # for all that write files
 
@@ -52,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             if record is not None:
                 record.make_room(path)
                 record.note(path, sha256_file(temporary))
-            temporary.replace(path)
+            replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
