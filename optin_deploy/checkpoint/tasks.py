@@ -73,10 +73,11 @@ OTHER_HEADS = ("HeadModel", "HeadsModel", "DecoderModel")
 @cache
 def tasks() -> Mapping[str, Task]:
     """Return every task by its name, those of other packages too."""
-    found: dict[str, Task] = {}
-    for name, place in with_added("tasks", {task.name: "" for task in OWN}).items():
-        module, _, row = place.partition(":")
-        found[name] = getattr(import_module(module), row) if place else next(t for t in OWN if t.name == name)
+    found = {task.name: task for task in OWN}
+    for name, place in with_added("tasks", dict.fromkeys(found, "")).items():
+        if place:
+            module, _, row = place.partition(":")
+            found[name] = getattr(import_module(module), row)
     return found
 
 
@@ -90,19 +91,25 @@ def task_of(name: str) -> Task:
     return tasks()[name]
 
 
-def infer_task(config: Any) -> Task:
-    """The task of a model, by the ending of its architecture in its config.
-
-    Raises: BadInput: a head that no task covers.
-    """
-    name = (getattr(config, "architectures", None) or [""])[0]
+def task_with(architecture: str) -> Task | None:
+    """The task of an architecture, by its longest ending that a task has; None: a head that no task covers."""
     fits = {
         ending: task
         for task in tasks().values()
         for ending in task.endings
-        if name.endswith(ending) and (ending != "Model" or not name.endswith(OTHER_HEADS))
+        if architecture.endswith(ending) and (ending != "Model" or not architecture.endswith(OTHER_HEADS))
     }
-    if fits:
-        return fits[max(fits, key=len)]
+    return fits[max(fits, key=len)] if fits else None
+
+
+def infer_task(config: Any) -> Task:
+    """The task of a model, by the architecture in its config.
+
+    Raises: BadInput: a head that no task covers.
+    """
+    name = (getattr(config, "architectures", None) or [""])[0]
+    found = task_with(name)
+    if found is not None:
+        return found
     head = "" if not name else " Feature extraction takes such a model without its head."
     raise BadInput(f"cannot infer the task from architecture {shown(name)}; give --task {' | '.join(tasks())}.{head}")

@@ -216,8 +216,7 @@ def serve_check(
     """
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
-    from optin_deploy.serving.checking import ServerLoad as CheckLoad
-    from optin_deploy.serving.checking import check_server
+    from optin_deploy.serving.checking import ServerLoad, check_server
 
     if not load.latency:
         refuse_idle(ctx, "concurrency", "batch", "seconds", "seed", why="with --no-latency nothing is measured")
@@ -233,7 +232,7 @@ def serve_check(
         url,
         names=model or (),
         timeout=timeout,
-        load=CheckLoad(clients, load.batch, load.seconds, seed=load.seed),
+        load=ServerLoad(clients, load.batch, load.seconds, seed=load.seed),
         stage=stage_bar,
     )
     header = ("model", "role", "requests", "largest error", "compared with")

@@ -31,7 +31,7 @@ from optin_deploy.network.read_onnx import read_file
 from optin_deploy.planning.costs import costs_of
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.networks import find_in
-from optin_deploy.reporting.findings import StoredMeasurements as StoredBench
+from optin_deploy.reporting.findings import StoredMeasurements
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.structure.groups import Layout
 
@@ -251,7 +251,9 @@ def write_measurements(folder: Path, measured: Sequence[Measurement]) -> None:
     path, rows, here = folder / "measurements.json", [m.to_json() for m in measured], environment()
     again = {_case(row) for row in rows}
     older = [row for row in _measured_before(path, here) if _case(row) not in again]
-    write_json(path, {"schema_version": StoredBench.schema_version, "latency": older + rows, "environment": here})
+    write_json(
+        path, {"schema_version": StoredMeasurements.schema_version, "latency": older + rows, "environment": here}
+    )
 
 
 def _case(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -263,10 +265,10 @@ def _measured_before(path: Path, here: Mapping[str, object]) -> list[dict[str, A
     """The rows of an earlier measurements.json; none if it is damaged, or of another machine or other packages."""
     try:
         data = read_json(path, "", ours=True)
-        found = StoredBench.from_json(data)
+        found = StoredMeasurements.from_json(data)
     except BadInput:
         return []
-    if data["schema_version"] != StoredBench.schema_version:
+    if data["schema_version"] != StoredMeasurements.schema_version:
         return []
     alike = all(found.environment.get(name) == here[name] for name in SAME)
     rows: list[dict[str, Any]] = data["latency"]

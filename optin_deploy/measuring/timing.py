@@ -2,7 +2,7 @@
 
 Two runs one after the other differ by more than pruning does: identical code looked 1.20x slower. So each
 block opens all models afresh (memory layout and threads are redrawn), in another order, and times them in
-rounds of random order. LatencySamples within a block share its luck, so the block is the replicate, not the sample.
+rounds of random order. Samples within a block share its luck, so the block is the replicate, not the sample.
 
 The dense model is opened twice. Its two sessions should differ by nothing: where they do, the measurement is unstable
 and nothing should be decided by it.

@@ -104,11 +104,7 @@ class PoolingNodes:
 
     def number(self, value: float, real: int) -> ir.Value:
         """Add one real number of a type."""
-        stored = ir.tensor(np.array(value, ir.DataType(real).numpy()))
-        made = ir.Value(name=self.named("pooling.number"), type=ir.TensorType(stored.dtype), const_value=stored)
-        made.shape = ir.Shape(())
-        self.graph.register_initializer(made)
-        return made
+        return self._stored(ir.tensor(np.array(value, ir.DataType(real).numpy())), self.named("pooling.number"))
 
     def weight(self, tensor: Tensor, hint: str) -> ir.Value:
         """Add a weight."""

@@ -17,7 +17,7 @@ from optin_deploy.feeds.beside_graph import class_names
 from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.inputs import check_seq_len, config_settings, longest_text
 from optin_deploy.feeds.pooling import POOLED, pooling_of
-from optin_deploy.feeds.sentence_modules import Prompts
+from optin_deploy.feeds.sentence_modules import NONE, Prompts, SentenceModules
 from optin_deploy.files.names import DENSE
 from optin_deploy.files.storage import sha256_file, sha256_json, sha256_tensors
 from optin_deploy.network.examples import example_of
@@ -75,18 +75,21 @@ class DenseSource:
         return self.loaded.preprocessor if self.loaded is not None and not self.loaded.is_text else None
 
     @property
+    def sentence(self) -> SentenceModules | None:
+        """What the model's folder of sentence-transformers says."""
+        return None if self.loaded is None else self.loaded.sentence
+
+    @property
     def head(self) -> EmbeddingHead | None:
         """What makes embeddings of states, where the model's own files say it."""
-        if self.loaded is None:
-            return None
-        known = self.loaded.sentence
-        return EmbeddingHead(pooling_of(self.loaded.model)) if known is None else known.head
+        if self.sentence is not None:
+            return self.sentence.head
+        return None if self.loaded is None else EmbeddingHead(pooling_of(self.loaded.model))
 
     @property
     def prompts(self) -> Prompts:
         """What is put before texts."""
-        known = None if self.loaded is None else self.loaded.sentence
-        return Prompts() if known is None else known.prompts
+        return NONE if self.sentence is None else self.sentence.prompts
 
     @property
     def longest(self) -> int | None:
@@ -106,8 +109,8 @@ class DenseSource:
             return None
         if asked is not None:
             check_seq_len(self.loaded.model.config, asked)
-        known = self.loaded.sentence
-        return asked or min(SEQ_LEN, self.longest or SEQ_LEN, (known and known.longest) or SEQ_LEN)
+        bounds = (SEQ_LEN, self.longest, self.sentence and self.sentence.longest)
+        return asked or min(bound for bound in bounds if bound)
 
 
 def dense_of(source: Source, home: Path | None = None) -> DenseSource:

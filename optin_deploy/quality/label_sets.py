@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
 
@@ -13,10 +12,8 @@ from optin_deploy.data.labels import class_number
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.files.opening import short
-from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.quality.quality import Quality, check_finite, known_labels
 from optin_deploy.scoring.losses import Readout
-
-log = logging.getLogger(__name__)
 
 
 class LabelSetJudge:
@@ -65,15 +62,13 @@ class LabelSetJudge:
         given = sum(label is not None for label in self.rows.labels)
         if not given:
             return None
-        try:
+
+        def read() -> Tensor:
             if given < len(self.rows):
                 raise BadInput(f"{len(self.rows) - given} of the {len(self.rows)} rows that judge have no labels.")
             return torch.stack([label_set(label, names, self._dense.shape[1]) for label in self.rows.labels])
-        except BadInput as err:
-            if strict:
-                raise BadInput(f"{self.rows.origin}: {err} Correct the labels, or leave out all of them.") from err
-            log.warning("%s: %s No label is used: agreement is measured", self.rows.origin, err)
-            return None
+
+        return known_labels(read, self.rows.origin, strict=strict)
 
 
 def label_set(label: Label, names: Sequence[str] | None, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from optin_deploy.feeds.rows import MASK, Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import entity_f1, tags_spans
-from optin_deploy.quality.quality import Quality, check_finite, correlation
+from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
 
@@ -142,18 +142,16 @@ class NetworkJudge:
             return None
         if given < len(self.rows):
             log.warning("%s: quality is that of the others", left)
-        found, start = [], 0
-        try:
+
+        def read() -> list[Tensor]:
+            found, start = [], 0
             for note, batch in zip(self._dense, self.rows.batches, strict=True):
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
                 rows = [_classes(label, note, names) for label in labels]
                 found.append(real_first(torch.stack(rows), batch))
-        except BadInput as err:
-            if strict:
-                raise BadInput(f"{self.rows.origin}: {err} Correct the labels, or leave out all of them.") from err
-            log.warning("%s: %s No label is used: agreement is measured", self.rows.origin, err)
-            return None
-        return found
+            return found
+
+        return known_labels(read, self.rows.origin, strict=strict)
 
 
 def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:

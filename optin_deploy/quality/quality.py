@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from optin_deploy.data.label_order import SURE, at_least
-from optin_deploy.errors import NonFiniteActivation
+from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.quality.metrics import METRICS
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Asked = Literal["perplexity", "pseudo_perplexity"]
 """What is measured only where it is asked for."""
 
@@ -70,6 +73,21 @@ def check_finite(values: Tensor, origin: str) -> None:
             f"{origin}: the network put out NaN or infinity on rows that judge. Check the weights and the"
             " data; a network stored in half precision may overflow: export it in float32."
         )
+
+
+def known_labels(read: Callable[[], T], origin: str, *, strict: bool) -> T | None:
+    """Return labels as a network numbers them; None: some do not fit, of which a warning tells.
+
+    Args: read: raises BadInput where one does not fit. strict: refuse that.
+    Raises: BadInput.
+    """
+    try:
+        return read()
+    except BadInput as err:
+        if strict:
+            raise BadInput(f"{origin}: {err} Correct the labels, or leave out all of them.") from err
+        log.warning("%s: %s No label is used: agreement is measured", origin, err)
+        return None
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -53,13 +54,14 @@ class RetrievalJudge:
                 "score. Give rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, by --eval."
             )
         self._dense = self._vectors(dense)
+        self._before = self._figures(self._dense)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return recall@10 of both networks, or where there are only scores of pairs Spearman's correlation."""
         found = self._vectors(cut)
         cosine = {"cosine_to_dense": (1.0, float((self._dense * found).sum(1).mean()))}
-        dense, pruned = (self._figures(vectors) for vectors in (self._dense, found))
-        (name, before), *others = dense.items()
+        pruned = self._figures(found)
+        (name, before), *others = self._before.items()
         beside = {other: (value, pruned[other]) for other, value in others}
         return Quality(name, before, pruned[name], len(self._queries) or len(self._pairs), {**beside, **cosine})
 
@@ -90,9 +92,9 @@ class RetrievalJudge:
             scores[self._own[place]] = -torch.inf  # a text does not find itself
         right = torch.zeros(len(scores), dtype=torch.bool)
         right[wanted] = True
-        order = sorted(range(len(scores)), key=lambda column: (-float(scores[column]), bool(right[column])))
-        ranks = [rank for rank, column in enumerate(order, 1) if right[column]]
-        best = sum(1 / torch.log2(torch.tensor(rank + 1.0)) for rank in range(1, min(len(ranks), TOP) + 1))
-        gain = sum(1 / torch.log2(torch.tensor(rank + 1.0)) for rank in ranks if rank <= TOP)
-        recall = sum(rank <= TOP for rank in ranks) / len(ranks)
-        return recall, sum(rank <= 1 for rank in ranks) / len(ranks), float(gain / best), 1 / ranks[0]
+        found = scores[right].sort(descending=True).values
+        before = (scores[~right] >= found.unsqueeze(1)).sum(1)  # of the others
+        ranks = (before + torch.arange(1, len(found) + 1)).tolist()
+        gains = [1 / math.log2(rank + 1) for rank in ranks if rank <= TOP]
+        best = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(ranks), TOP) + 1))
+        return len(gains) / len(ranks), float(ranks[0] == 1) / len(ranks), sum(gains) / best, 1 / ranks[0]

@@ -23,12 +23,12 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
     Args: repository: its id on the Hub. files: what lies beside the card. task: its name on the Hub.
     """
     base, revision = revision_of(report.model)
-    known = not Path(report.model).exists() and ID.fullmatch(base)
+    on_hub = "/" in base and not Path(report.model).exists() and ID.fullmatch(base)
     entries: dict[str, object] = {"tags": ["optin-deploy", "pruned", "onnx"]}
     entries |= {"pipeline_tag": task} if task else {}
-    entries |= {"base_model": base, "base_model_relation": "quantized"} if known and "/" in base else {}
+    entries |= {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     front = [f"{name}: {json.dumps(value)}" for name, value in entries.items()]
-    name = f"[{base}](https://huggingface.co/{base})" if known and "/" in base else f"`{Path(report.model).name}`"
+    name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(report.model).name}`"
     at = "" if revision is None else f" at revision `{revision}`"
     macs = report.macs
     rows = [

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from optin_deploy.feeds.pooling import pooled_states
 from optin_deploy.scoring.noise import signs
 
 OutputKind = Literal["logits", "multi-label", "regression", "embedding"]
@@ -38,11 +37,6 @@ class Readout:
     def mean(self, distances: Tensor) -> Tensor:
         """(batch, positions) -> (batch,)."""
         return (distances * self.valid).sum(1) / self.valid.sum(1)
-
-
-def pooled(states: Tensor, valid: Tensor, pooling: str = "mean") -> Tensor:
-    """The embedding, scaled to unit length: (batch, tokens, hidden) -> (batch, hidden)."""
-    return torch.nn.functional.normalize(pooled_states(states, valid, pooling), dim=-1)
 
 
 def output_distance(dense: Readout, masked: Tensor) -> Tensor:

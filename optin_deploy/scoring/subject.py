@@ -17,8 +17,7 @@ from optin_deploy.network.run import Cone, Mask, Place, Program, Values
 from optin_deploy.scoring.copies import cone_of_copies
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading, reading_of
-from optin_deploy.scoring.settings import FeatureSite as FeatureSite
-from optin_deploy.scoring.settings import Kind
+from optin_deploy.scoring.settings import FeatureSite, Kind
 from optin_deploy.scoring.sites import MaskSite, masks_of
 from optin_deploy.structure.groups import Layout, UnitGroup
 from optin_deploy.structure.stream import Feature, features, samples_axis

@@ -68,18 +68,18 @@ def push(made: Push, *, private: bool = False, branch: str | None = None) -> Pus
         api.create_repo(made.repository, private=private, exist_ok=True)
         if branch is not None:
             api.create_branch(made.repository, branch=branch, exist_ok=True)
-        kept = made.card.partition("# ")[2].partition("\n")[0]
-        done = api.create_commit(
-            made.repository, operations, commit_message=f"{kept}: cut by optin-deploy", revision=branch
-        )
+        message = f"{made.repository.rsplit('/', 1)[-1]}: cut by optin-deploy"
+        done = api.create_commit(made.repository, operations, commit_message=message, revision=branch)
     return Push(made.repository, made.card, made.files, str(done.commit_url))
 
 
 def _task(folder: Path) -> str | None:
     """The task of the transformers folder, where there is one that is known."""
     from optin_deploy.checkpoint.config import read_config
-    from optin_deploy.checkpoint.tasks import tasks
+    from optin_deploy.checkpoint.tasks import task_with
 
     config = folder / "model" / "config.json"
-    name = str((read_config(config).get("architectures") or [""])[0]) if config.is_file() else ""
-    return next((task.name for task in tasks().values() if any(map(name.endswith, task.endings))), None)
+    if not config.is_file():
+        return None
+    found = task_with(str((read_config(config).get("architectures") or [""])[0]))
+    return None if found is None else found.name

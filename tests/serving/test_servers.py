@@ -23,8 +23,7 @@ import yaml
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import ServerLoad as Loading
-from optin_deploy.serving.checking import check_server
+from optin_deploy.serving.checking import ServerLoad, check_server
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Repository
@@ -269,7 +268,7 @@ def test_new_versions_and_rollbacks_under_load_lose_no_request(job: Path, rows: 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_serve_check_finds_triton_right_and_loads_dense_beside_pruned(triton: TritonServer, protocol: str) -> None:
     url, root = f"{protocol}://{getattr(triton, protocol)}", triton.repository
-    found = check_server(root, url, load=Loading((1, 3), seconds=0.1, blocks=2))
+    found = check_server(root, url, load=ServerLoad((1, 3), seconds=0.1, blocks=2))
     assert not found.problems
     assert {(each.manifest.role, each.compared_with) for each in found.checked} == {
         ("dense", "artifact"),
@@ -322,7 +321,7 @@ def test_mlserver_gives_the_same_outputs_and_follows_a_new_version(job: Path, ro
             check_equal(ask(server, "grpc", name, rows), locally(job / artifact, rows))
         for protocol in PROTOCOLS:
             url = f"{protocol}://{getattr(server, protocol)}"
-            assert not check_server(repository, url, load=Loading(())).problems
+            assert not check_server(repository, url, load=ServerLoad(())).problems
         later = changed(job, tmp_path / "later", scale=1.0)
         ship_folder(later, order(repository, server="mlserver"))
         client = tritonclient.grpc.InferenceServerClient(server.grpc)
