@@ -20,9 +20,12 @@ from optin_deploy.data.targets import (
     CONTEXT,
     QUESTION,
     Answers,
+    Grade,
     Role,
     answers_of,
     asks,
+    graded_pairs,
+    reranks,
     roles_of,
     searches,
     tagged_words,
@@ -57,7 +60,7 @@ class Sample:
     """A file, opened only when its batch is made, or an image in memory."""
     class_map: Path | None = None
     """File with the class of each pixel of the image, see `data.class_maps`."""
-    label: str | int | tuple[str | int, ...] | Answers | Role | None = None
+    label: str | int | tuple[str | int, ...] | Answers | Role | Grade | None = None
     """Class id, class name, or (regression) the number as written; several of them where a row has several labels or a
     tag for each word; None where the row has none."""
     source: str = "memory"
@@ -162,6 +165,11 @@ def _rows_to_samples(
     found = csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines)
     for source, row in found:
         if text_column == "text" and "text" not in row:
+            if reranks(row):
+                pairs += 1
+                for text, other, grade in graded_pairs(row, pairs, source):
+                    yield Sample(text=text, text_pair=other, label=grade, source=source)
+                continue
             if searches(row):
                 rest = [(source, row), *found]
                 roles = roles_of([each for _, each in rest], [place for place, _ in rest])

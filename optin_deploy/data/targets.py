@@ -37,9 +37,19 @@ class Role:
     """Numbers of other texts, and how alike people found both."""
 
 
+@dataclass(frozen=True)
+class Grade:
+    """How well the second text of a pair fits the first, among all pairs of that query."""
+
+    query: int
+    """Tells the query from the others."""
+    grade: float
+    """0 where it does not fit."""
+
+
 WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "labels")
 """Columns of words and their tags, where the named ones are absent."""
-QUERY, POSITIVE = "query", "positive"
+QUERY, POSITIVE, NEGATIVE = "query", "positive", "negative"
 ONE, OTHER, SCORE = "sentence1", "sentence2", "score"
 QUESTION, CONTEXT, ANSWERS = "question", "context", "answers"
 
@@ -115,6 +125,32 @@ def roles_of(rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> It
     for text, number in numbers.items():
         found = (tuple(positives.get(number, ())), number in candidates, tuple(scores.get(number, ())))
         yield text, first[text], Role(number, *found)
+
+
+def graded_pairs(row: Mapping[str, object], query: int, source: str) -> Iterator[tuple[str, str, Grade]]:
+    """Read a row of a query with the texts that fit it and those that do not, as pairs with their grades.
+
+    Args: query: tells the row from others.
+    Raises: BadInput: one of them is no text, or one side is empty.
+    """
+    asked = row[QUERY]
+    for name, grade in ((POSITIVE, 1.0), (NEGATIVE, 0.0)):
+        given = row.get(name)
+        texts = [given] if isinstance(given, str) else given
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(t, str) and t.strip() for t in [asked, *texts])
+        ):
+            raise BadInput(
+                f"{source}: {name!r} is {short(given)}. Give `query` and lists of texts, none of them blank."
+            )
+        yield from ((str(asked), text, Grade(query, grade)) for text in texts)
+
+
+def reranks(row: Mapping[str, object]) -> bool:
+    """Is this a row of a query with lists of texts that fit it, and that do not?"""
+    return QUERY in row and any(isinstance(row.get(name), list) for name in (POSITIVE, NEGATIVE))
 
 
 def asks(row: Mapping[str, object]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.class_maps import ClassMap
-from optin_deploy.data.targets import Answers, Role
+from optin_deploy.data.targets import Answers, Grade, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_tensors, tensor_bytes
 
@@ -23,9 +23,10 @@ MASK = "attention_mask"
 
 Batch = Mapping[str, Tensor]
 """Inputs by name, samples first."""
-Label = str | int | float | tuple[str | int | None, ...] | Tensor | ClassMap | Answers | Role | None
+Label = str | int | float | tuple[str | int | None, ...] | Tensor | ClassMap | Answers | Role | Grade | None
 """Label of a row: the name or index of its class, a number, several names or indices, one index for each position, a
-class for each pixel, answers to its question, what searches should find, or None for a row without a label."""
+class for each pixel, answers to its question, what searches should find, how well a pair fits, or None for a row
+without a label."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from optin_deploy.data.class_maps import ClassMap
-from optin_deploy.data.targets import Role
+from optin_deploy.data.targets import Grade, Role
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.quality.answers import AnswerJudge
 from optin_deploy.quality.label_sets import LabelSetJudge
 from optin_deploy.quality.outputs import NetworkJudge
 from optin_deploy.quality.perplexity import PerplexityJudge
 from optin_deploy.quality.quality import Asked, Quality
+from optin_deploy.quality.ranking import RankingJudge
 from optin_deploy.quality.retrieval import RetrievalJudge
 from optin_deploy.quality.segmentation import SegmentationJudge
 from optin_deploy.scoring.losses import Readout
@@ -50,6 +51,8 @@ def judge_of(
         return PerplexityJudge(dense, rows, masked=metric == "pseudo_perplexity")
     if any(isinstance(label, ClassMap) for label in rows.labels):
         return SegmentationJudge(dense, rows, strict=strict)
+    if any(isinstance(label, Grade) for label in rows.labels):
+        return RankingJudge(dense, rows)
     if reading.kind == "span":
         return AnswerJudge(dense, rows)
     if reading.kind == "multi-label":

@@ -33,7 +33,7 @@ METRICS = {
     "recall_at_1": Metric("Recall@1", rows="queries"),
     "ndcg_at_10": Metric("nDCG@10", rows="queries"),
     "mrr": Metric("Mean reciprocal rank", share=False, rows="queries"),
-    "spearman": Metric("Spearman correlation with the scores", share=False, rows="pairs"),
+    "spearman": Metric("Spearman correlation with the labels", share=False),
     "mean_iou": Metric("Mean IoU", rows="photographs"),
     "pixel_accuracy": Metric("Pixels right", rows="photographs"),
     "perplexity": Metric("Perplexity", less=True, share=False),
@@ -44,6 +44,6 @@ METRICS = {
     "same_prediction": Metric("Same prediction as dense", labelled=False),
     "same_prediction_per_token": Metric("Same prediction as dense, of all tokens", labelled=False),
     "same_answer": Metric("Same answer as dense", labelled=False),
-    "correlation_with_dense": Metric("Correlation with the dense predictions, whatever the labels", labelled=False),
+    "correlation_with_dense": Metric("Correlation with the dense predictions", labelled=False),
 }
 """Metrics by the names that reports hold. A new one is a row here and what computes it beside this file."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from optin_deploy.data.class_maps import UNKNOWN, ClassMap
 from optin_deploy.data.label_order import check_order
 from optin_deploy.data.labels import class_number
-from optin_deploy.data.targets import Answers, Role
+from optin_deploy.data.targets import Answers, Grade, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import MASK, Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import entity_f1, tags_spans
-from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels
+from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
 
@@ -114,8 +114,13 @@ class NetworkJudge:
 
     def _of_numbers(self, dense: list[Tensor], cut: list[Tensor]) -> Quality:
         if self._first.values.shape[1:] == (1, 1):
-            found = correlation(torch.cat(dense).flatten(), torch.cat(cut).flatten())
-            return Quality("correlation_with_dense", 1.0, found, len(self.rows))
+            before, after = torch.cat(dense).flatten(), torch.cat(cut).flatten()
+            same = (1.0, correlation(before, after))
+            wanted = _numbers(self.rows.labels)
+            if wanted is None:
+                return Quality("correlation_with_dense", *same, len(self.rows))
+            one, other = spearman(wanted, before.tolist()), spearman(wanted, after.tolist())
+            return Quality("spearman", one, other, len(self.rows), {"correlation_with_dense": same})
         moved = sum(float((a - b).double().square().sum()) for a, b in zip(dense, cut, strict=True))
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
@@ -154,6 +159,15 @@ class NetworkJudge:
         return known_labels(read, self.rows.origin, strict=strict)
 
 
+def _numbers(labels: Sequence[Label]) -> list[float] | None:
+    """Labels as numbers; None: some are none, or all are equal."""
+    try:
+        found = [float(label) for label in labels if isinstance(label, int | float | str)]
+    except ValueError:
+        return None
+    return found if len(found) == len(labels) and len(set(found)) > 1 else None
+
+
 def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
     """A label as classes of the positions, (positions,)."""
     positions = note.values.shape[1]
@@ -164,7 +178,7 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
     if isinstance(label, tuple) and len(label) == positions > 1:
         numbers = [UNKNOWN if tag is None else class_number(tag, names, note.classes) for tag in label]
         return torch.tensor(numbers)
-    if isinstance(label, tuple | Answers | Role):
+    if isinstance(label, tuple | Answers | Role | Grade):
         raise BadInput(f"a label is {short(label)}, and the network puts out classes of {positions} positions.")
     if isinstance(label, Tensor):
         if len(label) != positions or int(label.max()) >= note.classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -88,6 +88,15 @@ def known_labels(read: Callable[[], T], origin: str, *, strict: bool) -> T | Non
             raise BadInput(f"{origin}: {err} Correct the labels, or leave out all of them.") from err
         log.warning("%s: %s No label is used: agreement is measured", origin, err)
         return None
+
+
+def spearman(wanted: Sequence[float], found: Sequence[float]) -> float:
+    """Spearman's rank correlation; 0 where it is undefined, as of constant outputs."""
+    from scipy.stats import spearmanr
+
+    if len(set(wanted)) == 1 or len(set(found)) == 1:
+        return 0.0
+    return float(spearmanr(wanted, found).statistic)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
-from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.quality.quality import Quality, check_finite, spearman
+from optin_deploy.quality.ranking import Ranking, ranked
 from optin_deploy.scoring.losses import Readout
 
-TOP = 10
-"""Texts that a search gives."""
+FIGURES = "recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"
+"""Names of the figures of a ranking."""
 
 
 class RetrievalJudge:
@@ -73,28 +74,18 @@ class RetrievalJudge:
     def _figures(self, vectors: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
         if self._queries:
-            each = torch.tensor([self._search(vectors, place, wanted) for place, wanted in self._queries.items()])
-            found = dict(zip(("recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"), each.mean(0).tolist(), strict=True))
+            each = [astuple(self._search(vectors, place, wanted)) for place, wanted in self._queries.items()]
+            found = dict(zip(FIGURES, torch.tensor(each).mean(0).tolist(), strict=True))
         if len(self._pairs) > 1:
-            from scipy.stats import spearmanr
-
             cosines = [float(vectors[one] @ vectors[other]) for one, other, _ in self._pairs]
-            found["spearman"] = float(spearmanr(cosines, [score for *_, score in self._pairs]).statistic)
+            found["spearman"] = spearman([score for *_, score in self._pairs], cosines)
         return found
 
-    def _search(self, vectors: Tensor, place: int, wanted: list[int]) -> tuple[float, float, float, float]:
-        """Recall@10, recall@1, nDCG@10 and the reciprocal rank of the first of one query's texts.
-
-        A text that is found with the same cosine as another stands behind it: equal vectors bring nothing.
-        """
+    def _search(self, vectors: Tensor, place: int, wanted: list[int]) -> Ranking:
+        """Figures of one query among all candidates."""
         scores = (vectors[self._candidates] @ vectors[place]).double()
         if place in self._own:
             scores[self._own[place]] = -torch.inf  # a text does not find itself
         right = torch.zeros(len(scores), dtype=torch.bool)
         right[wanted] = True
-        found = scores[right].sort(descending=True).values
-        before = (scores[~right] >= found.unsqueeze(1)).sum(1)  # of the others
-        ranks = (before + torch.arange(1, len(found) + 1)).tolist()
-        gains = [1 / math.log2(rank + 1) for rank in ranks if rank <= TOP]
-        best = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(ranks), TOP) + 1))
-        return len(gains) / len(ranks), float(ranks[0] == 1) / len(ranks), sum(gains) / best, 1 / ranks[0]
+        return ranked(scores, right)

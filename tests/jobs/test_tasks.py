@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, ndcg_score
 
 import optin_deploy
 from optin_deploy.checkpoint.tasks import infer_task
@@ -225,3 +225,25 @@ def test_embeddings_are_judged_by_searches(tmp_path: Path, shell: tiny.Shell) ->
         found = float((scores.argsort(descending=True)[:, :10] == torch.arange(30).unsqueeze(1)).any(1).double().mean())
         told = (quality["dense"], quality["pruned"])[place]
         assert told == pytest.approx(found, abs=0.07)  # near ties: rows are padded, and run by another engine
+
+
+def test_a_reranker_is_judged_by_its_rankings(tmp_path: Path, shell: tiny.Shell) -> None:
+    folder, texts = (
+        tiny._save_text(transformers.BertForSequenceClassification, "rank", seed=11, num_labels=1),
+        unseen(90),
+    )
+    rows = [{"query": texts[i], "positive": [texts[30 + i]], "negative": texts[60:66]} for i in range(30)]
+    quality = job(folder, rows, tmp_path, shell)["quality"]
+    assert (quality["metric"], quality["samples"]) == ("ndcg_at_10", 30)
+    dense, cut = transformers.BertForSequenceClassification.from_pretrained(folder), optin_deploy.load(tmp_path / "out")
+    for place, model in enumerate((dense.eval(), cut)):
+        scores = [
+            [
+                float(given(model, folder, row["query"], other)[0].logits)
+                for other in (*row["positive"], *row["negative"])
+            ]
+            for row in rows
+        ]
+        wanted = np.eye(1, 7).repeat(len(rows), 0)
+        told = (quality["dense"], quality["pruned"])[place]
+        assert told == pytest.approx(ndcg_score(wanted, scores, k=10), abs=0.03)  # near ties

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, ndcg_score
 from torch import Tensor
 
-from optin_deploy.data.targets import Answers, Role
+from optin_deploy.data.targets import Answers, Grade, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.quality.answers import answer, f1, plain
@@ -243,6 +243,51 @@ def test_queries_without_their_texts_are_refused() -> None:
     reading = Reading("y", "embedding")
     with pytest.raises(BadInput, match="no query of the rows that judge has its text to be found among them"):
         judge_of(read({"y": drawn(12, 4)}, reading), reading, rows(labels))
+
+
+def test_rankings_are_judged_as_by_scikit_learn() -> None:
+    """Twenty queries with six texts each, two of which fit; one query has none that does not, and does not count."""
+    scores, cut = drawn(126, 1, seed=3), drawn(126, 1, seed=4)
+    fits = [place % 6 < 2 for place in range(120)] + [True] * 6
+    labels: list[Label] = [Grade(place // 6, float(fits[place])) for place in range(126)]
+    order = torch.randperm(126, generator=torch.Generator().manual_seed(2))
+    reading, feeds = Reading("y", "regression"), rows([labels[i] for i in order])
+    found = judge_of(read({"y": scores[order]}, reading), reading, feeds).compare(read({"y": cut[order]}, reading))
+    assert (found.metric, found.samples) == ("ndcg_at_10", 20)
+    wanted = np.array(fits[:120]).reshape(20, 6)
+    for place, each in enumerate((scores, cut)):
+        table = each[:120].reshape(20, 6).numpy()
+        assert (found.dense, found.pruned)[place] == pytest.approx(ndcg_score(wanted, table, k=10))
+        first = (-table).argsort(1).argsort(1)[wanted].reshape(20, 2).min(1) + 1
+        assert found.beside["mrr"][place] == pytest.approx(float((1 / first).mean()))
+    classes = torch.cat((torch.zeros_like(scores), scores), 1)  # two classes rank as their difference does
+    reading = Reading("y", "logits")
+    again = judge_of(read({"y": classes}, reading), reading, rows(labels)).compare(read({"y": classes}, reading))
+    assert again.dense == again.pruned == pytest.approx(found.dense)
+
+
+def test_rankings_of_three_classes_or_without_other_texts_are_refused() -> None:
+    reading = Reading("y", "logits")
+    graded: list[Label] = [Grade(place // 4, float(place % 2)) for place in range(12)]
+    with pytest.raises(BadInput, match="this one puts out 3 numbers"):
+        judge_of(read({"y": drawn(12, 3)}, reading), reading, rows(graded))
+    with pytest.raises(BadInput, match="no query of the rows that judge has texts that fit it and texts that do not"):
+        judge_of(read({"y": drawn(12, 1)}, reading), reading, rows([Grade(0, 1.0)] * 12))
+
+
+def test_numbers_are_judged_by_numbers() -> None:
+    dense, cut, wanted = drawn(40, 1, seed=5), drawn(40, 1, seed=6), [float(each) for each in drawn(40, 1, seed=7)]
+    reading = Reading("y", "regression")
+    for labels, metric in ((wanted, "spearman"), ([str(each) for each in wanted], "spearman"), (["a"] * 40, None)):
+        judge = judge_of(read({"y": dense}, reading), reading, rows([*labels]))
+        found = judge.compare(read({"y": cut}, reading))
+        assert found.metric == (metric or "correlation_with_dense")
+        if metric:
+            assert found.dense == pytest.approx(spearmanr(wanted, dense[:, 0]).statistic)
+            assert found.pruned == pytest.approx(spearmanr(wanted, cut[:, 0]).statistic)
+            assert found.beside["correlation_with_dense"][1] == pytest.approx(
+                float(np.corrcoef(dense[:, 0], cut[:, 0])[0, 1]), rel=1e-4
+            )
 
 
 KINDS: list[tuple[Kind, Label]] = [("logits", Role(0, (1,))), ("logits", Answers("", ())), ("regression", ("a", "b"))]

@@ -1,0 +1,1 @@
+"""Encoders as they are served, cut without training: embeddings, rerankers, entities, answers, several labels."""

@@ -1,0 +1,196 @@
+"""What encoders as they are served lose when they are cut, with nothing trained after the cut.
+
+Real models: all-MiniLM-L6-v2 and all-mpnet-base-v2 as folders of sentence-transformers, a tagger of personal data, and
+models that a committed recipe trains in minutes. What is finished is not done again.
+Run: `python -m benchmarks.encoders --record`; `--models reranker` for one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.data import minilm_folder
+from benchmarks.encoders import recipes, rows
+from benchmarks.record import RESULTS, command_of, write_result
+from benchmarks.zoo.models import mpnet, rampart
+from optin_deploy.files.storage import read_json, write_json
+from optin_deploy.jobs.checked import checked_job
+from optin_deploy.jobs.export import export_model
+from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.planner import Planner
+from optin_deploy.jobs.sweep import SweepPoint, sweep
+from optin_deploy.jobs.workspace import Workspace
+from optin_deploy.planning.budget import Limits
+from optin_deploy.pruning.pruning import make
+from optin_deploy.pruning.source import Source
+from optin_deploy.quality.metrics import METRICS
+from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.report import to_table
+from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
+
+NAME = "encoders"
+SHARES = (0.6, 0.4)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with its rows."""
+
+    what: str
+    folder: Callable[[Path], Path]
+    """Takes the folder that keeps trained models and downloads."""
+    rows: Callable[[Path, Path], rows.Paths]
+    task: str | None = None
+    samples: int = 1024
+    seq_len: int | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws its own rows that calibrate."""
+
+
+ENCODERS = {
+    "minilm": Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches),
+    "mpnet": Encoder(
+        "all-mpnet-base-v2, 1,000 headlines for their articles",
+        lambda _: mpnet(),
+        rows.searches,
+        samples=512,
+        seq_len=128,
+        seeds=(0,),
+    ),
+    "first-token": Encoder(
+        "MiniLM fine-tuned to embed by its first token, 1,000 headlines", recipes.embedder, rows.searches, seq_len=128
+    ),
+    "reranker": Encoder(
+        "MiniLM fine-tuned as cross-encoder, 400 headlines with ten articles each",
+        recipes.reranker,
+        rows.rankings,
+        task="text-ranking",
+        seq_len=128,
+    ),
+    "reader": Encoder(
+        "MiniLM fine-tuned for answers, sentences with a gap about 400 articles",
+        recipes.reader,
+        rows.answers,
+        seq_len=144,
+    ),
+    "entities": Encoder("Tagger of personal data (rampart), 1,000 filled letters", lambda _: rampart(), rows.entities),
+    "labels": Encoder("MiniLM fine-tuned for R8, each topic a yes or a no", recipes.labeller, rows.labels, seq_len=64),
+}
+FIRST_TOKEN = "first-token"
+
+
+def main() -> None:
+    """Do all, print, and keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(ENCODERS), choices=list(ENCODERS))
+    parser.add_argument("--flops", type=float, nargs="+", default=list(SHARES))
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of each model's seeds")
+    parser.add_argument("--out", type=Path, default=Path("out/encoders"), help="keeps the jobs")
+    parser.add_argument("--tasks", type=Path, default=Path("out/tasks"), help="keeps trained models and downloads")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    quiet_libraries()
+    found: dict[str, dict[int, list[SweepPoint]]] = {}
+    by_mean: dict[int, list[Quality]] = {}
+    for name in options.models:
+        encoder = ENCODERS[name]
+        calibration, evaluation = encoder.rows(options.out / name, options.tasks)
+        for seed in options.seeds or encoder.seeds:
+            source = Source(
+                str(encoder.folder(options.tasks)),
+                task=encoder.task,
+                calibration=str(calibration),
+                evaluation=str(evaluation),
+                samples=encoder.samples,
+                seq_len=encoder.seq_len,
+                seed=seed,
+            )
+            home = options.out / name / f"seed{seed}"
+            found.setdefault(name, {})[seed] = swept(source, options.flops, home)
+            if name == FIRST_TOKEN:
+                by_mean[seed] = chosen_by_mean(source, options.flops, home)
+    text = page(found, by_mean)
+    print(text)
+    data = {
+        name: {
+            str(seed): [vars(point) | {"quality": point.quality.to_json()} for point in p] for seed, p in each.items()
+        }
+        for name, each in found.items()
+    }
+    extra = {"chosen_by_mean": {str(seed): [each.to_json() for each in p] for seed, p in by_mean.items()}}
+    write_result(
+        RESULTS if options.record else options.out,
+        NAME,
+        {"points": data, **extra},
+        text,
+        command_of("benchmarks.encoders"),
+    )
+
+
+def swept(source: Source, shares: Sequence[float], out: Path) -> list[SweepPoint]:
+    """What models at these shares of the MACs are worth; scores and curves are made once."""
+    return sweep(planner_of(source, shares, out), shares, stage=stage_bar)
+
+
+def planner_of(source: Source, shares: Sequence[float], out: Path) -> Planner:
+    """Plans of a job whose scores and curves are made."""
+    job = Job(source, Limits(flops=shares[0]), points=(), dense=False)
+    if not (out / "report.json").is_file():
+        export_model(job, out, stage=stage_bar)
+    asked = checked_job(job, out)
+    return Planner(Workspace(out), asked.prepared, asked.choice)
+
+
+def chosen_by_mean(source: Source, shares: Sequence[float], out: Path) -> list[Quality]:
+    """What an embedder by its first token is worth where scores, curves and repairs are of the mean of its tokens."""
+    place = out / "by-mean.json"
+    if not place.is_file():
+        folder = recipes.pooled_by_mean(Path(source.model), out.parent / "mean")
+        own = planner_of(source, shares, out).prepared.ready
+        planner = planner_of(replace(source, model=str(folder)), shares, out.with_name(f"{out.name}-mean"))
+        ready = planner.prepared.ready
+        found = []
+        for share in shares:
+            made = make(ready, planner.plan(Limits(flops=share)))
+            found.append(own.quality_of(made.network).to_json())
+        write_json(place, {"qualities": found})
+    return [Quality(**each) for each in read_json(place, "Delete it.")["qualities"]]
+
+
+def page(found: Mapping[str, Mapping[int, Sequence[SweepPoint]]], by_mean: Mapping[int, Sequence[Quality]]) -> str:
+    """What each model loses, as means over its calibration sets with each of them in brackets."""
+    rows = []
+    for name, swept in found.items():
+        for place, points in enumerate(zip(*swept.values(), strict=True)):
+            qualities = [point.quality for point in points]
+            rows.append((ENCODERS[name].what, f"{points[0].flops:.0%}", *_figures(qualities)))
+            if name == FIRST_TOKEN and by_mean:
+                others = [each[place] for each in by_mean.values()]
+                what = "the same, scored and repaired for the mean of its tokens"
+                rows.append((what, f"{points[0].flops:.0%}", *_figures(others)))
+    lines = [
+        "# Encoders as they are served",
+        "Nothing is trained after the cut. Means over calibration sets, with each in brackets; judged on other rows.",
+        to_table(("model and rows", "MACs", "judged by", "dense", "cut", "points lost", "beside"), rows),
+    ]
+    return "\n\n".join(lines)
+
+
+def _figures(qualities: Sequence[Quality]) -> tuple[str, ...]:
+    first = qualities[0]
+    drops = [each.drop for each in qualities]
+    told = f"{mean(drops):.2f}" + (f" ({', '.join(f'{drop:.2f}' for drop in drops)})" if len(drops) > 1 else "")
+    beside = ", ".join(
+        f"{METRICS[name].told} {dense:.3f} to {mean(each.beside[name][1] for each in qualities):.3f}"
+        for name, (dense, _) in first.beside.items()
+    )
+    cut = mean(each.pruned for each in qualities)
+    return METRICS[first.metric].told, f"{first.dense:.4f}", f"{cut:.4f}", told, beside
+
+
+if __name__ == "__main__":
+    main()

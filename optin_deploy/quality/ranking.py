@@ -1,0 +1,98 @@
+"""What a cut did to rerankers: where the texts that fit a query stand among all that were offered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optin_deploy.data.targets import Grade
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import Feeds
+from optin_deploy.quality.quality import Quality, check_finite, correlation
+from optin_deploy.scoring.losses import Readout
+
+TOP = 10
+"""Texts of a list that are looked at."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Figures of one query."""
+
+    recall: float
+    """Share of its texts among the first ten."""
+    first: float
+    """Share of its texts that stand first: one at most does."""
+    gain: float
+    """nDCG@10, all fitting texts alike."""
+    reciprocal: float
+    """1 through the rank of the first fitting text."""
+
+
+def ranked(scores: Tensor, right: Tensor) -> Ranking:
+    """Figures of a query by the score of each text, (texts,), and whether it fits, (texts,).
+
+    A text with the same score as another stands behind it: equal scores bring nothing.
+    """
+    found = scores[right].sort(descending=True).values
+    before = (scores[~right] >= found.unsqueeze(1)).sum(1)  # of the others
+    ranks = (before + torch.arange(1, len(found) + 1)).tolist()
+    gains = [1 / math.log2(rank + 1) for rank in ranks if rank <= TOP]
+    best = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(ranks), TOP) + 1))
+    return Ranking(len(gains) / len(ranks), float(ranks[0] == 1) / len(ranks), sum(gains) / best, 1 / ranks[0])
+
+
+class RankingJudge:
+    """Compares cut networks with the dense one by how each ranks the texts of every query."""
+
+    def __init__(self, dense: Iterable[Readout], rows: Feeds) -> None:
+        """Read what the dense network gives.
+
+        Raises: BadInput: the network does not put out one number or two classes a row, or no query has texts of both
+            kinds.
+        """
+        self.rows = rows
+        places: dict[int, list[tuple[int, bool]]] = {}
+        for place, label in enumerate(rows.labels):
+            if isinstance(label, Grade):
+                places.setdefault(label.query, []).append((place, label.grade > 0))
+        self._queries = [found for found in places.values() if len({fits for _, fits in found}) == 2]
+        if not self._queries:
+            raise BadInput(
+                f"{rows.origin}: no query of the rows that judge has texts that fit it and texts that do not. Give "
+                "rows with `query` and lists `positive` and `negative`, by --eval."
+            )
+        self._dense = self._scores(dense)
+        self._before = self._figures(self._dense)
+
+    def compare(self, cut: Iterable[Readout]) -> Quality:
+        """Return nDCG@10 of both networks, and the reciprocal rank of the first fitting text."""
+        found = self._scores(cut)
+        (gain, reciprocal), before = self._figures(found), self._before
+        beside = {
+            "mrr": (before[1], reciprocal),
+            "correlation_with_dense": (1.0, correlation(self._dense, found)),
+        }
+        return Quality("ndcg_at_10", before[0], gain, len(self._queries), beside)
+
+    def _scores(self, readouts: Iterable[Readout]) -> Tensor:
+        """One score a row, (rows,): the number, or how much more the second class is than the first."""
+        values = torch.cat([readout.values.float().cpu() for readout in readouts])
+        check_finite(values, self.rows.origin)
+        if values.shape[1] != 1 or values.shape[2] > 2:
+            raise BadInput(
+                f"{self.rows.origin}: rows with `positive` and `negative` judge networks that put out one score for a "
+                f"pair of texts; this one puts out {values.shape[2]} numbers at {values.shape[1]} positions."
+            )
+        return values[:, 0, -1] - (values[:, 0, 0] if values.shape[2] == 2 else 0)
+
+    def _figures(self, scores: Tensor) -> tuple[float, float]:
+        found = []
+        for query in self._queries:
+            chosen, fits = zip(*query, strict=True)
+            found.append(ranked(scores[list(chosen)], torch.tensor(fits)))
+        return sum(each.gain for each in found) / len(found), sum(each.reciprocal for each in found) / len(found)
