@@ -41,10 +41,14 @@ GAP = "[MASK]"
 
 @cache
 def articles() -> tuple[Article, ...]:
-    """The news in an order of their own."""
+    """The news in an order of their own, of those that begin alike only one."""
     found = bbc_headlines()
     Random(0).shuffle(found)
-    return tuple(found)
+    return tuple({_beginning(body): (title, body) for title, body in found}.values())
+
+
+def _beginning(body: str) -> str:
+    return " ".join(body.split()[:BODY_WORDS])
 
 
 def searches(out: Path, _: Path) -> Paths:
@@ -66,7 +70,7 @@ def offered(some: Iterable[Article]) -> list[tuple[str, list[str]]]:
     """Headlines with the beginning of their body, then of those bodies that are most like the headline."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    titles, bodies = zip(*((title, " ".join(body.split()[:BODY_WORDS])) for title, body in some), strict=True)
+    titles, bodies = zip(*((title, _beginning(body)) for title, body in some), strict=True)
     words = TfidfVectorizer(stop_words="english")
     alike = (words.fit_transform([*bodies, *titles])[len(bodies) :] @ words.transform(bodies).T).toarray()
     np.fill_diagonal(alike, np.inf)
