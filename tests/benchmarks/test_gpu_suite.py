@@ -184,6 +184,7 @@ def test_the_suites_attention_equals_eager_attention_with_and_without_padding() 
         model = build("tiny", CPU)
 
 
+@pytest.mark.slow
 def test_the_smoke_runs_without_optional_packages_and_a_second_call_skips_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ cli.export_main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_pressed_again_and_again_ends_cleanly(tmp_path: Path) -> None:
     """Five times in the middle of a file, and again while it is cleared away."""
     options = [str(bert()), *map(str, text_options(lines(), tmp_path / "out")), "--engine", "torch", "--no-dense"]

@@ -406,6 +406,7 @@ def test_help_has_a_panel_for_scoring_and_one_for_many_processes_with_examples(s
 # Ctrl-C
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_the_same_command_goes_on_and_scores_no_finished_part_again(shell: Shell, tmp_path: Path) -> None:
     out, log = tmp_path / "work", Log(tmp_path / "log")
     options = score_options(out, "--scorer", "exact")

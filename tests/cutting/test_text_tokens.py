@@ -327,6 +327,7 @@ def test_tokens_of_a_text_are_not_merged(shell: Shell, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--tokens", 0.8), ("--units", "heads,neurons,tokens")])
 def test_a_job_drops_tokens_of_texts(options: tuple[str, ...], shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "x"

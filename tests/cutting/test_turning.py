@@ -218,6 +218,7 @@ def test_turned_queries_stay_from_the_front() -> None:
     assert all(units == tuple(range(len(units))) for units in kept)
 
 
+@pytest.mark.slow
 def test_a_model_of_narrower_heads_is_tuned_with_other_rows(shell: Shell, tmp_path: Path) -> None:
     options = [*text_options(lines(), tmp_path / "job"), "--units", "heads,neurons,qk-width,v-width", "--align", 2]
     ran = shell("optin-export", classifier(), *options, "--threads", 1)

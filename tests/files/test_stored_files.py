@@ -240,6 +240,7 @@ def any_value(whole: Path, monkeypatch: pytest.MonkeyPatch, cases: int, *, every
     assert trees_of(whole) == trees
 
 
+@pytest.mark.slow
 def test_any_value_in_any_field_of_any_file_is_no_traceback(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     any_value(whole, monkeypatch, 100)
 

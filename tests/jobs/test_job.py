@@ -323,6 +323,7 @@ def test_image_points_have_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run_job(tmp_path / "other", source, dense=True, points=(Point(batch=1, seq=999),))
 
 
+@pytest.mark.slow
 def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = [run_job(out, replace(text_source(), seq_len=length)).macs["dense"] for length in (32, 40, 32)]

@@ -121,6 +121,7 @@ def test_fused_nodes_count_for_the_block_before_them_and_warm_up_is_left_out() -
     assert found.busy_ms == pytest.approx(0.335)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert+head", "vit", "gpt2"])
 def test_a_real_profile_finds_every_block(name: str, tmp_path: Path) -> None:
     model, path = tiny_model(name), tmp_path / "model.onnx"

@@ -150,6 +150,7 @@ def test_sizes_are_part_of_the_key() -> None:
     assert len({dense_of(source).key for source in sources}) == 3
 
 
+@pytest.mark.slow
 def test_a_graph_that_holds_for_one_size_is_refused(tmp_path: Path) -> None:
     """BEiT's table of relative places is made for one size while it is traced."""
     sizes = {**SIZES, "intermediate_size": 40, "use_relative_position_bias": True}
@@ -195,6 +196,7 @@ def test_engines_with_profiles_refuse_free_heights_and_widths() -> None:
         checked_job(Job(source, Limits(flops=0.9), engine="trt-rtx"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_engines_that_run_modules_scale_positions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--calibration", photos(), "--samples", 8, "--flops", 0.7, "--image-size", "48x32", "--engine", "torch"]

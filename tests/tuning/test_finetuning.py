@@ -121,6 +121,7 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
         np.testing.assert_allclose(found, loaded(**feeds)["logits"].numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
     monkeypatch.setattr("optin_deploy.tuning.trainer.STEPS", 2)
     options = ("--data", labelled(), "--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
@@ -190,6 +191,7 @@ def test_other_rows_labels_or_networks_begin_anew(tmp_path: Path) -> None:
     assert len(set(seen)) == 4
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, tmp_path: Path) -> None:
     folder = copy_of(finished_job(), tmp_path / "job")
     options = ("--data", labelled(), "--learning-rate", 1e-3)
@@ -245,6 +247,7 @@ def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path)
         finetune(ready, smaller, Tuning(epochs=0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, shell: Shell, tmp_path: Path) -> None:
