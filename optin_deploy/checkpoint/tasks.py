@@ -45,8 +45,8 @@ class Task:
         return PROBLEMS.get(getattr(config, "problem_type", None)) if self.classifies else None
 
 
-WAVE = ("Wav2Vec2", "Wav2Vec2Bert", "Wav2Vec2Conformer", "Hubert", "WavLM", "Data2VecAudio")
-AUDIO = (*WAVE, "SEW", "SEWD", "UniSpeech", "UniSpeechSat")
+AUDIO: tuple[str, ...] = ("Wav2Vec2", "Wav2Vec2Bert", "Wav2Vec2Conformer", "Hubert", "WavLM", "Data2VecAudio")
+AUDIO += ("SEW", "SEWD", "UniSpeech", "UniSpeechSat")
 """Models of sound whose classifiers are called as those of texts."""
 
 OWN = (
