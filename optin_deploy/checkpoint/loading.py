@@ -18,7 +18,7 @@ from optin_deploy.checkpoint.smaller import MANIFEST
 from optin_deploy.checkpoint.tasks import PROBLEMS, Task, infer_task, task_of, tasks
 from optin_deploy.common.guard import inference
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.inputs import example_inputs, longest_text
+from optin_deploy.feeds.inputs import example_inputs, longest_text, takes_images, takes_text
 from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.feeds.sentence_modules import SentenceModules, embeds
 from optin_deploy.files.wall import blamed, shown, wall
@@ -37,7 +37,7 @@ class LoadedModel:
     model: nn.Module
     task: Task
     preprocessor: Any
-    """Tokenizer for text, image processor for images."""
+    """Tokenizer for text, image processor for images; None: it takes sound, which comes as arrays."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What travels along unchanged with a pruned model, by path in the folder."""
     sentence: SentenceModules | None = None
@@ -45,8 +45,13 @@ class LoadedModel:
 
     @property
     def is_text(self) -> bool:
-        """True: takes input_ids; False: takes pixel_values."""
-        return bool(self.model.main_input_name != "pixel_values")
+        """Whether it takes input_ids."""
+        return takes_text(self.model)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it takes pixel_values."""
+        return takes_images(self.model)
 
 
 def load_dense(name: str, task: str | None = None) -> LoadedModel:
@@ -134,7 +139,7 @@ def _check_config(source: Path, config: Any, task: Task) -> None:
     Raises: BadInput.
     """
     for name in ("add_cross_attention", "is_encoder_decoder"):
-        if getattr(config, name, False):
+        if getattr(config, name, False) and task.name != "audio-classification":  # Whisper's is its encoder's
             raise BadInput(
                 f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
                 "Give an encoder, or a decoder alone."

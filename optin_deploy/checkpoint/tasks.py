@@ -45,6 +45,10 @@ class Task:
         return PROBLEMS.get(getattr(config, "problem_type", None)) if self.classifies else None
 
 
+AUDIO: tuple[str, ...] = ("Wav2Vec2", "Wav2Vec2Bert", "Wav2Vec2Conformer", "Hubert", "WavLM", "Data2VecAudio")
+AUDIO += ("SEW", "SEWD", "UniSpeech", "UniSpeechSat")
+"""Models of sound whose classifiers are called as those of texts."""
+
 OWN = (
     Task("feature-extraction", "AutoModel", ("Model",), embeds=True),
     Task("sentence-similarity", "AutoModel", embeds=True),
@@ -59,6 +63,12 @@ OWN = (
         "image-classification",
         "AutoModelForImageClassification",
         ("ForImageClassification", "ForImageClassificationWithTeacher"),
+        classifies=True,
+    ),
+    Task(
+        "audio-classification",
+        "AutoModelForAudioClassification",
+        ("ForAudioClassification", *(f"{name}ForSequenceClassification" for name in AUDIO)),
         classifies=True,
     ),
     Task("image-feature-extraction", "AutoModel", embeds=True),

@@ -13,13 +13,25 @@ from optin_deploy.network.examples import SERVED_SIZE as IMAGE_SIZE
 
 LOGITS = ("Classification", "QuestionAnswering", "CausalLM", "MaskedLM", "LMHead")
 """Parts of the names of classes that put out logits."""
+SOUND = ("input_values", "input_features")
+"""Main inputs of models that take sound: waves, or spectra."""
 VOLATILE = ("architectures", "dtype", "transformers_version")
 """Entries of a config that may differ between a model in memory and the same model read back."""
 
 
+def takes_images(model: nn.Module) -> bool:
+    """Does the model take pixel_values?"""
+    return bool(getattr(model, "main_input_name", "") == "pixel_values")
+
+
+def takes_text(model: nn.Module) -> bool:
+    """Does the model take input_ids, and neither images nor sound?"""
+    return not takes_images(model) and getattr(model, "main_input_name", "") not in SOUND
+
+
 def input_names(model: nn.Module) -> tuple[str, ...]:
     """Input names in the order of CONTRACT: text with or without token types, or images."""
-    if getattr(model, "main_input_name", "") == "pixel_values":
+    if takes_images(model):
         return ("pixel_values",)
     types = getattr(model.config, "type_vocab_size", 0) > 1
     takes_types = "token_type_ids" in inspect.signature(model.forward).parameters

@@ -17,7 +17,7 @@ from torch import nn
 from optin_deploy.common.extras import require
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.inputs import gives_logits, input_names
+from optin_deploy.feeds.inputs import gives_logits, input_names, takes_images, takes_text
 from optin_deploy.feeds.pooling import set_pooling
 from optin_deploy.feeds.raw_tokenizer import PROBES, as_in_file, raw_tokenizer, untold
 from optin_deploy.feeds.sentence_modules import (
@@ -51,7 +51,7 @@ class Beside(NamedTuple):
     """What lies beside the weights of a model."""
 
     preprocessor: Any
-    """Tokenizer for text, image processor for images."""
+    """Tokenizer for text, image processor for images; None: it takes sound, which comes as arrays."""
     files: Mapping[str, bytes]
     """What travels along unchanged with every model that is made of this one, by path in its folder."""
     sentence: SentenceModules | None
@@ -68,6 +68,9 @@ def load_beside(name: str, model: nn.Module) -> Beside:
     if embeds:
         root = sentence_root(folder)
         folder = transformer_folder(root)
+    if not embeds and not takes_text(model) and not takes_images(model):  # sound comes as arrays
+        found = [path for name in IMAGE_SETTINGS if (path := support_file(folder, name)) is not None]
+        return Beside(None, {path.name: path.read_bytes() for path in found}, None)
     preprocessor, files = load_preprocessor(folder, model), {}
     if takes_text(model) and (path := support_file(folder, "tokenizer.json")) is not None:
         files["tokenizer.json"] = path.read_bytes()
@@ -105,11 +108,6 @@ def load_preprocessor(folder: Path, model: nn.Module) -> Any:
 
     with wall(f"{folder} has no usable {kind}", step):
         return built(folder, model)
-
-
-def takes_text(model: nn.Module) -> bool:
-    """True: the model takes input_ids; False: pixel_values."""
-    return bool(model.main_input_name != "pixel_values")
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import QualityLimit
 from optin_deploy.files.names import JOB
 from optin_deploy.files.storage import write_json, write_text
+from optin_deploy.jobs.artifact_quality import artifact_qualities, quality_of
 from optin_deploy.jobs.bench import measure
 from optin_deploy.jobs.building import Built, build, forms_in
 from optin_deploy.jobs.checked import CheckedJob, checked_job
@@ -19,7 +20,7 @@ from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.profiling import read_table, table_at
 from optin_deploy.jobs.proving import check_engine
-from optin_deploy.jobs.reported import notes_of, quality_of, report_of
+from optin_deploy.jobs.reported import notes_of, report_of
 from optin_deploy.jobs.samples import record_samples
 from optin_deploy.jobs.stage_memory import over_budget, resident_bytes
 from optin_deploy.jobs.stages import StoredCut, dense_stage, rewrite_stage, score_stage
@@ -31,6 +32,7 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifacts import Opening
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.artifact_table import artifact_warnings
 from optin_deploy.reporting.report import Report, to_markdown
 
 log = logging.getLogger(__name__)
@@ -72,17 +74,19 @@ def export_model(
     with clock("check"):
         parity = check_engine(built, forms, prepared.ready.rows.calibration.batches)
         quality = quality_of(prepared, made.network, built)
+        artifacts, left_out = artifact_qualities(prepared, made.network, built, quality)
         record_samples(workspace, prepared, made.network)
     latency = _measured(asked, built, made, clock)
     verdict = None if limits.time is None else verdict_on(limits.time, latency[0])
     parity = {"masked_vs_rewritten": made.error, **parity}
-    notes = [*notes_of(asked, made, built, rounds, quality), *_over_budget(clock, loaded_bytes, budget)]
+    notes = [*notes_of(asked, made, built, rounds, quality), *artifact_warnings(artifacts), *left_out]
+    notes += _over_budget(clock, loaded_bytes, budget)
     report = report_of(asked, made, built, quality, parity, latency, clock, workspace.model_folder)
     if verdict is not None:
         tried = [asdict(each) for each in rounds]
         report = replace(report, settings={**report.settings, "rounds": tried})
         notes.append(verdict.sentence)
-    report = replace(report, notes=notes)
+    report = replace(report, notes=notes, artifacts=artifacts)
     write_json(out / "report.json", report.to_json())
     write_text(out / "report.md", to_markdown(report))
     _last_word(job, built, quality, verdict)

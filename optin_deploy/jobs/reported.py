@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from optin_deploy.checkpoint.smaller import MANIFEST, read_saved
 from optin_deploy.common.environment import environment
-from optin_deploy.feeds.rows import MASK, Feeds
 from optin_deploy.jobs.building import Built
 from optin_deploy.jobs.checked import CheckedJob
 from optin_deploy.jobs.clock import Clock
@@ -19,32 +15,9 @@ from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.stages import StoredCut
 from optin_deploy.jobs.time_rounds import Round
 from optin_deploy.measuring.measurement import Measurement
-from optin_deploy.network.graph import Network
 from optin_deploy.planning.plan import PlanCost, describe_merges
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.report import Report
-from optin_deploy.scoring.losses import Readout
-
-
-def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
-    """Return the quality of the engine's own outputs where it runs here in any shape, else that of our own run."""
-    pair, ready = built.pairs[-1] if built.pairs else None, prepared.ready
-    if pair is None or built.obstacle is not None or pair.pruned.shapes:
-        return ready.quality_of(smaller)
-    held_out, reading = ready.rows.held_out, ready.subject.reading
-    assert held_out is not None, "rows that judge were asked for"
-    names = [port.name for port in smaller.inputs]
-
-    def readouts(rows: Feeds) -> Any:
-        with pair.engine.open(pair.pruned.path, precision=pair.precision) as runtime:
-            for batch in rows.batches:
-                found = runtime.run({name: batch[name].numpy() for name in names})
-                values = {name: torch.from_numpy(value) for name, value in found.items()}
-                mask = batch.get(MASK)
-                readout: Readout = reading.read(values, mask if mask is not None and mask.dim() == 2 else None)
-                yield readout
-
-    return ready.judge.compare(readouts(held_out))
 
 
 def report_of(

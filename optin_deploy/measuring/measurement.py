@@ -41,6 +41,11 @@ class Measurement:
         return beside(self.engine, self.precision, self.dense_engine, self.dense_precision)
 
     @property
+    def speedup(self) -> float:
+        """Dense over pruned latency."""
+        return self.timing.speedup
+
+    @property
     def realised(self) -> float:
         """Share of the ideally saved time that is really saved: (1 - 1/speedup) / (1 - 1/ideal)."""
         return (1 - 1 / self.timing.speedup) / (1 - 1 / self.ideal) if self.ideal > 1 else 1.0

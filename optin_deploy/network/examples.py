@@ -51,6 +51,8 @@ def example_of(model: Any) -> Example:
         for name, values in made.items()
     }
     axes = {name: _ROWS[name].axes for name in wanted}
+    if "input_values" in axes and _of_spectra(model):
+        axes["input_values"] = {0: "batch"}
     if "pixel_values" in axes and getattr(model.config, FREE_SIZE, False):
         images = inputs["pixel_values"]  # not square: else exporters take height and width for one
         inputs["pixel_values"] = torch.cat((images, images.flip(-1)), -1)
@@ -102,6 +104,17 @@ def _image(model: Any) -> Tensor:
     return _normal(BATCH, _entry(model.config, "num_channels", CHANNELS), height, width)
 
 
+def _sound(model: Any) -> Tensor:
+    """A wave, or a spectrum of the frames that the table of positions holds."""
+    config = model.config
+    return _normal(BATCH, config.max_length, config.num_mel_bins) if _of_spectra(model) else _normal(BATCH, SAMPLES)
+
+
+def _of_spectra(model: Any) -> bool:
+    """Do the input_values of a model have a size of their own, as patches of spectra?"""
+    return hasattr(model.config, "patch_size")
+
+
 def _features(model: Any) -> Tensor:
     """A spectrum: two frames become one position."""
     return _normal(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)
@@ -125,6 +138,6 @@ _ROWS: Mapping[str, _Row] = {
     "decoder_input_ids": _Row(lambda model: _ids(model, DECODER_LENGTH), {0: "batch", 1: "decoder_length"}),
     "pixel_values": _Row(_image, {0: "batch"}),
     "input_features": _Row(_features, {0: "batch"}),
-    "input_values": _Row(lambda _: _normal(BATCH, SAMPLES), {0: "batch", 1: "samples"}),
+    "input_values": _Row(_sound, {0: "batch", 1: "samples"}),
 }
 """Inputs of transformers models; a new kind is a row."""

@@ -72,7 +72,7 @@ class DenseSource:
     @property
     def processor(self) -> Any:
         """The image processor that was loaded with the model; None: what lies beside the network."""
-        return self.loaded.preprocessor if self.loaded is not None and not self.loaded.is_text else None
+        return self.loaded.preprocessor if self.loaded is not None and self.loaded.is_image else None
 
     @property
     def sentence(self) -> SentenceModules | None:
@@ -105,7 +105,8 @@ class DenseSource:
             return asked
         if not self.loaded.is_text:
             if asked is not None:
-                raise BadInput(f"--seq-len {asked}: images have a size of their own, and no length in tokens.")
+                what = "images have a size" if self.loaded.is_image else "sounds have sizes"
+                raise BadInput(f"--seq-len {asked}: {what} of their own, and no length in tokens.")
             return None
         if asked is not None:
             check_seq_len(self.loaded.model.config, asked)
@@ -132,10 +133,10 @@ def dense_of(source: Source, home: Path | None = None) -> DenseSource:
             network, sha256_json([sha256_file(path), version("onnx")]), class_names=class_names(source.model)
         )
     loaded = load_dense(source.model, source.task)
-    if not loaded.is_text:
+    if loaded.is_image:
         serve_images(loaded, source.image_size, any_size=source.any_size)
     elif source.any_size or source.image_size is not None:
-        raise BadInput(f"{source.model} takes texts: --image-size and --any-size are for models that take images.")
+        raise BadInput(f"{source.model} takes no images: --image-size and --any-size are for models that take images.")
     weights = sha256_tensors(loaded.model.state_dict())
     settings = [type(loaded.model).__name__, config_settings(loaded.model), [version(name) for name in PACKAGES]]
     key = sha256_json([weights, *settings])
@@ -172,7 +173,9 @@ def _try_two(loaded: LoadedModel) -> None:
         with prepared(loaded.model), torch.no_grad():
             loaded.model(**example_of(loaded.model).inputs)
     except refusals as err:
-        step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
-        if not loaded.is_text:
+        step = "Check the sizes in its config.json: they make other inputs than this model takes."
+        if loaded.is_text:
+            step = "Name the padding token in its config.json (pad_token_id), as the tokenizer has it."
+        elif loaded.is_image:
             step = "Check --image-size and preprocessor_config.json: they make other images than this model takes."
         raise BadInput(f"{type(loaded.model).__name__} does not take two samples at once: {err} {step}") from err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from optin_deploy import __version__
 from optin_deploy.files.hub import ID, revision_of
+from optin_deploy.reporting.artifact_table import artifact_table
 from optin_deploy.reporting.findings import StoredReport
 from optin_deploy.reporting.report import to_table
 
@@ -46,6 +47,7 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         "## What was measured",
         " ".join(report.quality_lines),
         to_table(("", "dense", "pruned"), rows),
+        *([to_table(*artifact_table(report))] if report.artifacts else []),
         *_latency(report),
         "## How it was made",
         f"Plan `{report.hashes.get('plan', '')[:12]}`, network `{report.hashes.get('network', '')[:12]}`; `plan.json` "

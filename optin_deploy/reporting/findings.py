@@ -17,6 +17,7 @@ from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.artifact_table import ArtifactQuality
 from optin_deploy.reporting.latency_rows import LatencyRow
 from optin_deploy.reporting.report import SCHEMA_VERSION, quality_lines
 
@@ -91,6 +92,8 @@ class StoredReport(Stored):
     """Highest resident bytes of each stage; absent in reports of earlier versions."""
     groups: tuple[StoredGroup, ...] = ()
     """Groups of a network that was cut in its graph."""
+    artifacts: tuple[ArtifactQuality, ...] = ()
+    """Artifacts of other types beside the float32 networks."""
 
     def __post_init__(self) -> None:
         try:

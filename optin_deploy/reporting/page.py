@@ -14,6 +14,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
 from optin_deploy.files.storage import write_text
 from optin_deploy.reporting import charts
+from optin_deploy.reporting.artifact_table import artifact_table
 from optin_deploy.reporting.charts import latency_chart, ratio_chart, sweep_chart, units_chart
 from optin_deploy.reporting.findings import Findings, StoredReport, read_findings
 from optin_deploy.reporting.latency_rows import LatencyRow
@@ -83,6 +84,7 @@ def render(found: Findings) -> str:
         report=report,
         title=named(report.model) or report.model,
         sizes=size_rows(report),
+        artifacts=artifact_table(report),
         units=[units_chart(kind, of.stay, of.names, cells=kind in FEW) for kind, of in drawn.items()],
         kept_lines=kept_lines(groups),
         kept_rows=kept_rows(groups),

@@ -13,6 +13,7 @@ from optin_deploy.measuring.state import told_of
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.quality.metrics import METRICS, Metric
 from optin_deploy.quality.quality import Quality
+from optin_deploy.reporting.artifact_table import ArtifactQuality, artifact_table
 from optin_deploy.structure.kept import HEADER, KeptGroup, kept_lines, kept_rows
 
 SCHEMA_VERSION = 2
@@ -42,14 +43,19 @@ class Report:
     notes: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
     """Name, kind, kept and all units of each group."""
+    artifacts: Sequence[ArtifactQuality] = ()
+    """Artifacts of other types beside the float32 networks; empty where all artifacts are in float32."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that the process held, by stage."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency")}
-        return {**plain, "quality": self.quality.to_json(), "latency": [m.to_json() for m in self.latency]}
+        plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency", "artifacts")}
+        rows = {"latency": [m.to_json() for m in self.latency]}
+        if self.artifacts:
+            rows["artifacts"] = [row.to_json() for row in self.artifacts]
+        return {**plain, "quality": self.quality.to_json(), **rows}
 
 
 def quality_lines(report: Report) -> list[str]:
@@ -197,6 +203,7 @@ def to_markdown(report: Report) -> str:
         "# Pruning report",
         " ".join(quality_lines(report)),
         to_table(SUMMARY_HEADER, summary_rows(report)),
+        *([to_table(*artifact_table(report))] if report.artifacts else []),
     ]
     if report.latency:
         first = report.latency[0]

@@ -101,11 +101,14 @@ def print_plan(plan: NetworkPlan, units: Mapping[str, int], *, table: bool = Tru
 
 def print_report(report: Report, folder: Path) -> None:
     """What a job found: quality first, then size and latency."""
+    from optin_deploy.reporting.artifact_table import artifact_table
     from optin_deploy.reporting.report import SUMMARY_HEADER, quality_lines, summary_rows
 
     for line in (*quality_lines(report), *report.notes):
         typer.echo(line)
     print_table(SUMMARY_HEADER, summary_rows(report))
+    if report.artifacts:
+        print_table(*artifact_table(report))
     if report.latency:
         print_latency(report.latency)
     typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")

@@ -82,6 +82,9 @@ def test_one_command_builds_proves_and_measures_plans(trt: Any, tmp_path: Path, 
     kinds = ("engine", "precision", "dense_engine", "dense_precision")
     rows = [tuple(row[kind] for kind in kinds) for row in report["latency"]]
     assert rows == [("trt", "fp16", "trt", "fp16"), ("trt", "fp16", "torch", "fp32")]
+    judged = [(row["engine"], row["precision"], row["which"]) for row in report["artifacts"]]
+    typed = [(engine, "fp16", which) for engine in ("onnx", "trt") for which in ("dense", "pruned")]
+    assert judged == [("torch", "fp32", "dense"), ("torch", "fp32", "pruned"), *typed]
     names = {"model.engine", "dense.engine", "model.fp16.onnx", "dense.fp16.onnx", "model.onnx", "dense.onnx"}
     assert names <= set(report["hashes"])
     assert names | {"engine.json", "model.engine.log", "timing.cache"} <= {path.name for path in out.iterdir()}
