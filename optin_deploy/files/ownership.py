@@ -23,7 +23,7 @@ from pathlib import Path
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.byte_lock import ByteLock
-from optin_deploy.files.descriptors import WINDOWS, open_flags
+from optin_deploy.files.descriptors import WINDOWS, open_flags, retried
 from optin_deploy.files.paths import exists, is_empty, is_file, is_folder, sha256_file
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Record:
                 with suppress(OSError):  # somebody's file is in it
                     folder.rmdir()
         elif self.owns(path):
-            path.unlink()
+            retried(path.unlink)
         elif exists(path) and not self.strangers(path):
             self._keep(path)
 
@@ -143,9 +143,9 @@ class Record:
             if found["kind"] == "old" and not exists(place) and is_folder(path):
                 path.rename(place)  # it was killed between the two renames of an exchange
             elif is_folder(path):
-                shutil.rmtree(path)  # its name was drawn at random, so that nobody else writes there
+                retried(shutil.rmtree, path)  # its name was drawn at random, so that nobody else writes there
             elif is_file(path):
-                path.unlink()
+                retried(path.unlink)
 
     def _is_inside(self, path: Path) -> bool:
         """Does it lie in the folder, and not behind a link that leads out of it?"""
@@ -263,7 +263,7 @@ def set_aside(path: Path) -> Path:
     for number in itertools.count(1):
         kept = path.with_name(f"{path.name}.kept{number}")
         if not exists(kept):
-            return path.rename(kept)
+            return retried(path.rename, kept)
     raise AssertionError("unreachable")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.descriptors import remove_folder
 from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
 from optin_deploy.files.storage import atomic_file, json_text, read_json, sha256_json, write_json
 from optin_deploy.files.support_files import support_file
@@ -81,7 +81,7 @@ def finetune_folder(
             found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
         _write(tuned, prepared, plan, found, tuning, sha256_json([prepared.key, plan.hash, known, asdict(tuning)]))
         _copy_support(folder, out, found.names)
-        shutil.rmtree(out / STATE, ignore_errors=True)
+        remove_folder(out / STATE)
     return found
 
 
