@@ -95,10 +95,10 @@ def page(found: dict[int, list[SweepPoint]], queries: int) -> str:
         if not rows:
             rows.append(("dense", *(f"{figures[0][name][0]:.3f}" for name in FIGURES), ""))
         drops = [100 * (each[FIGURES[0]][0] - each[FIGURES[0]][1]) for each in figures]
-        told = f"{mean(drops):.2f} ({', '.join(f'{drop:.2f}' for drop in drops)})"
+        losses = f"{mean(drops):.2f} ({', '.join(f'{drop:.2f}' for drop in drops)})"
         means = (f"{mean(each[name][1] for each in figures):.3f}" for name in FIGURES)
-        rows.append((f"{at_share[0].flops:.0%}", *means, told))
-    header = ("MACs", *(METRICS[name].told for name in FIGURES), "points of recall@10 lost")
+        rows.append((f"{at_share[0].flops:.0%}", *means, losses))
+    header = ("MACs", *(METRICS[name].title for name in FIGURES), "points of recall@10 lost")
     return "\n\n".join(
         [
             f"# Searches: {queries} headlines, each for its article among {queries}",

@@ -28,5 +28,5 @@ class ServerLoad:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.seconds <= 0 or any(each < 1 for each in self.concurrencies):
-            told = f"--batch {self.batch}, --seconds {self.seconds:g}, --concurrency {list(self.concurrencies)}"
-            raise BadInput(f"{told}: all above zero.")
+            given = f"--batch {self.batch}, --seconds {self.seconds:g}, --concurrency {list(self.concurrencies)}"
+            raise BadInput(f"{given}: all above zero.")

@@ -102,15 +102,15 @@ def _model_in(folder: Path, plan: NetworkPlan) -> tuple[str, Network]:
 def _write(tuned: Workspace, prepared: Prepared, plan: NetworkPlan, found: Tuned, tuning: Tuning, key: str) -> None:
     """Write the model, last but for what is recorded of it, and what belongs to it."""
     network = prepared.ready.subject.hash
-    told: dict[str, Any] = {"schema_version": 1, "tuning": asdict(tuning)}
-    told |= {"before": found.before.to_json(), "after": found.after.to_json()}
+    record: dict[str, Any] = {"schema_version": 1, "tuning": asdict(tuning)}
+    record |= {"before": found.before.to_json(), "after": found.after.to_json()}
     if found.names is None:
         dense_stage(tuned, prepared)
     else:
-        told["classes"] = list(found.names)
+        record["classes"] = list(found.names)
         store(found.dense, tuned.root / DENSE, key, mark(network), anew=True)
     plan.write(tuned.root / "plan.json")
-    write_json(tuned.root / TUNED, told)
+    write_json(tuned.root / TUNED, record)
     entries = {**mark(network, plan.hash), ABOUT: json.dumps(ABOUT_TUNED)}
     store(found.network, tuned.root / PRUNED, key, entries, anew=True)
     output = None if found.names is None else found.network.outputs[0].name
