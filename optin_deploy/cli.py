@@ -126,7 +126,7 @@ def _run(program: Callable[..., object]) -> int:
     except Exception as err:  # noqa: BLE001  # the last wall: whatever comes is told in one line
         if shown:
             traceback.print_exc()
-        return _told(err)
+        return _report(err)
 
 
 def _check_given(arguments: Sequence[str]) -> None:
@@ -146,7 +146,7 @@ def _interrupt_once(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _told(err: Exception) -> int:
+def _report(err: Exception) -> int:
     """Print an error in one line. Returns: its exit code."""
     if isinstance(err, OptinError):
         text, code = str(err), err.exit_code

@@ -48,17 +48,17 @@ class LatencyWarning(UserWarning):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --latency-strict."""
-    told = "Latency regressions: fail also where the limit lies in the interval, or the machine is too unstable."
-    parser.getgroup("optin-deploy").addoption(STRICT, action="store_true", help=told)
+    text = "Latency regressions: fail also where the limit lies in the interval, or the machine is too unstable."
+    parser.getgroup("optin-deploy").addoption(STRICT, action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker."""
-    told = (
+    text = (
         f"{MARKER}(baseline='{BASELINE}', max_ratio={MAX_RATIO}): defaults of the fixture {MARKER}; "
         f"possible: {', '.join(SETTINGS)}."
     )
-    config.addinivalue_line("markers", told)
+    config.addinivalue_line("markers", text)
 
 
 @pytest.fixture

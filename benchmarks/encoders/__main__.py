@@ -185,11 +185,11 @@ def _figures(qualities: Sequence[Quality]) -> tuple[str, ...]:
     drops = [each.drop for each in qualities]
     told = f"{mean(drops):.2f}" + (f" ({', '.join(f'{drop:.2f}' for drop in drops)})" if len(drops) > 1 else "")
     beside = ", ".join(
-        f"{METRICS[name].told} {dense:.3f} to {mean(each.beside[name][1] for each in qualities):.3f}"
+        f"{METRICS[name].title} {dense:.3f} to {mean(each.beside[name][1] for each in qualities):.3f}"
         for name, (dense, _) in first.beside.items()
     )
     cut = mean(each.pruned for each in qualities)
-    return METRICS[first.metric].told, f"{first.dense:.4f}", f"{cut:.4f}", told, beside
+    return METRICS[first.metric].title, f"{first.dense:.4f}", f"{cut:.4f}", told, beside
 
 
 if __name__ == "__main__":

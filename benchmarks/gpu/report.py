@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.gpu.cells import Cell, Requirement, Suite
 from benchmarks.gpu.models import PRUNED
 from benchmarks.gpu.rows import Row
-from optin_deploy.measuring.state import told_of
+from optin_deploy.measuring.state import ranges_of
 from optin_deploy.reporting.report import to_table
 
 Found = Sequence[tuple[Cell, Row]]
-GPU_TOLD = ("sm_mhz", "temperature_c", "power_w")
+GPU_SHOWN = ("sm_mhz", "temperature_c", "power_w")
 
 
 def page(suite: Suite, rows: Mapping[str, Row]) -> str:
@@ -31,7 +31,7 @@ def page(suite: Suite, rows: Mapping[str, Row]) -> str:
         parts += ["## One synchronised call", call_table(pairs), "## Parity with eager fp32", parity_table(pairs)]
     states = [row["gpu"] for _, row in good if row.get("gpu")]
     if states:
-        parts.append(f"Right after the cells: {told_of(states, GPU_TOLD) or 'nvidia-smi gave no numbers'}.")
+        parts.append(f"Right after the cells: {ranges_of(states, GPU_SHOWN) or 'nvidia-smi gave no numbers'}.")
     parts += score_parts([(c, r) for c, r in good if c.kind == "score"])
     for cell, row in good:
         parts += width_table(cell, row) if cell.kind == "table" else []

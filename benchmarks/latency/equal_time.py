@@ -41,9 +41,9 @@ from optin_deploy.jobs.sweep import measure_curves
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.width_timer import DENSE, WidthTimer, width_timer
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.measuring.points import Point
+from optin_deploy.measuring.points import BLOCKS, Point
 from optin_deploy.measuring.stats import bootstrap_ci
-from optin_deploy.measuring.timing import BLOCKS, log_ratios, mean_ratio
+from optin_deploy.measuring.timing import log_ratios, mean_ratio
 from optin_deploy.planning.budget import Limits, TimeTarget
 from optin_deploy.planning.ladder import narrowest
 from optin_deploy.planning.latency import LatencyTable, TimeCost

@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks.record import RESULTS, command_of, write_result
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.measuring.gate import OUTCOMES, LatencyLimit, Verdict, verdict_of
-from optin_deploy.measuring.timing import BLOCKS, measure_pair
+from optin_deploy.measuring.points import BLOCKS
+from optin_deploy.measuring.timing import measure_pair
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import stage_bar
 from optin_deploy.runtimes.base import Closing, Feeds

@@ -54,8 +54,8 @@ def head_of(network: Network, how: str, own: EmbeddingHead | None) -> EmbeddingH
     """
     if how in POOLINGS and own is not None and own.pooling != how:
         why = "its modules.json says so" if own.pooling != POOLINGS[0] else f"no modules.json beside it says {how}"
-        told = f"--pool {how}: this model is scored and judged by its {own.pooling} ({why})"
-        raise BadInput(f"{told}. Give --pool {own.pooling}.")
+        message = f"--pool {how}: this model is scored and judged by its {own.pooling} ({why})"
+        raise BadInput(f"{message}. Give --pool {own.pooling}.")
     head = own or EmbeddingHead(how)
     pooled(network, head)
     return head

@@ -143,10 +143,10 @@ def _type(declared: Signature, node: ir.Node, place: int, found: Mapping[ir.Valu
         if value is not None and declared.kind(other) == kind and value in found and fixed(kind) is None:
             return found[value]
     allowed = declared.allowed.get(kind, frozenset())
-    return fixed(kind) or (next(iter(allowed)) if len(allowed) == 1 else told(declared, node)[1])
+    return fixed(kind) or (next(iter(allowed)) if len(allowed) == 1 else typed_by(declared, node)[1])
 
 
-def told(declared: Signature, node: ir.Node) -> tuple[str, ir.DataType | None]:
+def typed_by(declared: Signature, node: ir.Node) -> tuple[str, ir.DataType | None]:
     """Which attribute of a node tells the type of its output, and the type."""
     for name in TYPED_BY:
         number = node.attributes.get_int(name, 0) or declared.defaults.get(name)

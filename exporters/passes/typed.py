@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.passes.exact import exact_nodes
 from optin_deploy.exporters.passes.opset import raised
-from optin_deploy.exporters.passes.schemas import Signature, fixed, signature, subgraphs, told, types_of
+from optin_deploy.exporters.passes.schemas import Signature, fixed, signature, subgraphs, typed_by, types_of
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 
@@ -133,7 +133,7 @@ class Typing:
         kinds = {kind for kind in read - unknown if declared.takes(kind, self.to)}
         for place, value in enumerate(node.outputs):
             kind = declared.kind(place, output=True)
-            by, dtype = told(declared, node)
+            by, dtype = typed_by(declared, node)
             if kind in read or fixed(kind) or self.before.get(value) != REAL or dtype != REAL or not by:
                 continue
             if declared.takes(kind, self.to):

@@ -21,6 +21,7 @@ from optin_deploy.cutting.torch import tensors
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import atomic_folder, read_json, sha256_file, sha256_json, write_tensors
+from optin_deploy.planning.budget import DEFAULT_FLOPS
 from optin_deploy.planning.plan import NetworkPlan
 
 MANIFEST, CONFIG, WEIGHTS, PLAN = "optin.json", "config.json", "model.safetensors", "plan.json"
@@ -134,6 +135,10 @@ def read_saved(folder: Path) -> tuple[Saved, NetworkPlan]:
     """
     path, hint = folder / MANIFEST, remedy(folder)
     if not path.is_file():
+        if (folder / CONFIG).is_file() and folder.name != MODEL and not (folder / JOB).is_file():
+            out = f"{folder.resolve().name}-{DEFAULT_FLOPS}"
+            export = shlex.join(["optin-export", str(folder), "--flops", str(DEFAULT_FLOPS), "--out", out])
+            hint = f"It holds a dense one. Make it smaller with `{export}`, then load {out}."
         raise BadInput(f"{path} does not exist: {folder} is not a pruned model. {hint}")
     if (folder / FIRST_LAYOUT).is_file() or read_json(path, hint, ours=True).get("schema_version") == FIRST_EDITION:
         raise BadInput(f"{folder} was written by the first edition of optin-deploy, which this one cannot read. {hint}")

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from optin_deploy.common.validation import parse_size
+import typer
+
+from optin_deploy.common.validation import parse_share, parse_size
 from optin_deploy.errors import BadInput
 
 
 def size_of(text: str | None, option: str) -> int | None:
     """Bytes of a size such as 4GiB."""
     return None if text is None else parse_size(text, option)
+
+
+def share_of(text: str | float) -> float:
+    """Share of 0.6 or 60%.
+
+    Raises: typer.BadParameter.
+    """
+    try:
+        return parse_share(str(text))
+    except ValueError as err:
+        raise typer.BadParameter(f"{str(text)!r} is not a share such as 0.6 or 60%.") from err
 
 
 def align_of(text: str | None) -> Any:

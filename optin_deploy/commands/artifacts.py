@@ -50,10 +50,10 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
         typer.echo(f"would export {folder / 'model'} to engine {engine.engine}")
         return
     artifacts = [(each, pair.precision) for pair in built.pairs for each in pair.artifacts().values()]
-    told = [
+    lines = [
         f"{each.path}  {of_type}  {size(each.size_bytes)}  sha256 {each.sha256[:12]}" for each, of_type in artifacts
     ]
-    echo([*dict.fromkeys(told)])  # an engine that runs the ONNX file builds no other
+    echo([*dict.fromkeys(lines)])  # an engine that runs the ONNX file builds no other
     if built.problem is not None and not building.prepare_only:
         raise built.problem
     if built.obstacle is not None:

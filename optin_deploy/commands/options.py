@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optin_deploy.commands.amounts import size_of
+from optin_deploy.commands.amounts import share_of, size_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
 from optin_deploy.measuring.points import Point, parse_points
@@ -81,9 +81,16 @@ class BudgetOptions:
 
     flops: Annotated[
         float | None,
-        of_budget(help="Share of the dense MACs to keep, in (0, 1]. [default: 0.6 without another budget]"),
+        of_budget(
+            parser=share_of,
+            metavar="SHARE",
+            help="Share of the dense MACs to keep, 0.6 or 60%. [default: 0.6 without another budget]",
+        ),
     ] = None
-    params: Annotated[float | None, of_budget(help="Share of the dense parameters to keep, in (0, 1].")] = None
+    params: Annotated[
+        float | None,
+        of_budget(parser=share_of, metavar="SHARE", help="Share of the dense parameters to keep, 0.6 or 60%."),
+    ] = None
     size: Annotated[str | None, of_budget(help="Most that all weights may take in float32, e.g. 60MiB.")] = None
     max_drop: Annotated[
         float | None,
@@ -145,8 +152,10 @@ class Making:
     tokens: Annotated[
         float | None,
         typer.Option(
+            parser=share_of,
+            metavar="SHARE",
             help="Mean share of the tokens that stay, in (0, 1]: those of images that are alike are merged, block by "
-            "block, those of texts dropped; widths get what is left of the budget. [default: all stay]"
+            "block, those of texts dropped; widths get what is left of the budget. [default: all stay]",
         ),
     ] = None
     drop_tokens: Annotated[

@@ -65,15 +65,15 @@ def engine_options(ctx: typer.Context, engine: str) -> Any:
     refuse_idle(ctx, *absent, why=f"they are for plans of trt and trt-rtx, and engine {engine} has none")
     by_flag = {name: read(ctx.params[flag]) for flag, (name, read) in flags.items() if given(ctx, flag)}
     others = [name for name in own if name not in dict(flags.values())]
-    told = f"Engine {engine} has {', '.join(others) or 'no option'} to be given by it."
-    found = named_values(ctx.params["engine_option"], others, told)
-    return replace(validated(kind, found, "--engine-option", told) if found else kind(), **by_flag)
+    hint = f"Engine {engine} has {', '.join(others) or 'no option'} to be given by it."
+    found = named_values(ctx.params["engine_option"], others, hint)
+    return replace(validated(kind, found, "--engine-option", hint) if found else kind(), **by_flag)
 
 
-def named_values(texts: Sequence[str] | None, names: Sequence[str], told: str) -> dict[str, str]:
+def named_values(texts: Sequence[str] | None, names: Sequence[str], hint: str) -> dict[str, str]:
     """Return what `--engine-option NAME=VALUE` gives, by name.
 
-    Args: told: ends the error; says which names there are.
+    Args: hint: ends the error; says which names there are.
     Raises: BadInput: another name, no value, or a name that is given twice.
     """
     found: dict[str, str] = {}
@@ -81,7 +81,7 @@ def named_values(texts: Sequence[str] | None, names: Sequence[str], told: str) -
         name, _, value = text.partition("=")
         if name not in names or not value or name in found:
             wrong = "is given twice" if name in found else "is not NAME=VALUE" if name in names else "is not known"
-            raise BadInput(f"--engine-option {text!r} {wrong}. {told}")
+            raise BadInput(f"--engine-option {text!r} {wrong}. {hint}")
         found[name] = value
     return found
 

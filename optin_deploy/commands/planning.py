@@ -202,5 +202,7 @@ def _rewrite_job(folder: Path, *, compensation: bool, dry_run: bool) -> None:
     with stage_bar("rewrite") as progress:
         made = rewrite_stage(workspace, prepared, compensation=compensation, progress=progress)
     cost = chosen.cost
-    told = "" if cost is None else f": {cost.weights_dense:,} -> {cost.weights_pruned:,} parameters"
-    typer.echo(f"{'Found finished' if made.reused else 'Wrote'} {folder / PRUNED}{told}. Next: optin build {folder}")
+    parameters = "" if cost is None else f": {cost.weights_dense:,} -> {cost.weights_pruned:,} parameters"
+    typer.echo(
+        f"{'Found finished' if made.reused else 'Wrote'} {folder / PRUNED}{parameters}. Next: optin build {folder}"
+    )

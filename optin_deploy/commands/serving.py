@@ -15,9 +15,11 @@ from optin_deploy.common.formatting import size
 from optin_deploy.common.validation import UINT64, holds, positive_number, whole_number
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.files.ownership import free_name
+from optin_deploy.measuring.points import BLOCKS
 from optin_deploy.reporting.terminal import print_table, stage_bar
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.order import ShipOrder
+from optin_deploy.serving.server_load import TIMEOUT_SECONDS, ServerLoad
 
 SHIP_EXAMPLES = """
 Examples:
@@ -177,12 +179,12 @@ class LoadOptions:
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Measure it from the client's side.")] = True
     concurrency: Annotated[
         str, typer.Option(metavar="1,4,16", help="Clients that ask at the same time, one number after the other.")
-    ] = "1,4,16"
-    batch: Annotated[int, typer.Option(help="Samples a request, where latency is measured.")] = 1
-    seconds: Annotated[float, typer.Option(help="Of load on each model in each of 12 blocks, at each concurrency.")] = (
-        1.0
-    )
-    seed: Annotated[int, typer.Option(help="Draws the order within the blocks.")] = 0
+    ] = ",".join(map(str, ServerLoad.concurrencies))
+    batch: Annotated[int, typer.Option(help="Samples a request, where latency is measured.")] = ServerLoad.batch
+    seconds: Annotated[
+        float, typer.Option(help=f"Of load on each model in each of {BLOCKS} blocks, at each concurrency.")
+    ] = ServerLoad.seconds
+    seed: Annotated[int, typer.Option(help="Draws the order within the blocks.")] = ServerLoad.seed
 
     def clients(self) -> tuple[int, ...]:
         """Return how many clients ask at the same time, checked as all of it is."""
@@ -205,7 +207,7 @@ def serve_check(
     writing: Writing,
     url: Annotated[str, typer.Option(help="http://host:port or grpc://host:port.")] = "http://127.0.0.1:8000",
     model: Annotated[list[str] | None, typer.Option(help="Only this model; repeatable. [default: all]")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that any answer may take.")] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that any answer may take.")] = TIMEOUT_SECONDS,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything, raw latencies too (JSON).")
     ] = None,
@@ -216,7 +218,7 @@ def serve_check(
     """
     from optin_deploy.files.storage import write_json
     from optin_deploy.serving.check_result import LOAD_HEADER, label
-    from optin_deploy.serving.checking import ServerLoad, check_server
+    from optin_deploy.serving.checking import check_server
 
     if not load.latency:
         refuse_idle(ctx, "concurrency", "batch", "seconds", "seed", why="with --no-latency nothing is measured")

@@ -46,13 +46,13 @@ class Stored:
         Args: where: starts an error. hint: ends it, in place of the kind's own.
         Raises: BadInput: of another version, or a field is missing, unknown, of the wrong type or impossible.
         """
-        told, hint = f"{where}not {cls.what}", hint or cls.hint
+        message, hint = f"{where}not {cls.what}", hint or cls.hint
         version, readable = data.get("schema_version"), cls.readable(data)
         if version not in readable or isinstance(version, bool | float):
             possible = " and ".join(str(each) for each in readable if each is not None)
             found = ascii(version)[:60] if "schema_version" in data else "is missing"
-            raise BadInput(f"{told}: schema_version {found}; this version of optin-deploy reads {possible}. {hint}")
-        return validated(cls, {name: each for name, each in data.items() if name != "schema_version"}, told, hint)
+            raise BadInput(f"{message}: schema_version {found}; this version of optin-deploy reads {possible}. {hint}")
+        return validated(cls, {name: each for name, each in data.items() if name != "schema_version"}, message, hint)
 
     @classmethod
     def readable(cls, data: Mapping[str, Any]) -> tuple[int | None, ...]:

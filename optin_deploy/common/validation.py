@@ -89,6 +89,15 @@ def positive_number(value: float, option: str, high: float, hint: str = "") -> f
     return value
 
 
+def parse_share(text: str) -> float:
+    """Read a share such as `0.6` or `60%`.
+
+    Raises: ValueError.
+    """
+    number = text.strip()
+    return float(f"{number[:-1]}e-2" if number.endswith("%") else number)
+
+
 def parse_size(text: str, option: str) -> int:
     """Read a size such as `4GiB`, `512MiB` or a number of bytes.
 

@@ -34,7 +34,7 @@ class Dimensions:
             is_read: whether a value that a node gives is computed anyway, by its name.
         """
         self._cut, self._value_of, self._is_read = cut, value_of, is_read
-        self._told: dict[tuple[Axis, bool], Size] = {}
+        self._known: dict[tuple[Axis, bool], Size] = {}
         """Sizes that were found; of an axis that is cut both of them."""
         self._asked: set[tuple[Axis, bool]] = set()
         """What is being looked for, so that it is not asked for on the way."""
@@ -48,13 +48,13 @@ class Dimensions:
             dense: the size before the cut.
         """
         key = axis.root, dense and touched(axis, self._cut.keep)
-        if key not in self._told and key not in self._asked:
+        if key not in self._known and key not in self._asked:
             self._asked.add(key)
             found = self._find(axis.root, copy, before, dense)
             self._asked.remove(key)
             if found is not None:
-                self._told[key] = found
-        return self._told.get(key)
+                self._known[key] = found
+        return self._known.get(key)
 
     def shape(self, copy: ir.Node, sizes: Iterable[Size]) -> ir.Value:
         """Put sizes into one value, before a node."""
@@ -76,9 +76,9 @@ class Dimensions:
                     return self._read(copy, value, position)
         if axis.kind != "leaf":
             parts = [self.size_of(part, copy, before, dense=dense) for part in axis.parts]
-            told = [part for part in parts if part is not None]
-            if len(told) == len(parts):
-                return self._joined(copy, "Mul" if axis.kind == "product" else "Add", told)
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                return self._joined(copy, "Mul" if axis.kind == "product" else "Add", known)
         if changed and not dense:
             return None
         return self._behind_window(axis, copy, before)
@@ -112,10 +112,10 @@ class Dimensions:
         spare, step = self._padding(node, position) if node.op == "Pad" else self._window(node, position - 2)
         if step == 0 or (source.size + spare) // step + 1 != axis.size:
             return None
-        told = self.size_of(source, copy, before)
-        if told is None or isinstance(told, int):
-            return None if told is None else (told + spare) // step + 1
-        found = self._joined(copy, "Add", [told, spare])
+        size = self.size_of(source, copy, before)
+        if size is None or isinstance(size, int):
+            return None if size is None else (size + spare) // step + 1
+        found = self._joined(copy, "Add", [size, spare])
         if step > 1:
             assert isinstance(found, ir.Value)
             found = self._cut.before(copy, "Div", [found, self._number(step)])

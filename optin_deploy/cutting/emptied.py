@@ -199,10 +199,10 @@ class Emptied:
         if name not in self._full:
             sizes: list[Size] = []
             for position, axis in enumerate(self._structure.axes[name]):
-                told = self._dimensions.size_of(axis, copy, node.index) if position in self._thin[name] else 1
-                if told is None:
-                    raise _untold(node, name, position)
-                sizes.append(told)
+                size = self._dimensions.size_of(axis, copy, node.index) if position in self._thin[name] else 1
+                if size is None:
+                    raise _unknown_size(node, name, position)
+                sizes.append(size)
             self._full[name] = self._cut.before(copy, "Expand", [value, self._dimensions.shape(copy, sizes)])
         return self._full[name]
 
@@ -212,10 +212,10 @@ class Emptied:
         sizes: list[Size] = []
         axes = self._structure.axes[name]
         for position in range(*slice(node.get("start", 0), node.get("end")).indices(len(axes))):
-            told = self._dimensions.size_of(axes[position], copy, node.index, dense=True)
-            if told is None:
-                raise _untold(node, name, position)
-            sizes.append(told)
+            size = self._dimensions.size_of(axes[position], copy, node.index, dense=True)
+            if size is None:
+                raise _unknown_size(node, name, position)
+            sizes.append(size)
         self._stand(node, copy, self._dimensions.shape(copy, sizes), frozenset())
 
     def _leave_rest(self, node: Node, copy: ir.Node) -> None:
@@ -246,10 +246,10 @@ class Emptied:
             along = node.get("axis", 0) % len(self._structure.axes[node.outputs[left[0]]])
             parts = [self._structure.axes[node.outputs[place]][along] for place in left]
             sizes = [self._dimensions.size_of(part, copy, node.index) for part in parts]
-            told = [one for one in sizes if isinstance(one, int)]
-            if len(told) < len(sizes):
-                raise _untold(node, node.outputs[left[0]], along)
-            values = self._cut.split(copy, along, told, by_input="split" not in node.attributes)
+            known = [one for one in sizes if isinstance(one, int)]
+            if len(known) < len(sizes):
+                raise _unknown_size(node, node.outputs[left[0]], along)
+            values = self._cut.split(copy, along, known, by_input="split" not in node.attributes)
         for place, value in zip(left, values, strict=True):
             assert value is not None
             self._stand(node, copy, value, frozenset(), place)
@@ -267,7 +267,7 @@ def _unknown(node: Node) -> BadInput:
     )
 
 
-def _untold(node: Node, name: str, position: int) -> BadInput:
+def _unknown_size(node: Node, name: str, position: int) -> BadInput:
     return BadInput(
         f"{node} reads {name}, which is constant as the plan keeps none of some units; how large axis {position} of it "
         "is then cannot be told from what is left. Keep one unit."

@@ -71,25 +71,25 @@ def check_order(labels: Indices, predicted: Indices, names: Sequence[str], origi
     Raises: BadInput: names the order that would fit, if there is one.
     """
     found = compared(labels, predicted, len(names))
-    told = (
+    message = (
         f"{origin}: the dense model is right on {found.right} of {found.rows} labelled rows, and guessing on "
         f"{found.guessed:.1f}."
     )
     if found.other is not None:
         moved = [f"{names[i]!r} -> {names[j]!r}" for i, j in sorted(found.other.items()) if i != j]
         more = f" and {len(moved) - LISTED} more" if len(moved) > LISTED else ""
-        told += (
+        message += (
             " The labels seem to stand in another order than the model's:"
             f" {found.fitting} rows are right with {', '.join(moved[:LISTED])}{more} (label in the data -> class of the"
             " model)."
         )
     if found.verdict == "refused":
         raise BadInput(
-            f"{told} No loss of accuracy can be measured there. Correct the labels, or id2label in the model's"
+            f"{message} No loss of accuracy can be measured there. Correct the labels, or id2label in the model's"
             " config.json, or give rows of the model's own task; without labels, agreement with the dense model counts."
         )
     if found.verdict == "unclear":
-        log.warning("%s Do these labels fit the model?", told)
+        log.warning("%s Do these labels fit the model?", message)
 
 
 def compared(labels: Indices, predicted: Indices, classes: int) -> LabelOrder:

@@ -120,8 +120,8 @@ def roles_of(rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> It
             try:
                 scores.setdefault(one, []).append((other, float(str(row[SCORE]))))
             except ValueError as err:
-                told = f"{source}: the score {short(row[SCORE])} is no number"
-                raise BadInput(f"{told}. Correct or delete that row.") from err
+                message = f"{source}: the score {short(row[SCORE])} is no number"
+                raise BadInput(f"{message}. Correct or delete that row.") from err
     for text, number in numbers.items():
         found = (tuple(positives.get(number, ())), number in candidates, tuple(scores.get(number, ())))
         yield text, first[text], Role(number, *found)

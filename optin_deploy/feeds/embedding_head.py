@@ -102,10 +102,10 @@ def read_layer(folder: Path, name: str, width: int) -> DenseLayer:
     activation = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
     other = {key: config[key] for key, value in DEFAULTS.items() if config.get(key, value) not in (value, None)}
     if activation not in ACTIVATIONS or other:
-        told = other or {"activation_function": config.get("activation_function")}
+        settings = other or {"activation_function": config.get("activation_function")}
         raise BadInput(
-            f"{about}: {short(told)} is not understood. Possible are a plain layer of the sentence embedding, and the "
-            f"activations {', '.join(ACTIVATIONS)}."
+            f"{about}: {short(settings)} is not understood. Possible are a plain layer of the sentence embedding, and "
+            f"the activations {', '.join(ACTIVATIONS)}."
         )
     tensors = read_tensors(stored, SAVE)
     weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")

@@ -16,7 +16,7 @@ from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.images import eight_bit, open_image
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.ports import Takes, fitted, told, type_of
+from optin_deploy.feeds.ports import Takes, described, fitted, type_of
 from optin_deploy.feeds.rows import Batching, Feeds, grouped
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def image_input(inputs: Takes) -> ImageInput:
     last = sizes[0] not in COLOURS
     if last and sizes[2] not in COLOURS:
         raise BadInput(
-            f"{inputs.source}: which axis of {told(port)} holds the channels is not known: 1 or 3 of them stand at axis"
-            f" 1 or last. Export the network with that size fixed. {inputs.as_arrays}"
+            f"{inputs.source}: which axis of {described(port)} holds the channels is not known: 1 or 3 of them stand "
+            f"at axis 1 or last. Export the network with that size fixed. {inputs.as_arrays}"
         )
     channels = sizes.pop(2 if last else 0)
     height, width = (size if isinstance(size, int) else None for size in sizes)

@@ -85,7 +85,7 @@ def module_feeds(model: nn.Module, given: Any, *, most: int, names: Sequence[str
         if len(labels) >= most or number >= MOST_BATCHES:
             break
     if not batches:
-        raise BadInput(f"{_told(given)} gives no calibration batches. {WHAT} {arguments}.")
+        raise BadInput(f"{_described(given)} gives no calibration batches. {WHAT} {arguments}.")
     return Feeds(tuple(batches), tuple(labels), f"a {type(given).__name__}")
 
 
@@ -120,11 +120,11 @@ def _each(given: Any) -> Iterator[Any]:
     iterable = hasattr(type(given), "__iter__")
     if not iterable and hasattr(type(given), "__len__") and hasattr(type(given), "__getitem__"):
         raise BadInput(
-            f"{_told(given)} gives samples one by one. Give `torch.utils.data.DataLoader(it, batch_size=32,"
+            f"{_described(given)} gives samples one by one. Give `torch.utils.data.DataLoader(it, batch_size=32,"
             " shuffle=True)`, which makes batches of them."
         )
     if not iterable or isinstance(given, (str, bytes)):
-        raise BadInput(f"the calibration batches are {_told(given)}. {WHAT}")
+        raise BadInput(f"the calibration batches are {_described(given)}. {WHAT}")
     batches: Iterable[Any] = given
     yield from batches
 
@@ -159,7 +159,7 @@ class _Reader:
             raise self.bad("it is empty")
         if isinstance(given[0], (Mapping, tuple, list)) and not _is_numbers(given[0]):
             if len(given) > 2:
-                raise self.bad(f"it is {len(given)} parts, the first of them {_told(given[0])}")
+                raise self.bad(f"it is {len(given)} parts, the first of them {_described(given[0])}")
             values, labels = self._apart(given[0])
             if len(given) == 2 and labels is not None:
                 raise self.bad("it has labels among the inputs and beside them")
@@ -190,9 +190,9 @@ class _Reader:
     def _placed(self, given: Sequence[Any]) -> Mapping[Any, Any]:
         names = self.arguments.names
         if not len(self.arguments.needed) <= len(given) <= len(names):
-            told = "takes arguments without names: give dicts, or `names`" if not names else "does not take so many"
+            fault = "takes arguments without names: give dicts, or `names`" if not names else "does not take so many"
             raise self.bad(
-                f"it is {len(given)} values, and the forward {told if len(given) > len(names) else 'needs more'}"
+                f"it is {len(given)} values, and the forward {fault if len(given) > len(names) else 'needs more'}"
             )
         return dict(zip(names, given, strict=False))
 
@@ -205,7 +205,7 @@ class _Reader:
         else:
             found = self._of_values(name, given)
         if found.is_complex() or found.dim() == 0:
-            raise self.bad(f"{name} is {_told(found)}; it needs one row a sample, real or whole numbers")
+            raise self.bad(f"{name} is {_described(found)}; it needs one row a sample, real or whole numbers")
         if found.is_floating_point():
             found = found.to(self.dtype)
             if not bool(found.isfinite().all()):
@@ -215,13 +215,13 @@ class _Reader:
 
     def _of_values(self, name: str, given: Any) -> Tensor:
         if not _is_numbers(given):
-            raise self.bad(f"{name} is {_told(given)}; it needs a tensor")
+            raise self.bad(f"{name} is {_described(given)}; it needs a tensor")
         try:
             array = np.array(given)
         except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as err:
-            raise self.bad(f"{name} is {_told(given)}, which is no array: its rows must be of one length") from err
+            raise self.bad(f"{name} is {_described(given)}, which is no array: its rows must be of one length") from err
         if array.dtype.kind not in "biuf":
-            raise self.bad(f"{name} is {_told(given)}; it needs numbers")
+            raise self.bad(f"{name} is {_described(given)}; it needs numbers")
         wide = np.dtype(np.float64 if array.dtype.kind == "f" else np.int64)
         plain = array.dtype in (np.bool_, np.uint8, np.float32)
         return torch.from_numpy(np.array(array, array.dtype if plain else wide, order="C"))
@@ -229,14 +229,14 @@ class _Reader:
     def _labels(self, given: Any, rows: int) -> list[Label] | None:
         """None: they are of a kind that is not used, such as boxes."""
         if isinstance(given, Mapping) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping)):
-            log.warning("%s: its labels are %s, which are not used", self.where, _told(given))
+            log.warning("%s: its labels are %s, which are not used", self.where, _described(given))
             return None
         values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
             wide = {"b": np.bool_, "f": np.float64}.get(values.dtype.kind, np.int64)
             values = torch.from_numpy(np.array(values, wide, order="C"))  # torch lacks some types and byte orders
         if isinstance(values, np.ndarray) and values.dtype.kind not in "US":
-            raise self.bad(f"its labels are {_told(given)}; possible are numbers and names of classes, one a row")
+            raise self.bad(f"its labels are {_described(given)}; possible are numbers and names of classes, one a row")
         return labels_of(values, rows, f"{self.where}: the labels")
 
     def bad(self, what: str) -> BadInput:
@@ -257,7 +257,7 @@ def _shown(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     """Type and size, or the value itself where it is short."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"an array of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"

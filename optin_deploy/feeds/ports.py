@@ -39,7 +39,7 @@ class Takes:
 
     def __str__(self) -> str:
         """All inputs, as messages tell them."""
-        return few([told(port) for port in self.ports.values()])
+        return few([described(port) for port in self.ports.values()])
 
     @property
     def as_arrays(self) -> str:
@@ -75,7 +75,7 @@ def few(words: Sequence[str], most: int = 8) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} others" if len(words) > most else "")
 
 
-def told(port: Port) -> str:
+def described(port: Port) -> str:
     """An input as messages tell it: name, type, sizes."""
     sizes = "of any sizes" if port.shape is None else f"({', '.join(map(str, port.shape))})"
     return f"{port.name} {port.dtype.name.lower()} {sizes}"
@@ -128,7 +128,7 @@ def _check_sizes(port: Port, sizes: tuple[int, ...], where: str, *, samples: boo
     )
     if not fits:
         extra = " The first axis holds the samples, also where there is one." if len(sizes) < len(wanted) else ""
-        raise BadInput(f"{where} has the shape {sizes}; the network takes {told(port)}, numbers are fixed.{extra}")
+        raise BadInput(f"{where} has the shape {sizes}; the network takes {described(port)}, numbers are fixed.{extra}")
     if 0 in sizes[1:]:
         raise BadInput(f"{where} has the shape {sizes}: there is nothing in it.")
 
@@ -141,11 +141,11 @@ def typed(port: Port, values: Tensor, where: str, table: int | None = None) -> T
     """
     wanted = type_of(port)
     if values.is_complex() or values.is_quantized:
-        raise BadInput(f"{where} holds {_name(values)} values; the network takes {told(port)}.")
+        raise BadInput(f"{where} holds {_name(values)} values; the network takes {described(port)}.")
     if values.is_floating_point() and not wanted.is_floating_point:
         raise BadInput(
-            f"{where} holds {_name(values)} values; the network takes {told(port)}, whole numbers. Save it in that type"
-            " if the values are whole."
+            f"{where} holds {_name(values)} values; the network takes {described(port)}, whole numbers. Save it in "
+            "that type if the values are whole."
         )
     if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch hardly computes with them
         values = values.to(torch.int64)
@@ -173,7 +173,8 @@ def type_of(port: Port) -> torch.dtype:
         return torch_dtype(port.dtype)
     except TypeError as err:
         raise BadInput(
-            f"The input {told(port)} is not made of numbers. Export the network behind this step, where numbers go in."
+            f"The input {described(port)} is not made of numbers. Export the network behind this step, where "
+            "numbers go in."
         ) from err
 
 
@@ -185,9 +186,9 @@ def _check_whole(port: Port, values: Tensor, wanted: torch.dtype, where: str, ta
     if table is not None:
         least, most = max(least, -table), min(most, table - 1)
     if low < least or high > most:
-        told_table = f", which looks them up in a table of {table} rows" if table is not None else ""
+        lookup = f", which looks them up in a table of {table} rows" if table is not None else ""
         raise BadInput(
-            f"{where} holds {low if low < least else high}; {told(port)} takes {least} to {most}{told_table}."
+            f"{where} holds {low if low < least else high}; {described(port)} takes {least} to {most}{lookup}."
             " Is it the data, or the tokenizer, of another network?"
         )
 

@@ -19,7 +19,7 @@ from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.inputs import gives_logits, input_names, takes_images, takes_text
 from optin_deploy.feeds.pooling import set_pooling
-from optin_deploy.feeds.raw_tokenizer import PROBES, as_in_file, raw_tokenizer, untold
+from optin_deploy.feeds.raw_tokenizer import PROBES, as_in_file, raw_tokenizer, without_warnings
 from optin_deploy.feeds.sentence_modules import (
     SentenceModules,
     read_sentence_modules,
@@ -168,7 +168,7 @@ def _blame(
                 rest = {key: value for key, value in fields.items() if key != field}
                 (Path(copy) / name).write_text(json.dumps(rest))
                 try:
-                    with untold():
+                    with without_warnings():
                         built(Path(copy), model)
                 except BaseException as err:  # as in the wall: this field is not the only fault
                     if isinstance(err, NO_FAULT):

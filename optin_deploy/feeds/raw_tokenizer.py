@@ -60,22 +60,22 @@ def as_in_file(tokenizer: Any, content: bytes, rows: Sequence[Sample], config: A
     first = first_difference(tokenizer, raw, rows)
     if first is None:
         return tokenizer
-    told = (
+    message = (
         f"{where} and the tokenizer that transformers builds beside it ({type(tokenizer).__name__}, by "
         f"tokenizer_config.json or the model's type) give other ids, first for {short(first.text)} ({first.source})"
     )
     own = of_file(content, raw, tokenizer)
     if first_difference(own, raw, rows) is not None or not _survives_saving(own, content, raw, rows, config):
         raise BadInput(
-            f"{told}, and tokenizer.json alone does not give them either. Save the model's own tokenizer again with "
+            f"{message}, and tokenizer.json alone does not give them either. Save the model's own tokenizer again with "
             "save_pretrained, so that both agree."
         )
-    log.warning("%s. tokenizer.json is used, saved and shipped as it is.", told)
+    log.warning("%s. tokenizer.json is used, saved and shipped as it is.", message)
     return own
 
 
 @contextmanager
-def untold() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Silence our own warnings, which would name the copies of a trial."""
     before = log.disabled
     log.disabled = True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.ports import Takes, few, fitted, told
+from optin_deploy.feeds.ports import Takes, described, few, fitted
 from optin_deploy.feeds.raw_tokenizer import warn_of_unknown
 from optin_deploy.feeds.rows import MASK, Batch, Batching, Feeds, Label, grouped
 from optin_deploy.feeds.targets import masked, padded_ids, target_of
@@ -56,12 +56,14 @@ def text_inputs(inputs: Takes) -> TextInputs:
         roles |= {alone[0]: IDS} if len(alone) == 1 else {}
     others = [port for name, port in inputs.ports.items() if name not in roles]
     if others or IDS not in roles.values():
-        what = f"a text does not fill {few(list(map(told, others)))}" if others else f"no input of {inputs} takes ids"
+        what = (
+            f"a text does not fill {few(list(map(described, others)))}" if others else f"no input of {inputs} takes ids"
+        )
         raise BadInput(f"{inputs.source}: {what}. {inputs.as_arrays}")
     twice = [role for role in set(roles.values()) if list(roles.values()).count(role) > 1]
     flat = [inputs.ports[name] for name in roles if _rank(inputs, name) not in (None, 2) or name in inputs.shared]
     if twice or flat:
-        shown = ", ".join(map(told, flat)) or f"{twice[0]} twice, as {', '.join(roles)}"
+        shown = ", ".join(map(described, flat)) or f"{twice[0]} twice, as {', '.join(roles)}"
         raise BadInput(f"{inputs.source}: texts have the shape (rows, tokens); it takes {shown}. {inputs.as_arrays}")
     lengths = {name: shape[1] for name in roles if (shape := inputs.ports[name].shape) and isinstance(shape[1], int)}
     if len(set(lengths.values())) > 1:

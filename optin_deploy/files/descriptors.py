@@ -1,10 +1,16 @@
-"""What opening and syncing files needs that is not alike on POSIX and on Windows."""
+"""What opening, syncing and removing files needs that is not alike on POSIX and on Windows."""
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Done = TypeVar("Done")
 
 WINDOWS = os.name == "nt"
 
@@ -23,16 +29,24 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def replace(temporary: Path, path: Path) -> None:
-    """Put a file in the place of another.
+def retried(change: Callable[Given, Done], *args: Given.args, **options: Given.kwargs) -> Done:
+    """Replace, rename or remove a file or folder.
 
     On Windows an open file keeps its place, and networks refer to themselves: what nobody uses any more maps its file
     until it is collected.
     """
     try:
-        temporary.replace(path)
+        return change(*args, **options)
     except PermissionError:
         if not WINDOWS:
             raise
+    gc.collect()
+    return change(*args, **options)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and what is in it, as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+    if WINDOWS and path.exists():
         gc.collect()
-        temporary.replace(path)
+        shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.byte_lock import ByteLock
-from optin_deploy.files.descriptors import WINDOWS, open_flags
+from optin_deploy.files.descriptors import WINDOWS, open_flags, retried
 from optin_deploy.files.paths import exists, is_empty, is_file, is_folder, sha256_file
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Record:
     def make_room(self, path: Path) -> None:
         """Set aside what stands at `path` and is not ours, or was changed, before something of ours takes the name."""
         if exists(path) and not is_empty(path) and not self.owns(path):
-            self._keep(path)
+            self._set_aside(path)
 
     def remove(self, name: str) -> None:
         """Remove a file or folder of ours; what was changed is set aside, what somebody put into a folder stays."""
@@ -128,9 +128,9 @@ class Record:
                 with suppress(OSError):  # somebody's file is in it
                     folder.rmdir()
         elif self.owns(path):
-            path.unlink()
+            retried(path.unlink)
         elif exists(path) and not self.strangers(path):
-            self._keep(path)
+            self._set_aside(path)
 
     def clear_temporaries(self) -> None:
         """Remove what killed processes left half-written; only for who holds the folder's lock alone."""
@@ -143,15 +143,15 @@ class Record:
             if found["kind"] == "old" and not exists(place) and is_folder(path):
                 path.rename(place)  # it was killed between the two renames of an exchange
             elif is_folder(path):
-                shutil.rmtree(path)  # its name was drawn at random, so that nobody else writes there
+                retried(shutil.rmtree, path)  # its name was drawn at random, so that nobody else writes there
             elif is_file(path):
-                path.unlink()
+                retried(path.unlink)
 
     def _is_inside(self, path: Path) -> bool:
         """Does it lie in the folder, and not behind a link that leads out of it?"""
         return path.parent.resolve().is_relative_to(self.root.resolve())
 
-    def _keep(self, path: Path) -> None:
+    def _set_aside(self, path: Path) -> None:
         log.warning("%s is not what was written there; it is kept as %s", path, set_aside(path).name)
 
     def _known(self) -> dict[str, set[str]]:
@@ -218,10 +218,10 @@ def beside(path: Path, kind: str = "tmp") -> Path:
 
 def in_the_way(paths: Iterable[Path]) -> str:
     """The sentence about files of others that stand where ours are to be."""
-    told = [str(path) for path in paths]
-    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    names = [str(path) for path in paths]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"{', '.join(told[:3])}{more}: optin-deploy did not make this, and would write over it. Move it away, or use "
+        f"{', '.join(names[:3])}{more}: optin-deploy did not make this, and would write over it. Move it away, or use "
         "another folder or name; --force keeps files (not folders) under another name."
     )
 
@@ -263,7 +263,7 @@ def set_aside(path: Path) -> Path:
     for number in itertools.count(1):
         kept = path.with_name(f"{path.name}.kept{number}")
         if not exists(kept):
-            return path.rename(kept)
+            return retried(path.rename, kept)
     raise AssertionError("unreachable")
 
 

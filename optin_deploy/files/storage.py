@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.descriptors import replace, sync
+from optin_deploy.files.descriptors import remove_folder, retried, sync
 from optin_deploy.files.ownership import Record, beside, in_the_way, record_all
 from optin_deploy.files.paths import sha256_file as sha256_file  # for all that write files
 
@@ -52,9 +51,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
             if record is not None:
                 record.make_room(path)
                 record.note(path, sha256_file(temporary))
-            replace(temporary, path)
+            retried(temporary.replace, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        retried(temporary.unlink, missing_ok=True)
 
 
 @contextmanager
@@ -79,14 +78,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             owner.make_room(path)
             try:
                 if path.exists():
-                    path.replace(old)
-                temporary.replace(path)
+                    retried(path.replace, old)
+                retried(temporary.replace, path)
             finally:
                 if old.exists() and not path.exists():
-                    old.replace(path)  # the exchange failed half-way: the old folder comes back
+                    retried(old.replace, path)  # the exchange failed half-way: the old folder comes back
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(temporary)
+        remove_folder(old)
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
 
 
 @contextmanager

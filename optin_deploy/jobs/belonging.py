@@ -11,7 +11,7 @@ from optin_deploy.files.names import PRUNED
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.onnx_data import read_onnx
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.pruning.stored import MARK, told
+from optin_deploy.pruning.stored import MARK, parsed_mark
 from optin_deploy.reporting.findings import StoredReport, read_report
 
 MODEL, PLAN, REPORT = "model", "plan.json", "report.json"
@@ -36,7 +36,7 @@ def _about_plan(folder: Path, plan: NetworkPlan) -> list[str]:
     cut_by: dict[Path, str | None] = {}
     if (folder / PRUNED).is_file():
         entries = {entry.key: entry.value for entry in read_onnx(folder / PRUNED).metadata_props}
-        made = told(entries.get(MARK))
+        made = parsed_mark(entries.get(MARK))
         if made is not None:  # files of earlier versions say nothing
             cut_by[folder / PRUNED] = made["plan"]
     found = []

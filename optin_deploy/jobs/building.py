@@ -129,8 +129,8 @@ def _pooled(path: Path, head: EmbeddingHead | None) -> Any:
     """The network of a float32 file, which is written anew where its pooled output is not the one that is asked for."""
     known = finished(path)
     if known is None:
-        told = "was changed after it was written" if path.is_file() else "does not exist"
-        raise BadInput(f"{path} {told}. Make it with `optin rewrite {path.parent}`.")
+        fault = "was changed after it was written" if path.is_file() else "does not exist"
+        raise BadInput(f"{path} {fault}. Make it with `optin rewrite {path.parent}`.")
     network = read_file(path)
     asked = None if head is None else head.digest
     if known.said.get(POOL) == asked:

@@ -152,7 +152,7 @@ def _check_needed(asked: CheckedJob) -> None:
     with width_timer(asked.prepared, asked.target, asked.spec, point, threads=job.threads) as yard:
         samples = yard.together((), blocks=2).ms[DENSE]
     dense_ms = percentile([ms for block in samples for ms in block], 50)
-    limits.time.check_needed(CLEARLY * dense_ms, point.batch, told_ms=dense_ms)
+    limits.time.check_needed(CLEARLY * dense_ms, point.batch, shown_ms=dense_ms)
 
 
 def describe(prepared: Prepared, *, limits: Limits, artifact: Path) -> list[str]:

@@ -126,9 +126,9 @@ def _over_budget(clock: Clock, before: int, budget: int | None) -> list[str]:
     over = over_budget(clock.memory.peaks, before, budget)
     if budget is None or not over:
         return []
-    told = ", ".join(f"{title} {size / 2**20:.0f} MiB" for title, size in over.items())
+    listed = ", ".join(f"{title} {size / 2**20:.0f} MiB" for title, size in over.items())
     sentence = (
-        f"--memory-budget {budget / 2**20:.0f}MiB bounds scoring; these stages took more beyond the model: {told}."
+        f"--memory-budget {budget / 2**20:.0f}MiB bounds scoring; these stages took more beyond the model: {listed}."
     )
     log.warning(sentence)
     return [sentence]

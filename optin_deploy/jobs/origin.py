@@ -9,7 +9,7 @@ from optin_deploy.files.storage import sha256_file
 from optin_deploy.network.onnx_data import read_onnx, remedy
 from optin_deploy.network.sealed import MADE_FROM, was_changed
 from optin_deploy.planning.plan import NetworkPlan
-from optin_deploy.pruning.stored import MARK, told
+from optin_deploy.pruning.stored import MARK, parsed_mark
 from optin_deploy.runtimes.record import read_record
 
 PLAN = "plan.json"
@@ -40,7 +40,7 @@ def check_origin(path: Path, role: str) -> bool:
         if not source.is_file() or sha256_file(source) != said[MADE_FROM]:
             raise PlanMismatch(f"{graph} was not made from {source} as it is now. {remedy(graph)}")
         return check_origin(source, role)
-    made, plan_path = told(said.get(MARK)), path.parent / PLAN
+    made, plan_path = parsed_mark(said.get(MARK)), path.parent / PLAN
     if made is None or not plan_path.is_file():
         return False
     plan = NetworkPlan.read(plan_path)

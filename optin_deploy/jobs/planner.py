@@ -62,7 +62,7 @@ class Planner:
         """
         return least_error(self.prepared.ready, self._scores, self.choice, self._curves, limits, merges)
 
-    def keep(self, limits: list[CostLimit], *, emptying: bool = True) -> Keep:
+    def kept_units(self, limits: list[CostLimit], *, emptying: bool = True) -> Keep:
         """Choose what stays; see `pruning.pruning.pick`.
 
         Raises: BadInput, InfeasibleBudget.
@@ -80,6 +80,6 @@ class Planner:
         ready, merges = self.prepared.ready, self.choice.merges
         if keep is None and self.merges_freely:
             merges, keep = self.least_error(lambda some: self.limits(limits, some), self.schedules())
-        chosen = self.keep(self.limits(limits), emptying=not any(merges)) if keep is None else keep
+        chosen = self.kept_units(self.limits(limits), emptying=not any(merges)) if keep is None else keep
         settings = {**asdict(limits), **asdict(self.choice), **(noted or {})}
         return planned(ready, chosen, self._scores, settings, merges)

@@ -100,15 +100,15 @@ def notes_of(asked: CheckedJob, made: StoredCut, built: Built, rounds: Sequence[
             )
         )
     if rounds:
-        told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
-        notes.append(f"Planned for `{job.limits.time}` by a latency table; plans that were measured took {told} ms.")
+        times = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
+        notes.append(f"Planned for `{job.limits.time}` by a latency table; plans that were measured took {times} ms.")
     if job.source.calibration is None:
         notes.append("Calibrated on the small bundled set: accuracy needs your own data (`--calibration FILE`).")
     if not job.compensation:
         notes.append("Nothing was compensated (--no-compensation).")
     elif made.skipped:
-        told = "; ".join(made.skipped)
-        notes.append(f"{sum(made.skipped.values())} products could not be repaired: {told}.")
+        reasons = "; ".join(made.skipped)
+        notes.append(f"{sum(made.skipped.values())} products could not be repaired: {reasons}.")
     if any(made.plan.merges):
         notes.append(f"{describe_merges(made.plan.merges, of_text=made.plan.of_text)}.")
     if made.why_graph:

@@ -145,21 +145,21 @@ def rewrite_stage(
     dense_stage(workspace, prepared)
     known = finished(path)
     if known is not None and known.key == key:
-        told = json.loads(known.said[ABOUT])
-        if prepared.dense.loaded is None or told["why_graph"] or intact(workspace.model_folder, plan.hash):
-            return StoredCut(network=read_file(path), plan=plan, reused=True, **told)
+        about = json.loads(known.said[ABOUT])
+        if prepared.dense.loaded is None or about["why_graph"] or intact(workspace.model_folder, plan.hash):
+            return StoredCut(network=read_file(path), plan=plan, reused=True, **about)
     made = make(ready, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
         workspace.record.remove(name)
     skipped = () if made.compensation is None else made.compensation.skipped
-    told = {
+    about = {
         "error": made.proof.masked,
         "skipped": dict(Counter(each.why for each in skipped)),
         "why_graph": _write_module(workspace, prepared, made),
         "compensated": compensation,
     }
-    store(made.network, path, key, {**mark(ready.subject.hash, plan.hash), ABOUT: json.dumps(told)}, anew=True)
-    return StoredCut(network=made.network, plan=plan, **told)
+    store(made.network, path, key, {**mark(ready.subject.hash, plan.hash), ABOUT: json.dumps(about)}, anew=True)
+    return StoredCut(network=made.network, plan=plan, **about)
 
 
 def _write_module(workspace: Workspace, prepared: Prepared, made: CutResult) -> str:

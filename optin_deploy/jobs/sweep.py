@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.common.progress import Stage, silent_stage
-from optin_deploy.common.validation import STORED, validated
+from optin_deploy.common.validation import STORED, parse_share, validated
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
 from optin_deploy.feeds.rows import label_digest
 from optin_deploy.files.storage import read_json, sha256_json, write_json, write_text
@@ -254,6 +254,6 @@ def parse_shares(text: str | None) -> tuple[float, ...]:
     if text is None:
         return SHARES
     try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+        return tuple(dict.fromkeys(parse_share(part) for part in text.split(",")))
     except ValueError as err:
         raise BadInput(f"--flops {text!r}: give shares with commas between them, for example 0.8,0.6,0.4.") from err

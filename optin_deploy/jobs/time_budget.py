@@ -152,14 +152,16 @@ class Planning:
         dense = next(iter(costs.values())).dense
         if least <= int(AIM * goal * NS):
             return least
-        told = (
+        message = (
             f"{target} is {goal:.3g} ms a batch, but by the latency table {least / NS:.3g} ms of the dense model's "
             f"{dense / NS:.3g} are left where every group keeps the fewest units"
         )
         if least / AIM >= dense:
-            raise InfeasibleBudget(f"{told}, as merging takes a while itself. Give a higher --tokens, or leave it out.")
+            raise InfeasibleBudget(
+                f"{message}, as merging takes a while itself. Give a higher --tokens, or leave it out."
+            )
         asked = as_asked(target, least / NS / AIM, dense / NS, self.yard.point.batch)
-        raise InfeasibleBudget(f"{told}. Use {asked}.")
+        raise InfeasibleBudget(f"{message}. Use {asked}.")
 
     def _may_go(self, merges: tuple[int, ...]) -> frozenset[str]:
         """Groups that this allocation may empty; none where tokens are merged behind their attention."""
@@ -173,25 +175,25 @@ class Planning:
         that. Whether they may be emptied is found out at the first plan that would, for trials take long.
         """
         if any(self.merges):
-            return self.planner.keep(limits, emptying=False)
+            return self.planner.kept_units(limits, emptying=False)
         if self._emptying == [False]:
             with suppress(InfeasibleBudget):  # where nothing else is in time, they are
-                return self.planner.keep(limits, emptying=False)
-        keep = self.planner.keep(limits)
+                return self.planner.kept_units(limits, emptying=False)
+        keep = self.planner.kept_units(limits)
         if self._emptying or not emptied(keep):
             return keep
         try:
-            whole = self.planner.keep(limits, emptying=False)
+            whole = self.planner.kept_units(limits, emptying=False)
         except InfeasibleBudget:
             return keep
         if whole == keep:  # of an allocation that does not ask
             return keep
-        errors = [self._error(some, told) for some, told in ((keep, "emptied branches"), (whole, "none emptied"))]
+        errors = [self._error(some, title) for some, title in ((keep, "emptied branches"), (whole, "none emptied"))]
         self._emptying.append(errors[0] < errors[1])
         return keep if self._emptying[0] else whole
 
-    def _error(self, keep: Keep, told: str) -> float:
+    def _error(self, keep: Keep, title: str) -> float:
         ready = self.planner.prepared.ready
-        with self.stage(f"try {told}") as progress:
+        with self.stage(f"try {title}") as progress:
             plan = plan_of(ready.layout, keep, sizes=ready.sizes)
             return unseen_error(ready, plan, compensation=self.compensation, progress=progress)

@@ -31,12 +31,12 @@ class Round:
 
 def as_asked(target: TimeTarget, ms: float, dense_ms: float, batch: int) -> str:
     """The option with which a time could be met, rounded to the safe side."""
-    told = {
+    amounts = {
         "--latency": f"{math.ceil(ms * 1000) / 1000:.3f}ms or more",
         "--speedup": f"{math.floor(100 * dense_ms / ms) / 100:.2f} or less",
         "--throughput": f"{math.floor(10_000 * batch / ms) / 10:.1f} or less",
     }
-    return f"{target.option} {told[target.option]}"
+    return f"{target.option} {amounts[target.option]}"
 
 
 def measured_ms(target: TimeTarget, timing: PairTiming, dense_ms: float) -> float:
@@ -71,14 +71,16 @@ def verdict_on(target: TimeTarget, measured: Measurement) -> TimeVerdict:
     if target.option == "--speedup":
         low, high = dense_ms / timing.ci95[1], dense_ms / timing.ci95[0]
     found = measured_ms(target, timing, dense_ms)
-    told = f"`{target}` is {goal:.4g} ms a batch; measured at the end: {found:.4g} ms, 95% CI {low:.4g} to {high:.4g}."
+    message = (
+        f"`{target}` is {goal:.4g} ms a batch; measured at the end: {found:.4g} ms, 95% CI {low:.4g} to {high:.4g}."
+    )
     again = "Everything is written; measure again on a quieter machine"
     if timing.unstable:
-        return TimeVerdict("unstable", f"{told} But the dense model differs from itself: not to be judged. {again}.")
+        return TimeVerdict("unstable", f"{message} But the dense model differs from itself: not to be judged. {again}.")
     if low > goal:
-        return TimeVerdict("missed", f"{told} That is too slow. {again}, or ask for a little less.")
+        return TimeVerdict("missed", f"{message} That is too slow. {again}, or ask for a little less.")
     if found > goal:
-        return TimeVerdict("undecided", f"{told} The target lies within the interval.")
+        return TimeVerdict("undecided", f"{message} The target lies within the interval.")
     if found < LEAST * goal:
-        return TimeVerdict("holds", f"{told} No plan came nearer, by its steps or by another budget.")
-    return TimeVerdict("holds", told)
+        return TimeVerdict("holds", f"{message} No plan came nearer, by its steps or by another budget.")
+    return TimeVerdict("holds", message)

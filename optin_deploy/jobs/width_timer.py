@@ -22,7 +22,8 @@ from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision
 from optin_deploy.exporters.base import Exporter, ExportSpec, Form
 from optin_deploy.exporters.passes.pooled import pooled
-from optin_deploy.files.storage import sha256_json
+from optin_deploy.files.descriptors import remove_folder
+from optin_deploy.files.storage import scratch_folder, sha256_json
 from optin_deploy.jobs.bench import Inputs
 from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.measuring.artifacts import check_runs
@@ -98,8 +99,8 @@ class WidthTimer:
 
     @contextmanager
     def _artifacts(self, plans: Sequence[Keep]) -> Iterator[list[Path]]:
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            yield [self._export(keep, Path(folder) / str(i)) for i, keep in enumerate(plans)]
+        with scratch_folder(self.scratch / "cut") as folder:
+            yield [self._export(keep, folder / str(i)) for i, keep in enumerate(plans)]
 
     def _export(self, keep: Keep, folder: Path) -> Path:
         folder.mkdir()
@@ -176,13 +177,15 @@ def width_timer(
     _, name = target.file_names(check_precision(target, spec.precision))
     spec = replace(spec, of_module=not target.reads_onnx)
     feeds = inputs_of(prepared).feeds(point)
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
+    scratch = Path(tempfile.mkdtemp())
+    try:
         form = form_at(prepared, spec, None, scratch)
         if name is None and form.module is None:
             name = form.graph.name
         dense = Path(prepared.source.model) if name is None else target.export(form, spec, scratch / name).path
         yield WidthTimer(prepared, target, spec, point, threads, feeds, dense, scratch)
+    finally:
+        remove_folder(scratch)
 
 
 def check_timeable(target: Exporter, spec: ExportSpec) -> None:

@@ -183,11 +183,11 @@ def common_inputs(baseline: tuple[Path, Sequence[Input]], candidate: tuple[Path,
     """
     kinds = [{each.name: each.dtype for each in inputs} for _, inputs in (baseline, candidate)]
     if kinds[0] != kinds[1]:
-        told = [
+        described = [
             f"{path} takes {listed(_named_types(kind))}"
             for (path, _), kind in zip((baseline, candidate), kinds, strict=True)
         ]
-        raise BadInput(f"{told[0]}, but {told[1]}. Give two artifacts with the same inputs.")
+        raise BadInput(f"{described[0]}, but {described[1]}. Give two artifacts with the same inputs.")
     ends = {each.name: each.end_id for each in candidate[1]}
     return tuple(replace(each, end_id=min(each.end_id, ends[each.name])) for each in baseline[1])
 

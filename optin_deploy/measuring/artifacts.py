@@ -90,5 +90,5 @@ def check_threads(threads: int) -> None:
     Raises: BadInput.
     """
     most = available_cpus()
-    told = "This process may use 1 CPU" if most == 1 else f"This process may use {most} CPUs"
-    whole_number(threads, "--threads", 0, most, f"{told}; 0 is the engine's default.")
+    available = "This process may use 1 CPU" if most == 1 else f"This process may use {most} CPUs"
+    whole_number(threads, "--threads", 0, most, f"{available}; 0 is the engine's default.")

@@ -13,7 +13,8 @@ import torch
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.device_clock import Launch, Timer, stretch_runs, timer_for
-from optin_deploy.measuring.timing import BLOCKS, PairTiming, measure_pair
+from optin_deploy.measuring.points import BLOCKS
+from optin_deploy.measuring.timing import PairTiming, measure_pair
 from optin_deploy.runtimes.base import DeviceRuntime, Feeds
 
 GRAPH, NO_GRAPH = "CUDA graph", "no CUDA graph"

@@ -41,7 +41,7 @@ class LatencyLimit:
         """Most that candidate / baseline time may be."""
         return self.value if self.kind == "max_ratio" else 1 / self.value
 
-    def told(self, ratio: float, ci95: tuple[float, float]) -> str:
+    def described(self, ratio: float, ci95: tuple[float, float]) -> str:
         """A ratio with its interval and the limit, in the words of the limit."""
         low, high = ci95
         if self.kind == "max_ratio":
@@ -81,23 +81,25 @@ def verdict_of(timing: PairTiming, limit: LatencyLimit) -> Verdict:
     """
     slowest, fastest = timing.ci95  # of baseline / candidate
     ratio, ci95 = 1 / timing.speedup, (1 / fastest, 1 / slowest)
-    told = limit.told(ratio, ci95)
+    measured = limit.described(ratio, ci95)
     if timing.unstable:
         low, high = timing.same_ci95
         said = (
             f"is not judged: two sessions of the baseline itself differ by a factor of {low:.3f} to {high:.3f}. End "
-            f"other work on this machine, or give fewer --threads, and measure again. (Measured: {told}.)"
+            f"other work on this machine, or give fewer --threads, and measure again. (Measured: {measured}.)"
         )
         return Verdict("unstable", ratio, ci95, said)
     if ci95[0] > limit.max_ratio:
         said = (
-            f"fails: {told}. The whole interval misses the limit. Find what made the candidate slower; if that is "
+            f"fails: {measured}. The whole interval misses the limit. Find what made the candidate slower; if that is "
             "meant, allow more, or pin it as the new baseline."
         )
         return Verdict("fails", ratio, ci95, said)
     if ci95[1] <= limit.max_ratio:
-        return Verdict("holds", ratio, ci95, f"holds: {told}.")
-    said = f"is undecided: {told}. The limit lies within the interval. Measure again, on a quieter machine if you can."
+        return Verdict("holds", ratio, ci95, f"holds: {measured}.")
+    said = (
+        f"is undecided: {measured}. The limit lies within the interval. Measure again, on a quieter machine if you can."
+    )
     return Verdict("straddles", ratio, ci95, said)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from optin_deploy.common.validation import whole_number
 from optin_deploy.errors import BadInput
 
+BLOCKS = 12
+"""Blocks of a measurement: few enough for half a minute, enough for an interval (see `bootstrap_ci`)."""
 AT_HINT = "Give positive whole numbers such as batch=8,seq=128."
 
 

@@ -25,7 +25,7 @@ SMI_FIELDS = {
     "memory.used": "memory_used_mib",
 }
 """Field of nvidia-smi -> our name."""
-TOLD = ("load_average", "cpu_mhz", "cpu_temperature_c", "gpu_sm_mhz", "gpu_temperature_c", "gpu_power_w")
+SHOWN = ("load_average", "cpu_mhz", "cpu_temperature_c", "gpu_sm_mhz", "gpu_temperature_c", "gpu_power_w")
 """What people are told of, if it is there."""
 
 
@@ -66,7 +66,7 @@ def gpu_state(device: torch.device) -> dict[str, str | float] | None:
     return {name: _number(value) for name, value in zip(SMI_FIELDS.values(), values, strict=False)}
 
 
-def told_of(states: Sequence[State], names: Sequence[str] = TOLD) -> str:
+def ranges_of(states: Sequence[State], names: Sequence[str] = SHOWN) -> str:
     """Smallest and largest of each number that was told; empty where none was."""
     parts = []
     for name in names:

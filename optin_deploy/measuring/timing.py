@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from optin_deploy.errors import BadInput
+from optin_deploy.measuring.points import BLOCKS
 from optin_deploy.measuring.state import State, machine_state
 from optin_deploy.measuring.stats import bootstrap_ci, percentile, throughput
 from optin_deploy.runtimes.base import Feeds, Runtime
 
-BLOCKS = 12
-"""Few enough for half a minute, enough for an interval: see `bootstrap_ci`."""
 BLOCK_SECONDS = 1.5
 """Timed seconds a block that a pair of models takes: 12 of them take half a minute, opening and warming up included."""
 MIN_ROUNDS = 3

@@ -31,7 +31,7 @@ def network_hash(network: Network) -> str:
     for node in network.nodes:
         say(node.domain, node.op, node.opset, [number(name) for name in (*node.inputs, *node.outputs)])
         for name, value in sorted(node.attributes.items()):
-            say(name, _told(value))
+            say(name, _attribute(value))
     for port in network.outputs:
         say("output", port.name, number(port.name))
     used = [name for name in numbers if name in network.weights]
@@ -42,20 +42,20 @@ def network_hash(network: Network) -> str:
     return digest.hexdigest()
 
 
-def _told(value: Any) -> str:
+def _attribute(value: Any) -> str:
     """Write an attribute down; of graphs inside, their operators and attributes."""
     if isinstance(value, ir.Graph):
         return str([_node(node) for node in value])
     if isinstance(value, ir.TensorProtocol):
         return f"{value.dtype.name} {tuple(value.shape.numpy())} {hashlib.sha256(_bytes(value)).hexdigest()}"
     if isinstance(value, tuple):
-        return str([_told(each) for each in value])
+        return str([_attribute(each) for each in value])
     return repr(value)
 
 
 def _node(node: ir.Node) -> tuple[str, str, list[str]]:
     named = sorted(decoded(0, node, {}).attributes.items())
-    return node.domain, node.op_type, [f"{name} {_told(value)}" for name, value in named]
+    return node.domain, node.op_type, [f"{name} {_attribute(value)}" for name, value in named]
 
 
 def _bytes(tensor: ir.TensorProtocol) -> memoryview | bytes:

@@ -33,8 +33,8 @@ def with_classifier(
         raise BadInput(f"{network.source}: a classifier reads (batch, tokens, hidden); {states} has {axes} axes.")
     nodes = PoolingNodes(model, {*network.weights, *network.producer, *(port.name for port in network.inputs)})
     if axes == 3:
-        told = next((value for value in model.graph.inputs if value.name == mask), None)
-        pooled = nodes.of_all(found, pooling) if told is None else nodes.of_some(found, told, pooling)
+        given_mask = next((value for value in model.graph.inputs if value.name == mask), None)
+        pooled = nodes.of_all(found, pooling) if given_mask is None else nodes.of_some(found, given_mask, pooling)
     else:
         pooled = found
     stored = [nodes.weight(each, name) for each, name in zip(head, NAMES, strict=True)]

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from optin_deploy.files.descriptors import retried
 from optin_deploy.files.storage import atomic_file, scratch_folder, sha256_file
 from optin_deploy.network.graph import Network
 from optin_deploy.network.write import data_path, take_away, write
@@ -167,4 +168,4 @@ def _entry(sha256: str) -> bytes:
 
 def _move(draft: Path, out: Path) -> None:
     with atomic_file(out) as temporary:
-        draft.replace(temporary)
+        retried(draft.replace, temporary)

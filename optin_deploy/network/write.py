@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import Message
 
+from optin_deploy.files.descriptors import retried
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import atomic_file
 from optin_deploy.network.collecting import uncollected
@@ -149,6 +150,6 @@ def take_away(path: Path) -> None:
     """Remove a file before its weights are replaced; in a folder that keeps a record, only if it is ours."""
     record = Record.above(path)
     if record is None:
-        path.unlink(missing_ok=True)
+        retried(path.unlink, missing_ok=True)
     else:
         record.remove(os.path.relpath(path, record.root))

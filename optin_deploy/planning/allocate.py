@@ -9,6 +9,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
+from optin_deploy.planning.stray_lines import without_stray_lines
+
 GAP = 1e-6
 """Relative distance to the best sum at which the solver may stop."""
 
@@ -38,13 +40,14 @@ def least_error(branches: Sequence[Options], limits: Sequence[int]) -> list[int]
     scale = np.maximum(np.array(limits, dtype=float), 1)[:, None]
     room = np.ones(len(limits))
     while True:
-        found = milp(
-            errors / max(float(errors.max()), np.finfo(float).tiny),
-            integrality=np.ones(len(errors)),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs / scale, -np.inf, room)],
-            options={"mip_rel_gap": GAP},
-        )
+        with without_stray_lines():
+            found = milp(
+                errors / max(float(errors.max()), np.finfo(float).tiny),
+                integrality=np.ones(len(errors)),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs / scale, -np.inf, room)],
+                options={"mip_rel_gap": GAP},
+            )
         if found.x is None:
             return None
         chosen = [int(part.argmax()) for part in np.split(found.x, np.cumsum(sizes)[:-1])]

@@ -61,8 +61,8 @@ class TimeTarget:
     def __post_init__(self) -> None:
         least = 1 if self.option == "--speedup" else LEAST_TIME
         if not least < self.value < MOST_TIME:
-            told = f"more than {least:g} and less than {MOST_TIME:g}"
-            raise BadInput(f"{self}: give {told}, for example {TIME_EXAMPLES[self.option]}.")
+            bounds = f"more than {least:g} and less than {MOST_TIME:g}"
+            raise BadInput(f"{self}: give {bounds}, for example {TIME_EXAMPLES[self.option]}.")
 
     def __str__(self) -> str:
         return f"{self.option} {self.value:g}" + ("ms" if self.option == "--latency" else "")
@@ -76,16 +76,16 @@ class TimeTarget:
         }
         return allowed[self.option]
 
-    def check_needed(self, dense_ms: float, batch: int, told_ms: float | None = None) -> None:
+    def check_needed(self, dense_ms: float, batch: int, shown_ms: float | None = None) -> None:
         """Refuse a time that the dense model keeps.
 
-        Args: told_ms: what is said that it takes; default: `dense_ms`.
+        Args: shown_ms: what is said that it takes; default: `dense_ms`.
         Raises: InfeasibleBudget.
         """
         goal = self.limit_ms(dense_ms, batch)
         if goal >= dense_ms:
             raise InfeasibleBudget(
-                f"{self} is {goal:.3g} ms a batch, and the dense model takes {told_ms or dense_ms:.3g} ms already: "
+                f"{self} is {goal:.3g} ms a batch, and the dense model takes {shown_ms or dense_ms:.3g} ms already: "
                 "nothing has to be cut for it. Ask for less time, or give another budget such as --flops."
             )
 
@@ -149,11 +149,11 @@ class Limits:
 
     def __str__(self) -> str:
         """Write the limits for names of folders: 0.6, params0.5, 60000000B."""
-        told = (
+        parts = (
             "" if self.flops is None else f"{self.flops:g}",
             "" if self.params is None else f"params{self.params:g}",
             "" if self.size is None else f"{self.size}B",
             "" if self.max_drop is None else f"drop{self.max_drop:g}",
             "" if self.time is None else str(self.time).removeprefix("--").replace(" ", ""),
         )
-        return "-".join(filter(None, told))
+        return "-".join(filter(None, parts))

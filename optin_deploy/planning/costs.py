@@ -196,7 +196,7 @@ class CostLimit:
     relative: bool = False
     """Whether the user gave a share of the dense network."""
 
-    def told(self, amount: int) -> str:
+    def option_for(self, amount: int) -> str:
         """Return the option with which this amount is allowed, rounded up."""
         option = self.resource.option
         if self.relative:

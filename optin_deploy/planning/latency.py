@@ -115,13 +115,13 @@ class LatencyTable(Stored):
             )
         if self.network != network_hash(layout.structure.network):
             raise BadInput(f"latency table: of another network than {layout.structure.network.source}. {HINT}")
-        told = [
+        differences = [
             f"{key} is {self.setting.get(key)!r}, not {value!r}"
             for key, value in (setting or {}).items()
             if self.setting.get(key) != value
         ]
-        if told:
-            raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(told)}. {HINT}")
+        if differences:
+            raise BadInput(f"latency table: measured elsewhere or otherwise: {', '.join(differences)}. {HINT}")
 
     def merging(self, ns: int, macs: Cost, merged: Cost) -> LatencyTable:
         """Return what to expect of the same network with its tokens merged, in which it takes so many nanoseconds.

@@ -55,8 +55,8 @@ def _shapes(layout: Layout) -> dict[str, object]:
     for index, axes in structure.products:
         leaves = {leaf: None for axis in axes for leaf in axis.leaves()}
         for group in [by_leaf[leaf] for leaf in leaves if leaf in by_leaf]:
-            told = tuple(expression(axis, group.leaf) for axis in axes)
-            products[group][structure.network.nodes[index].op, told] += 1
+            expressions = tuple(expression(axis, group.leaf) for axis in axes)
+            products[group][structure.network.nodes[index].op, expressions] += 1
     for group in layout.groups:
         shapes = Counter(
             (tuple(structure.network.weights[part.weight].shape.numpy()), part.position) for part in group.slices

@@ -180,9 +180,9 @@ def _check_scores(layout: Layout, ladders: Sequence[Ladder], scores: Mapping[str
     for each in ladders:
         found = np.asarray(scores[each.name]) if each.name in scores else None
         if found is None or found.shape != (each.units,) or not np.isfinite(found).all():
-            told = "there are none" if found is None else f"they are {found.shape}, or not all are numbers"
+            fault = "there are none" if found is None else f"they are {found.shape}, or not all are numbers"
             raise BadInput(
-                f"scores of {each.name}: {told}; a finite number for each of {each.units} units is needed. "
+                f"scores of {each.name}: {fault}; a finite number for each of {each.units} units is needed. "
                 f"Score {layout.structure.network.source} again."
             )
 
@@ -198,7 +198,7 @@ def _check_feasible(limits: Sequence[CostLimit], least: Mapping[str, int], choic
         for limit, amount in found
         if amount > limit.most
     )
-    possible = " ".join(limit.told(amount) for limit, amount in found if amount > limit.most)
+    possible = " ".join(limit.option_for(amount) for limit, amount in found if amount > limit.most)
     raise InfeasibleBudget(
         f"{asked}: with the fewest units of {', '.join(choice.kinds)} that --align {choice.align} allows, {shares} "
         f"are left. Use {possible} or more, or more kinds of --units ({', '.join(KINDS)})."

@@ -30,7 +30,7 @@ def mark(network: str | None, plan: str | None = None) -> dict[str, str]:
     return {MARK: json.dumps({"plan": plan, "network": network})}
 
 
-def told(entry: str | None) -> dict[str, str | None] | None:
+def parsed_mark(entry: str | None) -> dict[str, str | None] | None:
     """What an entry of MARK says: `plan` and `network`; None: it is none of ours."""
     try:
         found = json.loads(entry or "null")
@@ -41,7 +41,7 @@ def told(entry: str | None) -> dict[str, str | None] | None:
 
 def plan_named(network: Network) -> str | None:
     """Hash of the plan by which a file of ours was cut; None: it does not say."""
-    found = told(network.model.metadata_props.get(MARK))
+    found = parsed_mark(network.model.metadata_props.get(MARK))
     return None if found is None or not isinstance(found["plan"], str) else found["plan"]
 
 

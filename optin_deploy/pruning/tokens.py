@@ -63,9 +63,9 @@ def check(ready: Ready, limits: Limits, choice: Choice) -> None:
     most = costs.macs.total(costs.macs.whole)
     if most > costs.macs.dense:
         if choice.merges:
-            told = describe_merges(merges, of_text=ready.stream.of_text)
+            merged = describe_merges(merges, of_text=ready.stream.of_text)
             raise BadInput(
-                f"that {told}, takes more multiply-accumulates than it saves: {most:,} instead of "
+                f"that {merged}, takes more multiply-accumulates than it saves: {most:,} instead of "
                 f"{costs.macs.dense:,}. Give a lower --tokens, or leave it out."
             )
         costs = ready.costs

@@ -43,8 +43,10 @@ class AnswerJudge:
     def _points(self, place: int, text: object) -> tuple[float, float]:
         label = self._known[place]
         assert label is not None
-        told = label.texts or ("",)
-        return max(f1(str(text), each) for each in told), max(float(plain(str(text)) == plain(each)) for each in told)
+        references = label.texts or ("",)
+        return max(f1(str(text), each) for each in references), max(
+            float(plain(str(text)) == plain(each)) for each in references
+        )
 
     def _found(self, readouts: Iterable[Readout]) -> list[object]:
         """The answer to each row: a text, or the first and the last token where no text is known."""

@@ -41,6 +41,6 @@ def entity_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -
     """
     right = total = 0
     for one, other in zip(wanted, found, strict=True):
-        known, told = spans(one), spans(other)
-        right, total = right + len(known & told), total + len(known) + len(told)
+        known, predicted = spans(one), spans(other)
+        right, total = right + len(known & predicted), total + len(known) + len(predicted)
     return 2 * right / total if total else 1.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Metric:
     """How a figure is told."""
 
-    told: str
+    title: str
     """What people call it, as the beginning of a sentence."""
     labelled: bool = True
     """Whether both networks are judged by labels, or the pruned one by the dense."""

@@ -56,10 +56,10 @@ class PerplexityJudge:
         """The token that each position should foretell, (rows, positions), -1 where it foretells none."""
         ids, values = batch.get(self._ids), readout.values
         if ids is None or ids.shape != values.shape[:2] or int(ids.max()) >= values.shape[-1] or values.shape[1] < 2:
-            told = "none" if ids is None else f"of shape {tuple(ids.shape)}"
+            shape = "none" if ids is None else f"of shape {tuple(ids.shape)}"
             raise BadInput(
                 f"perplexity needs logits of each token of a text; these are {tuple(values.shape)}, and the ids"
-                f" ({self._ids!r}) are {told}. Leave out the metric: agreement is measured."
+                f" ({self._ids!r}) are {shape}. Leave out the metric: agreement is measured."
             )
         if self._masked:
             some = self.rows.labels[start : start + rows_of(batch)]

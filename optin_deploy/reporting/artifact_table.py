@@ -50,7 +50,7 @@ class ArtifactQuality:
 
 def artifact_table(report: Report | StoredReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows (artifact, figure, points lost, measured speed-up) of a report; no rows where all is float32."""
-    metric = METRICS[report.quality.metric].told
+    metric = METRICS[report.quality.metric].title
     header = ("artifact", metric, "points lost", "speed-up over float32 dense")
     return header, [(str(row), row.figure, f"{row.quality.drop:.2f}", _speed(report, row)) for row in report.artifacts]
 

@@ -52,7 +52,7 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         "## How it was made",
         f"Plan `{report.hashes.get('plan', '')[:12]}`, network `{report.hashes.get('network', '')[:12]}`; `plan.json` "
         "names every unit that stays. "
-        + " ".join(f"{key.replace('_', ' ')}: {value}." for key, value in _told(report).items()),
+        + " ".join(f"{key.replace('_', ' ')}: {value}." for key, value in _settings(report).items()),
         "## How to load it",
         f"```python\nimport onnxruntime\nfrom huggingface_hub import hf_hub_download\n\n"
         f'session = onnxruntime.InferenceSession(hf_hub_download("{repository}", "{files[0]}"))\n```',
@@ -89,7 +89,7 @@ def _latency(report: StoredReport) -> list[str]:
     return [machine, to_table(("engine, batch x length", "dense", "pruned", "speed-up [95% CI]"), rows)]
 
 
-def _told(report: StoredReport) -> dict[str, object]:
+def _settings(report: StoredReport) -> dict[str, object]:
     """Settings that say how the units were chosen, without paths."""
     names = ("flops", "params", "size", "max_drop", "allocation", "samples", "seed", "precision")
     return {name: report.settings[name] for name in names if report.settings.get(name) is not None}

@@ -236,8 +236,8 @@ def sweep_chart(sweep: Sequence[SweepRow], kept: float) -> Chart:
     x, y = _axis([kept, *shares], LEFT, RIGHT), _axis([dense, *values], BOTTOM, TOP)
     dots = tuple((x.place(share), y.place(value)) for share, value in found)
     rules = (Rule(y.place(dense), False, "dense"), Rule(x.place(kept), True, "this model", row=1))
-    told = ", ".join(f"{value:.3f} at {share:.0%}" for share, value in reversed(found))
-    name = f"{metric} over the MACs that stay: {dense:.3f} dense, {told}."
+    listed = ", ".join(f"{value:.3f} at {share:.0%}" for share, value in reversed(found))
+    name = f"{metric} over the MACs that stay: {dense:.3f} dense, {listed}."
     lines = (("pruned", _points(x, y, shares, values)),)
     return Chart(name, "MACs that stay", metric, x.ticks("%"), y.ticks(), lines, dots, rules)
 

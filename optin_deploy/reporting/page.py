@@ -18,7 +18,7 @@ from optin_deploy.reporting.artifact_table import artifact_table
 from optin_deploy.reporting.charts import latency_chart, ratio_chart, sweep_chart, units_chart
 from optin_deploy.reporting.findings import Findings, StoredReport, read_findings
 from optin_deploy.reporting.latency_rows import LatencyRow
-from optin_deploy.reporting.score_table import told
+from optin_deploy.reporting.score_table import facts_of
 from optin_deploy.structure.kept import KeptGroup, kept_lines, kept_rows
 
 GENERATOR = '<meta name="generator" content="optin-deploy">'
@@ -70,7 +70,7 @@ def render(found: Findings) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": milliseconds, "si": si, "size": size, "figures": figures, "told": told}
+    environment.filters |= {"ms": milliseconds, "si": si, "size": size, "figures": figures, "facts_of": facts_of}
     environment.filters |= {"named": named, "foldered": without_folders}
     report, bench = found.report, found.bench
     measured = [("", report.latency, report.environment)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optin_deploy.common.extras import require
 from optin_deploy.files.storage import atomic_file
-from optin_deploy.reporting.score_table import LIGHT, colour_levels, colour_range, parted, shortened, told
+from optin_deploy.reporting.score_table import LIGHT, colour_levels, colour_range, facts_of, parted, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def draw_scores(scores: UnitScores, path: Path) -> None:
         axes.set_anchor("N")
     if many and highest > CURVES_INCHES:
         figure.axes[len(draw) - 1].set_box_aspect(1)  # many groups make the heatmap long, not the curves
-    figure.suptitle(", ".join(f"{name} {value}" for name, value in told(scores.provenance, TITLE)), fontsize=10)
+    figure.suptitle(", ".join(f"{name} {value}" for name, value in facts_of(scores.provenance, TITLE)), fontsize=10)
     save_figure(figure, path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from optin_deploy.common.formatting import BYTES, COUNTS, pair
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import point_name
-from optin_deploy.measuring.state import told_of
+from optin_deploy.measuring.state import ranges_of
 from optin_deploy.measuring.timing import PairTiming
 from optin_deploy.quality.metrics import METRICS, Metric
 from optin_deploy.quality.quality import Quality
@@ -71,7 +71,7 @@ def quality_lines(report: Report) -> list[str]:
         points = f"{100 * (q.pruned - q.dense):+.1f} points, " if metric.share else ""
         beside = "".join(f"; {other[0].lower()}{other[1:]}" for other in others)
         return [f"{main} ({points}{q.samples} held-out {metric.rows}){beside}."]
-    lines = [f"{metric.told}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
+    lines = [f"{metric.title}: {q.pruned:.3f} ({q.samples} held-out rows, no labels)."]
     if q.pruned < EXPECT_LOSS_BELOW:
         lines.append(f"Below {EXPECT_LOSS_BELOW}: expect some loss of accuracy; give labelled data to measure it.")
     return lines
@@ -79,7 +79,7 @@ def quality_lines(report: Report) -> list[str]:
 
 def _figures(metric: Metric, dense: float, pruned: float) -> str:
     form = ".1%" if metric.share else ".3f"
-    return f"{metric.told} {dense:{form}} dense, {pruned:{form}} pruned"
+    return f"{metric.title} {dense:{form}} dense, {pruned:{form}} pruned"
 
 
 def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
@@ -155,8 +155,8 @@ def memory_lines(latency: Sequence[Measurement]) -> list[str]:
 
 def machine_lines(latency: Sequence[Measurement]) -> list[str]:
     """What the machine did meanwhile, if it tells."""
-    told = told_of([state for m in latency for state in m.timing.states])
-    return [f"While measuring: {told}."] if told else []
+    ranges = ranges_of([state for m in latency for state in m.timing.states])
+    return [f"While measuring: {ranges}."] if ranges else []
 
 
 def unstable_lines(latency: Sequence[Measurement]) -> list[str]:
@@ -230,8 +230,8 @@ def to_markdown(report: Report) -> str:
 
 
 def _stage_memory(memory: Mapping[str, int]) -> list[str]:
-    told = ", ".join(f"{name} {held / 2**20:.0f}" for name, held in memory.items())
-    return [f"MiB held at most, by stage: {told}."] if told else []
+    listed = ", ".join(f"{name} {held / 2**20:.0f}" for name, held in memory.items())
+    return [f"MiB held at most, by stage: {listed}."] if listed else []
 
 
 def to_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

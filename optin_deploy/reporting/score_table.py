@@ -41,8 +41,8 @@ def print_scores(scores: UnitScores) -> None:
             console.print(line, soft_wrap=True)
         errors = torch.cat([scores.errors[name] for name in few])
         if bool(errors.any()):
-            told_error = relative_error(torch.cat([*few.values()]), errors)
-            typer.echo(f"relative standard error of the median unit: {told_error}")
+            error = relative_error(torch.cat([*few.values()]), errors)
+            typer.echo(f"relative standard error of the median unit: {error}")
     if many:
         typer.echo("\nScores in each large group; higher = keep")
         print_table(*spread_table(many, scores.errors))
@@ -57,7 +57,7 @@ def parted(scores: UnitScores) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def print_provenance(scores: UnitScores) -> None:
     """How many units were scored, and how."""
-    facts = list(told(scores.provenance))
+    facts = list(facts_of(scores.provenance))
     units = sum(map(len, scores.scores.values()))
     typer.echo(f"{len(scores.scores)} groups, {units:,} units scored{':' if facts else ''}")
     width = max((len(name) for name, _ in facts), default=0)
@@ -133,13 +133,13 @@ def relative_error(values: Tensor, errors: Tensor) -> str:
     return f"{float((errors[some] / values[some]).median()):.1%}" if bool(some.any()) else "-"
 
 
-def told(provenance: Mapping[str, Any], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+def facts_of(provenance: Mapping[str, Any], names: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
     """Name and value of what a provenance tells, in words; `names` chooses some, in their order."""
     for name in provenance if names is None else names:
         value = provenance.get(name)
         words = name.removesuffix("_bytes").replace("_", " ")
         if isinstance(value, Mapping):
-            yield from ((f"{words} {inner}", text) for inner, text in told(value))
+            yield from ((f"{words} {inner}", text) for inner, text in facts_of(value))
         elif value is not None:
             yield words, _worded(name, value)
 

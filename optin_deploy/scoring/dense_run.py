@@ -78,7 +78,7 @@ def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> No
     watched = subject.run(batch, watch=names).watched
     first = next(
         (
-            _told(node, network)
+            _described(node, network)
             for node in nodes
             for name in node.outputs
             if name in watched and watched[name].is_floating_point() and not bool(torch.isfinite(watched[name]).all())
@@ -91,7 +91,7 @@ def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> No
     )
 
 
-def _told(node: Node, network: Network) -> str:
+def _described(node: Node, network: Network) -> str:
     """An operator with the weights that it reads, by whose names people know the layer."""
     weights = [name for name in node.inputs if name in network.weights]
     return f"{node}, which reads {', '.join(weights)}," if weights else str(node)

@@ -88,7 +88,7 @@ class UnitJob:
         found = combined([self._run(self.parts.exact())])
         # Every part holds units of its own on the samples of its batch.
         samples = sum(len(next(iter(batch.values()))) for batch in self.parts.batches)
-        return self._told(
+        return self._scores(
             None, replace(found, samples=samples, forward_seconds=found.forward_seconds * samples / found.samples)
         )
 
@@ -101,7 +101,7 @@ class UnitJob:
             rounds = [self.parts.sketch(range(*some)) for some in pairwise([0, *ends])]
             results = iter(self._run([*chain(*rounds), *self.parts.masked(masked)], further=further))
             sketched = combined([list(islice(results, len(each))) for each in rounds])
-            found = self._told(combined([list(results)]) if masked else None, sketched)
+            found = self._scores(combined([list(results)]) if masked else None, sketched)
             more, more_masked = ends[-1], masked
             for kind, scores, errors in self._pools(found):
                 if kind in MASKED and settings.head_samples is None:
@@ -116,7 +116,7 @@ class UnitJob:
     def _run(self, parts: Sequence[Part], *, further: bool = False) -> list[Terms]:
         return run_parts(parts, self.store, self.worker, self.progress, further=further)
 
-    def _told(self, masked: Terms | None, estimated: Terms) -> UnitScores:
+    def _scores(self, masked: Terms | None, estimated: Terms) -> UnitScores:
         """Scores of few and large units from one set of sums and of all others from another, with where they came from.
 
         Args: masked: of the sketch; None: all are from the other ones.
@@ -215,8 +215,10 @@ def _batches(subject: Subject, given: Sequence[Batch]) -> tuple[Batch, ...]:
         one = {name: batch[name] for name in dict.fromkeys((*names, MASK)) if name in batch}
         rows = {name: len(value) if value.dim() else 0 for name, value in one.items()}
         if 0 in rows.values() or len(set(rows.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in rows.items())
-            raise BadInput(f"calibration batch {number} needs one row a sample, at least one, in every input: {told}.")
+            counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+            raise BadInput(
+                f"calibration batch {number} needs one row a sample, at least one, in every input: {counts}."
+            )
         found.append({name: value.to(subject.program.device) for name, value in one.items()})
     if not found:
         raise BadInput("no calibration batches were given; give at least one sample, inputs by name.")

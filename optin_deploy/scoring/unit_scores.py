@@ -63,8 +63,8 @@ class UnitScores:
         for name, values in self.scores.items():
             group = layout.by_name.get(name)
             if group is None or group.units != len(values):
-                told = "is not there" if group is None else f"has {group.units} units"
-                raise BadInput(f"scores hold {len(values)} units of the group {name!r}, which {told}. {HINT}")
+                fault = "is not there" if group is None else f"has {group.units} units"
+                raise BadInput(f"scores hold {len(values)} units of the group {name!r}, which {fault}. {HINT}")
 
     def write(self, path: Path) -> None:
         """Write a scores.safetensors, whole or not at all."""

@@ -67,12 +67,12 @@ class ServeCheck:
                 for each in filter(None, (pair.dense, pair.pruned)):
                     name = label(each)
                     figures = [f"{point.latency_ms(name, q):.2f}" for q in PERCENTILES]
-                    told = "-"
+                    speedup = "-"
                     if pair.dense is not None and each is pair.pruned:
                         gain, (low, high) = point.gain(label(pair.dense), name)
-                        told = f"{gain:.2f}x [{low:.2f}, {high:.2f}]"
+                        speedup = f"{gain:.2f}x [{low:.2f}, {high:.2f}]"
                     rows.append(
-                        (str(point.concurrency), name, each.role, *figures, f"{point.per_second(name):.1f}", told)
+                        (str(point.concurrency), name, each.role, *figures, f"{point.per_second(name):.1f}", speedup)
                     )
         return rows
 

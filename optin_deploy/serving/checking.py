@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from optin_deploy.exporters import exporter
 from optin_deploy.exporters.precisions import TOLERANCES
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.jobs.proving import relative_error
-from optin_deploy.measuring.timing import BLOCKS
 from optin_deploy.runtimes.base import Feeds
 from optin_deploy.serving.check_result import Checked, ServeCheck, ServedPair, label
 from optin_deploy.serving.client import ServedClient, connect
 from optin_deploy.serving.load import Ask, measure_load
 from optin_deploy.serving.manifest import Manifest, TensorSpec, check_files
 from optin_deploy.serving.repository import Repository
+from optin_deploy.serving.server_load import TIMEOUT_SECONDS, ServerLoad
 from optin_deploy.serving.shipments import SAMPLES
 
 ANY = -1
@@ -31,33 +31,13 @@ SAME_FILE = 2e-2
 """Most that two machines may differ in running one file; of int8, whose own loss is no matter here, too."""
 
 
-@dataclass(frozen=True)
-class ServerLoad:
-    """How a server is loaded while its latency is measured from the client's side."""
-
-    concurrencies: Sequence[int] = (1, 4, 16)
-    """Clients that ask at the same time, one number after the other; without any, latency is not measured."""
-    batch: int = 1
-    """Samples a request."""
-    seconds: float = 1.0
-    """Seconds of load on each model, at each concurrency, in each block."""
-    blocks: int = BLOCKS
-    seed: int = 0
-    """Draws the order within the blocks."""
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.seconds <= 0 or any(each < 1 for each in self.concurrencies):
-            told = f"--batch {self.batch}, --seconds {self.seconds:g}, --concurrency {list(self.concurrencies)}"
-            raise BadInput(f"{told}: all above zero.")
-
-
 def check_server(
     root: Path,
     url: str,
     *,
     names: Sequence[str] = (),
-    timeout: float = 30.0,
-    load: ServerLoad = ServerLoad(),  # frozen
+    timeout: float = TIMEOUT_SECONDS,
+    load: ServerLoad = ServerLoad(),  # noqa: B008  # frozen
     stage: Stage = silent_stage,
 ) -> ServeCheck:
     """Compare a server with the repository that it is to serve.

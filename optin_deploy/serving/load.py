@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from optin_deploy.measuring.points import BLOCKS
 from optin_deploy.measuring.stats import bootstrap_ci, percentile
-from optin_deploy.measuring.timing import BLOCKS
 
 Ask = Callable[[], object]
 """Sends one request and waits for its answer."""

@@ -98,8 +98,8 @@ def _model(
         graph = folder / record.onnx
         most = largest_batch(path, record, options.longest)
         if options.max_batch > most:
-            told = f"the engine was built for at most {most}. Give that or less."
-            raise BadInput(f"--max-batch {options.max_batch}: {told}")
+            limit = f"the engine was built for at most {most}. Give that or less."
+            raise BadInput(f"--max-batch {options.max_batch}: {limit}")
     inputs, outputs = tensors_of(graph)
     if not options.preferred and report is not None:
         options = replace(options, preferred=preferred_batches(report.latency, order, precision))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from optin_deploy.errors import BadInput
-from optin_deploy.files.descriptors import sync
+from optin_deploy.files.descriptors import retried, sync
 from optin_deploy.files.ownership import Record
 from optin_deploy.files.storage import scratch_folder, sha256_file
 
@@ -74,14 +74,14 @@ class Staging:
             for staged, target in self.moves:
                 made += _made(target.parent)
                 done.append((staged, target))
-                staged.replace(target)
+                retried(staged.replace, target)
         except BaseException:
             for staged, target in reversed(done):
                 old = before[target]
                 if old is not None:
-                    old.replace(target)
+                    retried(old.replace, target)
                 elif not staged.exists() and target.exists():
-                    target.replace(staged)
+                    retried(target.replace, staged)
             for folder in reversed(made):
                 with suppress(OSError):  # somebody else's file is in it
                     folder.rmdir()

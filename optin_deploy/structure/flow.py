@@ -87,14 +87,14 @@ class Visit(Flow):
 
     def give_up(self, why: str) -> None:
         """Freeze all that the node touches."""
-        told = f"{self.node.op}: {why}"
+        reason = f"{self.node.op}: {why}"
         for place, name in enumerate(self.node.inputs):
             if name and self._sizes(name) is not None:
-                freeze(self.axes(place), told)
+                freeze(self.axes(place), reason)
         for name in self.node.outputs:
             sizes = self._sizes(name) if name else None
             if sizes is not None:
-                self._structure.axes[name] = [Axis(size, told) for size in sizes]
+                self._structure.axes[name] = [Axis(size, reason) for size in sizes]
 
     # What a row asks.
 

@@ -43,12 +43,12 @@ def kept_of(keep: Mapping[str, Sequence[int]], units: Mapping[str, int]) -> list
 def kept_rows(groups: Sequence[KeptGroup]) -> list[tuple[str, str]]:
     """Rows of HEADER for what was cut; blocks in a row of which the same stays share one."""
     by_name = {group.name: group for group in groups}
-    told: list[tuple[str, str]] = []
+    rows: list[tuple[str, str]] = []
     for block, inner in by_block(by_name).items():
-        text = _told([(within, by_name[name]) for within, name in inner if not by_name[name].whole])
+        text = _listed([(within, by_name[name]) for within, name in inner if not by_name[name].whole])
         if text:
-            told.append((block, text))
-    same = [(text, [block for block, _ in rows]) for text, rows in groupby(told, key=lambda row: row[1])]
+            rows.append((block, text))
+    same = [(text, [block for block, _ in rows]) for text, rows in groupby(rows, key=lambda row: row[1])]
     return [(where, text) for text, blocks in same for where in _joined(blocks)]
 
 
@@ -60,9 +60,9 @@ def kept_lines(groups: Sequence[KeptGroup]) -> list[str]:
         lines.append(f"There stay {_all(cut)}.")
     if whole:
         counts = Counter(group.kind for group in whole)
-        told = ", ".join(f"{many:,} of {kind}" for kind, many in counts.items())
+        listed = ", ".join(f"{many:,} of {kind}" for kind, many in counts.items())
         noun = f"{'other ' if cut else ''}group{'s' if len(whole) > 1 else ''}"
-        lines.append(f"Nothing was cut in {len(whole):,} {noun}: {told}.")
+        lines.append(f"Nothing was cut in {len(whole):,} {noun}: {listed}.")
     return lines
 
 
@@ -72,7 +72,7 @@ def _kind(name: str) -> str:
     return kind if kind in KINDS else "units"
 
 
-def _told(groups: Sequence[tuple[str, KeptGroup]]) -> str:
+def _listed(groups: Sequence[tuple[str, KeptGroup]]) -> str:
     """Groups of one block; those of a kind that it has twice with their place in it."""
     many = Counter(group.kind for _, group in groups)
     return ", ".join(

@@ -52,12 +52,12 @@ def _numbered(names: Sequence[str]) -> list[str]:
     """Count those that share a name."""
     many, seen, taken, found = Counter(names), Counter[str](), set(names), []
     for name in names:
-        told = name
-        while many[name] > 1 and (told == name or told in taken):
+        unique = name
+        while many[name] > 1 and (unique == name or unique in taken):
             seen[name] += 1
-            told = f"{name} {seen[name]}"
-        taken.add(told)
-        found.append(told)
+            unique = f"{name} {seen[name]}"
+        taken.add(unique)
+        found.append(unique)
     return found
 
 
@@ -149,8 +149,8 @@ class _Modules:
         makers = [part for part in group.slices if self._role(group, part) == "maker"]
         weights = [CUT.sub("", part.weight) for part in makers if part.weight not in self._borrowed]
         node = self._network.nodes[makers[0].node if makers else group.depth]
-        told = (*weights, node.name.split("/")[0], node.outputs[0])
-        return next((name for name in told if name and not ANONYMOUS.fullmatch(name)), node.outputs[0])
+        candidates = (*weights, node.name.split("/")[0], node.outputs[0])
+        return next((name for name in candidates if name and not ANONYMOUS.fullmatch(name)), node.outputs[0])
 
     @property
     def _network(self) -> Network:

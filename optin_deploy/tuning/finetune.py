@@ -69,9 +69,9 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         raise BadInput(f"inputs without an axis of samples ({', '.join(rows.shared)}) cannot be trained with.")
     types = {str(smaller.weights[name].dtype) for name in learned(smaller)} - {"FLOAT", "DOUBLE"}
     if types or not learned(smaller):
-        told = f"weights of {', '.join(sorted(types))}" if types else "no weights of real numbers"
+        stored = f"weights of {', '.join(sorted(types))}" if types else "no weights of real numbers"
         raise BadInput(
-            f"{source} has {told}, in which small steps are lost. Fine-tune the model of a float32 network; `optin "
+            f"{source} has {stored}, in which small steps are lost. Fine-tune the model of a float32 network; `optin "
             "build --precision fp16` makes its file of 16 bits afterwards."
         )
     shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.descriptors import remove_folder
 from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
 from optin_deploy.files.storage import atomic_file, json_text, read_json, sha256_json, write_json
 from optin_deploy.files.support_files import support_file
@@ -81,7 +81,7 @@ def finetune_folder(
             found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
         _write(tuned, prepared, plan, found, tuning, sha256_json([prepared.key, plan.hash, known, asdict(tuning)]))
         _copy_support(folder, out, found.names)
-        shutil.rmtree(out / STATE, ignore_errors=True)
+        remove_folder(out / STATE)
     return found
 
 
@@ -102,15 +102,15 @@ def _model_in(folder: Path, plan: NetworkPlan) -> tuple[str, Network]:
 def _write(tuned: Workspace, prepared: Prepared, plan: NetworkPlan, found: Tuned, tuning: Tuning, key: str) -> None:
     """Write the model, last but for what is recorded of it, and what belongs to it."""
     network = prepared.ready.subject.hash
-    told: dict[str, Any] = {"schema_version": 1, "tuning": asdict(tuning)}
-    told |= {"before": found.before.to_json(), "after": found.after.to_json()}
+    record: dict[str, Any] = {"schema_version": 1, "tuning": asdict(tuning)}
+    record |= {"before": found.before.to_json(), "after": found.after.to_json()}
     if found.names is None:
         dense_stage(tuned, prepared)
     else:
-        told["classes"] = list(found.names)
+        record["classes"] = list(found.names)
         store(found.dense, tuned.root / DENSE, key, mark(network), anew=True)
     plan.write(tuned.root / "plan.json")
-    write_json(tuned.root / TUNED, told)
+    write_json(tuned.root / TUNED, record)
     entries = {**mark(network, plan.hash), ABOUT: json.dumps(ABOUT_TUNED)}
     store(found.network, tuned.root / PRUNED, key, entries, anew=True)
     output = None if found.names is None else found.network.outputs[0].name

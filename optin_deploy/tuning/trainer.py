@@ -94,8 +94,8 @@ def _trainer(
 def _callback(progress: Progress) -> Any:
     from transformers import TrainerCallback
 
-    class Told(TrainerCallback):
+    class Reporting(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             progress(state.global_step, state.max_steps)
 
-    return Told()
+    return Reporting()

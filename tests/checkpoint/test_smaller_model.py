@@ -436,9 +436,12 @@ def test_a_folder_of_the_first_edition_is_refused_with_its_command(saved: Path, 
 
 
 def test_dense_folders_and_none_at_all_are_not_taken_for_smaller_models(tmp_path: Path) -> None:
-    for folder in (tiny.bert(), tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match=r"is not a pruned model.*optin-export"):
-            optin_deploy.load(folder)
+    with pytest.raises(BadInput, match=r"is not a pruned model.*optin-export"):
+        optin_deploy.load(tmp_path / "nowhere")
+    dense = Path(tiny.bert())
+    asked = f"optin-export {dense} --flops 0.6 --out {dense.name}-0.6"
+    with pytest.raises(BadInput, match=rf"is not a pruned model.*`{asked}`, then load {dense.name}-0.6\.$"):
+        optin_deploy.load(dense)
 
 
 # Saving

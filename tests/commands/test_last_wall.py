@@ -127,7 +127,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("when", "code"), [("atexit.register(press)", 2), ("cli._told = press", 130)])
+@pytest.mark.parametrize(("when", "code"), [("atexit.register(press)", 2), ("cli._report = press", 130)])
 def test_ctrl_c_while_an_error_is_told_or_the_process_ends_is_no_traceback(
     tmp_path: Path, when: str, code: int
 ) -> None:

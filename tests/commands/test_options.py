@@ -80,7 +80,7 @@ def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:
         ("--size", "4gib", "--size '4gib'"),
         ("--size", "0", "--size '0'"),
         ("--memory-budget", "9" * 5000, "--memory-budget"),
-        ("--flops", "60%", "--flops"),
+        ("--flops", "60%%", "is not a share such as 0.6 or 60%"),
         ("--flops", "0,6", "--flops"),
         ("--flops", "1e-400", "--flops 0.0"),
         ("--flops", "nan", "--flops nan"),
@@ -157,6 +157,13 @@ def test_what_was_accepted_still_is(shell: Shell, tmp_path: Path) -> None:
     data = ["--calibration", lines(), "--seq-len", " 16 ", "--align", FFN, "--seed", -1, "--flops", "6e-1"]
     ran = shell("optin-export", bert(), *data, "--at", " batch = 2 , seq=1_2", "--dry-run", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
+    data = [*data[:-2], "--flops", "83.3%", "--params", " 80% "]
+    ran = shell("optin-export", bert(), *data, "--dry-run", "--out", tmp_path / "out")
+    assert "--flops 0.833: " in ran.out, ran.out + ran.err
+    assert "--params 0.8: " in ran.out
+    (tmp_path / "job.toml").write_text('flops = "60%"')
+    ran = shell("optin-export", bert(), *data[:-4], "--config", tmp_path / "job.toml", "--dry-run")
+    assert "--flops 0.6: " in ran.out, ran.out + ran.err
     assert [parse_size(text, "--size") for text in ("4GiB", " 512 MiB ", "7")] == [4 * 2**30, 512 * 2**20, 7]
     assert parse_point("seq=8") == Point(1, 8)
 

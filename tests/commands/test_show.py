@@ -25,11 +25,11 @@ from optin_deploy.reporting.score_table import (
     PALETTE,
     colour_levels,
     compact,
+    facts_of,
     heatmap,
     print_scores,
     relative_error,
     spread_table,
-    told,
 )
 from optin_deploy.scoring.unit_scores import UnitScores
 from support.tiny_checkpoint import copy_of, finished_job
@@ -206,7 +206,7 @@ def test_provenance_is_told_in_words() -> None:
         "paper": False,
         "load_average": [0.5, 2],
     }
-    assert list(told(provenance)) == [
+    assert list(facts_of(provenance)) == [
         ("scorer", "sketch"),
         ("samples", "1,024"),
         ("seconds", "12.35"),
@@ -217,7 +217,7 @@ def test_provenance_is_told_in_words() -> None:
         ("paper", "no"),
         ("load average", "0.5, 2"),
     ]
-    assert list(told(provenance, ("weighting", "seed", "scorer"))) == [("seed", "0"), ("scorer", "sketch")]
+    assert list(facts_of(provenance, ("weighting", "seed", "scorer"))) == [("seed", "0"), ("scorer", "sketch")]
 
 
 # the command

@@ -17,7 +17,7 @@ import torch
 
 from optin_deploy.common.environment import environment, installed_versions
 from optin_deploy.measuring import state
-from optin_deploy.measuring.state import machine_state, told_of
+from optin_deploy.measuring.state import machine_state, ranges_of
 from support.fake_machine import fake_machine, use_cpus
 
 KEYS = {
@@ -109,5 +109,5 @@ def test_the_state_of_a_machine_is_read_from_its_system_files(tmp_path: Path, mo
 
 def test_people_are_told_the_range_of_each_number() -> None:
     seen = [{"load_average": 0.5, "gpu_power_w": "[N/A]"}, {"load_average": 2, "cpu_mhz": 2400.0}]
-    assert told_of(seen) == "load_average 0.5 to 2, cpu_mhz 2400 to 2400"
-    assert told_of([]) == ""
+    assert ranges_of(seen) == "load_average 0.5 to 2, cpu_mhz 2400 to 2400"
+    assert ranges_of([]) == ""

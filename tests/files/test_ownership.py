@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,7 +375,7 @@ def test_a_folder_that_was_being_exchanged_comes_back(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patch:
             if content == "second":  # as if killed between the two renames, which clears nothing away
                 patch.setattr(Path, "replace", half_way(Path.replace))
-                patch.setattr(storage.shutil, "rmtree", lambda *args, **options: None)
+                patch.setattr(shutil, "rmtree", lambda *args, **options: None)
             try:
                 with atomic_folder(workspace.root / "model") as written:
                     (written / "content").write_text(content)

@@ -207,7 +207,7 @@ def test_time_and_macs_hold_together(scored: Scored, allocation: str) -> None:
         *limits_within(costs, Limits(flops=0.7)),
         CostLimit(scored.cost(table), int(0.6 * table.dense_ns), "time"),
     ]
-    keep = scored.planner(allocation).keep(limits)
+    keep = scored.planner(allocation).kept_units(limits)
     assert fits(limits, costs.widths(keep))
     # The formula takes a step up where the table draws a line from one measured width to the next.
     assert Formula(step=32)(scored.layout, keep) * 1e6 <= 0.6 * table.dense_ns + 5e6 * 0.02 * 32

@@ -103,7 +103,13 @@ def test_the_model_that_is_returned_was_judged_itself_even_where_quality_does_no
 
 @pytest.mark.parametrize(
     ("text", "shares"),
-    [("0.5", (0.5,)), ("0.9,0.5", (0.9, 0.5)), (" 0.4, 0.4,0.3", (0.4, 0.3)), (None, module.SHARES)],
+    [
+        ("0.5", (0.5,)),
+        ("0.9,0.5", (0.9, 0.5)),
+        (" 0.4, 0.4,0.3", (0.4, 0.3)),
+        ("90%, 33.3%", (0.9, 0.333)),
+        (None, module.SHARES),
+    ],
 )
 def test_shares_are_read(text: str | None, shares: tuple[float, ...]) -> None:
     assert parse_shares(text) == shares

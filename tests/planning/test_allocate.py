@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 from hypothesis import given, settings
@@ -66,3 +68,24 @@ def test_a_limit_that_is_met_exactly_is_within() -> None:
     branch = Options(np.array([0, 1]), np.array([1.0, 0.0]), np.array([[0, cost]]))
     assert least_error([branch], [cost]) == [1]
     assert least_error([branch], [cost - 1]) == [0]
+
+
+PRINTED = r"""
+import os, sys
+import numpy as np
+from optin_deploy.planning.allocate import Options, least_error
+from optin_deploy.planning.stray_lines import STRAY, without_stray_lines
+rng = np.random.default_rng(14)
+units = np.arange(38)
+errors = [np.sort(rng.random(38) ** 3)[::-1] for _ in range(23)]
+branches = [Options(units, each, units[None] * rng.integers(1000, 10**7)) for each in errors]
+least_error(branches, [int(sum(each.costs[0, -1] for each in branches) * 0.6)])
+print("planned", flush=True)
+with without_stray_lines():
+    os.write(1, b"of another thread\n" + STRAY + b"\n")
+"""
+
+
+def test_the_solver_prints_nothing_and_what_others_print_is_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["planned", "of another thread"]

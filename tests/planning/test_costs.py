@@ -189,9 +189,9 @@ def test_limits_are_shares_as_they_were_typed_and_bytes() -> None:
     assert flops.most == costs.macs.dense * 29 // 100
     assert params.most == costs.params.dense // 2
     assert (most.most, most.resource) == (60_000, costs.size)
-    assert flops.told(flops.most + 1).startswith("--flops 0.29")
-    assert most.told(2**20 + 1) == "--size 1025KiB"
-    assert CostLimit(costs.macs, 1, "--latency 1ms").told(1_500_000).endswith(" 1.5ms")
+    assert flops.option_for(flops.most + 1).startswith("--flops 0.29")
+    assert most.option_for(2**20 + 1) == "--size 1025KiB"
+    assert CostLimit(costs.macs, 1, "--latency 1ms").option_for(1_500_000).endswith(" 1.5ms")
 
 
 def test_a_network_of_impossible_size_is_refused() -> None:

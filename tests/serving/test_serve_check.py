@@ -16,12 +16,13 @@ import pytest
 
 from optin_deploy.errors import BadInput, ServerFault
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import ServerLoad, check_server, compare, differences
+from optin_deploy.serving.checking import check_server, compare, differences
 from optin_deploy.serving.client import METADATA_BYTES, connect
 from optin_deploy.serving.load import Burst, LoadPoint, burst, measure_load
 from optin_deploy.serving.manifest import ServingOptions, TensorSpec
 from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Repository
+from optin_deploy.serving.server_load import ServerLoad
 from optin_deploy.serving.shipping import ship_folder
 from support import tiny_checkpoint as tiny
 

@@ -23,10 +23,11 @@ import yaml
 from benchmarks.serving.servers import MLServerProcess, ServerProcess, TritonServer, environment
 from optin_deploy.files.storage import read_tensors
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.serving.checking import ServerLoad, check_server
+from optin_deploy.serving.checking import check_server
 from optin_deploy.serving.manifest import ServingOptions
 from optin_deploy.serving.order import ShipOrder
 from optin_deploy.serving.repository import Repository
+from optin_deploy.serving.server_load import ServerLoad
 from optin_deploy.serving.shipping import roll_back, ship_folder
 from support import tiny_checkpoint as tiny
 from support.project import ROOT
