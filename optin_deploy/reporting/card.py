@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optin_deploy import __version__
-from optin_deploy.files.hub import ID, revision_of
+from optin_deploy.files.hub import hub_id_of, revision_of
 from optin_deploy.reporting.findings import StoredReport
 from optin_deploy.reporting.report import to_table
 
@@ -22,13 +22,12 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
 
     Args: repository: its id on the Hub. files: what lies beside the card. task: its name on the Hub.
     """
-    base, revision = revision_of(report.model)
-    on_hub = "/" in base and not Path(report.model).exists() and ID.fullmatch(base)
+    base, revision = hub_id_of(report.model), revision_of(report.model)[1]
     entries: dict[str, object] = {"tags": ["optin-deploy", "pruned", "onnx"]}
     entries |= {"pipeline_tag": task} if task else {}
-    entries |= {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
+    entries |= {"base_model": base, "base_model_relation": "quantized"} if base else {}
     front = [f"{name}: {json.dumps(value)}" for name, value in entries.items()]
-    name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(report.model).name}`"
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(report.model).name}`"
     at = "" if revision is None else f" at revision `{revision}`"
     macs = report.macs
     rows = [
