@@ -134,10 +134,11 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
     names = [MODULES, ABOUT, f"{pool}/config.json"]
     names += [f"{path}/{name}" for path, _ in rest if path for name in ("config.json", WEIGHTS)]
     files = {name: content for name in names if (content := _bytes(folder, name)) is not None}
-    if inside:  # a saved model lies at the top
-        listed = [
-            {"idx": i, "name": str(i), "path": path if i else "", "type": t} for i, (path, t) in enumerate(modules)
-        ]
+    # A saved model lies at the top, and each version knows these names; ONNX's backend needs an older one than 6.
+    types = [f"{PACKAGE}models.{kind}" for kind in kinds]
+    if inside or types != [full for _, full in modules]:
+        paths = ["", *(path for path, _ in modules[1:])]
+        listed = [{"idx": i, "name": str(i), "path": paths[i], "type": each} for i, each in enumerate(types)]
         files[MODULES] = json.dumps(listed, indent=2).encode()
     files |= {name: _bytes(transformer_folder(folder), name) or b"{}" for name in settings}
     head = EmbeddingHead(mode, tuple(layers), normalized=kinds[-1] == NORMALIZE)

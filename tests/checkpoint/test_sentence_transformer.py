@@ -45,8 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         Dense(tiny.HIDDEN, 20),
         Normalize(),
     ]
-    prompts = {"old": PROMPT, "query": "", "document": "her: "}
-    SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name="old", device="cpu").save(str(dense))
+    prompts = {"STS": PROMPT, "query": "", "document": "her: "}
+    SentenceTransformer(modules=modules, prompts=prompts, default_prompt_name="STS", device="cpu").save(str(dense))
     with pytest.MonkeyPatch.context() as patch:
         options = (*tiny.text_options(tiny.lines(), out), "--pool", "weightedmean", "--threads", 1)
         assert tiny.run("optin-export", dense, *options, monkeypatch=patch) == 0
@@ -125,6 +125,7 @@ def test_tokenizers_on_the_hub_are_read_by_transformers_4_too(out: Path, tmp_pat
     assert own.is_file()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # old names that mteb itself calls
 def test_mteb_takes_the_cut_model(out: Path) -> None:
     mteb = pytest.importorskip("mteb")
     from datasets import Dataset, DatasetDict
