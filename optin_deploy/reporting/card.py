@@ -55,6 +55,14 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         f'session = onnxruntime.InferenceSession(hf_hub_download("{repository}", "{files[0]}"))\n```',
         *(
             [
+                "In sentence-transformers:\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+                f'model = SentenceTransformer("{repository}", backend="onnx")\n```'
+            ]
+            if "modules.json" in files
+            else []
+        ),
+        *(
+            [
                 "As a torch module of its transformers class, whose layers have widths of their own:\n\n"
                 f"```python\nimport optin_deploy\nfrom huggingface_hub import snapshot_download\n\n"
                 f'model = optin_deploy.load(snapshot_download("{repository}"))\n```'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,9 @@ def test_torch_makes_the_embeddings_of_the_cut_graph_with_the_folders_prompts(fo
 def test_the_backends_find_the_cut_files_in_the_output_folder_and_on_the_hub(out: Path, tmp_path: Path) -> None:
     model, asked = load_sentence_transformer(out, device="cpu"), {"ONNX": {}, "OpenVINO": FROM_ONNX}
     pushed = prepared_push(out, "my-org/smaller")
+    assert 'SentenceTransformer("my-org/smaller", backend="onnx")' in pushed.card
+    types = [each["type"] for each in json.loads(pushed.files["modules.json"].read_text())]
+    assert [each for each in types if not each.startswith("sentence_transformers.models.")] == []  # versions 2 to 6
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= set(pushed.files)
     for name, path in pushed.files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
