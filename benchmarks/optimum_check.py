@@ -58,8 +58,9 @@ def check(folder: Path) -> bool:
 
     recorded = load_file(folder / "samples.safetensors")
     inputs = {name.removeprefix("input."): t for name, t in recorded.items() if name.startswith("input.")}
-    expected, dense = recorded["pruned.output"], recorded["dense.output"]
-    replayed = model(**inputs)["logits" if classifies else "last_hidden_state"]
+    output = "logits" if classifies else "last_hidden_state"
+    expected, dense = recorded[f"pruned.{output}"], recorded[f"dense.{output}"]
+    replayed = model(**inputs)[output]
 
     row, text = recorded_text(tokenizer, inputs)
     run = make_pipeline("text-classification" if classifies else "feature-extraction", model=model, tokenizer=tokenizer)

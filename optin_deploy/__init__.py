@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optin_deploy.checkpoint.sentence_transformer import load_sentence_transformer
     from optin_deploy.errors import OptinError
     from optin_deploy.planning.plan import NetworkPlan
     from optin_deploy.pruning.modules import PrunedModel, load, prune
@@ -34,6 +35,7 @@ _HOMES = {
     "cut": "optin_deploy.pruning.networks",
     "inspect": "optin_deploy.pruning.networks",
     "load": "optin_deploy.pruning.modules",
+    "load_sentence_transformer": "optin_deploy.checkpoint.sentence_transformer",
     "prune": "optin_deploy.pruning.modules",
 }
 """Public name -> module; imported when first used, so that `import optin_deploy` and `--help` stay quick."""
@@ -47,6 +49,7 @@ __all__ = [
     "cut",
     "inspect",
     "load",
+    "load_sentence_transformer",
     "prune",
 ]
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from optin_deploy import __version__
 from optin_deploy.common.stored import Stored
 from optin_deploy.common.validation import OPEN, STORED
 from optin_deploy.cutting.attributes import Sizes
@@ -29,6 +30,8 @@ FIRST_EDITION, FIRST_LAYOUT = 1, "layout.json"
 """The schema_version of folders that rows of a table were needed to read, and a file that only those have."""
 JOB, MODEL = "source.json", "model"
 """What a job starts from, beside the folder of its model, and what that folder is called."""
+BASE_MODEL = "base_model"
+"""What is known of the cut: the dense model's id on the Hub; a folder of this machine is told to nobody."""
 LABELS = ("id2label", "label2id")
 """Entries of a config that anybody may change afterwards."""
 NOTHING: Mapping[str, Any] = {}
@@ -111,8 +114,7 @@ def save(
         for name, content in files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
-        # Hugging Face loaders ask for the format in the metadata.
-        write_tensors(temporary / WEIGHTS, tensors(module), {"format": "pt"})
+        write_tensors(temporary / WEIGHTS, tensors(module), _metadata(plan, about))
         plan.write(temporary / PLAN)
         saved = Saved(
             model_class=type(module).__name__,
@@ -235,6 +237,13 @@ def drop_pooler(module: nn.Module, stored: Mapping[str, Any]) -> None:
     pooler = getattr(module, "pooler", None)
     if isinstance(pooler, nn.Module) and tensors(pooler) and not any(name.startswith("pooler.") for name in stored):
         module.pooler = None  # type: ignore[assignment]  # transformers' own way to have none
+
+
+def _metadata(plan: NetworkPlan, about: Mapping[str, Any]) -> dict[str, str]:
+    """What the file of the weights says of itself; Hugging Face loaders ask for the format."""
+    made_from = {"plan": plan.hash, "network": plan.network, BASE_MODEL: about.get(BASE_MODEL)}
+    told = {name: value for name, value in made_from.items() if isinstance(value, str)}
+    return {"format": "pt", "optin_deploy": __version__, **told}
 
 
 def _by_module(attributes: Sizes) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ EXTRAS = {
     "PIL": ("pillow", "images"),
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),
+    "sentence_transformers": ("sentence-transformers", "sentence-transformers"),
     "yaml": ("pyyaml", "serve"),
 }
 """Module -> the package that holds it, and the extra of optin-deploy that brings it."""

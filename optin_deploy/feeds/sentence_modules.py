@@ -84,7 +84,7 @@ def sentence_root(folder: Path) -> Path:
     home = folder.resolve()
     if (folder / MODULES).exists() or not re.fullmatch(r"\d+_Transformer", home.name):
         return folder
-    modules = _modules(home.parent)
+    modules = modules_in(home.parent)
     return home.parent if modules and modules[0][0] == home.name else folder
 
 
@@ -99,7 +99,7 @@ def transformer_folder(folder: Path) -> Path:
 
     Raises: BadInput: modules.json is damaged, or leads out of the folder.
     """
-    modules = _modules(folder)
+    modules = modules_in(folder)
     if not modules or not modules[0][0]:
         return folder
     inside = folder / modules[0][0]
@@ -114,7 +114,7 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
     Args: hidden: width of the model.
     Raises: BadInput: damaged, leading out of the folder, or something that is not understood.
     """
-    modules = _modules(folder)
+    modules = modules_in(folder)
     if not modules:
         return None
     kinds = [full.rsplit(".", 1)[-1] if full.startswith(PACKAGE) else full for _, full in modules]
@@ -134,10 +134,11 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
     names = [MODULES, ABOUT, f"{pool}/config.json"]
     names += [f"{path}/{name}" for path, _ in rest if path for name in ("config.json", WEIGHTS)]
     files = {name: content for name in names if (content := _bytes(folder, name)) is not None}
-    if inside:  # a saved model lies at the top
-        listed = [
-            {"idx": i, "name": str(i), "path": path if i else "", "type": t} for i, (path, t) in enumerate(modules)
-        ]
+    # A saved model lies at the top, and each version knows these names; ONNX's backend needs an older one than 6.
+    types = [f"{PACKAGE}models.{kind}" for kind in kinds]
+    if inside or types != [full for _, full in modules]:
+        paths = ["", *(path for path, _ in modules[1:])]
+        listed = [{"idx": i, "name": str(i), "path": paths[i], "type": each} for i, each in enumerate(types)]
         files[MODULES] = json.dumps(listed, indent=2).encode()
     files |= {name: _bytes(transformer_folder(folder), name) or b"{}" for name in settings}
     head = EmbeddingHead(mode, tuple(layers), normalized=kinds[-1] == NORMALIZE)
@@ -160,7 +161,7 @@ def head_in(folder: Path) -> EmbeddingHead | None:
     return EmbeddingHead(str(config.get(POOLING_ENTRY, POOLINGS[0]))) if found is None else found.head
 
 
-def _modules(folder: Path) -> list[tuple[str, str]]:
+def modules_in(folder: Path) -> list[tuple[str, str]]:
     """(path, type) of each module; empty: there is no modules.json."""
     file = support_file(folder, MODULES)
     if file is None:

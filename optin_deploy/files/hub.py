@@ -20,6 +20,12 @@ def revision_of(name: str) -> tuple[str, str | None]:
     return hub_id, revision if at else None
 
 
+def hub_id_of(name: str) -> str | None:
+    """The id of the Hub in the name of a model; None: it is a folder, or a name without its owner."""
+    hub_id, _ = revision_of(name)
+    return hub_id if "/" in hub_id and ID.fullmatch(hub_id) and not Path(name).exists() else None
+
+
 def snapshot(name: str, patterns: Sequence[str]) -> Path:
     """The folder of a model's files in the Hub's cache; those that are missing there are fetched.
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from optin_deploy.checkpoint.reloading import differs
-from optin_deploy.checkpoint.smaller import fits, intact, save
+from optin_deploy.checkpoint.smaller import BASE_MODEL, fits, intact, save
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.torch import cut_and_tell
 from optin_deploy.data.pairs import TEXT_PAIRS
 from optin_deploy.errors import BadInput
+from optin_deploy.files.hub import hub_id_of
 from optin_deploy.files.names import ARTIFACTS, DENSE, PRUNED
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.jobs.prepared import Prepared, prepare
@@ -184,7 +185,8 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: CutResult) -> 
             "" if fits(smaller.module) else f"{name} is no class of transformers"
         )
         if not why:
-            about = {TEXT_PAIRS: ready.rows.pairs}
+            name = workspace.source().model
+            about = {TEXT_PAIRS: ready.rows.pairs} | ({BASE_MODEL: name} if hub_id_of(name) else {})
             saved = (smaller.module, smaller.attributes, made.plan, workspace.model_folder)
             save(*saved, preprocessor=loaded.preprocessor, files=loaded.files, about=about)
             why = differs(workspace.model_folder, made.network, probes)

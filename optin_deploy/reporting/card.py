@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optin_deploy import __version__
-from optin_deploy.files.hub import ID, revision_of
+from optin_deploy.files.hub import hub_id_of, revision_of
 from optin_deploy.reporting.artifact_table import artifact_table
 from optin_deploy.reporting.findings import StoredReport
 from optin_deploy.reporting.report import to_table
@@ -23,13 +23,12 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
 
     Args: repository: its id on the Hub. files: what lies beside the card. task: its name on the Hub.
     """
-    base, revision = revision_of(report.model)
-    on_hub = "/" in base and not Path(report.model).exists() and ID.fullmatch(base)
+    base, revision = hub_id_of(report.model), revision_of(report.model)[1]
     entries: dict[str, object] = {"tags": ["optin-deploy", "pruned", "onnx"]}
     entries |= {"pipeline_tag": task} if task else {}
-    entries |= {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
+    entries |= {"base_model": base, "base_model_relation": "quantized"} if base else {}
     front = [f"{name}: {json.dumps(value)}" for name, value in entries.items()]
-    name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(report.model).name}`"
+    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(report.model).name}`"
     at = "" if revision is None else f" at revision `{revision}`"
     macs = report.macs
     rows = [
@@ -56,6 +55,14 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         "## How to load it",
         f"```python\nimport onnxruntime\nfrom huggingface_hub import hf_hub_download\n\n"
         f'session = onnxruntime.InferenceSession(hf_hub_download("{repository}", "{files[0]}"))\n```',
+        *(
+            [
+                "In sentence-transformers:\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+                f'model = SentenceTransformer("{repository}", backend="onnx")\n```'
+            ]
+            if "modules.json" in files
+            else []
+        ),
         *(
             [
                 "As a torch module of its transformers class, whose layers have widths of their own:\n\n"

@@ -140,7 +140,7 @@ class UnitJob:
         provenance = {
             **asdict(parts.settings),
             "kinds": sorted({group.kind for group in parts.groups}),
-            "reading": asdict(parts.subject.reading),
+            "reading": parts.subject.reading.facts,
             "values": len(parts.subject.features),
             "samples": estimated.samples,
             "masked_samples": estimated.samples if exact else 0 if masked is None else masked.samples,

@@ -48,7 +48,8 @@ def prepared_push(folder: Path, repository: str) -> Push:
     model = folder / "model"
     inside = sorted(path for path in model.rglob("*") if path.is_file() and path.name != RECORD)
     beside = [folder / name for name in (*SUPPORT_FILES, "plan.json", TUNED) if (folder / name).is_file()]
-    found |= {path.name: path for path in beside} | {path.relative_to(model).as_posix(): path for path in inside}
+    # Those beside model.onnx win: their tokenizer_config.json is one that transformers 4 reads too.
+    found |= {path.relative_to(model).as_posix(): path for path in inside} | {path.name: path for path in beside}
     task = report.settings.get("task") or _task(folder)
     return Push(repository, card_of(report, repository, list(found), task=task), found)
 
