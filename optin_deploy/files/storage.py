@@ -214,6 +214,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         taken.add(memory)
     with atomic_file(path) as temporary:
         save_file(written, temporary, dict(metadata or {}))
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in the order of its names: it comes in another one at each run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if len(header.get("__metadata__", ())) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(ordered) == size, "only the order changed"
+        file.seek(8)
+        file.write(ordered)
 
 
 def read_tensors(path: Path, hint: str) -> dict[str, Tensor]:

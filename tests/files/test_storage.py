@@ -217,6 +217,15 @@ def test_tensors_survive_the_disk_also_transposed_ones_that_need_gradients(tmp_p
     assert names(tmp_path) == ["x.safetensors"]
 
 
+def test_equal_tensors_and_metadata_are_equal_files(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "text": 'a "b" \\ \n \x01 é \u2028', **{str(i): "x" for i in range(9)}}
+    for name in "abc":
+        write_tensors(tmp_path / name, {"two": torch.ones(3), "one": torch.zeros(2, 2)}, metadata)
+    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+    assert read_metadata(tmp_path / "a", "") == metadata
+    assert torch.equal(read_tensors(tmp_path / "a", "")["two"], torch.ones(3))
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
 def test_truncated_tensors_are_refused_with_path_and_hint(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "scores.safetensors"
