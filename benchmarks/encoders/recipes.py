@@ -40,7 +40,7 @@ class Recipe(Training):
 EMBEDDER = Recipe(name="embedder", seq_len=96, epochs=3)
 RERANKER = Recipe(name="reranker", seq_len=128, epochs=2)
 READER = Recipe(name="reader", seq_len=144, epochs=2)
-LABELLER = Recipe(name="labeller", seq_len=R8.seq_len, epochs=2)
+LABELLER = Recipe(name="labeller", seq_len=R8.seq_len, epochs=4)
 
 
 def embedder(cache: Path) -> Path:
