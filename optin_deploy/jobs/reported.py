@@ -22,7 +22,7 @@ from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.network.graph import Network
 from optin_deploy.planning.plan import PlanCost, describe_merges
 from optin_deploy.quality.quality import Quality
-from optin_deploy.reporting.report import Report
+from optin_deploy.reporting.report import Report, tuned_lines
 from optin_deploy.scoring.losses import Readout
 
 
@@ -91,6 +91,7 @@ def report_of(
         seconds=clock.seconds,
         memory=clock.memory.peaks,
         settings=settings,
+        tuned=made.tuned,
     )
 
 
@@ -126,6 +127,8 @@ def notes_of(asked: CheckedJob, made: StoredCut, built: Built, rounds: Sequence[
                 else f"; one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
             )
         )
+    if made.tuned is not None:
+        notes += tuned_lines(made.tuned)
     if rounds:
         told = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
         notes.append(f"Planned for `{job.limits.time}` by a latency table; plans that were measured took {told} ms.")

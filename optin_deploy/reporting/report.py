@@ -44,17 +44,33 @@ class Report:
     """Name, kind, kept and all units of each group."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that the process held, by stage."""
+    tuned: Mapping[str, Any] | None = None
+    """How the network was tuned without labels, and what that did; None: it was not."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency")}
+        left = {"quality", "latency", *(("tuned",) if self.tuned is None else ())}
+        plain = {k: v for k, v in vars(self).items() if k not in left}
         return {**plain, "quality": self.quality.to_json(), "latency": [m.to_json() for m in self.latency]}
 
 
 def quality_lines(report: Report) -> list[str]:
     """The sentence that a report opens with, and a warning if agreement is low."""
-    q = report.quality
+    return _told(report.quality)
+
+
+def tuned_lines(tuned: Mapping[str, Any]) -> list[str]:
+    """What tuning without labels did, and the quality before it. Args: tuned: see `Report.tuned`."""
+    fell = f"from {tuned['before']:.3g} to {tuned['after']:.3g}"
+    return [
+        f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']:,} steps on {tuned['rows']:,} "
+        f"calibration rows; on {tuned['held_out']:,} others the distance to the dense outputs went {fell}.",
+        f"Before the tuning: {_told(Quality(**tuned['quality_before']))[0]}",
+    ]
+
+
+def _told(q: Quality) -> list[str]:
     metric = METRICS[q.metric]
     if q.metric == "relative_error":
         return [f"The outputs differ from the dense ones by {q.pruned:.2%} of their size ({q.samples} held-out rows)."]
