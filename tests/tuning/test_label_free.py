@@ -119,6 +119,7 @@ def test_minutes_end_it_and_the_rate_falls_with_them(
     ready, smaller = cut
     ticks: Iterator[int] = count()
     monkeypatch.setattr(label_free, "seconds_now", lambda: float(next(ticks)))  # each look and each step takes 1 s
+    monkeypatch.setattr(label_free, "PATIENCE", LOOKS + 1)
     rates: list[float] = []
     step = torch.optim.AdamW.step
 
@@ -164,7 +165,7 @@ def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, she
     assert (tuned["minutes"], tuned["learning_rate"]) == (60, 1e-3)
     assert tuned["after"] < tuned["before"]
     page = (out / "report.md").read_text()
-    assert f"Tuned without labels for 0.0 min: {tuned['steps']} steps" in page
+    assert f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']} steps on " in page
     assert "\n\nBefore the tuning: " in page
     assert tomllib.loads((out / "job.toml").read_text())["tune"] == "minutes=60,steps=20,lr=1e-3,batch=8"
     assert not (out / STATE).exists()
