@@ -67,7 +67,7 @@ class Tuned(Making):
         typer.Option(
             metavar="minutes=N",
             help="Tune what is left towards the dense outputs on the calibration rows, without labels, for so many "
-            "minutes: minutes=5, or minutes=5,steps=1000,lr=1e-4,batch=32. [default: nothing is trained]",
+            "minutes: minutes=5, or minutes=5,steps=1000,lr=2e-4,batch=32. [default: nothing is trained]",
         ),
     ] = None
 

@@ -33,8 +33,10 @@ LOOKS = 20
 """Times that the held-out rows are looked at, and the state is kept, in the course of a tuning."""
 PATIENCE = 10
 """It ends after so many looks in a row that found nothing nearer; many, as most is gained while the rate falls."""
-WARM_UP = 0.05
+WARM_UP = 0.1
 """Part of a tuning in which the learning rate rises; then it falls as a cosine does."""
+LEAST_SIZE = 1e-3
+"""Weights are taken to be at least so large, as a root mean square, where steps are parts of their size."""
 MOST_HELD = 2**29
 """Bytes of dense outputs that are kept; those of other batches are computed whenever they are needed."""
 seconds_now = time.monotonic
@@ -100,7 +102,9 @@ class _Tuning:
         self._learning, self._judging = learning.batches, judging.batches
         self._student = NetworkModule(smaller, trained=learned(smaller))
         self._parameters = list(self._student.parameters())
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0)
+        # Repaired weights are of very different sizes, and a step of one size for all makes the outputs worse.
+        groups = [{"params": [each], "size": _size(each)} for each in self._parameters]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0)
         self._dense: dict[int, dict[str, Tensor]] = {}
         self._room = MOST_HELD
         self.step, self.seconds, self.distances = 0, 0.0, list[float]()
@@ -156,7 +160,7 @@ class _Tuning:
         seed = (self._ready.seed + epoch) % 2**63
         order = torch.randperm(len(self._learning), generator=torch.Generator().manual_seed(seed))
         for group in self._optimizer.param_groups:
-            group["lr"] = self._settings.learning_rate * _rate(self.done)
+            group["lr"] = self._settings.learning_rate * group["size"] * _rate(self.done)
         self._optimizer.zero_grad()
         self._distance(self._learning[int(order[place])]).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -190,6 +194,11 @@ class _Tuning:
             self._dense[id(batch)] = dense
             self._room -= size
         return dense
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square of the entries."""
+    return max(LEAST_SIZE, float(weight.detach().square().mean().sqrt()))
 
 
 def _rate(done: float) -> float:

@@ -12,7 +12,7 @@ from optin_deploy.pruning.source import Source
 
 STATE = ".optin-training"
 """Folder in which an unfinished training lies."""
-TUNE_HINT = "Give --tune minutes=5, perhaps with steps=1000, lr=1e-4 or batch=32 behind a comma."
+TUNE_HINT = "Give --tune minutes=5, perhaps with steps=1000, lr=2e-4 or batch=32 behind a comma."
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,22 @@ class LabelFree:
     """Most minutes, of a clock on the wall."""
     steps: int | None = None
     """Most steps; with them the result does not depend on the speed of the machine. None: as many as there is time."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
+    """Highest size of a step, as a part of the root mean square of each weight's entries."""
     batch_size: int = 32
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= 10_000:
             raise BadInput(f"--tune minutes={self.minutes:g}: possible are more than 0, up to 10000. {TUNE_HINT}")
         if not 0 < self.learning_rate < 1:
-            raise BadInput(f"--tune lr={self.learning_rate:g}: give a rate above 0 and below 1, such as 1e-4.")
+            raise BadInput(f"--tune lr={self.learning_rate:g}: give a rate above 0 and below 1, such as 2e-4.")
         for name, value in (("steps", self.steps), ("batch", self.batch_size)):
             if value is not None:
                 whole_number(value, f"--tune {name}=", 1, hint=TUNE_HINT)
 
 
 def parse_tune(text: str) -> LabelFree:
-    """Read `minutes=5,lr=1e-4`.
+    """Read `minutes=5,lr=2e-4`.
 
     Raises: BadInput: says which part is wrong.
     """

@@ -19,8 +19,8 @@ from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
-from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
+from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.tuning import label_free
@@ -38,13 +38,15 @@ from support.tiny_checkpoint import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHORT = LabelFree(minutes=60, steps=100, learning_rate=1e-3, batch_size=8)
+SHORT = LabelFree(minutes=60, steps=60, learning_rate=5e-3, batch_size=8)
 
 
 @pytest.fixture(scope="module")
 def cut() -> tuple[Ready, Network]:
+    """A dense network with its rows, and it cut without repairs, so that there is much to gain."""
     folder = finished_job()
-    return prepare(Workspace(folder).source(), folder).ready, read_file(folder / "model.onnx")
+    ready = prepare(Workspace(folder).source(), folder).ready
+    return ready, make(ready, Workspace(folder).read_plan(), compensation=False).network
 
 
 def weights(network: Network) -> dict[str, np.ndarray]:
@@ -82,7 +84,7 @@ def test_labels_change_nothing(cut: tuple[Ready, Network]) -> None:
     rows = ready.rows.calibration
     bare = replace(rows, labels=(None,) * len(rows))
     found = [
-        tune(each, smaller, LabelFree(60, 4, 1e-3, 8))[0]
+        tune(each, smaller, LabelFree(60, 4, 5e-3, 8))[0]
         for each in (ready, replace(ready, rows=replace(ready.rows, calibration=bare)))
     ]
     for name, value in weights(found[0]).items():
@@ -107,7 +109,7 @@ def test_a_killed_tuning_ends_where_an_undisturbed_one_does(
     with pytest.raises(KeyboardInterrupt):
         tune(ready, smaller, SHORT, state=tmp_path / "state.pt")
     again, other = tune(ready, smaller, SHORT, state=tmp_path / "state.pt")
-    assert taken[23:26] == [23, 20, 21], "it went on at the last look: there is one after five steps"
+    assert taken[23:26] == [23, 21, 22], "it went on at the last look: there is one after three steps"
     assert (again.source, other.steps, other.after) == (whole.source, record.steps, record.after)
     for name, value in weights(whole).items():
         np.testing.assert_array_equal(value, weights(again)[name])
@@ -124,7 +126,7 @@ def test_minutes_end_it_and_the_rate_falls_with_them(
     step = torch.optim.AdamW.step
 
     def noted(self: torch.optim.AdamW) -> None:
-        rates.append(self.param_groups[0]["lr"])
+        rates.append(self.param_groups[0]["lr"] / self.param_groups[0]["size"])
         step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
@@ -134,7 +136,7 @@ def test_minutes_end_it_and_the_rate_falls_with_them(
     assert max(rates) == pytest.approx(1e-3, rel=0.05)
     assert rates[0] < 1e-4
     assert rates[-1] < 1e-5
-    assert rates.index(max(rates)) < 0.1 * len(rates)
+    assert rates.index(max(rates)) < 0.2 * len(rates)
 
 
 def test_what_comes_no_nearer_ends_early_and_changes_nothing(cut: tuple[Ready, Network]) -> None:
@@ -151,23 +153,33 @@ def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, she
     out = tmp_path / "job"
     of_images = ("--calibration", photos(), "--align", 8, "--out", out)
     model, rows = {"text": (classifier(), text_options(labelled(), out)), "image": (vit(), of_images)}[kind]
-    command = ("optin-export", model, *rows, "--flops", 0.5, "--allocation", "uniform", "--no-dense")
+    command = (
+        "optin-export",
+        model,
+        *rows,
+        "--flops",
+        0.5,
+        "--allocation",
+        "uniform",
+        "--no-dense",
+        "--no-compensation",
+    )
     ran = shell(*command)
     assert ran.code == 0, ran.err
     plain = {path.name: path.read_bytes() for path in (out / "model.onnx", out / "model" / "model.safetensors")}
     first = json.loads((out / "report.json").read_text())
     assert "tuned" not in first
-    ran = shell(*command, "--tune", "minutes=60,steps=20,lr=1e-3,batch=8")
+    ran = shell(*command, "--tune", "minutes=60,steps=20,lr=5e-3,batch=8")
     assert ran.code == 0, ran.err
     told = json.loads((out / "report.json").read_text())
     tuned = told["tuned"]
     assert tuned["quality_before"] == first["quality"]
-    assert (tuned["minutes"], tuned["learning_rate"]) == (60, 1e-3)
+    assert (tuned["minutes"], tuned["learning_rate"]) == (60, 5e-3)
     assert tuned["after"] < tuned["before"]
     page = (out / "report.md").read_text()
     assert f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']} steps on " in page
     assert "\n\nBefore the tuning: " in page
-    assert tomllib.loads((out / "job.toml").read_text())["tune"] == "minutes=60,steps=20,lr=1e-3,batch=8"
+    assert tomllib.loads((out / "job.toml").read_text())["tune"] == "minutes=60,steps=20,lr=5e-3,batch=8"
     assert not (out / STATE).exists()
     assert temporary_files(out) == []
     for path in (out / "model.onnx", out / "model" / "model.safetensors"):
@@ -176,7 +188,7 @@ def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, she
     before = (out / "model.onnx").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(label_free._Tuning, "_learn", lambda self: pytest.fail("it was tuned already"))
-        again = shell(*command, "--tune", "minutes=60,steps=20,lr=1e-3,batch=8")
+        again = shell(*command, "--tune", "minutes=60,steps=20,lr=5e-3,batch=8")
     assert again.code == 0, again.err
     assert (out / "model.onnx").read_bytes() == before
     assert json.loads((out / "report.json").read_text())["tuned"] == tuned
