@@ -55,7 +55,7 @@ class LabelFreeRecord:
     before: float
     """Distance to the dense outputs on the held-out rows, of the cut network."""
     after: float
-    """Of the weights that are kept: those of the beginning where none came nearer."""
+    """Distance of the weights that are kept: those of the beginning where none came nearer."""
 
 
 def tune(
