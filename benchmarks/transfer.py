@@ -18,11 +18,11 @@ from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
+from optin_deploy.jobs.tuned_folder import finetune_folder
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.reporting.report import to_table
 from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
-from optin_deploy.tuning.folder import finetune_folder
 from optin_deploy.tuning.settings import TrainingRows, Tuning
 
 NAME = "transfer"

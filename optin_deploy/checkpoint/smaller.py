@@ -242,8 +242,8 @@ def drop_pooler(module: nn.Module, stored: Mapping[str, Any]) -> None:
 def _metadata(plan: NetworkPlan, about: Mapping[str, Any]) -> dict[str, str]:
     """What the file of the weights says of itself; Hugging Face loaders ask for the format."""
     made_from = {"plan": plan.hash, "network": plan.network, BASE_MODEL: about.get(BASE_MODEL)}
-    told = {name: value for name, value in made_from.items() if isinstance(value, str)}
-    return {"format": "pt", "optin_deploy": __version__, **told}
+    made_by = {name: value for name, value in made_from.items() if isinstance(value, str)}
+    return {"format": "pt", "optin_deploy": __version__, **made_by}
 
 
 def _by_module(attributes: Sizes) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from optin_deploy.commands.values import options
 from optin_deploy.errors import CannotBuildHere
 from optin_deploy.jobs.job import Job
 from optin_deploy.reporting.terminal import print_report, stage_bar
+from optin_deploy.tuning.settings import parse_tune
 
 EXPORT_EXAMPLES = """
 Examples:
@@ -42,6 +43,8 @@ Examples:
 
     optin-export model.onnx --calibration inputs.npz --at batch=1 --at batch=8
 
+    optin-export ./my-vit --calibration photos/ --samples 2048 --flops 0.25 --tune minutes=5
+
     optin-export --config my-bert-0.6/job.toml --flops 0.5   # the same job, with another budget
 """
 
@@ -53,6 +56,20 @@ class Target:
     engine: Engine
     building: Building
     measuring: Measuring
+
+
+@dataclass(frozen=True)
+class Tuned(Making):
+    """The same, and what is trained afterwards."""
+
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="minutes=N",
+            help="Tune what is left towards the dense outputs on the calibration rows, without labels, for so many "
+            "minutes: minutes=5, or minutes=5,steps=1000,lr=2e-4,batch=32. [default: nothing is trained]",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def export(
     model: Model,
     rows: AllRows,
     budget: BudgetInTime,
-    making: Making,
+    making: Tuned,
     scoring: Scoring,
     target: Target,
     output: Output,
@@ -102,6 +119,7 @@ def export(
         scoring=scoring.settings(),
         memory_budget=scoring.memory(),
         compensation=making.compensation,
+        tuning=None if making.tune is None else parse_tune(making.tune),
         points=target.measuring.points(),
         threads=target.measuring.threads,
         table=budget.latency_table,

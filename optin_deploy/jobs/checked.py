@@ -27,6 +27,7 @@ from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.pruning.tokens import check, merging
 from optin_deploy.quality.held_out import judged_samples
 from optin_deploy.structure.labels import TOKENS
+from optin_deploy.tuning.student import check_trainable
 
 CLEARLY = 1.2
 """A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
@@ -59,6 +60,8 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     choice = Choice(source.units, align=target.align, allocation=job.allocation, drops=source.drop_tokens)
     choice = choice.in_multiples(job.align)
     prepared = prepare(source, home)
+    if job.tuning is not None:
+        check_trainable(prepared.ready, prepared.ready.network)
     choice = _fitted(choice, job, prepared)
     head = None if job.pool is None else head_of(prepared.ready.network, job.pool, prepared.dense.head)
     if target.reads_onnx:

@@ -27,6 +27,7 @@ from optin_deploy.jobs.stages import StoredCut, dense_stage, rewrite_stage, scor
 from optin_deploy.jobs.sweep import measure_curves, planned
 from optin_deploy.jobs.time_budget import Planning
 from optin_deploy.jobs.time_rounds import Round, TimeVerdict, verdict_on
+from optin_deploy.jobs.tune_stage import tune_stage
 from optin_deploy.jobs.width_timer import inputs_of, width_timer
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifacts import Opening
@@ -67,7 +68,10 @@ def export_model(
     else:
         rounds = _plan_in_time(asked, planner, clock)
     with clock("rewrite") as progress:
-        made = rewrite_stage(workspace, prepared, compensation=job.compensation, progress=progress)
+        made = rewrite_stage(workspace, prepared, compensation=job.compensation, tuning=job.tuning, progress=progress)
+    if job.tuning is not None:
+        with clock("tune") as progress:
+            made = tune_stage(workspace, prepared, made, job.tuning, progress=progress)
     with clock("export"):
         forms = forms_in(workspace, asked.spec.head, dense=job.dense)
         built = build(workspace, asked.target, asked.spec, forms)

@@ -10,6 +10,7 @@ from optin_deploy.measuring.points import Point
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.source import Source
 from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.tuning.settings import LabelFree
 
 if TYPE_CHECKING:
     from optin_deploy.exporters.options import EngineOptions
@@ -35,6 +36,8 @@ class Job:
     memory_budget: int | None = None
     """Bytes that scoring may take beyond the network; None: most of what is free."""
     compensation: bool = True
+    tuning: LabelFree | None = None
+    """How the cut network is tuned towards the dense outputs, without labels; None: nothing is trained."""
     points: tuple[Point, ...] = (Point(),)
     """Points at which dense and pruned are measured against each other."""
     threads: int = 0

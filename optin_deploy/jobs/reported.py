@@ -17,7 +17,7 @@ from optin_deploy.jobs.time_rounds import Round
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.planning.plan import PlanCost, describe_merges
 from optin_deploy.quality.quality import Quality
-from optin_deploy.reporting.report import Report
+from optin_deploy.reporting.report import Report, tuned_lines
 
 
 def report_of(
@@ -64,6 +64,7 @@ def report_of(
         seconds=clock.seconds,
         memory=clock.memory.peaks,
         settings=settings,
+        tuned=made.tuned,
     )
 
 
@@ -99,6 +100,8 @@ def notes_of(asked: CheckedJob, made: StoredCut, built: Built, rounds: Sequence[
                 else f"; one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
             )
         )
+    if made.tuned is not None:
+        notes += tuned_lines(made.tuned)
     if rounds:
         times = ", ".join(f"{each.measured_ms:.3g}" for each in rounds)
         notes.append(f"Planned for `{job.limits.time}` by a latency table; plans that were measured took {times} ms.")

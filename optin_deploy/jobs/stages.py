@@ -9,8 +9,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from optin_deploy.checkpoint.reloading import differs
 from optin_deploy.checkpoint.smaller import BASE_MODEL, fits, intact, save
@@ -34,6 +35,7 @@ from optin_deploy.pruning.stored import mark
 from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
+from optin_deploy.tuning.settings import LabelFree
 
 log = logging.getLogger(__name__)
 
@@ -132,20 +134,35 @@ class StoredCut:
     why_graph: str
     """Why there is no model/ of a transformers class; empty: there is one, or the network came as a graph."""
     compensated: bool = True
+    tuned: Mapping[str, Any] | None = None
+    """How it was tuned without labels, and what that did; None: it was not."""
     reused: bool = False
 
 
+def tuned_key(key: str, tuning: LabelFree | None) -> str:
+    """Return the key of a cut network that was tuned. Args: key: that of the network before."""
+    return key if tuning is None else sha256_json([key, asdict(tuning)])
+
+
 def rewrite_stage(
-    workspace: Workspace, prepared: Prepared, *, compensation: bool = True, progress: Progress = silent
+    workspace: Workspace,
+    prepared: Prepared,
+    *,
+    compensation: bool = True,
+    tuning: LabelFree | None = None,
+    progress: Progress = silent,
 ) -> StoredCut:
-    """Write model.onnx from the stored plan, and model/ where a transformers class holds it."""
+    """Write model.onnx from the stored plan, and model/ where a transformers class holds it.
+
+    Args: tuning: how the network is tuned afterwards; a finished one that was tuned so is taken as it is.
+    """
     workspace.check_untuned()
     plan, ready = workspace.read_plan(), prepared.ready
     check_plan(ready, plan)
     key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED
     dense_stage(workspace, prepared)
     known = finished(path)
-    if known is not None and known.key == key:
+    if known is not None and known.key in (key, tuned_key(key, tuning)):
         about = json.loads(known.said[ABOUT])
         if prepared.dense.loaded is None or about["why_graph"] or intact(workspace.model_folder, plan.hash):
             return StoredCut(network=read_file(path), plan=plan, reused=True, **about)

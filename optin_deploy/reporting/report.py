@@ -47,11 +47,14 @@ class Report:
     """Artifacts of other types beside the float32 networks; empty where all artifacts are in float32."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Most bytes that the process held, by stage."""
+    tuned: Mapping[str, Any] | None = None
+    """How the network was tuned without labels, and what that did; None: it was not."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """What report.json holds."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("quality", "latency", "artifacts")}
+        left = {"quality", "latency", "artifacts", *(("tuned",) if self.tuned is None else ())}
+        plain = {k: v for k, v in vars(self).items() if k not in left}
         rows = {"latency": [m.to_json() for m in self.latency]}
         if self.artifacts:
             rows["artifacts"] = [row.to_json() for row in self.artifacts]
@@ -60,7 +63,20 @@ class Report:
 
 def quality_lines(report: Report) -> list[str]:
     """The sentence that a report opens with, and a warning if agreement is low."""
-    q = report.quality
+    return _told(report.quality)
+
+
+def tuned_lines(tuned: Mapping[str, Any]) -> list[str]:
+    """What tuning without labels did, and the quality before it. Args: tuned: see `Report.tuned`."""
+    fell = f"from {tuned['before']:.3g} to {tuned['after']:.3g}"
+    return [
+        f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']:,} steps on {tuned['rows']:,} "
+        f"calibration rows; on {tuned['held_out']:,} others the distance to the dense outputs went {fell}.",
+        f"Before the tuning: {_told(Quality(**tuned['quality_before']))[0]}",
+    ]
+
+
+def _told(q: Quality) -> list[str]:
     metric = METRICS[q.metric]
     if q.metric == "relative_error":
         return [f"The outputs differ from the dense ones by {q.pruned:.2%} of their size ({q.samples} held-out rows)."]

@@ -21,7 +21,6 @@ from optin_deploy.feeds.rows import MASK, Feeds
 from optin_deploy.feeds.text_feeds import ROLES
 from optin_deploy.network.graph import Network
 from optin_deploy.network.heads import with_classifier
-from optin_deploy.network.learned import learned
 from optin_deploy.network.run import Program
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.outputs import NetworkJudge, readouts
@@ -29,7 +28,7 @@ from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.tuning.classifier import classes_of, fitted, names_of
 from optin_deploy.tuning.settings import Tuning
-from optin_deploy.tuning.student import Student
+from optin_deploy.tuning.student import Student, check_trainable
 from optin_deploy.tuning.trainer import train
 
 log = logging.getLogger(__name__)
@@ -59,21 +58,7 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
     rows, reading, source = ready.rows.calibration, ready.subject.reading, smaller.source
     if tuning.epochs and find_spec("accelerate") is None:
         raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
-    missing = {*reading.outputs} - {port.name for port in smaller.outputs}
-    if missing:
-        raise BadInput(
-            f"{source} does not give {', '.join(sorted(missing))}, which is compared with the dense network: it has a "
-            "classifier of an earlier fine-tuning. Fine-tune from the folder that it was made of."
-        )
-    if rows.shared:
-        raise BadInput(f"inputs without an axis of samples ({', '.join(rows.shared)}) cannot be trained with.")
-    types = {str(smaller.weights[name].dtype) for name in learned(smaller)} - {"FLOAT", "DOUBLE"}
-    if types or not learned(smaller):
-        stored = f"weights of {', '.join(sorted(types))}" if types else "no weights of real numbers"
-        raise BadInput(
-            f"{source} has {stored}, in which small steps are lost. Fine-tune the model of a float32 network; `optin "
-            "build --precision fp16` makes its file of 16 bits afterwards."
-        )
+    check_trainable(ready, smaller)
     shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}
     if len(shapes) > 1 and not any(MASK in batch for batch in rows.batches):
         raise BadInput(f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step.")

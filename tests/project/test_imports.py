@@ -131,8 +131,8 @@ def test_the_unsafe_patterns_find_what_they_are_for(pattern: str, example: str) 
 
 ROOMS = (
     *("errors", "files", "common", "network", "structure", "data", "feeds", "scoring", "quality", "planning"),
-    *("cutting", "checkpoint", "runtimes", "exporters", "measuring", "doctor", "reporting", "pruning", "jobs"),
-    *("tuning", "serving", "commands", "pytest_plugin", "cli", "__main__"),
+    *("cutting", "checkpoint", "runtimes", "exporters", "measuring", "doctor", "reporting", "pruning", "tuning"),
+    *("jobs", "serving", "commands", "pytest_plugin", "cli", "__main__"),
 )
 """Of the library, from the lowest to the highest; `exporters` lies beside it."""
 

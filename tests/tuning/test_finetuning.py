@@ -33,8 +33,7 @@ from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.tuning.finetune import finetune
-from optin_deploy.tuning.folder import STATE
-from optin_deploy.tuning.settings import Tuning
+from optin_deploy.tuning.settings import STATE, Tuning
 from support.tiny_checkpoint import (
     Shell,
     bert,

@@ -26,10 +26,8 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import check_plan
 from optin_deploy.pruning.stored import mark, plan_named
 from optin_deploy.tuning.finetune import Tuned, check, finetune
-from optin_deploy.tuning.settings import TrainingRows, Tuning
+from optin_deploy.tuning.settings import STATE, TrainingRows, Tuning
 
-STATE = ".optin-training"
-"""Folder of an unfinished training."""
 ABOUT_TUNED = {"error": 0.0, "skipped": {}, "why_graph": "it was fine-tuned as a graph", "compensated": True}
 
 

@@ -1,0 +1,206 @@
+"""Tune a cut network towards the dense one's outputs on rows without labels, for some minutes; what was killed goes on.
+
+Some rows are held out: the weights that came nearest to the dense outputs on them are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optin_deploy.common.progress import Progress, silent
+from optin_deploy.feeds.ports import takes
+from optin_deploy.feeds.rows import Batch, Batching, Feeds, grouped, rows_of
+from optin_deploy.files.storage import atomic_file
+from optin_deploy.network.graph import Network
+from optin_deploy.network.learned import learned
+from optin_deploy.network.module import NetworkModule
+from optin_deploy.network.weights import with_weights
+from optin_deploy.pruning.ready import Ready
+from optin_deploy.quality.held_out import judged_samples
+from optin_deploy.scoring.subject import valid_of
+from optin_deploy.tuning.settings import LabelFree
+from optin_deploy.tuning.student import check_trainable, distance
+
+LOOKS = 20
+"""Times that the held-out rows are looked at, and the state is kept, in the course of a tuning."""
+PATIENCE = 10
+"""It ends after so many looks in a row that found nothing nearer; many, as most is gained while the rate falls."""
+WARM_UP = 0.1
+"""Part of a tuning in which the learning rate rises; then it falls as a cosine does."""
+LEAST_SIZE = 1e-3
+"""Weights are taken to be at least so large, as a root mean square, where steps are parts of their size."""
+MOST_HELD = 2**29
+"""Bytes of dense outputs that are kept; those of other batches are computed whenever they are needed."""
+seconds_now = time.monotonic
+
+
+@dataclass(frozen=True)
+class LabelFreeRecord:
+    """What a tuning did."""
+
+    steps: int
+    seconds: float
+    rows: int
+    """Rows that were learned from."""
+    held_out: int
+    """Rows that chose the weights that are kept; both are calibration rows."""
+    before: float
+    """Distance to the dense outputs on the held-out rows, of the cut network."""
+    after: float
+    """Distance of the weights that are kept: those of the beginning where none came nearer."""
+
+
+def tune(
+    ready: Ready, smaller: Network, settings: LabelFree, *, state: Path | None = None, progress: Progress = silent
+) -> tuple[Network, LabelFreeRecord]:
+    """Tune the learned weights of a cut network.
+
+    Args: state: file in which what an unfinished tuning knows is kept, and gone on from; None: it is not kept.
+    Raises: BadInput: the network cannot be trained; says why.
+    """
+    check_trainable(ready, smaller)
+    learning, judging = _divided(ready, smaller, settings.batch_size)
+    tuning = _Tuning(ready, smaller, settings, learning, judging)
+    if state is not None and state.is_file():
+        tuning.go_on(torch.load(state, weights_only=True))
+    while not tuning.ended:
+        tuning.until_next_look(progress)
+        if state is not None and not tuning.ended:
+            with atomic_file(state) as temporary:
+                torch.save(tuning.known(), temporary)
+    record = LabelFreeRecord(
+        tuning.step, round(tuning.seconds, 1), len(learning), len(judging), tuning.distances[0], min(tuning.distances)
+    )
+    return with_weights(smaller, tuning.nearest), record
+
+
+def _divided(ready: Ready, smaller: Network, batch_size: int) -> tuple[Feeds, Feeds]:
+    """Calibration rows that are learned from, and those that are held out, in batches of rows of one shape."""
+    rows, exact = ready.rows.calibration, takes(smaller).rows
+    marks = torch.cat(judged_samples(rows.batches))
+
+    def part(some: Tensor) -> Feeds:
+        kept = rows.kept(some.tolist())
+        return grouped(kept.rows(), kept.labels, kept.origin, Batching(exact or batch_size, exact is not None))
+
+    return part(~marks), part(marks)
+
+
+class _Tuning:
+    """The loop, and all that it knows between two looks at the held-out rows."""
+
+    def __init__(self, ready: Ready, smaller: Network, settings: LabelFree, learning: Feeds, judging: Feeds) -> None:
+        self._ready, self._settings = ready, settings
+        self._learning, self._judging = learning.batches, judging.batches
+        self._student = NetworkModule(smaller, trained=learned(smaller))
+        self._parameters = list(self._student.parameters())
+        # Repaired weights are of very different sizes, and a step of one size for all makes the outputs worse.
+        groups = [{"params": [each], "size": _size(each)} for each in self._parameters]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0)
+        self._dense: dict[int, dict[str, Tensor]] = {}
+        self._room = MOST_HELD
+        self.step, self.seconds, self.distances = 0, 0.0, list[float]()
+        self.nearest: dict[str, Tensor] = {}
+        self._look()
+
+    @property
+    def done(self) -> float:
+        """Part of the tuning that is behind us, from 0 to 1."""
+        steps = self._settings.steps
+        in_time = self.seconds / (60 * self._settings.minutes)
+        return min(1.0, in_time if steps is None or in_time >= 1 else self.step / steps)
+
+    @property
+    def ended(self) -> bool:
+        """Is there nothing left to do?"""
+        return self.done >= 1 or len(self.distances) - 1 - self.distances.index(min(self.distances)) >= PATIENCE
+
+    def until_next_look(self, progress: Progress) -> None:
+        """Take steps, then look at the held-out rows."""
+        begun = seconds_now() - self.seconds
+        until = (math.floor(self.done * LOOKS) + 1) / LOOKS
+        while self.done < min(1, until):
+            self._learn()
+            self.seconds = seconds_now() - begun
+            progress(round(100 * self.done), 100)
+        self._look()
+        self.seconds = seconds_now() - begun
+
+    def known(self) -> dict[str, Any]:
+        """Return what `go_on` needs."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "distances": self.distances,
+            "nearest": self.nearest,
+            "weights": self._student.trained(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def go_on(self, known: Mapping[str, Any]) -> None:
+        """Be where another one was."""
+        self.step, self.seconds, self.distances = known["step"], known["seconds"], known["distances"]
+        self.nearest = known["nearest"]
+        with torch.no_grad():
+            for name, value in self._student.trained().items():
+                value.copy_(known["weights"][name])
+        self._optimizer.load_state_dict(known["optimizer"])
+
+    def _learn(self) -> None:
+        """Take one step; each epoch has an order of its own."""
+        epoch, place = divmod(self.step, len(self._learning))
+        seed = (self._ready.seed + epoch) % 2**63
+        order = torch.randperm(len(self._learning), generator=torch.Generator().manual_seed(seed))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * group["size"] * _rate(self.done)
+        self._optimizer.zero_grad()
+        self._distance(self._learning[int(order[place])]).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self.step += 1
+
+    def _look(self) -> None:
+        """Measure the distance on the held-out rows, and keep the weights if they are the nearest."""
+        rows = [rows_of(batch) for batch in self._judging]
+        with torch.no_grad():
+            found = [float(self._distance(batch)) for batch in self._judging]
+        now = sum(count * each for count, each in zip(rows, found, strict=True)) / sum(rows)
+        if not self.distances or now < min(self.distances):
+            self.nearest = {name: value.clone() for name, value in self._student.trained().items()}
+        self.distances.append(now if math.isfinite(now) else math.inf)
+
+    def _distance(self, batch: Batch) -> Tensor:
+        """How far the student's outputs are from the dense ones."""
+        subject = self._ready.subject
+        outputs = self._student(**subject.fed(batch))
+        return distance(subject.reading, self._taught(batch), outputs, valid_of(batch))
+
+    def _taught(self, batch: Batch) -> dict[str, Tensor]:
+        """The dense outputs; they are kept as long as there is room."""
+        if id(batch) in self._dense:
+            return self._dense[id(batch)]
+        with torch.no_grad():
+            dense = self._ready.subject.run(batch).outputs
+        size = sum(value.nbytes for value in dense.values())
+        if size <= self._room:
+            self._dense[id(batch)] = dense
+            self._room -= size
+        return dense
+
+
+def _size(weight: Tensor) -> float:
+    """Root mean square of the entries."""
+    return max(LEAST_SIZE, float(weight.detach().square().mean().sqrt()))
+
+
+def _rate(done: float) -> float:
+    """Part of the highest learning rate."""
+    return min(1.0, (done + 1e-3) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
