@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -54,10 +55,10 @@ class Encoder:
 ENCODERS = {
     "minilm": Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches),
     "mpnet": Encoder(
-        "all-mpnet-base-v2, 1,000 headlines for their articles",
+        "all-mpnet-base-v2, 500 headlines for their articles",
         lambda _: mpnet(),
-        rows.searches,
-        samples=512,
+        partial(rows.searches, queries=500),
+        samples=256,
         seq_len=128,
         seeds=(0,),
     ),

@@ -51,9 +51,9 @@ def _beginning(body: str) -> str:
     return " ".join(body.split()[:BODY_WORDS])
 
 
-def searches(out: Path, _: Path) -> Paths:
-    """Headlines, each with its article."""
-    judging, others = articles()[:SEARCHES], articles()[SEARCHES:]
+def searches(out: Path, _: Path, queries: int = SEARCHES) -> Paths:
+    """Headlines, each with its article, which is looked for among those of all queries."""
+    judging, others = articles()[:queries], articles()[SEARCHES:]
     texts = ({"text": text} for article in others for text in article)
     return _written(out, texts, ({"query": title, "positive": body} for title, body in judging))
 
