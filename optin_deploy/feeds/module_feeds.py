@@ -231,7 +231,10 @@ class _Reader:
         if isinstance(given, Mapping) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping)):
             log.warning("%s: its labels are %s, which are not used", self.where, _described(given))
             return None
-        values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
+        try:
+            values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
+        except ValueError:  # lists of unequal lengths
+            values = np.asarray(None)
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
             wide = {"b": np.bool_, "f": np.float64}.get(values.dtype.kind, np.int64)
             values = torch.from_numpy(np.array(values, wide, order="C"))  # torch lacks some types and byte orders

@@ -495,6 +495,7 @@ def test_ctrl_c_while_the_onnx_file_is_saved_leaves_none(shell: Shell, finished:
     assert temporary_files(finished) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_a_real_sigint_ends_the_process_cleanly(shell: Shell, out: Path) -> None:
     options = text_options(lines(), out)

@@ -252,6 +252,7 @@ def test_tokenizer_and_config_lie_beside_the_onnx_file_too() -> None:
     assert transformers.AutoConfig.from_pretrained(finished_job()).model_type == "bert"
 
 
+@pytest.mark.slow
 def test_a_gpt2_classifier_is_cut_and_exported_without_its_cache(shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = shell("optin-export", gpt2(), *text_options(lines(), out), "--no-dense")

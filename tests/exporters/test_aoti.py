@@ -27,7 +27,8 @@ from optin_deploy.runtimes.record import read_record
 from support.tiny_forms import Tiny, form_of, module_in, tiny
 from support.tiny_models import error, outputs, tiny_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+"""Packages are compiled as C++, which takes half a minute."""
 
 SPEC = ExportSpec(head=EmbeddingHead("mean"))
 

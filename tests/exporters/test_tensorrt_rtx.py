@@ -27,12 +27,12 @@ from support.tiny_forms import Tiny, form_of, samples, tiny
 OPTIONS = PlanOptions(profiles=(Profile((1, 2, 4), (4, 16, 32)),))
 MODELS = [
     ("bert", "fp32", (), ()),
-    ("dynamo bert", "fp16", (1,), ()),
+    pytest.param("dynamo bert", "fp16", (1,), (), marks=pytest.mark.slow),
     ("bert+head", "bf16", (), (0,)),
     ("bert+head", "int8", (), ()),
-    ("dynamo vit+head", "fp32", (0,), (2,)),
+    pytest.param("dynamo vit+head", "fp32", (0,), (2,), marks=pytest.mark.slow),
     ("vit", "fp16", (), ()),
-    ("dynamo dinov2-swiglu", "fp16", (), (1,)),
+    pytest.param("dynamo dinov2-swiglu", "fp16", (), (1,), marks=pytest.mark.slow),
     ("distilbert", "fp16", (2,), ()),
 ]
 """Model, precision, and the layers that lose all heads and all neurons; every layer keeps another number of them."""

@@ -525,6 +525,7 @@ export_main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_a_job_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(shell: Shell, tmp_path: Path) -> None:
     options = [str(bert()), *map(str, text_options(lines(), tmp_path / "out")), *BRIEF]

@@ -184,6 +184,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         yield cuts
 
 
+@pytest.mark.slow
 def test_models_are_made_once(shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("optin", "sweep", folder, "--align", 8)
     with counted(monkeypatch) as cuts:

@@ -242,6 +242,7 @@ def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], fr
     assert plan.merges == tried(ready, errors, kept)
 
 
+@pytest.mark.slow
 def test_widths_and_tokens_share_a_budget(finished: Path, shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "x"
     options = ("--calibration", photos(), "--out", out, "--units", "heads,neurons,tokens", "--flops", 0.6)

@@ -32,6 +32,7 @@ def peak(path: Path, rows: int) -> int:
     return peak_of(path, feeds, engine="onnx", precision="fp32", threads=1)
 
 
+@pytest.mark.slow
 def test_the_peak_grows_with_the_weights_and_has_no_libraries(tmp_path: Path) -> None:
     small, large = (
         peak(stored_matrix(tmp_path / "s.onnx", 64), 64),

@@ -160,6 +160,7 @@ def test_onnx_file_is_cut_by_commands_alone(examples: Path) -> None:
     assert [row["batch"] for row in report["latency"]] == [1, 8]
 
 
+@pytest.mark.slow
 def test_own_operator_is_understood_once_its_package_is_installed(examples: Path) -> None:
     folder = examples / "own_operator"
     before = run(folder, sys.executable, "show.py")

@@ -86,6 +86,7 @@ def test_a_module_that_cannot_be_written_down_is_exported_each_time(exports: lis
     assert exports == ["Inner"] * 2
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_is_found_again_wherever_its_files_lie(exports: list[str], tmp_path: Path) -> None:
     for name in ("one", "two"):
         model = tiny_model("bert+head")

@@ -99,6 +99,7 @@ def test_rows_of_another_package_are_in_the_tables(package: Path) -> None:
     assert "my-package declares 'onnx' in optin_deploy.engines, which is taken" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_package_takes_an_option_of_its_own(package: Path) -> None:
     pytest.importorskip("openvino")  # which the engine of the documentation runs
     assert ran(package, "-c", NETWORK).returncode == 0

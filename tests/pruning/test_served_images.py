@@ -169,6 +169,7 @@ def test_models_that_fill_up_odd_sizes_are_refused(tmp_path: Path, family: str) 
         dense_of(Source(folder, any_size=True))
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_refused() -> None:
     source = Source(str(vit()), any_size=True)
     dense = dense_of(source)
@@ -182,7 +183,7 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
 
 def test_where_sizes_are_not_asked_for(tmp_path: Path) -> None:
     for how in ({"any_size": True}, {"image_size": (32, 32)}):
-        with pytest.raises(BadInput, match="takes texts"):
+        with pytest.raises(BadInput, match="takes no images"):
             dense_of(Source(str(bert()), **how))
     path = tmp_path / "model.onnx"
     path.write_bytes(b"")
@@ -203,6 +204,7 @@ def test_engines_that_run_modules_scale_positions_too(tmp_path: Path, monkeypatc
     assert run("optin-export", vit(), *options, "--threads", 1, "--out", tmp_path / "x", monkeypatch=monkeypatch) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_a_whole_job_leaves_sizes_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"

@@ -411,7 +411,8 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("by_torchscript")
-@pytest.mark.parametrize("name", ["segformer", pytest.param("mask2former", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["segformer", "mask2former"])
 def test_a_job_tells_mean_iou_on_maps(name: str, tmp_path: Path, shell: Shell) -> None:
     model = checkpoint(name, tmp_path / "model")
     data = tmp_path / "data"

@@ -341,6 +341,7 @@ def test_only_one_claims_a_part_at_a_time(tmp_path: Path) -> None:
         assert later
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_falls(tmp_path: Path, workers: Workers, log: Log) -> None:
     store = FolderStore(tmp_path / "parts", [])
     holder = workers.start("hold", folder=str(store.folder), name="p", log=str(log.path))

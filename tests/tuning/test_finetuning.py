@@ -91,6 +91,7 @@ def test_training_brings_a_cut_network_nearer(distill: float) -> None:
         np.testing.assert_array_equal(tuned.network.weights[name].numpy(), smaller.weights[name].numpy())
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell, tmp_path: Path) -> None:
     folder = copy_of(finished_job(), tmp_path / "job")
     before = (folder / "model.onnx").read_bytes()

@@ -148,7 +148,7 @@ def test_what_comes_no_nearer_ends_early_and_changes_nothing(cut: tuple[Ready, N
         np.testing.assert_array_equal(value, weights(network)[name])
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "job"
     of_images = ("--calibration", photos(), "--align", 8, "--out", out)
