@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from optin_deploy.errors import BadInput
+from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import point_name
 from optin_deploy.quality.metrics import METRICS
 from optin_deploy.quality.quality import Quality
-
-if TYPE_CHECKING:
-    from optin_deploy.reporting.findings import StoredReport
-    from optin_deploy.reporting.report import Report
+from optin_deploy.reporting.latency_rows import LatencyRow
 
 FLOAT32 = "fp32"
 CLEAR_POINTS, CLEAR_ROWS = 1.0, 2
@@ -48,18 +45,20 @@ class ArtifactQuality:
         return f"{self.quality.pruned:{'.1%' if metric.share and metric.labelled else '.4f'}}"
 
 
-def artifact_table(report: Report | StoredReport) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def artifact_table(
+    rows: Sequence[ArtifactQuality], latency: Sequence[Measurement | LatencyRow]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows (artifact, figure, points lost, measured speed-up) of a report; no rows where all is float32."""
-    metric = METRICS[report.quality.metric].title
+    metric = METRICS[rows[0].quality.metric].title if rows else ""
     header = ("artifact", metric, "points lost", "speed-up over float32 dense")
-    return header, [(str(row), row.figure, f"{row.quality.drop:.2f}", _speed(report, row)) for row in report.artifacts]
+    return header, [(str(row), row.figure, f"{row.quality.drop:.2f}", _speed(latency, row)) for row in rows]
 
 
-def _speed(report: Report | StoredReport, row: ArtifactQuality) -> str:
+def _speed(latency: Sequence[Measurement | LatencyRow], row: ArtifactQuality) -> str:
     """Speed-ups over the float32 dense model at the points where they were measured; `-`: nowhere."""
     found = [
         f"{m.speedup:.2f}x at {point_name(m.batch, m.seq_len)}"
-        for m in report.latency
+        for m in latency
         if (m.engine, m.precision, row.which) == (row.engine, row.precision, "pruned")
         and (m.dense_precision or m.precision) == FLOAT32
     ]

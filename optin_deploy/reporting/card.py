@@ -46,7 +46,7 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         "## What was measured",
         " ".join(report.quality_lines),
         to_table(("", "dense", "pruned"), rows),
-        *([to_table(*artifact_table(report))] if report.artifacts else []),
+        *([to_table(*artifact_table(report.artifacts, report.latency))] if report.artifacts else []),
         *_latency(report),
         "## How it was made",
         f"Plan `{report.hashes.get('plan', '')[:12]}`, network `{report.hashes.get('network', '')[:12]}`; `plan.json` "

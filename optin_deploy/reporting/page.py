@@ -84,7 +84,7 @@ def render(found: Findings) -> str:
         report=report,
         title=named(report.model) or report.model,
         sizes=size_rows(report),
-        artifacts=artifact_table(report),
+        artifacts=artifact_table(report.artifacts, report.latency),
         units=[units_chart(kind, of.stay, of.names, cells=kind in FEW) for kind, of in drawn.items()],
         kept_lines=kept_lines(groups),
         kept_rows=kept_rows(groups),

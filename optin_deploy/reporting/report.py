@@ -219,7 +219,7 @@ def to_markdown(report: Report) -> str:
         "# Pruning report",
         " ".join(quality_lines(report)),
         to_table(SUMMARY_HEADER, summary_rows(report)),
-        *([to_table(*artifact_table(report))] if report.artifacts else []),
+        *([to_table(*artifact_table(report.artifacts, report.latency))] if report.artifacts else []),
     ]
     if report.latency:
         first = report.latency[0]

@@ -108,7 +108,7 @@ def print_report(report: Report, folder: Path) -> None:
         typer.echo(line)
     print_table(SUMMARY_HEADER, summary_rows(report))
     if report.artifacts:
-        print_table(*artifact_table(report))
+        print_table(*artifact_table(report.artifacts, report.latency))
     if report.latency:
         print_latency(report.latency)
     typer.echo(f"Everything is in {folder}; read {folder / 'report.md'}.")
