@@ -166,6 +166,8 @@ def rewrite_stage(
         about = json.loads(known.said[ABOUT])
         if prepared.dense.loaded is None or about["why_graph"] or intact(workspace.model_folder, plan.hash):
             return StoredCut(network=read_file(path), plan=plan, reused=True, **about)
+    if known is not None and tuning is None and '"tuned"' in known.said.get(ABOUT, ""):
+        log.warning("%s was tuned, which this undoes; `optin-export MODEL --tune minutes=5` tunes again", path)
     made = make(ready, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
         workspace.record.remove(name)

@@ -192,7 +192,8 @@ def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, she
     assert again.code == 0, again.err
     assert (out / "model.onnx").read_bytes() == before
     assert json.loads((out / "report.json").read_text())["tuned"] == tuned
-    assert shell(*command).code == 0
+    undone = shell(*command)
+    assert (undone.code, "model.onnx was tuned, which this undoes" in undone.err) == (0, True)
     assert (out / "model" / "model.safetensors").read_bytes() == plain["model.safetensors"]
     _check_alike(out)
 
