@@ -149,7 +149,9 @@ def test_what_comes_no_nearer_ends_early_and_changes_nothing(cut: tuple[Ready, N
 
 
 @pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
-def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, shell: Shell, tmp_path: Path) -> None:
+def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(
+    kind: str, shell: Shell, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "job"
     of_images = ("--calibration", photos(), "--align", 8, "--out", out)
     model, rows = {"text": (classifier(), text_options(labelled(), out)), "image": (vit(), of_images)}[kind]
@@ -192,8 +194,8 @@ def test_a_tuned_folder_holds_one_model_and_tells_what_tuning_did(kind: str, she
     assert again.code == 0, again.err
     assert (out / "model.onnx").read_bytes() == before
     assert json.loads((out / "report.json").read_text())["tuned"] == tuned
-    undone = shell(*command)
-    assert (undone.code, "model.onnx was tuned, which this undoes" in undone.err) == (0, True)
+    assert shell(*command).code == 0
+    assert "model.onnx was tuned, which this undoes" in caplog.text
     assert (out / "model" / "model.safetensors").read_bytes() == plain["model.safetensors"]
     _check_alike(out)
 
