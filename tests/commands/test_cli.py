@@ -411,6 +411,7 @@ def test_show_prints_the_report_of_a_finished_job(shell: Shell) -> None:
     assert (finished_job() / "report.md").read_text() in ran.out
 
 
+@pytest.mark.slow
 def test_the_torch_engine_measures_the_dense_model_of_the_same_task(shell: Shell, tmp_path: Path) -> None:
     # The classifier's encoder as a feature extractor: its dense counterpart has no classifier either.
     from optin_deploy.exporters import to_torch

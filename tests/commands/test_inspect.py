@@ -130,6 +130,7 @@ def test_a_file_that_is_no_network_is_refused(shell: Shell, tmp_path: Path) -> N
 # the picture
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_over_its_own_and_not_over_others(shell: Shell, text: Path, tmp_path: Path) -> None:
     picture = tmp_path / "network.png"
     assert shell("optin", "inspect", text, "--picture", picture, "--dry-run").code == 0

@@ -198,6 +198,7 @@ def test_a_dry_run_writes_nothing(text: Path, ids: Path, tmp_path: Path, shell: 
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_a_checkpoint_of_windows_is_made_smaller_and_stays_its_class(tmp_path: Path, shell: Shell) -> None:
     model, out = tmp_path / "swin", tmp_path / "out"

@@ -189,6 +189,7 @@ def test_units_are_a_list_of_known_kinds(units: Any) -> None:
         optin_deploy.prune(model, tiny_batches(model), units=units)
 
 
+@pytest.mark.slow
 def test_a_job_turns_the_widths_that_it_may_cut_and_keeps_them(shell: Shell, tmp_path: Path) -> None:
     out = tmp_path / "job"
     options = [bert(), *text_options(lines(), out), "--units", "heads,neurons,qk-width,v-width"]

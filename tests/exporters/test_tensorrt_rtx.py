@@ -117,6 +117,7 @@ def test_the_preflight_leaves_out_what_needs_a_gpu(tmp_path: Path, given: dict[s
     assert said.startswith("TensorRT-RTX")
 
 
+@pytest.mark.slow
 def test_the_command_builds_both_plans_and_says_that_they_were_not_run(tmp_path: Path, shell: Shell) -> None:
     out = tmp_path / "job"
     ran = shell("optin-export", bert(), *text_options(lines(), out), "--engine", "trt-rtx", "--precision", "fp16")

@@ -102,6 +102,7 @@ def _token_rows(feeds: Feeds) -> list[list[int]]:
     ]
 
 
+@pytest.mark.slow
 def test_points_and_threads_reach_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     real = measuring.measure_pair

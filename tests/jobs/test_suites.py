@@ -67,6 +67,7 @@ def test_rows_say_their_engine_where_engines_differ() -> None:
     assert [row[0] for row in both] == ["3 x 16, onnx fp32 2t", "3 x 16, openvino fp32 2t"]
 
 
+@pytest.mark.slow
 def test_bench_measures_a_suite_and_keeps_all_rows(shell: Shell, finished: Path, tmp_path: Path) -> None:
     text = 'engines = ["onnx", "openvino"]\nbatch = [1, 2]\nseq = [8]\nthreads = [1]\n'
     ran = shell("optin", "bench", finished, "--suite", written(tmp_path / "suite.toml", text))

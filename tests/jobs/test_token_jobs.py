@@ -94,6 +94,7 @@ def test_files_give_the_same_on_engines_and_when_loaded(finished: Path) -> None:
     torch.testing.assert_close(given["logits"], samples["pruned.logits"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_budgets_sweeps_and_rewrites_of_a_job_merge_too(finished: Path, shell: Shell, tmp_path: Path) -> None:
     finished = copy_of(finished, tmp_path / "copy")
     swept = shell("optin", "sweep", finished, "--tokens", 0.9, "--flops", "0.8,0.6")
@@ -206,6 +207,7 @@ def curved(finished: Path) -> tuple[Workspace, Prepared]:
     return workspace, prepared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [False, True])
 def test_a_time_is_met_with_merged_tokens(curved: tuple[Workspace, Prepared], free: bool) -> None:
     (workspace, prepared), share = curved, 0.75
@@ -286,6 +288,7 @@ def test_units_that_cannot_be_are_refused(options: tuple[str, ...], says: str, s
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_an_attention_that_nobody_hears_keeps_a_head_where_tokens_are_merged_by_its_keys() -> None:
     model = AutoModelForImageClassification.from_pretrained(vit()).eval()

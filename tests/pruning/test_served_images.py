@@ -49,6 +49,7 @@ def by_transformers(folder: str, images: torch.Tensor, **how: Any) -> torch.Tens
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "channels", "settings", "how"),
     [
@@ -144,6 +145,7 @@ def test_sizes_of_an_inner_config_count() -> None:
     assert config.inference_image_size == [224, 224]  # type: ignore[attr-defined]  # it is noted there
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_torchscript")
 def test_sizes_are_part_of_the_key() -> None:
     sources = [Source(str(vit())), Source(str(vit()), any_size=True), Source(str(vit()), image_size=(48, 24))]

@@ -108,6 +108,7 @@ def test_without_compensation_the_model_is_only_cut() -> None:
     assert found != pytest.approx(unseen_error(of, plan), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_batches_of_one_sample_do_not_enter() -> None:
     """One batch in four has no sample left to fit."""
     model = bert()
