@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, command_of, write_result
-from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2_folder, photographs
-from optin_deploy.data.samples import Sample
+from benchmarks.tasks.images import CLASSES, TEST_SHEET, TRAINING_SHEETS, dinov2_folder, photographs, save_pictures
 from optin_deploy.files.storage import atomic_folder
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
@@ -76,17 +75,8 @@ def pictures(cache: Path, part: str) -> Path:
     folder = cache / f"cifar10-{part}-{count}"
     if not folder.exists():
         with atomic_folder(folder) as temporary:
-            _save(photographs(cache, [sheet])[:count], temporary)
+            save_pictures(photographs(cache, [sheet])[:count], CLASSES, temporary)
     return folder
-
-
-def _save(samples: Sequence[Sample], folder: Path) -> None:
-    for number, sample in enumerate(samples):
-        assert isinstance(sample.label, int)
-        path = folder / CLASSES[sample.label] / f"{number:05}.png"
-        path.parent.mkdir(exist_ok=True)
-        image: Any = sample.image
-        image.save(path)
 
 
 def page(found: Sequence[dict[str, Any]], epochs: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.tasks import TASKS
+from benchmarks.tasks.images import save_pictures
 from optin_deploy.data.samples import Sample
 from optin_deploy.files.storage import atomic_folder
 from optin_deploy.jobs.export import export_model
@@ -83,12 +84,7 @@ def _write(rows: Sequence[Sample], place: Path, names: Mapping[int, str]) -> Non
         lines = "".join(json.dumps({"text": row.text, "label": row.label}) + "\n" for row in rows)
         place.with_suffix(".jsonl").write_text(lines, encoding="utf-8")
         return
-    for number, row in enumerate(rows):
-        assert isinstance(row.label, int)
-        image: Any = row.image
-        path = place / names[row.label] / f"{number:05}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+    save_pictures(rows, names, place)
 
 
 def page(found: Sequence[Mapping[str, Any]], flops: float) -> str:

@@ -48,7 +48,7 @@ def embedder(cache: Path) -> Path:
     (in-batch negatives: Henderson et al., 2017, arXiv 1705.00652)."""
     from transformers import BertModel
 
-    folder = cache / f"{EMBEDDER.name}-{sha256_json(asdict(EMBEDDER))[:8]}"
+    folder = _folder(cache, EMBEDDER)
     if folder.exists():
         return folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,16 @@ def coloured(images: Tensor) -> Tensor:
     """The same with colours as the processor scales them, float32."""
     mean, deviation = (torch.tensor(some).reshape(3, 1, 1) for some in (MEAN, DEVIATION))
     return (images / 255 - mean) / deviation
+
+
+def save_pictures(samples: Sequence[Sample], names: Mapping[int, str] | Sequence[str], folder: Path) -> None:
+    """Write pictures as files, in a subfolder for each class."""
+    for number, sample in enumerate(samples):
+        assert isinstance(sample.label, int)
+        path = folder / names[sample.label] / f"{number:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image: Any = sample.image
+        image.save(path)
 
 
 def photographs(cache: Path, sheets: Sequence[str]) -> list[Sample]:

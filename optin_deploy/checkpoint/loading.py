@@ -139,7 +139,7 @@ def _check_config(source: Path, config: Any, task: Task) -> None:
     Raises: BadInput.
     """
     for name in ("add_cross_attention", "is_encoder_decoder"):
-        if getattr(config, name, False) and task.name != "audio-classification":  # Whisper's is its encoder's
+        if getattr(config, name, False) and not task.of_encoder:
             raise BadInput(
                 f"{source}: {name} = true: this model attends to a second input, which no task gives it. "
                 "Give an encoder, or a decoder alone."

@@ -41,7 +41,7 @@ def load_sentence_transformer(folder: str | PathLike[str], **options: Any) -> Se
         sentence-transformers is not installed.
     """
     place = smaller.folder_of(folder)
-    home = next((each for each in (place / smaller.MODEL, place) if (each / smaller.MANIFEST).is_file()), place)
+    home = smaller.home_in(place) or place
     smaller.read_saved(home)
     if not embeds(home):
         raise BadInput(f"{home} has no modules.json: it was no folder of sentence-transformers. Use optin_deploy.load.")

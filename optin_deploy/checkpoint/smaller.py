@@ -203,6 +203,11 @@ def config_hash(path: Path, hint: str) -> str:
     return sha256_json({name: value for name, value in entries.items() if name not in LABELS})
 
 
+def home_in(folder: Path) -> Path | None:
+    """The folder of a saved model: `model` of an output folder, or the folder itself; None: no model is saved there."""
+    return next((home for home in (folder / MODEL, folder) if (home / MANIFEST).is_file()), None)
+
+
 def folder_of(given: str | os.PathLike[str]) -> Path:
     """The path of a folder that exists or could be made.
 

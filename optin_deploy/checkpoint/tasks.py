@@ -37,6 +37,8 @@ class Task:
     """Whether its config names the classes."""
     embeds: bool = False
     """Whether it puts out states that become an embedding; a pooler that serves a head is dropped."""
+    of_encoder: bool = False
+    """Whether of an encoder with a decoder it takes the encoder alone."""
     metric: Asked | None = None
     """What judges it; None means what fits the output and the labels."""
 
@@ -70,6 +72,7 @@ OWN = (
         "AutoModelForAudioClassification",
         ("ForAudioClassification", *(f"{name}ForSequenceClassification" for name in AUDIO)),
         classifies=True,
+        of_encoder=True,
     ),
     Task("image-feature-extraction", "AutoModel", embeds=True),
     Task("semantic-segmentation", "AutoModelForSemanticSegmentation", ("ForSemanticSegmentation",)),

@@ -59,7 +59,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Tuned(Making):
+class TunedMaking(Making):
     """The same, and what is trained afterwards."""
 
     tune: Annotated[
@@ -94,7 +94,7 @@ def export(
     model: Model,
     rows: AllRows,
     budget: BudgetInTime,
-    making: Tuned,
+    making: TunedMaking,
     scoring: Scoring,
     target: Target,
     output: Output,

@@ -231,15 +231,16 @@ class _Reader:
         if isinstance(given, Mapping) or (isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping)):
             log.warning("%s: its labels are %s, which are not used", self.where, _described(given))
             return None
+        what = f"its labels are {_described(given)}; possible are numbers and names of classes, one a row"
         try:
             values = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
-        except ValueError:  # lists of unequal lengths
-            values = np.asarray(None)
+        except ValueError as err:  # lists of unequal lengths
+            raise self.bad(what) from err
         if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
             wide = {"b": np.bool_, "f": np.float64}.get(values.dtype.kind, np.int64)
             values = torch.from_numpy(np.array(values, wide, order="C"))  # torch lacks some types and byte orders
         if isinstance(values, np.ndarray) and values.dtype.kind not in "US":
-            raise self.bad(f"its labels are {_described(given)}; possible are numbers and names of classes, one a row")
+            raise self.bad(what)
         return labels_of(values, rows, f"{self.where}: the labels")
 
     def bad(self, what: str) -> BadInput:

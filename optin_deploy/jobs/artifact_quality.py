@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from optin_deploy.errors import NonFiniteActivation
 from optin_deploy.exporters.base import Artifact
-from optin_deploy.feeds.rows import MASK
 from optin_deploy.jobs.building import ArtifactPair, Built
 from optin_deploy.jobs.prepared import Prepared
 from optin_deploy.jobs.sized_runs import misfit, run_rows
@@ -15,6 +14,7 @@ from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.artifact_table import FLOAT32, ArtifactQuality
 from optin_deploy.scoring.losses import Readout
+from optin_deploy.scoring.subject import valid_of
 
 
 def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
@@ -63,9 +63,7 @@ def _judged(ready: Ready, pair: ArtifactPair, artifact: Artifact) -> Quality:
     def readouts() -> Iterator[Readout]:
         with pair.engine.open(artifact.path, precision=pair.precision) as runtime:
             for batch in rows.batches:
-                mask = batch.get(MASK)
-                values = run_rows(runtime, artifact, ready.network, batch)
-                yield reading.read(values, mask if mask is not None and mask.dim() == 2 else None)
+                yield reading.read(run_rows(runtime, artifact, ready.network, batch), valid_of(batch))
 
     return ready.judge.compare(readouts())
 

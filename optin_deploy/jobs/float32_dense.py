@@ -15,8 +15,7 @@ from optin_deploy.measuring.artifacts import Opening
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import Point
 from optin_deploy.pruning.source import Source
-
-PRECISION = "fp32"
+from optin_deploy.reporting.artifact_table import FLOAT32
 
 
 def measure_beside_float32(
@@ -33,10 +32,10 @@ def measure_beside_float32(
     Returns: none if the artifact is in float32 itself, where the ordinary measurements say this.
     """
     asked = built.pairs[-1]
-    if asked.precision == PRECISION:
+    if asked.precision == FLOAT32:
         return []
     engine, path = float32_dense(built, source)
-    dense = Opening(engine, path, PRECISION, threads, source.task)
+    dense = Opening(engine, path, FLOAT32, threads, source.task)
     smaller = Opening(asked.engine, asked.pruned.path, asked.precision, threads)
     return measure(dense, smaller, inputs, points, beside=" beside float32 dense", stage=stage)
 
@@ -44,12 +43,12 @@ def measure_beside_float32(
 def float32_dense(built: Built, source: Source) -> tuple[Exporter, Path]:
     """The dense model in float32 on the asked engine, if such an artifact is there; else the model itself on torch."""
     engine = built.pairs[-1].engine
-    if PRECISION in engine.precisions:
-        _, name = engine.file_names(PRECISION, built.pairs[-1].pruned.path.parent)
+    if FLOAT32 in engine.precisions:
+        _, name = engine.file_names(FLOAT32, built.pairs[-1].pruned.path.parent)
         if name is None:
             return engine, Path(source.model)
         for pair in built.pairs:
-            if pair.precision == PRECISION and pair.dense is not None and pair.dense.path.name == name:
+            if pair.precision == FLOAT32 and pair.dense is not None and pair.dense.path.name == name:
                 return engine, pair.dense.path
     if source.is_file:
         return exporter("onnx"), built.pairs[0].pruned.path.with_name(DENSE)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from optin_deploy.exporters.base import Artifact
-from optin_deploy.feeds.rows import MASK, Batch, Feeds
+from optin_deploy.feeds.rows import MASK, Batch, Feeds, rows_of
 from optin_deploy.network.graph import Network, Port
 from optin_deploy.runtimes.base import Runtime
 
@@ -38,9 +38,9 @@ def run_rows(runtime: Runtime, artifact: Artifact, network: Network, batch: Batc
     tokens = batch[MASK].shape[1] if free == {(0, 1)} else None
     rows, length = _size(artifact.shapes, tokens)
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(next(iter(given.values()))), rows):
+    for start in range(0, rows_of(given), rows):
         part = {name: value[start : start + rows] for name, value in given.items()}
-        count = len(next(iter(part.values())))
+        count = rows_of(part)
         found = _run(runtime, {name: _padded(value, rows, length) for name, value in part.items()})
         parts.append({name: value[:count] for name, value in found.items()})
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

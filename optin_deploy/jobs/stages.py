@@ -162,11 +162,11 @@ def rewrite_stage(
     key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED
     dense_stage(workspace, prepared)
     known = finished(path)
-    if known is not None and known.key in (key, tuned_key(key, tuning)):
-        about = json.loads(known.said[ABOUT])
-        if prepared.dense.loaded is None or about["why_graph"] or intact(workspace.model_folder, plan.hash):
-            return StoredCut(network=read_file(path), plan=plan, reused=True, **about)
-    if known is not None and tuning is None and '"tuned"' in known.said.get(ABOUT, ""):
+    about = {} if known is None else json.loads(known.said.get(ABOUT, "{}"))
+    fits_plan = known is not None and known.key in (key, tuned_key(key, tuning))
+    if fits_plan and (prepared.dense.loaded is None or about["why_graph"] or intact(workspace.model_folder, plan.hash)):
+        return StoredCut(network=read_file(path), plan=plan, reused=True, **about)
+    if about.get("tuned") and tuning is None:
         log.warning("%s was tuned, which this undoes; `optin-export MODEL --tune minutes=5` tunes again", path)
     made = make(ready, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
@@ -209,6 +209,11 @@ def _write_module(workspace: Workspace, prepared: Prepared, made: CutResult) -> 
             saved = (smaller.module, smaller.attributes, made.plan, workspace.model_folder)
             save(*saved, preprocessor=loaded.preprocessor, files=loaded.files, about=about)
             why = differs(workspace.model_folder, made.network, probes)
+    return without_module(workspace, why)
+
+
+def without_module(workspace: Workspace, why: str) -> str:
+    """Take model/ away and warn of it, unless the reason is empty. Returns: the reason."""
     if why:
         workspace.record.remove("model")
         log.warning("there is no model/: %s. model.onnx is there, and optin_deploy.load reads it.", why)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from dataclasses import asdict, replace
 
 import torch
@@ -14,9 +12,10 @@ from optin_deploy.checkpoint.smaller import read_saved, save
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.torch import tensors
 from optin_deploy.feeds.pooling import POOLED
+from optin_deploy.files.descriptors import remove_folder
 from optin_deploy.files.names import PRUNED
 from optin_deploy.jobs.prepared import Prepared
-from optin_deploy.jobs.stages import ABOUT, MADE_FROM_MODEL, StoredCut, tuned_key
+from optin_deploy.jobs.stages import ABOUT, MADE_FROM_MODEL, StoredCut, tuned_key, without_module
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
@@ -27,8 +26,6 @@ from optin_deploy.network.unused import tidied
 from optin_deploy.pruning.stored import mark
 from optin_deploy.tuning.label_free import tune
 from optin_deploy.tuning.settings import STATE, LabelFree
-
-log = logging.getLogger(__name__)
 
 
 def tune_stage(
@@ -46,7 +43,7 @@ def tune_stage(
     key = tuned_key(before.key, tuning)
     scratch.mkdir(exist_ok=True)
     smaller = tidied(made.network, without=POOLED)
-    network, record = tune(ready, smaller, tuning, state=scratch / f"{key[:16]}.pt", progress=progress)
+    network, record = tune(ready, smaller, tuning, state=scratch / f"{key[:16]}.safetensors", progress=progress)
     about = {**asdict(tuning), **asdict(record), "quality_before": ready.quality_of(smaller).to_json()}
     for name in MADE_FROM_MODEL:  # model.onnx too: killed now, there is none rather than one beside another model/
         workspace.record.remove(name)
@@ -54,7 +51,7 @@ def tune_stage(
     tuned = replace(tuned, why_graph=_write_module(workspace, prepared, tuned))
     about = {name: getattr(tuned, name) for name in ("error", "skipped", "why_graph", "compensated", "tuned")}
     store(network, path, key, {**mark(ready.subject.hash, made.plan.hash), ABOUT: json.dumps(about)}, anew=True)
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_folder(scratch)
     return tuned
 
 
@@ -73,10 +70,7 @@ def _write_module(workspace: Workspace, prepared: Prepared, tuned: StoredCut) ->
             about=saved.about,
         )
         why = differs(folder, tuned.network, prepared.ready.found.probes)
-    if why:
-        workspace.record.remove("model")
-        log.warning("there is no model/: %s. model.onnx is there, and optin_deploy.load reads it.", why)
-    return why
+    return without_module(workspace, why)
 
 
 def _given(module: torch.nn.Module, network: Network) -> bool:

@@ -192,10 +192,8 @@ def load(folder: str | PathLike[str]) -> Any:
     Raises: BadInput, PlanMismatch: files are missing, damaged, or do not belong together.
     """
     place = smaller.folder_of(folder)
-    for home in (place / smaller.MODEL, place):
-        if (home / smaller.MANIFEST).is_file():
-            return reloading.load(home)
-    return stored.load(place) if stored.is_stored(place) else reloading.load(place)
+    home = smaller.home_in(place)
+    return stored.load(place) if home is None and stored.is_stored(place) else reloading.load(home or place)
 
 
 def fitting(network: Network, rows: Feeds) -> Feeds:

@@ -15,13 +15,14 @@ from optin_deploy.data.label_order import check_order
 from optin_deploy.data.labels import class_number
 from optin_deploy.data.targets import Answers, Grade, Role
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.rows import MASK, Feeds, Label, real_first, rows_of
+from optin_deploy.feeds.rows import Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import entity_f1, tags_spans
 from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
+from optin_deploy.scoring.subject import valid_of
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 def readouts(program: Program, reading: Reading, rows: Feeds) -> Iterator[Readout]:
     """Run a network on rows, batch by batch, and read what is compared."""
     for batch in rows.batches:
-        mask = batch.get(MASK)
-        valid = mask.to(program.device) if mask is not None and mask.dim() == 2 else None
+        mask = valid_of(batch)
+        valid = None if mask is None else mask.to(program.device)
         with torch.inference_mode():
             outputs = program({port.name: batch[port.name] for port in program.network.inputs}).outputs
             yield reading.read(outputs, valid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ def ranked(scores: Tensor, right: Tensor) -> Ranking:
     return Ranking(len(gains) / len(ranks), float(ranks[0] == 1) / len(ranks), sum(gains) / best, 1 / ranks[0])
 
 
+def mean_figures(rankings: Iterable[Ranking]) -> dict[str, float]:
+    """Means over queries, by the names of `quality.metrics`."""
+    figures = torch.tensor([astuple(ranking) for ranking in rankings]).mean(0).tolist()
+    return dict(zip(("recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"), figures, strict=True))
+
+
 class RankingJudge:
     """Compares cut networks with the dense one by how each ranks the texts of every query."""
 
@@ -72,12 +78,12 @@ class RankingJudge:
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return nDCG@10 of both networks, and the reciprocal rank of the first fitting text."""
         found = self._scores(cut)
-        (gain, reciprocal), before = self._figures(found), self._before
+        before, after = self._before, self._figures(found)
         beside = {
-            "mrr": (before[1], reciprocal),
+            "mrr": (before["mrr"], after["mrr"]),
             "correlation_with_dense": (1.0, correlation(self._dense, found)),
         }
-        return Quality("ndcg_at_10", before[0], gain, len(self._queries), beside)
+        return Quality("ndcg_at_10", before["ndcg_at_10"], after["ndcg_at_10"], len(self._queries), beside)
 
     def _scores(self, readouts: Iterable[Readout]) -> Tensor:
         """One score a row, (rows,): the number, or how much more the second class is than the first."""
@@ -90,9 +96,6 @@ class RankingJudge:
             )
         return values[:, 0, -1] - (values[:, 0, 0] if values.shape[2] == 2 else 0)
 
-    def _figures(self, scores: Tensor) -> tuple[float, float]:
-        found = []
-        for query in self._queries:
-            chosen, fits = zip(*query, strict=True)
-            found.append(ranked(scores[list(chosen)], torch.tensor(fits)))
-        return sum(each.gain for each in found) / len(found), sum(each.reciprocal for each in found) / len(found)
+    def _figures(self, scores: Tensor) -> dict[str, float]:
+        queries = (zip(*query, strict=True) for query in self._queries)
+        return mean_figures(ranked(scores[list(chosen)], torch.tensor(fits)) for chosen, fits in queries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -12,11 +11,8 @@ from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.quality.quality import Quality, check_finite, spearman
-from optin_deploy.quality.ranking import Ranking, ranked
+from optin_deploy.quality.ranking import Ranking, mean_figures, ranked
 from optin_deploy.scoring.losses import Readout
-
-FIGURES = "recall_at_10", "recall_at_1", "ndcg_at_10", "mrr"
-"""Names of the figures of a ranking."""
 
 
 class RetrievalJudge:
@@ -74,8 +70,7 @@ class RetrievalJudge:
     def _figures(self, vectors: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
         if self._queries:
-            each = [astuple(self._search(vectors, place, wanted)) for place, wanted in self._queries.items()]
-            found = dict(zip(FIGURES, torch.tensor(each).mean(0).tolist(), strict=True))
+            found = mean_figures(self._search(vectors, place, wanted) for place, wanted in self._queries.items())
         if len(self._pairs) > 1:
             cosines = [float(vectors[one] @ vectors[other]) for one, other, _ in self._pairs]
             found["spearman"] = spearman([score for *_, score in self._pairs], cosines)

@@ -63,7 +63,7 @@ class Report:
 
 def quality_lines(report: Report) -> list[str]:
     """The sentence that a report opens with, and a warning if agreement is low."""
-    return _told(report.quality)
+    return _lines_of(report.quality)
 
 
 def tuned_lines(tuned: Mapping[str, Any]) -> list[str]:
@@ -72,11 +72,11 @@ def tuned_lines(tuned: Mapping[str, Any]) -> list[str]:
     return [
         f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']:,} steps on {tuned['rows']:,} "
         f"calibration rows; on {tuned['held_out']:,} others the distance to the dense outputs went {fell}.",
-        f"Before the tuning: {_told(Quality(**tuned['quality_before']))[0]}",
+        f"Before the tuning: {_lines_of(Quality(**tuned['quality_before']))[0]}",
     ]
 
 
-def _told(q: Quality) -> list[str]:
+def _lines_of(q: Quality) -> list[str]:
     metric = METRICS[q.metric]
     if q.metric == "relative_error":
         return [f"The outputs differ from the dense ones by {q.pruned:.2%} of their size ({q.samples} held-out rows)."]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.feeds.ports import takes
 from optin_deploy.feeds.rows import Batch, Batching, Feeds, grouped, rows_of
-from optin_deploy.files.storage import atomic_file
+from optin_deploy.files.storage import read_tensors, write_tensors
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.module import NetworkModule
@@ -70,12 +69,11 @@ def tune(
     learning, judging = _divided(ready, smaller, settings.batch_size)
     tuning = _Tuning(ready, smaller, settings, learning, judging)
     if state is not None and state.is_file():
-        tuning.go_on(torch.load(state, weights_only=True))
+        tuning.go_on(read_tensors(state, f"Delete {state}: the tuning then begins anew."))
     while not tuning.ended:
         tuning.until_next_look(progress)
         if state is not None and not tuning.ended:
-            with atomic_file(state) as temporary:
-                torch.save(tuning.known(), temporary)
+            write_tensors(state, tuning.known())
     record = LabelFreeRecord(
         tuning.step, round(tuning.seconds, 1), len(learning), len(judging), tuning.distances[0], min(tuning.distances)
     )
@@ -134,25 +132,30 @@ class _Tuning:
         self._look()
         self.seconds = seconds_now() - begun
 
-    def known(self) -> dict[str, Any]:
+    def known(self) -> dict[str, Tensor]:
         """Return what `go_on` needs."""
+        moments = self._optimizer.state_dict()["state"]
         return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "distances": self.distances,
-            "nearest": self.nearest,
-            "weights": self._student.trained(),
-            "optimizer": self._optimizer.state_dict(),
+            "progress": torch.tensor([self.step, self.seconds, *self.distances], dtype=torch.float64),
+            **{f"nearest {name}": value for name, value in self.nearest.items()},
+            **{f"weights {name}": value for name, value in self._student.trained().items()},
+            **{f"{place} {name}": value for place, each in moments.items() for name, value in each.items()},
         }
 
-    def go_on(self, known: Mapping[str, Any]) -> None:
+    def go_on(self, known: Mapping[str, Tensor]) -> None:
         """Be where another one was."""
-        self.step, self.seconds, self.distances = known["step"], known["seconds"], known["distances"]
-        self.nearest = known["nearest"]
+        step, self.seconds, *self.distances = known["progress"].tolist()
+        self.step = int(step)
+        self.nearest = {name: known[f"nearest {name}"] for name in self.nearest}
         with torch.no_grad():
             for name, value in self._student.trained().items():
-                value.copy_(known["weights"][name])
-        self._optimizer.load_state_dict(known["optimizer"])
+                value.copy_(known[f"weights {name}"])
+        places = {place: f"{place} " for place in range(len(self._parameters))}
+        moments = {
+            place: {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
+            for place, start in places.items()
+        }
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
 
     def _learn(self) -> None:
         """Take one step; each epoch has an order of its own."""
