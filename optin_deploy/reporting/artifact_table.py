@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from optin_deploy.errors import BadInput
 from optin_deploy.measuring.measurement import Measurement
 from optin_deploy.measuring.points import point_name
 from optin_deploy.quality.metrics import METRICS
 from optin_deploy.quality.quality import Quality
-from optin_deploy.reporting.latency_rows import LatencyRow
+
+if TYPE_CHECKING:
+    from optin_deploy.reporting.latency_rows import LatencyRow
 
 FLOAT32 = "fp32"
 CLEAR_POINTS, CLEAR_ROWS = 1.0, 2
