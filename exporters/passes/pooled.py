@@ -56,6 +56,11 @@ def head_of(network: Network, how: str, own: EmbeddingHead | None) -> EmbeddingH
         why = "its modules.json says so" if own.pooling != POOLINGS[0] else f"no modules.json beside it says {how}"
         message = f"--pool {how}: this model is scored and judged by its {own.pooling} ({why})"
         raise BadInput(f"{message}. Give --pool {own.pooling}.")
+    if own is not None and own.after_prompt:
+        raise BadInput(
+            f"--pool {how}: this embedding is of the tokens behind a prompt (include_prompt is false), and a graph "
+            "does not know where that ends. Leave --pool out, and let sentence-transformers pool."
+        )
     head = own or EmbeddingHead(how)
     pooled(network, head)
     return head

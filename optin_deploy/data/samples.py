@@ -52,6 +52,8 @@ class Sample:
     """One calibration row: a text (with an optional second text) or an image."""
 
     text: str | None = None
+    prompt: str | None = None
+    """What the text begins with, where an embedding is not of that."""
     words: tuple[str, ...] | None = None
     """The words of the text, where each of them has a tag."""
     text_pair: str | None = None

@@ -66,6 +66,8 @@ class EmbeddingHead:
     layers: tuple[DenseLayer, ...] = ()
     normalized: bool = False
     """Whether it ends with unit length."""
+    after_prompt: bool = False
+    """Whether it is of the tokens behind a prompt alone."""
 
     def __call__(self, states: Tensor, valid: Tensor) -> Tensor:
         """One vector a sample.
@@ -81,7 +83,14 @@ class EmbeddingHead:
     @property
     def digest(self) -> str:
         """A text that differs where embeddings do."""
-        return " ".join([self.pooling, *(layer.digest for layer in self.layers), *["normalized"] * self.normalized])
+        return " ".join(
+            [
+                self.pooling,
+                *(layer.digest for layer in self.layers),
+                *["normalized"] * self.normalized,
+                *["after prompt"] * self.after_prompt,
+            ]
+        )
 
 
 def read_layer(folder: Path, name: str, width: int) -> DenseLayer:

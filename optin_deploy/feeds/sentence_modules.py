@@ -60,6 +60,8 @@ class Prompts:
     query: str = ""
     document: str = ""
     """What is put before texts that are searched."""
+    pooled: bool = True
+    """Whether an embedding is of their tokens too."""
 
 
 NONE = Prompts()
@@ -125,7 +127,8 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
             f"its tokens, give a copy of the folder without {MODULES}."
         )
     (inside, _), (pool, _), *rest = modules
-    mode, width, layers = _pooling(folder, pool, hidden), hidden, []
+    mode, with_prompt = _pooling(folder, pool, hidden)
+    width, layers = hidden, []
     for (path, _), kind in zip(rest, kinds[2:], strict=True):
         if kind == DENSE:
             layers.append(read_layer(folder, path, width))
@@ -141,11 +144,12 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
         listed = [{"idx": i, "name": str(i), "path": paths[i], "type": each} for i, each in enumerate(types)]
         files[MODULES] = json.dumps(listed, indent=2).encode()
     files |= {name: _bytes(transformer_folder(folder), name) or b"{}" for name in settings}
-    head = EmbeddingHead(mode, tuple(layers), normalized=kinds[-1] == NORMALIZE)
+    prompts = _prompts(folder, about, pooled=with_prompt)
+    head = EmbeddingHead(mode, tuple(layers), kinds[-1] == NORMALIZE, after_prompt=not prompts.pooled)
     _check_similarity(folder, about, head)
     lengths = [each["max_seq_length"] for each in settings.values() if isinstance(each.get("max_seq_length"), int)]
     lower_case = any(each.get("do_lower_case") for each in settings.values())
-    return SentenceModules(head, lower_case, min(lengths, default=None), _prompts(folder, about), files)
+    return SentenceModules(head, lower_case, min(lengths, default=None), prompts, files)
 
 
 def head_in(folder: Path) -> EmbeddingHead | None:
@@ -182,8 +186,8 @@ def modules_in(folder: Path) -> list[tuple[str, str]]:
     return [(each["path"], each["type"]) for each in modules]
 
 
-def _pooling(folder: Path, path: str, hidden: int) -> str:
-    """The one pooling mode.
+def _pooling(folder: Path, path: str, hidden: int) -> tuple[str, bool]:
+    """The one pooling mode, and whether tokens of prompts are pooled.
 
     Raises: BadInput: several, or one that is not understood.
     """
@@ -201,15 +205,13 @@ def _pooling(folder: Path, path: str, hidden: int) -> str:
             f"{folder / name}: pooling is {short(modes)}; possible: one of {', '.join(POOLINGS)}. Scores and quality "
             "would be of another embedding than the model's own."
         )
-    if config.get("include_prompt", True) is not True:
-        raise BadInput(
-            f"{folder / name}: include_prompt is {short(config['include_prompt'])}: a graph does not know where the "
-            "prompt of a text ends. Set it to true, if the embedding may hold the prompt too."
-        )
+    with_prompt = config.get("include_prompt", True)
+    if not isinstance(with_prompt, bool):
+        raise BadInput(f"{folder / name}: include_prompt is {short(with_prompt)}; possible: true or false. {SAVE}")
     width = config.get("embedding_dimension", config.get("word_embedding_dimension", hidden))
     if width != hidden or isinstance(width, bool):
         raise BadInput(f"{folder / name}: embeddings of {short(width)} numbers, but the model makes {hidden}. {SAVE}")
-    return str(modes[0])
+    return str(modes[0]), with_prompt
 
 
 def _settings(home: Path) -> dict[str, dict[str, Any]]:
@@ -229,7 +231,7 @@ def _settings(home: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _prompts(folder: Path, about: Mapping[str, Any]) -> Prompts:
+def _prompts(folder: Path, about: Mapping[str, Any], *, pooled: bool) -> Prompts:
     """What sentence-transformers puts before texts by itself.
 
     Raises: BadInput: the default prompt is none of the prompts.
@@ -243,7 +245,7 @@ def _prompts(folder: Path, about: Mapping[str, Any]) -> Prompts:
     query, document = (
         next((prompts[each] for each in names if each in prompts), usual) for names in (QUERY_PROMPTS, DOCUMENT_PROMPTS)
     )
-    return Prompts(usual, query, document)
+    return Prompts(usual, query, document, pooled or not any((usual, query, document)))
 
 
 def _check_similarity(folder: Path, about: Mapping[str, Any], head: EmbeddingHead) -> None:

@@ -54,7 +54,7 @@ def prompted(samples: Sequence[Sample], prompts: Prompts) -> Sequence[Sample]:
     for sample in samples:
         role = sample.label if isinstance(sample.label, Role) else Role(-1)
         prompt = prompts.query if role.positives else prompts.document if role.candidate else prompts.usual
-        found.append(replace(sample, text=f"{prompt}{sample.text}"))
+        found.append(replace(sample, text=f"{prompt}{sample.text}", prompt=None if prompts.pooled else prompt))
     return found
 
 

@@ -15,7 +15,7 @@ from optin_deploy.data.samples import Sample
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.ports import Takes, described, few, fitted
 from optin_deploy.feeds.raw_tokenizer import warn_of_unknown
-from optin_deploy.feeds.rows import MASK, Batch, Batching, Feeds, Label, grouped
+from optin_deploy.feeds.rows import MASK, READ, Batch, Batching, Feeds, Label, grouped
 from optin_deploy.feeds.targets import masked, padded_ids, target_of
 
 log = logging.getLogger(__name__)
@@ -111,12 +111,16 @@ def text_feeds(
     rows: list[Batch] = []
     labels: list[Label] = []
     left = tokenizer.padding_side == "left"
+    skipped = _skipped(samples, tokenizer, longest)
     for width, (row, sample) in zip(widths, found, strict=True):
         label = target_of(sample, row, width, left=left)
         if masks:
             row, hidden = masked(row, tokenizer)
             label = padded_ids(hidden, width, left=left)
-        rows.append(_row(text, row, width, filler, sample.source, left=left))
+        filled = _row(text, row, width, filler, sample.source, left=left)
+        if sample.prompt is not None:
+            filled[READ] = _behind(row, skipped[sample.prompt], width, sample.source, left=left)
+        rows.append(filled)
         labels.append(label)
     warn_of_unknown(tokenizer, [row[IDS] for row, _ in found])
     return grouped(rows, labels, origin, batching)
@@ -151,6 +155,27 @@ def encoded(
             f" {', '.join(found[0])}). Use the tokenizer that was saved with this network."
         )
     return found
+
+
+def _skipped(samples: Sequence[Sample], tokenizer: Any, longest: int) -> dict[str, int]:
+    """Tokens that each prompt takes at the beginning of a text, with what the tokenizer puts there itself."""
+    prompts = sorted({sample.prompt for sample in samples if sample.prompt})
+    made = encoded([Sample(prompt) for prompt in prompts], tokenizer, [], longest)
+    counts = [len(row[IDS]) - (row[IDS][-1] in tokenizer.all_special_ids) for row in made]
+    return {"": 0, **dict(zip(prompts, counts, strict=True))}
+
+
+def _behind(row: Mapping[str, list[int]], skipped: int, width: int, where: str, *, left: bool) -> Tensor:
+    """Which tokens stand behind a prompt, (1, width), 0 or 1."""
+    count = len(row[IDS])
+    if skipped >= count:
+        raise BadInput(
+            f"{where}: of {count} tokens its prompt takes all, and the embedding is of those behind it. Give a higher "
+            "--seq-len."
+        )
+    start = width - count if left else 0
+    places = torch.arange(width)
+    return ((places >= start + skipped) & (places < start + count)).to(torch.int64)[None]
 
 
 def _longest(text: TextInputs, samples: Sequence[Sample], tokenizer: Any, seq_len: int | None) -> int:

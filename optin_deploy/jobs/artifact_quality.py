@@ -14,7 +14,7 @@ from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.artifact_table import FLOAT32, ArtifactQuality
 from optin_deploy.scoring.losses import Readout
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import read_tokens
 
 
 def quality_of(prepared: Prepared, smaller: Network, built: Built) -> Quality:
@@ -63,7 +63,7 @@ def _judged(ready: Ready, pair: ArtifactPair, artifact: Artifact) -> Quality:
     def readouts() -> Iterator[Readout]:
         with pair.engine.open(artifact.path, precision=pair.precision) as runtime:
             for batch in rows.batches:
-                yield reading.read(run_rows(runtime, artifact, ready.network, batch), valid_of(batch))
+                yield reading.read(run_rows(runtime, artifact, ready.network, batch), read_tokens(batch))
 
     return ready.judge.compare(readouts())
 

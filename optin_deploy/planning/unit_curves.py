@@ -30,7 +30,7 @@ from optin_deploy.scoring.hearing import ROWS, Counts, TokenWeights
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.memory import SHARE, free_bytes, micro_batches
 from optin_deploy.scoring.slopes import rounding
-from optin_deploy.scoring.subject import Subject, valid_of
+from optin_deploy.scoring.subject import Subject, read_tokens
 from optin_deploy.structure.groups import UnitGroup
 from optin_deploy.structure.labels import DEFAULT_KINDS
 from optin_deploy.structure.solvable import Solvable, solvable
@@ -120,7 +120,7 @@ class _Bench:
         held = 0
         for batch in self.judged:
             found, read = self.program(subject.fed(batch)).outputs, subject.reading.outputs
-            self.dense.append(replace(subject.read(found, valid_of(batch)), pictures=None))
+            self.dense.append(replace(subject.read(found, read_tokens(batch)), pictures=None))
             self.beside.append({name: found[name] for name in read} if len(read) > 1 else {})
             held += sum(value.nbytes for value in (self.dense[-1].values, *self.beside[-1].values()))
             if held > MOST_HELD:
@@ -215,7 +215,7 @@ class _Bench:
         total = 0.0
         for batch, start, dense, beside in zip(self.judged, starts, self.dense, self.beside, strict=True):
             run = self.program({**start, **changes.weights}, masks=masks, cone=cone)
-            found = self.subject.read({**beside, **run.outputs}, valid_of(batch))
+            found = self.subject.read({**beside, **run.outputs}, read_tokens(batch))
             total += float(output_distance(dense, found.values).sum())
         return total / sum(map(rows_of, self.judged))
 

@@ -17,7 +17,7 @@ from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.held_out import joined, judged_samples, samples_of
 from optin_deploy.scoring.losses import Readout, output_distance
-from optin_deploy.scoring.subject import Subject, valid_of
+from optin_deploy.scoring.subject import Subject, read_tokens
 
 MOST_FITTED = 512
 """Samples that a repair is tried on; with more it does better, but not one plan more than another."""
@@ -62,4 +62,4 @@ def error_of(ready: Ready, smaller: Network) -> float:
 
 def _read(subject: Subject, program: Program, batch: Batch) -> Readout:
     feeds = {port.name: batch[port.name] for port in program.network.inputs}
-    return subject.reading.read(program(feeds).outputs, valid_of(batch))
+    return subject.reading.read(program(feeds).outputs, read_tokens(batch))

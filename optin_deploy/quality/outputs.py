@@ -22,7 +22,7 @@ from optin_deploy.quality.entities import entity_f1, tags_spans
 from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def readouts(program: Program, reading: Reading, rows: Feeds) -> Iterator[Readout]:
     """Run a network on rows, batch by batch, and read what is compared."""
     for batch in rows.batches:
-        mask = valid_of(batch)
+        mask = read_tokens(batch)
         valid = None if mask is None else mask.to(program.device)
         with torch.inference_mode():
             outputs = program({port.name: batch[port.name] for port in program.network.inputs}).outputs

@@ -16,7 +16,7 @@ from optin_deploy.network.run import Values
 from optin_deploy.scoring.features import Tokens, draw_tokens
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.settings import Features
-from optin_deploy.scoring.subject import Subject, tokens_of, valid_of
+from optin_deploy.scoring.subject import Subject, read_tokens, tokens_of, valid_of
 from optin_deploy.structure.stream import Feature
 
 MOST_TOKENS = 512
@@ -58,11 +58,11 @@ def dense_run(
     started = _now(subject)
     values = subject.run(batch, watch={*watch, *(feature.value for feature in subject.features)})
     seconds = _now(subject) - started
-    watched, valid = values.watched, valid_of(batch)
+    watched = values.watched
     tokens = {f.value: chosen_tokens(subject, f, watched[f.value], batch, chosen, seed) for f in subject.features}
-    readout = subject.read(values.outputs, valid)
+    readout = subject.read(values.outputs, read_tokens(batch))
     check_finite(subject, batch, [readout.values])
-    return DenseBatch(values, tokens, readout, valid, seconds)
+    return DenseBatch(values, tokens, readout, valid_of(batch), seconds)
 
 
 def check_finite(subject: Subject, batch: Batch, values: Sequence[Tensor]) -> None:

@@ -20,7 +20,7 @@ from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.scoring.losses import exact_directions, random_direction
 from optin_deploy.scoring.memory import micro_batches
 from optin_deploy.scoring.noise import sample_keys, stream
-from optin_deploy.scoring.subject import Subject, tokens_of, valid_of
+from optin_deploy.scoring.subject import Subject, read_tokens, tokens_of
 from optin_deploy.structure.stream import Feature, samples_axis
 
 PROBES = 2
@@ -112,7 +112,7 @@ def slopes_at(
     }  # so that everything behind tables and matrices is recorded
     with torch.enable_grad():
         run = subject.program({**subject.fed(batch), **weights}, watch=values)
-        readout = subject.read(run.outputs, valid_of(batch))
+        readout = subject.read(run.outputs, read_tokens(batch))
     directions = exact_directions(readout)
     if directions is None or (most is not None and len(directions) > most):
         keys = sample_keys(batch)

@@ -26,7 +26,7 @@ from optin_deploy.scoring.noise import sample_keys, signs, stream
 from optin_deploy.scoring.passes import Gradients, Passes, spans_of
 from optin_deploy.scoring.settings import ALL_TOKENS, Features
 from optin_deploy.scoring.sites import Key
-from optin_deploy.scoring.subject import Subject, tokens_of, valid_of, value_of
+from optin_deploy.scoring.subject import Subject, read_tokens, tokens_of, value_of
 from optin_deploy.scoring.terms import OUTPUT, TRAJECTORY, VARIANCE, Terms
 from optin_deploy.structure.groups import UnitGroup
 
@@ -117,7 +117,7 @@ def _directions(passes: Passes, batch: Batch, projections: Projections) -> tuple
     kept = {name: passes.kept[name].detach() for name in subject.reading.outputs}
     leaves = {name: value.requires_grad_() for name, value in kept.items() if value.is_floating_point()}
     with torch.enable_grad():
-        readout = subject.read({**kept, **leaves}, valid_of(batch))
+        readout = subject.read({**kept, **leaves}, read_tokens(batch))
     check_finite(subject, batch, [readout.values])
     wide = torch.promote_types(readout.values.dtype, torch.float32)
     dense = replace(readout, values=readout.values.detach().to(wide))

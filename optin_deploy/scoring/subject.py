@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optin_deploy.feeds.rows import MASK, Batch
+from optin_deploy.feeds.rows import MASK, READ, Batch
 from optin_deploy.network.axes import units_along
 from optin_deploy.network.hashing import network_hash
 from optin_deploy.network.run import Cone, Mask, Place, Program, Values
@@ -165,3 +165,8 @@ def valid_of(batch: Batch) -> Tensor | None:
     """Which tokens are real, (samples, tokens), 0 or 1; None: nothing is padded."""
     found = batch.get(MASK)
     return found if found is not None and found.dim() == 2 else None
+
+
+def read_tokens(batch: Batch) -> Tensor | None:
+    """Which tokens an output is read from, (samples, tokens), 0 or 1; None: all of them."""
+    return batch.get(READ, valid_of(batch))

@@ -12,7 +12,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.network.run import Program
 from optin_deploy.scoring.reading import Reading
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import read_tokens
 from optin_deploy.tuning.student import features
 
 PENALTY = 0.02
@@ -25,7 +25,7 @@ def fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, cou
     for batch in rows.batches:
         with torch.inference_mode():
             outputs = program({port.name: batch[port.name] for port in program.network.inputs}).outputs
-            found.append(features(outputs, reading, valid_of(batch)).float().cpu())
+            found.append(features(outputs, reading, read_tokens(batch)).float().cpu())
     read = torch.cat(found).clone()
     mean, scale = read.mean(0), read.std(0).clamp(min=1e-6)
     read = (read - mean) / scale

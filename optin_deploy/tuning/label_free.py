@@ -24,7 +24,7 @@ from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.weights import with_weights
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.quality.held_out import judged_samples
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import read_tokens
 from optin_deploy.tuning.settings import LabelFree
 from optin_deploy.tuning.student import check_trainable, distance
 
@@ -184,7 +184,7 @@ class _Tuning:
         """How far the student's outputs are from the dense ones."""
         subject = self._ready.subject
         outputs = self._student(**subject.fed(batch))
-        return distance(subject.reading, self._taught(batch), outputs, valid_of(batch))
+        return distance(subject.reading, self._taught(batch), outputs, read_tokens(batch))
 
     def _taught(self, batch: Batch) -> dict[str, Tensor]:
         """The dense outputs; they are kept as long as there is room."""

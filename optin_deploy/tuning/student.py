@@ -18,7 +18,7 @@ from optin_deploy.network.weights import with_weights
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.scoring.losses import output_distance
 from optin_deploy.scoring.reading import Reading
-from optin_deploy.scoring.subject import valid_of
+from optin_deploy.scoring.subject import read_tokens
 
 LEAST = 1e-12
 """Smallest size of an output that others are held against."""
@@ -41,7 +41,7 @@ class Student(nn.Module):
 
         Args: classes: (rows,); None: no labels. batch: the network's inputs by name, and perhaps a mask.
         """
-        valid = valid_of(batch)
+        valid = read_tokens(batch)
         outputs = self.graph(**{name: batch[name] for name in self._inputs})
         found = self._reading.read(outputs, valid)
         loss = torch.zeros((), device=found.values.device)

@@ -23,12 +23,14 @@ from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters.passes.pooled import head_of, pooled
 from optin_deploy.feeds.embedding_head import EmbeddingHead
+from optin_deploy.feeds.feeds import Preparation, read_judging
 from optin_deploy.feeds.pooling import POOLINGS, pooled_states, pooling_of
 from optin_deploy.feeds.preprocessor import load_beside
 from optin_deploy.feeds.sentence_modules import ABOUT, Prompts
 from optin_deploy.feeds.targets import prompted
 from optin_deploy.network.read import read
 from optin_deploy.network.write import write
+from optin_deploy.quality.outputs import readouts
 from optin_deploy.scoring.dense_run import dense_run
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
@@ -179,7 +181,7 @@ TRANSFORMER = {"path": "", "type": f"{PACKAGE}Transformer"}
 POOLING = {"path": "1_Pooling", "type": f"{PACKAGE}Pooling"}
 REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "median": ("1_Pooling/config.json", {"pooling_mode": "median"}, ("['median']", "mean, cls")),
-    "without its prompt": ("1_Pooling/config.json", {"include_prompt": False}, ("include_prompt", "Set it to true")),
+    "half a prompt": ("1_Pooling/config.json", {"include_prompt": "no"}, ("include_prompt", "'no'", "true or false")),
     "none": ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, ("[]", "mean, cls")),
     "pooler": (
         "sentence_bert_config.json",
@@ -290,6 +292,31 @@ def test_queries_and_what_they_search_have_prompts_of_their_own() -> None:
     roles = (Role(0, (1,)), Role(1, candidate=True), Role(2, scores=((1, 0.5),)), None)
     found = prompted([Sample(text="x", label=role) for role in roles], prompts)
     assert [sample.text for sample in found] == ["q: x", "d: x", "u: x", "u: x"]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_an_embedding_of_what_stands_behind_a_prompt_is_that_of_sentence_transformers(
+    pooling: str, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = sentence_model(tmp_path / "model", {"pooling_mode": pooling, "include_prompt": False})
+    prompts = {"query": "the old song: ", "document": "a river "}
+    changed(folder, "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": "document"})
+    judge = SentenceTransformer(str(folder), device="cpu")
+    prepared = prepared_of(folder)
+    loaded, ready = prepared.dense.loaded, prepared.ready
+    assert loaded is not None
+    roles = [Role(0, (1,)), Role(1, candidate=True), Role(2, candidate=True), Role(3, (2,))]
+    samples = [Sample(text, label=role) for text, role in zip(tiny.texts()[:4], roles, strict=True)]
+    preparation = Preparation(loaded.preprocessor, seq_len=32, prompts=prepared.dense.prompts)
+    feeds = read_judging(ready.network, samples, ready.rows.calibration, preparation)
+    (found,) = readouts(ready.subject.program, ready.subject.reading, feeds)
+    for role, sample in zip(roles, samples, strict=True):
+        wanted = judge.encode(sample.text, prompt_name="document" if role.candidate else "query")
+        np.testing.assert_allclose(found.values[feeds.labels.index(role), 0], wanted, atol=1e-5)
+    with pytest.raises(BadInput, match=f"--pool {pooling}: .*include_prompt is false"):
+        head_of(ready.network, pooling, prepared.dense.head)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
