@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
@@ -103,6 +104,7 @@ def _run(program: Callable[..., object]) -> int:
     """Run a typer app; every error becomes one line and an exit code, an interrupt stops the work once."""
     arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     shown = len(arguments) < len(sys.argv) - 1
+    logging.basicConfig(format="%(message)s")  # or a library sets another form in the middle of a job
     quiet_libraries()
     limit_libraries()
     if arguments == ["--version"]:

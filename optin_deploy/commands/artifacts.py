@@ -31,7 +31,8 @@ Examples:
 @options
 def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building, writing: Writing) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from optin_deploy.jobs.folder_build import build_folder
+    from optin_deploy.jobs.folder_build import build_folder, judge_built
+    from optin_deploy.reporting.artifact_table import artifact_table, artifact_warnings
 
     chosen = engine_options(ctx, engine.engine)
     with writing_to(folder, writing):
@@ -56,6 +57,10 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
     echo([*dict.fromkeys(lines)])  # an engine that runs the ONNX file builds no other
     if built.problem is not None and not building.prepare_only:
         raise built.problem
+    rows, left_out = judge_built(folder, built)
+    if rows:
+        print_table(*artifact_table(rows, []))
+    echo([*artifact_warnings(rows), *left_out])
     if built.obstacle is not None:
         typer.echo(f"not run here: {built.obstacle}")
 

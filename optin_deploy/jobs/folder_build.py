@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import ExportSpec
 from optin_deploy.exporters.options import EngineOptions
@@ -14,6 +15,7 @@ from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.feeds.pooling import POOLED
 from optin_deploy.feeds.sentence_modules import head_in
 from optin_deploy.files.names import DENSE, PRUNED
+from optin_deploy.jobs.artifact_quality import artifact_qualities, quality_of
 from optin_deploy.jobs.building import Built, build, check_free_sizes, forms_in, int8_samples
 from optin_deploy.jobs.origin import check_origin
 from optin_deploy.jobs.prepared import prepare
@@ -24,6 +26,7 @@ from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.sealed import finished
 from optin_deploy.network.unused import tidied
+from optin_deploy.reporting.artifact_table import FLOAT32, ArtifactQuality
 
 
 def build_folder(
@@ -68,6 +71,22 @@ def build_folder(
     built = build(workspace, target, spec, forms)
     check_engine(built, forms, [recorded(workspace)])
     return built
+
+
+def judge_built(folder: Path, built: Built) -> tuple[list[ArtifactQuality], list[str]]:
+    """Judge artifacts of another precision than float32 on the job's rows, which need the dense model and its data.
+
+    Returns: what `artifact_qualities` does; where the data are not here, the reason alone.
+    """
+    if built.obstacle is not None or all(pair.precision == FLOAT32 for pair in built.pairs):
+        return [], []
+    workspace = Workspace(folder)
+    try:
+        prepared = prepare(workspace.source(), folder)
+    except BadInput as err:
+        return [], [f"The artifacts were not judged: {err}"]
+    smaller = read_file(workspace.root / PRUNED)
+    return artifact_qualities(prepared, smaller, built, quality_of(prepared, smaller, built))
 
 
 def _int8_samples(workspace: Workspace) -> Sequence[Any]:

@@ -100,6 +100,24 @@ def test_every_page_shows_the_table(
     assert "fp32 dense, torch" not in (out / "report.html").read_text()
 
 
+def test_what_is_built_later_is_judged_too(
+    int8_job: tuple[Path, list[dict[str, Any]]], tmp_path: Path, shell: tiny.Shell
+) -> None:
+    out = tiny.copy_of(int8_job[0], tmp_path / "work")
+    report = (out / "report.json").read_bytes()
+    again = shell("optin", "build", out, "--engine", "onnx", "--precision", "int8")
+    rows = [line for line in again.out.splitlines() if "int8 pruned, onnx" in line]
+    assert (again.code, len(rows)) == (0, 1)
+    assert f"{json.loads(report)['quality']['pruned']:.4f}" in rows[0]
+    assert (out / "report.json").read_bytes() == report
+    assert "points lost" not in shell("optin", "build", out, "--engine", "onnx").out
+    source = json.loads((out / "source.json").read_text())
+    (out / "source.json").write_text(json.dumps({**source, "evaluation": str(tmp_path / "gone.jsonl")}))
+    elsewhere = shell("optin", "build", out, "--engine", "onnx", "--precision", "fp16")
+    assert elsewhere.code == 0
+    assert f"The artifacts were not judged: {tmp_path / 'gone.jsonl'}" in elsewhere.out
+
+
 def test_rows_are_padded_to_the_sizes_of_an_artifact(int8_job: tuple[Path, list[dict[str, Any]]]) -> None:
     path = int8_job[0] / "dense.onnx"
     network = read_file(path)
