@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from optin_deploy.common.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from optin_deploy.checkpoint.sentence_transformer import load_sentence_transformer
     from optin_deploy.errors import OptinError
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from optin_deploy.pruning.networks import cut, inspect
     from optin_deploy.scoring.unit_scores import UnitScores
     from optin_deploy.structure.groups import Layout
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Layout": "optin_deploy.structure.groups",

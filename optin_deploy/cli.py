@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from optin_deploy import __version__
 from optin_deploy.commands import (
     artifacts,
     finetuning,
@@ -30,6 +29,7 @@ from optin_deploy.commands import (
 from optin_deploy.commands import export as job
 from optin_deploy.commands import show as looking
 from optin_deploy.common.processors import limit_libraries
+from optin_deploy.common.version import __version__
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
 from optin_deploy.reporting.terminal import quiet_libraries
 

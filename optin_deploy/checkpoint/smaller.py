@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import nn
 
-from optin_deploy import __version__
 from optin_deploy.common.stored import Stored
 from optin_deploy.common.validation import OPEN, STORED
+from optin_deploy.common.version import __version__
 from optin_deploy.cutting.attributes import Sizes
 from optin_deploy.cutting.torch import tensors
 from optin_deploy.errors import BadInput, PlanMismatch

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from optin_deploy import __version__
+from optin_deploy.common.version import __version__
 from optin_deploy.data.samples import check_start
 from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
 from optin_deploy.feeds.image_feeds import Pixels

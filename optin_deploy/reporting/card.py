@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from optin_deploy import __version__
+from optin_deploy.common.version import __version__
 from optin_deploy.files.hub import hub_id_of, revision_of
 from optin_deploy.reporting.artifact_table import artifact_table
 from optin_deploy.reporting.findings import StoredReport

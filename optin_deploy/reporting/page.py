@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from optin_deploy import __version__
 from optin_deploy.common.extras import require
 from optin_deploy.common.formatting import figures, milliseconds, si, size
+from optin_deploy.common.version import __version__
 from optin_deploy.errors import BadInput
 from optin_deploy.files.ownership import free_name
 from optin_deploy.files.storage import write_text

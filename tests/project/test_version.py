@@ -29,7 +29,7 @@ def test_the_version_is_one_that_packages_may_have() -> None:
 def test_the_package_takes_its_version_from_the_source() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["dynamic"] == ["version"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "optin_deploy.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "optin_deploy.common.version.__version__"}
 
 
 def test_a_checkout_that_is_not_installed_knows_it_and_loads_nothing_else() -> None:
