@@ -119,7 +119,8 @@ def text_feeds(
             label = padded_ids(hidden, width, left=left)
         filled = _row(text, row, width, filler, sample.source, left=left)
         if sample.prompt is not None:
-            filled[READ] = _behind(row, skipped[sample.prompt], width, sample.source, left=left)
+            behind = _behind(row, skipped[sample.prompt], width, sample.source, left=left)
+            filled = {**filled, READ: behind}
         rows.append(filled)
         labels.append(label)
     warn_of_unknown(tokenizer, [row[IDS] for row, _ in found])
