@@ -11,7 +11,10 @@ from typing import Any
 import transformers
 
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.embedding_head import EmbeddingHead
 from optin_deploy.feeds.inputs import longest_text
+from optin_deploy.feeds.pooling import POOLING, POOLINGS
+from optin_deploy.feeds.sentence_modules import embeds, read_sentence_modules
 from optin_deploy.files.storage import read_json
 from optin_deploy.files.wall import blamed, shown
 
@@ -127,3 +130,16 @@ def longest_in(folder: Path) -> int | None:
     """
     path = folder / "config.json"
     return longest_text(make_config(path, read_config(path))) if path.is_file() else None
+
+
+def head_in(folder: Path) -> EmbeddingHead | None:
+    """What makes embeddings by the files of a model's folder; None: there is no config.json.
+
+    Raises: BadInput: they are damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    data = read_config(path)
+    modules = read_sentence_modules(folder, make_config(path, data).hidden_size) if embeds(folder) else None
+    return EmbeddingHead(str(data.get(POOLING, POOLINGS[0]))) if modules is None else modules.head

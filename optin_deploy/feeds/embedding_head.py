@@ -72,7 +72,7 @@ class EmbeddingHead:
     def __call__(self, states: Tensor, valid: Tensor) -> Tensor:
         """One vector a sample.
 
-        Args: states: (batch, tokens, hidden). valid: (batch, tokens), 0 or 1, of the type of the states.
+        Args: states, valid: see `pooled_states`.
         Returns: (batch, size).
         """
         vectors = pooled_states(states, valid, self.pooling)

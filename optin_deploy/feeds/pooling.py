@@ -11,7 +11,8 @@ from optin_deploy.errors import BadInput
 
 POOLINGS = ("mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens")
 """Over the real tokens, by the names of sentence-transformers: their mean; the first of them; the last of them; the
-largest of each entry; their mean with weights 1, 2, 3, ... by their places; their sum by the root of their number."""
+largest of each entry; their mean with weights 1, 2, 3, ... by their places in the text; their sum by the root of
+their number."""
 POOLED = "sentence_embedding"
 """Name of the pooled output of a graph."""
 POOLING = "sentence_pooling"
@@ -38,9 +39,13 @@ def set_pooling(config: Any, pooling: str) -> None:
 def pooled_states(states: Tensor, valid: Tensor, pooling: str) -> Tensor:
     """One vector a sample.
 
-    Args: states: (batch, tokens, hidden). valid: (batch, tokens), 0 or 1, of the type of the states.
+    Args:
+        states: (batch, tokens, hidden).
+        valid: (batch, tokens), of the type of the states; 0 where a token does not count, else 1, or its place in the
+            text from 1 on.
     Returns: (batch, hidden).
     """
+    places, valid = valid, (valid > 0).to(valid)
     if pooling == "max":
         return states.masked_fill(valid.unsqueeze(-1) == 0, torch.finfo(states.dtype).min).amax(1)
     if pooling == "cls":
@@ -48,7 +53,7 @@ def pooled_states(states: Tensor, valid: Tensor, pooling: str) -> Tensor:
     elif pooling == "lasttoken":
         valid = valid * (valid.cumsum(1) == valid.sum(1, keepdim=True)).to(valid)
     elif pooling == "weightedmean":
-        valid = valid * torch.arange(1, valid.shape[1] + 1).to(valid)
+        valid = places if places.max() > 1 else valid * valid.cumsum(1)
     weights = valid.unsqueeze(-1)
     count = weights.sum(1)
     return (states * weights).sum(1) / (count.sqrt() if pooling == "mean_sqrt_len_tokens" else count)

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 MASK = "attention_mask"
 """The input that tells tokens from padding."""
 READ = "read_mask"
-"""Beside the inputs where an embedding is of the tokens behind a prompt alone: which tokens these are."""
+"""Beside the inputs where an embedding is of the tokens behind a prompt alone: their places in the text from 1 on, 0
+elsewhere."""
 
 Batch = Mapping[str, Tensor]
 """Inputs by name, samples first."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.embedding_head import SAVE, WEIGHTS, EmbeddingHead, read_layer
-from optin_deploy.feeds.pooling import POOLING as POOLING_ENTRY
 from optin_deploy.feeds.pooling import POOLINGS
 from optin_deploy.files.opening import short
 from optin_deploy.files.storage import read_json
@@ -150,19 +149,6 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules | None:
     lengths = [each["max_seq_length"] for each in settings.values() if isinstance(each.get("max_seq_length"), int)]
     lower_case = any(each.get("do_lower_case") for each in settings.values())
     return SentenceModules(head, lower_case, min(lengths, default=None), prompts, files)
-
-
-def head_in(folder: Path) -> EmbeddingHead | None:
-    """What makes embeddings by the files of a model's folder; None: there is no config.json.
-
-    Raises: BadInput: they are damaged.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    config = read_json(path, "Run the export again.")
-    found = read_sentence_modules(folder, config["hidden_size"]) if "hidden_size" in config else None
-    return EmbeddingHead(str(config.get(POOLING_ENTRY, POOLINGS[0]))) if found is None else found.head
 
 
 def modules_in(folder: Path) -> list[tuple[str, str]]:

@@ -167,16 +167,17 @@ def _skipped(samples: Sequence[Sample], tokenizer: Any, longest: int) -> dict[st
 
 
 def _behind(row: Mapping[str, list[int]], skipped: int, width: int, where: str, *, left: bool) -> Tensor:
-    """Which tokens stand behind a prompt, (1, width), 0 or 1."""
+    """Places in the text of the tokens behind a prompt, (1, width), from 1 on; 0 elsewhere."""
     count = len(row[IDS])
     if skipped >= count:
         raise BadInput(
             f"{where}: of {count} tokens its prompt takes all, and the embedding is of those behind it. Give a higher "
             "--seq-len."
         )
+    places = torch.zeros(1, width, dtype=torch.int64)
     start = width - count if left else 0
-    places = torch.arange(width)
-    return ((places >= start + skipped) & (places < start + count)).to(torch.int64)[None]
+    places[0, start + skipped : start + count] = torch.arange(skipped + 1, count + 1)
+    return places
 
 
 def _longest(text: TextInputs, samples: Sequence[Sample], tokenizer: Any, seq_len: int | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optin_deploy.checkpoint.config import head_in
 from optin_deploy.errors import BadInput
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.exporters.base import ExportSpec
@@ -13,7 +14,6 @@ from optin_deploy.exporters.options import EngineOptions
 from optin_deploy.exporters.passes.pooled import head_of
 from optin_deploy.exporters.to_onnx import check_size
 from optin_deploy.feeds.pooling import POOLED
-from optin_deploy.feeds.sentence_modules import head_in
 from optin_deploy.files.names import DENSE, PRUNED
 from optin_deploy.jobs.artifact_quality import artifact_qualities, quality_of
 from optin_deploy.jobs.building import Built, build, check_free_sizes, forms_in, int8_samples

@@ -40,8 +40,7 @@ class PoolingNodes:
             marks = self.node("Equal", [counted, self.number(1, real) if how == "cls" else count])
             valid = self.node("Mul", [valid, self.node("Cast", [marks], {"to": real})])
         elif how == "weightedmean":
-            ones = self.node("Cast", [self.node("Equal", [valid, valid])], {"to": real})
-            valid = self.node("Mul", [valid, self.node("CumSum", [ones, self.constant(np.array(1))])])
+            valid = self.node("Mul", [valid, self.node("CumSum", [valid, self.constant(np.array(1))])])
         weights = self.along("Unsqueeze", valid, 2)  # (batch, tokens, 1)
         total = self.along("ReduceSum", self.node("Mul", [states, weights]), 1)  # (batch, hidden)
         count = self.along("ReduceSum", weights, 1)

@@ -168,5 +168,5 @@ def valid_of(batch: Batch) -> Tensor | None:
 
 
 def read_tokens(batch: Batch) -> Tensor | None:
-    """Which tokens an output is read from, (samples, tokens), 0 or 1; None: all of them."""
+    """Which tokens an output is read from, (samples, tokens), 0 or more than 0; None: all of them."""
     return batch.get(READ, valid_of(batch))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import optin_deploy
+from optin_deploy.checkpoint.config import head_in
 from optin_deploy.checkpoint.loading import load_dense
 from optin_deploy.data.samples import Sample
 from optin_deploy.data.targets import Role
@@ -320,8 +321,8 @@ def test_an_embedding_of_what_stands_behind_a_prompt_is_that_of_sentence_transfo
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("dense", [0, 2])
-def test_embeddings_are_those_of_sentence_transformers(pooling: str, dense: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dense", "side"), [(0, "left"), (2, "right")])
+def test_embeddings_are_those_of_sentence_transformers(pooling: str, dense: int, side: str, tmp_path: Path) -> None:
     """Also with layers behind the pooling; in the read-out that is scored, and in the graph that is served."""
     import onnxruntime
     from sentence_transformers import SentenceTransformer
@@ -336,11 +337,14 @@ def test_embeddings_are_those_of_sentence_transformers(pooling: str, dense: int,
     ]
     modules = [Transformer(str(tiny.bert())), Pooling(tiny.HIDDEN, pooling), *layers[:dense], Normalize()]
     SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    changed(tmp_path / "model", "tokenizer_config.json", {**settings, "padding_side": side})
     texts = [*tiny.texts()[:4], "the"]
     wanted = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
     loaded = load_dense(str(tmp_path / "model"))
     assert loaded.sentence is not None
     head = loaded.sentence.head
+    assert (loaded.preprocessor.padding_side, head_in(tmp_path / "model").digest) == (side, head.digest)
     batch = loaded.preprocessor(texts, padding=True, truncation=True, max_length=tiny.POSITIONS, return_tensors="pt")
     with torch.inference_mode():
         states = loaded.model(**batch).last_hidden_state
@@ -354,6 +358,36 @@ def test_embeddings_are_those_of_sentence_transformers(pooling: str, dense: int,
     np.testing.assert_allclose(session.run(["sentence_embedding"], fed)[0], wanted, atol=1e-5)
     saved = uncut(tmp_path / "model").save(tmp_path / "saved")
     np.testing.assert_allclose(SentenceTransformer(str(saved), device="cpu").encode(texts), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_tokens_behind_a_prompt_are_pooled_as_sentence_transformers_does(pooling: str, side: str) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    states, skipped = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(0)), 2
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
+    places = mask * (torch.arange(7) + 1) * (torch.arange(7) >= skipped)
+    if side == "left":  # the texts as they are, behind their padding
+        states, mask, places = (
+            torch.stack([row.roll(7 - int(length), 0) for row, length in zip(some, (7, 5, 3), strict=True)])
+            for some in (states, mask, places)
+        )
+    features = {"token_embeddings": states, "attention_mask": mask, "prompt_length": skipped}
+    wanted = Pooling(4, pooling, include_prompt=False)(features)["sentence_embedding"]
+    assert torch.allclose(pooled_states(states, places, pooling), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [transformers.DistilBertConfig, transformers.GPT2Config])
+def test_the_head_of_a_folder_is_the_models_whatever_its_config_calls_its_width(kind: Any, tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model", "cls")
+    sizes = {"hidden_size": tiny.HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
+    (folder / "config.json").unlink()
+    kind(**sizes).save_pretrained(folder)
+    assert "hidden_size" not in json.loads((folder / "config.json").read_text())
+    head = head_in(folder)
+    assert head is not None
+    assert (head.pooling, head.normalized) == ("cls", True)
 
 
 def test_a_classifier_does_not_read_modules(tmp_path: Path) -> None:
