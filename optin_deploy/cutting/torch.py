@@ -106,7 +106,8 @@ class SmallerCopies:
                 self._tolerance = 10 * self._worst + (TOLERANCE if self._dtype else FLOAT_TOLERANCE)
                 return
         raise BadInput(
-            f"The layout was not found in the graph of this {type(module).__name__}: {why}. Read it and find again."
+            f"The layout was not found in the graph of this {type(module).__name__}: {why}. Read it and find again. "
+            "A forward that decides by values, as `if x.mean() > 0` does, has no one graph."
         )
 
     def _start(self) -> None:

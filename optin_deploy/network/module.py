@@ -26,17 +26,18 @@ class NetworkModule(nn.Module):
     """
 
     def __init__(self, network: Network, *, trained: Set[str] | None = None) -> None:
-        """Args: trained: names of weights that are parameters, not buffers; None: all that have an axis."""
+        """Args: trained: names of weights that are parameters, not buffers; None: all with an axis, but statistics."""
         super().__init__()
         self._held: dict[str, tuple[nn.Module, str]] = {}
-        taken = set(network.weights)
+        taken, statistics = set(network.weights), _statistics(network)
         for name in sorted(_real(network)):
             plain = CUT.sub("", name)
             key = name if plain in taken else plain
             taken.add(key)
             owner, last = self._owner(key)
             value = torch_tensor(network.weights[name]).clone()
-            if value.dim() if trained is None else not trained.isdisjoint((name, plain)):
+            learns = value.dim() and name not in statistics
+            if learns if trained is None else not trained.isdisjoint((name, plain)):
                 owner.register_parameter(last, nn.Parameter(value))
             else:
                 owner.register_buffer(last, value)
@@ -95,6 +96,11 @@ def _free(owner: nn.Module, name: str, kind: type | tuple[()] = ()) -> str:
     while hasattr(owner, name) and not isinstance(getattr(owner, name), kind):
         name += "_"
     return name
+
+
+def _statistics(network: Network) -> set[str]:
+    """Names of means and variances that were counted, not learned: torch takes no gradient of them."""
+    return {name for node in network.nodes if node.op == "BatchNormalization" for name in node.inputs[3:5]}
 
 
 def _real(network: Network) -> set[str]:

@@ -11,7 +11,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import onnx
@@ -114,16 +114,17 @@ def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
 
 
 def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
-    program = torch.onnx.export(
-        traced,
-        tuple(inputs.values()),
-        dynamo=True,
-        optimize=False,
-        opset_version=OPSET,
-        input_names=list(inputs),
-        dynamic_shapes=(tuple(dict(axes.get(name, {})) for name in inputs),),
-        verbose=False,
-    )
+    with redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot export
+        program = torch.onnx.export(
+            traced,
+            tuple(inputs.values()),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            dynamic_shapes=(tuple(dict(axes.get(name, {})) for name in inputs),),
+            verbose=False,
+        )
     assert program is not None, "no file was asked for"
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop(STACK_TRACE, None)
@@ -219,9 +220,8 @@ def _configs(module: nn.Module) -> Sequence[Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """The exporters' notes of progress and deprecation are not for our users."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")
-    ]
+    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

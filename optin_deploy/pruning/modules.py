@@ -28,7 +28,8 @@ from optin_deploy.feeds.rows import Feeds
 from optin_deploy.network.examples import Example, example_of
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
-from optin_deploy.network.read_torch import read_module
+from optin_deploy.network.read_torch import Traced, prepared, read_module
+from optin_deploy.network.run import Program
 from optin_deploy.network.tensors import torch_tensor
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.costs import limits_within
@@ -43,6 +44,8 @@ from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import KINDS, TOKENS
 
 logger = logging.getLogger(__name__)
+LIKE = 0.1
+"""Most that a graph may differ from its module, of the largest output: 16 bits do not, another branch does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,19 +54,19 @@ class PrunedModel:
 
     model: nn.Module
     """Smaller module: of the given one's class if that can hold the result, else a `NetworkModule`."""
-    network: Network
+    network: Network = field(repr=False)
     """Its graph, which `network.write.write` stores as an ONNX file."""
-    plan: NetworkPlan
+    plan: NetworkPlan = field(repr=False)
     proof: Proof
     report: Mapping[str, Any] = field(default_factory=dict)
     """What is known of the cut: MACs, parameters, parity, seconds."""
     attributes: Sizes = field(default_factory=dict)
     """Sizes beside the weights that were set in the module."""
-    probes: tuple[Mapping[str, Tensor], ...] = ()
+    probes: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False)
     """Inputs on which what is saved is compared with the graph."""
-    preprocessor: Any = None
+    preprocessor: Any = field(default=None, repr=False)
     """Tokenizer or processor, saved beside the weights of a transformers model."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     """Files that are saved unchanged beside them, by path in the folder."""
 
     def save(self, folder: str | PathLike[str]) -> Path:
@@ -152,7 +155,8 @@ def prune(
         rows = feeds_of(model, batches, Drawing(held_out=0.0, seed=seed))
         example = example_for(model, rows.calibration)
         network = read_module(model, example.inputs, axes=example.axes)
-        rows = replace(rows, calibration=fitting(network, rows.calibration))
+        given, rows = rows.calibration, replace(rows, calibration=fitting(network, rows.calibration))
+        check_read(model, network, given)
         found = find_in(network)
         ready = turned(ready_of(found, rows, kinds=choice.kinds, seed=seed))
         choice = merging(ready, aligned(found.layout, choice, align), share)
@@ -204,6 +208,28 @@ def fitting(network: Network, rows: Feeds) -> Feeds:
     inputs = takes(network)
     batches = [{**batch, **fitted(inputs, batch, f"batch {number}")} for number, batch in enumerate(rows.batches)]
     return replace(rows, batches=tuple(batches))
+
+
+def check_read(model: nn.Module, network: Network, rows: Feeds) -> None:
+    """Make sure that the graph computes what the module computes on all rows: a forward may decide by what it is given.
+
+    Raises: BadInput: the first batch on which it does not.
+    """
+    inputs, program = takes(network), Program(network)
+    device = next((value.device for value in model.state_dict().values()), torch.device("cpu"))
+    for place, batch in enumerate(rows.batches):
+        with prepared(model), torch.no_grad():
+            values = {name: value.to(device) for name, value in batch.items()}
+            wanted = Traced(model, tuple(values))(*values.values())
+            outputs = program(fitted(inputs, batch, f"batch {place}")).outputs.values()
+        for mine, other in zip(outputs, wanted, strict=True):
+            apart = float((mine.double() - other.cpu().double()).abs().nan_to_num().max())
+            if apart > LIKE * float(other.double().abs().nan_to_num().max()):
+                raise BadInput(
+                    f"{type(model).__name__}: the graph that was read computes something else: on batch {place} it "
+                    f"differs by {apart:.2g}. A forward that decides by values, as `if x.mean() > 0` does, has no one "
+                    "graph: write it with torch.where, or give the part of the model without it."
+                )
 
 
 def cut_like(model: nn.Module, pruned: CutResult, found: Found, *, graph: bool = False) -> CutModule:

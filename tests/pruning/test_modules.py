@@ -93,6 +93,42 @@ def test_what_is_saved_is_loaded_as_the_graph(tmp_path: Path) -> None:
         optin_deploy.load(folder)
 
 
+def test_a_network_with_batch_statistics_learns_on_after_it_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(512, 4))
+    module = nn.Sequential(*parts)
+    module(pictures())  # in training mode: there are statistics
+    pruned = optin_deploy.prune(module.eval(), [pictures()], flops=0.6, align=2, allocation="uniform")
+    loaded = optin_deploy.load(pruned.save(tmp_path / "smaller"))
+    (found,) = loaded(pictures(4, seed=1)).values()
+    torch.testing.assert_close(found, pruned.model(pictures(4, seed=1)), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    counts = {name: len(dict(each.named_parameters())) for name, each in (("own", module), ("loaded", loaded))}
+    assert counts["loaded"] == counts["own"]
+    assert all(each.grad is not None for each in loaded.parameters())
+    assert len(repr(pruned)) < 2000
+
+
+class Deciding(nn.Module):
+    """Its steps follow from what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(torch.relu(hidden) if x.mean() > 0 else torch.relu(-hidden))
+
+
+@pytest.mark.parametrize("signs", [(1, -1), (1, 1)])
+def test_a_forward_that_decides_by_values_is_refused(signs: tuple[int, int], capfd: pytest.CaptureFixture[str]) -> None:
+    batches = [torch.randn(8, 16, generator=torch.Generator().manual_seed(i)) + sign for i, sign in enumerate(signs)]
+    with pytest.raises(BadInput, match=r"Deciding.*A forward that decides by values"):
+        optin_deploy.prune(made(Deciding), batches, flops=0.6, allocation="uniform")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.usefixtures("quickly_read")
 def test_scores_and_compensation_are_nearer_to_dense_than_norms() -> None:
     module, unseen = made(Image), pictures(64, seed=1)
