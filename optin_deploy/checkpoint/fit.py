@@ -193,8 +193,9 @@ def tell_left_out(path: Path, model: nn.Module, names: Collection[str]) -> None:
     other = [name for name in architectures if FRAMEWORK.sub("", name) != type(model).__name__]
     if heads or other:
         instead = f", not as {', '.join(map(shown, other[:3]))}" if other else ""
-        left = ", ".join(map(shown, heads[:5])) or "its head"
-        _tell(f"{path}: loaded as {type(model).__name__}{instead}; left out: {left}.")
+        bare = "For" not in type(model).__name__  # a head without weights of its own is left out, too
+        left = ", ".join(map(shown, heads[:5])) or ("its head" if bare else "")
+        _tell(f"{path}: loaded as {type(model).__name__}{instead}" + (f"; left out: {left}." if left else "."))
 
 
 @cache

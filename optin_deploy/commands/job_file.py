@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def read_job(ctx: typer.Context, path: Path | None) -> Path | None:
         parameter = parameters.get(key.replace("_", "-"))
         if parameter is None or parameter.name in ("config", "help"):
             known = ", ".join(sorted(name for name in parameters if name not in ("config", "help")))
-            raise BadInput(f"{path}: {key} is no option of a job; possible are {known}.")
+            near = get_close_matches(key.replace("_", "-"), parameters, 1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise BadInput(f"{path}: {key} is no option of a job.{meant} Possible are {known}.")
         found[parameter.name or key] = _value(path, key, parameter, value)
     ctx.default_map = {**(ctx.default_map or {}), **found}
     return path

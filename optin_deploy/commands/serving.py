@@ -145,18 +145,16 @@ def _refuse_unheard(ctx: typer.Context, server: str, settings: Settings) -> None
 
     Raises: BadInput.
     """
+    from optin_deploy.serving import server as known_server
+
     if not settings.text:
         refuse_idle(ctx, "longest", "too_long", why="only a model of --text cuts texts")
-    if server != "kserve":
-        refuse_idle(ctx, "storage_uri", "canary", why="only KServe takes it, and --server is " + server)
-    refuse_idle(ctx, *UNHEARD.get(server, ()), why=f"{server} has no such setting")
+    refuse_idle(ctx, *known_server(server).unheard, why=f"--server {server} has no such setting")
 
 
 ON_CPU = ("onnx", "openvino")
 """Engines that servers run with threads."""
 OF_ROLLBACK = ("ctx", "folder", "out", "name", "version", "rollback", "dry_run")
-UNHEARD = {"ovms": ("preferred", "queue_delay"), "mlserver": ("preferred", "instances")}
-"""What is not written for a server, by its name."""
 
 
 CHECK_EXAMPLES = """

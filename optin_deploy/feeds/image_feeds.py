@@ -35,7 +35,7 @@ LARGEST = 4096
 """Pixels of a side."""
 HOW = (
     "Give --preprocessor DIR (preprocessor_config.json), or how pixels are scaled: --mean and --std, such as"
-    " --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 of ImageNet, or --mean 0 --std 1 for values from 0 to 1."
+    " --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 of ImageNet, or --mean 0 --std 1 for values from 0 to 1."
 )
 
 

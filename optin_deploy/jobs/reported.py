@@ -19,6 +19,9 @@ from optin_deploy.planning.plan import PlanCost, describe_merges
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.report import Report, tuned_lines
 
+MUCH_BELOW = 0.9
+"""A plan that keeps less than this part of its budget is told of."""
+
 
 def report_of(
     asked: CheckedJob,
@@ -47,6 +50,7 @@ def report_of(
         "scoring": {**asdict(job.scoring), "seed": job.source.seed},
         **asdict(asked.choice),
         "compensation": job.compensation,
+        "counted_at": cost.inputs,
         "calibration_fingerprint": ready.rows.calibration.fingerprint,
     }
     return Report(
@@ -66,6 +70,16 @@ def report_of(
         settings=settings,
         tuned=made.tuned,
     )
+
+
+def _far_below(asked: CheckedJob, made: StoredCut) -> list[str]:
+    """Say so if much less stays than may."""
+    cost, share, choice = made.plan.cost, asked.job.limits.flops, asked.choice
+    kinds = {group.kind for group in asked.prepared.ready.layout.groups if group.kind in choice.kinds}
+    given = [f"{kind} in multiples of {choice.multiple(kind)}" for kind in sorted(kinds) if choice.multiple(kind) > 1]
+    if cost is None or share is None or not given or cost.macs_pruned > MUCH_BELOW * share * cost.macs_dense:
+        return []
+    return [f"Less stays than the {share:.0%} of the MACs that may: {', '.join(given)} alone; `--align 1` keeps more."]
 
 
 def _params(folder: Path, cost: PlanCost) -> dict[str, int]:
@@ -100,6 +114,7 @@ def notes_of(asked: CheckedJob, made: StoredCut, built: Built, rounds: Sequence[
                 else f"; one of the {quality.samples} rows is {100 / quality.samples:.2f} points."
             )
         )
+    notes += _far_below(asked, made)
     if made.tuned is not None:
         notes += tuned_lines(made.tuned)
     if rounds:

@@ -85,6 +85,12 @@ class Workspace:
         taken = root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir())
         if taken and not force and not is_job(root):
             raise BadInput(f"--out {root} is not empty and was not made by optin-deploy. Use another, or --force.")
+        before = cls(root)._other_model(source)
+        if before is not None and not force and (root / "plan.json").is_file():
+            raise BadInput(
+                f"--out {root} holds what was made of {before}. Use another folder, or --force to replace it by "
+                f"what is made of {source.model}."
+            )
         for what, name in source.inputs().items():
             if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
                 raise BadInput(f"--out {root} holds the {what} {name} itself, which would be lost. Use another folder.")
@@ -111,8 +117,18 @@ class Workspace:
 
         Raises: BadInput: files of others where ours are to be.
         """
+        others = self.record.names() if self._other_model(source) is not None else ()
         self._begin(force=force)
+        for name in (*others, *(NAMES if others else ())):
+            self.record.remove(name)
         source.write(self.source_path)
+
+    def _other_model(self, source: Source) -> str | None:
+        """The model that an earlier job here was about, if it is not that of this one."""
+        if not is_job(self.root):
+            return None
+        before = self.source().model
+        return None if before == source.model else before
 
     @contextmanager
     def changing(self, *, force: bool = False) -> Iterator[None]:

@@ -231,8 +231,10 @@ def to_markdown(report: Report) -> str:
             *machine_lines(report.latency),
         ]
     groups = [KeptGroup(**group) for group in report.groups]
-    rows = kept_rows(groups)
+    rows, sizes = kept_rows(groups), report.settings.get("counted_at") or {}
+    counted = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in sizes.items())
     parts += [
+        *([f"MACs are counted at {counted}."] if counted else []),
         " ".join([f"Of what could be cut {report.macs['prunable_kept']:.1%} of the MACs stay.", *kept_lines(groups)]),
         *([to_table(HEADER, rows)] if rows else []),
         "Parity: " + ", ".join(f"{name} {error:.1e}" for name, error in report.parity.items()) + ".",

@@ -19,6 +19,8 @@ Feeds = Mapping[str, np.ndarray]
 """Named input arrays, batch first."""
 SAID = 300
 """Characters of an engine's own error that are shown."""
+UNKNOWN_OPERATOR = "is not a registered function/op"
+"""How ONNX Runtime says that it does not have an operator."""
 
 
 class Runtime(AbstractContextManager["Runtime", None], Protocol):
@@ -153,7 +155,13 @@ def does_not_load(path: Path, engine: str, err: Exception) -> BadInput:
         data_files(path)
     except BadInput as fault:
         return fault
-    return BadInput(f"{path} does not load on engine {engine}: {_said(err)}. {remedy(path)}")
+    said = _said(err)
+    if UNKNOWN_OPERATOR in said:
+        return BadInput(
+            f"{path} does not load on engine {engine}, which does not have this operator: {said}. Use --engine torch, "
+            "or export the operator as a function of the model."
+        )
+    return BadInput(f"{path} does not load on engine {engine}: {said}. {remedy(path)}")
 
 
 def does_not_run(path: Path, engine: str, feeds: Feeds, err: Exception) -> BadInput:

@@ -25,6 +25,8 @@ class Server(Protocol):
     """Can it serve two versions of one model at the same time?"""
     tokenizes: bool
     """Can it take texts (`--text`)?"""
+    unheard: tuple[str, ...]
+    """Names of the `ServingOptions` that it has no setting for."""
 
     def check(self, manifest: Manifest) -> None:
         """Refuse what this server would not serve.

@@ -24,6 +24,7 @@ class KServe(Triton):
     """See `Server`. The runtime is KServe's own Triton; the repository has to be where `--storage-uri` says."""
 
     name = "kserve"
+    unheard = ()
 
     def check(self, manifest: Manifest) -> None:
         """See `Server.check`."""

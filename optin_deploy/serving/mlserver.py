@@ -22,6 +22,7 @@ class MLServer:
     artifacts: Mapping[str, str] = {"onnx": "model.onnx"}
     side_by_side = False
     tokenizes = False
+    unheard = ("storage_uri", "canary", "preferred", "instances")
 
     def check(self, manifest: Manifest) -> None:
         """See `Server.check`."""

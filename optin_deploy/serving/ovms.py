@@ -18,6 +18,7 @@ class OpenVinoModelServer:
     artifacts: Mapping[str, str] = {"onnx": "model.onnx", "openvino": "model.onnx"}
     side_by_side = True
     tokenizes = False
+    unheard = ("storage_uri", "canary", "preferred", "queue_delay")
 
     def check(self, manifest: Manifest) -> None:
         """See `Server.check`."""

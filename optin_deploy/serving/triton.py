@@ -30,6 +30,7 @@ class Triton:
     }
     side_by_side = True
     tokenizes = True
+    unheard: tuple[str, ...] = ("storage_uri", "canary")
 
     def check(self, manifest: Manifest) -> None:
         """See `Server.check`."""

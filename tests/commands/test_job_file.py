@@ -56,7 +56,7 @@ def test_a_file_says_what_options_say_and_the_result_says_it_again(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("flopps = 0.5", "flopps is no option of a job; possible are align, allocation"),
+        ("flopps = 0.5", "flopps is no option of a job. Did you mean flops? Possible are align, allocation"),
         ("config = 'x.toml'", "config is no option of a job"),
         ("flops = true", "flops = true; flags are true or false"),
         ("dense = 'no'", 'dense = "no"; flags are true or false'),

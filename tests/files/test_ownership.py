@@ -23,7 +23,19 @@ from optin_deploy.files.storage import atomic_file, atomic_folder, read_json, sh
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.pruning.source import Source
 from support.exported_once import BY_TORCHSCRIPT
-from support.tiny_checkpoint import Shell, bert, copy_of, finished_job, labelled, lines, temporary_files, text_options
+from support.tiny_checkpoint import (
+    Shell,
+    bert,
+    classifier,
+    copy_of,
+    finished_job,
+    labelled,
+    lines,
+    photos,
+    temporary_files,
+    text_options,
+    vit,
+)
 
 TEMPTING = (
     *(name for name in NAMES if name not in ("model", "mlperf")),
@@ -204,6 +216,20 @@ def test_a_forced_job_loses_no_file_of_others(shell: Shell, tmp_path: Path) -> N
     moved = {name for name, content in before.items() if after.get(name) != content}
     assert moved <= set(NAMES), "only what stood in the way has another name"
     assert "model/model.safetensors" in after
+
+
+def test_a_finished_folder_is_replaced_by_another_model_with_force_alone(shell: Shell, tmp_path: Path) -> None:
+    assert shell("optin-export", bert(), *text_options(lines(), tmp_path / "u"), *BRIEF).code == 0
+    before = tree(tmp_path / "u")
+    command = ("optin-export", vit(), "--calibration", photos(), "--out", tmp_path / "u", *BRIEF)
+    ran = shell(*command)
+    assert (ran.code, tree(tmp_path / "u")) == (2, before)
+    assert f"holds what was made of {bert()}" in ran.err
+    assert "--force" in ran.err
+    assert shell(*command, "--force").code == 0
+    left = tree(tmp_path / "u").keys()
+    assert "preprocessor_config.json" in left
+    assert not [name for name in left if "tokenizer" in name]
 
 
 def test_stale_artifacts_go_and_own_files_beside_them_stay(shell: Shell, tmp_path: Path) -> None:
@@ -457,7 +483,7 @@ def test_a_second_job_in_a_folder_is_told_so_at_once(shell: Shell, job: Path, tm
     before = tree(folder)
     options = text_options(lines(), folder)
     for command in (
-        ("optin-export", bert(), *options),
+        ("optin-export", classifier(), *options),
         ("optin", "plan", folder, "--allocation", "uniform"),
         ("optin", "sweep", folder),
         ("optin", "rewrite", folder),

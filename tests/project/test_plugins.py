@@ -35,7 +35,7 @@ graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight("first", 5, 8)
 opsets = [helper.make_opsetid("", 20), helper.make_opsetid("my.domain", 1)]
 onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), "own.onnx")
 print([(group.kind, group.units) for group in inspect("own.onnx").groups])
-print(exporter("my-engine").engine, server("my-server").name, ENGINES["onnx"])
+print(exporter("my-engine").engine, server("my-server").name, server("my-server").unheard, ENGINES["onnx"])
 print(infer_task(transformers.PretrainedConfig(architectures=["BertForMyTask"])).name)
 """
 NETWORK = """
@@ -64,8 +64,10 @@ def package(tmp_path: Path) -> Path:
     (declared,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     sections = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", declared).replace('"', "")
     taken = "\n[optin_deploy.engines]\nonnx = my_package.engine:MyExporter\n"
+    taken += "\n[optin_deploy.operators]\nagain = my_package.again:ROWS\n"
     files = {
         "operators.py": code[0],
+        "again.py": code[0],
         "engine.py": code[1],
         "server.py": code[2],
         "tasks.py": code[3],
@@ -93,9 +95,10 @@ def test_rows_of_another_package_are_in_the_tables(package: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == [
         "[('neurons', 8)]",
-        "my-engine my-server optin_deploy.exporters.to_onnx:OnnxExporter",
+        "my-engine my-server () optin_deploy.exporters.to_onnx:OnnxExporter",
         "my-task",
     ]
+    assert "again (my_package.again:ROWS) adds a row for my.domain.Snake, and there is one already" in done.stderr
     assert "my-package declares 'onnx' in optin_deploy.engines, which is taken" in done.stderr
 
 
