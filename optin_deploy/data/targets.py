@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
@@ -125,6 +126,26 @@ def roles_of(rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> It
     for text, number in numbers.items():
         found = (tuple(positives.get(number, ())), number in candidates, tuple(scores.get(number, ())))
         yield text, first[text], Role(number, *found)
+
+
+def unlearned(labels: Sequence[Any], fresh: Sequence[bool]) -> Iterator[tuple[bool, Any]]:
+    """Tell whether each row still judges, and as what, where rows that are not fresh calibrate too.
+
+    A query does not, nor a ranking of which a pair calibrates; a text that is searched stays one, as an index holds it
+    whatever calibrates, and so does the other text of a scored pair whose first one is fresh.
+    """
+    pairs = list(zip(labels, fresh, strict=True))
+    gone = {label.query for label, new in pairs if isinstance(label, Grade) and not new}
+    scored = {number for label, new in pairs if isinstance(label, Role) and new for number, _ in label.scores}
+    for label, new in pairs:
+        if isinstance(label, Grade):
+            yield label.query not in gone, label
+        elif not isinstance(label, Role) or new:
+            yield new, label
+        elif label.positives or label.scores:
+            yield label.candidate or label.number in scored, replace(label, positives=(), scores=())
+        else:
+            yield label.candidate or label.number in scored, label
 
 
 def graded_pairs(row: Mapping[str, object], query: int, source: str) -> Iterator[tuple[str, str, Grade]]:

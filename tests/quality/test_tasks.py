@@ -238,6 +238,14 @@ def test_a_text_does_not_find_itself_and_equal_vectors_find_nothing() -> None:
     assert (found.pruned, found.beside["mrr"][1]) == (0.0, pytest.approx(1 / 29))
 
 
+def test_a_search_through_ten_texts_is_told_to_tell_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    reading = Reading("y", "embedding")
+    for count, told in ((11, False), (10, True)):
+        labels: list[Label] = [Role(i, (i - 1,) if i % 2 else (), candidate=i % 2 == 0) for i in range(2 * count)]
+        judge_of(read({"y": drawn(2 * count, 4)}, reading), reading, rows(labels))
+        assert ("look through 10 texts" in caplog.text) == told
+
+
 def test_queries_without_their_texts_are_refused() -> None:
     labels: list[Label] = [Role(i, (100 + i,)) for i in range(12)]
     reading = Reading("y", "embedding")
