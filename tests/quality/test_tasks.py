@@ -242,7 +242,10 @@ def test_a_text_with_two_prompts_is_searched_by_one_and_asks_by_the_other() -> N
     """Thirty texts, each of which wants the next one, have a vector as queries and another one as candidates."""
     asks, searched = (torch.nn.functional.normalize(drawn(30, 8, seed=seed), dim=-1) for seed in (0, 1))
     asks = torch.nn.functional.normalize(asks + searched.roll(-1, 0), dim=-1)
-    labels: list[Label] = [*(Role(i, ((i + 1) % 30,)) for i in range(30)), *(Role(i, candidate=True) for i in range(30))]
+    labels: list[Label] = [
+        *(Role(i, ((i + 1) % 30,)) for i in range(30)),
+        *(Role(i, candidate=True) for i in range(30)),
+    ]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
     reading, vectors = Reading("y", "embedding"), {"y": torch.cat((asks, searched))[order]}
     judge = judge_of(read(vectors, reading), reading, rows([labels[i] for i in order]))
