@@ -39,14 +39,15 @@ def check_kind(rows: Feeds, reading: Reading) -> None:
     if not embeds and any(isinstance(label, Role) for label in rows.labels):
         raise BadInput(
             f"{rows.origin}: rows of `query` and `positive`, or of `sentence1`, `sentence2` and `score`, are single"
-            f" texts for networks that embed; the output of this one is read as {reading.kind}. For pairs give --text-column"
-            " sentence1 --pair-column sentence2 --label-column score; for rankings rows of `query` and lists `positive`"
-            " and `negative`; if it does embed, --compare-output :embedding."
+            f" texts for networks that embed; the output of this one is read as {reading.kind}. For pairs give"
+            " --text-column sentence1 --pair-column sentence2 --label-column score; for rankings rows of `query` and"
+            " lists `positive` and `negative`; if it does embed, --compare-output :embedding."
         )
     if embeds and any(isinstance(label, Grade) for label in rows.labels):
         raise BadInput(
             f"{rows.origin}: rows of `query` and lists `positive` and `negative` are pairs for cross-encoders; the"
-            " output of this network is read as embedding. Give a row for each `query` and `positive`, both of them texts."
+            " output of this network is read as embedding. Give a row for each `query` and `positive`, both of them"
+            " texts."
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from optin_deploy.data.halves import split
+from optin_deploy.data.repeats import distinct
 from optin_deploy.data.samples import Sample, read_samples
-from optin_deploy.data.targets import Grade
+from optin_deploy.data.targets import Grade, Role
 from optin_deploy.errors import BadInput
 
 
@@ -47,11 +48,72 @@ def test_rows_of_rankings_are_read_as_pairs(tmp_path: Path) -> None:
         {"query": "q", "positive": ["p"], "negative": [" "]},
         {"query": "q", "positive": ["p"], "negative": [3]},
         {"query": 3, "positive": ["p"], "negative": ["n"]},
+        {"query": ["q"], "positive": ["p"], "negative": ["n"]},
     ],
 )
 def test_rankings_without_texts_on_both_sides_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"a\.jsonl:1: .*Give `query` and lists of texts"):
+    with pytest.raises(BadInput, match=r"a\.jsonl:1: .*Give `query` and lists of texts.*an embedder takes a row for"):
         read_samples(written(tmp_path / "a.jsonl", [row]))
+
+
+def test_a_query_of_several_rankings_is_one_and_what_fits_in_one_row_fits(tmp_path: Path) -> None:
+    rows = [
+        {"query": "q  a", "positive": ["p"], "negative": ["n", "m", "r"]},
+        {"query": "other", "positive": ["p"], "negative": ["n"]},
+        {"query": "q a", "positive": ["r"], "negative": ["n", " n ", "p", "s"]},
+    ]
+    found = distinct(read_samples(written(tmp_path / "a.jsonl", rows)))
+    lists: dict[int, dict[str, float]] = {}
+    for each in found:
+        assert isinstance(each.label, Grade)
+        lists.setdefault(each.label.query, {})[str(each.text_pair)] = each.label.grade
+    assert list(lists.values()) == [{"p": 1, "n": 0, "m": 0, "r": 1, "s": 0}, {"p": 1, "n": 0}]
+    assert len(distinct([Sample(text="q", text_pair="n", label=Grade(query, 0)) for query in (0, 1, 0)])) == 2
+
+
+# ---- searches and scored pairs
+
+
+def test_texts_of_searches_are_told_apart_as_repeats_are(tmp_path: Path) -> None:
+    """By their words: a text written in two ways is one, so that no query loses its text to `distinct`."""
+    rows = [{"query": f"q{i} a", "positive": "p  b" if i % 2 else "p b "} for i in range(4)]
+    rows += [{"query": "q0  a", "positive": "r"}]
+    found = distinct(read_samples(written(tmp_path / "a.jsonl", rows)))
+    roles = {each.text: each.label for each in found}
+    assert all(isinstance(role, Role) for role in roles.values())
+    known = {role.number for role in roles.values() if isinstance(role, Role) and role.candidate}
+    wanted = [role.positives for role in roles.values() if isinstance(role, Role) and role.positives]
+    assert (len(roles), len(known)) == (6, 2)
+    assert sorted(map(len, wanted)) == [1, 1, 1, 2]
+    assert all(set(each) <= known for each in wanted)
+
+
+def test_a_query_does_not_want_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"query": "a", "positive": "b"}, {"query": "c", "positive": " c"}, {"query": "a", "positive": "a"}]
+    found = [each.label for each in read_samples(written(tmp_path / "a.jsonl", rows))]
+    assert found == [Role(0, (1,), candidate=True), Role(1, candidate=True), Role(2, candidate=True)]
+    assert "a.jsonl:2: query and positive are one text, which does not count (2 rows)" in caplog.text
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), "-inf", "nan", "high", "0,5", True, None])
+def test_scores_are_finite_numbers(score: object, tmp_path: Path) -> None:
+    rows = [{"sentence1": "a", "sentence2": "b", "score": each} for each in (1, "2.5", score)]
+    with pytest.raises(BadInput, match=r"a\.jsonl:3: the score .* is no finite number"):
+        read_samples(written(tmp_path / "a.jsonl", rows))
+
+
+def test_scores_may_have_decimal_commas_where_labels_may(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sentence1;sentence2;score\na;b;0,5\na;c;-1,25\n")
+    assert read_samples(tmp_path / "a.csv")[0].label == Role(0, scores=((1, 0.5), (2, -1.25)))
+    (tmp_path / "b.csv").write_text('sentence1,sentence2,score\na,b,"1,000"\n')
+    with pytest.raises(BadInput, match=r"b\.csv:2: the score '1,000' is no finite number"):
+        read_samples(tmp_path / "b.csv")
+
+
+def test_a_score_beside_a_search_is_not_read(tmp_path: Path) -> None:
+    rows = [{"query": "a", "positive": "b", "score": 1.0}]
+    found = read_samples(written(tmp_path / "a.jsonl", rows))
+    assert [each.label for each in found] == [Role(0, (1,)), Role(1, candidate=True)]
 
 
 # ---- which rows judge
