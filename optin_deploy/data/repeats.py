@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from optin_deploy.data.samples import Sample
+from optin_deploy.data.targets import Grade
 from optin_deploy.errors import BadInput
 
 
@@ -42,7 +43,9 @@ def _content(sample: Sample, size: int | None, shared: bool) -> Hashable:
     image = sample.image
     if image is None:
         words = [None if text is None else text.split() for text in (sample.text, sample.text_pair)]
-        return hashlib.sha256(repr(words).encode()).digest()  # as long texts would take their place a second time
+        query = sample.label.query if isinstance(sample.label, Grade) else None
+        digest = hashlib.sha256(repr(words).encode()).digest()  # as long texts would take their place a second time
+        return query, digest
     if not isinstance(image, Path):
         return image.mode, image.size, hashlib.sha256(image.tobytes()).digest()
     if not shared:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from optin_deploy.data.class_maps import mapped_photographs
 from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
-from optin_deploy.data.tables import csv_rows, jsonl_rows
+from optin_deploy.data.tables import Row, csv_rows, jsonl_rows
 from optin_deploy.data.targets import (
     CONTEXT,
     QUESTION,
+    SCORE,
     Answers,
     Grade,
     Role,
@@ -162,21 +163,19 @@ def _rows_to_samples(
         yield from (Sample(text=line.strip(), source=f"{path}:{n}") for n, line in lines if line.strip())
         return
     blank = pairs = 0
+    lists: list[Row] = []
     used, unused = (text_column, label_column, pair_column), None
     is_csv = path.suffix.lower() == ".csv"
-    found = csv_rows(path, lines, text_column, label_column) if is_csv else jsonl_rows(path, lines)
+    found = csv_rows(path, lines, text_column, (label_column, SCORE)) if is_csv else jsonl_rows(path, lines)
     for source, row in found:
         if text_column == "text" and "text" not in row:
             if reranks(row):
-                pairs += 1
-                for text, other, grade in graded_pairs(row, pairs, source):
-                    yield Sample(text=text, text_pair=other, label=grade, source=source)
+                lists.append((source, row))
                 continue
             if searches(row):
-                rest = [(source, row), *found]
-                roles = roles_of([each for _, each in rest], [place for place, _ in rest])
+                roles = roles_of([(source, row), *found])
                 yield from (Sample(text=text, label=role, source=place) for text, place, role in roles)
-                return
+                break
             if asks(row):
                 pairs += 1
                 yield Sample(
@@ -207,7 +206,9 @@ def _rows_to_samples(
             label=_label(row.get(label_column), source),
             source=source,
         )
-    if unused is not None and not pairs:
+    for text, other, source, grade in graded_pairs(lists):
+        yield Sample(text=text, text_pair=other, label=grade, source=source)
+    if unused is not None and not pairs and not lists:
         log.warning(
             "%s: column %r may be the second text of pairs, and is not read: give --pair-column %s if the model takes "
             "pairs",

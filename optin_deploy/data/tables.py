@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str, number_column: str) -> Iterator[Row]:
+def csv_rows(
+    path: Path, lines: Iterable[tuple[int, str]], column: str, number_columns: Collection[str]
+) -> Iterator[Row]:
     """Rows of a CSV file by the names in its first line.
 
     Args:
         column: a name that the first line should hold: what stands between the names is told by it.
-        number_column: where a number may have a decimal comma, if commas are not what stands between fields.
+        number_columns: where a number may have a decimal comma, if commas are not what stands between fields.
     Raises: BadInput: names the line where the record begins.
     """
     # One limit for the process: it is only raised, so that other users of the csv module are not refused anything.
@@ -81,8 +83,9 @@ def csv_rows(path: Path, lines: Iterable[tuple[int, str]], column: str, number_c
                         f" ({', '.join(header)}). Put double quotes around a text that contains {_NAMES[delimiter]}."
                     )
                 row = dict(zip(header, fields, strict=True))
-                if delimiter != "," and _DECIMAL.fullmatch(row.get(number_column, "")):
-                    row[number_column] = row[number_column].replace(",", ".")
+                for name in number_columns if delimiter != "," else ():
+                    if _DECIMAL.fullmatch(row.get(name, "")):
+                        row[name] = row[name].replace(",", ".")
                 yield source, row
     except csv.Error as err:
         raise BadInput(

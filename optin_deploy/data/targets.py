@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from optin_deploy.data.tables import Row
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
+
+log = logging.getLogger(__name__)
 
 Place = tuple[int, int] | None
 """Characters of a text that a token stands for, first and behind the last; None where it stands for none of them."""
@@ -93,59 +99,109 @@ def answers_of(row: Mapping[str, object], source: str) -> Answers | None:
     return Answers(context, tuple(each for each in texts if each.strip()))
 
 
-def roles_of(rows: Sequence[Mapping[str, object]], sources: Sequence[str]) -> Iterator[tuple[str, str, Role]]:
+def roles_of(rows: Iterable[Row]) -> Iterator[tuple[str, str, Role]]:
     """Read rows of a query with its positive, or of two texts with a score, as single texts with their roles.
 
-    Returns: text, where it stands and role; a text that stands in several rows is given once.
+    Returns: text, where it stands and role; a text that stands in several rows is given once, whatever its white space.
     Raises: BadInput: a row lacks one of them.
     """
     numbers: dict[str, int] = {}
-    first: dict[str, str] = {}
+    first: list[tuple[str, str]] = []
     positives: dict[int, list[int]] = {}
     scores: dict[int, list[tuple[int, float]]] = {}
     candidates: set[int] = set()
-    for row, source in zip(rows, sources, strict=True):
-        pair = []
-        for name in (ONE, OTHER) if SCORE in row else (QUERY, POSITIVE):
+    alone: list[str] = []
+    for source, row in rows:
+        pair, scored = [], {ONE, OTHER, SCORE} <= set(row)
+        for name in (ONE, OTHER) if scored else (QUERY, POSITIVE):
             text = row.get(name)
             if not isinstance(text, str) or not text.strip():
                 raise BadInput(f"{source}: {name!r} is {short(text)}, not a text. Correct or delete that row.")
-            pair.append(numbers.setdefault(text, len(numbers)))
-            first.setdefault(text, source)
+            pair.append(numbers.setdefault(same(text), len(numbers)))
+            if len(numbers) > len(first):
+                first.append((text, source))
         one, other = pair
-        if SCORE not in row:
-            candidates.add(other)
-            positives.setdefault(one, []).append(other)
+        if scored:
+            scores.setdefault(one, []).append((other, _score(row[SCORE], source)))
+            continue
+        candidates.add(other)
+        if one == other:
+            alone.append(source)
         else:
-            try:
-                scores.setdefault(one, []).append((other, float(str(row[SCORE]))))
-            except ValueError as err:
-                message = f"{source}: the score {short(row[SCORE])} is no number"
-                raise BadInput(f"{message}. Correct or delete that row.") from err
-    for text, number in numbers.items():
+            positives.setdefault(one, []).append(other)
+    for number, (text, source) in enumerate(first):
         found = (tuple(positives.get(number, ())), number in candidates, tuple(scores.get(number, ())))
-        yield text, first[text], Role(number, *found)
+        yield text, source, Role(number, *found)
+    if alone:
+        log.warning("%s: query and positive are one text, which does not count (%d rows)", alone[0], len(alone))
 
 
-def graded_pairs(row: Mapping[str, object], query: int, source: str) -> Iterator[tuple[str, str, Grade]]:
-    """Read a row of a query with the texts that fit it and those that do not, as pairs with their grades.
+def same(text: str) -> str:
+    """What texts that differ only in white space have in common."""
+    return " ".join(text.split())
 
-    Args: query: tells the row from others.
+
+def _score(value: object, source: str) -> float:
+    """Raises: BadInput: it is no finite number."""
+    try:
+        found = float(str(value))
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadInput(f"{source}: the score {short(value)} is no finite number. Correct or delete that row.")
+    return found
+
+
+def unlearned(labels: Sequence[Any], fresh: Sequence[bool]) -> Iterator[tuple[bool, Any]]:
+    """Tell whether each row still judges, and as what, where rows that are not fresh calibrate too.
+
+    A query does not, nor a ranking of which a pair calibrates; a text that is searched stays one, as an index holds it
+    whatever calibrates, and so does the other text of a scored pair whose first one is fresh.
+    """
+    pairs = list(zip(labels, fresh, strict=True))
+    gone = {label.query for label, new in pairs if isinstance(label, Grade) and not new}
+    scored = {number for label, new in pairs if isinstance(label, Role) and new for number, _ in label.scores}
+    for label, new in pairs:
+        if isinstance(label, Grade):
+            yield label.query not in gone, label
+        elif not isinstance(label, Role) or new:
+            yield new, label
+        elif label.positives or label.scores:
+            yield label.candidate or label.number in scored, replace(label, positives=(), scores=())
+        else:
+            yield label.candidate or label.number in scored, label
+
+
+def graded_pairs(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, Grade]]:
+    """Read rows of a query with the texts that fit it and those that do not, as pairs with their grades.
+
+    Returns: query, text, where it stands and grade; rows with the same query are one list, in which a text that fits in
+        one of them fits.
     Raises: BadInput: one of them is no text, or one side is empty.
     """
-    asked = row[QUERY]
-    for name, grade in ((POSITIVE, 1.0), (NEGATIVE, 0.0)):
-        given = row.get(name)
-        texts = [given] if isinstance(given, str) else given
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(t, str) and t.strip() for t in [asked, *texts])
-        ):
-            raise BadInput(
-                f"{source}: {name!r} is {short(given)}. Give `query` and lists of texts, none of them blank."
-            )
-        yield from ((str(asked), text, Grade(query, grade)) for text in texts)
+    queries: dict[str, int] = {}
+    found: dict[tuple[int, str], tuple[str, str, str, Grade]] = {}
+    for source, row in rows:
+        (asked,), fitting, others = (_texts(row, name, source) for name in (QUERY, POSITIVE, NEGATIVE))
+        query = queries.setdefault(same(asked), len(queries))
+        for text, grade in [*((text, 1.0) for text in fitting), *((text, 0.0) for text in others)]:
+            place = query, same(text)
+            if place not in found or found[place][-1].grade < grade:
+                found[place] = asked, text, source, Grade(query, grade)
+    yield from found.values()
+
+
+def _texts(row: Mapping[str, object], name: str, source: str) -> list[str]:
+    """Raises: BadInput: there are none, or one is blank or no text."""
+    given = row.get(name)
+    texts = given if isinstance(given, list) and name != QUERY else [given]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadInput(
+            f"{source}: {name!r} is {short(given)}. Give `query` and lists of texts, `positive` and `negative`, none of"
+            " them blank, to a cross-encoder; an embedder takes a row for each `query` and `positive`, both of them"
+            " texts."
+        )
+    return [str(text) for text in texts]
 
 
 def reranks(row: Mapping[str, object]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.class_maps import ClassMap
-from optin_deploy.data.targets import Answers, Grade, Role
+from optin_deploy.data.targets import Answers, Grade, Role, unlearned
 from optin_deploy.errors import BadInput
 from optin_deploy.files.storage import sha256_tensors, tensor_bytes
 
@@ -82,22 +82,23 @@ class Feeds:
         ]
 
     def without(self, seen: Collection[bytes]) -> Feeds:
-        """The rows whose keys are none of these; a warning tells how many are left out.
+        """The rows whose keys are none of these, and what searches look through; a warning tells how many do not count.
 
-        Raises: BadInput: none is left.
+        Raises: BadInput: none of them is left.
         """
-        kept = [key not in seen for key in self.keys]
-        if all(kept):
+        fresh = [key not in seen for key in self.keys]
+        if all(fresh):
             return self
-        if not any(kept):
+        kept, labels = zip(*unlearned(self.labels, fresh), strict=True)
+        lost = sum(not keep or one is not other for keep, one, other in zip(kept, labels, self.labels, strict=True))
+        if not any(keep and new for keep, new in zip(kept, fresh, strict=True)):
             raise BadInput(
                 f"{self.origin}: all {len(kept)} rows that should judge give the network the same inputs as calibration"
                 " rows, such as texts whose first --seq-len tokens are equal. Give more samples, or a higher --seq-len."
             )
-        log.warning(
-            "%s: %d rows that should judge equal a calibration row and do not count", self.origin, kept.count(False)
-        )
-        return self.kept(kept)
+        if lost:
+            log.warning("%s: %d rows that should judge equal a calibration row and do not count", self.origin, lost)
+        return replace(self, labels=labels).kept(kept)
 
     def distinct(self) -> Feeds:
         """The first of rows that are equal; a warning tells how many others are left out."""

@@ -47,14 +47,22 @@ def target_of(sample: Sample, encoding: Any, width: int, *, left: bool) -> Label
 
 
 def prompted(samples: Sequence[Sample], prompts: Prompts) -> Sequence[Sample]:
-    """Texts with what is put before them: queries and what they search have prompts of their own."""
+    """Texts with what is put before them: queries and what they search have prompts of their own.
+
+    Returns: as many samples, and one more for each text that is both, where the prompts differ; both have its number.
+    """
     if prompts == NONE:
         return samples
     found = []
     for sample in samples:
         role = sample.label if isinstance(sample.label, Role) else Role(-1)
-        prompt = prompts.query if role.positives else prompts.document if role.candidate else prompts.usual
-        found.append(replace(sample, text=f"{prompt}{sample.text}", prompt=None if prompts.pooled else prompt))
+        each = [sample]
+        if role.positives and role.candidate and prompts.query != prompts.document:
+            labels = replace(role, candidate=False), Role(role.number, candidate=True)
+            each = [replace(sample, label=label) for label in labels]
+        usual = prompts.query if role.positives else prompts.document if role.candidate else prompts.usual
+        for one, prompt in zip(each, (usual, prompts.document), strict=False):
+            found.append(replace(one, text=f"{prompt}{one.text}", prompt=None if prompts.pooled else prompt))
     return found
 
 

@@ -30,6 +30,7 @@ from optin_deploy.planning.unit_curves import unit_curves
 from optin_deploy.planning.widths import Choice, Keep, choose
 from optin_deploy.pruning.networks import Found, cut_by
 from optin_deploy.pruning.ready import Ready
+from optin_deploy.quality.judges import check_kind
 from optin_deploy.quality.quality import Asked
 from optin_deploy.scoring.parts import Store, Worker
 from optin_deploy.scoring.settings import Kind, ScoreSettings
@@ -90,6 +91,9 @@ def ready_of(
     if compared.head is not None:
         head = compared.head
         subject = replace(subject, reading=replace(subject.reading, pooling=head.pooling, layers=head.layers))
+    for half in (rows.calibration, rows.held_out):
+        if half is not None and metric is None:
+            check_kind(half, subject.reading)
     check_runs(subject.program, rows.calibration)
     return Ready(found, rows, subject, kinds, names, strict, metric, seed)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.targets import Grade, Role
+from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.quality.answers import AnswerJudge
 from optin_deploy.quality.label_sets import LabelSetJudge
@@ -27,6 +28,27 @@ class Judge(Protocol):
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return what fits the output, of both networks."""
+
+
+def check_kind(rows: Feeds, reading: Reading) -> None:
+    """Refuse rows of single texts for networks that read pairs, and rows of pairs for those that embed single texts.
+
+    Raises: BadInput: says how to give them.
+    """
+    embeds = reading.kind == "embedding"
+    if not embeds and any(isinstance(label, Role) for label in rows.labels):
+        raise BadInput(
+            f"{rows.origin}: rows of `query` and `positive`, or of `sentence1`, `sentence2` and `score`, are single"
+            f" texts for networks that embed; the output of this one is read as {reading.kind}. For pairs give"
+            " --text-column sentence1 --pair-column sentence2 --label-column score; for rankings rows of `query` and"
+            " lists `positive` and `negative`; if it does embed, --compare-output :embedding."
+        )
+    if embeds and any(isinstance(label, Grade) for label in rows.labels):
+        raise BadInput(
+            f"{rows.origin}: rows of `query` and lists `positive` and `negative` are pairs for cross-encoders; the"
+            " output of this network is read as embedding. Give a row for each `query` and `positive`, both of them"
+            " texts."
+        )
 
 
 def judge_of(

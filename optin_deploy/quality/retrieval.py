@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -11,8 +12,10 @@ from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
 from optin_deploy.quality.quality import Quality, check_finite, spearman
-from optin_deploy.quality.ranking import Ranking, mean_figures, ranked
+from optin_deploy.quality.ranking import TOP, Ranking, mean_figures, ranked
 from optin_deploy.scoring.losses import Readout
+
+log = logging.getLogger(__name__)
 
 
 class RetrievalJudge:
@@ -31,12 +34,12 @@ class RetrievalJudge:
         roles = [label if isinstance(label, Role) else Role(-1 - place) for place, label in enumerate(rows.labels)]
         places = {role.number: place for place, role in enumerate(roles)}
         self._candidates = torch.tensor([place for place, role in enumerate(roles) if role.candidate], dtype=torch.long)
-        columns = {place: column for column, place in enumerate(self._candidates.tolist())}
+        columns = {roles[place].number: column for column, place in enumerate(self._candidates.tolist())}
         self._queries: dict[int, list[int]] = {}
         """Columns of the candidates that should be found, by place of the query."""
-        self._own = {place: columns[place] for place in columns if roles[place].positives}
+        self._own = {place: columns[role.number] for place, role in enumerate(roles) if role.number in columns}
         for place, role in enumerate(roles):
-            found = [columns[places[number]] for number in role.positives if number in places]
+            found = [columns[number] for number in role.positives if number in columns]
             if found:
                 self._queries[place] = found
         self._pairs = [
@@ -49,6 +52,12 @@ class RetrievalJudge:
             raise BadInput(
                 f"{rows.origin}: no query of the rows that judge has its text to be found among them, and no pair a "
                 "score. Give rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, by --eval."
+            )
+        if self._queries and len(columns) <= TOP:
+            log.warning(
+                "%s: searches look through %d texts, all of which are among the first %d: recall@10 tells nothing. "
+                "Give more rows that judge, by --eval.",
+                *(rows.origin, len(columns), TOP),
             )
         self._dense = self._vectors(dense)
         self._before = self._figures(self._dense)

@@ -13,6 +13,7 @@ import transformers
 from onnx import TensorProto
 
 from optin_deploy.data.samples import Sample, read_samples
+from optin_deploy.data.targets import Grade, Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.beside_graph import class_names, load_tokenizer
 from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, check_runs, read_feeds, read_judging
@@ -188,6 +189,53 @@ def test_rows_to_judge_leave_out_calibration_rows(tmp_path: Path) -> None:
     found = read_judging(network, path, seen, preparation)
     assert sorted(found.labels) == [0, 1]  # type: ignore[type-var]
     assert found.origin == str(path)
+
+
+def test_texts_that_are_searched_stay_though_they_calibrate(caplog: pytest.LogCaptureFixture) -> None:
+    """Of what calibrates, queries go; what they look for does not, nor the second text of a fresh scored pair."""
+    network, words = text(), tiny.WORDS.split()
+    texts = [f"{one} {other}" for one, other in zip(words[:12], words[12:24], strict=True)]
+    roles = [
+        *(Role(0, (1,)), Role(1, candidate=True), Role(2, (3,)), Role(3, (1,), candidate=True)),
+        *(Role(4, scores=((5, 1.0),)), Role(5), Role(6, scores=((7, 2.0),)), Role(7)),
+    ]
+    samples = [Sample(text, label=role) for text, role in zip(texts, roles, strict=False)]
+    preparation = Preparation(tokenizer=str(tiny.bert()), seq_len=16)
+    learned = [Sample(texts[place]) for place in (1, 2, 3, 5, 6, 8, 9, 10)]
+    seen = read_feeds(network, learned, preparation, Drawing(held_out=0)).calibration
+    found = read_judging(network, samples, seen, preparation)
+    kept = {label.number: label for label in found.labels if isinstance(label, Role)}
+    assert kept == {0: roles[0], 1: roles[1], 3: Role(3, candidate=True), 4: roles[4], 5: Role(5), 7: Role(7)}
+    assert "3 rows that should judge equal a calibration row" in caplog.text
+    keys = {label.number: key for label, key in zip(found.labels, found.keys, strict=True) if isinstance(label, Role)}
+    assert {number for number, key in keys.items() if key in seen.keys} == {1, 3, 5}
+    with pytest.raises(BadInput, match="all 4 rows that should judge"):
+        read_judging(network, [samples[place] for place in (1, 2, 3, 5)], seen, preparation)
+
+
+def test_queries_that_are_held_out_find_their_texts_though_others_want_them_too(tmp_path: Path) -> None:
+    words, path = tiny.WORDS.split(), tmp_path / "a.jsonl"
+    rows = [{"query": f"{words[i % 30]} {words[i // 30]}", "positive": f"the {words[i % 15]}"} for i in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = fed(text(), path)
+    assert found.held_out is not None
+    held_out = [label for label in found.held_out.labels if isinstance(label, Role)]
+    candidates = {label.number for label in held_out if label.candidate}
+    queries = [label for label in held_out if label.positives]
+    assert len(queries) == 16
+    assert all(set(label.positives) <= candidates for label in queries)
+    keys = zip(held_out, found.held_out.keys, strict=True)
+    assert {label.candidate for label, key in keys if key in found.calibration.keys} == {True}
+
+
+def test_a_ranking_of_which_a_pair_calibrates_goes_as_a_whole() -> None:
+    words = tiny.WORDS.split()
+    pairs = [Sample("the match", text_pair=word, label=Grade(0, place == 0)) for place, word in enumerate(words[:5])]
+    pairs += [Sample("a river", text_pair=word, label=Grade(1, place == 0)) for place, word in enumerate(words[:5])]
+    learned = [*pairs[3:4], *(Sample(word) for word in words[:10])]
+    preparation = Preparation(tokenizer=str(tiny.bert()), seq_len=16)
+    seen = read_feeds(text(), learned, preparation, Drawing(held_out=0)).calibration
+    assert {label.query for label in read_judging(text(), pairs, seen, preparation).labels} == {1}  # type: ignore[union-attr]
 
 
 def test_labels_stay_with_their_rows() -> None:

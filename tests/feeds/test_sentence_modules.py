@@ -295,6 +295,18 @@ def test_queries_and_what_they_search_have_prompts_of_their_own() -> None:
     assert [sample.text for sample in found] == ["q: x", "d: x", "u: x", "u: x"]
 
 
+def test_a_text_that_asks_and_is_searched_has_both_prompts() -> None:
+    both = Sample(text="x", label=Role(3, (1,), candidate=True, scores=((4, 0.5),)))
+    found = prompted([both], Prompts("u: ", "q: ", "d: "))
+    assert [(sample.text, sample.label) for sample in found] == [
+        ("q: x", Role(3, (1,), scores=((4, 0.5),))),
+        ("d: x", Role(3, candidate=True)),
+    ]
+    assert [(sample.text, sample.label) for sample in prompted([both], Prompts("", "a: ", "a: "))] == [
+        ("a: x", both.label)
+    ]
+
+
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_an_embedding_of_what_stands_behind_a_prompt_is_that_of_sentence_transformers(
     pooling: str, tmp_path: Path

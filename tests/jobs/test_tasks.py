@@ -227,6 +227,48 @@ def test_embeddings_are_judged_by_searches(tmp_path: Path, shell: tiny.Shell) ->
         assert told == pytest.approx(found, abs=0.07)  # near ties: rows are padded, and run by another engine
 
 
+PAIRS = {
+    "scores": {"sentence1": "the match", "sentence2": "a river", "score": 1.5},
+    "texts": {"query": "the match", "positive": "a river", "negative": "a bank"},
+    "lists": {"query": "the match", "positive": ["a river"], "negative": ["a bank"]},
+}
+
+
+@pytest.mark.parametrize("half", ["calibration", "evaluation"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("scores", "--text-column sentence1 --pair-column sentence2 --label-column score"),
+        ("texts", "for rankings rows of `query` and lists `positive` and `negative`"),
+        ("lists", "Give a row for each `query` and `positive`, both of them texts"),
+    ],
+)
+def test_rows_of_pairs_are_not_read_as_single_texts_nor_the_other_way(
+    kind: str, told: str, half: str, tmp_path: Path
+) -> None:
+    from optin_deploy.errors import BadInput
+    from optin_deploy.jobs.prepared import prepare
+    from optin_deploy.pruning.source import Source
+
+    one = tiny._save_text(transformers.BertForSequenceClassification, "rank", seed=11, num_labels=1)
+    rows = [{name: _numbered(value, i) for name, value in PAIRS[kind].items()} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"calibration": str(tiny.lines()), half: str(tmp_path / "rows.jsonl")}
+    with pytest.raises(BadInput, match=f"rows.jsonl: .*{told}"):
+        prepare(Source(str(tiny.bert() if kind == "lists" else one), seq_len=16, **options))
+    if kind == "scores":
+        columns = {"text_column": "sentence1", "pair_column": "sentence2", "label_column": "score"}
+        assert prepare(Source(str(one), seq_len=16, calibration=options[half], **columns)).ready.rows.pairs
+
+
+def _numbered(value: Any, number: int) -> Any:
+    """The same, different for each row."""
+    words = tiny.WORDS.split()
+    if isinstance(value, list):
+        return [_numbered(each, number) for each in value]
+    return f"{value} {words[number]}" if isinstance(value, str) else value + number
+
+
 def test_a_reranker_is_judged_by_its_rankings(tmp_path: Path, shell: tiny.Shell) -> None:
     folder, texts = (
         tiny._save_text(transformers.BertForSequenceClassification, "rank", seed=11, num_labels=1),

@@ -238,6 +238,33 @@ def test_a_text_does_not_find_itself_and_equal_vectors_find_nothing() -> None:
     assert (found.pruned, found.beside["mrr"][1]) == (0.0, pytest.approx(1 / 29))
 
 
+def test_a_text_with_two_prompts_is_searched_by_one_and_asks_by_the_other() -> None:
+    """Thirty texts, each of which wants the next one, have a vector as queries and another one as candidates."""
+    asks, searched = (torch.nn.functional.normalize(drawn(30, 8, seed=seed), dim=-1) for seed in (0, 1))
+    asks = torch.nn.functional.normalize(asks + searched.roll(-1, 0), dim=-1)
+    labels: list[Label] = [
+        *(Role(i, ((i + 1) % 30,)) for i in range(30)),
+        *(Role(i, candidate=True) for i in range(30)),
+    ]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    reading, vectors = Reading("y", "embedding"), {"y": torch.cat((asks, searched))[order]}
+    judge = judge_of(read(vectors, reading), reading, rows([labels[i] for i in order]))
+    scores = (asks @ searched.T).fill_diagonal_(-2)  # a text does not find itself
+    right = torch.eye(30).roll(1, 1)
+    ranks = (scores > (scores * right).sum(1, keepdim=True)).sum(1) + 1
+    found = judge.compare(read(vectors, reading))
+    assert (found.samples, found.dense) == (30, pytest.approx(float((ranks <= 10).double().mean())))
+    assert found.beside["mrr"][0] == pytest.approx(float((1 / ranks).mean()))
+
+
+def test_a_search_through_ten_texts_is_told_to_tell_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    reading = Reading("y", "embedding")
+    for count, told in ((11, False), (10, True)):
+        labels: list[Label] = [Role(i, (i - 1,) if i % 2 else (), candidate=i % 2 == 0) for i in range(2 * count)]
+        judge_of(read({"y": drawn(2 * count, 4)}, reading), reading, rows(labels))
+        assert ("look through 10 texts" in caplog.text) == told
+
+
 def test_queries_without_their_texts_are_refused() -> None:
     labels: list[Label] = [Role(i, (100 + i,)) for i in range(12)]
     reading = Reading("y", "embedding")
