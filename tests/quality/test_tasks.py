@@ -18,7 +18,7 @@ from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.quality.answers import answer, f1, plain
 from optin_deploy.quality.entities import entity_f1, spans, tags_spans
 from optin_deploy.quality.judges import judge_of
-from optin_deploy.quality.label_sets import label_set, micro_f1
+from optin_deploy.quality.label_sets import label_set, label_sets, micro_f1
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading
 
@@ -86,6 +86,32 @@ def test_a_set_of_labels_may_be_written_in_several_ways(label: Label) -> None:
 def test_a_label_that_the_network_does_not_know_is_refused(label: Label, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         label_set(label, ("a", "b", "c"), 3)
+
+
+@pytest.mark.parametrize("as_written", [int, float, bool])
+def test_lists_of_zeros_and_ones_are_marks_and_not_numbers(as_written: type) -> None:
+    """As scikit-learn's MultiLabelBinarizer and problem_type multi_label_classification have them."""
+    wanted = drawn(40, 3) > 0.4
+    labels: list[Label] = [tuple(as_written(each) for each in row) for row in wanted.tolist()]
+    reading, dense = Reading("y", "multi-label"), wanted.float() + drawn(40, 3, seed=1) - 0.5
+    found = judge_of(read({"y": dense}, reading), reading, rows(labels), names=tuple("abc"), strict=True)
+    assert found.compare(read({"y": dense}, reading)).dense == pytest.approx(
+        f1_score(wanted, dense > 0, average="micro")
+    )
+    assert torch.equal(label_sets(labels, None, 3), wanted)
+    two: list[Label] = [(0, 1), (1, 0), (1, 1)]  # one list names a label twice, so that all are marks
+    assert label_sets(two, None, 2).tolist() == [[False, True], [True, False], [True, True]]
+    assert label_sets([(1,), (0,)], None, 1).tolist() == [[True], [False]]
+
+
+def test_lists_that_may_be_numbers_or_marks_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"lists such as \(0, 1\).* or 0 and 1 .* names, such as 'a', or .* its number"):
+        label_sets([(0, 1), (1, 0)], ("a", "b"), 2)
+    assert label_sets([(0, 1), 1], ("a", "b"), 2).tolist() == [[True, True], [False, True]]
+    assert label_sets([("a", "b"), ("b",)], ("a", "b"), 2).tolist() == [[True, True], [False, True]]
+    for label in ((1, 0, 1, 0), ("b", "b"), "b|b", (1, "b")):
+        with pytest.raises(BadInput, match=r"name .* twice: .* in all rows 0 or 1 for each of 3 labels"):
+            label_sets([label, (0, 2)], ("a", "b", "c"), 3)
 
 
 def test_no_labels_at_all_are_found_rightly() -> None:
