@@ -18,7 +18,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
-from optin_deploy.quality.entities import entity_f1, tags_spans
+from optin_deploy.quality.entities import OUTSIDE, entity_f1, tags_spans
 from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
@@ -75,10 +75,9 @@ class NetworkJudge:
         self._dense = notes
         self._first = notes[0]
         self._labels = None if self._first.kind != "classes" else self._targets(names, strict)
-        if self._labels is not None and self._first.values.shape[1] == 1:
-            wanted, given = torch.cat(self._labels).flatten(), torch.cat([note.values for note in notes]).flatten()
-            shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(self._first.classes)]
-            check_order(wanted[wanted != UNKNOWN].numpy(), given[wanted != UNKNOWN].numpy(), shown, rows.origin)
+        self._spans = False  # whether there are entities
+        if self._labels is not None:
+            self._check_order(self._labels)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -99,11 +98,27 @@ class NetworkJudge:
         if not each:
             rows = sum(int(each.sum()) for each in counted)
         before, after = (_share(some, self._labels, counted) for some in (dense, notes))
-        if each and self._names is not None and tags_spans(self._names):
+        if self._spans:
             wanted = self._tags(self._labels)
             f1 = [entity_f1(wanted, self._tags([note.values for note in some])) for some in (dense, notes)]
             return Quality("entity_f1", f1[0], f1[1], rows, {"accuracy_per_token": (before, after)})
         return Quality(f"accuracy{each}", before, after, rows)
+
+    def _check_order(self, labels: Sequence[Tensor]) -> None:
+        """Refuse labels in another order; where there are entities, by their tokens: most others are right anyhow."""
+        wanted = torch.cat([each.flatten() for each in labels])
+        given = torch.cat([note.values.flatten() for note in self._dense])
+        given, wanted = given[wanted != UNKNOWN], wanted[wanted != UNKNOWN]
+        names, count, shares = self._names, self._first.classes, None
+        what = "rows" if self._first.values.shape[1] == 1 else "tokens"
+        if what == "tokens" and names is not None and len(names) == count and tags_spans(names):
+            inside = torch.tensor([name != OUTSIDE for name in names])[wanted]
+            self._spans = bool(inside.any())
+            if self._spans:
+                what, shares = "tokens of entities", torch.bincount(given, minlength=count).numpy() / len(given)
+                wanted, given = wanted[inside], given[inside]
+        shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(count)]
+        check_order(wanted.numpy(), given.numpy(), shown, self.rows.origin, what=what, shares=shares)
 
     def _tags(self, classes: Sequence[Tensor]) -> list[list[str]]:
         """Names of the classes of each row's labelled positions."""
@@ -155,6 +170,8 @@ class NetworkJudge:
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
                 rows = [_classes(label, note, names) for label in labels]
                 found.append(real_first(torch.stack(rows), batch))
+            if not any(bool((each != UNKNOWN).any()) for each in found):
+                raise BadInput(f"no token of the {len(self.rows)} rows that judge has a tag that counts.")
             return found
 
         return known_labels(read, self.rows.origin, strict=strict)

@@ -19,6 +19,7 @@ from optin_deploy.quality.answers import answer, f1, plain
 from optin_deploy.quality.entities import entity_f1, spans, tags_spans
 from optin_deploy.quality.judges import judge_of
 from optin_deploy.quality.label_sets import label_set, label_sets, micro_f1
+from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading
 
@@ -156,6 +157,51 @@ def test_entities_of_words_are_judged_where_their_first_tokens_are() -> None:
     told = [[names[t] for i, t in enumerate(row) if i != 2] for row in (cut.argmax(-1)).tolist()]
     right = [[names[t] for i, t in enumerate(row) if i != 2] for row in wanted.tolist()]
     assert found.pruned == pytest.approx(entity_f1(right, told)) != 1.0
+
+
+def tagged(wanted: Tensor, found: Tensor, names: Sequence[str], **options: bool) -> Quality:
+    """Quality of predicted tags, (rows, words), by those of words; -1 where a word has none."""
+    reading = Reading("y", "logits")
+    labels: list[Label] = [tuple(None if each < 0 else names[each] for each in row) for row in wanted.tolist()]
+    dense = read({"y": torch.nn.functional.one_hot(found, len(names)).float()}, reading)
+    return judge_of(dense, reading, rows(labels, wanted.shape[1]), names=names, **options).compare(dense)
+
+
+def test_tags_in_another_order_are_refused_though_most_words_are_right() -> None:
+    names, rng = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), np.random.default_rng(0)
+    found = torch.from_numpy(np.where(rng.random((60, 20)) < 0.85, 0, rng.integers(1, 5, (60, 20))))
+    assert tagged(found, found, names).dense == 1.0
+    wanted = torch.tensor([0, 3, 4, 1, 2])[found]
+    assert float((wanted == found).double().mean()) > 0.8
+    with pytest.raises(BadInput, match=r"right on 0 of \d+ labelled tokens of entities.* 'B-LOC' -> 'B-PER'.*No loss"):
+        tagged(wanted, found, names)
+    with pytest.raises(BadInput, match=r"right on 0 of 1200 labelled tokens, .* another order"):
+        tagged((found + 1) % 5, found, ("NOUN", "VERB", "X", "Y", "Z"))
+    with pytest.raises(BadInput, match=r"right on 0 of \d+ labelled tokens of entities, and guessing on 0.0. No loss"):
+        tagged(found, torch.zeros_like(found), names)
+
+
+def test_a_model_that_finds_few_entities_is_judged() -> None:
+    """A third of the words of one kind, and nothing else: better than guessing, though nearly all words are of it."""
+    rng, names = np.random.default_rng(0), ("O", "B-drug", "I-drug")
+    wanted = torch.from_numpy((rng.random((60, 20)) < 0.1).astype(int))
+    wanted[0, :2] = 2
+    found = wanted * torch.from_numpy(rng.random((60, 20)) < 0.3)
+    told = [[[names[tag] for tag in row] for row in each.tolist()] for each in (wanted, found)]
+    quality = tagged(wanted, found, names)
+    assert (quality.metric, quality.dense) == ("entity_f1", pytest.approx(entity_f1(*told)))
+    assert 0.3 < quality.dense < 0.6
+
+
+def test_rows_without_any_tag_or_entity_tell_no_f1(caplog: pytest.LogCaptureFixture) -> None:
+    found = torch.arange(80).view(20, 4) % 3
+    none, outside = torch.full_like(found, -1), torch.zeros_like(found)
+    with pytest.raises(BadInput, match="no token of the 20 rows that judge has a tag that counts"):
+        tagged(none, found, ("O", "B-x", "I-x"), strict=True)
+    assert tagged(none, found, ("O", "B-x", "I-x")).metric == "same_prediction_per_token"
+    assert "No label is used" in caplog.text
+    quality = tagged(outside, found.clamp(max=1) * (found == 1), ("O", "B-x", "I-x"))
+    assert (quality.metric, quality.dense) == ("accuracy_per_token", pytest.approx(53 / 80))
 
 
 # ---- answers
