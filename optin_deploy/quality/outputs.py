@@ -78,6 +78,8 @@ class NetworkJudge:
         self._spans = False  # whether there are entities
         if self._labels is not None:
             self._check_order(self._labels)
+        single = self._first.kind == "numbers" and self._first.values.shape[1:] == (1, 1)
+        self._wanted = self._numbers(strict) if single else None
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -132,11 +134,11 @@ class NetworkJudge:
         if self._first.values.shape[1:] == (1, 1):
             before, after = torch.cat(dense).flatten(), torch.cat(cut).flatten()
             same = (1.0, correlation(before, after))
-            wanted = _numbers(self.rows.labels)
-            if wanted is None:
+            if self._wanted is None:
                 return Quality("correlation_with_dense", *same, len(self.rows))
-            one, other = spearman(wanted, before.tolist()), spearman(wanted, after.tolist())
-            return Quality("spearman", one, other, len(self.rows), {"correlation_with_dense": same})
+            wanted, there = self._wanted, ~self._wanted.isnan()
+            one, other = (spearman(wanted[there].tolist(), each[there].tolist()) for each in (before, after))
+            return Quality("spearman", one, other, int(there.sum()), {"correlation_with_dense": same})
         moved = sum(float((a - b).double().square().sum()) for a, b in zip(dense, cut, strict=True))
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
@@ -150,19 +152,40 @@ class NetworkJudge:
             return _Note("numbers", (values * readout.valid.unsqueeze(-1)).float().cpu(), readout.valid.bool().cpu())
         return _Note("classes", values.argmax(-1).cpu(), readout.valid.bool().cpu(), values.shape[-1])
 
+    def _labelled(self, strict: bool) -> bool:
+        """Whether labels are used: enough rows have one.
+
+        Raises: BadInput: strictly, some rows have none beside others.
+        """
+        given = sum(label is not None for label in self.rows.labels)
+        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
+        if 0 < given < len(self.rows):
+            if strict:
+                raise BadInput(f"{left}. Label all rows, or none.")
+            if 2 * given < len(self.rows):
+                log.warning("%s: too few have one to measure by them, agreement is measured", left)
+                return False
+            log.warning("%s: quality is that of the others", left)
+        return given > 0
+
+    def _numbers(self, strict: bool) -> Tensor | None:
+        """Labels as numbers, (rows,), NaN where there is none; None: labels are not used."""
+        if not self._labelled(strict):
+            return None
+
+        def read() -> Tensor:
+            found = [math.nan if label is None else _number(label) for label in self.rows.labels]
+            different = {each for each in found if not math.isnan(each)}
+            if len(different) == 1:
+                raise BadInput(f"the labels are all {different.pop()}, and rank nothing.")
+            return torch.tensor(found, dtype=torch.float64)
+
+        return known_labels(read, self.rows.origin, strict=strict)
+
     def _targets(self, names: Sequence[str] | None, strict: bool) -> list[Tensor] | None:
         """Classes by batch, (rows, positions), UNKNOWN where there is none; None: labels are not used."""
-        given = sum(label is not None for label in self.rows.labels)
-        if not given:
+        if not self._labelled(strict):
             return None
-        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
-        if strict and given < len(self.rows):
-            raise BadInput(f"{left}. Label all rows, or none.")
-        if 2 * given < len(self.rows):
-            log.warning("%s: too few have one to measure accuracy, agreement is measured", left)
-            return None
-        if given < len(self.rows):
-            log.warning("%s: quality is that of the others", left)
 
         def read() -> list[Tensor]:
             found, start = [], 0
@@ -177,13 +200,21 @@ class NetworkJudge:
         return known_labels(read, self.rows.origin, strict=strict)
 
 
-def _numbers(labels: Sequence[Label]) -> list[float] | None:
-    """Labels as numbers; None: some are none, or all are equal."""
+def _number(label: Label) -> float:
+    """A label as a number."""
     try:
-        found = [float(label) for label in labels if isinstance(label, int | float | str)]
-    except ValueError:
-        return None
-    return found if len(found) == len(labels) and len(set(found)) > 1 else None
+        found = float(label) if isinstance(label, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if isinstance(label, Role):
+        raise BadInput(
+            "rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, judge embeddings, and the "
+            "network puts out one number a row. Name the columns of pairs by --text-column, --pair-column and "
+            "--label-column."
+        )
+    if not math.isfinite(found):
+        raise BadInput(f"the label {short(label)} is no finite number, and the network puts out one number a row.")
+    return found
 
 
 def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:

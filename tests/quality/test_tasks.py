@@ -362,6 +362,42 @@ def test_numbers_are_judged_by_numbers() -> None:
             )
 
 
+UNUSED: list[tuple[Label, str]] = [
+    (None, r"1 of the 40 rows that judge have no label\. Label all rows, or none"),
+    ("n/a", r"the label 'n/a' is no finite number, .* Correct the labels, or leave out all of them"),
+    ("nan", "the label 'nan' is no finite number"),
+    (math.inf, "the label inf is no finite number"),
+    (torch.ones(2), "is no finite number"),
+    (Role(0, (1,)), "judge embeddings, .* Name the columns of pairs by --text-column"),
+]
+
+
+@pytest.mark.parametrize(("label", "said"), UNUSED)
+def test_a_label_that_is_no_number_is_told_before_anything_is_cut(
+    label: Label, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense, cut = drawn(40, 1, seed=5), drawn(40, 1, seed=6)
+    wanted = drawn(40, 1, seed=7)[:, 0].tolist()
+    reading, feeds = Reading("y", "regression"), rows([*wanted[:3], label, *wanted[4:]])
+    with pytest.raises(BadInput, match=said):
+        judge_of(read({"y": dense}, reading), reading, feeds, strict=True)
+    found = judge_of(read({"y": dense}, reading), reading, feeds).compare(read({"y": cut}, reading))
+    if label is None:  # of calibration rows, those that have one judge
+        others = np.arange(40) != 3
+        assert (found.metric, found.samples) == ("spearman", 39)
+        assert found.pruned == pytest.approx(spearmanr(np.array(wanted)[others], cut[others, 0]).statistic)
+        assert "quality is that of the others" in caplog.text
+    else:
+        assert found.metric == "correlation_with_dense"
+        assert "No label is used" in caplog.text
+
+
+def test_equal_numbers_rank_nothing() -> None:
+    reading, dense = Reading("y", "regression"), drawn(40, 1)
+    with pytest.raises(BadInput, match=r"the labels are all 3\.0, and rank nothing"):
+        judge_of(read({"y": dense}, reading), reading, rows([3.0] * 40), strict=True)
+
+
 KINDS: list[tuple[Kind, Label]] = [("logits", Role(0, (1,))), ("logits", Answers("", ())), ("regression", ("a", "b"))]
 
 
