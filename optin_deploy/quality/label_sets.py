@@ -35,11 +35,13 @@ class LabelSetJudge:
             wanted = self._wanted
             alike = max(micro_f1(wanted, row.expand_as(wanted)) for row in torch.eye(wanted.shape[1]) > 0)
             found = micro_f1(wanted, self._dense)
-            if found <= alike:
+            if found <= alike and found < 1:
+                why = "The labels seem to mean others than the network's."
+                if bool((wanted == wanted[0]).all()):
+                    why = "All rows have the same labels: give rows with others too."
                 raise BadInput(
                     f"{rows.origin}: the dense network has a micro F1 of {found:.1%}, no more than one label for all "
-                    f"rows has ({alike:.1%}): no loss can be measured there. The labels seem to mean others than the "
-                    "network's."
+                    f"rows has ({alike:.1%}): no loss can be measured there. {why}"
                 )
 
     def compare(self, cut: Iterable[Readout]) -> Quality:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def test_labels_of_another_order_are_refused() -> None:
     labels: list[Label] = [row.roll(1).long() for row in wanted]
     with pytest.raises(BadInput, match=r"micro F1 of 0\.0%, no more than one label for all rows"):
         judge_of(read({"y": wanted.float() - 0.5}, reading), reading, rows(labels))
+
+
+def test_one_label_in_all_rows_judges_what_is_right_on_all_of_them() -> None:
+    reading, feeds = Reading("y", "multi-label"), rows([("b",)] * 12)
+    dense = torch.tensor([[-1.0, 1.0, -1.0]] * 12)
+    cut = dense * torch.tensor([1.0, 1.0, -1.0]) * (torch.arange(12) < 6).double().sub(0.5).sign().unsqueeze(1).float()
+    found = judge_of(read({"y": dense}, reading), reading, feeds, names=tuple("abc")).compare(read({"y": cut}, reading))
+    wanted = np.array([[0, 1, 0]] * 12)
+    assert (found.dense, found.pruned) == (1.0, pytest.approx(f1_score(wanted, cut > 0, average="micro")))
+    with pytest.raises(BadInput, match="All rows have the same labels: give rows with others too"):
+        judge_of(read({"y": cut}, reading), reading, feeds, names=tuple("abc"))
 
 
 @pytest.mark.parametrize("label", [("b", "c"), (1, 2), "b|c", " b | c ", torch.tensor([0, 1, 1])])
@@ -230,9 +242,9 @@ def test_the_best_answer_is_that_of_all_pairs_tried() -> None:
         logits = drawn(2, 12, seed=seed)
         sums = {(i, j): float(logits[0, i] + logits[1, j]) for i in range(1, 11) for j in range(i, 11)}
         first, last = max(sums, key=lambda pair: sums[pair])
-        assert answer(logits, Answers(context, (), places), impossible=False) == context[first - 1 : last]
+        assert answer(logits, Answers(context, (), places)) == context[first - 1 : last]
         none = float(logits[:, 0].sum()) > max(sums.values())
-        assert (answer(logits, Answers(context, (), places), impossible=True) == "") == none
+        assert (answer(logits, Answers(context, (), places), impossible=0) == "") == none
 
 
 def test_answers_of_both_networks_are_judged() -> None:
@@ -247,6 +259,23 @@ def test_answers_of_both_networks_are_judged() -> None:
     assert found.pruned == pytest.approx((1 + 1 + 2 / 3) / 3)
     alone = judge_of(read(dense, reading), reading, rows([None] * 12)).compare(read(cut, reading))
     assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
+
+
+def test_no_answer_stands_at_the_first_token_behind_the_padding() -> None:
+    """A row is judged alike wherever its padding is."""
+    context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
+    labels = [Answers(context, (text,) if text else (), places) for text in ("two", "", "one", "")]
+    best = torch.tensor([2, 0, 1, 0])
+    padded = [replace(label, places=(None, None, *label.places)) for label in labels]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 4)
+    reading, plain_rows = Reading("s", "span", ends="e"), rows([*labels])
+    left = Feeds(({"input_ids": mask, "attention_mask": mask},), tuple(padded), "here")
+    values = 9 * torch.nn.functional.one_hot(best, 4).float()
+    wide = torch.cat((torch.full((4, 2), 5.0), values), 1)
+    for feeds, logits, real in ((plain_rows, values, torch.ones(4, 4)), (left, wide, mask)):
+        dense = [reading.read({"s": logits, "e": logits}, real)]
+        found = judge_of(dense, reading, feeds).compare(dense)
+        assert (found.metric, found.dense, found.beside["exact_match"][0]) == ("answer_f1", 1.0, 1.0)
 
 
 # ---- masked words
