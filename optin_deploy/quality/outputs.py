@@ -209,8 +209,8 @@ def _number(label: Label) -> float:
     if isinstance(label, Role):
         raise BadInput(
             "rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, judge embeddings, and the "
-            "network puts out one number a row. Name the columns of pairs by --text-column, --pair-column and "
-            "--label-column."
+            "network puts out one number a row. Give `query` with lists `positive` and `negative`, or name the columns "
+            "of pairs by --text-column, --pair-column and --label-column."
         )
     if not math.isfinite(found):
         raise BadInput(f"the label {short(label)} is no finite number, and the network puts out one number a row.")

@@ -398,7 +398,7 @@ UNUSED: list[tuple[Label, str]] = [
     ("nan", "the label 'nan' is no finite number"),
     (math.inf, "the label inf is no finite number"),
     (torch.ones(2), "is no finite number"),
-    (Role(0, (1,)), "judge embeddings, .* Name the columns of pairs by --text-column"),
+    (Role(0, (1,)), "judge embeddings, .* name the columns of pairs by --text-column"),
 ]
 
 
