@@ -194,16 +194,17 @@ def test_tags_in_another_order_are_refused_though_most_words_are_right() -> None
         tagged(found, torch.zeros_like(found), names)
 
 
-def test_a_model_that_finds_few_entities_is_judged() -> None:
+def test_a_model_that_finds_few_entities_is_judged(caplog: pytest.LogCaptureFixture) -> None:
     """A third of the words of one kind, and nothing else: better than guessing, though nearly all words are of it."""
     rng, names = np.random.default_rng(0), ("O", "B-drug", "I-drug")
-    wanted = torch.from_numpy((rng.random((60, 20)) < 0.1).astype(int))
+    wanted = torch.from_numpy((rng.random((200, 20)) < 0.1).astype(int))
     wanted[0, :2] = 2
-    found = wanted * torch.from_numpy(rng.random((60, 20)) < 0.3)
+    found = wanted * torch.from_numpy(rng.random((200, 20)) < 0.3)
     told = [[[names[tag] for tag in row] for row in each.tolist()] for each in (wanted, found)]
     quality = tagged(wanted, found, names)
     assert (quality.metric, quality.dense) == ("entity_f1", pytest.approx(entity_f1(*told)))
     assert 0.3 < quality.dense < 0.6
+    assert caplog.text == ""
 
 
 def test_rows_without_any_tag_or_entity_tell_no_f1(caplog: pytest.LogCaptureFixture) -> None:
