@@ -30,6 +30,7 @@ LISTED = 10
 """Classes of another order that a message names."""
 
 Indices = NDArray[np.int64]
+Shares = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,29 @@ class LabelOrder:
         return "unclear" if self.right <= self.guessed or self.rows >= ENOUGH_ROWS else "fine"
 
 
-def check_order(labels: Indices, predicted: Indices, names: Sequence[str], origin: str) -> None:
+def check_order(
+    labels: Indices,
+    predicted: Indices,
+    names: Sequence[str],
+    origin: str,
+    *,
+    what: str = "rows",
+    shares: Shares | None = None,
+) -> None:
     """Refuse a classifier that is no better than guessing on labelled rows; warn where the rows do not tell.
 
-    Args: labels, predicted: class indices, one a row. names: of all classes. origin: the file of the labels.
+    Args:
+        labels, predicted: class indices, one a row.
+        names: of all classes.
+        origin: the file of the labels.
+        what: what has a label, such as rows or tokens.
+        shares: see `compared`.
+
     Raises: BadInput: names the order that would fit, if there is one.
     """
-    found = compared(labels, predicted, len(names))
+    found = compared(labels, predicted, len(names), shares)
     message = (
-        f"{origin}: the dense model is right on {found.right} of {found.rows} labelled rows, and guessing on "
+        f"{origin}: the dense model is right on {found.right} of {found.rows} labelled {what}, and guessing on "
         f"{found.guessed:.1f}."
     )
     if found.other is not None:
@@ -80,8 +95,8 @@ def check_order(labels: Indices, predicted: Indices, names: Sequence[str], origi
         more = f" and {len(moved) - LISTED} more" if len(moved) > LISTED else ""
         message += (
             " The labels seem to stand in another order than the model's:"
-            f" {found.fitting} rows are right with {', '.join(moved[:LISTED])}{more} (label in the data -> class of the"
-            " model)."
+            f" {found.fitting} {what} are right with {', '.join(moved[:LISTED])}{more} (label in the data -> class of"
+            " the model)."
         )
     if found.verdict == "refused":
         raise BadInput(
@@ -92,14 +107,18 @@ def check_order(labels: Indices, predicted: Indices, names: Sequence[str], origi
         log.warning("%s Do these labels fit the model?", message)
 
 
-def compared(labels: Indices, predicted: Indices, classes: int) -> LabelOrder:
-    """Count what is right, what guessing gets right, and whether another order of the labels fits."""
+def compared(labels: Indices, predicted: Indices, classes: int, shares: Shares | None = None) -> LabelOrder:
+    """Count what is right, what guessing gets right, and whether another order of the labels fits.
+
+    Args: shares: of all predictions, (classes,), where rows of some labels alone are given; None: these are all rows.
+    """
     rows, right = len(labels), labels == predicted
     present = np.union1d(labels, predicted)  # the other classes tell nothing
     wanted, given = np.searchsorted(present, labels), np.searchsorted(present, predicted)
-    shares = np.bincount(given, minlength=len(present)) / rows
+    some = shares is not None
+    shares = np.bincount(given, minlength=len(present)) / rows if shares is None else shares[present]
     # Where all rows are of one class, the predictions' shares are no guess: they are what is judged.
-    guessed = float(shares[wanted].sum()) if len(np.unique(wanted)) > 1 else rows / classes
+    guessed = float(shares[wanted].sum()) if some or len(np.unique(wanted)) > 1 else rows / classes
     fits = np.zeros(rows, bool)  # each half in the order that the other half shows
     by_chance = 0.0
     halves = np.random.default_rng(0).permutation(rows) % 2  # rows may alternate between classes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.targets import Answers
-from optin_deploy.feeds.rows import Feeds
+from optin_deploy.feeds.rows import MASK, Feeds
 from optin_deploy.quality.quality import Quality, check_finite
 from optin_deploy.scoring.losses import Readout
 
@@ -51,21 +51,25 @@ class AnswerJudge:
     def _found(self, readouts: Iterable[Readout]) -> list[object]:
         """The answer to each row: a text, or the first and the last token where no text is known."""
         found: list[object] = []
-        for readout in readouts:
+        for readout, batch in zip(readouts, self.rows.batches, strict=True):
             check_finite(readout.values, self.rows.origin)
-            for logits in readout.values.float().cpu():
+            values, mask = readout.values.float().cpu(), batch.get(MASK)
+            fits = mask is not None and mask.shape == values[:, 0].shape
+            firsts = mask.argmax(1).tolist() if mask is not None and fits else [0] * len(values)
+            for logits, first in zip(values, firsts, strict=True):
                 label = self._known[len(found)]
                 if label is None:
                     found.append(tuple(logits.argmax(-1).tolist()))
                 else:
-                    found.append(answer(logits, label, impossible=self._impossible))
+                    found.append(answer(logits, label, impossible=first if self._impossible else None))
         return found
 
 
-def answer(logits: Tensor, label: Answers, *, impossible: bool) -> str:
+def answer(logits: Tensor, label: Answers, *, impossible: int | None = None) -> str:
     """The best part of the text: the largest sum of both logits, the last token not before the first.
 
-    Args: logits: (2, tokens). impossible: the first token of the row stands for no answer, where that is better.
+    Args: logits: (2, tokens). impossible: the token that stands for no answer, where that is better: the first of the
+        row behind its padding. None: every question has an answer.
     """
     known = torch.tensor([place is not None for place in label.places])
     starts, ends = logits[:, : len(known)].masked_fill(~known, -torch.inf)
@@ -74,7 +78,11 @@ def answer(logits: Tensor, label: Answers, *, impossible: bool) -> str:
     sums = sums.masked_fill(~allowed, -torch.inf)
     best = int(sums.argmax())
     first, last = (label.places[place] for place in divmod(best, len(known)))
-    if first is None or last is None or (impossible and float(logits[:, 0].sum()) > float(sums.max())):
+    if (
+        first is None
+        or last is None
+        or (impossible is not None and float(logits[:, impossible].sum()) > float(sums.max()))
+    ):
         return ""
     return label.context[first[0] : last[1]]
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 Span = tuple[str, int, int]
 """Kind, first position and position behind the last."""
+OUTSIDE = "O"
+"""Tag of what is no part of an entity."""
 TAG = re.compile(r"(?:[BIES]-(?P<kind>.+)|O)")
 
 

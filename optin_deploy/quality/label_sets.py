@@ -35,11 +35,13 @@ class LabelSetJudge:
             wanted = self._wanted
             alike = max(micro_f1(wanted, row.expand_as(wanted)) for row in torch.eye(wanted.shape[1]) > 0)
             found = micro_f1(wanted, self._dense)
-            if found <= alike:
+            if found <= alike and found < 1:
+                why = "The labels seem to mean others than the network's."
+                if bool((wanted == wanted[0]).all()):
+                    why = "All rows have the same labels: give rows with others too."
                 raise BadInput(
                     f"{rows.origin}: the dense network has a micro F1 of {found:.1%}, no more than one label for all "
-                    f"rows has ({alike:.1%}): no loss can be measured there. The labels seem to mean others than the "
-                    "network's."
+                    f"rows has ({alike:.1%}): no loss can be measured there. {why}"
                 )
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
@@ -66,15 +68,36 @@ class LabelSetJudge:
         def read() -> Tensor:
             if given < len(self.rows):
                 raise BadInput(f"{len(self.rows) - given} of the {len(self.rows)} rows that judge have no labels.")
-            return torch.stack([label_set(label, names, self._dense.shape[1]) for label in self.rows.labels])
+            return label_sets(self.rows.labels, names, self._dense.shape[1])
 
         return known_labels(read, self.rows.origin, strict=strict)
 
 
-def label_set(label: Label, names: Sequence[str] | None, count: int) -> Tensor:
-    """The labels of a row as marks, (labels,): of names or numbers, of names with `|` between them, or of 0 and 1.
+def label_sets(labels: Sequence[Label], names: Sequence[str] | None, count: int) -> Tensor:
+    """The labels of all rows as marks, (rows, labels).
 
-    Raises: BadInput: no such label.
+    Lists of 0 and 1 alone, one for each label of the network, are such marks (multi-hot) and not numbers of labels.
+    Raises: BadInput: no such label, or all lists may be either.
+    """
+    if not all(isinstance(row, tuple) and len(row) == count and all(x in (0, 1) for x in row) for row in labels):
+        return torch.stack([label_set(label, names, count) for label in labels])
+    try:
+        for label in labels:
+            label_set(label, names, count)
+    except BadInput:
+        return torch.tensor(labels) > 0
+    names_of_some = f", such as {short(names[0])}" if names else ""
+    raise BadInput(
+        f"all labels are lists such as {short(labels[0])}, which may be numbers of labels, or 0 and 1 for each of "
+        f"{count} labels. Write their names{names_of_some}, or where a row has one label its number without a list."
+    )
+
+
+def label_set(label: Label, names: Sequence[str] | None, count: int) -> Tensor:
+    """The labels of a row as marks, (labels,): of names or numbers, of names with `|` between them, or an array of 0
+    and 1.
+
+    Raises: BadInput: no such label, or one twice.
     """
     if isinstance(label, Tensor):
         if len(label) != count or not bool(((label == 0) | (label == 1)).all()):
@@ -86,7 +109,13 @@ def label_set(label: Label, names: Sequence[str] | None, count: int) -> Tensor:
     for each in label if isinstance(label, tuple) else (label,):
         if not isinstance(each, str | int | float):
             raise BadInput(f"a row has {short(each)} for labels: give their names or numbers.")
-        found[class_number(each, names, count)] = True
+        number = int(class_number(each, names, count))  # of a bool too
+        if found[number]:
+            raise BadInput(
+                f"a row's labels are {short(label)}, which name {short(each)} twice: give each name or number once, or "
+                f"in all rows 0 or 1 for each of {count} labels."
+            )
+        found[number] = True
     return found
 
 

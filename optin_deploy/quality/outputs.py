@@ -18,7 +18,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
-from optin_deploy.quality.entities import entity_f1, tags_spans
+from optin_deploy.quality.entities import OUTSIDE, entity_f1, tags_spans
 from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
@@ -75,10 +75,11 @@ class NetworkJudge:
         self._dense = notes
         self._first = notes[0]
         self._labels = None if self._first.kind != "classes" else self._targets(names, strict)
-        if self._labels is not None and self._first.values.shape[1] == 1:
-            wanted, given = torch.cat(self._labels).flatten(), torch.cat([note.values for note in notes]).flatten()
-            shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(self._first.classes)]
-            check_order(wanted[wanted != UNKNOWN].numpy(), given[wanted != UNKNOWN].numpy(), shown, rows.origin)
+        self._spans = False  # whether there are entities
+        if self._labels is not None:
+            self._check_order(self._labels)
+        single = self._first.kind == "numbers" and self._first.values.shape[1:] == (1, 1)
+        self._wanted = self._numbers(strict) if single else None
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -99,11 +100,27 @@ class NetworkJudge:
         if not each:
             rows = sum(int(each.sum()) for each in counted)
         before, after = (_share(some, self._labels, counted) for some in (dense, notes))
-        if each and self._names is not None and tags_spans(self._names):
+        if self._spans:
             wanted = self._tags(self._labels)
             f1 = [entity_f1(wanted, self._tags([note.values for note in some])) for some in (dense, notes)]
             return Quality("entity_f1", f1[0], f1[1], rows, {"accuracy_per_token": (before, after)})
         return Quality(f"accuracy{each}", before, after, rows)
+
+    def _check_order(self, labels: Sequence[Tensor]) -> None:
+        """Refuse labels in another order; where there are entities, by their tokens: most others are right anyhow."""
+        wanted = torch.cat([each.flatten() for each in labels])
+        given = torch.cat([note.values.flatten() for note in self._dense])
+        given, wanted = given[wanted != UNKNOWN], wanted[wanted != UNKNOWN]
+        names, count, shares = self._names, self._first.classes, None
+        what = "rows" if self._first.values.shape[1] == 1 else "tokens"
+        if what == "tokens" and names is not None and len(names) == count and tags_spans(names):
+            inside = torch.tensor([name != OUTSIDE for name in names])[wanted]
+            self._spans = bool(inside.any())
+            if self._spans:
+                what, shares = "tokens of entities", torch.bincount(given, minlength=count).numpy() / len(given)
+                wanted, given = wanted[inside], given[inside]
+        shown = [str(names[i]) if names and i < len(names) else str(i) for i in range(count)]
+        check_order(wanted.numpy(), given.numpy(), shown, self.rows.origin, what=what, shares=shares)
 
     def _tags(self, classes: Sequence[Tensor]) -> list[list[str]]:
         """Names of the classes of each row's labelled positions."""
@@ -117,11 +134,11 @@ class NetworkJudge:
         if self._first.values.shape[1:] == (1, 1):
             before, after = torch.cat(dense).flatten(), torch.cat(cut).flatten()
             same = (1.0, correlation(before, after))
-            wanted = _numbers(self.rows.labels)
-            if wanted is None:
+            if self._wanted is None:
                 return Quality("correlation_with_dense", *same, len(self.rows))
-            one, other = spearman(wanted, before.tolist()), spearman(wanted, after.tolist())
-            return Quality("spearman", one, other, len(self.rows), {"correlation_with_dense": same})
+            wanted, there = self._wanted, ~self._wanted.isnan()
+            one, other = (spearman(wanted[there].tolist(), each[there].tolist()) for each in (before, after))
+            return Quality("spearman", one, other, int(there.sum()), {"correlation_with_dense": same})
         moved = sum(float((a - b).double().square().sum()) for a, b in zip(dense, cut, strict=True))
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
@@ -135,19 +152,40 @@ class NetworkJudge:
             return _Note("numbers", (values * readout.valid.unsqueeze(-1)).float().cpu(), readout.valid.bool().cpu())
         return _Note("classes", values.argmax(-1).cpu(), readout.valid.bool().cpu(), values.shape[-1])
 
+    def _labelled(self, strict: bool) -> bool:
+        """Whether labels are used: enough rows have one.
+
+        Raises: BadInput: strictly, some rows have none beside others.
+        """
+        given = sum(label is not None for label in self.rows.labels)
+        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
+        if 0 < given < len(self.rows):
+            if strict:
+                raise BadInput(f"{left}. Label all rows, or none.")
+            if 2 * given < len(self.rows):
+                log.warning("%s: too few have one to measure by them, agreement is measured", left)
+                return False
+            log.warning("%s: quality is that of the others", left)
+        return given > 0
+
+    def _numbers(self, strict: bool) -> Tensor | None:
+        """Labels as numbers, (rows,), NaN where there is none; None: labels are not used."""
+        if not self._labelled(strict):
+            return None
+
+        def read() -> Tensor:
+            found = [math.nan if label is None else _number(label) for label in self.rows.labels]
+            different = {each for each in found if not math.isnan(each)}
+            if len(different) == 1:
+                raise BadInput(f"the labels are all {different.pop()}, and rank nothing.")
+            return torch.tensor(found, dtype=torch.float64)
+
+        return known_labels(read, self.rows.origin, strict=strict)
+
     def _targets(self, names: Sequence[str] | None, strict: bool) -> list[Tensor] | None:
         """Classes by batch, (rows, positions), UNKNOWN where there is none; None: labels are not used."""
-        given = sum(label is not None for label in self.rows.labels)
-        if not given:
+        if not self._labelled(strict):
             return None
-        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
-        if strict and given < len(self.rows):
-            raise BadInput(f"{left}. Label all rows, or none.")
-        if 2 * given < len(self.rows):
-            log.warning("%s: too few have one to measure accuracy, agreement is measured", left)
-            return None
-        if given < len(self.rows):
-            log.warning("%s: quality is that of the others", left)
 
         def read() -> list[Tensor]:
             found, start = [], 0
@@ -155,18 +193,28 @@ class NetworkJudge:
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
                 rows = [_classes(label, note, names) for label in labels]
                 found.append(real_first(torch.stack(rows), batch))
+            if not any(bool((each != UNKNOWN).any()) for each in found):
+                raise BadInput(f"no token of the {len(self.rows)} rows that judge has a tag that counts.")
             return found
 
         return known_labels(read, self.rows.origin, strict=strict)
 
 
-def _numbers(labels: Sequence[Label]) -> list[float] | None:
-    """Labels as numbers; None: some are none, or all are equal."""
+def _number(label: Label) -> float:
+    """A label as a number."""
     try:
-        found = [float(label) for label in labels if isinstance(label, int | float | str)]
-    except ValueError:
-        return None
-    return found if len(found) == len(labels) and len(set(found)) > 1 else None
+        found = float(label) if isinstance(label, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if isinstance(label, Role):
+        raise BadInput(
+            "rows with `query` and `positive`, or with `sentence1`, `sentence2` and `score`, judge embeddings, and the "
+            "network puts out one number a row. Give `query` with lists `positive` and `negative`, or name the columns "
+            "of pairs by --text-column, --pair-column and --label-column."
+        )
+    if not math.isfinite(found):
+        raise BadInput(f"the label {short(label)} is no finite number, and the network puts out one number a row.")
+    return found
 
 
 def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:

@@ -8,10 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, NonFiniteActivation
 from optin_deploy.feeds.rows import Batch, Feeds, real_first, rows_of
 from optin_deploy.quality.quality import Quality, check_finite
 from optin_deploy.scoring.losses import Readout
+
+MOST = 700.0
+"""Nats of a token below which the perplexity is a number."""
 
 
 class PerplexityJudge:
@@ -23,7 +26,7 @@ class PerplexityJudge:
 
         Args: dense: one a batch of `rows`. ids: the input with the tokens. masked: the labels of the rows are what
             masked tokens stand for, -1 elsewhere.
-        Raises: BadInput: what is compared are no logits of each token.
+        Raises: BadInput: what is compared are no logits of each token. NonFiniteActivation: no finite perplexity.
         """
         self.rows, self._ids, self._masked = rows, ids, masked
         self._dense = self._found(dense)
@@ -50,12 +53,18 @@ class PerplexityJudge:
             start += rows_of(batch)
         if not count:
             raise BadInput(f"{self.rows.origin}: no token of the rows that judge is foretold. Give longer texts.")
+        if not loss / count < MOST:
+            raise NonFiniteActivation(
+                f"{self.rows.origin}: a token costs {loss / count:.3g} nats on average, whose exponential, the "
+                "perplexity, is no finite number. Check the weights; a network stored in half precision may overflow: "
+                "export it in float32."
+            )
         return math.exp(loss / count), right / count
 
     def _targets(self, readout: Readout, batch: Batch, start: int) -> Tensor:
         """The token that each position should foretell, (rows, positions), -1 where it foretells none."""
         ids, values = batch.get(self._ids), readout.values
-        if ids is None or ids.shape != values.shape[:2] or int(ids.max()) >= values.shape[-1] or values.shape[1] < 2:
+        if ids is None or ids.shape != values.shape[:2] or int(ids.max()) >= values.shape[-1]:
             shape = "none" if ids is None else f"of shape {tuple(ids.shape)}"
             raise BadInput(
                 f"perplexity needs logits of each token of a text; these are {tuple(values.shape)}, and the ids"

@@ -33,6 +33,14 @@ class Quality:
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Other figures of the dense and the pruned model, by name."""
 
+    def __post_init__(self) -> None:
+        for name, values in ((self.metric, (self.dense, self.pruned)), *self.beside.items()):
+            if not all(map(math.isfinite, values)):
+                raise NonFiniteActivation(
+                    f"{name} is {values[0]} of the dense and {values[1]} of the pruned model, by which nothing can be "
+                    "judged. Check the labels for NaN, and the weights for values that overflow."
+                )
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict; figures beside the first are there where there are any."""
         found = asdict(self)
@@ -101,5 +109,7 @@ def spearman(wanted: Sequence[float], found: Sequence[float]) -> float:
 
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's; 0 where it is undefined, as of constant outputs."""
-    found = float(torch.corrcoef(torch.stack((a, b)))[0, 1])
+    if any(bool((each == each[0]).all()) for each in (a, b)):  # the mean of equal numbers may be another, by rounding
+        return 0.0
+    found = float(torch.corrcoef(torch.stack((a, b)).double())[0, 1])
     return 0.0 if math.isnan(found) else found

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.data.labels import class_number
+from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label
+from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import read_tokens
@@ -17,6 +19,8 @@ from optin_deploy.tuning.student import features
 
 PENALTY = 0.02
 """Weight of the squared entries of a classifier that is fitted to standardised features."""
+WITHOUT = "Give rows with one class each, or texts or images without labels, to learn from the dense outputs alone."
+"""How an embedder is fine-tuned with classes and without."""
 
 
 def fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -45,10 +49,17 @@ def fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, cou
 
 
 def names_of(labels: Sequence[Label]) -> tuple[str, ...]:
-    """Classes by the labels: whole numbers in their order, or words in that of the alphabet."""
+    """Classes by the labels: whole numbers in their order, or words in that of the alphabet.
+
+    Raises: BadInput: they name fewer than two, or are something else than classes.
+    """
+    other = next((label for label in labels if label is not None and not isinstance(label, str | int | float)), None)
+    if other is not None:
+        what = "what searches should find" if isinstance(other, Role) else short(other)
+        raise BadInput(f"a row's label is {what}: such rows teach no classes. {WITHOUT}")
     found = {label for label in labels if isinstance(label, str | int)}
     if len(found) < 2:
-        raise BadInput(f"labels name {len(found)} classes: a classifier needs two or more.")
+        raise BadInput(f"labels name {len(found)} classes: a classifier needs two or more. {WITHOUT}")
     return tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
 
 

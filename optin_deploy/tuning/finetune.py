@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.proof import NotProven
 from optin_deploy.errors import BadInput, MissingDependency
-from optin_deploy.feeds.rows import MASK, Feeds
+from optin_deploy.feeds.rows import MASK, READ, Feeds
 from optin_deploy.feeds.text_feeds import ROLES
 from optin_deploy.network.graph import Network
 from optin_deploy.network.heads import with_classifier
@@ -67,6 +67,25 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
     if tuning.distill == 0 and not labelled:
         raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
+    if reading.kind == "embedding" and labelled:
+        _check_classes(ready)
+
+
+def _check_classes(ready: Ready) -> None:
+    """Raises: BadInput: no classifier can be put behind an embedder, or the rows cannot teach it."""
+    rows, held_out = ready.rows.calibration, ready.rows.held_out
+    assert held_out is not None, "rows that judge were asked for"
+    try:
+        names = names_of([*rows.labels, *held_out.labels])
+    except BadInput as err:
+        raise BadInput(f"{rows.origin}: {err}") from err
+    classes_of(rows, names, len(names))
+    if any(bool((batch[READ] != batch.get(MASK, 1)).any()) for batch in rows.batches if READ in batch):
+        raise BadInput(
+            f"{rows.origin}: its labels ask for a classifier, and this embedding is of the tokens behind a prompt "
+            "(include_prompt is false): a graph does not know where that ends. Give texts without labels, to learn "
+            "from the dense outputs alone."
+        )
 
 
 def finetune(

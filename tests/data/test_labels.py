@@ -277,17 +277,17 @@ def test_too_few_labels_are_no_measure(tmp_path: Path, caplog: pytest.LogCapture
     few = [row if i % 4 == 0 else {"text": row["text"]} for i, row in enumerate(data)]
     found = prepare(source(calibration=written(tmp_path / "few.jsonl", few))).ready
     assert found.quality_of(found.network).metric == "same_prediction"
-    assert "too few have one to measure accuracy" in caplog.text
+    assert "too few have one to measure by them" in caplog.text
 
 
 @pytest.mark.usefixtures("by_torchscript")
-def test_labels_of_a_regression_are_not_used(tmp_path: Path) -> None:
+def test_labels_of_a_regression_are_numbers(tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(classifier(), num_labels=1)
     folder = Path(shutil.copytree(classifier(), tmp_path / "model"))
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     data = [{"text": row["text"], "label": "good"} for row in judging()]
-    found = prepare(replace(source(evaluation=written(tmp_path / "a.jsonl", data)), model=str(folder))).ready
-    assert found.quality_of(found.network).metric == "correlation_with_dense"
+    with pytest.raises(BadInput, match="the label 'good' is no finite number"):
+        prepare(replace(source(evaluation=written(tmp_path / "a.jsonl", data)), model=str(folder)))
 
 
 def test_identical_rows_are_refused(tmp_path: Path) -> None:

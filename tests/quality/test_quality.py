@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from onnx import helper
+from scipy.stats import pearsonr
 from torch import Tensor
 
 from optin_deploy.errors import BadInput, NonFiniteActivation
@@ -17,7 +18,7 @@ from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.quality.judges import judge_of
 from optin_deploy.quality.outputs import NetworkJudge, readouts
-from optin_deploy.quality.quality import Quality
+from optin_deploy.quality.quality import Quality, correlation
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading, reading_of
 from optin_deploy.scoring.settings import Kind
@@ -162,6 +163,42 @@ def test_perplexity_is_that_of_the_next_token(mask: Tensor | None) -> None:
 def test_perplexity_needs_a_language_model() -> None:
     with pytest.raises(BadInput, match=r"perplexity needs logits of each token .* agreement is measured"):
         judged("logits", drawn(ROWS, CLASSES), drawn(ROWS, CLASSES), rows(), metric="perplexity")
+
+
+def test_texts_of_one_token_foretell_nothing_beside_others() -> None:
+    longer, one = IDS[:16], IDS[16:24, :1]
+    feeds = Feeds(({"input_ids": longer}, {"input_ids": one}), (None,) * 24, "here")
+    values = [drawn(16, LENGTH, CLASSES), drawn(8, 1, CLASSES)]
+    found = [Reading("y", "logits").read({"y": each}) for each in values]
+    judge = judge_of(found, Reading("y", "logits"), feeds, metric="perplexity")
+    loss = torch.nn.functional.cross_entropy(values[0][:, :-1].flatten(0, 1), longer[:, 1:].flatten())
+    assert judge.compare(found).dense == pytest.approx(float(loss.exp()), rel=1e-5)
+    with pytest.raises(BadInput, match=r"no token of the rows that judge is foretold\. Give longer texts"):
+        alone = Feeds(({"input_ids": one},), (None,) * 8, "here")
+        judge_of(found[1:], Reading("y", "logits"), alone, metric="perplexity")
+
+
+def test_a_perplexity_that_is_no_number_is_told() -> None:
+    with pytest.raises(NonFiniteActivation, match=r"here: a token costs .*e\+0[34] nats on average"):
+        judged("logits", 1e4 * drawn(ROWS, LENGTH, CLASSES), drawn(ROWS, LENGTH, CLASSES), rows(), metric="perplexity")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_quality_is_a_number(value: float) -> None:
+    for dense, pruned, beside in ((value, 1.0, {}), (1.0, value, {}), (1.0, 1.0, {"mrr": (1.0, value)})):
+        with pytest.raises(NonFiniteActivation, match=r"by which nothing can be judged\. Check the labels for NaN"):
+            Quality("spearman", dense, pruned, 9, beside)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
+def test_constant_outputs_correlate_with_nothing(value: float) -> None:
+    for count in range(2, 60):
+        constant = torch.full((count,), value)
+        for other in (constant, 3 * constant, drawn(count)):
+            assert correlation(constant, other) == correlation(other, constant) == 0
+    a = drawn(50) + 1e4
+    b = a + drawn(50, seed=1)
+    assert correlation(a, b) == pytest.approx(float(pearsonr(a.double(), b.double()).statistic), abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(ROWS, 8), (ROWS, LENGTH, 8)])

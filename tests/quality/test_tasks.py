@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.quality.answers import answer, f1, plain
 from optin_deploy.quality.entities import entity_f1, spans, tags_spans
 from optin_deploy.quality.judges import judge_of
-from optin_deploy.quality.label_sets import label_set, micro_f1
+from optin_deploy.quality.label_sets import label_set, label_sets, micro_f1
+from optin_deploy.quality.quality import Quality
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading
 
@@ -70,6 +72,18 @@ def test_labels_of_another_order_are_refused() -> None:
         judge_of(read({"y": wanted.float() - 0.5}, reading), reading, rows(labels))
 
 
+def test_one_label_in_all_rows_judges_what_is_right_on_all_of_them() -> None:
+    reading, feeds = Reading("y", "multi-label"), rows([("b",)] * 12)
+    dense = torch.tensor([[-1.0, 1.0, -1.0]] * 12)
+    cut = dense.clone()
+    cut[6:] *= -1
+    found = judge_of(read({"y": dense}, reading), reading, feeds, names=tuple("abc")).compare(read({"y": cut}, reading))
+    wanted = np.array([[0, 1, 0]] * 12)
+    assert (found.dense, found.pruned) == (1.0, pytest.approx(f1_score(wanted, cut > 0, average="micro")))
+    with pytest.raises(BadInput, match="All rows have the same labels: give rows with others too"):
+        judge_of(read({"y": cut}, reading), reading, feeds, names=tuple("abc"))
+
+
 @pytest.mark.parametrize("label", [("b", "c"), (1, 2), "b|c", " b | c ", torch.tensor([0, 1, 1])])
 def test_a_set_of_labels_may_be_written_in_several_ways(label: Label) -> None:
     assert label_set(label, ("a", "b", "c"), 3).tolist() == [False, True, True]
@@ -86,6 +100,32 @@ def test_a_set_of_labels_may_be_written_in_several_ways(label: Label) -> None:
 def test_a_label_that_the_network_does_not_know_is_refused(label: Label, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         label_set(label, ("a", "b", "c"), 3)
+
+
+@pytest.mark.parametrize("as_written", [int, float, bool])
+def test_lists_of_zeros_and_ones_are_marks_and_not_numbers(as_written: type) -> None:
+    """As scikit-learn's MultiLabelBinarizer and problem_type multi_label_classification have them."""
+    wanted = drawn(40, 3) > 0.4
+    labels: list[Label] = [tuple(as_written(each) for each in row) for row in wanted.tolist()]
+    reading, dense = Reading("y", "multi-label"), wanted.float() + drawn(40, 3, seed=1) - 0.5
+    found = judge_of(read({"y": dense}, reading), reading, rows(labels), names=tuple("abc"), strict=True)
+    assert found.compare(read({"y": dense}, reading)).dense == pytest.approx(
+        f1_score(wanted, dense > 0, average="micro")
+    )
+    assert torch.equal(label_sets(labels, None, 3), wanted)
+    two: list[Label] = [(0, 1), (1, 0), (1, 1)]  # one list names a label twice, so that all are marks
+    assert label_sets(two, None, 2).tolist() == [[False, True], [True, False], [True, True]]
+    assert label_sets([(1,), (0,)], None, 1).tolist() == [[True], [False]]
+
+
+def test_lists_that_may_be_numbers_or_marks_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"lists such as \(0, 1\).* or 0 and 1 .* names, such as 'a', or .* its number"):
+        label_sets([(0, 1), (1, 0)], ("a", "b"), 2)
+    assert label_sets([(0, 1), 1], ("a", "b"), 2).tolist() == [[True, True], [False, True]]
+    assert label_sets([("a", "b"), ("b",)], ("a", "b"), 2).tolist() == [[True, True], [False, True]]
+    for label in ((1, 0, 1, 0), ("b", "b"), "b|b", (1, "b")):
+        with pytest.raises(BadInput, match=r"name .* twice: .* in all rows 0 or 1 for each of 3 labels"):
+            label_sets([label, (0, 2)], ("a", "b", "c"), 3)
 
 
 def test_no_labels_at_all_are_found_rightly() -> None:
@@ -132,6 +172,52 @@ def test_entities_of_words_are_judged_where_their_first_tokens_are() -> None:
     assert found.pruned == pytest.approx(entity_f1(right, told)) != 1.0
 
 
+def tagged(wanted: Tensor, found: Tensor, names: Sequence[str], **options: bool) -> Quality:
+    """Quality of predicted tags, (rows, words), by those of words; -1 where a word has none."""
+    reading = Reading("y", "logits")
+    labels: list[Label] = [tuple(None if each < 0 else names[each] for each in row) for row in wanted.tolist()]
+    dense = read({"y": torch.nn.functional.one_hot(found, len(names)).float()}, reading)
+    return judge_of(dense, reading, rows(labels, wanted.shape[1]), names=names, **options).compare(dense)
+
+
+def test_tags_in_another_order_are_refused_though_most_words_are_right() -> None:
+    names, rng = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), np.random.default_rng(0)
+    found = torch.from_numpy(np.where(rng.random((60, 20)) < 0.85, 0, rng.integers(1, 5, (60, 20))))
+    assert tagged(found, found, names).dense == 1.0
+    wanted = torch.tensor([0, 3, 4, 1, 2])[found]
+    assert float((wanted == found).double().mean()) > 0.8
+    with pytest.raises(BadInput, match=r"right on 0 of \d+ labelled tokens of entities.* 'B-LOC' -> 'B-PER'.*No loss"):
+        tagged(wanted, found, names)
+    with pytest.raises(BadInput, match=r"right on 0 of 1200 labelled tokens, .* another order"):
+        tagged((found + 1) % 5, found, ("NOUN", "VERB", "X", "Y", "Z"))
+    with pytest.raises(BadInput, match=r"right on 0 of \d+ labelled tokens of entities, and guessing on 0.0. No loss"):
+        tagged(found, torch.zeros_like(found), names)
+
+
+def test_a_model_that_finds_few_entities_is_judged(caplog: pytest.LogCaptureFixture) -> None:
+    """A third of the words of one kind, and nothing else: better than guessing, though nearly all words are of it."""
+    rng, names = np.random.default_rng(0), ("O", "B-drug", "I-drug")
+    wanted = torch.from_numpy((rng.random((200, 20)) < 0.1).astype(int))
+    wanted[0, :2] = 2
+    found = wanted * torch.from_numpy(rng.random((200, 20)) < 0.3)
+    told = [[[names[tag] for tag in row] for row in each.tolist()] for each in (wanted, found)]
+    quality = tagged(wanted, found, names)
+    assert (quality.metric, quality.dense) == ("entity_f1", pytest.approx(entity_f1(*told)))
+    assert 0.3 < quality.dense < 0.6
+    assert caplog.text == ""
+
+
+def test_rows_without_any_tag_or_entity_tell_no_f1(caplog: pytest.LogCaptureFixture) -> None:
+    found = torch.arange(80).view(20, 4) % 3
+    none, outside = torch.full_like(found, -1), torch.zeros_like(found)
+    with pytest.raises(BadInput, match="no token of the 20 rows that judge has a tag that counts"):
+        tagged(none, found, ("O", "B-x", "I-x"), strict=True)
+    assert tagged(none, found, ("O", "B-x", "I-x")).metric == "same_prediction_per_token"
+    assert "No label is used" in caplog.text
+    quality = tagged(outside, found.clamp(max=1) * (found == 1), ("O", "B-x", "I-x"))
+    assert (quality.metric, quality.dense) == ("accuracy_per_token", pytest.approx(53 / 80))
+
+
 # ---- answers
 
 
@@ -158,9 +244,9 @@ def test_the_best_answer_is_that_of_all_pairs_tried() -> None:
         logits = drawn(2, 12, seed=seed)
         sums = {(i, j): float(logits[0, i] + logits[1, j]) for i in range(1, 11) for j in range(i, 11)}
         first, last = max(sums, key=lambda pair: sums[pair])
-        assert answer(logits, Answers(context, (), places), impossible=False) == context[first - 1 : last]
+        assert answer(logits, Answers(context, (), places)) == context[first - 1 : last]
         none = float(logits[:, 0].sum()) > max(sums.values())
-        assert (answer(logits, Answers(context, (), places), impossible=True) == "") == none
+        assert (answer(logits, Answers(context, (), places), impossible=0) == "") == none
 
 
 def test_answers_of_both_networks_are_judged() -> None:
@@ -175,6 +261,23 @@ def test_answers_of_both_networks_are_judged() -> None:
     assert found.pruned == pytest.approx((1 + 1 + 2 / 3) / 3)
     alone = judge_of(read(dense, reading), reading, rows([None] * 12)).compare(read(cut, reading))
     assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
+
+
+def test_no_answer_stands_at_the_first_token_behind_the_padding() -> None:
+    """A row is judged alike wherever its padding is."""
+    context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
+    labels = [Answers(context, (text,) if text else (), places) for text in ("two", "", "one", "")]
+    best = torch.tensor([2, 0, 1, 0])
+    padded = [replace(label, places=(None, None, *label.places)) for label in labels]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 4)
+    reading, plain_rows = Reading("s", "span", ends="e"), rows([*labels])
+    left = Feeds(({"input_ids": mask, "attention_mask": mask},), tuple(padded), "here")
+    values = 9 * torch.nn.functional.one_hot(best, 4).float()
+    wide = torch.cat((torch.full((4, 2), 5.0), values), 1)
+    for feeds, logits, real in ((plain_rows, values, torch.ones(4, 4)), (left, wide, mask)):
+        dense = [reading.read({"s": logits, "e": logits}, real)]
+        found = judge_of(dense, reading, feeds).compare(dense)
+        assert (found.metric, found.dense, found.beside["exact_match"][0]) == ("answer_f1", 1.0, 1.0)
 
 
 # ---- masked words
@@ -315,6 +418,42 @@ def test_numbers_are_judged_by_numbers() -> None:
             assert found.beside["correlation_with_dense"][1] == pytest.approx(
                 float(np.corrcoef(dense[:, 0], cut[:, 0])[0, 1]), rel=1e-4
             )
+
+
+UNUSED: list[tuple[Label, str]] = [
+    (None, r"1 of the 40 rows that judge have no label\. Label all rows, or none"),
+    ("n/a", r"the label 'n/a' is no finite number, .* Correct the labels, or leave out all of them"),
+    ("nan", "the label 'nan' is no finite number"),
+    (math.inf, "the label inf is no finite number"),
+    (torch.ones(2), "is no finite number"),
+    (Role(0, (1,)), "judge embeddings, .* name the columns of pairs by --text-column"),
+]
+
+
+@pytest.mark.parametrize(("label", "said"), UNUSED)
+def test_a_label_that_is_no_number_is_told_before_anything_is_cut(
+    label: Label, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense, cut = drawn(40, 1, seed=5), drawn(40, 1, seed=6)
+    wanted = drawn(40, 1, seed=7)[:, 0].tolist()
+    reading, feeds = Reading("y", "regression"), rows([*wanted[:3], label, *wanted[4:]])
+    with pytest.raises(BadInput, match=said):
+        judge_of(read({"y": dense}, reading), reading, feeds, strict=True)
+    found = judge_of(read({"y": dense}, reading), reading, feeds).compare(read({"y": cut}, reading))
+    if label is None:  # of calibration rows, those that have one judge
+        others = np.arange(40) != 3
+        assert (found.metric, found.samples) == ("spearman", 39)
+        assert found.pruned == pytest.approx(spearmanr(np.array(wanted)[others], cut[others, 0]).statistic)
+        assert "quality is that of the others" in caplog.text
+    else:
+        assert found.metric == "correlation_with_dense"
+        assert "No label is used" in caplog.text
+
+
+def test_equal_numbers_rank_nothing() -> None:
+    reading, dense = Reading("y", "regression"), drawn(40, 1)
+    with pytest.raises(BadInput, match=r"the labels are all 3\.0, and rank nothing"):
+        judge_of(read({"y": dense}, reading), reading, rows([3.0] * 40), strict=True)
 
 
 KINDS: list[tuple[Kind, Label]] = [("logits", Role(0, (1,))), ("logits", Answers("", ())), ("regression", ("a", "b"))]

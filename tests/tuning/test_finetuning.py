@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForSequenceClassification, Trainer
 
 import optin_deploy
 from optin_deploy.data.samples import read_samples
+from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.rows import READ, Label
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.folder_build import build_folder
 from optin_deploy.jobs.job import Job
@@ -32,7 +35,7 @@ from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.tuning.finetune import finetune
+from optin_deploy.tuning.finetune import check, finetune
 from optin_deploy.tuning.settings import STATE, Tuning
 from support.tiny_checkpoint import (
     Shell,
@@ -47,6 +50,7 @@ from support.tiny_checkpoint import (
     text_options,
     vit,
 )
+from support.tiny_folders import sentence_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,6 +283,42 @@ def test_an_embedder_gets_a_classifier_of_the_classes_of_its_rows(kind: str, she
         wanted = torch.tensor([names.index(str(label)) for label in rows.labels])
         found[epochs] = float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), wanted))
     assert found[8] < found[0] < np.log(len(names))
+
+
+def labelled_as(ready: Ready, labels: Sequence[Label]) -> Ready:
+    """The same rows, with labels in turn."""
+    rows = ready.rows.calibration
+    given = tuple(labels[place % len(labels)] for place in range(len(rows)))
+    return replace(ready, rows=replace(ready.rows, calibration=replace(rows, labels=given)))
+
+
+def test_rows_that_teach_an_embedder_no_classes_are_told() -> None:
+    source = Source(str(bert()), task="feature-extraction", calibration=str(lines()), seq_len=16)
+    ready = prepare(source).ready
+    without = "Give rows with one class each, or texts or images without labels, to learn from the dense outputs alone"
+    for labels, says in (
+        ([Role(0, (1,))], "a row's label is what searches should find: such rows teach no classes"),
+        ([("a", "b"), ("a",)], r"a row's label is \('a', 'b'\): such rows teach no classes"),
+        (["a"], "labels name 1 classes: a classifier needs two or more"),
+    ):
+        with pytest.raises(BadInput, match=rf"{says}\. {without}"):
+            check(labelled_as(ready, labels), ready.network, Tuning())  # type: ignore[arg-type]
+    check(labelled_as(ready, ["a", "b"]), ready.network, Tuning())
+
+
+def test_an_embedding_behind_a_prompt_gets_no_classifier(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path / "model", {"pooling_mode": "mean", "include_prompt": False})
+    for prompt, refused in (("the old song: ", True), ("", False)):
+        prompts = {"prompts": {"usual": prompt, "query": "a song"}, "default_prompt_name": "usual"}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+        ready = prepare(Source(str(folder), calibration=str(labelled()), seq_len=32)).ready
+        assert all(READ in batch for batch in ready.rows.calibration.batches)
+        if refused:
+            with pytest.raises(BadInput, match=r"include_prompt is false\).* Give texts without labels"):
+                check(ready, ready.network, Tuning())
+            check(labelled_as(ready, [None]), ready.network, Tuning())
+        else:
+            finetune(ready, ready.network, Tuning(epochs=0))
 
 
 @pytest.mark.parametrize(
