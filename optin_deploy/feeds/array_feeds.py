@@ -113,7 +113,7 @@ def labels_of(values: Array, rows: int, where: str) -> list[Label] | None:
         raise BadInput(f"{where} holds values that are no labels: complex numbers, NaN or infinity.")
     if values[0].numel() == 1:
         return [each.item() for each in values.reshape(rows)]
-    if values.is_floating_point():
+    if values.is_floating_point() and not bool(((values == 0) | (values == 1)).all()):
         log.warning("%s: %s numbers a sample are no labels that are used; classes are whole numbers", where, shape[1:])
         return None
     return list(values.to(torch.int64).flatten(1))

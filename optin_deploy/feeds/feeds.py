@@ -132,7 +132,10 @@ def read_judging(network: Network, source: Source, seen: Feeds, preparation: Pre
     else:
         samples = distinct(_samples(inputs, source, preparation, judging=True))
         found = _maker(inputs, samples, preparation, _origin(source))(samples)
-    return _regrouped(found.without(set(seen.keys)), _batching(inputs, preparation))
+    found = _regrouped(found.without(set(seen.keys)), _batching(inputs, preparation))
+    if len(found) < MIN_SAMPLES:
+        log.warning("%s: %d rows judge, so that one of them is %.0f points", source, len(found), 100 / len(found))
+    return found
 
 
 def feeds_of(

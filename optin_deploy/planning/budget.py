@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from optin_deploy.common.arguments import checked, number
+from optin_deploy.common.formatting import size
 from optin_deploy.errors import BadInput, InfeasibleBudget
 
 DEFAULT_FLOPS = 0.6
@@ -31,7 +32,7 @@ class Budget:
             raise BadInput(f"{self.option} {self.limit}: give {asked}.")
 
     def __str__(self) -> str:
-        return f"{self.option} {self.limit:g}" if self.relative else f"{self.option} {self.limit / 2**20:.2f}MiB"
+        return f"{self.option} {self.limit:g}" if self.relative else f"{self.option} {size(self.limit)}"
 
 
 def _plain(value: float, option: str) -> float:

@@ -174,6 +174,7 @@ def test_a_network_of_one_row_gets_one(tmp_path: Path) -> None:
         (np.array(["a", "b"] * 20), str),
         (np.array([b"a", b"b"] * 20), str),
         (np.tile(np.arange(6), (ROWS, 1)), torch.Tensor),
+        (np.tile(np.array([1.0, 0, 1]), (ROWS, 1)), torch.Tensor),
     ],
 )
 def test_labels_are_classes_numbers_names_or_classes_of_positions(tmp_path: Path, labels: Array, wanted: type) -> None:
@@ -191,7 +192,7 @@ def test_what_is_no_input_is_told_and_not_used(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_labels_of_other_kinds_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = fed(one(), stored(tmp_path / "data.npz", x=X, labels=np.zeros((ROWS, 2)))).calibration
+    found = fed(one(), stored(tmp_path / "data.npz", x=X, labels=np.full((ROWS, 2), 0.5))).calibration
     assert set(found.labels) == {None}
     assert "(2,) numbers a sample are no labels that are used" in caplog.text
     places = fed(one(), stored(tmp_path / "data.npz", x=X, labels=np.zeros((ROWS, 2, 3), int))).calibration

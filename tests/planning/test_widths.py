@@ -278,7 +278,7 @@ def test_an_impossible_limit_names_the_least_that_is_possible() -> None:
     layout, costs = layout_of("resnet"), costs_in("resnet")
     scores = {group.name: np.ones(group.units) for group in layout.groups}
     limits = limits_within(costs, Limits(0.001, 0.9, 100))
-    with pytest.raises(InfeasibleBudget, match=r"--flops 0.001 and --size 0.00MiB") as refused:
+    with pytest.raises(InfeasibleBudget, match=r"--flops 0.001 and --size 100 bytes") as refused:
         choose(layout, scores, limits, Choice(align=1))
     words = str(refused.value).split("Use ")[1].split()
     flops, size = float(words[1]), int(words[3].removesuffix("KiB")) * 2**10
