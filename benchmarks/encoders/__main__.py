@@ -1,8 +1,8 @@
 """What encoders as they are served lose when they are cut, with nothing trained after the cut.
 
 Real models: all-MiniLM-L6-v2 and all-mpnet-base-v2 as folders of sentence-transformers, a tagger of personal data, and
-models that a committed recipe trains in minutes. What is finished is not done again.
-Run: `python -m benchmarks.encoders --record`; `--models reranker` for one of them.
+models that a committed recipe trains in minutes. What is finished is not done again, and a record keeps the models that
+are not asked for. Run: `python -m benchmarks.encoders --record`; `--models reranker` for one of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.data import minilm_folder
 from benchmarks.encoders import recipes, rows
 from benchmarks.record import RESULTS, command_of, write_result
 from benchmarks.zoo.models import mpnet, rampart
+from optin_deploy.common.environment import environment
 from optin_deploy.files.storage import read_json, write_json
 from optin_deploy.jobs.checked import checked_job
 from optin_deploy.jobs.export import export_model
@@ -114,22 +115,39 @@ def main() -> None:
             found.setdefault(name, {})[seed] = swept(source, options.flops, home)
             if name == FIRST_TOKEN:
                 by_mean[seed] = chosen_by_mean(source, options.flops, home)
-    text = page(found, by_mean)
+    place = RESULTS if options.record else options.out
+    points, means, runs = earlier(place / f"{NAME}.json")
+    command, env = command_of("benchmarks.encoders"), environment()
+    runs |= dict.fromkeys(found, f"`{command}`, {env['date']}, {env['cpu_model']}")
+    points, means = points | found, means | by_mean
+    text = page({name: points[name] for name in ENCODERS if name in points}, means, runs)
     print(text)
     data = {
         name: {
             str(seed): [vars(point) | {"quality": point.quality.to_json()} for point in p] for seed, p in each.items()
         }
-        for name, each in found.items()
+        for name, each in points.items()
     }
-    extra = {"chosen_by_mean": {str(seed): [each.to_json() for each in p] for seed, p in by_mean.items()}}
-    write_result(
-        RESULTS if options.record else options.out,
-        NAME,
-        {"points": data, **extra},
-        text,
-        command_of("benchmarks.encoders"),
-    )
+    chosen = {str(seed): [each.to_json() for each in p] for seed, p in means.items()}
+    write_result(place, NAME, {"points": data, "chosen_by_mean": chosen, "runs": runs}, text, command)
+
+
+def earlier(path: Path) -> tuple[dict[str, dict[int, list[SweepPoint]]], dict[int, list[Quality]], dict[str, str]]:
+    """What was found before: by model and seed, what the first token's model is worth by the mean, and by which run."""
+    if not path.is_file():
+        return {}, {}, {}
+    stored = read_json(path, "Delete it.")
+    points = {
+        name: {
+            int(seed): [SweepPoint(**{**each, "quality": Quality(**each["quality"])}) for each in rows]
+            for seed, rows in by_seed.items()
+        }
+        for name, by_seed in stored["points"].items()
+    }
+    env = stored["environment"]
+    before = f"`{stored['command']}`, {env['date']}, {env['cpu_model']}"
+    means = {int(seed): [Quality(**each) for each in rows] for seed, rows in stored["chosen_by_mean"].items()}
+    return points, means, stored.get("runs", dict.fromkeys(points, before))
 
 
 def swept(source: Source, shares: Sequence[float], out: Path) -> list[SweepPoint]:
@@ -162,7 +180,11 @@ def chosen_by_mean(source: Source, shares: Sequence[float], out: Path) -> list[Q
     return [Quality(**each) for each in read_json(place, "Delete it.")["qualities"]]
 
 
-def page(found: Mapping[str, Mapping[int, Sequence[SweepPoint]]], by_mean: Mapping[int, Sequence[Quality]]) -> str:
+def page(
+    found: Mapping[str, Mapping[int, Sequence[SweepPoint]]],
+    by_mean: Mapping[int, Sequence[Quality]],
+    runs: Mapping[str, str],
+) -> str:
     """What each model loses, as means over its calibration sets with each of them in brackets."""
     rows = []
     for name, swept in found.items():
@@ -177,6 +199,7 @@ def page(found: Mapping[str, Mapping[int, Sequence[SweepPoint]]], by_mean: Mappi
         "# Encoders as they are served",
         "Nothing is trained after the cut. Means over calibration sets, with each in brackets; judged on other rows.",
         to_table(("model and rows", "MACs", "judged by", "dense", "cut", "points lost", "beside"), rows),
+        *(f"- {name}: {run}" for name, run in runs.items()),
     ]
     return "\n\n".join(lines)
 
