@@ -80,7 +80,8 @@ def _check_classes(ready: Ready) -> None:
     except BadInput as err:
         raise BadInput(f"{rows.origin}: {err}") from err
     classes_of(rows, names, len(names))
-    if any(bool((batch[READ] != batch.get(MASK, 1)).any()) for batch in rows.batches if READ in batch):
+    behind = [batch for batch in rows.batches if READ in batch]
+    if any(bool(((batch[READ] == 0) & (batch.get(MASK, batch[READ] + 1) != 0)).any()) for batch in behind):
         raise BadInput(
             f"{rows.origin}: its labels ask for a classifier, and this embedding is of the tokens behind a prompt "
             "(include_prompt is false): a graph does not know where that ends. Give texts without labels, to learn "
