@@ -199,7 +199,7 @@ def page(
         "# Encoders as they are served",
         "Nothing is trained after the cut. Means over calibration sets, with each in brackets; judged on other rows.",
         to_table(("model and rows", "MACs", "judged by", "dense", "cut", "points lost", "beside"), rows),
-        *(f"- {name}: {run}" for name, run in runs.items()),
+        "\n".join(f"- {name}: {run}" for name, run in runs.items()),
     ]
     return "\n\n".join(lines)
 
