@@ -161,6 +161,8 @@ def encoded(
 def _skipped(samples: Sequence[Sample], tokenizer: Any, longest: int) -> dict[str, int]:
     """Tokens that each prompt takes at the beginning of a text, with what the tokenizer puts there itself."""
     prompts = sorted({sample.prompt for sample in samples if sample.prompt})
+    if not prompts:
+        return {"": 0}
     made = encoded([Sample(prompt) for prompt in prompts], tokenizer, [], longest)
     counts = [len(row[IDS]) - (row[IDS][-1] in tokenizer.all_special_ids) for row in made]
     return {"": 0, **dict(zip(prompts, counts, strict=True))}

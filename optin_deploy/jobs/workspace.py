@@ -117,17 +117,19 @@ class Workspace:
 
         Raises: BadInput: files of others where ours are to be.
         """
-        others = self.record.names() if self._other_model(source) is not None else ()
+        another = self._other_model(source) is not None
         self._begin(force=force)
-        for name in (*others, *(NAMES if others else ())):
-            self.record.remove(name)
+        if another:
+            for name in (*self.record.names(), *NAMES):
+                self.record.remove(name)
         source.write(self.source_path)
 
     def _other_model(self, source: Source) -> str | None:
         """The model that an earlier job here was about, if it is not that of this one."""
-        if not is_job(self.root):
+        try:
+            before = self.source().model
+        except BadInput:
             return None
-        before = self.source().model
         return None if before == source.model else before
 
     @contextmanager

@@ -156,7 +156,7 @@ def prune(
         example = example_for(model, rows.calibration)
         network = read_module(model, example.inputs, axes=example.axes)
         given, rows = rows.calibration, replace(rows, calibration=fitting(network, rows.calibration))
-        check_read(model, network, given)
+        check_read(model, network, given, rows.calibration)
         found = find_in(network)
         ready = turned(ready_of(found, rows, kinds=choice.kinds, seed=seed))
         choice = merging(ready, aligned(found.layout, choice, align), share)
@@ -210,18 +210,19 @@ def fitting(network: Network, rows: Feeds) -> Feeds:
     return replace(rows, batches=tuple(batches))
 
 
-def check_read(model: nn.Module, network: Network, rows: Feeds) -> None:
+def check_read(model: nn.Module, network: Network, given: Feeds, fits: Feeds) -> None:
     """Make sure that the graph computes what the module computes on all rows: a forward may decide by what it is given.
 
+    Args: given: rows as the module takes them. fits: the same in the types of the network.
     Raises: BadInput: the first batch on which it does not.
     """
-    inputs, program = takes(network), Program(network)
+    program = Program(network)
     device = next((value.device for value in model.state_dict().values()), torch.device("cpu"))
-    for place, batch in enumerate(rows.batches):
+    for place, (batch, fit) in enumerate(zip(given.batches, fits.batches, strict=True)):
         with prepared(model), torch.no_grad():
             values = {name: value.to(device) for name, value in batch.items()}
             wanted = Traced(model, tuple(values))(*values.values())
-            outputs = program(fitted(inputs, batch, f"batch {place}")).outputs.values()
+            outputs = program({port.name: fit[port.name] for port in network.inputs}).outputs.values()
         for mine, other in zip(outputs, wanted, strict=True):
             apart = float((mine.double() - other.cpu().double()).abs().nan_to_num().max())
             if apart > LIKE * float(other.double().abs().nan_to_num().max()):
