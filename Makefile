@@ -94,8 +94,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "==> installing torch==2.13.0 (exact pin first, so that a later step cannot swap the build)"
 	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 -c constraints.txt | $(show)
-	@echo "==> installing optin-deploy[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev] with the versions of constraints.txt"
-	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,images,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev]' -c constraints.txt | $(show)
+	@echo "==> installing optin-deploy[cpu,images,audio,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev] with the versions of constraints.txt"
+	@set -o pipefail; $(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[cpu,images,audio,report,trt-rtx,serve,demo,peers,mlperf,ray,finetune,docs,dev]' -c constraints.txt | $(show)
 	@$(PY) -m pip check
 	@echo "==> fetching the bindings of TensorRT 10 and 11, whose names the tests compare (both cannot be installed at once)"
 	@set -o pipefail; for wheel in $(TENSORRT_BINDINGS); do \

@@ -37,7 +37,8 @@ class LoadedModel:
     model: nn.Module
     task: Task
     preprocessor: Any
-    """Tokenizer for text, image processor for images; None: it takes sound, which comes as arrays."""
+    """Tokenizer for text, image processor for images; None: it takes sound, whose feature extractor
+    is loaded where recordings come."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What travels along unchanged with a pruned model, by path in the folder."""
     sentence: SentenceModules | None = None

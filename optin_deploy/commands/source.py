@@ -58,7 +58,8 @@ class RowOptions:
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help=".txt, .jsonl, .csv, a folder of images, or .npz with inputs by name. Default: a small bundled set."
+            help=".txt, .jsonl, .csv, a folder of images or recordings, or .npz with inputs by name. Default: a small "
+            "bundled set."
         ),
     ] = None
     seq_len: Annotated[
@@ -77,7 +78,8 @@ class RowOptions:
         str | None,
         of_data(
             metavar="DIR|FILE|ID",
-            help="How images are prepared: folder, preprocessor_config.json or hub id. [default: beside the file]",
+            help="How images or sounds are prepared: folder, preprocessor_config.json or hub id. [default: beside the "
+            "file]",
         ),
     ] = None
     shape: Shape = None

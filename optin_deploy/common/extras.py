@@ -10,6 +10,8 @@ EXTRAS = {
     "PIL": ("pillow", "images"),
     "jinja2": ("jinja2", "report"),
     "matplotlib": ("matplotlib", "report"),
+    "soundfile": ("soundfile", "audio"),
+    "soxr": ("soxr", "audio"),
     "sentence_transformers": ("sentence-transformers", "sentence-transformers"),
     "yaml": ("pyyaml", "serve"),
 }

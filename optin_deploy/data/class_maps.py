@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from optin_deploy.common.extras import require
-from optin_deploy.data.images import DECODER_ERRORS, IMAGE_EXTENSIONS, entries, upright_size
+from optin_deploy.data.folders import entries
+from optin_deploy.data.images import DECODER_ERRORS, IMAGE_EXTENSIONS, upright_size
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import check_size, special_kind
 from optin_deploy.files.storage import sha256_file, sha256_json

@@ -1,24 +1,19 @@
-"""Image files: which ones a folder holds, and their pixels as 8-bit RGB, scaled right or refused."""
+"""Image files: their pixels as 8-bit RGB, scaled right or refused."""
 
 from __future__ import annotations
 
-import logging
 import struct
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optin_deploy.common.extras import require
 from optin_deploy.errors import BadInput
-from optin_deploy.files.opening import check_name, check_size, short, special_kind
+from optin_deploy.files.opening import check_size
 
 if TYPE_CHECKING:
     from PIL import Image
-
-log = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 """What PIL may open: a closed list, so that a renamed .eps never starts an outside program."""
@@ -36,64 +31,6 @@ DECODER_ERRORS = (
     *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
 )
 """What PIL's decoders raise on damaged files."""
-
-
-def image_files(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Images of a folder in the order of their names, each with the name of its class: of the subfolder it lies in.
-
-    Hidden files are left out without a word, others that are no images with one warning for all of them.
-    Raises: BadInput: a link that leaves the folder, a folder two levels below, a name that is not UTF-8. OSError.
-    """
-    unused: Counter[str] = Counter()
-    for entry in entries(root, root):
-        if not entry.is_dir():
-            if _is_image(entry, unused):
-                yield entry, None
-            continue
-        for leaf in entries(entry, root):
-            if leaf.is_dir():
-                raise BadInput(
-                    f"{leaf}: a folder two levels below {root}. Images lie in the folder itself or in one subfolder a"
-                    f" class; give {entry} if its subfolders are the classes, or move {leaf.name} away."
-                )
-            if _is_image(leaf, unused):
-                yield leaf, entry.name
-    if unused:
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in unused.most_common(8))
-        log.warning(
-            "%s: %d files are not used (%s); what is read: %s",
-            *(root, unused.total(), kinds, ", ".join(ending[1:] for ending in IMAGE_EXTENSIONS)),
-        )
-
-
-def _is_image(path: Path, unused: Counter[str]) -> bool:
-    kind = special_kind(path)
-    if kind is None and path.suffix.lower() in IMAGE_EXTENSIONS:
-        return True
-    unused[kind or path.suffix.lower() or "no extension"] += 1
-    return False
-
-
-def entries(folder: Path, root: Path) -> Iterator[Path]:
-    """What lies in a folder below `root`, in the order of the names, without hidden files.
-
-    Raises: BadInput: a link that leaves `root`, or a name that is not UTF-8. OSError.
-    """
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        check_name(entry)
-        if entry.is_symlink():
-            try:
-                inside = entry.resolve(strict=True).is_relative_to(root.resolve())
-            except (OSError, RuntimeError):  # broken, or a loop
-                inside = False
-            if not inside:
-                raise BadInput(
-                    f"{entry}: a link that leaves {root} or leads nowhere ({short(str(entry.readlink()))}). Only files"
-                    " inside the folder are read; copy the file there, or delete the link."
-                )
-        yield entry
 
 
 def open_image(path: Path) -> tuple[Image.Image, int]:

@@ -1,4 +1,4 @@
-"""Read calibration rows from text, table and image files, or from the bundled set, into samples."""
+"""Read calibration rows from texts, tables, images and recordings into samples."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optin_deploy.data.class_maps import mapped_photographs
-from optin_deploy.data.images import IMAGE_EXTENSIONS, image_files
+from optin_deploy.data.folders import READ, class_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
+from optin_deploy.data.sounds import SOUND_EXTENSIONS
 from optin_deploy.data.tables import Row, csv_rows, jsonl_rows
 from optin_deploy.data.targets import (
     CONTEXT,
@@ -44,13 +45,13 @@ MAX_ROWS = 10_000_000
 """Largest number of rows in a file: what a few GiB of memory hold."""
 _FORMATS = (
     "a .txt, .jsonl or .csv file, .npz or .safetensors with every input of the network by its name, or a folder of "
-    "png, jpg, jpeg, bmp, webp, gif, tif or ppm images"
+    "png, jpg, jpeg, bmp, webp, gif, tif or ppm images, or of wav, flac, ogg, mp3 or aiff recordings"
 )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One calibration row: a text (with an optional second text) or an image."""
+    """One calibration row: a text (with an optional second text), an image or a recording."""
 
     text: str | None = None
     prompt: str | None = None
@@ -61,13 +62,20 @@ class Sample:
     """Second text of a pair task, such as the hypothesis of NLI."""
     image: Path | Image.Image | None = None
     """A file, opened only when its batch is made, or an image in memory."""
+    sound: Path | None = None
+    """A recording, opened only when its batch is made."""
     class_map: Path | None = None
     """File with the class of each pixel of the image, see `data.class_maps`."""
     label: str | int | tuple[str | int, ...] | Answers | Role | Grade | None = None
     """Class id, class name, or (regression) the number as written; several of them where a row has several labels or a
     tag for each word; None where the row has none."""
     source: str = "memory"
-    """file:line, or the image file: what error messages point at."""
+    """file:line, or the file of an image or a recording: what error messages point at."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file that is the row."""
+        return self.sound or (self.image if isinstance(self.image, Path) else None)
 
 
 def read_samples(
@@ -78,8 +86,8 @@ def read_samples(
     pair_column: str = PAIR_COLUMN,
     judging: bool = False,
 ) -> tuple[Sample, ...]:
-    """Read a .txt (a text a line), .jsonl or .csv file, or a folder of images (labels: one subfolder a class, or a map
-    of classes for each image in a folder laid out as `data.class_maps` says).
+    """Read a .txt (a text a line), .jsonl or .csv file, or a folder of images or recordings (labels: one
+    subfolder a class, or a map of classes for each image in a folder laid out as `data.class_maps` says).
 
     Tables have `text_column`, and may have `text_pair` and `label_column`; columns of other names must be there.
     Rows with a blank text are skipped.
@@ -94,7 +102,7 @@ def read_samples(
         if path.is_dir():
             mapped = mapped_photographs(path, judging=judging)
             samples = tuple(Sample(image=file, class_map=of_it, source=str(file)) for file, of_it in mapped) or tuple(
-                Sample(image=file, label=_label(name, str(file)), source=str(file)) for file, name in image_files(path)
+                _of_class(file, name) for file, name in class_files(path)
             )
         else:
             _check_file(path)
@@ -107,7 +115,7 @@ def read_samples(
             " smaller file."
         )
     if not samples:
-        what = "folder holds no images" if path.is_dir() else "file is empty, or holds no row with a text"
+        what = "folder holds no images or recordings" if path.is_dir() else "file is empty, or holds no row with a text"
         raise BadInput(f"{path}: the {what}. Possible: {_FORMATS}, with at least 8 samples in it.")
     return samples
 
@@ -148,12 +156,18 @@ def _check_file(path: Path) -> None:
     if special is not None:
         raise BadInput(f"{path}: cannot read {special}. Write its data into a file. Possible: {_FORMATS}.")
     if path.suffix.lower() not in TEXT_EXTENSIONS:
-        hint = "Give the folder that holds the images" if path.suffix.lower() in IMAGE_EXTENSIONS else "Convert it"
+        hint = "Give the folder that holds it" if path.suffix.lower() in READ else "Convert it"
         raise BadInput(
             f"{path}: cannot read {path.suffix or 'a file without extension'}. Possible: {_FORMATS} (.jsonl: one JSON"
             f" object a line). {hint}."
         )
     check_size(path)
+
+
+def _of_class(file: Path, name: str | None) -> Sample:
+    """A file of a folder."""
+    kind = "sound" if file.suffix.lower() in SOUND_EXTENSIONS else "image"
+    return Sample(**{kind: file}, label=_label(name, str(file)), source=str(file))  # type: ignore[arg-type]
 
 
 def _rows_to_samples(

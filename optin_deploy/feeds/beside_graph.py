@@ -1,4 +1,4 @@
-"""What lies beside an ONNX file, or in a folder of its own: tokenizer, image processor, names of classes.
+"""What lies beside an ONNX file, or in a folder of its own: tokenizer, processor or extractor, names of classes.
 
 A graph has no config of transformers: tokenizer.json is taken as it is, and nothing is looked up by a model's type.
 """
@@ -16,8 +16,9 @@ import transformers
 
 from optin_deploy.common.extras import require
 from optin_deploy.data.samples import Sample
+from optin_deploy.data.sounds import HIGHEST_RATE
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.preprocessor import check_numbers
+from optin_deploy.feeds.preprocessor import LARGEST_NUMBER, check_numbers
 from optin_deploy.feeds.raw_tokenizer import PROBES, SPECIAL, first_difference, of_file, raw_tokenizer
 from optin_deploy.files.storage import read_json
 from optin_deploy.files.support_files import (
@@ -37,6 +38,8 @@ UNLIMITED = 10**30
 FEWEST = 4
 """Ordinary tokens of the smallest vocabulary, DNA's; transformers silently makes one without any from missing files."""
 MOST_CLASSES = 2**20
+MOST_OF_SOUND = 2**24
+"""Bound of the numbers of a feature extractor: samples in a minute at 256 kHz."""
 
 
 def folders_beside(source: str) -> list[Path]:
@@ -157,23 +160,52 @@ def load_processor(name: str | None, source: str) -> Any | None:
     Args: source: of the network.
     Raises: BadInput: it cannot be used.
     """
+    folder = _processor_folder(name, source, LARGEST_NUMBER)
+    return None if folder is None else _processor_in(folder)
+
+
+def load_extractor(name: str | None, source: str) -> Any:
+    """The feature extractor of sound that is named, or the one beside the network.
+
+    Args: source: of the network.
+    Raises: BadInput: there is none, or it cannot be used.
+    """
+    folder = _processor_folder(name, source, MOST_OF_SOUND)
+    if folder is None:
+        raise BadInput(f"{source}: recordings need a feature extractor, and none lies beside the network. {PROCESSOR}")
+    with wall(f"{folder} has no usable {IMAGE_SETTINGS[0]}", "Save it again with save_pretrained of its extractor."):
+        kind: Any = transformers.AutoFeatureExtractor
+        extractor = kind.from_pretrained(folder, trust_remote_code=False)
+        if not 0 < extractor.sampling_rate <= HIGHEST_RATE or not extractor.model_input_names:
+            raise ValueError(f"it hears {extractor.sampling_rate} samples a second")
+    return extractor
+
+
+def _processor_folder(name: str | None, source: str, most: int) -> Path | None:
+    """The folder of the settings that are named, or that lie beside the network; None: none.
+
+    Args: most: the largest number that they may hold.
+    """
     if name is None:
         found = [folder for folder in folders_beside(source) if (folder / IMAGE_SETTINGS[0]).is_file()]
-        return _processor_in(found[0]) if found else None
-    path = Path(name)
-    if path.is_file():
+        if not found:
+            return None
+        folder = found[0]
+    elif (path := Path(name)).is_file():
         if path.name != IMAGE_SETTINGS[0]:
             raise BadInput(f"--preprocessor {name}: only a file called {IMAGE_SETTINGS[0]} is read. {PROCESSOR}")
-        return _processor_in(path.parent)
-    return _processor_in(_folder(name, "--preprocessor", PROCESSOR))
-
-
-def _processor_in(folder: Path) -> Any:
+        folder = path.parent
+    else:
+        folder = _folder(name, "--preprocessor", PROCESSOR)
     settings = check_settings(folder, IMAGE_SETTINGS)
     if IMAGE_SETTINGS[0] not in settings:
         raise BadInput(f"{folder} holds no {IMAGE_SETTINGS[0]}. {PROCESSOR}")
-    for name, fields in settings.items():
-        check_numbers(folder / name, fields)
+    for file, fields in settings.items():
+        check_numbers(folder / file, fields, most=most)
+    return folder
+
+
+def _processor_in(folder: Path) -> Any:
     require("PIL")
     from PIL import Image
 

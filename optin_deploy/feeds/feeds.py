@@ -1,4 +1,4 @@
-"""Calibration data of any network: texts, images, prepared arrays or Python become rows that learn and that judge."""
+"""Calibration data of any network: texts, images, recordings, arrays or Python become rows that learn or judge."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch import nn
 
 from optin_deploy.data.arrays import ENDINGS
 from optin_deploy.data.bundled import bundled_samples
+from optin_deploy.data.folders import READ
 from optin_deploy.data.halves import MIN_SAMPLES, halves, most_held_out, split, too_few
-from optin_deploy.data.images import IMAGE_EXTENSIONS
 from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.data.repeats import distinct
 from optin_deploy.data.samples import TEXT_EXTENSIONS, Sample, read_samples
+from optin_deploy.data.sounds import SOUND_EXTENSIONS
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.array_feeds import array_feeds, array_files
-from optin_deploy.feeds.beside_graph import load_processor, load_tokenizer
+from optin_deploy.feeds.beside_graph import load_extractor, load_processor, load_tokenizer
 from optin_deploy.feeds.image_feeds import Pixels, image_feeds, image_input
+from optin_deploy.feeds.inputs import SOUND
 from optin_deploy.feeds.module_feeds import module_feeds
 from optin_deploy.feeds.ports import Takes, takes
 from optin_deploy.feeds.rows import Batching, Feeds, grouped, rows_of
 from optin_deploy.feeds.sentence_modules import NONE, Prompts
+from optin_deploy.feeds.sound_feeds import sound_feeds
 from optin_deploy.feeds.targets import prompted
 from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
@@ -101,8 +104,8 @@ def read_feeds(
     """Read calibration data for a network.
 
     Args:
-        source: texts (.txt, .csv, .jsonl), a folder of images, .npz or .safetensors with every input by its name,
-            or a folder of such files.
+        source: texts (.txt, .csv, .jsonl), a folder of images or of recordings, .npz or .safetensors with every
+            input by its name, or a folder of such files.
     Raises: BadInput: it cannot be read, does not fit the network, or holds too few different samples.
     """
     inputs = takes(network)
@@ -157,22 +160,25 @@ def feeds_of(
 
 
 def check_runs(program: Program, feeds: Feeds) -> None:
-    """Run one row of the largest shapes, so that what a network itself cannot take is known before the work.
+    """Run a row of the largest shapes and one of the smallest: what a network cannot take is known before the work.
 
     Raises: BadInput: with the network's own words, and its inputs.
     """
-    largest = feeds.widest
     network = program.network
     inputs = takes(network)
     rows = inputs.rows or 1
-    try:
-        program({name: largest[name] if name in feeds.shared else largest[name][:rows] for name in inputs.ports})
-    except BadInput as err:
-        shapes = ", ".join(f"{name} {tuple(largest[name].shape)}" for name in inputs.ports)
-        raise BadInput(
-            f"{feeds.origin}: {network.source} does not run with {shapes}: {err} It takes {inputs}. Texts may be too"
-            " long (--seq-len), or images of a size that it does not take (--image-size)."
-        ) from err
+    tried = [feeds.widest]
+    if feeds.narrowest is not feeds.widest:
+        tried.append(feeds.narrowest)
+    for batch in tried:
+        try:
+            program({name: batch[name] if name in feeds.shared else batch[name][:rows] for name in inputs.ports})
+        except BadInput as err:
+            shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in inputs.ports)
+            raise BadInput(
+                f"{feeds.origin}: {network.source} does not run with {shapes}: {err} It takes {inputs}. Texts may be"
+                " too long (--seq-len), recordings too short, or images of a size that it does not take (--image-size)."
+            ) from err
 
 
 def _array_files(source: Source) -> list[Path] | None:
@@ -197,15 +203,21 @@ def _batching(inputs: Takes, preparation: Preparation) -> Batching:
 def _samples(inputs: Takes, source: Source, preparation: Preparation, *, judging: bool) -> tuple[Sample, ...]:
     if isinstance(source, str | PathLike):
         path = Path(source)
-        if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *IMAGE_EXTENSIONS):
+        if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *READ):
             raise BadInput(
                 f"{path}: cannot read {path.suffix or 'it'}. Possible: texts ({', '.join(TEXT_EXTENSIONS)}), a"
-                f" folder of images, or every input by its name ({', '.join(ENDINGS)}). {inputs.as_arrays}"
+                f" folder of images or recordings, or every input by its name ({', '.join(ENDINGS)})."
+                f" {inputs.as_arrays}"
             )
         columns = {"text_column": preparation.text_column, "label_column": preparation.label_column}
         return read_samples(path, **columns, pair_column=preparation.pair_column, judging=judging)
     if source is not None:
         return tuple(source)
+    if not set(inputs.ports).isdisjoint(SOUND):
+        raise BadInput(
+            f"{inputs.source} hears recordings, and none are bundled. Give --calibration with a folder of them "
+            f"({', '.join(SOUND_EXTENSIONS)}). {inputs.as_arrays}"
+        )
     images = any(port.shape is not None and len(port.shape) == 4 for port in inputs.ports.values())
     return bundled_samples("image" if images else "text")
 
@@ -228,6 +240,9 @@ def _maker(
             batching=batching,
             origin=origin,
         )
+    if any(sample.sound is not None for sample in samples):
+        extractor = _loaded(preparation.preprocessor, inputs.source, load_extractor)
+        return lambda some: sound_feeds(inputs, some, extractor, batching=batching, origin=origin)
     text = text_inputs(inputs)
     tokenizer = _loaded(preparation.tokenizer, inputs.source, load_tokenizer)
     return lambda some: text_feeds(

@@ -42,7 +42,7 @@ CAPITALS = "The Quick BROWN Fox"
 TRIED_LENGTH = 32
 """Tokens of the texts that a tokenizer is tried with."""
 LARGEST_NUMBER = 4096
-"""Bound of the numbers in preprocessor_config.json: sizes in pixels, means and factors are all below."""
+"""Bound of the numbers of an image processor: sizes in pixels, means and factors are all below."""
 BLAME_SECONDS = 10.0
 """How long the field that breaks a tokenizer is looked for."""
 
@@ -51,7 +51,8 @@ class Beside(NamedTuple):
     """What lies beside the weights of a model."""
 
     preprocessor: Any
-    """Tokenizer for text, image processor for images; None: it takes sound, which comes as arrays."""
+    """Tokenizer for text, image processor for images; None: it takes sound, whose feature extractor
+    is loaded where recordings come."""
     files: Mapping[str, bytes]
     """What travels along unchanged with every model that is made of this one, by path in its folder."""
     sentence: SentenceModules | None
@@ -68,7 +69,7 @@ def load_beside(name: str, model: nn.Module) -> Beside:
     if embeds:
         root = sentence_root(folder)
         folder = transformer_folder(root)
-    if not embeds and not takes_text(model) and not takes_images(model):  # sound comes as arrays
+    if not embeds and not takes_text(model) and not takes_images(model):  # of sound
         found = [path for name in IMAGE_SETTINGS if (path := support_file(folder, name)) is not None]
         return Beside(None, {path.name: path.read_bytes() for path in found}, None)
     preprocessor, files = load_preprocessor(folder, model), {}
@@ -137,18 +138,18 @@ def _image_processor(folder: Path, model: nn.Module) -> Any:
     return processor
 
 
-def check_numbers(path: Path, value: object, field: str = "") -> None:
-    """Refuse sizes that no memory holds, before an image is made of them."""
+def check_numbers(path: Path, value: object, field: str = "", *, most: int = LARGEST_NUMBER) -> None:
+    """Refuse sizes that no memory holds, before an image or a spectrum is made of them."""
     if isinstance(value, dict):
         for name, each in value.items():
-            check_numbers(path, each, f"{field}.{name}" if field else str(name))
+            check_numbers(path, each, f"{field}.{name}" if field else str(name), most=most)
     elif isinstance(value, list):
         for each in value:
-            check_numbers(path, each, field)
-    elif isinstance(value, int | float) and not abs(value) <= LARGEST_NUMBER and not field.startswith("max_"):
+            check_numbers(path, each, field, most=most)
+    elif isinstance(value, int | float) and not abs(value) <= most and not field.startswith("max_"):
         raise BadInput(
-            f"{path}: {field!r} is {short(value)}; numbers here are sizes in pixels, means and factors, and at most "
-            f"{LARGEST_NUMBER} is read. Correct it."
+            f"{path}: {field!r} is {short(value)}; numbers here are sizes, means and factors, and at most {most} is "
+            "read. Correct it."
         )
 
 

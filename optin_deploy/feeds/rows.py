@@ -65,7 +65,12 @@ class Feeds:
     @property
     def widest(self) -> Batch:
         """The batch whose rows hold the most numbers."""
-        return max(self.batches, key=lambda batch: sum(value[:1].numel() for value in batch.values()))
+        return max(self.batches, key=_width)
+
+    @property
+    def narrowest(self) -> Batch:
+        """The batch whose rows hold the fewest numbers."""
+        return min(self.batches, key=_width)
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +123,11 @@ class Feeds:
                 batches.append({name: value if name in self.shared else value[mark] for name, value in batch.items()})
         labels = tuple(label for label, keep in zip(self.labels, marks, strict=True) if keep)
         return replace(self, batches=tuple(batches), labels=labels)
+
+
+def _width(batch: Batch) -> int:
+    """Numbers of a row."""
+    return sum(value[:1].numel() for value in batch.values())
 
 
 def label_digest(label: Label) -> str:

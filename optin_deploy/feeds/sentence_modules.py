@@ -225,7 +225,7 @@ def _prompts(folder: Path, about: Mapping[str, Any], *, pooled: bool) -> Prompts
     prompts, name = about.get("prompts") or {}, about.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(each, str) for each in prompts.values()):
         raise BadInput(f"{folder / ABOUT}: prompts is {short(prompts)}, not texts by name. {SAVE}")
-    if name is not None and name not in prompts:
+    if name is not None and not (isinstance(name, str) and name in prompts):
         raise BadInput(f"{folder / ABOUT}: default_prompt_name is {short(name)}, which is none of its prompts. {SAVE}")
     usual = prompts.get(name, "")
     query, document = (

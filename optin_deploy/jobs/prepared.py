@@ -88,9 +88,10 @@ def _rows(dense: DenseSource, source: Source) -> Halves:
     own = not source.is_file and pixels is None and source.preprocessor is None
     size = None if own else source.image_size  # the model's own processor knows it
     explicit = pixels is not None or size is not None
+    beside = None if source.is_file else source.model  # a feature extractor is loaded where recordings come
     preparation = Preparation(
         tokenizer=source.tokenizer or dense.tokenizer,
-        preprocessor=source.preprocessor or (None if explicit else dense.processor),
+        preprocessor=source.preprocessor or (None if explicit else dense.processor or beside),
         pixels=pixels,
         image_size=size,
         seq_len=dense.seq_len(source.seq_len),

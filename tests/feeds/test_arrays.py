@@ -351,7 +351,7 @@ def test_a_folder_holds_arrays_or_images(tmp_path: Path) -> None:
     stored(tmp_path / "data.npz", x=X)
     assert array_files(tmp_path) == [tmp_path / "data.npz"]
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"data.npz beside a.png: are they arrays or images"):
+    with pytest.raises(BadInput, match=r"data.npz beside a.png: are they arrays, or the rows"):
         fed(one(), tmp_path)
     assert array_files(tiny.photos()) is None
     assert array_files(tiny.lines()) is None

@@ -93,7 +93,9 @@ def test_padding_on_the_left_moves_mask_and_positions(tmp_path: Path) -> None:
 def test_other_files_are_refused_with_what_is_possible(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"data{ending}"
     path.write_bytes(b"x")
-    with pytest.raises(BadInput, match=r"Possible: texts \(.txt, .jsonl, .csv\), a folder of images, or .*\.npz"):
+    with pytest.raises(
+        BadInput, match=r"Possible: texts \(.txt, .jsonl, .csv\), a folder of images or recordings, or .*\.npz"
+    ):
         fed(text(), path)
 
 

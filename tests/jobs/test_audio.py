@@ -1,8 +1,9 @@
-"""Models of sound: waves or spectra come as arrays, and a cut classifier gives what its ONNX file does."""
+"""Models of sound hear recordings, or take arrays, and a cut classifier gives what its ONNX file does."""
 
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,85 @@ def test_a_classifier_of_sound_is_cut_and_judged(name: str, tmp_path: Path, shel
         np.testing.assert_allclose(cut(**{wanted: rows[:4]}).logits, logits, atol=1e-4)
     assert (out / "preprocessor_config.json").read_bytes() == (tmp_path / "dense/preprocessor_config.json").read_bytes()
     if name == "wav2vec2":
-        wave = rows[0].numpy()
-        found = transformers.pipeline("audio-classification", model=cut, feature_extractor=extractor)(wave)
-        heard = ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-7))[None]
+        row = rows[0].numpy()
+        found = transformers.pipeline("audio-classification", model=cut, feature_extractor=extractor)(row)
+        heard = ((row - row.mean()) / np.sqrt(row.var() + 1e-7))[None]
         (scores,) = onnxruntime.InferenceSession(out / "model.onnx").run(["logits"], {wanted: heard})[0]
         expected = np.exp(scores) / np.exp(scores).sum()
         assert {each["label"]: each["score"] for each in found} == pytest.approx(
             dict(zip(tiny.CLASSES, expected, strict=True)), abs=1e-4
         )
+
+
+EXTRACTORS = {
+    "wav2vec2": transformers.Wav2Vec2FeatureExtractor(do_normalize=True),
+    "ast": transformers.ASTFeatureExtractor(max_length=32, num_mel_bins=32),
+    "whisper": transformers.WhisperFeatureExtractor(feature_size=20, chunk_length=1, hop_length=400),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_recordings_are_heard(name: str, tmp_path: Path, shell: tiny.Shell) -> None:
+    kind, options, wanted, _ = MODELS[name]
+    own = {} if name == "whisper" else tiny._sizes()
+    dense = tiny._spread(kind, kind.config_class(**own, **options, **tiny._classes()), seed=3)
+    extractor = EXTRACTORS[name]
+    dense.save_pretrained(tmp_path / "dense")
+    extractor.save_pretrained(tmp_path / "dense")
+    heard: dict[str, tuple[torch.Tensor, str]] = {}
+    draw = np.random.default_rng(2)
+    for number in range(56):
+        part = "judging" if number >= 40 else "calibration"
+        loud = np.rint(draw.normal(size=(480, 640)[number % 2]).clip(-3, 3) * 2**13).astype("<i2")
+        row = extractor(loud / np.float32(2**15), sampling_rate=16_000, return_tensors="pt")[wanted]
+        with torch.inference_mode():
+            label = tiny.CLASSES[int(dense(**{wanted: row}).logits.argmax())]
+        path = tmp_path / part / label / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(path), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(loud.tobytes())
+        heard[str(number)] = row, label
+    out = tmp_path / "out"
+    rows = ["--calibration", tmp_path / "calibration", "--eval", tmp_path / "judging"]
+    ran = shell("optin-export", tmp_path / "dense", *rows, "--align", 8, "--no-dense", "--out", out)
+    assert ran.code == 0, ran.err
+    quality = json.loads((out / "report.json").read_text())["quality"]
+    cut = optin_deploy.load(out)
+    with torch.inference_mode():
+        found = [
+            tiny.CLASSES[int(cut(**{wanted: row}).logits.argmax())] == label
+            for number, (row, label) in heard.items()
+            if int(number) >= 40
+        ]
+    assert (quality["metric"], quality["dense"], quality["samples"]) == ("accuracy", 1.0, 16)
+    assert quality["pruned"] == pytest.approx(np.mean(found))
+    assert (out / "preprocessor_config.json").read_bytes() == (tmp_path / "dense/preprocessor_config.json").read_bytes()
+
+
+def test_what_cannot_be_heard_is_refused(tmp_path: Path, shell: tiny.Shell) -> None:
+    dense = tiny._spread(transformers.Wav2Vec2Model, transformers.Wav2Vec2Config(**tiny._sizes(), **WAVES), seed=4)
+    dense.save_pretrained(tmp_path / "dense")
+    for number in range(16):
+        with wave.open(str(tmp_path / f"{number}.wav"), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes((np.arange(4 if number == 3 else 480) ** 2 % (number + 7)).astype("<i2").tobytes())
+    command = ["optin-export", tmp_path / "dense", "--no-dense", "--out", tmp_path / "out"]
+    refused = shell(*command)
+    assert refused.code == 2
+    assert "hears recordings, and none are bundled. Give --calibration with a folder" in refused.err
+    refused = shell(*command, "--calibration", tmp_path)
+    assert refused.code == 2
+    assert "holds no preprocessor_config.json" in refused.err
+    settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 10**9}
+    (tmp_path / "dense/preprocessor_config.json").write_text(json.dumps(settings))
+    refused = shell(*command, "--calibration", tmp_path)
+    assert refused.code == 2
+    assert "'sampling_rate' is 1000000000" in refused.err
+    (tmp_path / "dense/preprocessor_config.json").write_text(json.dumps(settings | {"sampling_rate": 16_000}))
+    refused = shell(*command, "--calibration", tmp_path)
+    assert refused.code == 2
+    assert "does not run with input_values (1, 4)" in refused.err
 
 
 def test_states_of_sound_are_embeddings(tmp_path: Path, shell: tiny.Shell) -> None:
