@@ -51,10 +51,18 @@ class Encoder:
     seq_len: int | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws its own rows that calibrate."""
+    units: tuple[str, ...] = Source.units
+    """Kinds that may be cut."""
 
 
 ENCODERS = {
     "minilm": Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches),
+    "minilm-narrow": Encoder(
+        "the same, with narrower heads",
+        lambda _: minilm_folder(),
+        rows.searches,
+        units=("heads", "neurons", "qk-width", "v-width"),
+    ),
     "mpnet": Encoder(
         "all-mpnet-base-v2, 500 headlines for their articles",
         lambda _: mpnet(),
@@ -108,6 +116,7 @@ def main() -> None:
                 calibration=str(calibration),
                 evaluation=str(evaluation),
                 samples=encoder.samples,
+                units=encoder.units,
                 seq_len=encoder.seq_len,
                 seed=seed,
             )
