@@ -31,15 +31,14 @@ Examples:
 @options
 def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building, writing: Writing) -> None:
     """Export the model in DIR to an engine, and prove that it computes the same."""
-    from optin_deploy.jobs.folder_build import build_folder, judge_built
+    from optin_deploy.jobs.folder_build import FolderBuild
     from optin_deploy.reporting.artifact_table import artifact_table, artifact_warnings
 
-    chosen = engine_options(ctx, engine.engine)
+    chosen, job = engine_options(ctx, engine.engine), FolderBuild(folder)
     with writing_to(folder, writing):
         warn_of_disagreements(folder)
         with stage_bar("export"):
-            built = build_folder(
-                folder,
+            built = job.build(
                 engine=engine.engine,
                 precision=engine.precision,
                 pool=building.pool,
@@ -57,7 +56,7 @@ def build(ctx: typer.Context, folder: Folder, engine: Engine, building: Building
     echo([*dict.fromkeys(lines)])  # an engine that runs the ONNX file builds no other
     if built.problem is not None and not building.prepare_only:
         raise built.problem
-    rows, left_out = judge_built(folder, built)
+    rows, left_out = job.judge(built)
     if rows:
         print_table(*artifact_table(rows, []))
     echo([*artifact_warnings(rows), *left_out])

@@ -332,10 +332,10 @@ def test_another_length_counts_other_macs_even_if_the_texts_are_the_same(tmp_pat
 
 
 def test_a_dense_artifact_of_an_earlier_run_goes_when_none_is_asked_for(finished: Path) -> None:
-    from optin_deploy.jobs.folder_build import build_folder
+    from optin_deploy.jobs.folder_build import FolderBuild
 
     assert (finished / "dense.onnx").is_file()
-    build_folder(finished, engine="onnx", dense=False)
+    FolderBuild(finished).build(engine="onnx", dense=False)
     assert not (finished / "dense.onnx").exists()
 
 

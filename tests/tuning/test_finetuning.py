@@ -19,7 +19,7 @@ from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import READ, Label
 from optin_deploy.jobs.export import export_model
-from optin_deploy.jobs.folder_build import build_folder
+from optin_deploy.jobs.folder_build import FolderBuild
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
@@ -113,7 +113,7 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
     assert (folder / "model.onnx").read_bytes() == before
     plan = NetworkPlan.read(tmp_path / "a" / "plan.json")
     assert plan == NetworkPlan.read(folder / "plan.json")
-    built = build_folder(tmp_path / "a", engine="onnx")
+    built = FolderBuild(tmp_path / "a").build(engine="onnx")
     assert built is not None
     shipped = shell("optin", "ship", tmp_path / "a", "--out", tmp_path / "repository")
     assert shipped.code == 0, shipped.err
