@@ -166,8 +166,9 @@ def _check_file(path: Path) -> None:
 
 def _of_class(file: Path, name: str | None) -> Sample:
     """A file of a folder."""
-    kind = "sound" if file.suffix.lower() in SOUND_EXTENSIONS else "image"
-    return Sample(**{kind: file}, label=_label(name, str(file)), source=str(file))  # type: ignore[arg-type]
+    hears = file.suffix.lower() in SOUND_EXTENSIONS
+    image, sound = (None, file) if hears else (file, None)
+    return Sample(image=image, sound=sound, label=_label(name, str(file)), source=str(file))
 
 
 def _rows_to_samples(

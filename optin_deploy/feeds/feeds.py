@@ -28,7 +28,7 @@ from optin_deploy.feeds.module_feeds import module_feeds
 from optin_deploy.feeds.ports import Takes, takes
 from optin_deploy.feeds.rows import Batching, Feeds, grouped, rows_of
 from optin_deploy.feeds.sentence_modules import NONE, Prompts
-from optin_deploy.feeds.sound_feeds import sound_feeds
+from optin_deploy.feeds.sound_feeds import sound_feeds, sound_input
 from optin_deploy.feeds.targets import prompted
 from optin_deploy.feeds.text_feeds import text_feeds, text_inputs
 from optin_deploy.network.graph import Network
@@ -241,6 +241,7 @@ def _maker(
             origin=origin,
         )
     if any(sample.sound is not None for sample in samples):
+        sound_input(inputs)
         extractor = _loaded(preparation.preprocessor, inputs.source, load_extractor)
         return lambda some: sound_feeds(inputs, some, extractor, batching=batching, origin=origin)
     text = text_inputs(inputs)

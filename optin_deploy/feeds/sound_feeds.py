@@ -10,20 +10,29 @@ from torch import Tensor
 from optin_deploy.data.samples import Sample
 from optin_deploy.data.sounds import open_sound
 from optin_deploy.errors import BadInput
-from optin_deploy.feeds.ports import Takes, fitted
+from optin_deploy.feeds.ports import Takes, fitted, type_of
 from optin_deploy.feeds.rows import Batching, Feeds, grouped
 from optin_deploy.files.wall import wall
+
+
+def sound_input(inputs: Takes) -> str:
+    """Find the input that takes waves or spectra.
+
+    Raises: BadInput: it takes more than one, or whole numbers.
+    """
+    ports = list(inputs.ports.values())
+    if len(ports) != 1 or inputs.shared or not type_of(ports[0]).is_floating_point:
+        raise BadInput(f"{inputs.source}: a recording fills one input, and it takes {inputs}. {inputs.as_arrays}")
+    return ports[0].name
 
 
 def sound_feeds(inputs: Takes, samples: Sequence[Sample], extractor: Any, *, batching: Batching, origin: str) -> Feeds:
     """Open and prepare. Rows of one length share a batch: nothing is padded that the extractor does not pad itself.
 
     Args: extractor: of transformers.
-    Raises: BadInput: the network takes more than a recording, one does not open, or the extractor does not fit.
+    Raises: BadInput: the network takes no recordings, one does not open, or the extractor does not fit.
     """
-    if len(inputs.ports) != 1 or inputs.shared:
-        raise BadInput(f"{inputs.source}: a recording fills one input, and it takes {inputs}. {inputs.as_arrays}")
-    (name,) = inputs.ports
+    name = sound_input(inputs)
     rows = [fitted(inputs, {name: _heard(sample, extractor)}, sample.source) for sample in samples]
     return grouped(rows, [sample.label for sample in samples], origin, batching)
 

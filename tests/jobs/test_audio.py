@@ -145,6 +145,9 @@ def test_what_cannot_be_heard_is_refused(tmp_path: Path, shell: tiny.Shell) -> N
     refused = shell(*command, "--calibration", tmp_path)
     assert refused.code == 2
     assert "holds no preprocessor_config.json" in refused.err
+    refused = shell("optin-export", tiny.bert(), "--calibration", tmp_path, "--out", tmp_path / "out")
+    assert refused.code == 2
+    assert "a recording fills one input, and it takes input_ids" in refused.err
     settings = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 10**9}
     (tmp_path / "dense/preprocessor_config.json").write_text(json.dumps(settings))
     refused = shell(*command, "--calibration", tmp_path)
