@@ -58,7 +58,7 @@ class Encoder:
 ENCODERS = {
     "minilm": Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches),
     "minilm-narrow": Encoder(
-        "the same, with narrower heads",
+        "all-MiniLM-L6-v2 with narrower heads, the same headlines",
         lambda _: minilm_folder(),
         rows.searches,
         units=("heads", "neurons", "qk-width", "v-width"),
