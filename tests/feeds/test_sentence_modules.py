@@ -201,6 +201,7 @@ REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     ),
     "prompts": ("config_sentence_transformers.json", {"prompts": ["query: "]}, ("prompts is ['query: ']",)),
     "no prompt": ("config_sentence_transformers.json", {"default_prompt_name": "q"}, ("default_prompt_name is 'q'",)),
+    "a list": ("config_sentence_transformers.json", {"default_prompt_name": ["q"]}, ("default_prompt_name is",)),
     "own code": ("modules.json", [TRANSFORMER, {**POOLING, "type": "evil.Pooling"}], ("'evil.Pooling'",)),
     "model alone": ("modules.json", [TRANSFORMER], ("'Transformer'", "Pooling, any number of Dense")),
     "up": ("modules.json", [TRANSFORMER, {**POOLING, "path": "../1_Pooling"}], ("'../1_Pooling'", "inside")),
