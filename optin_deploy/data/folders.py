@@ -14,7 +14,8 @@ from optin_deploy.files.opening import check_name, short, special_kind
 
 log = logging.getLogger(__name__)
 
-READ = (*IMAGE_EXTENSIONS, *SOUND_EXTENSIONS)
+ROW_EXTENSIONS = (*IMAGE_EXTENSIONS, *SOUND_EXTENSIONS)
+"""Files that are a row each."""
 
 
 def class_files(root: Path) -> Iterator[tuple[Path, str | None]]:
@@ -41,13 +42,13 @@ def class_files(root: Path) -> Iterator[tuple[Path, str | None]]:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in unused.most_common(8))
         log.warning(
             "%s: %d files are not used (%s); what is read: %s",
-            *(root, unused.total(), kinds, ", ".join(ending[1:] for ending in READ)),
+            *(root, unused.total(), kinds, ", ".join(ending[1:] for ending in ROW_EXTENSIONS)),
         )
 
 
 def _is_read(path: Path, unused: Counter[str]) -> bool:
     kind = special_kind(path)
-    if kind is None and path.suffix.lower() in READ:
+    if kind is None and path.suffix.lower() in ROW_EXTENSIONS:
         return True
     unused[kind or path.suffix.lower() or "no extension"] += 1
     return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optin_deploy.data.class_maps import mapped_photographs
-from optin_deploy.data.folders import READ, class_files
+from optin_deploy.data.folders import ROW_EXTENSIONS, class_files
 from optin_deploy.data.pairs import PAIR_COLUMN, check_pair_column, has_pair, unused_pair
 from optin_deploy.data.sounds import SOUND_EXTENSIONS
 from optin_deploy.data.tables import Row, csv_rows, jsonl_rows
@@ -156,7 +156,7 @@ def _check_file(path: Path) -> None:
     if special is not None:
         raise BadInput(f"{path}: cannot read {special}. Write its data into a file. Possible: {_FORMATS}.")
     if path.suffix.lower() not in TEXT_EXTENSIONS:
-        hint = "Give the folder that holds it" if path.suffix.lower() in READ else "Convert it"
+        hint = "Give the folder that holds it" if path.suffix.lower() in ROW_EXTENSIONS else "Convert it"
         raise BadInput(
             f"{path}: cannot read {path.suffix or 'a file without extension'}. Possible: {_FORMATS} (.jsonl: one JSON"
             f" object a line). {hint}."

@@ -49,7 +49,7 @@ def open_sound(path: Path, rate: int) -> NDArray[np.float32]:
         from optin_deploy.files.weights import refuse_pointer
 
         refuse_pointer(path)
-        why = str(err).rpartition("': ")[2] or type(err).__name__
+        why = getattr(err, "error_string", "") or str(err) or type(err).__name__
         raise BadInput(
             f"{path}: this recording does not open: {why} Possible: intact wav, flac, ogg, mp3 or aiff files of up to "
             f"{HIGHEST_RATE:,} samples a second. Save it again, or delete it."

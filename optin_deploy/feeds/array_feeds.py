@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.arrays import ENDINGS, Array, Arrays, check_total, open_arrays
-from optin_deploy.data.folders import READ
+from optin_deploy.data.folders import ROW_EXTENSIONS
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.ports import Takes, fitted
 from optin_deploy.feeds.rows import Feeds, Label
@@ -35,7 +35,7 @@ def array_files(path: Path) -> list[Path] | None:
     if not path.is_dir():
         return None
     found = sorted(each for each in path.iterdir() if each.suffix.lower() in ENDINGS and not each.name.startswith("."))
-    others = [each for each in path.iterdir() if each.suffix.lower() in READ or each.is_dir()]
+    others = [each for each in path.iterdir() if each.suffix.lower() in ROW_EXTENSIONS or each.is_dir()]
     if found and others:
         raise BadInput(
             f"{path} holds {found[0].name} beside {others[0].name}: are they arrays, or the rows themselves? Keep one "

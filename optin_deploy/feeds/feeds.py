@@ -13,7 +13,7 @@ from torch import nn
 
 from optin_deploy.data.arrays import ENDINGS
 from optin_deploy.data.bundled import bundled_samples
-from optin_deploy.data.folders import READ
+from optin_deploy.data.folders import ROW_EXTENSIONS
 from optin_deploy.data.halves import MIN_SAMPLES, halves, most_held_out, split, too_few
 from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.data.repeats import distinct
@@ -203,7 +203,7 @@ def _batching(inputs: Takes, preparation: Preparation) -> Batching:
 def _samples(inputs: Takes, source: Source, preparation: Preparation, *, judging: bool) -> tuple[Sample, ...]:
     if isinstance(source, str | PathLike):
         path = Path(source)
-        if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *READ):
+        if path.is_file() and path.suffix.lower() not in (*TEXT_EXTENSIONS, *ROW_EXTENSIONS):
             raise BadInput(
                 f"{path}: cannot read {path.suffix or 'it'}. Possible: texts ({', '.join(TEXT_EXTENSIONS)}), a"
                 f" folder of images or recordings, or every input by its name ({', '.join(ENDINGS)})."
@@ -241,9 +241,9 @@ def _maker(
             origin=origin,
         )
     if any(sample.sound is not None for sample in samples):
-        sound_input(inputs)
+        name = sound_input(inputs)
         extractor = _loaded(preparation.preprocessor, inputs.source, load_extractor)
-        return lambda some: sound_feeds(inputs, some, extractor, batching=batching, origin=origin)
+        return lambda some: sound_feeds(inputs, name, some, extractor, batching=batching, origin=origin)
     text = text_inputs(inputs)
     tokenizer = _loaded(preparation.tokenizer, inputs.source, load_tokenizer)
     return lambda some: text_feeds(

@@ -26,13 +26,14 @@ def sound_input(inputs: Takes) -> str:
     return ports[0].name
 
 
-def sound_feeds(inputs: Takes, samples: Sequence[Sample], extractor: Any, *, batching: Batching, origin: str) -> Feeds:
+def sound_feeds(
+    inputs: Takes, name: str, samples: Sequence[Sample], extractor: Any, *, batching: Batching, origin: str
+) -> Feeds:
     """Open and prepare. Rows of one length share a batch: nothing is padded that the extractor does not pad itself.
 
-    Args: extractor: of transformers.
-    Raises: BadInput: the network takes no recordings, one does not open, or the extractor does not fit.
+    Args: name: of the input. extractor: of transformers.
+    Raises: BadInput: a recording does not open, or the extractor does not fit.
     """
-    name = sound_input(inputs)
     rows = [fitted(inputs, {name: _heard(sample, extractor)}, sample.source) for sample in samples]
     return grouped(rows, [sample.label for sample in samples], origin, batching)
 

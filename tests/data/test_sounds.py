@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import wave
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import soundfile
 from optin_deploy.data.samples import read_samples
 from optin_deploy.data.sounds import open_sound
 from optin_deploy.errors import BadInput
-from support.tiny_files import save_image, write
+from support.tiny_files import save_image, save_recording, write
 
 RATE = 16_000
 
@@ -23,12 +22,8 @@ def tone(rate: int, seconds: float = 0.5, hertz: float = 440.0) -> np.ndarray:
 
 
 def save_pcm(path: Path, channels: np.ndarray, rate: int) -> None:
-    """Write (channels, samples) as 16-bit numbers, by Python's own library."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(channels))
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(np.rint(channels.T * 2**15).astype("<i2").tobytes())
+    """Write (channels, samples) between -1 and 1."""
+    save_recording(path, np.rint(channels.T * 2**15), rate)
 
 
 def test_channels_are_one(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_AUDIO_CLASSIFICATIO
 import optin_deploy
 from optin_deploy.checkpoint.tasks import task_with
 from support import tiny_checkpoint as tiny
+from support.tiny_files import save_recording
 
 pytestmark = pytest.mark.usefixtures("by_torchscript")
 
@@ -108,11 +108,7 @@ def test_recordings_are_heard(name: str, tmp_path: Path, shell: tiny.Shell) -> N
         row = extractor(loud / np.float32(2**15), sampling_rate=16_000, return_tensors="pt")[wanted]
         with torch.inference_mode():
             label = tiny.CLASSES[int(dense(**{wanted: row}).logits.argmax())]
-        path = tmp_path / part / label / f"{number}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with wave.open(str(path), "wb") as file:
-            file.setparams((1, 2, 16_000, 0, "NONE", ""))
-            file.writeframes(loud.tobytes())
+        save_recording(tmp_path / part / label / f"{number}.wav", loud)
         heard[str(number)] = row, label
     out = tmp_path / "out"
     rows = ["--calibration", tmp_path / "calibration", "--eval", tmp_path / "judging"]
@@ -135,9 +131,7 @@ def test_what_cannot_be_heard_is_refused(tmp_path: Path, shell: tiny.Shell) -> N
     dense = tiny._spread(transformers.Wav2Vec2Model, transformers.Wav2Vec2Config(**tiny._sizes(), **WAVES), seed=4)
     dense.save_pretrained(tmp_path / "dense")
     for number in range(16):
-        with wave.open(str(tmp_path / f"{number}.wav"), "wb") as file:
-            file.setparams((1, 2, 16_000, 0, "NONE", ""))
-            file.writeframes((np.arange(4 if number == 3 else 480) ** 2 % (number + 7)).astype("<i2").tobytes())
+        save_recording(tmp_path / f"{number}.wav", np.arange(4 if number == 3 else 480) ** 2 % (number + 7))
     command = ["optin-export", tmp_path / "dense", "--no-dense", "--out", tmp_path / "out"]
     refused = shell(*command)
     assert refused.code == 2
