@@ -31,7 +31,7 @@ from optin_deploy.commands import show as looking
 from optin_deploy.common.processors import limit_libraries
 from optin_deploy.common.version import __version__
 from optin_deploy.errors import EXIT_CODES, OWN_FAULT, BadInput, OptinError
-from optin_deploy.reporting.terminal import quiet_libraries
+from optin_deploy.reporting.terminal import Once, quiet_libraries
 
 INTERRUPTED = 130
 TRACEBACK = "--traceback"
@@ -105,6 +105,8 @@ def _run(program: Callable[..., object]) -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     shown = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(format="%(message)s")  # or a library sets another form in the middle of a job
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Once())
     quiet_libraries()
     limit_libraries()
     if arguments == ["--version"]:

@@ -100,10 +100,10 @@ def first_difference(tokenizer: Any, raw: Tokenizer, rows: Sequence[Sample]) -> 
     return None
 
 
-def warn_of_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
+def warn_of_unknown(tokenizer: Any, rows: Sequence[Sequence[int]], origin: str) -> None:
     """Say so if many tokens of the texts are unknown to the tokenizer.
 
-    Args: rows: the ids of each text, without padding.
+    Args: rows: the ids of each text, without padding. origin: names the texts.
     """
     special = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep"))
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -112,8 +112,9 @@ def warn_of_unknown(tokenizer: Any, rows: Sequence[Sequence[int]]) -> None:
     count, total = sum(list(row).count(unknown) for row in rows), sum(map(len, rows))
     if count > MANY_UNKNOWN * total:
         log.warning(
-            "%.0f%% of the calibration tokens are unknown to the tokenizer (%s): it belongs to another model, or the "
+            "%s: %.0f%% of the tokens are unknown to the tokenizer (%s): it belongs to another model, or the "
             "texts are in a language that the model does not know.",
+            origin,
             100 * count / total,
             tokenizer.unk_token,
         )

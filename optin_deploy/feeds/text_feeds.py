@@ -123,7 +123,7 @@ def text_feeds(
             filled = {**filled, READ: behind}
         rows.append(filled)
         labels.append(label)
-    warn_of_unknown(tokenizer, [row[IDS] for row, _ in found])
+    warn_of_unknown(tokenizer, [row[IDS] for row, _ in found], origin)
     return grouped(rows, labels, origin, batching)
 
 

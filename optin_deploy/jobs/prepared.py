@@ -65,8 +65,9 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
     if set(ready.kinds) & set(TURNED):
         dense, ready = _turned(dense, ready, home, other_rows=other_rows)
     prepared = Prepared(source, dense, ready)
-    if ready.rows.held_out is not None and any(label is not None for label in ready.rows.held_out.labels):
-        _ = ready.judge  # refuses labels in another order before the long work
+    judging = ready.rows.held_out
+    if judging is not None and (ready.metric is not None or any(label is not None for label in judging.labels)):
+        _ = ready.judge  # refuses before the long work labels in another order, and a perplexity that is no number
     return prepared
 
 

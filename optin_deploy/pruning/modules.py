@@ -263,13 +263,19 @@ def with_weights_of(model: nn.Module, repaired: Network, before: Network) -> nn.
 
 
 def example_for(model: nn.Module, rows: Feeds) -> Example:
-    """Inputs to trace a module with, of its own rows; what transformers leaves free is free, whatever the rows are."""
+    """Inputs to trace a module with, of its own rows; what transformers leaves free is free, whatever the rows are.
+
+    So is what it does not ask for and is shaped like something that it does, such as the token types of GPT-2.
+    """
     example = example_in(rows)
     try:
         known = example_of(model).axes if hasattr(model, "main_input_name") else {}
     except BadInput:
         known = {}
-    return Example(example.inputs, {**example.axes, **{name: known[name] for name in example.axes if name in known}})
+    shapes = {name: value.shape for name, value in example.inputs.items()}
+    alike = {shapes[name]: axes for name, axes in known.items() if name in shapes}
+    free = {name: known.get(name, alike.get(shapes[name], axes)) for name, axes in example.axes.items()}
+    return Example(example.inputs, free)
 
 
 def _counts(plan: NetworkPlan) -> dict[str, Any]:

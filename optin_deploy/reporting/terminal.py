@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,21 @@ def quiet_libraries() -> None:
 
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+class Once(logging.Filter):
+    """Lets a message of a logger pass once: each stage that reads the rows again has the same to say of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Is this the first time?"""
+        message = record.getMessage()
+        known = message in self._told
+        self._told.add(message)
+        return not known
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_many_unknown_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert())
     for texts, told in ((["東京 は 日本", "the river"], True), (["the river"] * 4, False)):
         caplog.clear()
-        warn_of_unknown(tokenizer, tokenizer(texts)["input_ids"])
+        warn_of_unknown(tokenizer, tokenizer(texts)["input_ids"], "texts.txt")
         assert ("unknown to the tokenizer ([UNK])" in caplog.text) == told
 
 

@@ -16,6 +16,7 @@ from sklearn.metrics import f1_score, ndcg_score
 
 import optin_deploy
 from optin_deploy.checkpoint.tasks import infer_task
+from optin_deploy.errors import NonFiniteActivation
 from support import tiny_checkpoint as tiny
 
 pytestmark = pytest.mark.usefixtures("by_torchscript")
@@ -189,6 +190,16 @@ def test_answers_are_judged_as_parts_of_their_text(tmp_path: Path, shell: tiny.S
     found = run_file(tmp_path / "out" / "model.onnx", folder, rows[0]["question"], rows[0]["context"])
     np.testing.assert_allclose(found["start_logits"], cut.start_logits, atol=1e-4)
     np.testing.assert_allclose(found["end_logits"], cut.end_logits, atol=1e-4)
+
+
+def test_a_perplexity_that_is_no_number_is_refused_before_the_work(
+    writer: Path, tmp_path: Path, shell: tiny.Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optin_deploy.quality.perplexity.MOST", 1.0)  # as if its weights overflowed
+    ran = shell("optin", "score", writer, "--calibration", tiny.lines(), "--out", tmp_path / "out")
+    assert ran.code == NonFiniteActivation.exit_code
+    assert "nats on average" in ran.err
+    assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 def test_masked_words_are_what_a_filler_is_judged_by(tmp_path: Path, shell: tiny.Shell) -> None:

@@ -19,6 +19,7 @@ import optin_deploy
 from benchmarks.zoo.families import FAMILIES
 from benchmarks.zoo.family import scatter
 from optin_deploy.errors import BadInput, PlanMismatch
+from optin_deploy.feeds.feeds import feeds_of
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.network.run import Program
@@ -210,6 +211,15 @@ def test_prune_save_load_in_three_lines(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, feeds), logits(pruned.model, feeds))
     named = {port.name: feeds[port.name] for port in pruned.network.inputs}
     torch.testing.assert_close(logits(NetworkModule(pruned.network), named), logits(loaded, feeds), rtol=0, atol=1e-4)
+
+
+def test_an_input_that_the_class_does_not_ask_for_is_as_long_as_the_one_that_it_is_like() -> None:
+    """Token types of GPT-2, in rows of one length: fixed to that, no other length could be run to find units."""
+    batch = rows_for("gpt2")[0]
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    model = transformer("gpt2")
+    example = modules.example_for(model, feeds_of(model, [batch]).calibration)
+    assert example.axes["token_type_ids"] == example.axes["input_ids"] == {0: "batch", 1: "length"}
 
 
 @pytest.mark.usefixtures("quickly_read")
