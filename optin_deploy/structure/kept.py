@@ -53,16 +53,16 @@ def kept_rows(groups: Sequence[KeptGroup]) -> list[tuple[str, str]]:
 
 
 def kept_lines(groups: Sequence[KeptGroup]) -> list[str]:
-    """One sentence about what was cut, and one about what was not."""
-    cut, whole = ([group for group in groups if group.whole is is_whole] for is_whole in (False, True))
+    """One sentence about all units of the kinds that were cut, and one about the groups that were not."""
+    whole = [group for group in groups if group.whole]
+    cut = {group.kind for group in groups if not group.whole}
     lines = []
     if cut:
-        lines.append(f"There stay {_all(cut)}.")
+        lines.append(f"There stay {_all(group for group in groups if group.kind in cut)}.")
     if whole:
         counts = Counter(group.kind for group in whole)
         listed = ", ".join(f"{many:,} of {kind}" for kind, many in counts.items())
-        noun = f"{'other ' if cut else ''}group{'s' if len(whole) > 1 else ''}"
-        lines.append(f"Nothing was cut in {len(whole):,} {noun}: {listed}.")
+        lines.append(f"Nothing was cut in {len(whole):,} of {len(groups):,} groups: {listed}.")
     return lines
 
 

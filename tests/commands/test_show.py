@@ -290,8 +290,8 @@ def test_with_a_plan_show_prints_the_plan(shell: Shell, work: Path) -> None:
     NetworkPlan({"layer.0: heads": (0, 2), "layer.1: neurons": tuple(range(40))}).write(work / "plan.json")
     ran = shell("optin", "show", work)
     assert ran.code == 0, ran.err
-    assert "There stay 2 of 3 heads, 40 of 70 neurons." in ran.out
-    assert "Nothing was cut in 2 other groups: 1 of heads, 1 of neurons." in ran.out
+    assert "There stay 4 of 5 heads, 115 of 145 neurons." in ran.out
+    assert "Nothing was cut in 2 of 4 groups: 1 of heads, 1 of neurons." in ran.out
     found = [re.split(r" *│ *", line)[1:3] for line in ran.out.splitlines() if line.startswith("│")]
     assert found == [["layer.0", "2 of 3 heads"], ["layer.1", "40 of 70 neurons"]]
     assert "Next" not in ran.out

@@ -363,7 +363,7 @@ def test_kinds_of_which_nothing_was_cut_are_told_and_not_drawn(finished: Path) -
     whole = Counter(each["kind"] for each in groups if each["kept"] == each["units"])
     assert len(page.all("svg", "places")) == len({each["kind"] for each in groups if each["kept"] < each["units"]}) == 2
     told = ", ".join(f"{many} of {kind}" for kind, many in whole.items())
-    assert f"Nothing was cut in {whole.total()} other groups: {told}." in page.text
+    assert f"Nothing was cut in {whole.total()} of {len(groups)} groups: {told}." in page.text
     with_nothing_cut = json.loads((finished / "plan.json").read_text()) | {"keep": {}}
     (finished / "plan.json").write_text(json.dumps(with_nothing_cut))
     report = stored(finished)

@@ -222,8 +222,8 @@ def test_the_tables_by_hand() -> None:
 def test_the_page_holds_every_part() -> None:
     page = to_markdown(replace(REPORT, notes=("A note.",)))
     for part in (
-        "There stay 16 of 32 neurons, 0 of 3 heads.",
-        "Nothing was cut in 2 other groups: 1 of heads, 1 of neurons.",
+        "There stay 3 of 6 heads, 48 of 64 neurons.",
+        "Nothing was cut in 2 of 4 groups: 1 of heads, 1 of neurons.",
         "| encoder.0 | 16 of 32 neurons |",
         "| encoder.1 | 0 of 3 heads |",
         "45.0%",
@@ -260,10 +260,10 @@ def test_two_groups_of_a_kind_in_a_block_are_told_apart() -> None:
 def test_lines_say_all_units_of_each_kind_and_how_many_groups_are_whole() -> None:
     found = kept(("a.0: heads", 2, 4), ("a.1: heads", 4, 4), ("a.0: neurons", 1000, 3000), ("a.1: neurons", 500, 3000))
     assert kept_lines(found) == [
-        "There stay 2 of 4 heads, 1,500 of 6,000 neurons.",
-        "Nothing was cut in 1 other group: 1 of heads.",
+        "There stay 6 of 8 heads, 1,500 of 6,000 neurons.",
+        "Nothing was cut in 1 of 4 groups: 1 of heads.",
     ]
-    assert kept_lines(kept(("a: heads", 4, 4))) == ["Nothing was cut in 1 group: 1 of heads."]
+    assert kept_lines(kept(("a: heads", 4, 4))) == ["Nothing was cut in 1 of 1 groups: 1 of heads."]
     assert kept_lines([]) == kept_rows([]) == []
 
 
