@@ -21,10 +21,10 @@ from benchmarks.zoo.models import mpnet, rampart
 from optin_deploy.common.environment import environment
 from optin_deploy.files.storage import read_json, write_json
 from optin_deploy.jobs.checked import checked_job
-from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.planner import Planner
-from optin_deploy.jobs.sweep import SweepPoint, sweep
+from optin_deploy.jobs.stages import dense_stage, score_stage
+from optin_deploy.jobs.sweep import SweepPoint, measure_curves, sweep
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
 from optin_deploy.pruning.pruning import make
@@ -36,6 +36,7 @@ from optin_deploy.reporting.terminal import quiet_libraries, stage_bar
 
 NAME = "encoders"
 SHARES = (0.6, 0.4)
+NARROWER = ("heads", "neurons", "qk-width", "v-width")
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,24 @@ ENCODERS = {
         "all-MiniLM-L6-v2 with narrower heads, the same headlines",
         lambda _: minilm_folder(),
         rows.searches,
-        units=("heads", "neurons", "qk-width", "v-width"),
+        units=NARROWER,
     ),
     "mpnet": Encoder(
-        "all-mpnet-base-v2, 500 headlines for their articles",
+        "all-mpnet-base-v2 by 256 articles, 500 headlines for their articles",
         lambda _: mpnet(),
         partial(rows.searches, queries=500),
         samples=256,
         seq_len=128,
         seeds=(0,),
+    ),
+    "mpnet-narrow": Encoder(
+        "all-mpnet-base-v2 with narrower heads by 768 articles, the same headlines",
+        lambda _: mpnet(),
+        partial(rows.searches, queries=500),
+        samples=768,
+        seq_len=128,
+        seeds=(0,),
+        units=NARROWER,
     ),
     "first-token": Encoder(
         "MiniLM fine-tuned to embed by its first token, 1,000 headlines", recipes.embedder, rows.searches, seq_len=128
@@ -167,10 +177,15 @@ def swept(source: Source, shares: Sequence[float], out: Path) -> list[SweepPoint
 def planner_of(source: Source, shares: Sequence[float], out: Path) -> Planner:
     """Plans of a job whose scores and curves are made."""
     job = Job(source, Limits(flops=shares[0]), points=(), dense=False)
-    if not (out / "report.json").is_file():
-        export_model(job, out, stage=stage_bar)
-    asked = checked_job(job, out)
-    return Planner(Workspace(out), asked.prepared, asked.choice)
+    with stage_bar("load"):
+        asked = checked_job(job, out)
+        workspace = Workspace.claim(out, source)
+    with stage_bar("score") as progress:
+        dense_stage(workspace, asked.prepared)
+        score_stage(workspace, asked.prepared, job.scoring, progress=progress)
+    planner = Planner(workspace, asked.prepared, asked.choice)
+    measure_curves(planner, stage_bar)
+    return planner
 
 
 def chosen_by_mean(source: Source, shares: Sequence[float], out: Path) -> list[Quality]:
