@@ -189,9 +189,13 @@ def _values(port: Port, shape: list[int], rows: int | None, generator: torch.Gen
         return torch.randn(shape, generator=generator).to(dtype)
     if rows is not None:
         return torch.randint(rows, shape, generator=generator).to(dtype)
-    if len(shape) == 4:
+    if dtype == torch.bool and len(shape) > 1:
+        half = torch.arange(shape[-1]) < (shape[-1] + 1) // 2  # some hide what is true, others what is not
+        values = half.expand(shape).clone()
+    elif len(shape) == 4:
         return torch.randint(128, shape, generator=generator).to(dtype)  # an image of bytes
-    values = torch.ones(shape, dtype=dtype)
+    else:
+        values = torch.ones(shape, dtype=dtype)
     if padding and len(shape) > 1 and shape[-1] > 1:
         kept = torch.randint(
             1, shape[-1], (shape[0],), generator=torch.Generator().manual_seed(generator.initial_seed())

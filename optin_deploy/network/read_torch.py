@@ -10,8 +10,9 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import onnx
@@ -89,8 +90,14 @@ class Traced(nn.Module):
         self.training = False  # a fresh module is in training mode, and would bring dropout back
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Notes the names of what it returns."""
-        found = _tensors(self.module(**dict(zip(self.names, values, strict=True))), "")
+        """Notes the names of what it returns.
+
+        Raises: BadInput: it returns no tensor.
+        """
+        output = self.module(**dict(zip(self.names, values, strict=True)))
+        found = _tensors(output, "")
+        if not found:
+            raise BadInput(f"its forward returns no tensor but {type(output).__name__}: return tensors, or a dict.")
         distinct = {id(tensor): (name, tensor) for name, tensor in reversed(found)}
         self.found_names.all = tuple(name for name, _ in reversed(distinct.values()))
         return tuple(tensor for _, tensor in reversed(distinct.values()))
@@ -103,14 +110,20 @@ class _Names:
 
 
 def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
-    """Named tensors of an output; of one with entries by name only those that are tensors themselves, so no caches."""
+    """Named tensors of an output, wherever they lie in it; of an output of transformers only those that are entries
+    themselves, so no caches."""
     if isinstance(output, Tensor):
         return [(name or "output", output)]
-    if isinstance(output, Mapping):
+    if any(kind.__name__ == "ModelOutput" for kind in type(output).__mro__):
         return [(key, value) for key, value in output.items() if isinstance(value, Tensor)]
-    if isinstance(output, (tuple, list)):
-        return [each for i, value in enumerate(output) for each in _tensors(value, f"{name or 'output'}_{i}")]
-    return []
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif is_dataclass(output):
+        parts = [(each.name, getattr(output, each.name)) for each in fields(output)]
+    elif isinstance(output, (tuple, list)):
+        name, parts = name or "output", enumerate(output)
+    return [each for key, value in parts for each in _tensors(value, f"{name}_{key}" if name else str(key))]
 
 
 def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
@@ -134,7 +147,6 @@ def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.M
 def _by_script(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
     """The file is written without weights, which then come from the module: no copy, and no limit to their size."""
     written = io.BytesIO()
-    torch._C._jit_set_onnx_log_output_stream("stderr")  # a graph that fails is printed; stdout belongs to commands
     torch.onnx.export(
         traced,
         tuple(inputs.values()),
@@ -190,8 +202,13 @@ def _rename(model: ir.Model, traced: Traced, free: Axes) -> None:
 
 @contextmanager
 def prepared(module: nn.Module, *, plain: bool = True) -> Iterator[None]:
-    """Evaluation mode, no caches, and plain attention unless it shall stay as it is; all restored."""
+    """Evaluation mode, no caches, and plain attention unless it shall stay as it is; all restored.
+
+    So is torch's fast path for encoders, which no exporter knows, and which leaves out what is padded.
+    """
     with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         for part in module.modules():
             stack.callback(setattr, part, "training", part.training)
         for config in _configs(module):
@@ -225,10 +242,13 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        prints = torch._C._jit_is_onnx_log_enabled()
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
+            torch._C._jit_set_onnx_log_enabled(False)  # it prints a graph that fails
             yield
         finally:
+            torch._C._jit_set_onnx_log_enabled(prints)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -51,8 +51,8 @@ def branches(structure: Structure, group: UnitGroup) -> tuple[Way | None, ...]:
 def weight_place(structure: Structure, node: Node) -> int | None:
     """Return the place of the factor of a product that follows from weights alone; None if both are activations, or
     none is."""
-    first, second = (name in structure.network.fixed for name in node.inputs[:2])
-    return None if first == second else int(second)
+    fixed = [name in structure.network.fixed for name in node.inputs[:2]]
+    return fixed.index(True) if len(set(fixed)) == 2 else None
 
 
 def _branch(structure: Structure, site: Contraction) -> Way | None:

@@ -10,7 +10,8 @@ from itertools import chain
 import numpy as np
 
 from optin_deploy.network.axes import Axis
-from optin_deploy.network.operators import rows
+from optin_deploy.network.operators import factors_of
+from optin_deploy.network.operators.recurrent import RECURRENT
 from optin_deploy.structure.structure import Contraction, Number, Structure
 
 
@@ -109,6 +110,20 @@ def by_leaf(items: Iterable[Contraction] | Iterable[Number]) -> dict[Axis, list]
     return found
 
 
+def _given(structure: Structure) -> set[str]:
+    """Values of which no weight is a part, but single numbers and sizes: the inputs and what follows from them."""
+    network, tensors = structure.network, structure.shapes.tensors
+    found = {port.name for port in network.inputs}
+    for node in network.nodes:
+        read = [name for name in node.inputs if name]
+        others = [tensors.get(name) if name in network.fixed else None for name in read if name not in found]
+        if len(others) < len(read) and all(
+            one is not None and (one.numel() == 1 or not one.is_floating_point()) for one in others
+        ):
+            found.update(node.outputs)
+    return found
+
+
 def kinds(structure: Structure) -> dict[Axis, str]:
     """Labels of leaves, by where they stand in products of two activations, and whether convolutions read them."""
     network, fixed = structure.network, structure.network.fixed
@@ -126,11 +141,16 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         if kind == "heads":
             note_heads([leaf for leaf in axis.leaves() if leaf.size > 1])
         note(axis.leaves(), kind)
-    compared, joined = [], []
+    compared, joined, given = [], [], _given(structure)
     for index, _ in structure.products:
         node = network.nodes[index]
-        factors = [node.inputs[place] for place in rows()[node.domain, node.op].factors or ()]
-        if not factors or "Conv" in node.op or any(name not in structure.axes for name in (*factors, node.outputs[0])):
+        factors = [node.inputs[place] for place in factors_of(node)]
+        if (
+            not factors
+            or "Conv" in node.op
+            or node.op in RECURRENT
+            or any(name not in structure.axes for name in (*factors, node.outputs[0]))
+        ):
             continue
         one, other, out = (
             {leaf: None for axis in structure.axes[name] for leaf in axis.leaves()}
@@ -140,6 +160,8 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         batch = [leaf for leaf in both if leaf in out and not leaf.frozen]
         if not batch and fixed.intersection(factors):
             continue  # a projection, or one that learned positions take part in
+        if not batch and given.intersection(factors):
+            continue  # over the neighbours of a graph, which an input tells
         note_heads(batch)
         compared += [leaf for leaf in both if leaf not in out]
         joined += [leaf for leaf in other if leaf not in one and leaf in out]

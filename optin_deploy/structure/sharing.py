@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from optin_deploy.network.graph import SIZES, Network, Node
-from optin_deploy.network.operators import rows
+from optin_deploy.network.operators import factors_of
 from optin_deploy.network.shapes import Shapes
 
 PICKS = {"Gather": 1, "GatherElements": 1, "GatherND": 1, "GatherBlockQuantized": 1, "EmbedLayerNormalization": 0}
@@ -52,8 +52,7 @@ def _content(network: Network, shapes: Shapes) -> tuple[set[str], set[str]]:
 
     def projects(node: Node) -> bool:
         """Whether a layer's own weights make its values; a product over one entry only spreads them."""
-        row = rows().get((node.domain, node.op))
-        if row is None or row.factors is None:
+        if not factors_of(node):
             return False
         return node.op != "MatMul" or not node.inputs or (shapes.shape(node.inputs[0]) or ())[-1:] != (1,)
 

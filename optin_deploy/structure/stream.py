@@ -12,7 +12,7 @@ from typing import Literal
 
 from optin_deploy.network.axes import Axis, touched
 from optin_deploy.network.graph import Node
-from optin_deploy.network.operators import rows
+from optin_deploy.network.operators import factors_of
 from optin_deploy.structure.branches import SKIPS, branches
 from optin_deploy.structure.groups import Layout
 from optin_deploy.structure.structure import Structure
@@ -104,7 +104,7 @@ def _made(structure: Structure) -> Mapping[Axis, None]:
     stored = {(use.node, use.place): use.axes for use in structure.uses}
     found: dict[Axis, None] = {}
     for node in network.nodes:
-        for place in rows()[node.domain, node.op].factors or ():
+        for place in factors_of(node):
             if node.inputs[place] in network.fixed:  # stored as it is, or transposed or dequantised before
                 axes = stored.get((node.index, place), structure.axes.get(node.inputs[place], []))
                 found.update({leaf: None for axis in axes for leaf in axis.leaves() if leaf.size > 1})

@@ -57,6 +57,18 @@ def test_indices_lie_in_their_table_and_masks_are_ones() -> None:
     assert bool((feeds["mask"] == 1).all())
 
 
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("shape", [("n", "l"), ("n", 1, "l", "l")])
+def test_some_of_each_row_of_a_mask_of_truths_is_true_and_some_is_not(shape: Any, padding: bool) -> None:
+    """Some networks see what is true, others what is not: either sees something."""
+    mask = helper.make_tensor_value_info("mask", TensorProto.BOOL, shape)
+    result = helper.make_tensor_value_info("seen", TensorProto.BOOL, shape)
+    graph = helper.make_graph([helper.make_node("Not", ["mask"], ["seen"])], "masks", [mask], [result])
+    found = probe_inputs(read(helper.make_model(graph)), padding=padding)["mask"]
+    assert bool(found.any(-1).all())
+    assert not bool(found.all(-1).any())
+
+
 def test_masks_end_in_zeros_where_asked() -> None:
     mask = probe_inputs(read(text()), padding=True)["mask"]
     assert bool(mask[0].all())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from optin_deploy.errors import BadInput
 from optin_deploy.network.examples import example_of
@@ -124,6 +126,70 @@ def test_any_module_is_read_and_its_outputs_are_named_by_place() -> None:
     assert np.allclose(first.numpy(), found[0], atol=1e-6)  # without dropout
 
 
+@dataclass
+class Named:
+    """An output that is no dict."""
+
+    logits: Tensor
+    states: dict[str, Any]
+
+
+class Nested(Parts):
+    """Gives what it computes in whatever `as_output` makes of it."""
+
+    def __init__(self, as_output: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.as_output = as_output
+
+    def forward(self, x: Tensor, scale: Tensor) -> Any:
+        hidden = self.first(x)
+        return self.as_output(self.second(hidden) * scale, hidden)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize(
+    ("as_output", "names"),
+    [
+        (lambda a, b: {"logits": a, "features": [b, b + 1]}, ["logits", "features_0", "features_1"]),
+        (lambda a, b: {"logits": a, "aux": [{"f": b}, {"f": b + 1}]}, ["logits", "aux_0_f", "aux_1_f"]),
+        (lambda a, b: (a, {"f": b}), ["output_0", "output_1_f"]),
+        (lambda a, b: Named(a, {"f": b, "name": "b"}), ["logits", "states_f"]),
+        (lambda a, b: BaseModelOutput(last_hidden_state=a, hidden_states=(b, b + 1)), ["last_hidden_state"]),
+    ],
+    ids=["lists", "dicts in lists", "a dict in a tuple", "a dataclass", "of transformers"],
+)
+def test_tensors_anywhere_in_an_output_are_outputs(as_output: Any, names: list[str], dynamo: bool) -> None:
+    network = read_module(Nested(as_output).eval(), INPUTS, dynamo=dynamo)
+    assert [port.name for port in network.outputs] == names
+
+
+def test_an_output_without_a_tensor_is_refused_by_its_type() -> None:
+    with pytest.raises(BadInput, match="its forward returns no tensor but str"):
+        read(Nested(lambda *_: "nothing"), INPUTS)
+
+
+def test_encoders_of_torch_are_read_off_their_fast_path(capfd: pytest.CaptureFixture[str]) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+            self.inner = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+            return self.inner(x, src_key_padding_mask=pad).mean(1)
+
+    pad = torch.arange(5).expand(3, 5) >= torch.tensor([5, 3, 4])[:, None]
+    inputs, module = {"x": torch.randn(3, 5, 8), "pad": pad}, Encoder().eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    network = read_module(module, inputs, axes={"x": {0: "batch", 1: "length"}, "pad": {0: "batch", 1: "length"}})
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    with torch.no_grad():
+        expected = module.train()(**inputs)  # not on the fast path
+    (found,) = outputs(ir.to_proto(network.model), {name: values.numpy() for name, values in inputs.items()})
+    assert np.allclose(expected.numpy(), found, atol=1e-5)
+    assert capfd.readouterr().err == ""
+
+
 def test_where_the_new_exporter_fails_the_older_one_reads() -> None:
     module = Parts(branch=True)
     with pytest.raises(BadInput, match=r"torch\.export: "):
@@ -139,7 +205,7 @@ def test_a_module_that_cannot_be_traced_is_refused_with_both_reasons_and_is_as_b
     with pytest.raises(BadInput, match=r"Parts cannot .*never works.*TorchScript: 'this module never works'"):
         read(module, INPUTS)
     assert [part.training for part in (module, module.first, module.second)] == [True, True, False]
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_is_as_before() -> None:

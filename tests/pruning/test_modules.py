@@ -156,6 +156,75 @@ def test_what_does_not_fit_the_forward_is_refused() -> None:
         optin_deploy.prune(made(Image), [pictures()], flops=0.01)
 
 
+class Padded(nn.Module):
+    """Attention that hides what is padded, as torch's own does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-1, -2)).masked_fill(pad[:, None, None, :], float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_mask_that_is_true_where_nothing_is_to_be_seen() -> None:
+    pad = torch.arange(7).expand(24, 7) >= 5
+    pruned = optin_deploy.prune(made(Padded), [{"x": torch.randn(24, 7, 32), "pad": pad}], flops=0.7, align=1)
+    assert 0 < len(pruned.plan.keep["qkv: heads"]) < 4
+
+
+class Summed(nn.Module):
+    """Sums by letters of a single tensor."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.up, self.down, self.equation = nn.Linear(16, 64), nn.Linear(64, 16), equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("equation", ["bnd->bdn", "bnd->bd"])
+def test_letters_of_a_single_tensor(equation: str) -> None:
+    module = Summed(equation).eval()
+    pruned = optin_deploy.prune(module, [torch.randn(24, 7, 16)], flops=0.7, allocation="uniform")
+    assert isinstance(pruned.model, Summed)
+    assert pruned.model.up.out_features < 64
+
+
+class Recurrent(nn.Module):
+    """Features for a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.steps, self.out = nn.Linear(12, 48), nn.GRU(48, 10, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.steps(self.before(x).relu())[0][:, -1])
+
+
+class Neighbours(nn.Module):
+    """A mean over the neighbours in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(12, 48), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.out(((edges / edges.sum(-1, keepdim=True)) @ self.inner(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "name"),
+    [(Recurrent, {}, "before: neurons"), (Neighbours, {"edges": torch.ones(8, 7, 7)}, "inner: neurons")],
+)
+def test_what_is_no_attention_has_neurons(kind: Any, more: dict[str, Tensor], name: str) -> None:
+    layout = optin_deploy.inspect(made(kind), {"x": torch.randn(8, 7, 12), **more})
+    assert {group.name: group.units for group in layout.groups} == {name: 48}
+
+
 # Models of transformers
 
 QUICK = ScoreSettings(probes=2, head_samples=2)

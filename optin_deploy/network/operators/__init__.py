@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from optin_deploy.common.plugins import with_added
+from optin_deploy.network.graph import Node
 from optin_deploy.network.operators.row import Row
 
 log = logging.getLogger(__name__)
@@ -28,3 +29,10 @@ def rows() -> dict[tuple[str, str], Row]:
                     *(name, place, row.domain or "onnx", row.name),
                 )
     return found
+
+
+def factors_of(node: Node) -> tuple[int, ...]:
+    """Places of the two tensors that a node multiplies; none where it is no product, as an Einsum of one tensor."""
+    row = rows().get((node.domain, node.op))
+    places = () if row is None else row.factors or ()
+    return places if all(place < len(node.inputs) for place in places) else ()

@@ -229,3 +229,5 @@ ROWS = (
     Row("RNN", RNN.compute, axes, factors=(0, 1)),
     Row("DynamicQuantizeLSTM", ranged_lstm, axes, domain="com.microsoft", factors=(0, 1)),
 )
+RECURRENT = tuple(row.name for row in ROWS)
+"""Operators that read a sequence step by step."""
