@@ -41,8 +41,7 @@ def card_of(report: StoredReport, repository: str, files: Sequence[str], *, task
         "\n".join(["---", *front, "---"]),
         f"# {repository.rsplit('/', 1)[-1]}",
         f"A physically smaller {name}{at}: {macs.pruned / max(1, macs.dense):.0%} of its multiply-accumulates stay. "
-        f"Units were scored, chosen and cut, and the weights that stay repaired in closed form, without training, by "
-        f"[optin-deploy]({HOME}) {__version__}.",
+        f"Units were scored, chosen and cut{_afterwards(report)}, by [optin-deploy]({HOME}) {__version__}.",
         "## What was measured",
         " ".join(report.quality_lines),
         to_table(("", "dense", "pruned"), rows),
@@ -100,3 +99,11 @@ def _settings(report: StoredReport) -> dict[str, object]:
     """Settings that say how the units were chosen, without paths."""
     names = ("flops", "params", "size", "max_drop", "allocation", "samples", "seed", "precision")
     return {name: report.settings[name] for name in names if report.settings.get(name) is not None}
+
+
+def _afterwards(report: StoredReport) -> str:
+    """What became of the weights that stay, for the middle of a sentence."""
+    repaired = "" if report.settings.get("compensation") is False else ", the weights that stay repaired in closed form"
+    if report.tuned is not None:
+        return f"{repaired} and then tuned towards the dense outputs, without labels"
+    return f"{repaired}, without training"

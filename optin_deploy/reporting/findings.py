@@ -94,6 +94,8 @@ class StoredReport(Stored):
     """Groups of a network that was cut in its graph."""
     artifacts: tuple[ArtifactQuality, ...] = ()
     """Artifacts of other types beside the float32 networks."""
+    tuned: Mapping[str, Any] | None = None
+    """What tuning without labels did; None: nothing was tuned."""
 
     def __post_init__(self) -> None:
         try:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.hub import ID, hub_errors
 from optin_deploy.files.names import PRUNED, SUPPORT_FILES, TUNED
-from optin_deploy.files.ownership import RECORD
+from optin_deploy.files.ownership import RECORD, Record
+from optin_deploy.jobs.belonging import disagreements
 from optin_deploy.reporting.card import card_of
 from optin_deploy.reporting.findings import read_report
 
@@ -34,24 +35,42 @@ def prepared_push(folder: Path, repository: str) -> Push:
     """Collect what belongs to a pruned model: its ONNX files, its transformers folder, its plan, and a card.
 
     The dense model, engines that fit one device, and what was only needed to make the model stay where they are.
-    Raises: BadInput: no finished output folder, or no id of a repository.
+    So does what somebody else put into the folder.
+    Raises: BadInput: no finished output folder, or no id of a repository. PlanMismatch: its files are of two plans.
     """
     if not ID.fullmatch(repository) or "/" not in repository:
         raise BadInput(f"{repository!r} is no id of a repository: give one such as my-org/my-model.")
     report = read_report(folder)
     if report is None:
         raise BadInput(f"{folder} has no report.json: give the output folder of `optin-export`.")
-    found = {f"{ONNX}/{path.name}": path for path in sorted(folder.glob(f"{Path(PRUNED).stem}*.onnx*"))}
+    for problem in disagreements(folder):
+        raise PlanMismatch(problem)
+    own = _own_files(folder)
+    found = {f"{ONNX}/{path.name}": path for path in own if path.match(f"{Path(PRUNED).stem}*.onnx*")}
     if f"{ONNX}/{PRUNED}" not in found:
         raise BadInput(f"{folder} has no {PRUNED}. Make it with `optin build {folder} --engine onnx`.")
     found = {f"{ONNX}/{PRUNED}": found[f"{ONNX}/{PRUNED}"], **found}
     model = folder / "model"
-    inside = sorted(path for path in model.rglob("*") if path.is_file() and path.name != RECORD)
-    beside = [folder / name for name in (*SUPPORT_FILES, "plan.json", TUNED) if (folder / name).is_file()]
+    inside = _own_files(model) if model.is_dir() else []
+    beside = [path for path in own if path.name in (*SUPPORT_FILES, "plan.json", TUNED)]
     # Those beside model.onnx win: their tokenizer_config.json is one that transformers 4 reads too.
     found |= {path.relative_to(model).as_posix(): path for path in inside} | {path.name: path for path in beside}
     task = report.settings.get("task") or _task(folder)
     return Push(repository, card_of(report, repository, list(found), task=task), found)
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Files that we wrote into a folder, in the order of their names.
+
+    Raises: BadInput: nothing says which they are, or one is a link that leads out of the folder.
+    """
+    if not (folder / RECORD).is_file():
+        raise BadInput(f"{folder} has no {RECORD}, which says what in it may be sent. Copy its hidden files too.")
+    found = [path for name in Record(folder).names() if (path := folder / name).is_file()]
+    for path in found:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
+    return found
 
 
 def push(made: Push, *, private: bool = False, branch: str | None = None) -> Push:

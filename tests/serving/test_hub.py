@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -13,6 +15,9 @@ from huggingface_hub import constants
 import optin_deploy
 from optin_deploy.errors import BadInput
 from optin_deploy.files.hub import revision_of, snapshot
+from optin_deploy.files.ownership import RECORD
+from optin_deploy.reporting.card import card_of
+from optin_deploy.reporting.findings import read_report
 from support import tiny_checkpoint as tiny
 from support.fake_hub import FakeHub, fake_hub
 
@@ -86,6 +91,49 @@ def test_what_cannot_be_pushed_is_refused(hub: FakeHub, shell: tiny.Shell, tmp_p
     shutil.rmtree(folder)
     folder.mkdir()
     assert "has no report.json" in shell("optin", "push", folder, "my-org/smaller").err
+
+
+def test_only_what_we_wrote_and_what_belongs_together_is_pushed(
+    hub: FakeHub, shell: tiny.Shell, tmp_path: Path
+) -> None:
+    folder = tiny.copy_of(tiny.finished_job(), tmp_path / "work")
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "model" / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "model" / ".env").write_text("secret")
+    (folder / "model_old.onnx").write_text("secret")
+    (folder / "model.onnx.d").mkdir()
+    assert shell("optin", "push", folder, "my-org/smaller").code == 0
+    assert not any(b"secret" in content for content in hub.files.values())
+    config = folder / "model" / "config.json"
+    config.rename(tmp_path / "config.json")
+    config.symlink_to(tmp_path / "config.json")
+    assert "is a link that leads out of" in shell("optin", "push", folder, "my-org/smaller").err
+    config.unlink()
+    shutil.copy(tmp_path / "config.json", config)
+    (folder / RECORD).rename(tmp_path / "record")
+    assert f"has no {RECORD}" in shell("optin", "push", folder, "my-org/smaller").err
+    (tmp_path / "record").rename(folder / RECORD)
+    for strange in ("notes.txt", ".env"):
+        (folder / "model" / strange).unlink()
+    assert shell("optin", "plan", folder, "--flops", "0.9", "--allocation", "uniform").code == 0
+    ran = shell("optin", "push", folder, "my-org/smaller")
+    assert (ran.code, len(hub.commits)) == (2, 1)
+    assert "plan.json is not the plan that" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "tuned", "said"),
+    [
+        ({"compensation": True}, None, "cut, the weights that stay repaired in closed form, without training, by"),
+        ({"compensation": False}, None, "cut, without training, by"),
+        ({}, {"steps": 5}, "repaired in closed form and then tuned towards the dense outputs, without labels, by"),
+    ],
+)
+def test_the_card_says_what_became_of_the_weights(settings: Any, tuned: Any, said: str) -> None:
+    report = read_report(tiny.finished_job())
+    assert report is not None
+    changed = replace(report, settings={**report.settings, **settings}, tuned=tuned)
+    assert said in card_of(changed, "my-org/smaller", ["onnx/model.onnx"])
 
 
 @pytest.mark.parametrize(
