@@ -1,6 +1,6 @@
 """Read torch modules: exported in memory without optimisation, so that weights keep their names and their memory.
 
-The new exporter of torch is tried first; where it fails, the one by TorchScript. Either gets the module in evaluation
+The new exporter of torch is tried first; where it fails or writes branches, the one by TorchScript. Either gets the module in evaluation
 mode, with plain ("eager") attention and without caches; all of that is as before afterwards.
 """
 
@@ -24,6 +24,7 @@ from optin_deploy.errors import BadInput
 from optin_deploy.network.checks import check_model
 from optin_deploy.network.graph import Network
 from optin_deploy.network.normal import normalise, reason
+from optin_deploy.network.operators import rows
 
 OPSET, SCRIPT_OPSET = 20, 17
 """Operator sets of the two exporters: below 23, whose Attention node hides the products; 17 is the newest that
@@ -57,27 +58,42 @@ def read_module(
     Args:
         inputs: example inputs by the names of forward's arguments, with two rows or more.
         axes: axes that stay free; None: the first of each input, as "batch".
-        dynamo: True: only torch's new exporter; False: only TorchScript's; None: the second where the first fails.
+        dynamo: True: only torch's new exporter; False: only TorchScript's; None: the second where the first fails, or
+            writes what cannot be followed and the second writes less of that.
     Raises: BadInput: neither exporter can trace it; says why.
     """
     source = type(module).__name__
     free = {name: {0: "batch"} for name, value in inputs.items() if value.dim()} if axes is None else axes
     traced = Traced(module, tuple(inputs))
     failures: list[str] = []
+    best: Network | None = None
     with EXPORTING, prepared(module), torch.no_grad(), quiet():
         for new in (True, False) if dynamo is None else (dynamo,):
             try:
                 model = _by_dynamo(traced, inputs, free) if new else _by_script(traced, inputs, free)
-                break
+                _rename(model, traced, free)
+                normalise(model, source)
             except FAILURES as err:
                 failures.append(f"{'torch.export' if new else 'TorchScript'}: {reason(err)}")
-        else:
-            raise BadInput(
-                f"{source} cannot be read as a graph. {' '.join(failures)} Give other example inputs, or an .onnx file."
-            )
-    _rename(model, traced, free)
-    normalise(model, source)
-    return Network(model, source)
+                continue
+            found = Network(model, source)
+            if best is None or _obscure(found) < _obscure(best):
+                best = found
+            if not _obscure(best):
+                break
+    if best is None:
+        raise BadInput(
+            f"{source} cannot be read as a graph. {' '.join(failures)} Give other example inputs, or an .onnx file."
+        )
+    return best
+
+
+def _obscure(network: Network) -> int:
+    """Number of nodes that axes cannot be followed through: of an unknown operator, or with a graph inside."""
+    return sum(
+        (node.domain, node.op) not in rows() or any(isinstance(value, ir.Graph) for value in node.attributes.values())
+        for node in network.nodes
+    )
 
 
 class Traced(nn.Module):

@@ -197,6 +197,24 @@ def test_where_the_new_exporter_fails_the_older_one_reads() -> None:
     check_weights(read_module(module, INPUTS), module)
 
 
+def test_where_the_new_exporter_writes_what_cannot_be_followed_the_older_one_reads() -> None:
+    bag = nn.Sequential(nn.EmbeddingBag(30, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = bag
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids)
+
+    inputs = {"ids": torch.randint(30, (4, 5))}
+    new, old, chosen = (read_module(Bag(), inputs, dynamo=dynamo) for dynamo in (True, False, None))
+    kinds = [[node.op for node in network.nodes] for network in (new, old, chosen)]
+    assert "If" in kinds[0]
+    assert kinds[2] == kinds[1] != kinds[0]
+
+
 def test_a_module_that_cannot_be_traced_is_refused_with_both_reasons_and_is_as_before(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
