@@ -268,6 +268,13 @@ def sums_by_letters_with_dots(n: Net) -> Any:
     return n.Einsum(n.MatMul(n.x, w(6, 12)), w(12, 5), equation="...k,km->...m")
 
 
+@example(12, stays=(6,))
+def mixed_by_frequencies(n: Net) -> Any:
+    mixed = n.DFT(n.Unsqueeze(n.x, [3]), "", np.array(-2))
+    real = n.Squeeze(n.Slice(mixed, [0], [1], [3]), [3])
+    return n.MatMul(n.Relu(n.MatMul(n.Add(n.x, real), w(6, 12))), w(12, 6))
+
+
 def attention(n: Net, q: str, k: str, v: str, heads: int, width: int) -> str:
     def split(each: str, perm: list[int]) -> str:
         return str(n.Transpose(n.Reshape(each, [0, 0, heads, width]), perm=perm))
