@@ -1,7 +1,7 @@
 """Read torch modules: exported in memory without optimisation, so that weights keep their names and their memory.
 
-The new exporter of torch is tried first; where it fails or writes branches, the one by TorchScript. Either gets the module in evaluation
-mode, with plain ("eager") attention and without caches; all of that is as before afterwards.
+The new exporter of torch is tried first; where it fails or writes branches, the one by TorchScript. Either gets the
+module in evaluation mode, with plain ("eager") attention and without caches; all of that is as before afterwards.
 """
 
 from __future__ import annotations
