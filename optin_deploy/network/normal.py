@@ -15,6 +15,7 @@ from onnx_ir.passes.common import (
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
+from optin_deploy.network.operators.reductions import sums_statistics
 from optin_deploy.network.sequences import replace_sequences
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
@@ -34,6 +35,7 @@ def normalise(model: ir.Model, source: str) -> None:
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         replace_sequences(model.graph)
         _plain_casts(model.graph)
+        _sums_for_means(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
     except FOREIGN as err:
@@ -54,6 +56,30 @@ def _plain_casts(graph: ir.Graph) -> None:
             cast.outputs[0].name, cast.outputs[0].type = node.outputs[0].name, ir.TensorType(like)
             cast.outputs[0].shape = node.outputs[0].shape
             ir.convenience.replace_nodes_and_values(graph, node, [node], [cast], node.outputs, cast.outputs)
+
+
+def _sums_for_means(graph: ir.Graph) -> None:
+    """Put a sum and a division by the number of all channels in place of the mean of a number of each channel.
+
+    So is it for a masked channel, whose number is 0; a mean over those that stay would be another.
+    """
+    for node in [node for node in graph if node.op_type == "ReduceMean" and node.domain == ""]:
+        read, made = node.inputs[0], node.outputs[0]
+        if read is None or read.shape is None or made.shape is None or len(read.shape) != len(made.shape):
+            continue
+        over = [place for place, sizes in enumerate(zip(read.shape, made.shape, strict=True)) if sizes[0] != sizes[1]]
+        count = read.shape[over[0]] if len(over) == 1 else None
+        if not isinstance(count, int) or not sums_statistics(tuple(read.shape), over) or len(node.inputs) < 2:
+            continue
+        whole = ir.node("ReduceSum", node.inputs, dict(node.attributes), name=node.name)
+        number = ir.Value(name=f"{made.name}_count", const_value=ir.tensor([float(count)], read.dtype))
+        graph.register_initializer(number)
+        part = ir.node("Div", [whole.outputs[0], number], name=f"{node.name}_of_all")
+        whole.outputs[0].name = f"{made.name}_sum"
+        for value in (whole.outputs[0], part.outputs[0]):
+            value.type, value.shape = made.type, made.shape
+        part.outputs[0].name = made.name
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, part], [made], part.outputs)
 
 
 def reason(err: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -192,6 +193,34 @@ def test_letters_of_a_single_tensor(equation: str) -> None:
     pruned = optin_deploy.prune(module, [torch.randn(24, 7, 16)], flops=0.7, allocation="uniform")
     assert isinstance(pruned.model, Summed)
     assert pruned.model.up.out_features < 64
+
+
+class Compared(nn.Module):
+    """Global response normalisation (ConvNeXt V2): each channel's size beside the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 1)
+        self.scale = nn.Parameter(torch.randn(1, 32, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        sizes = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+        return self.down(x + self.scale * x * sizes / (sizes.mean(1, keepdim=True) + 1e-6))
+
+
+def test_channels_beside_the_mean_of_all_are_cut_and_the_mean_stays_that_of_all(tmp_path: Path) -> None:
+    module, x = made(Compared), torch.randn(24, 3, 12, 12)
+    pruned = optin_deploy.prune(module, [x], flops=0.5, allocation="uniform", compensation=False)
+    (units,) = pruned.plan.keep.values()
+    masked = copy.deepcopy(module)
+    gone = [unit for unit in range(32) if unit not in units]
+    with torch.no_grad():
+        for tensor in (masked.up.weight, masked.up.bias):
+            tensor[gone] = 0
+        expected = masked(x)
+    assert 0 < len(units) < 32
+    torch.testing.assert_close(optin_deploy.load(pruned.save(tmp_path / "smaller"))(x=x)["output"], expected)
 
 
 class Recurrent(nn.Module):

@@ -268,6 +268,20 @@ def sums_by_letters_with_dots(n: Net) -> Any:
     return n.Einsum(n.MatMul(n.x, w(6, 12)), w(12, 5), equation="...k,km->...m")
 
 
+@example(12, shape=PICTURE)
+def channels_beside_the_mean_of_all(n: Net) -> Any:
+    a = n.Conv(n.x, w(12, 3, 1, 1), w(12))
+    sizes = n.ReduceL2(a, [2, 3])
+    among = n.Div(sizes, n.Add(n.Div(n.ReduceSum(sizes, [1]), np.float32(12)), np.float32(1e-6)))
+    return n.Conv(n.Add(n.Mul(n.Mul(a, among), w(12, 1, 1)), w(12, 1, 1)), w(4, 12, 1, 1))
+
+
+@example(frozen="ReduceMean", shape=PICTURE)
+def channels_beside_the_mean_of_each_place(n: Net) -> Any:
+    a = n.Conv(n.x, w(12, 3, 1, 1), w(12))
+    return n.Conv(n.Sub(a, n.ReduceMean(a, [1])), w(4, 12, 1, 1))
+
+
 @example(12, stays=(6,))
 def mixed_by_frequencies(n: Net) -> Any:
     mixed = n.DFT(n.Unsqueeze(n.x, [3]), "", np.array(-2))

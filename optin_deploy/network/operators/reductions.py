@@ -1,8 +1,8 @@
-"""Reductions: the axes that they run over stay whole."""
+"""Reductions: the axes that they run over stay whole, but where a number of each channel is added up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -38,9 +38,22 @@ def flow(flow: Flow) -> None:
         flow.give(0, axes)
         return
     over = {axis % len(axes) for axis in asked} if asked else set(range(len(axes)))
-    flow.freeze([axes[position] for position in sorted(over)])
+    if flow.node.op == "ReduceSum" and sums_statistics(flow.shape(0), over):
+        for position in over:
+            flow.contract(0, position)
+    else:
+        flow.freeze([axes[position] for position in sorted(over)])
     kept = [flow.fresh(1) if position in over else axis for position, axis in enumerate(axes)]
     flow.give(0, kept if flow.node.get("keepdims", 1) else [axis for i, axis in enumerate(kept) if i not in over])
+
+
+def sums_statistics(shape: Sequence[object], over: Collection[int]) -> bool:
+    """Whether one number of each channel of a picture is added up, as where each is compared with the mean of all.
+
+    Sums over what lies in one place of a picture, or of a text, normalise the stream, whose channels stay whole.
+    """
+    others = [size for position, size in enumerate(shape) if position and position not in over]
+    return len(shape) > 3 and 0 not in over and len(over) == 1 and all(size == 1 for size in others)
 
 
 def product(x: Tensor, axes: list[int], keep: bool) -> Tensor:
