@@ -72,5 +72,8 @@ def classes_of(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
     for label in rows.labels:
         if not isinstance(label, str | int | float):
             raise BadInput(f"{rows.origin}: a row to learn from has no class, but {label!r}. Label all rows, or none.")
-        found.append(class_number(label, names, count))
+        try:
+            found.append(class_number(label, names, count))
+        except BadInput as err:
+            raise BadInput(f"{rows.origin}: {err}") from err
     return torch.tensor(found)

@@ -69,6 +69,8 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
     if reading.kind == "embedding" and labelled:
         _check_classes(ready)
+    elif labelled:
+        _known_classes(ready, tuning)
 
 
 def _check_classes(ready: Ready) -> None:
@@ -107,9 +109,7 @@ def finetune(
     if ready.subject.reading.kind == "embedding" and labelled:
         return _with_classifier(ready, smaller, tuning, scratch, progress)
     before = ready.quality_of(smaller)
-    classes = _known_classes(ready) if labelled else None
-    if classes is None and tuning.distill == 0:
-        raise BadInput(f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out.")
+    classes = _known_classes(ready, tuning) if labelled else None
     distill = 1.0 if classes is None else tuning.distill
     student = Student(smaller, ready.subject.program, ready.subject.reading, distill)
     train(student, ready, classes, tuning, scratch, progress)
@@ -164,11 +164,18 @@ def _check_alike(network: Network, student: Student, rows: Feeds) -> None:
             raise NotProven(f"{network.source}: the classifier's logits differ by {apart:.1e} from the trained ones.")
 
 
-def _known_classes(ready: Ready) -> Tensor | None:
-    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row."""
+def _known_classes(ready: Ready, tuning: Tuning) -> Tensor | None:
+    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row.
+
+    Raises: BadInput: a row has no class that the network knows, or it puts out none and nothing else teaches.
+    """
     rows, reading = ready.rows.calibration, ready.subject.reading
     shape = ready.subject.structure.shapes.shape(reading.output)
     if reading.kind not in ("logits", "probabilities") or shape is None or len(shape) != 2:
+        if tuning.distill == 0:
+            raise BadInput(
+                f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out."
+            )
         log.warning("%s: the network puts out no class of a row: it learns from the dense outputs alone", rows.origin)
         return None
     return classes_of(rows, ready.names, int(shape[1]))

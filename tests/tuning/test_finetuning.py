@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer
 
 import optin_deploy
 from optin_deploy.data.samples import read_samples
@@ -46,6 +47,7 @@ from support.tiny_checkpoint import (
     labelled,
     lines,
     photos,
+    snapshot,
     temporary_files,
     text_options,
     vit,
@@ -216,6 +218,64 @@ def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, 
     ran = shell("optin", "finetune", folder, *options, "--out", tmp_path / "x")
     assert "was cut by another plan" in ran.err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_finished_model_stays_until_the_next_training_has_ended(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tmp_path / "tuned"
+    options = ("--out", tuned, "--batch-size", 16)
+    ran = shell("optin", "finetune", finished_job(), "--data", labelled(), *options)
+    assert ran.code == 0, ran.err
+    before = snapshot(tuned)
+    rows = [json.loads(line) for line in labelled().read_text().splitlines()]
+
+    def written(name: str, changed: list[dict[str, object]]) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+        return path
+
+    unknown = written("unknown", [row | {"label": "politics"} for row in rows])
+    partly = written("partly", [row | {"label": row["label"] if i % 3 else None} for i, row in enumerate(rows)])
+    judging = written("judging", [row | {"text": f"new {row['text']}"} for row in rows])
+    for data, says in ((unknown, "label 'politics' is not one of the model's"), (partly, "Label all rows, or none")):
+        for dry in (("--dry-run",), ()):
+            ran = shell("optin", "finetune", finished_job(), "--data", data, "--eval", judging, *options, *dry)
+            assert (ran.code, says in ran.err) == (2, True), ran.err
+
+    def broken(self: Trainer, *rest: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    again = ("--data", labelled(), *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", broken)
+        assert shell("optin", "finetune", finished_job(), *again, "--epochs", 2).code == 130
+        ran = shell("optin", "finetune", finished_job(), *again)  # the very same training, which is not done again
+    assert ran.code == 0, ran.err
+    assert f"Found finished {tuned / 'model.onnx'}" in ran.out
+    other = copy_of(finished_job(), tmp_path / "other")
+    for command in (("plan", other, "--flops", 0.9, "--allocation", "uniform"), ("rewrite", other)):
+        ran = shell("optin", *command)
+        assert ran.code == 0, ran.err
+    ran = shell("optin", "finetune", other, *again)
+    assert (ran.code, "holds a fine-tuned model of another plan" in ran.err) == (2, True), ran.err
+    assert snapshot(tuned) == before
+    ran = shell("optin", "finetune", other, *again, "--force")
+    assert ran.code == 0, ran.err
+    assert NetworkPlan.read(tuned / "plan.json") == NetworkPlan.read(other / "plan.json")
+
+
+def test_classes_alone_teach_no_network_that_puts_out_none_of_a_row(tmp_path: Path) -> None:
+    folder = tmp_path / "tags"
+    config = AutoConfig.from_pretrained(classifier())
+    AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(classifier() / name, folder)
+    ready = prepare(Source(str(folder), calibration=str(lines()), seq_len=16)).ready
+    ready = labelled_as(ready, [("arts", "sport"), ("sport",)])
+    check(ready, ready.network, Tuning())
+    with pytest.raises(BadInput, match="puts out no class of a row, and --distill 0"):
+        check(ready, ready.network, Tuning(distill=0))
 
 
 def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
