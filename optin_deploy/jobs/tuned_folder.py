@@ -106,8 +106,8 @@ def finetune_folder(
             tuned.record.remove(name)
         tuned.take(learning, force=force)
         record = TunedRecord(tuning, found.before, found.after, found.names)
-        _write(tuned, prepared, plan, found, record, key)
         _copy_support(folder, out, found.names)
+        _write(tuned, prepared, plan, found, record, key)
         remove_folder(out / STATE)
     return Outcome(record, reused=False)
 
@@ -166,7 +166,7 @@ def _model_in(folder: Path, plan: NetworkPlan) -> tuple[str, Network]:
 def _write(
     tuned: Workspace, prepared: Prepared, plan: NetworkPlan, found: Tuned, record: TunedRecord, key: str
 ) -> None:
-    """Write the model, last but for what is recorded of it, and what belongs to it."""
+    """Write what belongs to the model, and model.onnx last: where it is, all the rest is there too."""
     network = prepared.ready.subject.hash
     if found.names is None:
         dense_stage(tuned, prepared)
@@ -174,10 +174,10 @@ def _write(
         store(found.dense, tuned.root / DENSE, key, mark(network), anew=True)
     plan.write(tuned.root / "plan.json")
     record.write(tuned.root / TUNED)
+    output = None if found.names is None else found.network.outputs[0].name
+    record_samples(tuned, prepared, found.network, dense=found.dense, output=output, key=key)
     entries = {**mark(network, plan.hash), ABOUT: json.dumps(ABOUT_TUNED)}
     store(found.network, tuned.root / PRUNED, key, entries, anew=True)
-    output = None if found.names is None else found.network.outputs[0].name
-    record_samples(tuned, prepared, found.network, dense=found.dense, output=output)
 
 
 def _copy_support(folder: Path, out: Path, names: tuple[str, ...] | None) -> None:

@@ -19,6 +19,7 @@ from optin_deploy.data.samples import read_samples
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import READ, Label
+from optin_deploy.files.storage import read_metadata
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.folder_build import FolderBuild
 from optin_deploy.jobs.job import Job
@@ -28,7 +29,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
-from optin_deploy.network.sealed import store
+from optin_deploy.network.sealed import finished, store
 from optin_deploy.network.weights import with_weights
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
@@ -263,6 +264,33 @@ def test_a_finished_model_stays_until_the_next_training_has_ended(
     ran = shell("optin", "finetune", other, *again, "--force")
     assert ran.code == 0, ran.err
     assert NetworkPlan.read(tuned / "plan.json") == NetworkPlan.read(other / "plan.json")
+
+
+def test_model_onnx_of_a_training_is_written_last(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "tuned", list[Path]()
+    command = ("optin", "finetune", finished_job(), "--data", labelled(), "--out", out)
+
+    def killed(network: Network, path: Path, *rest: object, **how: object) -> None:
+        seen.append(path)
+        if path.name == "model.onnx":
+            raise KeyboardInterrupt
+        store(network, path, *rest, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        for name in ("optin_deploy.jobs.tuned_folder.store", "optin_deploy.jobs.stages.store"):
+            patch.setattr(name, killed)
+        assert shell(*command).code == 130  # type: ignore[arg-type]
+    assert [path.name for path in seen] == ["dense.onnx", "model.onnx"]
+    assert not (out / "model.onnx").exists()
+    beside = {path.name for path in out.iterdir()}
+    assert beside >= {"config.json", "tokenizer.json", "plan.json", "samples.safetensors", "tuned.json"}
+    ran = shell(*command)  # type: ignore[arg-type]
+    assert (ran.code, "Wrote" in ran.out) == (0, True), ran.err
+    known = finished(out / "model.onnx")
+    assert known is not None
+    assert read_metadata(out / "samples.safetensors", "")["model"] == known.key
 
 
 def test_classes_alone_teach_no_network_that_puts_out_none_of_a_row(tmp_path: Path) -> None:
