@@ -37,6 +37,7 @@ from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
 from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.tuning.classifier import names_of
 from optin_deploy.tuning.finetune import check, finetune
 from optin_deploy.tuning.settings import STATE, Tuning
 from support.tiny_checkpoint import (
@@ -392,6 +393,15 @@ def test_rows_that_teach_an_embedder_no_classes_are_told() -> None:
         with pytest.raises(BadInput, match=rf"{says}\. {without}"):
             check(labelled_as(ready, labels), ready.network, Tuning())  # type: ignore[arg-type]
     check(labelled_as(ready, ["a", "b"]), ready.network, Tuning())
+
+
+def test_labels_of_any_type_name_each_class_once() -> None:
+    assert names_of([0.0, 1.0, 10.0, 2.0, None]) == ("0", "1", "2", "10")
+    assert names_of(["1", "2", 1, 2.0, "a"]) == ("1", "2", "a")
+    with pytest.raises(BadInput, match=r"a row's label is 0\.5: such rows teach no classes"):
+        names_of([0.0, 0.5])
+    with pytest.raises(BadInput, match="labels name 1 classes"):
+        names_of(["1", 1, 1.0])
 
 
 def test_an_embedding_behind_a_prompt_gets_no_classifier(tmp_path: Path) -> None:
