@@ -59,9 +59,7 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
     if tuning.epochs and find_spec("accelerate") is None:
         raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
     check_trainable(ready, smaller)
-    shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}
-    if len(shapes) > 1 and not any(MASK in batch for batch in rows.batches):
-        raise BadInput(f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step.")
+    _check_sizes(rows, source)
     labelled = any(label is not None for label in rows.labels)
     if not tuning.epochs and not (reading.kind == "embedding" and labelled):
         raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
@@ -71,6 +69,34 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         _check_classes(ready)
     elif labelled:
         _known_classes(ready, tuning)
+
+
+def _check_sizes(rows: Feeds, source: str) -> None:
+    """Make sure that rows can share a step: those with fewer tokens are padded, which a mask must tell.
+
+    Raises: BadInput: an input has unequal sizes otherwise.
+    """
+    for name in rows.batches[0]:
+        shapes = {batch[name].shape[1:] for batch in rows.batches}
+        if len(shapes) == 1:
+            continue
+        if not all(MASK in batch for batch in rows.batches):
+            raise BadInput(
+                f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step: {name} has "
+                f"{_listed(shapes)}. Give rows of one size."
+            )
+        tokens = all(batch[name].dim() == 2 or batch[name].shape[:2] == batch[MASK].shape for batch in rows.batches)
+        if not tokens or len({shape[1:] for shape in shapes}) > 1:
+            raise BadInput(
+                f"{source} takes {name} of unequal sizes beside the tokens, so that rows cannot share a step: "
+                f"{_listed(shapes)}. Give rows of one size."
+            )
+
+
+def _listed(shapes: set[torch.Size]) -> str:
+    """A few of the shapes of a row."""
+    found = [" x ".join(map(str, shape)) for shape in sorted(shapes)]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _check_classes(ready: Ready) -> None:

@@ -36,6 +36,7 @@ from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
+from optin_deploy.quality.held_out import stacked
 from optin_deploy.runtimes.ort import OrtRuntime
 from optin_deploy.tuning.classifier import names_of
 from optin_deploy.tuning.finetune import check, finetune
@@ -322,6 +323,54 @@ def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
     program = Program(tuned.network)
     whole, alone = (program(feeds).outputs["logits"] for feeds in (texts, short))
     torch.testing.assert_close(whole[:1], alone, rtol=0, atol=1e-5)
+
+
+class States(torch.nn.Module):
+    """A mean over the tokens of states that come from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = torch.nn.Linear(12, 32), torch.nn.Linear(32, 12)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = inputs_embeds + self.narrow(torch.relu(self.wide(inputs_embeds)))  # (B, T, 12)
+        real = attention_mask.unsqueeze(-1).to(states)
+        return (states * real).sum(1) / real.sum(1)
+
+
+def states_of_two_lengths(folder: Path) -> Ready:
+    """A network of states beside a mask of padding, with rows of 5 and of 7 tokens."""
+    free = {0: "batch", 1: "tokens"}
+    example = (torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.int64))
+    axes = {"inputs_embeds": free, "attention_mask": free, "embedding": {0: "batch"}}
+    names = {"input_names": ["inputs_embeds", "attention_mask"], "output_names": ["embedding"], "dynamic_axes": axes}
+    torch.onnx.export(States().eval(), example, folder / "x.onnx", dynamo=False, **names)  # type: ignore[arg-type]
+    (folder / "rows").mkdir()
+    for tokens in (5, 7):
+        states = np.random.default_rng(tokens).standard_normal((20, tokens, 12)).astype(np.float32)
+        np.savez(
+            folder / "rows" / f"{tokens}.npz", inputs_embeds=states, attention_mask=np.ones((20, tokens), np.int64)
+        )
+    return prepare(Source(str(folder / "x.onnx"), calibration=str(folder / "rows"))).ready
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's older exporter
+def test_states_of_unequal_lengths_share_a_step_where_a_mask_tells_their_padding(tmp_path: Path) -> None:
+    ready = states_of_two_lengths(tmp_path)
+    tuned = finetune(ready, ready.network, Tuning(batch_size=40, learning_rate=1e-3))
+    assert tuned.after.pruned > 0.9
+    rows = ready.rows.calibration
+    for batch in rows.batches:
+        alone, padded = batch["inputs_embeds"][:1], stacked([batch["inputs_embeds"][:1], torch.zeros(1, 9, 12)])[:1]
+        mask = stacked([batch["attention_mask"][:1], torch.zeros(1, 9, dtype=torch.int64)])[:1]
+        program = Program(tuned.network)
+        wanted = program({"inputs_embeds": alone, "attention_mask": batch["attention_mask"][:1]}).outputs["embedding"]
+        found = program({"inputs_embeds": padded, "attention_mask": mask}).outputs["embedding"]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    batches = tuple({**batch, "more": batch["inputs_embeds"][:, :3, : 5 + i]} for i, batch in enumerate(rows.batches))
+    other = replace(ready, rows=replace(ready.rows, calibration=replace(rows, batches=batches)))
+    with pytest.raises(BadInput, match=r"takes more of unequal sizes beside the tokens.*: 3 x 5, 3 x 6\. Give rows of"):
+        check(other, ready.network, Tuning())
 
 
 def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path) -> None:
