@@ -91,7 +91,7 @@ def finetune_folder(
         _check_replaceable(out, folder, plan)
     with stage("load"):
         known, smaller = _model_in(folder, plan)
-        prepared = prepare(learning, folder, other_rows=True)
+        prepared = prepare(learning, folder, cut_by=source)
         check_plan(prepared.ready, plan)
         check(prepared.ready, smaller, tuning)
         key = _key(prepared, plan, known, tuning)

@@ -53,6 +53,7 @@ from support.tiny_checkpoint import (
     snapshot,
     temporary_files,
     text_options,
+    texts,
     vit,
 )
 from support.tiny_folders import sentence_model
@@ -306,6 +307,28 @@ def test_classes_alone_teach_no_network_that_puts_out_none_of_a_row(tmp_path: Pa
     check(ready, ready.network, Tuning())
     with pytest.raises(BadInput, match="puts out no class of a row, and --distill 0"):
         check(ready, ready.network, Tuning(distill=0))
+
+
+def test_no_row_judges_that_calibrated_the_cut(shell: Shell, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy_of(finished_job(), tmp_path / "job")
+    source = Workspace(folder).source()
+    calibrated = set(prepare(source, folder).ready.rows.calibration.keys)
+    other = replace(source, seed=1)
+    plain, judging = (prepare(other, folder, **how).ready.rows.held_out for how in ({}, {"cut_by": source}))
+    assert plain is not None
+    assert judging is not None
+    assert set(plain.keys) & calibrated
+    assert set(judging.keys) == set(plain.keys) - calibrated
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps({"text": f"again {text}", "label": "arts"}) + "\n" for text in texts()))
+    caplog.clear()
+    options = ("--data", new, "--eval", labelled(), "--out", tmp_path / "x", "--dry-run")
+    ran = shell("optin", "finetune", folder, *options)
+    assert ran.code == 0, ran.err
+    assert f"{len(calibrated)} rows that should judge equal a calibration row and do not count" in caplog.text
+    replace(source, calibration=str(tmp_path / "gone.jsonl")).write(folder / "source.json")
+    assert shell("optin", "finetune", folder, *options).code == 0
+    assert "rows that calibrated the cut may be among those that judge" in caplog.text
 
 
 def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
