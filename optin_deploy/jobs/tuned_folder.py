@@ -99,14 +99,18 @@ def finetune_folder(
         return Outcome(made, reused=True)
     if dry_run:
         return None
+    sentence = prepared.dense.sentence
+    modules = {} if sentence is None else sentence.files
     with Workspace.at_work(out, learning, force=force) as tuned:
         with stage("fine-tune") as progress:
             found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
-        for name in (*MADE_FROM_MODEL, *MADE_FROM_SCORES, SCORES, TUNED, "model"):
+        for name in (*MADE_FROM_MODEL, *MADE_FROM_SCORES, SCORES, TUNED, "model", *modules):
             tuned.record.remove(name)
         tuned.take(learning, force=force)
         record = TunedRecord(tuning, found.before, found.after, found.names)
         _copy_support(folder, out, found.names)
+        for name, content in modules.items() if found.names is None else ():  # it embeds as before
+            _write_bytes(out / name, content)
         _write(tuned, prepared, plan, found, record, key)
         remove_folder(out / STATE)
     return Outcome(record, reused=False)
@@ -192,5 +196,9 @@ def _copy_support(folder: Path, out: Path, names: tuple[str, ...] | None) -> Non
             config["id2label"] = {str(number): each for number, each in enumerate(names)}
             config["label2id"] = {each: number for number, each in enumerate(names)}
             held = json_text(config).encode()
-        with atomic_file(out / name) as temporary:
-            temporary.write_bytes(held)
+        _write_bytes(out / name, held)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)

@@ -467,6 +467,20 @@ def test_rows_that_teach_an_embedder_no_classes_are_told() -> None:
     check(labelled_as(ready, ["a", "b"]), ready.network, Tuning())
 
 
+@pytest.mark.usefixtures("by_torchscript")
+def test_a_folder_of_sentence_transformers_stays_one_until_it_gets_a_classifier(shell: Shell, tmp_path: Path) -> None:
+    source = Source(str(sentence_model(tmp_path / "model", "mean")), calibration=str(lines()), seq_len=16)
+    job, tuned = tmp_path / "job", tmp_path / "job-tuned"
+    export_model(Job(source, Limits(flops=0.7), allocation="uniform", points=(), dense=False), job)
+    for data, embeds in ((lines(), True), (labelled(), False), (lines(), True)):
+        ran = shell("optin", "finetune", job, "--data", data)
+        assert ran.code == 0, ran.err
+        for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+            assert (tuned / name).is_file() == embeds
+            assert not embeds or (tuned / name).read_bytes() == (job / name).read_bytes()
+    assert (tuned / "tokenizer.json").is_file()
+
+
 def test_labels_of_any_type_name_each_class_once() -> None:
     assert names_of([0.0, 1.0, 10.0, 2.0, None]) == ("0", "1", "2", "10")
     assert names_of(["1", "2", 1, 2.0, "a"]) == ("1", "2", "a")
