@@ -34,11 +34,17 @@ def prepared_push(folder: Path, repository: str) -> Push:
     """Collect what belongs to a pruned model: its ONNX files, its transformers folder, its plan, and a card.
 
     The dense model, engines that fit one device, and what was only needed to make the model stay where they are.
-    Raises: BadInput: no finished output folder, or no id of a repository.
+    Raises: BadInput: no finished output folder of an export, or no id of a repository.
     """
     if not ID.fullmatch(repository) or "/" not in repository:
         raise BadInput(f"{repository!r} is no id of a repository: give one such as my-org/my-model.")
     report = read_report(folder)
+    if report is None and (folder / TUNED).is_file():
+        raise BadInput(
+            f"{folder} holds a fine-tuned model, which has no report.json to make a card of: the output folder of "
+            "`optin-export` can be pushed. Send this one with a card of your own: "
+            f"`hf upload {repository} {folder} {ONNX} --include '{PRUNED}*'`."
+        )
     if report is None:
         raise BadInput(f"{folder} has no report.json: give the output folder of `optin-export`.")
     found = {f"{ONNX}/{path.name}": path for path in sorted(folder.glob(f"{Path(PRUNED).stem}*.onnx*"))}
@@ -47,7 +53,7 @@ def prepared_push(folder: Path, repository: str) -> Push:
     found = {f"{ONNX}/{PRUNED}": found[f"{ONNX}/{PRUNED}"], **found}
     model = folder / "model"
     inside = sorted(path for path in model.rglob("*") if path.is_file() and path.name != RECORD)
-    beside = [folder / name for name in (*SUPPORT_FILES, "plan.json", TUNED) if (folder / name).is_file()]
+    beside = [folder / name for name in (*SUPPORT_FILES, "plan.json") if (folder / name).is_file()]
     # Those beside model.onnx win: their tokenizer_config.json is one that transformers 4 reads too.
     found |= {path.relative_to(model).as_posix(): path for path in inside} | {path.name: path for path in beside}
     task = report.settings.get("task") or _task(folder)
