@@ -100,6 +100,11 @@ def _without_those_of(rows: Halves, dense: DenseSource, cut_by: Source) -> Halve
     except BadInput as err:
         log.warning("rows that calibrated the cut may be among those that judge, as they cannot be read: %s", err)
         return rows
+    if set(rows.held_out.keys) <= set(seen.keys):
+        raise BadInput(
+            f"{rows.held_out.origin}: all {len(rows.held_out)} rows that should judge calibrated the cut. Give --eval "
+            "with rows that nothing learned from."
+        )
     return replace(rows, held_out=unseen(dense.network, rows.held_out, seen))
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer
 
 import optin_deploy
+from optin_deploy.data.halves import split
 from optin_deploy.data.samples import read_samples
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
@@ -326,6 +327,11 @@ def test_no_row_judges_that_calibrated_the_cut(shell: Shell, tmp_path: Path, cap
     ran = shell("optin", "finetune", folder, *options)
     assert ran.code == 0, ran.err
     assert f"{len(calibrated)} rows that should judge equal a calibration row and do not count" in caplog.text
+    old = tmp_path / "old.txt"
+    some, _ = split(read_samples(labelled()), samples_limit=source.samples, seed=source.seed)
+    old.write_text("".join(f"{sample.text}\n" for sample in some))
+    ran = shell("optin", "finetune", folder, "--data", new, "--eval", old, *options[4:])
+    assert (ran.code, "rows that should judge calibrated the cut. Give --eval" in ran.err) == (2, True), ran.err
     replace(source, calibration=str(tmp_path / "gone.jsonl")).write(folder / "source.json")
     assert shell("optin", "finetune", folder, *options).code == 0
     assert "rows that calibrated the cut may be among those that judge" in caplog.text
