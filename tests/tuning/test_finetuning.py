@@ -285,12 +285,12 @@ def test_model_onnx_of_a_training_is_written_last(
     with monkeypatch.context() as patch:
         for name in ("optin_deploy.jobs.tuned_folder.store", "optin_deploy.jobs.stages.store"):
             patch.setattr(name, killed)
-        assert shell(*command).code == 130  # type: ignore[arg-type]
+        assert shell(*command).code == 130
     assert [path.name for path in seen] == ["dense.onnx", "model.onnx"]
     assert not (out / "model.onnx").exists()
     beside = {path.name for path in out.iterdir()}
     assert beside >= {"config.json", "tokenizer.json", "plan.json", "samples.safetensors", "tuned.json"}
-    ran = shell(*command)  # type: ignore[arg-type]
+    ran = shell(*command)
     assert (ran.code, "Wrote" in ran.out) == (0, True), ran.err
     known = finished(out / "model.onnx")
     assert known is not None
