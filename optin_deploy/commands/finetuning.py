@@ -74,13 +74,13 @@ def finetune(
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(**vars(learning))
     force, dry_run = writing.force, writing.dry_run
-    tuned = finetune_folder(folder, place, learned, tuning, force=force, dry_run=dry_run, stage=stage_bar)
-    if tuned is None:
+    found = finetune_folder(folder, place, learned, tuning, force=force, dry_run=dry_run, stage=stage_bar)
+    if found is None:
         typer.echo(f"would train {folder / 'model.onnx'} and write {place / 'model.onnx'}")
         return
-    before, after = tuned.before, tuned.after
+    before, after = found.record.before, found.record.after
     row = (before.metric, *(f"{value:.4f}" for value in (before.dense, before.pruned, after.pruned)))
     print_table(("", "dense", "pruned", "tuned"), [row], f"{after.samples} rows that nothing learned from")
-    if tuned.names is not None:
-        typer.echo(f"classes: {', '.join(tuned.names)}")
-    typer.echo(f"{place / 'model.onnx'}; engines: optin build {place}")
+    if found.record.classes is not None:
+        typer.echo(f"classes: {', '.join(found.record.classes)}")
+    typer.echo(f"{'Found finished' if found.reused else 'Wrote'} {place / 'model.onnx'}. Next: optin build {place}")

@@ -108,7 +108,7 @@ def read_samples(
             _check_file(path)
             with path.open("rb") as stream:
                 rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column, pair_column)
-                samples = tuple(islice(rows, MAX_ROWS + 1))
+                samples = tuple(map(_checked, islice(rows, MAX_ROWS + 1)))
     if len(samples) > MAX_ROWS:
         raise BadInput(
             f"{path}: more than {MAX_ROWS:,} rows. A few hundred samples are enough: cut a random part of them into a"
@@ -131,7 +131,7 @@ def check_start(path: Path, text_column: str, label_column: str, pair_column: st
             check_size(path)
             with path.open("rb") as stream:
                 rows = _rows_to_samples(path, text_lines(stream, path), text_column, label_column, pair_column)
-                next(rows, None)
+                next(map(_checked, rows), None)
 
 
 @contextmanager
@@ -239,13 +239,23 @@ def _text(row: Mapping[str, object], column: str, source: str) -> str:
     text = row[column]
     if not isinstance(text, str):
         raise BadInput(f"{source}: {column!r} is {short(text)}, not a string. Put it in quotes or delete that row.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:  # a lone surrogate, which JSON may carry and no tokenizer takes
-        raise BadInput(
-            f"{source}: {column!r} is not valid Unicode: {short(text)}. Correct or delete that row."
-        ) from err
     return text
+
+
+def _checked(sample: Sample) -> Sample:
+    """Return a sample as it is.
+
+    Raises: BadInput: a text of it holds a lone surrogate, which JSON may carry, and no tokenizer and no file takes.
+    """
+    labels = sample.label if isinstance(sample.label, tuple) else (sample.label,)
+    answers = sample.label.texts if isinstance(sample.label, Answers) else ()
+    for text in (sample.text, sample.text_pair, *labels, *answers):
+        try:
+            if isinstance(text, str):
+                text.encode()
+        except UnicodeEncodeError as err:
+            raise BadInput(f"{sample.source}: {short(text)} is not valid Unicode. Correct or delete that row.") from err
+    return sample
 
 
 def _no_column(column: str, row: Mapping[str, object], source: str, flag: str) -> BadInput:

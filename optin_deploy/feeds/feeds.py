@@ -135,9 +135,17 @@ def read_judging(network: Network, source: Source, seen: Feeds, preparation: Pre
     else:
         samples = distinct(_samples(inputs, source, preparation, judging=True))
         found = _maker(inputs, samples, preparation, _origin(source))(samples)
-    found = _regrouped(found.without(set(seen.keys)), _batching(inputs, preparation))
+    return unseen(network, found, seen, preparation)
+
+
+def unseen(network: Network, judging: Feeds, seen: Feeds, preparation: Preparation = AS_USUAL) -> Feeds:
+    """Return the rows that judge without those that equal one of `seen`.
+
+    Raises: BadInput: none of them is left.
+    """
+    found = _regrouped(judging.without(set(seen.keys)), _batching(takes(network), preparation))
     if len(found) < MIN_SAMPLES:
-        log.warning("%s: %d rows judge, so that one of them is %.0f points", source, len(found), 100 / len(found))
+        log.warning("%s: %d rows judge, so that one of them is %.0f points", found.origin, len(found), 100 / len(found))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from optin_deploy.common.version import __version__
 from optin_deploy.data.samples import check_start
-from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging
+from optin_deploy.errors import BadInput
+from optin_deploy.feeds.feeds import Drawing, Halves, Preparation, read_feeds, read_judging, unseen
 from optin_deploy.feeds.image_feeds import Pixels
 from optin_deploy.files.names import DENSE
 from optin_deploy.files.storage import sha256_json
@@ -23,6 +25,8 @@ from optin_deploy.pruning.source import Source
 from optin_deploy.structure.find import find
 from optin_deploy.structure.labels import TOKENS
 from optin_deploy.structure.turning import KINDS as TURNED
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +43,26 @@ class Prepared:
         return sha256_json([self.ready.key, self.source.seed, __version__, version("torch")])
 
 
-def prepare(source: Source, home: Path | None = None, *, other_rows: bool = False) -> Prepared:
+def prepare(source: Source, home: Path | None = None, *, cut_by: Source | None = None) -> Prepared:
     """Load network and data, and check that they fit together.
 
-    Args: home: an output folder, whose dense.onnx is read where it is of this very model. other_rows: heads are turned
-        as they are there, though that was done by other rows.
+    Args: home: an output folder, whose dense.onnx is read where it is of this very model. cut_by: what that folder
+        started from, where the network in it was cut by other rows: heads are turned as they are there, and no row
+        judges that calibrated the cut.
     Raises: BadInput and its kinds: see errors.py.
     """
     for file in filter(None, (source.calibration, source.evaluation)):
         check_start(Path(file), source.text_column, source.label_column, source.pair_column)
     dense = dense_of(source, home)
     network = dense.network
+    rows = _rows(dense, source)
+    if cut_by is not None:
+        rows = _without_those_of(rows, dense, cut_by)
     probes = probes_of(network, given=Given(source.sizes, {}))
     found = Found(find(network, probes), tuple(probes))
     ready = ready_of(
         found,
-        _rows(dense, source),
+        rows,
         compared=ComparedOutput(source.output, source.read_as or dense.read_as, dense.head),
         kinds=tuple(kind for kind in source.units if kind != TOKENS),
         names=dense.class_names,
@@ -63,7 +71,7 @@ def prepare(source: Source, home: Path | None = None, *, other_rows: bool = Fals
         seed=source.seed,
     )
     if set(ready.kinds) & set(TURNED):
-        dense, ready = _turned(dense, ready, home, other_rows=other_rows)
+        dense, ready = _turned(dense, ready, home, other_rows=cut_by is not None)
     prepared = Prepared(source, dense, ready)
     judging = ready.rows.held_out
     if judging is not None and (ready.metric is not None or any(label is not None for label in judging.labels)):
@@ -79,6 +87,25 @@ def _turned(dense: DenseSource, ready: Ready, home: Path | None, *, other_rows: 
         stored = stored_in(home, dense.network.source)
     after = turned(ready, stored)
     return (replace(dense, network=after.network, key=key) if after.turned else dense), after
+
+
+def _without_those_of(rows: Halves, dense: DenseSource, cut_by: Source) -> Halves:
+    """The same without the rows that judge and calibrated a cut; a warning tells where that is not known.
+
+    Raises: BadInput: no row that judges is left.
+    """
+    assert rows.held_out is not None, "a fifth of the rows judges, or those of --eval"
+    try:
+        seen = _rows(dense, replace(cut_by, evaluation=None)).calibration
+    except BadInput as err:
+        log.warning("rows that calibrated the cut may be among those that judge, as they cannot be read: %s", err)
+        return rows
+    if set(rows.held_out.keys) <= set(seen.keys):
+        raise BadInput(
+            f"{rows.held_out.origin}: all {len(rows.held_out)} rows that should judge calibrated the cut. Give --eval "
+            "with rows that nothing learned from."
+        )
+    return replace(rows, held_out=unseen(dense.network, rows.held_out, seen))
 
 
 def _rows(dense: DenseSource, source: Source) -> Halves:

@@ -38,10 +38,12 @@ def record_samples(
     *,
     dense: Network | None = None,
     output: str | None = None,
+    key: str | None = None,
 ) -> None:
     """Keep 8 inputs that judge with the outputs of both networks, for parity on the target.
 
-    Args: dense, output: the dense network, and what is compared; None: those of the job.
+    Args: dense, output: the dense network, and what is compared; None: those of the job. key: of the model.onnx that is
+        written afterwards; None: that of the one that is there.
     """
     rows = prepared.ready.rows.held_out or prepared.ready.rows.calibration
     most = max(rows.batches, key=lambda batch: min(rows_of(batch), RECORDED))  # the last one may be short
@@ -53,7 +55,9 @@ def record_samples(
         with torch.inference_mode():
             outputs = Program(network)({name: batch[name] for name in names}).outputs
         tensors |= {f"{role}.{name}": value.contiguous() for name, value in outputs.items()}
-    known = finished(workspace.root / PRUNED)
-    assert known is not None, "the rewrite stage wrote it"
+    if key is None:
+        known = finished(workspace.root / PRUNED)
+        assert known is not None, "the rewrite stage wrote it"
+        key = known.key
     output = output or prepared.ready.subject.reading.output
-    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": known.key, "output": output})
+    write_tensors(workspace.root / "samples.safetensors", tensors, {"model": key, "output": output})

@@ -63,11 +63,17 @@ def _alike(one: Batch, other: Batch) -> bool:
 
 
 def stacked(values: Sequence[Tensor]) -> Tensor:
-    """Join rows of one input: (rows, tokens) each, or all of one size -> (all rows, most tokens).
+    """Join rows of one input: (rows, tokens, ...) each, or all of one size -> (all rows, most tokens, ...).
 
     Texts are padded with zeros.
     """
-    if values[0].dim() != 2:
+    if values[0].dim() < 2:
         return torch.cat(list(values))
     longest = max(value.shape[1] for value in values)
-    return torch.cat([nn.functional.pad(value, (0, longest - value.shape[1])) for value in values])
+    return torch.cat([_padded(value, longest) for value in values])
+
+
+def _padded(value: Tensor, longest: int) -> Tensor:
+    if value.shape[1] == longest:
+        return value
+    return nn.functional.pad(value, (0, 0) * (value.dim() - 2) + (0, longest - value.shape[1]))

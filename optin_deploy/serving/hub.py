@@ -36,11 +36,18 @@ def prepared_push(folder: Path, repository: str) -> Push:
 
     The dense model, engines that fit one device, and what was only needed to make the model stay where they are.
     So does what somebody else put into the folder.
-    Raises: BadInput: no finished output folder, or no id of a repository. PlanMismatch: its files are of two plans.
+    Raises: BadInput: no finished output folder of an export, or no id of a repository. PlanMismatch: its files are of
+        two plans.
     """
     if not ID.fullmatch(repository) or "/" not in repository:
         raise BadInput(f"{repository!r} is no id of a repository: give one such as my-org/my-model.")
     report = read_report(folder)
+    if report is None and (folder / TUNED).is_file():
+        raise BadInput(
+            f"{folder} holds a fine-tuned model, which has no report.json to make a card of: the output folder of "
+            "`optin-export` can be pushed. Send this one with a card of your own: "
+            f"`hf upload {repository} {folder} {ONNX} --include '{PRUNED}*'`."
+        )
     if report is None:
         raise BadInput(f"{folder} has no report.json: give the output folder of `optin-export`.")
     for problem in disagreements(folder):
@@ -52,7 +59,7 @@ def prepared_push(folder: Path, repository: str) -> Push:
     found = {f"{ONNX}/{PRUNED}": found[f"{ONNX}/{PRUNED}"], **found}
     model = folder / "model"
     inside = _own_files(model) if model.is_dir() else []
-    beside = [path for path in own if path.name in (*SUPPORT_FILES, "plan.json", TUNED)]
+    beside = [path for path in own if path.name in (*SUPPORT_FILES, "plan.json")]
     # Those beside model.onnx win: their tokenizer_config.json is one that transformers 4 reads too.
     found |= {path.relative_to(model).as_posix(): path for path in inside} | {path.name: path for path in beside}
     task = report.settings.get("task") or _task(folder)

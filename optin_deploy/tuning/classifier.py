@@ -51,16 +51,23 @@ def fitted(program: Program, reading: Reading, rows: Feeds, classes: Tensor, cou
 def names_of(labels: Sequence[Label]) -> tuple[str, ...]:
     """Classes by the labels: whole numbers in their order, or words in that of the alphabet.
 
+    A number stands for the class of its name, so that 1, 1.0 and "1" are one class.
     Raises: BadInput: they name fewer than two, or are something else than classes.
     """
-    other = next((label for label in labels if label is not None and not isinstance(label, str | int | float)), None)
-    if other is not None:
-        what = "what searches should find" if isinstance(other, Role) else short(other)
-        raise BadInput(f"a row's label is {what}: such rows teach no classes. {WITHOUT}")
-    found = {label for label in labels if isinstance(label, str | int)}
-    if len(found) < 2:
-        raise BadInput(f"labels name {len(found)} classes: a classifier needs two or more. {WITHOUT}")
-    return tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
+    found: set[str | int] = set()
+    for label in labels:
+        if isinstance(label, float) and label.is_integer():
+            found.add(int(label))
+        elif isinstance(label, str | int):
+            found.add(label)
+        elif label is not None:
+            what = "what searches should find" if isinstance(label, Role) else short(label)
+            raise BadInput(f"a row's label is {what}: such rows teach no classes. {WITHOUT}")
+    ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
+    names = tuple(dict.fromkeys(map(str, ordered)))
+    if len(names) < 2:
+        raise BadInput(f"labels name {len(names)} classes: a classifier needs two or more. {WITHOUT}")
+    return names
 
 
 def classes_of(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
@@ -72,5 +79,8 @@ def classes_of(rows: Feeds, names: Sequence[str] | None, count: int) -> Tensor:
     for label in rows.labels:
         if not isinstance(label, str | int | float):
             raise BadInput(f"{rows.origin}: a row to learn from has no class, but {label!r}. Label all rows, or none.")
-        found.append(class_number(label, names, count))
+        try:
+            found.append(class_number(label, names, count))
+        except BadInput as err:
+            raise BadInput(f"{rows.origin}: {err}") from err
     return torch.tensor(found)

@@ -59,9 +59,7 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
     if tuning.epochs and find_spec("accelerate") is None:
         raise MissingDependency("fine-tuning needs accelerate: pip install 'optin-deploy[finetune]'.")
     check_trainable(ready, smaller)
-    shapes = {tuple(value.shape[1:] for value in row.values()) for row in rows.rows()}
-    if len(shapes) > 1 and not any(MASK in batch for batch in rows.batches):
-        raise BadInput(f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step.")
+    _check_sizes(rows, source)
     labelled = any(label is not None for label in rows.labels)
     if not tuning.epochs and not (reading.kind == "embedding" and labelled):
         raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
@@ -69,6 +67,36 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
     if reading.kind == "embedding" and labelled:
         _check_classes(ready)
+    elif labelled:
+        _known_classes(ready, tuning)
+
+
+def _check_sizes(rows: Feeds, source: str) -> None:
+    """Make sure that rows can share a step: those with fewer tokens are padded, which a mask must tell.
+
+    Raises: BadInput: an input has unequal sizes otherwise.
+    """
+    for name in rows.batches[0]:
+        shapes = {batch[name].shape[1:] for batch in rows.batches}
+        if len(shapes) == 1:
+            continue
+        if not all(MASK in batch for batch in rows.batches):
+            raise BadInput(
+                f"{source} takes no mask of padding, so that rows of unequal sizes cannot share a step: {name} has "
+                f"{_listed(shapes)}. Give rows of one size."
+            )
+        tokens = all(batch[name].dim() == 2 or batch[name].shape[:2] == batch[MASK].shape for batch in rows.batches)
+        if not tokens or len({shape[1:] for shape in shapes}) > 1:
+            raise BadInput(
+                f"{source} takes {name} of unequal sizes beside the tokens, so that rows cannot share a step: "
+                f"{_listed(shapes)}. Give rows of one size."
+            )
+
+
+def _listed(shapes: set[torch.Size]) -> str:
+    """A few of the shapes of a row."""
+    found = [" x ".join(map(str, shape)) for shape in sorted(shapes)]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _check_classes(ready: Ready) -> None:
@@ -107,9 +135,7 @@ def finetune(
     if ready.subject.reading.kind == "embedding" and labelled:
         return _with_classifier(ready, smaller, tuning, scratch, progress)
     before = ready.quality_of(smaller)
-    classes = _known_classes(ready) if labelled else None
-    if classes is None and tuning.distill == 0:
-        raise BadInput(f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out.")
+    classes = _known_classes(ready, tuning) if labelled else None
     distill = 1.0 if classes is None else tuning.distill
     student = Student(smaller, ready.subject.program, ready.subject.reading, distill)
     train(student, ready, classes, tuning, scratch, progress)
@@ -164,11 +190,18 @@ def _check_alike(network: Network, student: Student, rows: Feeds) -> None:
             raise NotProven(f"{network.source}: the classifier's logits differ by {apart:.1e} from the trained ones.")
 
 
-def _known_classes(ready: Ready) -> Tensor | None:
-    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row."""
+def _known_classes(ready: Ready, tuning: Tuning) -> Tensor | None:
+    """Classes of the rows, (rows,); None, with a warning: the network puts out no class of a row.
+
+    Raises: BadInput: a row has no class that the network knows, or it puts out none and nothing else teaches.
+    """
     rows, reading = ready.rows.calibration, ready.subject.reading
     shape = ready.subject.structure.shapes.shape(reading.output)
     if reading.kind not in ("logits", "probabilities") or shape is None or len(shape) != 2:
+        if tuning.distill == 0:
+            raise BadInput(
+                f"{rows.origin}: the network puts out no class of a row, and --distill 0. Leave --distill out."
+            )
         log.warning("%s: the network puts out no class of a row: it learns from the dense outputs alone", rows.origin)
         return None
     return classes_of(rows, ready.names, int(shape[1]))

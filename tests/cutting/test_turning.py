@@ -224,7 +224,7 @@ def test_a_model_of_narrower_heads_is_tuned_with_other_rows(shell: Shell, tmp_pa
     options = [*text_options(lines(), tmp_path / "job"), "--units", "heads,neurons,qk-width,v-width", "--align", 2]
     ran = shell("optin-export", classifier(), *options, "--threads", 1)
     assert ran.code == 0, ran.err
-    (tmp_path / "other.txt").write_text("\n".join(reversed(lines().read_text().splitlines()[:24])))
+    (tmp_path / "other.txt").write_text("\n".join(f"again {line}" for line in lines().read_text().splitlines()[:24]))
     learning = ("--data", tmp_path / "other.txt", "--epochs", 1, "--out", tmp_path / "tuned")
     ran = shell("optin", "finetune", tmp_path / "job", *learning)
     assert ran.code == 0, ran.err

@@ -210,6 +210,25 @@ def test_a_path_that_is_no_regular_file_is_refused() -> None:
         read_samples("/dev/null")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a", "label": "\ud800"},
+        {"text": "a", "label": ["b", "\ud800"]},
+        {"tokens": ["a", "b"], "ner_tags": ["O", "\ud800"]},
+        {"tokens": ["a", "\ud800"], "ner_tags": ["O", "O"]},
+        {"question": "a", "context": "b c", "answers": {"text": ["\ud800"]}},
+        {"query": "a", "positive": "\ud800"},
+        {"sentence1": "\ud800", "sentence2": "a", "score": 1},
+        {"query": "a", "positive": ["b"], "negative": ["\ud800"]},
+    ],
+)
+def test_no_text_of_a_row_holds_a_lone_surrogate(row: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json.dumps(row))
+    with pytest.raises(BadInput, match=r"a\.jsonl:1: '.*' is not valid Unicode. Correct or delete that row"):
+        read_samples(path)
+
+
 def test_a_missing_label_column_is_refused_only_when_it_was_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "x"}\n')
     assert read_samples(path)[0].label is None

@@ -91,6 +91,8 @@ def test_what_cannot_be_pushed_is_refused(hub: FakeHub, shell: tiny.Shell, tmp_p
     shutil.rmtree(folder)
     folder.mkdir()
     assert "has no report.json" in shell("optin", "push", folder, "my-org/smaller").err
+    (folder / "tuned.json").write_text("{}")
+    assert "holds a fine-tuned model, which has no report.json" in shell("optin", "push", folder, "my-org/x").err
 
 
 def test_only_what_we_wrote_and_what_belongs_together_is_pushed(

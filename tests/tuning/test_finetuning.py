@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, Trainer
 
 import optin_deploy
+from optin_deploy.data.halves import split
 from optin_deploy.data.samples import read_samples
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import READ, Label
+from optin_deploy.files.storage import read_metadata
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.folder_build import FolderBuild
 from optin_deploy.jobs.job import Job
@@ -27,14 +30,16 @@ from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
 from optin_deploy.network.read_onnx import read_file
 from optin_deploy.network.run import Program
-from optin_deploy.network.sealed import store
+from optin_deploy.network.sealed import finished, store
 from optin_deploy.network.weights import with_weights
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.ready import Ready
 from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
+from optin_deploy.quality.held_out import stacked
 from optin_deploy.runtimes.ort import OrtRuntime
+from optin_deploy.tuning.classifier import names_of
 from optin_deploy.tuning.finetune import check, finetune
 from optin_deploy.tuning.settings import STATE, Tuning
 from support.tiny_checkpoint import (
@@ -46,8 +51,10 @@ from support.tiny_checkpoint import (
     labelled,
     lines,
     photos,
+    snapshot,
     temporary_files,
     text_options,
+    texts,
     vit,
 )
 from support.tiny_folders import sentence_model
@@ -218,6 +225,118 @@ def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, 
     assert not (tmp_path / "x").exists()
 
 
+def test_a_finished_model_stays_until_the_next_training_has_ended(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = tmp_path / "tuned"
+    options = ("--out", tuned, "--batch-size", 16)
+    ran = shell("optin", "finetune", finished_job(), "--data", labelled(), *options)
+    assert ran.code == 0, ran.err
+    before = snapshot(tuned)
+    rows = [json.loads(line) for line in labelled().read_text().splitlines()]
+
+    def written(name: str, changed: list[dict[str, object]]) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+        return path
+
+    unknown = written("unknown", [row | {"label": "politics"} for row in rows])
+    partly = written("partly", [row | {"label": row["label"] if i % 3 else None} for i, row in enumerate(rows)])
+    judging = written("judging", [row | {"text": f"new {row['text']}"} for row in rows])
+    for data, says in ((unknown, "label 'politics' is not one of the model's"), (partly, "Label all rows, or none")):
+        for dry in (("--dry-run",), ()):
+            ran = shell("optin", "finetune", finished_job(), "--data", data, "--eval", judging, *options, *dry)
+            assert (ran.code, says in ran.err) == (2, True), ran.err
+
+    def broken(self: Trainer, *rest: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    again = ("--data", labelled(), *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", broken)
+        assert shell("optin", "finetune", finished_job(), *again, "--epochs", 2).code == 130
+        ran = shell("optin", "finetune", finished_job(), *again)  # the very same training, which is not done again
+    assert ran.code == 0, ran.err
+    assert f"Found finished {tuned / 'model.onnx'}" in ran.out
+    other = copy_of(finished_job(), tmp_path / "other")
+    for command in (("plan", other, "--flops", 0.9, "--allocation", "uniform"), ("rewrite", other)):
+        ran = shell("optin", *command)
+        assert ran.code == 0, ran.err
+    ran = shell("optin", "finetune", other, *again)
+    assert (ran.code, "holds a fine-tuned model of another plan" in ran.err) == (2, True), ran.err
+    assert snapshot(tuned) == before
+    ran = shell("optin", "finetune", other, *again, "--force")
+    assert ran.code == 0, ran.err
+    assert NetworkPlan.read(tuned / "plan.json") == NetworkPlan.read(other / "plan.json")
+
+
+def test_model_onnx_of_a_training_is_written_last(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "tuned", list[Path]()
+    command = ("optin", "finetune", finished_job(), "--data", labelled(), "--out", out)
+
+    def killed(network: Network, path: Path, *rest: object, **how: object) -> None:
+        seen.append(path)
+        if path.name == "model.onnx":
+            raise KeyboardInterrupt
+        store(network, path, *rest, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        for name in ("optin_deploy.jobs.tuned_folder.store", "optin_deploy.jobs.stages.store"):
+            patch.setattr(name, killed)
+        assert shell(*command).code == 130
+    assert [path.name for path in seen] == ["dense.onnx", "model.onnx"]
+    assert not (out / "model.onnx").exists()
+    beside = {path.name for path in out.iterdir()}
+    assert beside >= {"config.json", "tokenizer.json", "plan.json", "samples.safetensors", "tuned.json"}
+    ran = shell(*command)
+    assert (ran.code, "Wrote" in ran.out) == (0, True), ran.err
+    known = finished(out / "model.onnx")
+    assert known is not None
+    assert read_metadata(out / "samples.safetensors", "")["model"] == known.key
+
+
+def test_classes_alone_teach_no_network_that_puts_out_none_of_a_row(tmp_path: Path) -> None:
+    folder = tmp_path / "tags"
+    config = AutoConfig.from_pretrained(classifier())
+    AutoModelForTokenClassification.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(classifier() / name, folder)
+    ready = prepare(Source(str(folder), calibration=str(lines()), seq_len=16)).ready
+    ready = labelled_as(ready, [("arts", "sport"), ("sport",)])
+    check(ready, ready.network, Tuning())
+    with pytest.raises(BadInput, match="puts out no class of a row, and --distill 0"):
+        check(ready, ready.network, Tuning(distill=0))
+
+
+def test_no_row_judges_that_calibrated_the_cut(shell: Shell, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy_of(finished_job(), tmp_path / "job")
+    source = Workspace(folder).source()
+    calibrated = set(prepare(source, folder).ready.rows.calibration.keys)
+    other = replace(source, seed=1)
+    plain, judging = (prepare(other, folder, **how).ready.rows.held_out for how in ({}, {"cut_by": source}))
+    assert plain is not None
+    assert judging is not None
+    assert set(plain.keys) & calibrated
+    assert set(judging.keys) == set(plain.keys) - calibrated
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps({"text": f"again {text}", "label": "arts"}) + "\n" for text in texts()))
+    caplog.clear()
+    options = ("--data", new, "--eval", labelled(), "--out", tmp_path / "x", "--dry-run")
+    ran = shell("optin", "finetune", folder, *options)
+    assert ran.code == 0, ran.err
+    assert f"{len(calibrated)} rows that should judge equal a calibration row and do not count" in caplog.text
+    old = tmp_path / "old.txt"
+    some, _ = split(read_samples(labelled()), samples_limit=source.samples, seed=source.seed)
+    old.write_text("".join(f"{sample.text}\n" for sample in some))
+    ran = shell("optin", "finetune", folder, "--data", new, "--eval", old, *options[4:])
+    assert (ran.code, "rows that should judge calibrated the cut. Give --eval" in ran.err) == (2, True), ran.err
+    replace(source, calibration=str(tmp_path / "gone.jsonl")).write(folder / "source.json")
+    assert shell("optin", "finetune", folder, *options).code == 0
+    assert "rows that calibrated the cut may be among those that judge" in caplog.text
+
+
 def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
     network = prepare(Source(str(bert()), calibration=str(lines()), seq_len=16)).ready.network
     model = network.model.clone()
@@ -233,6 +352,54 @@ def test_padding_is_told_by_a_mask_of_any_name(tmp_path: Path) -> None:
     program = Program(tuned.network)
     whole, alone = (program(feeds).outputs["logits"] for feeds in (texts, short))
     torch.testing.assert_close(whole[:1], alone, rtol=0, atol=1e-5)
+
+
+class States(torch.nn.Module):
+    """A mean over the tokens of states that come from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = torch.nn.Linear(12, 32), torch.nn.Linear(32, 12)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = inputs_embeds + self.narrow(torch.relu(self.wide(inputs_embeds)))  # (B, T, 12)
+        real = attention_mask.unsqueeze(-1).to(states)
+        return (states * real).sum(1) / real.sum(1)
+
+
+def states_of_two_lengths(folder: Path) -> Ready:
+    """A network of states beside a mask of padding, with rows of 5 and of 7 tokens."""
+    free = {0: "batch", 1: "tokens"}
+    example = (torch.randn(2, 5, 12), torch.ones(2, 5, dtype=torch.int64))
+    axes = {"inputs_embeds": free, "attention_mask": free, "embedding": {0: "batch"}}
+    names = {"input_names": ["inputs_embeds", "attention_mask"], "output_names": ["embedding"], "dynamic_axes": axes}
+    torch.onnx.export(States().eval(), example, folder / "x.onnx", dynamo=False, **names)  # type: ignore[arg-type]
+    (folder / "rows").mkdir()
+    for tokens in (5, 7):
+        states = np.random.default_rng(tokens).standard_normal((20, tokens, 12)).astype(np.float32)
+        np.savez(
+            folder / "rows" / f"{tokens}.npz", inputs_embeds=states, attention_mask=np.ones((20, tokens), np.int64)
+        )
+    return prepare(Source(str(folder / "x.onnx"), calibration=str(folder / "rows"))).ready
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's older exporter
+def test_states_of_unequal_lengths_share_a_step_where_a_mask_tells_their_padding(tmp_path: Path) -> None:
+    ready = states_of_two_lengths(tmp_path)
+    tuned = finetune(ready, ready.network, Tuning(batch_size=40, learning_rate=1e-3))
+    assert tuned.after.pruned > 0.9
+    rows = ready.rows.calibration
+    for batch in rows.batches:
+        alone, padded = batch["inputs_embeds"][:1], stacked([batch["inputs_embeds"][:1], torch.zeros(1, 9, 12)])[:1]
+        mask = stacked([batch["attention_mask"][:1], torch.zeros(1, 9, dtype=torch.int64)])[:1]
+        program = Program(tuned.network)
+        wanted = program({"inputs_embeds": alone, "attention_mask": batch["attention_mask"][:1]}).outputs["embedding"]
+        found = program({"inputs_embeds": padded, "attention_mask": mask}).outputs["embedding"]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    batches = tuple({**batch, "more": batch["inputs_embeds"][:, :3, : 5 + i]} for i, batch in enumerate(rows.batches))
+    other = replace(ready, rows=replace(ready.rows, calibration=replace(rows, batches=batches)))
+    with pytest.raises(BadInput, match=r"takes more of unequal sizes beside the tokens.*: 3 x 5, 3 x 6\. Give rows of"):
+        check(other, ready.network, Tuning())
 
 
 def test_networks_in_16_bits_and_rows_without_labels_are_refused(tmp_path: Path) -> None:
@@ -304,6 +471,29 @@ def test_rows_that_teach_an_embedder_no_classes_are_told() -> None:
         with pytest.raises(BadInput, match=rf"{says}\. {without}"):
             check(labelled_as(ready, labels), ready.network, Tuning())  # type: ignore[arg-type]
     check(labelled_as(ready, ["a", "b"]), ready.network, Tuning())
+
+
+@pytest.mark.usefixtures("by_torchscript")
+def test_a_folder_of_sentence_transformers_stays_one_until_it_gets_a_classifier(shell: Shell, tmp_path: Path) -> None:
+    source = Source(str(sentence_model(tmp_path / "model", "mean")), calibration=str(lines()), seq_len=16)
+    job, tuned = tmp_path / "job", tmp_path / "job-tuned"
+    export_model(Job(source, Limits(flops=0.7), allocation="uniform", points=(), dense=False), job)
+    for data, embeds in ((lines(), True), (labelled(), False), (lines(), True)):
+        ran = shell("optin", "finetune", job, "--data", data)
+        assert ran.code == 0, ran.err
+        for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+            assert (tuned / name).is_file() == embeds
+            assert not embeds or (tuned / name).read_bytes() == (job / name).read_bytes()
+    assert (tuned / "tokenizer.json").is_file()
+
+
+def test_labels_of_any_type_name_each_class_once() -> None:
+    assert names_of([0.0, 1.0, 10.0, 2.0, None]) == ("0", "1", "2", "10")
+    assert names_of(["1", "2", 1, 2.0, "a"]) == ("1", "2", "a")
+    with pytest.raises(BadInput, match=r"a row's label is 0\.5: such rows teach no classes"):
+        names_of([0.0, 0.5])
+    with pytest.raises(BadInput, match="labels name 1 classes"):
+        names_of(["1", 1, 1.0])
 
 
 def test_an_embedding_behind_a_prompt_gets_no_classifier(tmp_path: Path) -> None:
