@@ -19,6 +19,7 @@ from optin_deploy.feeds.rows import Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import OUTSIDE, entity_f1, tags_spans
+from optin_deploy.quality.guessing import check_skill, spearman_skill
 from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
@@ -80,6 +81,8 @@ class NetworkJudge:
             self._check_order(self._labels)
         single = self._first.kind == "numbers" and self._first.values.shape[1:] == (1, 1)
         self._wanted = self._numbers(strict) if single else None
+        if self._wanted is not None:
+            check_skill(spearman_skill(*self._ranked([note.values for note in notes])), rows.origin)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -136,12 +139,17 @@ class NetworkJudge:
             same = (1.0, correlation(before, after))
             if self._wanted is None:
                 return Quality("correlation_with_dense", *same, len(self.rows))
-            wanted, there = self._wanted, ~self._wanted.isnan()
-            one, other = (spearman(wanted[there].tolist(), each[there].tolist()) for each in (before, after))
-            return Quality("spearman", one, other, int(there.sum()), {"correlation_with_dense": same})
+            (one, count), (other, _) = (self._ranked(each) for each in (dense, cut))
+            return Quality("spearman", one, other, count, {"correlation_with_dense": same})
         moved = sum(float((a - b).double().square().sum()) for a, b in zip(dense, cut, strict=True))
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
+
+    def _ranked(self, found: list[Tensor]) -> tuple[float, int]:
+        """Spearman's correlation with the labels, and how many rows have one."""
+        assert self._wanted is not None
+        there = ~self._wanted.isnan()
+        return spearman(self._wanted[there].tolist(), torch.cat(found).flatten()[there].tolist()), int(there.sum())
 
     def _note(self, readout: Readout) -> _Note:
         values = readout.values
