@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,10 @@ from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import OUTSIDE, entity_f1, tags_spans
 from optin_deploy.quality.guessing import check_skill, spearman_skill
-from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
+from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, labels_judge, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import read_tokens
-
-log = logging.getLogger(__name__)
 
 
 def readouts(program: Program, reading: Reading, rows: Feeds) -> Iterator[Readout]:
@@ -161,20 +158,9 @@ class NetworkJudge:
         return _Note("classes", values.argmax(-1).cpu(), readout.valid.bool().cpu(), values.shape[-1])
 
     def _labelled(self, strict: bool) -> bool:
-        """Whether labels are used: enough rows have one.
-
-        Raises: BadInput: strictly, some rows have none beside others.
-        """
+        """Whether labels are used: enough rows have one."""
         given = sum(label is not None for label in self.rows.labels)
-        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
-        if 0 < given < len(self.rows):
-            if strict:
-                raise BadInput(f"{left}. Label all rows, or none.")
-            if 2 * given < len(self.rows):
-                log.warning("%s: too few have one to measure by them, agreement is measured", left)
-                return False
-            log.warning("%s: quality is that of the others", left)
-        return given > 0
+        return labels_judge(given, len(self.rows), self.rows.origin, strict=strict)
 
     def _numbers(self, strict: bool) -> Tensor | None:
         """Labels as numbers, (rows,), NaN where there is none; None: labels are not used."""

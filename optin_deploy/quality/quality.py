@@ -92,6 +92,22 @@ def check_finite(values: Tensor, origin: str) -> None:
         )
 
 
+def labels_judge(labelled: int, rows: int, origin: str, *, strict: bool) -> bool:
+    """Whether labels are used: all rows have one, or at least half of them, of which a warning tells.
+
+    Raises: BadInput: strictly, some rows have none beside others.
+    """
+    left = f"{origin}: {rows - labelled} of the {rows} rows that judge have no label"
+    if 0 < labelled < rows:
+        if strict:
+            raise BadInput(f"{left}. Label all rows, or none.")
+        if 2 * labelled < rows:
+            log.warning("%s: too few have one to measure by them, agreement is measured", left)
+            return False
+        log.warning("%s: quality is that of the others", left)
+    return labelled > 0
+
+
 def known_labels(read: Callable[[], T], origin: str, *, strict: bool) -> T | None:
     """Return labels as a network numbers them; None: some do not fit, of which a warning tells.
 

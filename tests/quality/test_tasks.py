@@ -266,6 +266,31 @@ def test_answers_of_both_networks_are_judged() -> None:
     assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
 
 
+def test_rows_without_an_answer_beside_others_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
+    reading, known = Reading("s", "span", ends="e"), Answers(context, ("two",), places)
+    logits = torch.nn.functional.one_hot(torch.tensor([2] * 12), 4).float()
+    dense = read({"s": logits, "e": logits}, reading)
+    for labels, said in (
+        ([known] * 11 + [None], r"here: 1 of the 12 rows that judge have no label\. Label all rows, or none"),
+        (
+            [known] * 11 + ["two"],
+            r"here: a label is 'two', and the network is judged by `answers` .* Correct the labels",
+        ),
+        ([0] * 12, "here: a label is 0"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            judge_of(dense, reading, rows(labels), strict=True)
+    found = judge_of(dense, reading, rows([*[known] * 7, *[None] * 5])).compare(dense)
+    assert (found.metric, found.samples) == ("answer_f1", 7)
+    assert "5 of the 12 rows that judge have no label: quality is that of the others" in caplog.text
+    found = judge_of(dense, reading, rows([*[known] * 5, *[None] * 7])).compare(dense)
+    assert (found.metric, found.samples) == ("same_answer", 12)
+    assert "7 of the 12 rows that judge have no label: too few have one" in caplog.text
+    assert judge_of(dense, reading, rows([0] * 12)).compare(dense).metric == "same_answer"
+    assert "No label is used" in caplog.text
+
+
 def test_no_answer_stands_at_the_first_token_behind_the_padding() -> None:
     """A row is judged alike wherever its padding is."""
     context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
