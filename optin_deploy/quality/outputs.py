@@ -72,12 +72,13 @@ class NetworkJudge:
         notes = [self._note(readout) for readout in dense]
         self._dense = notes
         self._first = notes[0]
+        self._each = any(note.values.shape[1] > 1 for note in notes)  # whether positions are compared one by one
         self._labels = None if self._first.kind != "classes" else self._targets(names, strict)
         self._spans = False  # whether there are entities
         if self._labels is not None:
             self._check_order(self._labels)
-        single = self._first.kind == "numbers" and self._first.values.shape[1:] == (1, 1)
-        self._wanted = self._numbers(strict) if single else None
+        self._single = self._first.kind == "numbers" and not self._each and self._first.values.shape[2] == 1
+        self._wanted = self._numbers(strict) if self._single else None
         if self._wanted is not None:
             check_skill(spearman_skill(*self._ranked([note.values for note in notes])), rows.origin)
 
@@ -91,7 +92,7 @@ class NetworkJudge:
             return Quality("cosine_to_dense", 1.0, float(products.mean()), rows)
         if kind == "numbers":
             return self._of_numbers([note.values for note in dense], [note.values for note in notes])
-        each = "" if self._first.values.shape[1] == 1 else "_per_token"
+        each = "_per_token" if self._each else ""
         if self._labels is None:
             valid = [note.valid for note in dense]
             same = _share(dense, [note.values for note in notes], valid)
@@ -112,7 +113,7 @@ class NetworkJudge:
         given = torch.cat([note.values.flatten() for note in self._dense])
         given, wanted = given[wanted != UNKNOWN], wanted[wanted != UNKNOWN]
         names, count, shares = self._names, self._first.classes, None
-        what = "rows" if self._first.values.shape[1] == 1 else "tokens"
+        what = "tokens" if self._each else "rows"
         if what == "tokens" and names is not None and len(names) == count and tags_spans(names):
             inside = torch.tensor([name != OUTSIDE for name in names])[wanted]
             self._spans = bool(inside.any())
@@ -131,7 +132,7 @@ class NetworkJudge:
         return [[self._names[number] for number in row.tolist()] for row in rows]
 
     def _of_numbers(self, dense: list[Tensor], cut: list[Tensor]) -> Quality:
-        if self._first.values.shape[1:] == (1, 1):
+        if self._single:
             before, after = torch.cat(dense).flatten(), torch.cat(cut).flatten()
             same = (1.0, correlation(before, after))
             if self._wanted is None:
@@ -185,7 +186,7 @@ class NetworkJudge:
             found, start = [], 0
             for note, batch in zip(self._dense, self.rows.batches, strict=True):
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
-                rows = [_classes(label, note, names) for label in labels]
+                rows = [_classes(label, note, names, each=self._each) for label in labels]
                 found.append(real_first(torch.stack(rows), batch))
             if not any(bool((each != UNKNOWN).any()) for each in found):
                 raise BadInput(f"no token of the {len(self.rows)} rows that judge has a tag that counts.")
@@ -211,14 +212,14 @@ def _number(label: Label) -> float:
     return found
 
 
-def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
-    """A label as classes of the positions, (positions,)."""
+def _classes(label: Label, note: _Note, names: Sequence[str] | None, *, each: bool) -> Tensor:
+    """A label as classes of the positions, (positions,). Args: each: whether they are labelled one by one."""
     positions = note.values.shape[1]
     if label is None:
         return torch.full((positions,), UNKNOWN)
     if isinstance(label, ClassMap):
         raise BadInput(f"{label.path} has a class for each pixel, and the network is read at {positions} positions.")
-    if isinstance(label, tuple) and len(label) == positions > 1:
+    if each and isinstance(label, tuple) and len(label) == positions:
         numbers = [UNKNOWN if tag is None else class_number(tag, names, note.classes) for tag in label]
         return torch.tensor(numbers)
     if isinstance(label, tuple | Answers | Role | Grade):
@@ -230,7 +231,7 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
                 f" {positions} positions and classes up to {note.classes - 1}."
             )
         return label.clamp(min=-1).masked_fill(label < 0, UNKNOWN)
-    if positions > 1:
+    if each:
         raise BadInput(f"the label {label!r} is one for a row, and the network puts out {positions} positions.")
     return torch.tensor([class_number(label, names, note.classes)])
 

@@ -210,6 +210,27 @@ def test_a_model_that_finds_few_entities_is_judged(caplog: pytest.LogCaptureFixt
     assert caplog.text == ""
 
 
+def test_a_row_of_one_token_is_judged_by_its_tag(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows of one length share a batch, and the shortest come first."""
+    names, lengths = ("O", "B-x", "I-x"), (1, 3, 3, 4, 5)
+    wanted = [torch.arange(length) % 3 for length in lengths]
+    wanted[0] += 1
+    reading = Reading("y", "logits")
+    dense = [
+        reading.read({"y": torch.nn.functional.one_hot(row, 3).float()[None]}, torch.ones(1, len(row)))
+        for row in wanted
+    ]
+    labels: list[Label] = [tuple(names[tag] for tag in row.tolist()) for row in wanted]
+    batches = tuple({"input_ids": torch.zeros(1, length, dtype=torch.long)} for length in lengths)
+    for start in (0, 1):
+        feeds = Feeds(batches[start:], tuple(labels[start:]), "here")
+        found = judge_of(dense[start:], reading, feeds, names=names, strict=True).compare(dense[start:])
+        assert (found.metric, found.dense, found.samples) == ("entity_f1", 1.0, 5 - start)
+    alone = judge_of(dense, reading, Feeds(batches, (None,) * 5, "here")).compare(dense)
+    assert alone.metric == "same_prediction_per_token"
+    assert caplog.text == ""
+
+
 def test_rows_without_any_tag_or_entity_tell_no_f1(caplog: pytest.LogCaptureFixture) -> None:
     found = torch.arange(80).view(20, 4) % 3
     none, outside = torch.full_like(found, -1), torch.zeros_like(found)
