@@ -354,6 +354,8 @@ def test_any_damage_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_folder_holds_arrays_or_images(tmp_path: Path) -> None:
     stored(tmp_path / "data.npz", x=X)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "._a.png").write_bytes(b"")
     assert array_files(tmp_path) == [tmp_path / "data.npz"]
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(BadInput, match=r"data.npz beside a.png: are they arrays, or the rows"):
