@@ -87,6 +87,9 @@ def test_folders_without_parts_and_photographs_without_maps_are_read(tmp_path: P
     for judging in (False, True):
         found = read_samples(tmp_path, judging=judging)
         assert [sample.class_map for sample in found] == [None, tmp_path / "masks/b.png"]
+    photo(tmp_path / "images/C.PNG")
+    upper = painted(tmp_path / "masks/C.PNG", np.zeros((80, 96)))
+    assert {sample.image: sample.class_map for sample in read_samples(tmp_path)}[tmp_path / "images/C.PNG"] == upper
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
