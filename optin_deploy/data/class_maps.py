@@ -95,7 +95,8 @@ def mapped_photographs(root: Path, *, judging: bool) -> Iterator[tuple[Path, Pat
             f"{missing} has parts, but none that {'judges' if judging else 'is learned from'}: "
             f"{' or '.join(JUDGED if judging else LEARNED)}. Give a folder that has it."
         )
-    known = {} if maps is None else {path.relative_to(maps): path for path in _files(maps, root)}
+    listed = [] if maps is None else [(path, path.relative_to(maps)) for path in _files(maps, root)]
+    known = {place.with_suffix(place.suffix.lower()): path for path, place in listed}
     some = False
     for photo in _files(photos, root):
         place = photo.relative_to(photos).parent

@@ -152,7 +152,7 @@ def at_least(right: int, rows: int, share: float) -> float:
     return 1.0 if right <= 0 else 0.0 if right > rows else float(betainc(right, rows - right + 1, share))
 
 
-def upper_bound(right: int, rows: int) -> float:
+def upper_bound(right: float, rows: int) -> float:
     """The greatest probability of being right that so few right rows do not surely exclude (Clopper-Pearson)."""
     from scipy.special import betaincinv
 

@@ -56,6 +56,10 @@ def open_sound(path: Path, rate: int) -> NDArray[np.float32]:
         ) from err
     if not np.isfinite(wave).all():
         raise BadInput(f"{path}: this recording holds values that are not finite. Save it again, or delete it.")
-    if own != rate:
-        wave = soxr.resample(wave, own, rate)
-    return wave
+    heard: NDArray[np.float32] = wave if own == rate else soxr.resample(wave, own, rate)
+    if not len(heard):
+        raise BadInput(
+            f"{path}: this recording is too short: its {len(wave)} samples at {own} a second are none at {rate}, which "
+            "the network hears. Give a longer one, or delete it."
+        )
+    return heard

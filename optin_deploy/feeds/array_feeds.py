@@ -26,7 +26,7 @@ MOST_FILES = 100_000
 
 
 def array_files(path: Path) -> list[Path] | None:
-    """The files of arrays at a path, in the order of their names; None: it holds something else.
+    """The files of arrays at a path, in the order of their names, without hidden ones; None: it holds something else.
 
     Raises: BadInput: files of several kinds in one folder.
     """
@@ -34,8 +34,9 @@ def array_files(path: Path) -> list[Path] | None:
         return [path]
     if not path.is_dir():
         return None
-    found = sorted(each for each in path.iterdir() if each.suffix.lower() in ENDINGS and not each.name.startswith("."))
-    others = [each for each in path.iterdir() if each.suffix.lower() in ROW_EXTENSIONS or each.is_dir()]
+    seen = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+    found = [each for each in seen if each.suffix.lower() in ENDINGS]
+    others = [each for each in seen if each.suffix.lower() in ROW_EXTENSIONS or each.is_dir()]
     if found and others:
         raise BadInput(
             f"{path} holds {found[0].name} beside {others[0].name}: are they arrays, or the rows themselves? Keep one "

@@ -82,6 +82,8 @@ class Drawing:
     held_out: float = 0.2
     """Share of the rows that judge, see `halves`; 0: none."""
     seed: int = 0
+    others_judge: bool = False
+    """Rows of another source judge: those held out are drawn, so that the others stay the same, and not made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,7 @@ def read_feeds(
     make = _maker(inputs, samples, preparation, _origin(source))
     calibration = make(some)
     pairs = any(sample.text_pair is not None for sample in samples)
-    if not others:
+    if not others or drawing.others_judge:
         return Halves(calibration, None, pairs)
     held_out = _regrouped(make(others).without(set(calibration.keys)), _batching(inputs, preparation))
     return Halves(calibration, held_out, pairs)
@@ -280,11 +282,11 @@ def _drawn(feeds: Feeds, batching: Batching, drawing: Drawing) -> Halves:
     rows = feeds.rows()
     shared = {name: feeds.batches[0][name] for name in feeds.shared}
     some, others = halves(len(rows), limit=drawing.samples, held_out=drawing.held_out, seed=drawing.seed)
-    parts = [
-        grouped([rows[i] for i in part], [feeds.labels[i] for i in part], feeds.origin, batching, shared)
-        for part in (some, others)
-    ]
-    return Halves(parts[0], parts[1] if others else None)
+
+    def made(part: Sequence[int]) -> Feeds:
+        return grouped([rows[i] for i in part], [feeds.labels[i] for i in part], feeds.origin, batching, shared)
+
+    return Halves(made(some), made(others) if others and not drawing.others_judge else None)
 
 
 def _regrouped(feeds: Feeds, batching: Batching) -> Feeds:

@@ -40,10 +40,22 @@ def target_of(sample: Sample, encoding: Any, width: int, *, left: bool) -> Label
         places = [span if there and span[0] < span[1] else None for there, span in zip(second, spans, strict=True)]
         return replace(sample.label, places=tuple(_padded(places, None, width, left=left)))
     assert isinstance(sample.label, tuple)
-    words, tags = encoding.word_ids(), sample.label
-    before = [None, *words[:-1]]
-    of_tokens = [tags[word] if word not in (None, last) else None for last, word in zip(before, words, strict=True)]
+    assert sample.words is not None
+    words, tags = _words_of(encoding.encodings[0].offsets, sample.words), sample.label
+    of_tokens = [None if word is None or word in words[:at] else tags[word] for at, word in enumerate(words)]
     return tuple(_padded(of_tokens, None, width, left=left))
+
+
+def _words_of(spans: Sequence[tuple[int, int]], words: Sequence[str]) -> list[int | None]:
+    """The number of the word that each token begins in, None where it stands for none.
+
+    Args: spans: characters of each token, first and behind the last, in the words with a space between them, with which
+        a token may begin.
+    """
+    numbers: list[int | None] = []
+    for number, word in enumerate(words):
+        numbers += [*[number] * len(word), None]
+    return [next((each for each in numbers[start:end] if each is not None), None) for start, end in spans]
 
 
 def prompted(samples: Sequence[Sample], prompts: Prompts) -> Sequence[Sample]:

@@ -140,10 +140,8 @@ def encoded(
     found = []
     for sample in samples:  # one by one: a list cannot mix single texts and pairs
         try:
-            if sample.words is not None:
-                found.append(tokenizer(list(sample.words), is_split_into_words=True, **options))
-            else:
-                found.append(tokenizer(sample.text, sample.text_pair, **options))
+            # Words with tags too: word by word, tokenizers of bytes would not see the spaces that they have in texts.
+            found.append(tokenizer(sample.text, sample.text_pair, **options))
         except Exception as err:  # what tokenizers raises is no narrower
             raise BadInput(
                 f"{sample.source}: the tokenizer cannot take this text: {err}. Delete that row, or save the tokenizer"

@@ -129,7 +129,8 @@ def _rows(dense: DenseSource, source: Source) -> Halves:
         prompts=dense.prompts,
         masks=dense.task is not None and dense.task.metric == "pseudo_perplexity",
     )
-    found = read_feeds(dense.network, source.calibration, preparation, Drawing(source.samples, seed=source.seed))
+    drawing = Drawing(source.samples, seed=source.seed, others_judge=source.evaluation is not None)
+    found = read_feeds(dense.network, source.calibration, preparation, drawing)
     if source.evaluation is None:
         return found
     judging = read_judging(dense.network, source.evaluation, found.calibration, preparation)

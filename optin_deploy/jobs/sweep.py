@@ -173,11 +173,13 @@ def smallest_within(drop: float, least: float, at: Callable[[float], SweepPoint]
         else:
             low = middle
     if best is None:
-        lost = at(0.99).quality.drop
+        quality = at(0.99).quality
+        lost = quality.drop
         if lost <= drop:
             raise QualityLimit(
-                f"--max-drop {drop:g}: with 99% of the MACs accuracy gains {-lost:.2f} points, beyond noise: these"
-                " labelled rows do not measure what pruning loses. Give --eval rows on which the dense model is good."
+                f"--max-drop {drop:g}: with 99% of the MACs {quality.metric} goes from {quality.dense:.4f} to "
+                f"{quality.pruned:.4f}: these labelled rows do not measure what pruning loses. Give --eval rows on "
+                "which the dense model is good."
             )
         raise QualityLimit(
             f"--max-drop {drop:g}: no smaller model loses so little; 99% of the MACs lose {lost:.2f} "

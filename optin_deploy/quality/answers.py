@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from optin_deploy.data.targets import Answers
+from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import MASK, Feeds
-from optin_deploy.quality.quality import Quality, check_finite
+from optin_deploy.files.opening import short
+from optin_deploy.quality.quality import Quality, check_finite, known_labels, labels_judge
 from optin_deploy.scoring.losses import Readout
 
 LONGEST = 30
@@ -22,10 +24,15 @@ LONGEST = 30
 class AnswerJudge:
     """Compares cut networks with the dense one (Rajpurkar et al., SQuAD, 2016, arXiv 1606.05250)."""
 
-    def __init__(self, dense: Iterable[Readout], rows: Feeds) -> None:
-        """Args: dense: one a batch of `rows`, logits of first and last token: (rows, 2, tokens)."""
+    def __init__(self, dense: Iterable[Readout], rows: Feeds, *, strict: bool = False) -> None:
+        """Read what the dense network gives.
+
+        Args: dense: one a batch of `rows`, logits of first and last token: (rows, 2, tokens). strict: refuse labels
+            that are no answers, and rows without one beside others; else these are left out, with a warning.
+        Raises: BadInput.
+        """
         self.rows = rows
-        self._known = [label if isinstance(label, Answers) else None for label in rows.labels]
+        self._known = self._answers(strict)
         self._impossible = any(label is not None and not label.texts for label in self._known)
         self._dense = self._found(dense)
 
@@ -39,6 +46,20 @@ class AnswerJudge:
         both = [[self._points(place, texts[place]) for place in judged] for texts in (self._dense, found)]
         (f1, exact), (cut_f1, cut_exact) = ([sum(each) / len(judged) for each in zip(*p, strict=True)] for p in both)
         return Quality("answer_f1", f1, cut_f1, len(judged), {"exact_match": (exact, cut_exact)})
+
+    def _answers(self, strict: bool) -> list[Answers | None]:
+        """The right answers of each row; None where there are none, or answers are not used."""
+        labels, origin = self.rows.labels, self.rows.origin
+
+        def read() -> list[Answers | None]:
+            for label in labels:
+                if not (label is None or isinstance(label, Answers)):
+                    raise BadInput(f"a label is {short(label)}, and the network is judged by `answers` in its texts.")
+            return [label if isinstance(label, Answers) else None for label in labels]
+
+        given = sum(label is not None for label in labels)
+        used = labels_judge(given, len(labels), origin, strict=strict)
+        return (known_labels(read, origin, strict=strict) if used else None) or [None] * len(labels)
 
     def _points(self, place: int, text: object) -> tuple[float, float]:
         label = self._known[place]

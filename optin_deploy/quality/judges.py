@@ -76,7 +76,7 @@ def judge_of(
     if any(isinstance(label, Grade) for label in rows.labels):
         return RankingJudge(dense, rows)
     if reading.kind == "span":
-        return AnswerJudge(dense, rows)
+        return AnswerJudge(dense, rows, strict=strict)
     if reading.kind == "multi-label":
         return LabelSetJudge(dense, rows, names=names, strict=strict)
     if reading.kind == "embedding" and any(isinstance(label, Role) for label in rows.labels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from optin_deploy.feeds.rows import Feeds, Label, real_first, rows_of
 from optin_deploy.files.opening import short
 from optin_deploy.network.run import Program
 from optin_deploy.quality.entities import OUTSIDE, entity_f1, tags_spans
-from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, spearman
+from optin_deploy.quality.guessing import check_skill, spearman_skill
+from optin_deploy.quality.quality import Quality, check_finite, correlation, known_labels, labels_judge, spearman
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Reading
 from optin_deploy.scoring.subject import read_tokens
-
-log = logging.getLogger(__name__)
 
 
 def readouts(program: Program, reading: Reading, rows: Feeds) -> Iterator[Readout]:
@@ -74,12 +72,15 @@ class NetworkJudge:
         notes = [self._note(readout) for readout in dense]
         self._dense = notes
         self._first = notes[0]
+        self._each = any(note.values.shape[1] > 1 for note in notes)  # whether positions are compared one by one
         self._labels = None if self._first.kind != "classes" else self._targets(names, strict)
         self._spans = False  # whether there are entities
         if self._labels is not None:
             self._check_order(self._labels)
-        single = self._first.kind == "numbers" and self._first.values.shape[1:] == (1, 1)
-        self._wanted = self._numbers(strict) if single else None
+        self._single = self._first.kind == "numbers" and not self._each and self._first.values.shape[2] == 1
+        self._wanted = self._numbers(strict) if self._single else None
+        if self._wanted is not None:
+            check_skill(spearman_skill(*self._ranked([note.values for note in notes])), rows.origin)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return one figure for both networks: what fits the output."""
@@ -91,7 +92,7 @@ class NetworkJudge:
             return Quality("cosine_to_dense", 1.0, float(products.mean()), rows)
         if kind == "numbers":
             return self._of_numbers([note.values for note in dense], [note.values for note in notes])
-        each = "" if self._first.values.shape[1] == 1 else "_per_token"
+        each = "_per_token" if self._each else ""
         if self._labels is None:
             valid = [note.valid for note in dense]
             same = _share(dense, [note.values for note in notes], valid)
@@ -112,7 +113,7 @@ class NetworkJudge:
         given = torch.cat([note.values.flatten() for note in self._dense])
         given, wanted = given[wanted != UNKNOWN], wanted[wanted != UNKNOWN]
         names, count, shares = self._names, self._first.classes, None
-        what = "rows" if self._first.values.shape[1] == 1 else "tokens"
+        what = "tokens" if self._each else "rows"
         if what == "tokens" and names is not None and len(names) == count and tags_spans(names):
             inside = torch.tensor([name != OUTSIDE for name in names])[wanted]
             self._spans = bool(inside.any())
@@ -131,17 +132,22 @@ class NetworkJudge:
         return [[self._names[number] for number in row.tolist()] for row in rows]
 
     def _of_numbers(self, dense: list[Tensor], cut: list[Tensor]) -> Quality:
-        if self._first.values.shape[1:] == (1, 1):
+        if self._single:
             before, after = torch.cat(dense).flatten(), torch.cat(cut).flatten()
             same = (1.0, correlation(before, after))
             if self._wanted is None:
                 return Quality("correlation_with_dense", *same, len(self.rows))
-            wanted, there = self._wanted, ~self._wanted.isnan()
-            one, other = (spearman(wanted[there].tolist(), each[there].tolist()) for each in (before, after))
-            return Quality("spearman", one, other, int(there.sum()), {"correlation_with_dense": same})
+            (one, count), (other, _) = (self._ranked(each) for each in (dense, cut))
+            return Quality("spearman", one, other, count, {"correlation_with_dense": same})
         moved = sum(float((a - b).double().square().sum()) for a, b in zip(dense, cut, strict=True))
         size = sum(float(a.double().square().sum()) for a in dense)
         return Quality("relative_error", 0.0, math.sqrt(moved / max(size, 1e-30)), len(self.rows))
+
+    def _ranked(self, found: list[Tensor]) -> tuple[float, int]:
+        """Spearman's correlation with the labels, and how many rows have one."""
+        assert self._wanted is not None
+        there = ~self._wanted.isnan()
+        return spearman(self._wanted[there].tolist(), torch.cat(found).flatten()[there].tolist()), int(there.sum())
 
     def _note(self, readout: Readout) -> _Note:
         values = readout.values
@@ -153,20 +159,9 @@ class NetworkJudge:
         return _Note("classes", values.argmax(-1).cpu(), readout.valid.bool().cpu(), values.shape[-1])
 
     def _labelled(self, strict: bool) -> bool:
-        """Whether labels are used: enough rows have one.
-
-        Raises: BadInput: strictly, some rows have none beside others.
-        """
+        """Whether labels are used: enough rows have one."""
         given = sum(label is not None for label in self.rows.labels)
-        left = f"{self.rows.origin}: {len(self.rows) - given} of the {len(self.rows)} rows that judge have no label"
-        if 0 < given < len(self.rows):
-            if strict:
-                raise BadInput(f"{left}. Label all rows, or none.")
-            if 2 * given < len(self.rows):
-                log.warning("%s: too few have one to measure by them, agreement is measured", left)
-                return False
-            log.warning("%s: quality is that of the others", left)
-        return given > 0
+        return labels_judge(given, len(self.rows), self.rows.origin, strict=strict)
 
     def _numbers(self, strict: bool) -> Tensor | None:
         """Labels as numbers, (rows,), NaN where there is none; None: labels are not used."""
@@ -191,7 +186,7 @@ class NetworkJudge:
             found, start = [], 0
             for note, batch in zip(self._dense, self.rows.batches, strict=True):
                 labels = self.rows.labels[start : (start := start + rows_of(batch))]
-                rows = [_classes(label, note, names) for label in labels]
+                rows = [_classes(label, note, names, each=self._each) for label in labels]
                 found.append(real_first(torch.stack(rows), batch))
             if not any(bool((each != UNKNOWN).any()) for each in found):
                 raise BadInput(f"no token of the {len(self.rows)} rows that judge has a tag that counts.")
@@ -217,14 +212,14 @@ def _number(label: Label) -> float:
     return found
 
 
-def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
-    """A label as classes of the positions, (positions,)."""
+def _classes(label: Label, note: _Note, names: Sequence[str] | None, *, each: bool) -> Tensor:
+    """A label as classes of the positions, (positions,). Args: each: whether they are labelled one by one."""
     positions = note.values.shape[1]
     if label is None:
         return torch.full((positions,), UNKNOWN)
     if isinstance(label, ClassMap):
         raise BadInput(f"{label.path} has a class for each pixel, and the network is read at {positions} positions.")
-    if isinstance(label, tuple) and len(label) == positions > 1:
+    if each and isinstance(label, tuple) and len(label) == positions:
         numbers = [UNKNOWN if tag is None else class_number(tag, names, note.classes) for tag in label]
         return torch.tensor(numbers)
     if isinstance(label, tuple | Answers | Role | Grade):
@@ -236,7 +231,7 @@ def _classes(label: Label, note: _Note, names: Sequence[str] | None) -> Tensor:
                 f" {positions} positions and classes up to {note.classes - 1}."
             )
         return label.clamp(min=-1).masked_fill(label < 0, UNKNOWN)
-    if positions > 1:
+    if each:
         raise BadInput(f"the label {label!r} is one for a row, and the network puts out {positions} positions.")
     return torch.tensor([class_number(label, names, note.classes)])
 

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from optin_deploy.data.label_order import SURE, at_least
 from optin_deploy.errors import BadInput, NonFiniteActivation
+from optin_deploy.quality.guessing import surely_more
 from optin_deploy.quality.metrics import METRICS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Asked = Literal["perplexity", "pseudo_perplexity"]
 """What is measured only where it is asked for."""
+MEANS_OF_ROWS = ("accuracy", "recall_at_10", "ndcg_at_10", "answer_f1")
+"""Metrics that are a mean over samples of figures between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,18 @@ class Quality:
     def holds(self, drop: float) -> bool:
         """Is at most `drop` lost? A gain beyond noise is no answer to that: the rows do not measure what is lost.
 
-        The noise is that of as many rows, each right with the dense model's probability (one row more of each kind).
+        The noise is that of as many rows, each right with the dense model's probability (one row more of each kind);
+        no mean of figures between 0 and 1 varies more. Spearman's correlation has its own, and tells no loss where the
+        dense model's is not above 0. Figures of tokens, pixels and F1 over all rows have no such bound.
         """
         if self.drop > drop:
             return False
+        if self.metric == "spearman":
+            return self.dense > 0 and not surely_more(self.dense, self.pruned, self.samples)
+        if self.metric not in MEANS_OF_ROWS:
+            return True
         share = (self.dense * self.samples + 1) / (self.samples + 2)
-        return self.metric != "accuracy" or at_least(round(self.pruned * self.samples), self.samples, share) >= SURE
+        return at_least(round(self.pruned * self.samples), self.samples, share) >= SURE
 
     def __str__(self) -> str:
         values = f"{self.metric} {self.pruned:.4f}, dense {self.dense:.4f}"
@@ -81,6 +90,22 @@ def check_finite(values: Tensor, origin: str) -> None:
             f"{origin}: the network put out NaN or infinity on rows that judge. Check the weights and the"
             " data; a network stored in half precision may overflow: export it in float32."
         )
+
+
+def labels_judge(labelled: int, rows: int, origin: str, *, strict: bool) -> bool:
+    """Whether labels are used: all rows have one, or at least half of them, of which a warning tells.
+
+    Raises: BadInput: strictly, some rows have none beside others.
+    """
+    left = f"{origin}: {rows - labelled} of the {rows} rows that judge have no label"
+    if 0 < labelled < rows:
+        if strict:
+            raise BadInput(f"{left}. Label all rows, or none.")
+        if 2 * labelled < rows:
+            log.warning("%s: too few have one to measure by them, agreement is measured", left)
+            return False
+        log.warning("%s: quality is that of the others", left)
+    return labelled > 0
 
 
 def known_labels(read: Callable[[], T], origin: str, *, strict: bool) -> T | None:

@@ -9,9 +9,11 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.data.label_order import upper_bound
 from optin_deploy.data.targets import Grade
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
+from optin_deploy.quality.guessing import Skill, check_skill
 from optin_deploy.quality.quality import Quality, check_finite, correlation
 from optin_deploy.scoring.losses import Readout
 
@@ -46,6 +48,16 @@ def ranked(scores: Tensor, right: Tensor) -> Ranking:
     return Ranking(len(gains) / len(ranks), float(ranks[0] == 1) / len(ranks), sum(gains) / best, 1 / ranks[0])
 
 
+def guessed_gain(texts: int, fitting: int) -> tuple[float, float]:
+    """Mean and variance of nDCG@10 of a query over all orders of its texts: so many places drawn without repeats."""
+    gains = torch.zeros(texts, dtype=torch.float64)
+    top = min(TOP, texts)
+    gains[:top] = 1 / torch.arange(2, top + 2, dtype=torch.float64).log2()
+    best = float(gains[:fitting].sum())
+    variance = fitting * (texts - fitting) / (texts - 1) * float(gains.var(correction=0))
+    return fitting * float(gains.mean()) / best, variance / best**2
+
+
 def mean_figures(rankings: Iterable[Ranking]) -> dict[str, float]:
     """Means over queries, by the names of `quality.metrics`."""
     figures = torch.tensor([astuple(ranking) for ranking in rankings]).mean(0).tolist()
@@ -58,8 +70,8 @@ class RankingJudge:
     def __init__(self, dense: Iterable[Readout], rows: Feeds) -> None:
         """Read what the dense network gives.
 
-        Raises: BadInput: the network does not put out one number or two classes a row, or no query has texts of both
-            kinds.
+        Raises: BadInput: the network does not put out one number or two classes a row, no query has texts of both
+            kinds, or the network ranks them no better than a random order.
         """
         self.rows = rows
         places: dict[int, list[tuple[int, bool]]] = {}
@@ -74,6 +86,7 @@ class RankingJudge:
             )
         self._dense = self._scores(dense)
         self._before = self._figures(self._dense)
+        check_skill(self._skill(self._before["ndcg_at_10"]), rows.origin)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return nDCG@10 of both networks, and the reciprocal rank of the first fitting text."""
@@ -95,6 +108,14 @@ class RankingJudge:
                 f"pair of texts; this one puts out {values.shape[2]} numbers at {values.shape[1]} positions."
             )
         return values[:, 0, -1] - (values[:, 0, 0] if values.shape[2] == 2 else 0)
+
+    def _skill(self, found: float) -> Skill:
+        """Put nDCG@10 beside that of a random order."""
+        count = len(self._queries)
+        means, variances = zip(*(guessed_gain(len(q), sum(fits for _, fits in q)) for q in self._queries), strict=True)
+        guessed, spread = sum(means) / count, math.sqrt(sum(variances)) / count
+        # A mean of figures between 0 and 1 varies at most as much as one of rows that are right or wrong.
+        return Skill("nDCG@10", found, guessed, spread, upper_bound(found * count, count), count, "queries")
 
     def _figures(self, scores: Tensor) -> dict[str, float]:
         queries = (zip(*query, strict=True) for query in self._queries)

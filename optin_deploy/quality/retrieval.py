@@ -11,6 +11,7 @@ from torch import Tensor
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds
+from optin_deploy.quality.guessing import check_skill, spearman_skill
 from optin_deploy.quality.quality import Quality, check_finite, spearman
 from optin_deploy.quality.ranking import TOP, Ranking, mean_figures, ranked
 from optin_deploy.scoring.losses import Readout
@@ -28,7 +29,8 @@ class RetrievalJudge:
         """Read what the dense network gives.
 
         Args: dense: one a batch of `rows`, unit vectors.
-        Raises: BadInput: no query has a text to be found, and no pair a score.
+        Raises: BadInput: no query has a text to be found, and no pair a score; or the scores rank pairs no better than
+            guessing.
         """
         self.rows = rows
         roles = [label if isinstance(label, Role) else Role(-1 - place) for place, label in enumerate(rows.labels)]
@@ -61,6 +63,8 @@ class RetrievalJudge:
             )
         self._dense = self._vectors(dense)
         self._before = self._figures(self._dense)
+        if not self._queries:
+            check_skill(spearman_skill(self._before["spearman"], len(self._pairs)), rows.origin)
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
         """Return recall@10 of both networks, or where there are only scores of pairs Spearman's correlation."""

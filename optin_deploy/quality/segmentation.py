@@ -44,12 +44,16 @@ class SegmentationJudge:
             raise BadInput(f"{rows.origin}: no pixel of its {self._mapped} maps has a class. Give maps that tell some.")
         guessed, found = torch.diag(torch.zeros_like(pixels)), mean_iou(self._dense)
         guessed[:, int(pixels.argmax())] = pixels
-        if found <= mean_iou(guessed):
+        if found <= mean_iou(guessed) and found < 1:
+            why = (
+                "The numbers in the maps seem to mean other classes than the network's; if 0 is none of them, set "
+                "do_reduce_labels in preprocessor_config.json."
+            )
+            if int((pixels > 0).sum()) == 1:
+                why = "All pixels of the maps have the same class: give photographs with others too."
             raise BadInput(
                 f"{rows.origin}: the dense network has a mean IoU of {found:.1%}, no more than if it called all pixels "
-                f"the same ({mean_iou(guessed):.1%}): no loss can be measured there. The numbers in the maps seem to "
-                "mean other classes than the network's; if 0 is none of them, set do_reduce_labels in "
-                "preprocessor_config.json."
+                f"the same ({mean_iou(guessed):.1%}): no loss can be measured there. {why}"
             )
 
     def compare(self, cut: Iterable[Readout]) -> Quality:

@@ -16,6 +16,7 @@ from optin_deploy.common.validation import validated
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.storage import sha256_file
 from optin_deploy.planning.plan import NetworkPlan
+from optin_deploy.quality.metrics import METRICS
 from optin_deploy.quality.quality import Quality
 from optin_deploy.reporting.artifact_table import ArtifactQuality
 from optin_deploy.reporting.latency_rows import LatencyRow
@@ -30,8 +31,6 @@ OF_TEXT = {**LENIENT, "strict": False}
 """`LENIENT` for a table, in which every value is text."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Metric = Annotated[float, Field(ge=-1, le=1)]
-"""Accuracy, agreement, cosine or correlation."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,15 @@ class SweepRow:
     """Share of the dense MACs that the model takes."""
     parameters: PositiveInt
     metric: str
-    dense: Metric
-    pruned: Metric
+    dense: float
+    pruned: float
     drop: float
-    """Points of the metric that are lost."""
+    """Points of the metric that are lost, or percent of a perplexity."""
+
+    def __post_init__(self) -> None:
+        known = METRICS.get(self.metric)
+        if known is not None and not known.less and max(abs(self.dense), abs(self.pruned)) > 1:
+            raise ValueError(f"{self.metric} is {self.dense} and {self.pruned}, and lies between -1 and 1")
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,15 @@ def test_labels_at_random_are_guessing() -> None:
         (Quality("accuracy", 0.0, 0.0, 60), True),
         (Quality("same_prediction", 1.0, 1.0, 60), True),
         (Quality("cosine_to_dense", 1.0, 1.0000001, 60), True),
+        (Quality("spearman", 0.8, 0.85, 40), True),
+        (Quality("spearman", 0.5, 0.8, 40), False),
+        (Quality("spearman", 0.98, 1.0, 8), True),
+        (Quality("spearman", -1.0, 0.0, 20), False),  # a dead network is no better than one that ranks backwards
+        (Quality("spearman", -0.1, -0.1, 8), False),
+        (Quality("spearman", 0.5, 1.0, 3), True),
+        (Quality("ndcg_at_10", 0.73, 0.8, 40), True),
+        (Quality("ndcg_at_10", 0.73, 0.93, 40), False),
+        (Quality("recall_at_10", 0.2, 0.5, 40), False),
     ],
 )
 def test_a_gain_beyond_noise_does_not_hold(found: Quality, holds: bool) -> None:
@@ -187,7 +196,7 @@ def test_no_budget_is_chosen_by_a_gain() -> None:
     def at(flops: float) -> SweepPoint:
         return SweepPoint(flops, flops, 1, Quality("accuracy", 4 / 60, 13 / 60, 60), 0.0)
 
-    with pytest.raises(QualityLimit, match=r"accuracy gains 15\.00 points, beyond noise.*--eval rows"):
+    with pytest.raises(QualityLimit, match=r"accuracy goes from 0\.0667 to 0\.2167: .*--eval rows"):
         smallest_within(1.0, 0.1, at)
 
 

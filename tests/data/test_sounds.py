@@ -62,6 +62,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     save_pcm(tmp_path / "fast.wav", tone(RATE)[None], 400_000)
     soundfile.write(tmp_path / "other.wav", tone(RATE), RATE, format="AU")
     soundfile.write(tmp_path / "odd.wav", np.full(400, np.nan), RATE, subtype="FLOAT")
+    save_pcm(tmp_path / "short.wav", np.ones((1, 1)) / 2, 3 * RATE)
     write(tmp_path / "text.wav", "not a sound")
     write(tmp_path / "header.wav", whole[:30])
     write(tmp_path / "lfs.wav", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -70,6 +71,7 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
         "fast": "WAV of 400000 samples a second",
         "other": "it is AU of 16000 samples",
         "odd": "values that are not finite",
+        "short": "too short: its 1 samples at 48000 a second are none at 16000, .* Give a longer one",
         "text": "this recording does not open: Format not recognised",
         "header": "this recording does not open",
         "lfs": "pointer",

@@ -107,6 +107,11 @@ def test_halves_share_no_row_and_follow_the_seed(tmp_path: Path) -> None:
     assert not set(found.calibration.keys) & set(found.held_out.keys)
     assert again.calibration.fingerprint == found.calibration.fingerprint
     assert fed(one(), path, Drawing(samples=20, seed=1)).calibration.fingerprint != found.calibration.fingerprint
+    alone = fed(one(), path, Drawing(samples=20, others_judge=True))
+    assert (alone.calibration.fingerprint, alone.held_out) == (found.calibration.fingerprint, None)
+    with pytest.raises(BadInput, match="8 rows, but the network takes exactly 16"):
+        fed(one(16, 5), path, Drawing())
+    assert len(fed(one(16, 5), path, Drawing(others_judge=True)).calibration) == 32
     judging = read_judging(one(), path, found.calibration)
     assert len(judging) == ROWS - 20
 
@@ -349,6 +354,8 @@ def test_any_damage_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_folder_holds_arrays_or_images(tmp_path: Path) -> None:
     stored(tmp_path / "data.npz", x=X)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "._a.png").write_bytes(b"")
     assert array_files(tmp_path) == [tmp_path / "data.npz"]
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(BadInput, match=r"data.npz beside a.png: are they arrays, or the rows"):

@@ -305,6 +305,20 @@ def test_rows_that_calibration_learned_from_do_not_judge(tmp_path: Path) -> None
         prepare(replace(source, evaluation=str(only)))
 
 
+def test_rows_that_nobody_judges_by_are_not_refused(tmp_path: Path) -> None:
+    """Ten texts are the same to the network: without --eval none of them can judge, and with it none has to."""
+    alike = tmp_path / "alike.txt"
+    alike.write_text("".join(f"{'the game ' * SEQ_LEN}{i}\n" for i in range(10)))
+    source = Source(str(classifier()), calibration=str(alike), seq_len=SEQ_LEN)
+    with pytest.raises(BadInput, match="all 2 rows that should judge give the network the same inputs"):
+        prepare(source)
+    prepared = prepare(replace(source, evaluation=str(judging())))
+    assert len(prepared.ready.rows.calibration) == 8
+    assert len(held_out(prepared)) == len(read_samples(judging()))
+    source = replace(source, calibration=str(lines()))
+    assert prepare(source).key == prepare(replace(source, evaluation=str(judging()))).key, "scores stay usable"
+
+
 def test_rows_are_labelled_all_or_none(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text(judging().read_text() + '{"text": "a game"}\n')

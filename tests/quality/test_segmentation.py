@@ -87,6 +87,9 @@ def test_folders_without_parts_and_photographs_without_maps_are_read(tmp_path: P
     for judging in (False, True):
         found = read_samples(tmp_path, judging=judging)
         assert [sample.class_map for sample in found] == [None, tmp_path / "masks/b.png"]
+    photo(tmp_path / "images/C.PNG")
+    upper = painted(tmp_path / "masks/C.PNG", np.zeros((80, 96)))
+    assert {sample.image: sample.class_map for sample in read_samples(tmp_path)}[tmp_path / "images/C.PNG"] == upper
 
 
 def test_folders_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -375,6 +378,19 @@ def test_a_rare_class_that_is_found_can_be_measured(tmp_path: Path) -> None:
     read = Reading("logits", "logits").read({"logits": logits})
     feeds = Feeds(({"x": torch.zeros(1)},), (ClassMap(painted(tmp_path / "a.png", values)),), "here")
     assert SegmentationJudge([read], feeds).compare([read]).dense == pytest.approx((4 / 8 + 248 / 252) / 2)
+
+
+def test_maps_of_one_class_judge_a_network_that_is_always_right(tmp_path: Path) -> None:
+    feeds = Feeds(({"x": torch.zeros(1)},), (ClassMap(painted(tmp_path / "a.png", np.zeros((16, 16)))),), "here")
+    logits = torch.zeros(1, 2, 16, 16)
+    logits[0, 0] = 1
+    worse = logits.clone()
+    worse[0, 1, :4] = 2
+    right, wrong = (Reading("logits", "logits").read({"logits": each}) for each in (logits, worse))
+    quality = SegmentationJudge([right], feeds).compare([wrong])
+    assert (quality.dense, quality.pruned) == (1.0, 0.75)
+    with pytest.raises(BadInput, match=r"mean IoU of 75\.0%, .* All pixels of the maps have the same class: give"):
+        SegmentationJudge([wrong], feeds)
 
 
 def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import Feeds, Label
 from optin_deploy.quality.answers import answer, f1, plain
 from optin_deploy.quality.entities import entity_f1, spans, tags_spans
+from optin_deploy.quality.guessing import spearman_skill
 from optin_deploy.quality.judges import judge_of
 from optin_deploy.quality.label_sets import label_set, label_sets, micro_f1
 from optin_deploy.quality.quality import Quality
+from optin_deploy.quality.ranking import guessed_gain, ranked
 from optin_deploy.scoring.losses import Readout
 from optin_deploy.scoring.reading import Kind, Reading
 
@@ -207,6 +210,27 @@ def test_a_model_that_finds_few_entities_is_judged(caplog: pytest.LogCaptureFixt
     assert caplog.text == ""
 
 
+def test_a_row_of_one_token_is_judged_by_its_tag(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows of one length share a batch, and the shortest come first."""
+    names, lengths = ("O", "B-x", "I-x"), (1, 3, 3, 4, 5)
+    wanted = [torch.arange(length) % 3 for length in lengths]
+    wanted[0] += 1
+    reading = Reading("y", "logits")
+    dense = [
+        reading.read({"y": torch.nn.functional.one_hot(row, 3).float()[None]}, torch.ones(1, len(row)))
+        for row in wanted
+    ]
+    labels: list[Label] = [tuple(names[tag] for tag in row.tolist()) for row in wanted]
+    batches = tuple({"input_ids": torch.zeros(1, length, dtype=torch.long)} for length in lengths)
+    for start in (0, 1):
+        feeds = Feeds(batches[start:], tuple(labels[start:]), "here")
+        found = judge_of(dense[start:], reading, feeds, names=names, strict=True).compare(dense[start:])
+        assert (found.metric, found.dense, found.samples) == ("entity_f1", 1.0, 5 - start)
+    alone = judge_of(dense, reading, Feeds(batches, (None,) * 5, "here")).compare(dense)
+    assert alone.metric == "same_prediction_per_token"
+    assert caplog.text == ""
+
+
 def test_rows_without_any_tag_or_entity_tell_no_f1(caplog: pytest.LogCaptureFixture) -> None:
     found = torch.arange(80).view(20, 4) % 3
     none, outside = torch.full_like(found, -1), torch.zeros_like(found)
@@ -261,6 +285,31 @@ def test_answers_of_both_networks_are_judged() -> None:
     assert found.pruned == pytest.approx((1 + 1 + 2 / 3) / 3)
     alone = judge_of(read(dense, reading), reading, rows([None] * 12)).compare(read(cut, reading))
     assert (alone.metric, alone.pruned) == ("same_answer", pytest.approx(2 / 3))
+
+
+def test_rows_without_an_answer_beside_others_are_refused_or_told(caplog: pytest.LogCaptureFixture) -> None:
+    context, places = "one two three", (None, (0, 3), (4, 7), (8, 13))
+    reading, known = Reading("s", "span", ends="e"), Answers(context, ("two",), places)
+    logits = torch.nn.functional.one_hot(torch.tensor([2] * 12), 4).float()
+    dense = read({"s": logits, "e": logits}, reading)
+    for labels, said in (
+        ([known] * 11 + [None], r"here: 1 of the 12 rows that judge have no label\. Label all rows, or none"),
+        (
+            [known] * 11 + ["two"],
+            r"here: a label is 'two', and the network is judged by `answers` .* Correct the labels",
+        ),
+        ([0] * 12, "here: a label is 0"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            judge_of(dense, reading, rows(labels), strict=True)
+    found = judge_of(dense, reading, rows([*[known] * 7, *[None] * 5])).compare(dense)
+    assert (found.metric, found.samples) == ("answer_f1", 7)
+    assert "5 of the 12 rows that judge have no label: quality is that of the others" in caplog.text
+    found = judge_of(dense, reading, rows([*[known] * 5, *[None] * 7])).compare(dense)
+    assert (found.metric, found.samples) == ("same_answer", 12)
+    assert "7 of the 12 rows that judge have no label: too few have one" in caplog.text
+    assert judge_of(dense, reading, rows([0] * 12)).compare(dense).metric == "same_answer"
+    assert "No label is used" in caplog.text
 
 
 def test_no_answer_stands_at_the_first_token_behind_the_padding() -> None:
@@ -403,6 +452,74 @@ def test_rankings_of_three_classes_or_without_other_texts_are_refused() -> None:
         judge_of(read({"y": drawn(12, 3)}, reading), reading, rows(graded))
     with pytest.raises(BadInput, match="no query of the rows that judge has texts that fit it and texts that do not"):
         judge_of(read({"y": drawn(12, 1)}, reading), reading, rows([Grade(0, 1.0)] * 12))
+
+
+def test_the_ndcg_of_a_random_order_is_that_of_all_orders() -> None:
+    for texts, fitting in ((2, 1), (5, 1), (6, 3), (7, 5)):
+        right = torch.arange(texts) < fitting
+        found = [ranked(torch.tensor(order), right).gain for order in permutations(range(texts))]
+        assert guessed_gain(texts, fitting) == pytest.approx((np.mean(found), np.var(found)))
+    right, rng = torch.arange(30) < 4, np.random.default_rng(0)
+    found = [ranked(torch.from_numpy(rng.permutation(30)), right).gain for _ in range(4000)]
+    assert guessed_gain(30, 4) == pytest.approx((np.mean(found), np.var(found)), rel=0.06)
+
+
+def test_a_random_order_has_the_spread_that_spearmans_correlation_is_judged_by() -> None:
+    found = [spearmanr(range(6), order).statistic for order in permutations(range(6))]
+    assert (spearman_skill(0.3, 6).guessed, spearman_skill(0.3, 6).spread) == pytest.approx(
+        (np.mean(found), np.std(found)), abs=1e-9
+    )
+
+
+def test_rankings_of_texts_that_do_not_fit_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Of four texts three fit, and stand behind the other one: the lists say the contrary of what they mean."""
+    labels: list[Label] = [Grade(query, float(place != 0)) for query in range(5) for place in range(4)]
+    reading, backwards = Reading("y", "regression"), torch.tensor([1.0, 0.0, -0.1, -0.2] * 5)[:, None]
+    with pytest.raises(
+        BadInput, match=r"nDCG@10 is 0\.733 .* on 5 queries, and 0\.902 for a random order\. No loss can"
+    ):
+        judge_of(read({"y": backwards}, reading), reading, rows(labels))
+    judge_of(read({"y": -backwards}, reading), reading, rows(labels))
+    assert caplog.text == ""
+    one: list[Label] = [Grade(0, float(place == 0)) for place in range(100)]
+    judge_of(read({"y": torch.arange(100.0)[:, None]}, reading), reading, rows(one))  # a query may fail
+    assert "nDCG@10 is 0.000 for the dense network on 1 queries" in caplog.text
+
+
+def test_numbers_that_rank_backwards_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    reading, dense = Reading("y", "regression"), drawn(60, 1)
+    wanted = [-float(each) for each in dense]
+    with pytest.raises(BadInput, match=r"correlation with the labels is -1\.000 .* 60 rows, and 0\.000 for a random"):
+        judge_of(read({"y": dense}, reading), reading, rows([*wanted]))
+    with pytest.raises(BadInput, match=r"No loss can be measured there\. Give labels that are greater where"):
+        judge_of(read({"y": drawn(900, 1)}, reading), reading, rows(drawn(900, seed=1).tolist()))
+    assert caplog.text == ""
+    for count, told in (
+        (4, True),
+        (900, False),
+    ):  # of four rows an order proves nothing
+        weak = drawn(count, 1) if told else drawn(count, 1) + 5 * drawn(count, 1, seed=2)
+        labels = [float(each) * (-1 if told else 1) for each in drawn(count, 1)]
+        judge_of(read({"y": weak}, reading), reading, rows([*labels]))
+        assert ("Do these labels fit the model?" in caplog.text) == told
+        caplog.clear()
+
+
+def test_distances_of_pairs_are_no_scores() -> None:
+    vectors = torch.nn.functional.normalize(drawn(60, 8), dim=-1)
+    cosines = (vectors[0::2] * vectors[1::2]).sum(1).tolist()
+    reading = Reading("y", "embedding")
+    for sign in (1, -1):
+        labels: list[Label] = [
+            role
+            for pair, cosine in enumerate(cosines)
+            for role in (Role(2 * pair, scores=((2 * pair + 1, sign * cosine),)), Role(2 * pair + 1))
+        ]
+        if sign > 0:
+            assert judge_of(read({"y": vectors}, reading), reading, rows(labels))
+            continue
+        with pytest.raises(BadInput, match=r"is -1\.000 .* \(not distances or ranks\)"):
+            judge_of(read({"y": vectors}, reading), reading, rows(labels))
 
 
 def test_numbers_are_judged_by_numbers() -> None:

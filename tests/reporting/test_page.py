@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from optin_deploy.common.formatting import figures, milliseconds, si, size
+from optin_deploy.errors import BadInput
 from optin_deploy.jobs.sweep import HEADER
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.reporting.charts import LEFT, RIGHT, latency_chart, ratio_chart, sweep_chart, units_chart
@@ -525,6 +526,24 @@ def test_the_curve_of_a_sweep_is_drawn(finished: Path) -> None:
     assert (y1 - dense.number("y1")) / (y0 - y1) == pytest.approx(0.02 / 0.14, abs=2e-3)
     kept = stored(finished)["macs"]["kept"]
     assert (this.number("x1") - x0) / (x2 - x0) == pytest.approx((kept - 0.296) / 0.6, abs=2e-3)
+
+
+@pytest.mark.parametrize(("metric", "dense"), [("perplexity", 162.4), ("relative_error", 0.0)])
+def test_a_figure_that_has_no_bound_is_drawn(finished: Path, metric: str, dense: float) -> None:
+    rows = [f"{share},{share},900,{metric},{dense},{dense + 2},1.23\n" for share in (0.9, 0.5)]
+    (finished / "sweep.csv").write_text("".join([",".join(HEADER), "\n", *rows]))
+    page = page_of(finished)
+    heading, first, _ = page.all("table")[-1].rows()
+    assert first[:3] == ["90%", f"{dense + 2:.4f}", "1.23"]
+    assert heading[2] == ("percent lost" if metric == "perplexity" else "points lost")
+    assert len(page.all("svg", "plot")[-1].all("circle")) == 2
+
+
+@pytest.mark.parametrize("row", ["accuracy,1.5,0.9", "accuracy,0.9,-1.5", "mrr,0.9,2", "perplexity,inf,9"])
+def test_figures_that_cannot_be_are_refused(finished: Path, row: str) -> None:
+    (finished / "sweep.csv").write_text(f"{','.join(HEADER)}\n0.9,0.9,900,{row},1.0\n")
+    with pytest.raises(BadInput, match=r"sweep\.csv: not of this version.*Make it again with `optin sweep"):
+        read_findings(finished)
 
 
 # what comes from files is text
