@@ -83,14 +83,21 @@ def _own_files(folder: Path) -> list[Path]:
 def push(made: Push, *, private: bool = False, branch: str | None = None) -> Push:
     """Send everything in one commit; the repository is made where there is none.
 
-    Args: private: of a new repository. branch: that the commit goes to; it is made where there is none.
-    Raises: BadInput: the Hub cannot be reached, or refuses it.
+    Args: private: nobody else may see it. branch: that the commit goes to; it is made where there is none.
+    Raises: BadInput: the Hub cannot be reached, or refuses it; the repository is there and not private.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [CommitOperationAdd(CARD, made.card.encode())]
     operations += [CommitOperationAdd(name, path) for name, path in made.files.items()]
     api = HfApi()
+    with hub_errors(made.repository):
+        seen = private and api.repo_exists(made.repository) and not api.model_info(made.repository).private
+    if seen:
+        raise BadInput(
+            f"{made.repository} is there and not private, and --private is for a new one. Make it private on the Hub, "
+            "give another name, or leave out --private."
+        )
     with hub_errors(made.repository, branch):
         api.create_repo(made.repository, private=private, exist_ok=True)
         if branch is not None:

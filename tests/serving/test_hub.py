@@ -82,6 +82,11 @@ def test_the_card_tells_what_was_measured_and_no_path_of_this_machine(shell: tin
 def test_what_cannot_be_pushed_is_refused(hub: FakeHub, shell: tiny.Shell, tmp_path: Path) -> None:
     folder = tiny.copy_of(tiny.finished_job(), tmp_path / "work")
     assert "is no id of a repository" in shell("optin", "push", folder, "smaller").err
+    hub.repositories = {"my-org/open": {"private": False}, "my-org/closed": {"private": True}}
+    ran = shell("optin", "push", folder, "my-org/open", "--private")
+    assert (ran.code, hub.files) == (2, {})
+    assert "my-org/open is there and not private" in ran.err
+    assert shell("optin", "push", folder, "my-org/closed", "--private").code == 0
     hub.refused = (403, "Forbidden")
     ran = shell("optin", "push", folder, "my-org/smaller")
     assert ran.code == 2

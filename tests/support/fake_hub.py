@@ -31,6 +31,11 @@ def fake_hub() -> Iterator[FakeHub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            known = hub.repositories.get(self.path.removeprefix("/api/models/"))
+            if known is not None and hub.refused is None:
+                private = bool(known.get("private")) or known.get("visibility") == "private"
+                self._answer({"id": self.path.removeprefix("/api/models/"), "private": private})
+                return
             status, code = hub.refused or (404, "RepoNotFound")
             self._answer({"error": code}, status, {"X-Error-Code": code})
 
