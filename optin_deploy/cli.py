@@ -104,9 +104,9 @@ def _run(program: Callable[..., object]) -> int:
     """Run a typer app; every error becomes one line and an exit code, an interrupt stops the work once."""
     arguments = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     shown = len(arguments) < len(sys.argv) - 1
-    logging.basicConfig(format="%(message)s")  # or a library sets another form in the middle of a job
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Once())
+    handler = logging.StreamHandler()
+    handler.addFilter(Once())
+    logging.basicConfig(format="%(message)s", handlers=[handler])  # or a library sets another form in the middle
     quiet_libraries()
     limit_libraries()
     if arguments == ["--version"]:

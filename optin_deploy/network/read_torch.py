@@ -66,7 +66,7 @@ def read_module(
     free = {name: {0: "batch"} for name, value in inputs.items() if value.dim()} if axes is None else axes
     traced = Traced(module, tuple(inputs))
     failures: list[str] = []
-    best: Network | None = None
+    models: list[tuple[int, ir.Model]] = []
     with EXPORTING, prepared(module), torch.no_grad(), quiet():
         for new in (True, False) if dynamo is None else (dynamo,):
             try:
@@ -76,16 +76,14 @@ def read_module(
             except FAILURES as err:
                 failures.append(f"{'torch.export' if new else 'TorchScript'}: {reason(err)}")
                 continue
-            found = Network(model, source)
-            if best is None or _obscure(found) < _obscure(best):
-                best = found
-            if not _obscure(best):
+            models.append((_obscure(Network(model, source)), model))
+            if not models[-1][0]:
                 break
-    if best is None:
+    if not models:
         raise BadInput(
             f"{source} cannot be read as a graph. {' '.join(failures)} Give other example inputs, or an .onnx file."
         )
-    return best
+    return Network(min(models, key=lambda each: each[0])[1], source)
 
 
 def _obscure(network: Network) -> int:

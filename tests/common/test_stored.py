@@ -79,7 +79,7 @@ ON_DISK: dict[type[Stored], tuple[str, str]] = {
         '{"schema_version": 2, "quality": {"metric": "accuracy", "dense": 0.9, "pruned": 0.8, "samples": 9, '
         f'"beside": {{}}}}, "params": {PAIR}, "macs": {{{PAIR[1:-1]}, "kept": 0.5, "prunable_kept": 0.5}}, '
         '"size_bytes": {"pruned": 1.0, "dense": null}, "parity": {}, "latency": [], "environment": {}, "hashes": {}, '
-        '"seconds": {}, "settings": {}, "notes": [], "memory": {}, "groups": [], "artifacts": []}',
+        '"seconds": {}, "settings": {}, "notes": [], "memory": {}, "groups": [], "artifacts": [], "tuned": null}',
         "optin-export MODEL --out DIR",
     ),
 }
