@@ -27,7 +27,7 @@ from optin_deploy.planning.widths import Choice, aligned
 from optin_deploy.pruning.tokens import check, merging
 from optin_deploy.quality.held_out import judged_samples
 from optin_deploy.structure.labels import TOKENS
-from optin_deploy.tuning.student import check_trainable
+from optin_deploy.tuning import label_free
 
 CLEARLY = 1.2
 """A target so far above a quick measurement of the dense model is beyond its noise; the latency table judges others."""
@@ -61,7 +61,7 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     choice = choice.in_multiples(job.align)
     prepared = prepare(source, home)
     if job.tuning is not None:
-        check_trainable(prepared.ready, prepared.ready.network)
+        label_free.check(prepared.ready, job.tuning)
     choice = _fitted(choice, job, prepared)
     head = None if job.pool is None else head_of(prepared.ready.network, job.pool, prepared.dense.head)
     if target.reads_onnx:

@@ -57,6 +57,15 @@ class LabelFreeRecord:
     """Distance of the weights that are kept: those of the beginning where none came nearer."""
 
 
+def check(ready: Ready, settings: LabelFree) -> None:
+    """Make sure, before the network is cut, that it can be tuned on these rows.
+
+    Raises: BadInput: it cannot be trained, or takes more rows at once than are learned from or held out; says why.
+    """
+    check_trainable(ready, ready.network)
+    _divided(ready, ready.network, settings.batch_size)
+
+
 def tune(
     ready: Ready, smaller: Network, settings: LabelFree, *, state: Path | None = None, progress: Progress = silent
 ) -> tuple[Network, LabelFreeRecord]:

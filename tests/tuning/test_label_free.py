@@ -15,6 +15,7 @@ import torch
 
 import optin_deploy
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.ports import takes
 from optin_deploy.jobs.prepared import prepare
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
@@ -137,6 +138,16 @@ def test_minutes_end_it_and_the_rate_falls_with_them(
     assert rates[0] < 1e-4
     assert rates[-1] < 1e-5
     assert rates.index(max(rates)) < 0.2 * len(rates)
+
+
+def test_more_rows_at_once_than_are_held_out_are_refused_before_the_cut(
+    cut: tuple[Ready, Network], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, _ = cut
+    label_free.check(ready, SHORT)
+    monkeypatch.setattr(label_free, "takes", lambda network: replace(takes(network), rows=16))
+    with pytest.raises(BadInput, match="exactly 16"):
+        label_free.check(ready, SHORT)
 
 
 def test_what_comes_no_nearer_ends_early_and_changes_nothing(cut: tuple[Ready, Network]) -> None:
