@@ -58,6 +58,12 @@ def check_name(path: Path) -> None:
         raise BadInput(f"{shown}: this name is not valid UTF-8, so that no report could hold it. Rename it.") from err
 
 
+def check_inside(path: Path, folder: Path) -> None:
+    """Raises: BadInput: the path is, or lies behind, a link that leads out of the folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
+
+
 def special_kind(path: Path) -> str | None:
     """What a path is if it is neither a file nor a folder: opening a pipe would wait for ever.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.files.hub import ID, hub_errors
 from optin_deploy.files.names import PRUNED, SUPPORT_FILES, TUNED
+from optin_deploy.files.opening import check_inside
 from optin_deploy.files.ownership import RECORD, Record
 from optin_deploy.jobs.belonging import disagreements
 from optin_deploy.reporting.card import card_of
@@ -75,8 +76,7 @@ def _own_files(folder: Path) -> list[Path]:
         raise BadInput(f"{folder} has no {RECORD}, which says what in it may be sent. Copy its hidden files too.")
     found = [path for name in Record(folder).names() if (path := folder / name).is_file()]
     for path in found:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
+        check_inside(path, folder)
     return found
 
 

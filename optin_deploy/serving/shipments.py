@@ -13,6 +13,7 @@ from optin_deploy.checkpoint.config import longest_in
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.exporters import check_precision, exporter
 from optin_deploy.files.names import PRUNED
+from optin_deploy.files.opening import check_inside
 from optin_deploy.files.storage import read_metadata, read_tensors
 from optin_deploy.jobs.belonging import disagreements
 from optin_deploy.jobs.origin import check_origin
@@ -81,8 +82,7 @@ def _model(
     made_from: Mapping[str, str],
 ) -> Version:
     folder = path.parent
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BadInput(f"{path} is a link that leads out of {folder}. Copy the file there.")
+    check_inside(path, folder)
     if not path.is_file():
         raise BadInput(f"There is no {path}. {REBUILD.format(folder=folder, engine=order.engine)}")
     known = {} if report is None else report.hashes
