@@ -56,29 +56,23 @@ class Encoder:
     """Kinds that may be cut."""
 
 
+MINILM = Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches)
+MPNET = Encoder(
+    "all-mpnet-base-v2 by 256 articles, 500 headlines for their articles",
+    lambda _: mpnet(),
+    partial(rows.searches, queries=500),
+    samples=256,
+    seq_len=128,
+    seeds=(0,),
+)
 ENCODERS = {
-    "minilm": Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches),
-    "minilm-narrow": Encoder(
-        "all-MiniLM-L6-v2 with narrower heads, the same headlines",
-        lambda _: minilm_folder(),
-        rows.searches,
-        units=NARROWER,
-    ),
-    "mpnet": Encoder(
-        "all-mpnet-base-v2 by 256 articles, 500 headlines for their articles",
-        lambda _: mpnet(),
-        partial(rows.searches, queries=500),
-        samples=256,
-        seq_len=128,
-        seeds=(0,),
-    ),
-    "mpnet-narrow": Encoder(
-        "all-mpnet-base-v2 with narrower heads by 768 articles, the same headlines",
-        lambda _: mpnet(),
-        partial(rows.searches, queries=500),
+    "minilm": MINILM,
+    "minilm-narrow": replace(MINILM, what="all-MiniLM-L6-v2 with narrower heads, the same headlines", units=NARROWER),
+    "mpnet": MPNET,
+    "mpnet-narrow": replace(
+        MPNET,
+        what="all-mpnet-base-v2 with narrower heads by 768 articles, the same headlines",
         samples=768,
-        seq_len=128,
-        seeds=(0,),
         units=NARROWER,
     ),
     "first-token": Encoder(
@@ -175,7 +169,7 @@ def swept(source: Source, shares: Sequence[float], out: Path) -> list[SweepPoint
 
 
 def planner_of(source: Source, shares: Sequence[float], out: Path) -> Planner:
-    """Plans of a job whose scores and curves are made."""
+    """Plans of a job whose scores are made."""
     job = Job(source, Limits(flops=shares[0]), points=(), dense=False)
     with stage_bar("load"):
         asked = checked_job(job, out)
@@ -183,9 +177,7 @@ def planner_of(source: Source, shares: Sequence[float], out: Path) -> Planner:
     with stage_bar("score") as progress:
         dense_stage(workspace, asked.prepared)
         score_stage(workspace, asked.prepared, job.scoring, progress=progress)
-    planner = Planner(workspace, asked.prepared, asked.choice)
-    measure_curves(planner, stage_bar)
-    return planner
+    return Planner(workspace, asked.prepared, asked.choice)
 
 
 def chosen_by_mean(source: Source, shares: Sequence[float], out: Path) -> list[Quality]:
@@ -195,6 +187,7 @@ def chosen_by_mean(source: Source, shares: Sequence[float], out: Path) -> list[Q
         folder = recipes.pooled_by_mean(Path(source.model), out.parent / "mean")
         own = planner_of(source, shares, out).prepared.ready
         planner = planner_of(replace(source, model=str(folder)), shares, out.with_name(f"{out.name}-mean"))
+        measure_curves(planner, stage_bar)
         ready = planner.prepared.ready
         found = []
         for share in shares:

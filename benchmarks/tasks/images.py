@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,20 @@ def cifar10(cache: Path) -> Task:
     images are drawn from others of its training images, test images from its test batch.
     """
     recipe = Recipe()
-    return _task("cifar10", cache, recipe, lambda: photographs(cache, recipe.train))
+    return _task("cifar10", cache, recipe)
 
 
 def cifar10_larger(cache: Path) -> Task:
     """The same photographs with as many tokens as a ViT of 224 pixels has: 14 x 14 and the class token."""
     recipe = Larger()
-    return _task("cifar10-196", cache, recipe, lambda: photographs(cache, recipe.train)[: recipe.images])
+    return _task("cifar10-196", cache, recipe, most=recipe.images)
 
 
-def _task(name: str, cache: Path, recipe: Recipe, images: Callable[[], Sequence[Sample]]) -> Task:
-    """A task of a model that learns from these images, unless it has."""
+def _task(name: str, cache: Path, recipe: Recipe, *, most: int | None = None) -> Task:
+    """A task of a model that learns by the recipe, unless it has. Args: most: images that it learns from; None: all."""
 
     def make(progress: Progress) -> tuple[Any, Any]:
-        return fine_tuned(images(), recipe, cache, progress=progress)
+        return fine_tuned(photographs(cache, recipe.train)[:most], recipe, cache, progress=progress)
 
     loaded = load_dense(str(kept(cache / f"{name}-{sha256_json(asdict(recipe))[:8]}", name, make)))
     tokens = (recipe.image_size // 14) ** 2 + 1
