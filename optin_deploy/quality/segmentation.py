@@ -42,9 +42,11 @@ class SegmentationJudge:
         pixels = self._dense.sum(1)
         if not int(pixels.sum()):
             raise BadInput(f"{rows.origin}: no pixel of its {self._mapped} maps has a class. Give maps that tell some.")
-        guessed, found = torch.diag(torch.zeros_like(pixels)), mean_iou(self._dense)
+        guessed, there = torch.diag(torch.zeros_like(pixels)), pixels > 0
         guessed[:, int(pixels.argmax())] = pixels
-        if found <= mean_iou(guessed) and found < 1:
+        # Of the classes in the maps: a network that knows many may name a few more that are not there, and is no guess.
+        found, least = (float(ious(each)[there].mean()) for each in (self._dense, guessed))
+        if found <= least and found < 1:
             why = (
                 "The numbers in the maps seem to mean other classes than the network's; if 0 is none of them, set "
                 "do_reduce_labels in preprocessor_config.json."
@@ -52,8 +54,8 @@ class SegmentationJudge:
             if int((pixels > 0).sum()) == 1:
                 why = "All pixels of the maps have the same class: give photographs with others too."
             raise BadInput(
-                f"{rows.origin}: the dense network has a mean IoU of {found:.1%}, no more than if it called all pixels "
-                f"the same ({mean_iou(guessed):.1%}): no loss can be measured there. {why}"
+                f"{rows.origin}: the dense network has a mean IoU of {found:.1%} on the classes of the maps, no more "
+                f"than if it called all pixels the same ({least:.1%}): no loss can be measured there. {why}"
             )
 
     def compare(self, cut: Iterable[Readout]) -> Quality:
@@ -86,10 +88,17 @@ class SegmentationJudge:
 
 
 def mean_iou(confusion: Tensor) -> float:
-    """Mean of intersection over union over the classes that are there, whatever is found."""
-    there = confusion.sum(1)
-    union = confusion.sum(0) + there - confusion.diagonal()
-    return float((confusion.diagonal().double() / union)[there > 0].mean())
+    """Mean of intersection over union over the classes that a map has or the network names, as others define it.
+
+    Source: mean_iou of Hugging Face evaluate, and of MMSegmentation: a class that is named in vain counts as 0.
+    """
+    return float(ious(confusion).nanmean())
+
+
+def ious(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, (classes,); nan: no map has it, and the network never names it."""
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return confusion.diagonal().double() / union
 
 
 def accuracy(confusion: Tensor) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
 from benchmarks.tasks import scenes as module
@@ -356,7 +357,7 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     each = [
         np.sum((wanted == c) & (given == c)) / np.sum((wanted == c) | (given == c))
         for c in range(LABELS)
-        if np.sum(wanted == c)
+        if np.sum((wanted == c) | (given == c))
     ]
     assert quality.metric == "mean_iou"
     assert quality.dense == quality.pruned == pytest.approx(np.mean(each))
@@ -365,9 +366,25 @@ def test_mean_iou_is_that_of_sets_of_pixels(tmp_path: Path) -> None:
     assert other.pruned < quality.pruned
 
 
-def test_a_class_that_is_nowhere_counts_nothing_whether_it_is_found_or_not() -> None:
+def test_a_class_that_is_named_in_vain_counts_as_0_and_one_that_is_nowhere_does_not_count() -> None:
     assert mean_iou(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 4 / 5) / 2)
-    assert mean_iou(torch.tensor([[3, 0, 1], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 1) / 2)
+    assert mean_iou(torch.tensor([[3, 0, 1], [0, 4, 0], [0, 0, 0]])) == pytest.approx((3 / 4 + 1 + 0) / 3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        wanted, given = rng.integers(0, rng.integers(1, 6, (2, 1)), (2, 12))
+        confusion = torch.from_numpy(np.bincount(wanted * 5 + given, minlength=25).reshape(5, 5))
+        named = sorted({*wanted, *given})
+        assert mean_iou(confusion) == pytest.approx(jaccard_score(wanted, given, labels=named, average="macro"))
+
+
+def test_a_good_network_that_names_a_few_other_classes_is_no_guess(tmp_path: Path) -> None:
+    values = np.arange(16) // 8 * np.ones((16, 1))
+    logits = torch.nn.functional.one_hot(torch.from_numpy(values).long(), 10).movedim(-1, 0)[None].float()
+    logits[0, 2:, 0, :8] = 2 * torch.eye(8)
+    read = Reading("logits", "logits").read({"logits": logits})
+    feeds = Feeds(({"x": torch.zeros(1)},), (ClassMap(painted(tmp_path / "a.png", values)),), "here")
+    quality = SegmentationJudge([read], feeds).compare([read])
+    assert quality.dense == pytest.approx((120 / 128 + 1) / 10)  # one that names 0 alone has 1 / 2 / 2
 
 
 def test_a_rare_class_that_is_found_can_be_measured(tmp_path: Path) -> None:
@@ -388,8 +405,8 @@ def test_maps_of_one_class_judge_a_network_that_is_always_right(tmp_path: Path) 
     worse[0, 1, :4] = 2
     right, wrong = (Reading("logits", "logits").read({"logits": each}) for each in (logits, worse))
     quality = SegmentationJudge([right], feeds).compare([wrong])
-    assert (quality.dense, quality.pruned) == (1.0, 0.75)
-    with pytest.raises(BadInput, match=r"mean IoU of 75\.0%, .* All pixels of the maps have the same class: give"):
+    assert (quality.dense, quality.pruned) == (1.0, (0.75 + 0) / 2)
+    with pytest.raises(BadInput, match=r"IoU of 75\.0% on the .* All pixels of the maps have the same class: give"):
         SegmentationJudge([wrong], feeds)
 
 
