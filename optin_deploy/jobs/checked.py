@@ -15,7 +15,6 @@ from optin_deploy.jobs.building import check_free_sizes, int8_samples
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.width_timer import DENSE, check_timeable, inputs_of, width_timer
-from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.measuring.artifacts import check_threads
 from optin_deploy.measuring.points import Point, check_different
 from optin_deploy.measuring.room import check_room, least_bytes
@@ -50,8 +49,6 @@ def checked_job(job: Job, home: Path | None = None) -> CheckedJob:
     Args: home: the output folder, where an earlier run may have left the exported network.
     Raises: BadInput and its kinds.
     """
-    if home is not None:
-        Workspace(home).check_untuned()
     target = exporter(job.engine)
     precision = check_precision(target, job.precision)
     options = target.options.checked(job.options)

@@ -86,7 +86,7 @@ def finetune_folder(
         label_column=rows.label_column,
         pair_column=rows.pair_column,
     )
-    Workspace.check(out, learning, force=force)
+    Workspace.check(out, learning, force=force, tunes=True)
     if not force:
         _check_replaceable(out, folder, plan)
     with stage("load"):
@@ -101,7 +101,7 @@ def finetune_folder(
         return None
     sentence = prepared.dense.sentence
     modules = {} if sentence is None else sentence.files
-    with Workspace.at_work(out, learning, force=force) as tuned:
+    with Workspace.at_work(out, learning, force=force, tunes=True) as tuned:
         with stage("fine-tune") as progress:
             found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
         for name in (*MADE_FROM_MODEL, *MADE_FROM_SCORES, SCORES, TUNED, "model", *modules):

@@ -45,7 +45,8 @@ class Workspace:
     def claim(cls, root: Path, source: Source, *, force: bool = False) -> Workspace:
         """Make the folder ours and note what it is made from.
 
-        Raises: BadInput: a file, or a folder with files of others where ours are to be (without `force`).
+        Raises: BadInput: a file, or, without `force`, a folder with files of others where ours are to be, or with what
+            was made of another model or fine-tuned.
         """
         cls.check(root, source, force=force)
         root.mkdir(parents=True, exist_ok=True)
@@ -55,12 +56,14 @@ class Workspace:
 
     @classmethod
     @contextmanager
-    def at_work(cls, root: Path, source: Source, *, force: bool = False, shared: bool = False) -> Iterator[Workspace]:
+    def at_work(
+        cls, root: Path, source: Source, *, force: bool = False, shared: bool = False, tunes: bool = False
+    ) -> Iterator[Workspace]:
         """The folder while a job runs: checked and locked; `take` makes it ours. Gone again if nothing was written.
 
         Raises: BadInput: as `claim`, or another job writes there.
         """
-        cls.check(root, source, force=force)
+        cls.check(root, source, force=force, tunes=tunes)
         made = not root.exists()
         root.mkdir(parents=True, exist_ok=True)
         workspace = cls(root)
@@ -74,9 +77,10 @@ class Workspace:
                     root.rmdir()
 
     @classmethod
-    def check(cls, root: Path, source: Source, *, force: bool = False) -> None:
+    def check(cls, root: Path, source: Source, *, force: bool = False, tunes: bool = False) -> None:
         """Would `claim` take this folder?
 
+        Args: tunes: what fine-tuning left is the caller's to judge.
         Raises: BadInput: as `claim`, or what the job reads lies inside (it could be written over).
         """
         if root.is_file():
@@ -91,21 +95,29 @@ class Workspace:
                 f"--out {root} holds what was made of {before}. Use another folder, or --force to replace it by "
                 f"what is made of {source.model}."
             )
+        if not force and not tunes:
+            cls(root).check_untuned("Use another folder, or --force to replace it")
         for what, name in source.inputs().items():
             if Path(name).exists() and Path(name).resolve().is_relative_to(root.resolve()):
                 raise BadInput(f"--out {root} holds the {what} {name} itself, which would be lost. Use another folder.")
         cls(root).record.reserve(NAMES, force=force, dry_run=True)
 
-    def check_untuned(self) -> None:
+    def check_untuned(self, instead: str = "Use another folder") -> None:
         """Refuse to cut a network anew in a folder whose network was fine-tuned.
 
         Raises: BadInput.
         """
-        if self.record.owns(self.root / TUNED):
+        if self._tuned:
             raise BadInput(
-                f"{self.root} holds a fine-tuned model, which would be lost. Use another folder; to train it again, "
+                f"{self.root} holds a fine-tuned model, which would be lost. {instead}; to train it again, "
                 "`optin finetune` in the folder that it was made of."
             )
+
+    @property
+    def _tuned(self) -> bool:
+        """Is a tuned.json of ours here, edited or not?"""
+        path = self.root / TUNED
+        return path.is_file() and not self.record.strangers(path)
 
     @property
     def record(self) -> Record:
@@ -115,9 +127,10 @@ class Workspace:
     def take(self, source: Source, *, force: bool = False) -> None:
         """Make a checked folder ours and note what it is made from; with `force`, files of others are set aside.
 
+        What was made of another model goes, as does what was fine-tuned.
         Raises: BadInput: files of others where ours are to be.
         """
-        another = self._other_model(source) is not None
+        another = self._tuned or self._other_model(source) is not None
         self._begin(force=force)
         if another:
             for name in (*self.record.names(), *NAMES):

@@ -20,7 +20,7 @@ from optin_deploy.data.samples import read_samples
 from optin_deploy.data.targets import Role
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.rows import READ, Label
-from optin_deploy.files.storage import read_metadata
+from optin_deploy.files.storage import read_metadata, write_text
 from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.folder_build import FolderBuild
 from optin_deploy.jobs.job import Job
@@ -209,7 +209,9 @@ def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, 
     assert shell("optin", "finetune", folder, *options).code == 0  # --out is beside it
     tuned = tmp_path / "job-tuned"
     before = (tuned / "model.onnx").read_bytes()
-    for command in (("optin", "rewrite", tuned), ("optin-export", classifier(), *text_options(labelled(), tuned))):
+    exported = ("optin-export", classifier(), *text_options(labelled(), tuned))
+    scored = ("optin", "score", classifier(), "--calibration", labelled(), "--seq-len", 16, "--out", tuned)
+    for command in (("optin", "rewrite", tuned), exported, (*exported, "--dry-run"), scored, (*scored, "--dry-run")):
         ran = shell(*command)
         assert (ran.code, "holds a fine-tuned model" in ran.err) == (2, True), ran.err
     assert (tuned / "model.onnx").read_bytes() == before
@@ -223,6 +225,23 @@ def test_a_finished_folder_is_not_lost_and_mixed_ones_are_refused(shell: Shell, 
     ran = shell("optin", "finetune", folder, *options, "--out", tmp_path / "x")
     assert "was cut by another plan" in ran.err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_was_fine_tuned_goes_with_force_alone(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", Source("bert", calibration="rows.txt")
+    workspace = Workspace.claim(out, source)
+    for name in ("tuned.json", "model.onnx", "plan.json", "config.json"):
+        write_text(out / name, "{}")
+    for text in ("{}", "{} "):  # as written, and edited
+        (out / "tuned.json").write_text(text)
+        with pytest.raises(BadInput, match=r"holds a fine-tuned model.*Use another folder, or --force to replace it;"):
+            Workspace.claim(out, source)
+        with pytest.raises(BadInput, match="Use another folder; to train it again"):
+            workspace.check_untuned()
+        with Workspace.at_work(out, source, tunes=True):
+            assert (out / "model.onnx").is_file()
+    Workspace.claim(out, source, force=True)
+    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == ["source.json", "tuned.json.kept1"]
 
 
 def test_a_finished_model_stays_until_the_next_training_has_ended(
