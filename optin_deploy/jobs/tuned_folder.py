@@ -93,7 +93,7 @@ def finetune_folder(
         known, smaller = _model_in(folder, plan)
         prepared = prepare(learning, folder, cut_by=source)
         check_plan(prepared.ready, plan)
-        check(prepared.ready, smaller, tuning)
+        classes = check(prepared.ready, smaller, tuning)
         key = _key(prepared, plan, known, tuning)
     if (made := _finished(out, key)) is not None:
         return Outcome(made, reused=True)
@@ -103,7 +103,8 @@ def finetune_folder(
     modules = {} if sentence is None else sentence.files
     with Workspace.at_work(out, learning, force=force, tunes=True) as tuned:
         with stage("fine-tune") as progress:
-            found = finetune(prepared.ready, smaller, tuning, scratch=out / STATE, progress=progress)
+            scratch = out / STATE
+            found = finetune(prepared.ready, smaller, tuning, classes=classes, scratch=scratch, progress=progress)
         for name in (*MADE_FROM_MODEL, *MADE_FROM_SCORES, SCORES, TUNED, "model", *modules):
             tuned.record.remove(name)
         tuned.take(learning, force=force)

@@ -50,9 +50,20 @@ class Tuned:
     """Classes of a new classifier, in the order of its outputs; None: the network had its own."""
 
 
-def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """Classes that rows teach."""
+
+    numbers: Tensor | None = None
+    """(rows,); None: the rows have none, or the network puts out none."""
+    names: tuple[str, ...] | None = None
+    """Of a new classifier, in the order of its outputs; None: no new one is fitted."""
+
+
+def check(ready: Ready, smaller: Network, tuning: Tuning) -> Classes:
     """Make sure, before the long work, that a network can learn from these rows.
 
+    Returns: what `finetune` takes.
     Raises: BadInput: it cannot; says why. MissingDependency: accelerate is not installed.
     """
     rows, reading, source = ready.rows.calibration, ready.subject.reading, smaller.source
@@ -65,10 +76,9 @@ def check(ready: Ready, smaller: Network, tuning: Tuning) -> None:
         raise BadInput("--epochs 0 fits a classifier alone, to an embedder and labelled rows. Give --epochs 1.")
     if tuning.distill == 0 and not labelled:
         raise BadInput(f"--distill 0 learns from labels alone, and {rows.origin} has none. Leave --distill out.")
-    if reading.kind == "embedding" and labelled:
-        _check_classes(ready)
-    elif labelled:
-        _known_classes(ready, tuning)
+    if not labelled:
+        return Classes()
+    return _new_classes(ready) if reading.kind == "embedding" else Classes(_known_classes(ready, tuning))
 
 
 def _check_sizes(rows: Feeds, source: str) -> None:
@@ -99,15 +109,18 @@ def _listed(shapes: set[torch.Size]) -> str:
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def _check_classes(ready: Ready) -> None:
-    """Raises: BadInput: no classifier can be put behind an embedder, or the rows cannot teach it."""
+def _new_classes(ready: Ready) -> Classes:
+    """Classes of a classifier behind an embedder.
+
+    Raises: BadInput: none can be put there, or the rows cannot teach it.
+    """
     rows, held_out = ready.rows.calibration, ready.rows.held_out
     assert held_out is not None, "rows that judge were asked for"
     try:
         names = names_of([*rows.labels, *held_out.labels])
     except BadInput as err:
         raise BadInput(f"{rows.origin}: {err}") from err
-    classes_of(rows, names, len(names))
+    numbers = classes_of(rows, names, len(names))
     behind = [batch for batch in rows.batches if READ in batch]
     if any(bool(((batch[READ] == 0) & (batch.get(MASK, batch[READ] + 1) != 0)).any()) for batch in behind):
         raise BadInput(
@@ -115,40 +128,48 @@ def _check_classes(ready: Ready) -> None:
             "(include_prompt is false): a graph does not know where that ends. Give texts without labels, to learn "
             "from the dense outputs alone."
         )
+    return Classes(numbers, names)
 
 
 def finetune(
-    ready: Ready, smaller: Network, tuning: Tuning, *, scratch: Path | None = None, progress: Progress = silent
+    ready: Ready,
+    smaller: Network,
+    tuning: Tuning,
+    *,
+    classes: Classes | None = None,
+    scratch: Path | None = None,
+    progress: Progress = silent,
 ) -> Tuned:
     """Train a cut network.
 
     Args:
         ready: the dense network with the rows that teach, and those that judge.
         smaller: the cut one.
+        classes: what `check` found; None: it is asked here.
         scratch: folder in which the state of the training is kept, and gone on from; None: it is not kept.
 
     Raises: BadInput: see `check`. NonFiniteActivation, NotProven.
     """
-    check(ready, smaller, tuning)
-    rows = ready.rows.calibration
-    labelled = any(label is not None for label in rows.labels)
-    if ready.subject.reading.kind == "embedding" and labelled:
-        return _with_classifier(ready, smaller, tuning, scratch, progress)
+    classes = check(ready, smaller, tuning) if classes is None else classes
+    if classes.names is not None:
+        return _with_classifier(ready, smaller, tuning, classes, scratch, progress)
     before = ready.quality_of(smaller)
-    classes = _known_classes(ready, tuning) if labelled else None
-    distill = 1.0 if classes is None else tuning.distill
+    distill = 1.0 if classes.numbers is None else tuning.distill
     student = Student(smaller, ready.subject.program, ready.subject.reading, distill)
-    train(student, ready, classes, tuning, scratch, progress)
+    train(student, ready, classes.numbers, tuning, scratch, progress)
     network = student.trained()
     return Tuned(network, before, ready.quality_of(network), ready.network)
 
 
-def _with_classifier(ready: Ready, smaller: Network, tuning: Tuning, scratch: Path | None, progress: Progress) -> Tuned:
+def _with_classifier(
+    ready: Ready, smaller: Network, tuning: Tuning, taught: Classes, scratch: Path | None, progress: Progress
+) -> Tuned:
     """Train a cut embedder with a classifier of the classes that the labels name."""
     rows, held_out, reading = ready.rows.calibration, ready.rows.held_out, ready.subject.reading
     assert held_out is not None, "rows that judge were asked for"
-    names = names_of([*rows.labels, *held_out.labels])
-    classes = classes_of(rows, names, len(names))
+    names, classes = taught.names, taught.numbers
+    assert names is not None, "the rows name classes"
+    assert classes is not None, "and each has one"
     mask = next((port.name for port in smaller.inputs if ROLES.get(port.name.partition(":")[0]) == MASK), None)
 
     def classifier(network: Network, head: tuple[Tensor, Tensor]) -> Network:

@@ -5,6 +5,7 @@ Some rows are held out: the weights that came nearest to the dense outputs on th
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from optin_deploy.scoring.subject import read_tokens
 from optin_deploy.tuning.settings import LabelFree
 from optin_deploy.tuning.student import check_trainable, distance
 
+log = logging.getLogger(__name__)
 LOOKS = 20
 """Times that the held-out rows are looked at, and the state is kept, in the course of a tuning."""
 PATIENCE = 10
@@ -79,6 +81,7 @@ def tune(
     tuning = _Tuning(ready, smaller, settings, learning, judging)
     if state is not None and state.is_file():
         tuning.go_on(read_tensors(state, f"Delete {state}: the tuning then begins anew."))
+        log.warning("the tuning goes on after step %d of an earlier run", tuning.step)
     while not tuning.ended:
         tuning.until_next_look(progress)
         if state is not None and not tuning.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from optin_deploy.quality.held_out import stacked
 from optin_deploy.tuning.settings import Tuning
 from optin_deploy.tuning.student import Student
 
+log = logging.getLogger(__name__)
 STEPS = 200
 """The state of a training is kept after so many steps."""
 
@@ -46,7 +48,10 @@ def train(
         trainer = _trainer(student, data, how, folder, kept=scratch is not None, exact=exact is not None)
         trainer.add_callback(_callback(progress))
         trainer.pop_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_newest(folder))
+        newest = _newest(folder)
+        if newest is not None:
+            log.warning("the training goes on after step %s of an earlier run", newest.rpartition("-")[2])
+        trainer.train(resume_from_checkpoint=newest)
     student.cpu().eval()
     if not all(bool(value.isfinite().all()) for value in student.parameters()):
         raise BadInput(f"--learning-rate {tuning.learning_rate:g} led to NaN or infinity. Give a lower one.")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from optin_deploy.jobs.export import export_model
 from optin_deploy.jobs.folder_build import FolderBuild
 from optin_deploy.jobs.job import Job
 from optin_deploy.jobs.prepared import prepare
+from optin_deploy.jobs.tuned_folder import finetune_folder
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.network.graph import Network
 from optin_deploy.network.learned import learned
@@ -39,9 +41,9 @@ from optin_deploy.pruning.source import Source
 from optin_deploy.pruning.trial import error_of
 from optin_deploy.quality.held_out import stacked
 from optin_deploy.runtimes.ort import OrtRuntime
-from optin_deploy.tuning.classifier import names_of
+from optin_deploy.tuning.classifier import classes_of, names_of
 from optin_deploy.tuning.finetune import check, finetune
-from optin_deploy.tuning.settings import STATE, Tuning
+from optin_deploy.tuning.settings import STATE, TrainingRows, Tuning
 from support.tiny_checkpoint import (
     Shell,
     bert,
@@ -133,7 +135,9 @@ def test_a_seed_fixes_the_result_and_texts_without_labels_teach_too(shell: Shell
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
+def test_a_killed_training_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("optin_deploy.tuning.trainer.STEPS", 2)
     options = ("--data", labelled(), "--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
     whole = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "whole")
@@ -163,6 +167,7 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
     again = shell("optin", "finetune", finished_job(), *options, "--out", tmp_path / "again")
     assert again.code == 0, again.err
     assert started[0] == 2
+    assert "goes on after step 2 of an earlier run" in caplog.text
     (state,) = [path for path in before if path.name == "checkpoint-2"]
     assert not state.exists()
     one, other = (read_file(tmp_path / name / "model.onnx").weights for name in ("whole", "again"))
@@ -327,6 +332,23 @@ def test_classes_alone_teach_no_network_that_puts_out_none_of_a_row(tmp_path: Pa
     check(ready, ready.network, Tuning())
     with pytest.raises(BadInput, match="puts out no class of a row, and --distill 0"):
         check(ready, ready.network, Tuning(distill=0))
+
+
+def test_classes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.Tensor] = []
+    taught: list[object] = []
+
+    def noted(*rest: Any) -> torch.Tensor:
+        found.append(classes_of(*rest))
+        return found[-1]
+
+    monkeypatch.setattr("optin_deploy.tuning.finetune.classes_of", noted)
+    monkeypatch.setattr(
+        "optin_deploy.tuning.finetune.train", lambda student, ready, numbers, *rest: taught.append(numbers)
+    )
+    finetune_folder(finished_job(), tmp_path / "out", TrainingRows(labelled()), Tuning())
+    assert len(found) == 1
+    assert taught == found
 
 
 def test_no_row_judges_that_calibrated_the_cut(shell: Shell, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

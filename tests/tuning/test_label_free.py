@@ -93,7 +93,7 @@ def test_labels_change_nothing(cut: tuple[Ready, Network]) -> None:
 
 
 def test_a_killed_tuning_ends_where_an_undisturbed_one_does(
-    cut: tuple[Ready, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: tuple[Ready, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ready, smaller = cut
     whole, record = tune(ready, smaller, SHORT)
@@ -110,6 +110,7 @@ def test_a_killed_tuning_ends_where_an_undisturbed_one_does(
     with pytest.raises(KeyboardInterrupt):
         tune(ready, smaller, SHORT, state=tmp_path / "state.pt")
     again, other = tune(ready, smaller, SHORT, state=tmp_path / "state.pt")
+    assert "goes on after step 21 of an earlier run" in caplog.text
     assert taken[23:26] == [23, 21, 22], "it went on at the last look: there is one after three steps"
     assert (again.source, other.steps, other.after) == (whole.source, record.steps, record.after)
     for name, value in weights(whole).items():
