@@ -14,7 +14,7 @@ from torch import Tensor
 from optin_deploy.data.class_maps import ClassMap
 from optin_deploy.data.targets import Answers, Grade, Role, unlearned
 from optin_deploy.errors import BadInput
-from optin_deploy.files.storage import sha256_tensors, tensor_bytes
+from optin_deploy.files.storage import sha256_json, sha256_tensors, tensor_bytes
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,11 @@ class Feeds:
         """sha256 (hex) over the names, dtypes, shapes and bytes of all tensors, batch by batch; not the labels."""
         named = {f"{i} {name}": tensor for i, batch in enumerate(self.batches) for name, tensor in batch.items()}
         return sha256_tensors(named)
+
+    @property
+    def key(self) -> str:
+        """Hash of the fingerprint and the labels."""
+        return sha256_json([self.fingerprint, *map(label_digest, self.labels)])
 
     def rows(self) -> list[Batch]:
         """Every row as a batch of its own, without what all samples share; nothing is copied."""

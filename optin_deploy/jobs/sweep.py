@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.validation import STORED, parse_share, validated
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
-from optin_deploy.feeds.rows import label_digest
 from optin_deploy.files.storage import read_json, sha256_json, write_json, write_text
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.stages import curve_stage
@@ -115,11 +114,8 @@ class BudgetTrials:
 
     @cached_property
     def _key(self) -> str:
-        prepared, held_out = self.planner.prepared, self.planner.prepared.ready.rows.held_out
-        assert held_out is not None, "rows that judge were asked for"
-        rows = [held_out.fingerprint, list(map(label_digest, held_out.labels))]
-        scores = self.planner.workspace.read_scores().provenance.get("key")
-        return sha256_json([prepared.key, scores, rows, self._settings])
+        prepared, scores = self.planner.prepared, self.planner.workspace.read_scores().provenance.get("key")
+        return sha256_json([prepared.key, scores, prepared.ready.judging_key, self._settings])
 
     @property
     def _settings(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from optin_deploy.common.progress import Stage, silent_stage
 from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.feeds.pooling import POOLED
-from optin_deploy.feeds.rows import Feeds, label_digest
 from optin_deploy.files.descriptors import remove_folder
 from optin_deploy.files.names import DENSE, MADE_FROM_SCORES, PRUNED, SCORES, SUPPORT_FILES, TUNED
 from optin_deploy.files.storage import atomic_file, json_text, read_json, sha256_json
@@ -137,13 +136,9 @@ def _check_replaceable(out: Path, folder: Path, plan: NetworkPlan) -> None:
 
 def _key(prepared: Prepared, plan: NetworkPlan, model: str, tuning: Tuning) -> str:
     """Hash of all that a fine-tuned network and its record depend on. Args: model: hash of the cut one."""
-    rows = prepared.ready.rows
-    taught, judging = (None if each is None else _rows_key(each) for each in (rows.calibration, rows.held_out))
-    return sha256_json([prepared.key, plan.hash, model, asdict(tuning), taught, judging])
-
-
-def _rows_key(rows: Feeds) -> list[str]:
-    return [rows.fingerprint, *map(label_digest, rows.labels)]
+    ready = prepared.ready
+    rows = (ready.rows.calibration.key, ready.judging_key)
+    return sha256_json([prepared.key, plan.hash, model, asdict(tuning), *rows])
 
 
 def _finished(out: Path, key: str) -> TunedRecord | None:

@@ -121,6 +121,14 @@ class Ready:
         return sha256_json([self.subject.hash, self.rows.calibration.fingerprint, reading, sorted(self.kinds)])
 
     @cached_property
+    def judging_key(self) -> str | None:
+        """Hash of all that qualities depend on beside the networks; None: no rows judge."""
+        rows = self.rows.held_out
+        if rows is None:
+            return None
+        return sha256_json([rows.key, self.names, self.metric, self.strict])
+
+    @cached_property
     def judge(self) -> Judge:
         """Compares cut networks with this one on rows that nothing learned from.
 

@@ -28,7 +28,7 @@ from optin_deploy.jobs import sweep as module
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.stages import ScoreRequest
-from optin_deploy.jobs.sweep import HEADER, SweepPoint, check_shares, parse_shares, smallest_within
+from optin_deploy.jobs.sweep import HEADER, BudgetTrials, SweepPoint, check_shares, parse_shares, smallest_within
 from optin_deploy.jobs.workspace import Workspace
 from optin_deploy.planning.budget import Limits
 from optin_deploy.planning.plan import NetworkPlan
@@ -231,6 +231,20 @@ def test_new_scores_remove_a_sweep(shell: Shell, folder: Path) -> None:
                 "--probes", 3)  # fmt: skip
     assert ran.code == 0, ran.err
     assert not list(folder.glob("sweep.*"))
+
+
+def test_points_of_other_class_names_are_made_again(folder: Path) -> None:
+    model = Path(shutil.copytree(classifier(), folder.parent / "model"))
+    rows = judging()
+    keys = []
+    for names in (CLASSES, CLASSES, CLASSES[::-1]):
+        config = json.loads((model / "config.json").read_text())
+        config["id2label"] = {str(number): name for number, name in enumerate(names)}
+        config["label2id"] = {name: number for number, name in enumerate(names)}
+        (model / "config.json").write_text(json.dumps(config))
+        prepared = prepare(replace(Workspace(folder).source(), model=str(model), evaluation=str(rows)), folder)
+        keys.append(BudgetTrials(Planner(Workspace(folder), prepared, Choice()))._key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_curves_are_measured_for_a_sweep_that_needs_them(shell: Shell, folder: Path) -> None:
