@@ -100,23 +100,20 @@ def export(
     output: Output,
 ) -> None:
     """Prune MODEL end to end: score, cut, compensate, export, prove, measure, report."""
-    from optin_deploy.jobs.checked import checked_job, describe
-    from optin_deploy.jobs.export import export_model
-    from optin_deploy.jobs.workspace import Workspace
-
     check_columns(ctx, rows.calibration, making.evaluation)
-    chosen = engine_options(ctx, target.engine.engine)
+    limits, scored = budget.limits(), scoring.settings()  # refused before anything heavy is imported
     judge = None if making.evaluation is None else str(making.evaluation.absolute())
     source = rows.source(model, evaluation=judge, drop_tokens=making.drop_tokens)
+    chosen = engine_options(ctx, target.engine.engine)
     job = Job(
         source=source,
-        limits=budget.limits(),
+        limits=limits,
         engine=target.engine.engine,
         precision=target.engine.precision,
         align=align_of(making.align),
         allocation=making.allocation,
         tokens=making.tokens,
-        scoring=scoring.settings(),
+        scoring=scored,
         memory_budget=scoring.memory(),
         compensation=making.compensation,
         tuning=None if making.tune is None else parse_tune(making.tune),
@@ -130,6 +127,10 @@ def export(
     if not job.dense:
         refuse_idle(ctx, "at", "threads", why="with --no-dense nothing is measured")
     folder = output.out or Path(f"{named(source)}-{job.limits}")
+    from optin_deploy.jobs.checked import checked_job, describe
+    from optin_deploy.jobs.export import export_model
+    from optin_deploy.jobs.workspace import Workspace
+
     if output.dry_run:
         Workspace.check(folder, source, force=output.force)
         asked = checked_job(job)

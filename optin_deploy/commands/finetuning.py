@@ -68,11 +68,11 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Folder for the trained model. [default: DIR-tuned]")] = None,
 ) -> None:
     """Fine-tune the model in DIR; writes a new output folder, whose model.onnx keeps the smaller sizes."""
-    from optin_deploy.jobs.tuned_folder import finetune_folder
-
     learned = TrainingRows(rows.data, rows.evaluation, rows.samples, **vars(rows.columns))
     place = out or folder.resolve().with_name(f"{folder.resolve().name}-tuned")
     tuning = Tuning(**vars(learning))
+    from optin_deploy.jobs.tuned_folder import finetune_folder
+
     force, dry_run = writing.force, writing.dry_run
     found = finetune_folder(folder, place, learned, tuning, force=force, dry_run=dry_run, stage=stage_bar)
     if found is None:

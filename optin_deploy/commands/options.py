@@ -13,7 +13,7 @@ from optin_deploy.commands.amounts import share_of, size_of
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
 from optin_deploy.measuring.points import Point, parse_points
-from optin_deploy.planning.budget import Limits, TimeTarget, parse_latency
+from optin_deploy.planning.budget import Limits, TimeTarget, check_tokens, parse_latency
 from optin_deploy.scoring.settings import PAPER, Features, ScoreSettings
 
 of_budget = partial(typer.Option, rich_help_panel="Budget: all that is given must hold")
@@ -165,6 +165,10 @@ class Making:
         ),
     ] = False
     compensation: Compensation = Job.compensation
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            check_tokens(self.tokens)
 
 
 @dataclass(frozen=True)

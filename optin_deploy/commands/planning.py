@@ -18,7 +18,7 @@ from optin_deploy.commands.parsing import echo, given, refuse_idle, writing_to
 from optin_deploy.commands.values import options
 from optin_deploy.errors import BadInput
 from optin_deploy.jobs.job import Job
-from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.budget import Limits, parse_shares
 from optin_deploy.reporting.terminal import print_plan, print_table, stage_bar
 from optin_deploy.structure.labels import TOKENS
 
@@ -64,16 +64,16 @@ def plan(
             f"{folder}: an ONNX file has no scores of its own. Add --magnitude: norms of weights need no data."
         )
     refuse_idle(ctx, *OF_NETWORKS, why="they are for --magnitude")
+    limits = budget.limits()
     with writing_to(folder, writing):
-        _plan_job(ctx, folder, budget, making, writing)
+        _plan_job(ctx, folder, limits, making, writing)
 
 
-def _plan_job(ctx: typer.Context, folder: Path, budget: BudgetOptions, making: Making, writing: Writing) -> None:
+def _plan_job(ctx: typer.Context, folder: Path, limits: Limits, making: Making, writing: Writing) -> None:
     """Plan from the scores of a job."""
     from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.sweep import planned
 
-    limits = budget.limits()
     if making.evaluation is not None and limits.max_drop is None:
         raise BadInput("--eval judges models for --max-drop, which is not given. `optin sweep` takes --eval too.")
     if limits.max_drop is None:
@@ -138,10 +138,10 @@ def sweep(
 
     Models that sweep.json already holds are not made again.
     """
-    from optin_deploy.jobs.sweep import HEADER, check_shares, parse_shares
+    shares = parse_shares(flops)
+    from optin_deploy.jobs.sweep import HEADER, check_shares
     from optin_deploy.jobs.sweep import sweep as sweep_folder
 
-    shares = parse_shares(flops)
     with writing_to(folder, writing):
         planner = planner_of(folder, making)
         if writing.dry_run:

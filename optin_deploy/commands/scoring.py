@@ -79,6 +79,7 @@ def score(
     skipped, and whoever finds all of them finished writes the scores. Under torchrun each process takes a share, and
     takes over what a killed one left.
     """
+    source, settings = rows.source(model), scoring.settings()  # refused before anything heavy is imported
     from optin_deploy.jobs.checked import describe
     from optin_deploy.jobs.prepared import prepare
     from optin_deploy.jobs.stages import ScoreRequest
@@ -88,8 +89,8 @@ def score(
     check_columns(ctx, rows.calibration)
     if scoring.scorer == "exact":
         refuse_idle(ctx, "probes", why="--scorer exact projects nothing")
-    source, force, ray = rows.source(model), writing.force, share.ray
-    request = ScoreRequest(source, out.absolute(), scoring.settings(), scoring.memory(), force)
+    force, ray = writing.force, share.ray
+    request = ScoreRequest(source, out.absolute(), settings, scoring.memory(), force)
     if ray is not None and share.shard is not None:
         raise BadInput("--ray divides the work itself: leave out --shard.")
     if ray is not None:

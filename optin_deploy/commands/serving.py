@@ -12,7 +12,7 @@ from optin_deploy.commands.options import DryRun, Engine, Writing
 from optin_deploy.commands.parsing import refuse_idle
 from optin_deploy.commands.values import options
 from optin_deploy.common.formatting import size
-from optin_deploy.common.validation import UINT64, holds, positive_number, whole_number
+from optin_deploy.common.validation import holds, positive_number, seed_of, whole_number
 from optin_deploy.errors import BadInput, ParityFailure
 from optin_deploy.files.ownership import free_name
 from optin_deploy.measuring.points import BLOCKS
@@ -190,7 +190,7 @@ class LoadOptions:
         for each in clients:
             whole_number(each, "--concurrency", 1, MOST_CLIENTS, "Each client is a thread with a connection.")
         whole_number(self.batch, "--batch", 1, 65536)
-        whole_number(self.seed, "--seed", -(2**63), UINT64)
+        seed_of(self.seed)
         positive_number(self.seconds, "--seconds", 3600)
         return clients
 

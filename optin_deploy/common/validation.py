@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optin_deploy.common.arguments import whole
 from optin_deploy.errors import BadInput
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def holds(path: Path, *fields: str) -> bool:
         return False
 
 
-INT32, UINT64 = 2**31 - 1, 2**64 - 1
+INT32, UINT32 = 2**31 - 1, 2**32 - 1
 LARGEST_SIZE = 2**60
 UNITS = {None: 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -77,6 +78,14 @@ def whole_number(value: int, option: str, low: int, high: int = INT32, hint: str
         given = f"{option}{value}" if option.endswith("=") else f"{option} {value}"
         raise BadInput(f"{given}: possible are {low} to {high}. {hint}".rstrip())
     return value
+
+
+def seed_of(value: object, name: str = "--seed") -> int:
+    """The number, if each library draws something else for it than for any other one; of -1, Python draws as of 1.
+
+    Raises: BadInput.
+    """
+    return whole_number(whole(value, name), name, 0, UINT32, "The default is 0.")
 
 
 def positive_number(value: float, option: str, high: float, hint: str = "") -> float:

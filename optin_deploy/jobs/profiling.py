@@ -114,7 +114,7 @@ def with_held_out(
     table: LatencyTable, yard: WidthTimer, choice: Choice, count: int, *, seed: int = 0, progress: Progress = silent
 ) -> LatencyTable:
     """The table, and how wrong it is for `count` random plans with other widths in every group."""
-    yard, rng = replace(yard, merges=()), np.random.default_rng(seed % 2**64)  # which takes no negative one
+    yard, rng = replace(yard, merges=()), np.random.default_rng(seed)
     costs = costs_of(yard.layout, yard.prepared.ready.sizes)
     cost = TimeCost(table, costs.macs)
     found: list[HeldOut] = []

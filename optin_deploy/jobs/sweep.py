@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optin_deploy.common.progress import Stage, silent_stage
-from optin_deploy.common.validation import STORED, parse_share, validated
+from optin_deploy.common.validation import STORED, validated
 from optin_deploy.errors import BadInput, InfeasibleBudget, MissingDependency, QualityLimit
 from optin_deploy.files.storage import read_json, sha256_json, write_json, write_text
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.stages import curve_stage
-from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.budget import SHARES, Limits
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.tokens import check
@@ -27,8 +27,6 @@ from optin_deploy.reporting.pictures import draw_sweep
 
 log = logging.getLogger(__name__)
 
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of the MACs, if nothing else is asked."""
 HEADER = ("flops", "kept", "parameters", "metric", "dense", "pruned", "drop")
 HINT = "It will be made again."
 T = TypeVar("T")
@@ -242,16 +240,3 @@ def feasible(shares: Sequence[float], made: Callable[[float], T]) -> list[T]:
                 raise
             log.warning("--flops %g is left out: %s", share, err)
     return found
-
-
-def parse_shares(text: str | None) -> tuple[float, ...]:
-    """Read shares such as `0.8,0.6,0.4`.
-
-    Raises: BadInput.
-    """
-    if text is None:
-        return SHARES
-    try:
-        return tuple(dict.fromkeys(parse_share(part) for part in text.split(",")))
-    except ValueError as err:
-        raise BadInput(f"--flops {text!r}: give shares with commas between them, for example 0.8,0.6,0.4.") from err

@@ -10,9 +10,12 @@ from numbers import Integral
 
 from optin_deploy.common.arguments import checked, number
 from optin_deploy.common.formatting import size
+from optin_deploy.common.validation import parse_share
 from optin_deploy.errors import BadInput, InfeasibleBudget
 
 DEFAULT_FLOPS = 0.6
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of the MACs in a sweep, if nothing else is asked."""
 
 
 @dataclass(frozen=True)
@@ -158,3 +161,26 @@ class Limits:
             "" if self.time is None else str(self.time).removeprefix("--").replace(" ", ""),
         )
         return "-".join(filter(None, parts))
+
+
+def parse_shares(text: str | None) -> tuple[float, ...]:
+    """Read shares of the MACs such as `0.8,0.6,0.4`.
+
+    Raises: BadInput.
+    """
+    if text is None:
+        return SHARES
+    try:
+        shares = tuple(dict.fromkeys(parse_share(part) for part in text.split(",")))
+    except ValueError as err:
+        raise BadInput(f"--flops {text!r}: give shares with commas between them, for example 0.8,0.6,0.4.") from err
+    return tuple(Budget(share).limit for share in shares)
+
+
+def check_tokens(share: float) -> None:
+    """Refuse what is no share of the tokens.
+
+    Raises: BadInput.
+    """
+    if not 0 < share <= 1:
+        raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")

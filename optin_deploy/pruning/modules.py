@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.checkpoint import reloading, smaller
 from optin_deploy.common.arguments import checked, number, whole
 from optin_deploy.common.guard import check_module, working
+from optin_deploy.common.validation import seed_of
 from optin_deploy.cutting.attributes import Sizes
 from optin_deploy.cutting.proof import Proof
 from optin_deploy.cutting.torch import CutModule, cut_and_tell, tensors
@@ -135,7 +136,7 @@ def prune(
         seed: of random projections, and of the rows that are taken.
     Raises: BadInput and its kinds; see errors.py.
     """
-    limits, seed = Limits(flops, params, size), whole(seed, "seed")
+    limits, seed = Limits(flops, params, size), seed_of(seed, "seed")
     choice = Choice(
         Choice.kinds if units is None else _kinds(units),
         allocation=checked(allocation, str, "allocation") or "curves",

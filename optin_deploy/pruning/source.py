@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from optin_deploy.common.stored import Stored
-from optin_deploy.common.validation import INT32, UINT64, whole_number
+from optin_deploy.common.validation import INT32, seed_of, whole_number
 from optin_deploy.data.pairs import PAIR_COLUMN
 from optin_deploy.scoring.settings import Kind
 from optin_deploy.structure.labels import DEFAULT_KINDS
@@ -65,7 +65,7 @@ class Source(Stored):
                 max(self.seq_len, 1), "--seq-len", 1, MOST_TOKENS, "The default is 128."
             )  # the model says more
         whole_number(self.samples, "--samples", 1, INT32, "The default is 512.")
-        whole_number(self.seed, "--seed", -(2**63), UINT64, "The default is 0.")
+        seed_of(self.seed)
 
     @property
     def is_file(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from optin_deploy.errors import BadInput, InfeasibleBudget
-from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.budget import Limits, check_tokens
 from optin_deploy.planning.costs import CostLimit, limits_within
 from optin_deploy.planning.plan import describe_merges, plan_of
 from optin_deploy.planning.tokens import Growth, growth, schedule, tried
@@ -36,8 +36,7 @@ def merging(ready: Ready, choice: Choice, share: float | None) -> Choice:
         if choice.drops and TOKENS not in choice.kinds:
             raise BadInput("--drop-tokens says how tokens go: give --tokens 0.7, or --units heads,neurons,tokens.")
         return choice
-    if not 0 < share <= 1:
-        raise BadInput(f"--tokens {share:g}: give a share in (0, 1], such as 0.7.")
+    check_tokens(share)
     schedule(ready.stream, share)  # before anything is measured
     merges = schedule(ready.stream, share, growths(ready, drops=choice.drops))
     return replace(choice, merges=_dropped(merges) if choice.drops else merges)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from optin_deploy.common.arguments import checked, number, whole
-from optin_deploy.common.validation import INT32, whole_number
+from optin_deploy.common.validation import INT32, seed_of, whole_number
 from optin_deploy.errors import BadInput
 
 FeatureSite = Literal["block", "ffn"]
@@ -71,7 +71,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         checked(self.features, Features, "features")
-        whole(self.seed, "--seed")
+        seed_of(self.seed)
         if self.scorer not in SCORERS:
             raise BadInput(f"unknown --scorer {self.scorer!r}; possible: {', '.join(SCORERS)}.")
         if self.weighting not in WEIGHTINGS:

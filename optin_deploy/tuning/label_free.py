@@ -172,8 +172,8 @@ class _Tuning:
     def _learn(self) -> None:
         """Take one step; each epoch has an order of its own."""
         epoch, place = divmod(self.step, len(self._learning))
-        seed = (self._ready.seed + epoch) % 2**63
-        order = torch.randperm(len(self._learning), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.Generator().manual_seed(self._ready.seed + epoch)
+        order = torch.randperm(len(self._learning), generator=drawn)
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.learning_rate * group["size"] * _rate(self.done)
         self._optimizer.zero_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optin_deploy.common.validation import whole_number
+from optin_deploy.common.validation import seed_of, whole_number
 from optin_deploy.errors import BadInput
 from optin_deploy.pruning.source import Source
 
@@ -49,6 +49,7 @@ class Tuning:
             raise BadInput(f"--batch-size {self.batch_size}: give 1 or more rows.")
         if not 0 <= self.distill <= 1:
             raise BadInput(f"--distill {self.distill:g}: possible are 0 (labels alone) to 1 (the dense outputs alone).")
+        seed_of(self.seed)
 
 
 @dataclass(frozen=True)

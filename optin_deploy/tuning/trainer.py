@@ -82,7 +82,7 @@ def _trainer(
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         weight_decay=0.01,
-        seed=tuning.seed % 2**32,
+        seed=tuning.seed,
         save_strategy="steps" if kept else "no",
         save_steps=STEPS,
         save_total_limit=1,

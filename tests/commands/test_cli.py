@@ -66,6 +66,18 @@ for name in json.loads(sys.argv[1]):
 print(json.dumps({"said": said, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
 """
 
+REFUSED_SCRIPT = """
+import contextlib, io, json, sys
+from optin_deploy import cli
+said = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["optin", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = cli._run(cli.app)
+    said.append([code, err.getvalue()])
+print(json.dumps({"said": said, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+"""
+
 
 @pytest.fixture(scope="module")
 def helped() -> dict[str, Any]:
@@ -125,6 +137,39 @@ def test_a_command_that_writes_has_a_dry_run(helped: dict[str, Any], command: st
 def test_help_loads_nothing_heavy(helped: dict[str, Any]) -> None:
     assert "optin_deploy" in helped["modules"]
     assert not set(helped["modules"]).intersection(HEAVY)
+
+
+def test_shares_and_seeds_that_cannot_be_are_refused_before_anything_heavy_is_loaded() -> None:
+    cases = {
+        "--flops 0.0": (
+            ["export", "m", "--flops", "0"],
+            ["plan", "w", "--flops", "0"],
+            ["sweep", "w", "--flops", "1,0"],
+        ),
+        "--params 1.5": (["export", "m", "--params", "1.5"], ["plan", "w", "--params", "1.5"]),
+        "--tokens 0": (
+            ["export", "m", "--tokens", "0"],
+            ["plan", "w", "--tokens", "0"],
+            ["sweep", "w", "--tokens", "0"],
+        ),
+        "--seed -1": (
+            ["export", "m", "--seed", "-1"],
+            ["score", "m", "--out", "w", "--seed", "-1"],
+            ["finetune", "w", "--data", "rows", "--seed", "-1"],
+        ),
+    }
+    given = [(says, command) for says, commands in cases.items() for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED_SCRIPT, json.dumps([command for _, command in given])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for (says, command), (code, error) in zip(given, found["said"], strict=True):
+        assert (code, says in error) == (2, True), (command, error)
+    assert not set(found["modules"]).intersection(HEAVY)
 
 
 @pytest.mark.parametrize("program", ["optin", "optin-export"])

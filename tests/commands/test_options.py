@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import optin_deploy
 from optin_deploy import __version__
 from optin_deploy.commands.amounts import align_of
 from optin_deploy.common.validation import parse_size, positive_number, whole_number
@@ -24,6 +28,8 @@ from optin_deploy.network.run import Program
 from optin_deploy.planning.budget import TimeTarget
 from optin_deploy.planning.widths import Choice, aligned, ladders_of
 from optin_deploy.pruning.source import Source
+from optin_deploy.scoring.settings import ScoreSettings
+from optin_deploy.tuning.settings import Tuning
 from support.tiny_checkpoint import (
     FFN,
     HIDDEN,
@@ -71,7 +77,8 @@ def refused(shell: Shell, out: Path, command: list[object], *says: str) -> None:
         ("--samples", "0", "--samples 0: possible are 1 to"),
         ("--samples", "3", "3 calibration samples are too few for error curves: give at least 4 (--samples)"),
         ("--samples", "99999999999999999999999", "--samples"),
-        ("--seed", str(2**64), f"--seed {2**64}: possible are {-(2**63)} to {2**64 - 1}"),
+        ("--seed", str(2**32), f"--seed {2**32}: possible are 0 to {2**32 - 1}"),
+        ("--seed", "-1", f"--seed -1: possible are 0 to {2**32 - 1}"),
         ("--align", "10000", f"--align 10000: the widest group that is cut in multiples has {FFN} units"),
         ("--align", str(FFN + 1), f"Give --align {FFN} or less"),
         ("--size", "99999999999999999999", "--size '99999999999999999999'"),
@@ -154,7 +161,7 @@ def test_numbers_of_commands_on_a_finished_folder(
 
 
 def test_what_was_accepted_still_is(shell: Shell, tmp_path: Path) -> None:
-    data = ["--calibration", lines(), "--seq-len", " 16 ", "--align", FFN, "--seed", -1, "--flops", "6e-1"]
+    data = ["--calibration", lines(), "--seq-len", " 16 ", "--align", FFN, "--seed", 2**32 - 1, "--flops", "6e-1"]
     ran = shell("optin-export", bert(), *data, "--at", " batch = 2 , seq=1_2", "--dry-run", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
     data = [*data[:-2], "--flops", "83.3%", "--params", " 80% "]
@@ -431,3 +438,19 @@ def test_the_version_is_told(shell: Shell, program: str) -> None:
 
 def test_a_rollback_of_nothing_makes_no_folder(shell: Shell, tmp_path: Path) -> None:
     refused(shell, tmp_path / "out", ["ship", "--rollback", "--out", tmp_path / "out", "--name", "x"], "x")
+
+
+def test_no_two_seeds_draw_the_same() -> None:
+    assert random.Random(-1).random() == random.Random(1).random(), "this is why there are no negative ones"
+    makers: tuple[Callable[[Any], object], ...] = (
+        lambda seed: Source("bert", seed=seed),
+        lambda seed: ScoreSettings(seed=seed),
+        lambda seed: Tuning(seed=seed),
+        lambda seed: optin_deploy.prune(torch.nn.Linear(2, 2), [torch.zeros(1, 2)], seed=seed),
+    )
+    for make in makers:
+        for seed in (-1, 2**32):
+            with pytest.raises(BadInput, match=rf"seed {seed}: possible are 0 to 4294967295"):
+                make(seed)
+        with pytest.raises(BadInput, match=r"seed 0\.5: give a whole number"):
+            make(0.5)

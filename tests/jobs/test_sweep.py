@@ -28,9 +28,9 @@ from optin_deploy.jobs import sweep as module
 from optin_deploy.jobs.planner import Planner
 from optin_deploy.jobs.prepared import Prepared, prepare
 from optin_deploy.jobs.stages import ScoreRequest
-from optin_deploy.jobs.sweep import HEADER, BudgetTrials, SweepPoint, check_shares, parse_shares, smallest_within
+from optin_deploy.jobs.sweep import HEADER, BudgetTrials, SweepPoint, check_shares, smallest_within
 from optin_deploy.jobs.workspace import Workspace
-from optin_deploy.planning.budget import Limits
+from optin_deploy.planning.budget import Limits, parse_shares
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.planning.widths import Choice
 from optin_deploy.pruning.ready import Ready
@@ -119,6 +119,8 @@ def test_shares_are_read(text: str | None, shares: tuple[float, ...]) -> None:
 def test_other_shares_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match="give shares with commas"):
         parse_shares(text)
+    with pytest.raises(BadInput, match=r"--flops 0\.0: give the share to keep"):
+        parse_shares("0.5,0")
 
 
 @pytest.fixture(name="work", scope="module")
