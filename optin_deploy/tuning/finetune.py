@@ -55,9 +55,9 @@ class Classes:
     """Classes that rows teach."""
 
     numbers: Tensor | None = None
-    """(rows,); None: the rows have none, or the network puts out none."""
+    """Number of each row's class, (rows,); None: the rows have none, or the network puts out none."""
     names: tuple[str, ...] | None = None
-    """Of a new classifier, in the order of its outputs; None: no new one is fitted."""
+    """Names of a new classifier's classes, in the order of its outputs; None: no new one is fitted."""
 
 
 def check(ready: Ready, smaller: Network, tuning: Tuning) -> Classes:
