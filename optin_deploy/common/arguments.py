@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeVar
+import re
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
 
-from optin_deploy.errors import BadInput
+from optin_deploy.errors import BadInput, OptinError
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def as_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Errors of a function name its arguments, where the work behind it names the options of the command line."""
+    names = {f"--{name.replace('_', '-')}": name for name in signature(function).parameters}
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except OptinError as err:
+            err.args = tuple(
+                re.sub(r"--[a-z-]+", lambda found: names.get(found[0], found[0]), str(arg)) for arg in err.args
+            )
+            raise
+
+    return called
 
 
 def checked(value: object, kind: type[T], name: str) -> T | None:

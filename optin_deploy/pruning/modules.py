@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.checkpoint import reloading, smaller
-from optin_deploy.common.arguments import checked, number, whole
+from optin_deploy.common.arguments import as_arguments, checked, number, whole
 from optin_deploy.common.guard import check_module, working
 from optin_deploy.common.validation import seed_of
 from optin_deploy.cutting.attributes import Sizes
@@ -93,6 +93,7 @@ class PrunedModel:
         return place
 
 
+@as_arguments
 def prune(
     model: nn.Module,
     batches: Any,
