@@ -15,6 +15,7 @@ from onnx_ir.passes.common import (
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
+from optin_deploy.network.maps import convolve_means
 from optin_deploy.network.operators.reductions import sums_statistics
 from optin_deploy.network.pairwise import pairwise_einsums
 from optin_deploy.network.sequences import replace_sequences
@@ -39,6 +40,7 @@ def normalise(model: ir.Model, source: str) -> None:
         _plain_casts(model.graph)
         _sums_for_means(model.graph)
         pairwise_einsums(model.graph)
+        convolve_means(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
         compute_standardised(model)
