@@ -18,6 +18,7 @@ x. In the norms, a sample's tokens count by how much they move the output (see s
 labels. Each ridge is chosen by the error on samples that the solution has not seen; where none is better there than no
 change, nothing is changed.
 
+What a ConvTranspose reads is brought back by what stays of it, without an offset, whose sums differ at the borders.
 Groups of a convolution, and channels of a BatchNorm behind no product, are small problems of their own, with their own
 judgement. A matrix that several products read is one problem, of the sums over all of them.
 """
@@ -232,7 +233,8 @@ class _Work:
                 rows_of_value(each, linear.features, linear.samples[0], count, chosen)
                 for each in (found, wanted, counts.expand(found.shape))
             )
-            yield before[None], (after - before)[None], counted[..., 0]
+            read = before[..., repair.inputs]
+            yield read[None], after.index_add(-1, repair.inputs, read, alpha=-1)[None], counted[..., 0]
 
     def _change(self, repair: Repair, solution: Solution) -> None:
         """Write what was found into the weights, once for all places that read them."""
@@ -250,7 +252,8 @@ class _Work:
             self._shift(product, every, self._taps(product).sum(2) @ offset[0])
         for product in {product.linear.stored.name: product for product in repair.products}.values():
             linear, moved = product.linear, torch.einsum("oct,dc->odt", self._taps(product), change[0])
-            self.changes.add(product, torch.arange(linear.outputs), torch.arange(linear.inputs), moved.flatten(1))
+            columns = repair.inputs[:, None] * linear.taps + torch.arange(linear.taps)
+            self.changes.add(product, torch.arange(linear.outputs), columns.flatten(), moved.flatten(1))
 
     def _taps(self, product: Solvable) -> Tensor:
         """The matrix as (outputs, channels, taps)."""

@@ -80,7 +80,7 @@ class OutputRepair(_Repair):
 
 @dataclass(frozen=True)
 class InputRepair(_Repair):
-    """Fold into all products that read a value the linear map which brings it nearest to the dense one."""
+    """Fold into all products that read a value the linear map of what stays that brings it nearest to the dense one."""
 
     places: tuple[SharedInput, ...]
     """Values in the order of work; mostly one. Where there are several the same matrices read each."""
@@ -145,7 +145,7 @@ def repairs(
             continue
         done.update(each.linear.node.index for each in alike)
         ways.update(passed for each in alike for passed in each.way.nodes)
-    inputs, others = _inputs(structure, readers, changed)
+    inputs, others = _inputs(structure, readers, masks, changed)
     return sorted([*found, *inputs], key=lambda repair: repair.at), [*skipped, *others]
 
 
@@ -170,7 +170,7 @@ def _alike(structure: Structure, index: int, masks: Mapping[Place, Tensor]) -> l
         linear, mask = each.linear, _mask(each, masks)
         if linear.inputs > MOST_INPUTS:
             raise Unsupported(f"it has {linear.inputs} inputs; at most {MOST_INPUTS} are solved for")
-        if mask is not None and (not linear.seen or mask.numel() != linear.channels * linear.groups):
+        if mask is not None and mask.numel() != linear.channels * linear.groups:
             raise Unsupported("what is cut there is not only a part of its inputs")
     return alike
 
@@ -183,7 +183,7 @@ def _output(
     structure: Structure, alike: Sequence[Solvable], leaves: Mapping[Axis, np.ndarray], masks: Mapping[Place, Tensor]
 ) -> OutputRepair:
     """Raises: Unsupported: the products with one matrix keep different parts of it."""
-    parts = [(_columns(each.linear, _mask(each, masks)), _rows(structure, each.linear, leaves)) for each in alike]
+    parts = [(_columns(each, masks), _rows(structure, each.linear, leaves)) for each in alike]
     if not all(torch.equal(*pair) for part in parts[1:] for pair in zip(part, parts[0], strict=True)):
         raise Unsupported("several nodes read its weight, and each keeps another part of it")
     return OutputRepair(*parts[0], tuple(Arrival(each, *_end(each)) for each in alike))
@@ -196,12 +196,17 @@ def _end(product: Solvable) -> tuple[str, str | None]:
     return product.linear.gives if product.shift is None else product.shift.value, None
 
 
-def _columns(linear: Linear, mask: Tensor | None) -> Tensor:
+def _columns(product: Solvable, masks: Mapping[Place, Tensor]) -> Tensor:
+    taps = product.linear.taps
+    return (_channels(product, masks)[:, None] * taps + torch.arange(taps)).flatten()
+
+
+def _channels(product: Solvable, masks: Mapping[Place, Tensor]) -> Tensor:
+    """Channels of each group that stay."""
+    linear, mask = product.linear, _mask(product, masks)
     if mask is None:
-        return torch.arange(linear.inputs)
-    stay = mask.reshape(linear.groups, linear.channels).any(0)  # groups lose alike, or as a whole
-    channels = stay.nonzero()
-    return (channels * linear.taps + torch.arange(linear.taps)).flatten()
+        return torch.arange(linear.channels)
+    return mask.reshape(linear.groups, linear.channels).any(0).nonzero().flatten()  # groups lose alike, or as a whole
 
 
 def _rows(structure: Structure, linear: Linear, leaves: Mapping[Axis, np.ndarray]) -> Tensor:
@@ -214,7 +219,7 @@ def _rows(structure: Structure, linear: Linear, leaves: Mapping[Axis, np.ndarray
 
 
 def _inputs(
-    structure: Structure, readers: Iterable[Solvable], changed: Collection[int]
+    structure: Structure, readers: Iterable[Solvable], masks: Mapping[Place, Tensor], changed: Collection[int]
 ) -> tuple[list[InputRepair], list[Skipped]]:
     """Products by the values that they read; values that the same matrices read belong together."""
     by_value: dict[tuple[str, int], list[Solvable]] = {}
@@ -231,11 +236,15 @@ def _inputs(
     for names, places in together.items():
         places.sort(key=lambda place: place.products[0].linear.node.index)
         makers = [structure.network.producer.get(place.value) for place in places]
+        stay, *others = [_channels(product, masks) for place in places for product in place.products]
         every = torch.arange(places[0].products[0].linear.channels)
-        repair = InputRepair(every, every[None], tuple(places))
-        if any(times[name] > 1 for name in names):
+        repair = InputRepair(stay, every[None], tuple(places))
+        if not all(torch.equal(stay, other) for other in others):
+            why = "several nodes read its input, and each keeps another part of it"
+            skipped += [Skipped(str(each.linear.node), why) for each in repair.products]
+        elif any(times[name] > 1 for name in names):
             why = "several nodes read its weight, each beside others"
             skipped += [Skipped(str(each.linear.node), why) for each in repair.products]
-        elif any(maker is not None and maker.index in changed for maker in makers):
+        elif len(stay) < len(every) or any(maker is not None and maker.index in changed for maker in makers):
             found.append(repair)
     return found, skipped

@@ -15,8 +15,11 @@ from onnx_ir.passes.common import (
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
+from optin_deploy.network.maps import convolve_means
 from optin_deploy.network.operators.reductions import sums_statistics
+from optin_deploy.network.pairwise import pairwise_einsums
 from optin_deploy.network.sequences import replace_sequences
+from optin_deploy.network.standardised import compute_standardised
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 """What onnx_ir raises about models that are none."""
@@ -36,8 +39,11 @@ def normalise(model: ir.Model, source: str) -> None:
         replace_sequences(model.graph)
         _plain_casts(model.graph)
         _sums_for_means(model.graph)
+        pairwise_einsums(model.graph)
+        convolve_means(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
+        compute_standardised(model)
     except FOREIGN as err:
         waiting = _waiting(model)
         why = f"node {waiting} waits for its own output" if waiting else reason(err)

@@ -12,6 +12,7 @@ from optin_deploy.network.graph import Network, Node
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Flow, Unsupported
 from optin_deploy.network.shapes import Shapes
+from optin_deploy.network.signs import never_negative
 from optin_deploy.structure.sharing import Positions, positions
 from optin_deploy.structure.structure import Contraction, Number, Structure, Tap, WeightUse
 
@@ -113,6 +114,10 @@ class Visit(Flow):
     def stored(self, place: int) -> bool:
         """Whether an input is a weight."""
         return self.has(place) and self.node.inputs[place] in self._structure.network.weights
+
+    def never_negative(self, place: int) -> bool:
+        """Whether an input holds nothing negative."""
+        return never_negative(self._structure.network, self.node.inputs[place])
 
     def axes(self, place: int) -> list[Axis]:
         """Axes of an input; a vector is a copy of its own at each place, a matrix is shared by all that read it."""

@@ -50,7 +50,7 @@ class Linear:
     factor: float = 1.0
     """Factor by which the product is multiplied."""
     seen: bool = True
-    """Whether what it gives is the product; else attention follows in the same node."""
+    """Whether what it gives is the product; else attention, or sums of a ConvTranspose, follow in the same node."""
     normal: tuple[Tensor, Tensor] | None = None
     """Means of the channels and their standard deviations, by which a BatchNorm brings them to one scale before."""
 
@@ -84,6 +84,8 @@ class Linear:
         """The same for a tensor as it comes to the node."""
         if self.kernel or self.groups > 1:
             return tensor.view(self.outputs, self.inputs)
+        if self.node.op == "ConvTranspose":
+            return tensor.view(self.channels, self.outputs).T
         tensor = tensor.view(tensor.shape[-2:])
         turned = bool(self.place) and not self.node.get("transB", 0)
         return tensor.T if turned else tensor
@@ -205,6 +207,25 @@ def _convolution(structure: Structure, node: Node, weight: int, stored: GivenTen
     )
 
 
+def _transposed(structure: Structure, node: Node, weight: int, stored: GivenTensor) -> Linear:
+    """ConvTranspose: each place of what it reads is multiplied by one matrix, with a row for each output and place of
+    the window; then what falls on one place is added up."""
+    shape = tuple(structure.shapes.shape(node.inputs[weight]) or ())
+    if not weight or node.get("group", 1) > 1:
+        raise Unsupported("ConvTranspose multiplies groups of channels apart" if weight else "its weight is read first")
+    return _made(
+        structure,
+        node,
+        weight,
+        stored,
+        features=1,
+        outputs_axis=1,
+        outputs=math.prod(shape[1:]),
+        channels=shape[0],
+        seen=False,
+    )
+
+
 def _normalization(structure: Structure, node: Node) -> Linear:
     """A BatchNorm: of groups of one channel, each multiplied by its entry of the scale."""
     weights, stored = structure.network.weights, stored_at(structure, node.inputs[1])
@@ -253,6 +274,7 @@ FORMS: dict[tuple[str, str], Callable[[Structure, Node, int, GivenTensor], Linea
     ("com.microsoft", "GemmFastGelu"): _product,
     ("", "Conv"): _convolution,
     ("com.microsoft", "FusedConv"): _convolution,
+    ("", "ConvTranspose"): _transposed,
     ("com.microsoft", "Attention"): _attention,
 }
 

@@ -52,7 +52,7 @@ def solvable(structure: Structure, index: int, *, shared: bool = False) -> Solva
 
 def _shift(structure: Structure, linear: Linear, way: Way) -> Shift | None:
     """The vector behind a product; None where there is none, or where its entries are not the outputs."""
-    if way.bias is None:
+    if way.bias is None or linear.node.op == "ConvTranspose":  # what is added before it adds up differently at borders
         return None
     index, place = way.bias
     node = structure.network.nodes[index]

@@ -423,3 +423,54 @@ def test_values_that_take_too_much_memory_are_computed_again_and_give_the_same()
 def test_tokens_of_an_embedding_count_the_same() -> None:
     model, _, batches = CASES["dinov2: LayerScale"]()
     assert token_weights(Subject.make(find(read(model)), kind="embedding"), batches) is None
+
+
+class Decoder(nn.Module):
+    """A picture is made smaller, then larger again by two ConvTransposes, whose places overlap or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2)
+        self.up = nn.ConvTranspose2d(12, 8, 2, stride=2)
+        self.larger = nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.first(x).relu()
+        return self.head(self.larger((self.up(self.down(skip).relu()) + skip).relu()).relu())
+
+
+def test_a_transposed_convolution_takes_in_what_its_other_inputs_tell_of_those_that_go() -> None:
+    module = made(Decoder).double()
+    generator = torch.Generator().manual_seed(0)
+    x, unseen = (torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=generator) for n in (20, 10))
+    subject = subject_of(module, x)
+    kept = [0, 1, 4, 6, 7, 9, 11]
+    group = next(group for group in subject.layout.groups if group.units == 12)
+    done = compensated(subject, {group.name: kept}, [{"x": x[:9]}, {"x": x[9:]}])
+    with torch.no_grad():
+        hidden = module.down(module.first(x).relu()).relu().flatten(2).mT
+        w, _ = best_ridge(hidden[..., kept].numpy(), hidden.numpy() - _spread(hidden.numpy(), kept), RIDGES, False)
+    expected = module.up.weight.detach().numpy().copy()
+    expected[kept] += np.einsum("kd,dotu->kotu", w, module.up.weight.detach().numpy())
+    assert np.allclose(weight(done, "up.weight")[kept], expected[kept], atol=1e-9)
+    assert not np.allclose(expected[kept], module.up.weight.detach().numpy()[kept], atol=1e-2)
+    keep = {each.name: range(0, each.units, 2) for each in subject.layout.groups}
+    done = compensated(subject, keep, [{"x": x}])
+    assert (len(done.repaired), done.skipped) == (4, ())
+    layout = find(done.network)
+    smaller = cut(layout, keep)
+    prove(layout, keep, smaller, probes_of(done.network))
+    with torch.no_grad():
+        dense, found, without = (
+            next(iter(Program(each)({"x": unseen}).outputs.values()))
+            for each in (subject.structure.network, smaller, cut(subject.layout, keep))
+        )
+    assert (found - dense).square().mean() < 0.5 * (without - dense).square().mean()
+
+
+def _spread(values: np.ndarray, kept: Sequence[int]) -> np.ndarray:
+    """The same with zeros where units go."""
+    found = np.zeros_like(values)
+    found[..., kept] = values[..., kept]
+    return found

@@ -437,9 +437,29 @@ def a_slice_of_the_length(n: Net) -> Any:
     return n.MatMul(n.Slice(n.MatMul(n.x, w(6, 12)), [1], [-1], [1], [2]), w(12, 4))
 
 
+@example(6)
+def a_gate_by_every_second_entry(n: Net) -> Any:
+    a = n.Add(n.MatMul(n.x, w(6, 12)), w(12))
+    one, other = n.Slice(a, [0], [12], [2], [2]), n.Slice(a, [-11], [2**62], [-1], [2])
+    return n.MatMul(n.Mul(one, n.Sigmoid(other)), w(6, 4))
+
+
+@example(4)
+def pairs_of_entries_are_turned_by_angles(n: Net) -> Any:
+    def turned(weight: np.ndarray) -> Any:
+        a = n.Reshape(n.MatMul(n.x, weight), [0, 0, 2, 8])
+        even, odd = n.Slice(a, [0], [8], [3], [2]), n.Slice(a, [1], [2**62], [3], [2])
+        other = n.Concat(n.Unsqueeze(n.Neg(odd), [4]), n.Unsqueeze(even, [4]), axis=4)
+        return n.Add(n.Mul(a, w(8)), n.Mul(n.Reshape(other, [0, 0, 2, 8]), w(8)))
+
+    q, k = turned(w(6, 16)), turned(w(6, 16))
+    compared = n.MatMul(n.Transpose(q, perm=[0, 2, 1, 3]), n.Transpose(k, perm=[0, 2, 3, 1]))
+    return n.ReduceSum(compared, [1], keepdims=0)
+
+
 @example(frozen="step")
-def a_slice_with_a_step(n: Net) -> Any:
-    return n.MatMul(n.Slice(n.MatMul(n.x, w(6, 12)), [0], [12], [2], [2]), w(6, 4))
+def a_slice_with_a_step_that_leaves_some(n: Net) -> Any:
+    return n.MatMul(n.Slice(n.MatMul(n.x, w(6, 12)), [0], [12], [2], [5]), w(3, 4))
 
 
 @example(frozen="step")
@@ -872,7 +892,7 @@ def test_groups_that_lose_all_units_leave_no_tensor_without_entries(example: Exa
 
 KINDS = (
     *("linear", "act", "residual", "split", "slice", "heads", "shuffle"),
-    *("repeat", "conv", "mean", "letters", "join", "join", "linear"),
+    *("repeat", "conv", "mean", "letters", "join", "join", "linear", "pairs"),
 )
 
 
@@ -910,6 +930,11 @@ def random_network(seed: int) -> onnx.ModelProto:
         if kind == "slice" and c > 1:
             first, last = net.Slice(value, [0], [at - c], [2]), net.Slice(value, [at - c], [2**40], [-1])
             return [(first, at), (last, c - at)]
+        if kind == "pairs" and c % 2 == 0:
+            even, odd = (net.Slice(value, [start], [2**40], [-1], [2]) for start in (0, 1))
+            turned = net.Concat(net.Unsqueeze(net.Neg(odd), [-1]), net.Unsqueeze(even, [-1]), axis=-1)
+            gated = (net.Mul(even, net.Sigmoid(odd)), c // 2)
+            return [gated, (net.Add(value, net.Reshape(turned, [0, 0, c])), c)]
         if kind == "heads":
             wide = net.Reshape(value, [0, 0, a, b])
             scaled = net.Mul(wide, w(a, 1) if rng.random() < 0.5 else w(b))

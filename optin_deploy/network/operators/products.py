@@ -100,7 +100,10 @@ def einsum_axes(flow: Flow) -> None:
     for letter, where in places.items():
         if letter not in result and len(where) < 3 and len({place for place, _ in where}) == len(where):
             flow.contract(*where[0], *where[1:])
-        elif letter not in result or any(term.count(letter) > 1 for term in terms):
+            continue
+        if letter not in result:
+            flow.contract(*where[0])  # where what stays whole is told
+        if letter not in result or any(term.count(letter) > 1 for term in terms):
             flow.freeze([letters[letter]], f"Einsum {flow.node.attributes['equation']}")
     flow.give(0, [letters[letter] for letter in result])
     if any(letter not in result for letter in letters):  # else nothing is added up, as in Mul

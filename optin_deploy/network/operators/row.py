@@ -122,6 +122,9 @@ class Flow(Protocol):
     def stored(self, place: int) -> bool:
         """Whether an input is a weight of the file."""
 
+    def never_negative(self, place: int) -> bool:
+        """Whether an input holds nothing negative, by the operators before it."""
+
     def number(self, place: int, entry: int, axis: Axis, *, exact: bool = True, because: Axis | None = None) -> None:
         """Say that an entry of an input (flattened) is the size of an axis.
 

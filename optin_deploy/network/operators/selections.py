@@ -80,7 +80,8 @@ def bounds(at: int, size: int) -> int:
 
 
 def sliced(flow: Flow) -> None:
-    """Flow of Slice: the axis is what lies before, what is taken, and what lies behind."""
+    """Flow of Slice: the axis is what lies before, what is taken, and what lies behind; every second entry of it is one
+    of each of its pairs."""
     axes = flow.axes(0)
     starts, ends = flow.known(1), flow.known(2)
     if starts is None or ends is None:
@@ -96,6 +97,11 @@ def sliced(flow: Flow) -> None:
         first, last = bounds(int(starts[entry]), axes[at].size), bounds(int(ends[entry]), axes[at].size)
         if step == 1 and last - first == axes[at].size:
             continue
+        if step > 1 and first < step and shape[at] * step == axes[at].size and not frozen(out[at]):
+            rest, out[at] = out[at], flow.fresh(shape[at])
+            flow.unify(rest, flow.product([out[at], flow.fresh(step, "Slice with a step")]))
+            flow.number(1, entry, flow.fresh(first), exact=False, because=axes[at])
+            continue
         if step != 1 or last < first:
             flow.freeze([out[at]], "Slice with a step")
             out[at] = flow.fresh(shape[at], "Slice with a step")
@@ -107,6 +113,11 @@ def sliced(flow: Flow) -> None:
         if behind.size:
             flow.number(2, entry, flow.total([before, middle]), exact=False, because=axes[at])
     flow.give(0, out)
+
+
+def frozen(axis: Axis) -> bool:
+    """Whether an axis stays whole already."""
+    return all(leaf.frozen for leaf in axis.leaves())
 
 
 def gather(node: Node, x: Tensor, indices: Tensor) -> Tensor:

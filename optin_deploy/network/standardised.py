@@ -1,0 +1,99 @@
+"""Weights that are standardised while a network runs, by a BatchNorm over nothing but weights, are computed once.
+
+The mean and variance of an output channel's weights are those of all its inputs, whatever is cut later. Such networks
+store their convolutions so: BiT (Kolesnikov et al., ECCV 2020), NFNet (Brock et al., ICML 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor
+
+from optin_deploy.network.graph import decoded
+from optin_deploy.network.operators import rows
+from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.tensors import torch_tensor
+
+FAILURES = (RuntimeError, LookupError, TypeError, ValueError)
+"""What rows raise that cannot compute a node, `Unsupported` too."""
+NAME = "standardised_"
+"""What stands before the name of the weight that it was made of."""
+
+
+def compute_standardised(model: ir.Model) -> None:
+    """Put weights in place of what normalises weights, and of what follows from that alone, in place."""
+    graph, taken = model.graph, {value.name for value in model.graph.initializers.values()}
+    fixed = _fixed(graph)
+    norms = [node for node in graph if node.op_type == "BatchNormalization" and node.outputs[0] in fixed]
+    values = _Values(graph.opset_imports or model.opset_imports)
+    for norm in norms:
+        value, source = norm.outputs[0], norm.inputs[0]
+        while source is not None and (maker := source.producer()) is not None:
+            source = maker.inputs[0]
+        try:
+            tensor = values.of(value)
+            while (after := _only_reader(value)) in fixed and after and values.of(after).numel() == tensor.numel():
+                value, tensor = after, values.of(after)
+        except FAILURES:
+            continue  # a run will say why
+        *path, last = ((source or value).name or "").split(".")
+        name = ".".join([*path, NAME + last])
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        held = ir.tensor_adapters.TorchTensor(tensor.contiguous(), name)
+        stored = ir.Value(name=name, type=ir.TensorType(held.dtype), shape=ir.Shape(tensor.shape), const_value=held)
+        graph.register_initializer(stored)
+        ir.convenience.replace_all_uses_with(value, stored, replace_graph_outputs=False)
+    if norms:
+        RemoveUnusedNodesPass()(model)
+
+
+def _fixed(graph: ir.Graph) -> set[ir.Value | None]:
+    """Values that follow from weights alone, by operators that are known."""
+    fixed: set[ir.Value | None] = {value for value in graph.initializers.values() if value.const_value is not None}
+    for node in graph:
+        read = [value for value in node.inputs if value is not None]
+        if read and fixed.issuperset(read) and not node.op_type.startswith("Random"):
+            fixed.update(node.outputs if (node.domain, node.op_type) in rows() else ())
+    return fixed
+
+
+def _only_reader(value: ir.Value) -> ir.Value | None:
+    """What the one node gives that reads a value; None: several do, or it is an output."""
+    readers = {node for node, _ in value.uses()}
+    return None if len(readers) != 1 or value.is_graph_output() else readers.pop().outputs[0]
+
+
+class _Values:
+    """Computes values that follow from weights alone."""
+
+    def __init__(self, opsets: Mapping[str, int]) -> None:
+        self._opsets = opsets
+        self._known: dict[ir.Value, Tensor] = {}
+
+    def of(self, value: ir.Value) -> Tensor:
+        """Raises: Unsupported, or one of `FAILURES`: the row of an operator cannot compute it."""
+        if value not in self._known:
+            node, stored = value.producer(), value.const_value
+            self._known[value] = self._computed(value, node) if stored is None or node else torch_tensor(stored)
+        return self._known[value]
+
+    def _computed(self, value: ir.Value, node: ir.Node | None) -> Tensor:
+        if node is None:
+            raise Unsupported(f"{value.name} is no weight")
+        given = [None if each is None else self.of(each) for each in node.inputs]
+        plain, x = decoded(0, node, self._opsets), given[0]
+        if plain.op == "BatchNormalization" and plain.get("training_mode", 0) and x is not None:
+            others = [axis for axis in range(x.dim()) if axis != 1]  # so does TorchScript's exporter write it
+            given[3:] = [x.mean(others), x.var(others, correction=0)]
+            plain = replace(plain, attributes={**plain.attributes, "training_mode": 0})
+        made = rows()[node.domain, node.op_type].compute(plain, *given)
+        found = made[value.index() or 0] if isinstance(made, tuple) else made
+        if found is None:
+            raise Unsupported(f"{plain} gives nothing there")
+        return found
