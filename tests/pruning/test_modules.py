@@ -375,11 +375,11 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"flops": True}, "--flops True"),
-        ({"flops": 0.6, "size": 0}, "--size"),
-        ({"align": 0}, "--align 0"),
+        ({"flops": True}, "flops True"),
+        ({"flops": 0.6, "size": 0}, "size"),
+        ({"align": 0}, "align 0"),
         ({"align": 2.5}, "align 2.5"),
-        ({"allocation": "best"}, "--allocation 'best'"),
+        ({"allocation": "best"}, "allocation 'best'"),
         ({"allocation": 3}, "allocation is a int"),
         ({"settings": {}}, "settings is a dict"),
         ({"compensation": 1}, "compensation is a int"),
