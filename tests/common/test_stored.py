@@ -12,6 +12,7 @@ import pytest
 from optin_deploy.checkpoint.smaller import Saved
 from optin_deploy.common.stored import Stored
 from optin_deploy.errors import BadInput
+from optin_deploy.jobs.tuned_folder import TunedRecord
 from optin_deploy.jobs.workspace import _Curves
 from optin_deploy.measuring.pins import Pin
 from optin_deploy.planning.latency import LatencyTable
@@ -24,6 +25,7 @@ from optin_deploy.serving.manifest import Manifest
 from optin_deploy.serving.repository import State
 
 PAIR = '{"dense": 2.0, "pruned": 1.0}'
+QUALITY = '{"metric": "accuracy", "dense": 0.9, "pruned": 0.8, "samples": 9, "beside": {}}'
 ON_DISK: dict[type[Stored], tuple[str, str]] = {
     NetworkPlan: (
         '{"keep": {"a": [0, 2]}, "network": "n", "cost": null, "origin": null, "settings": {"flops": 0.5}, '
@@ -74,10 +76,15 @@ ON_DISK: dict[type[Stored], tuple[str, str]] = {
         '"config_sha256": "c", "attributes": {"": {"heads": 2}}, "params": {"dense": 2, "pruned": 1}, "about": {}}',
         "optin-export MODEL",
     ),
+    TunedRecord: (
+        '{"schema_version": 1, "tuning": {"epochs": 1.0, "learning_rate": 2e-05, "batch_size": 32, "distill": 0.5, '
+        f'"seed": 0}}, "before": {QUALITY}, "after": {QUALITY}, "classes": ["a"]}}',
+        "optin finetune",
+    ),
     StoredMeasurements: ('{"schema_version": 2, "latency": [], "environment": {}}', "optin bench DIR"),
     StoredReport: (
-        '{"schema_version": 2, "quality": {"metric": "accuracy", "dense": 0.9, "pruned": 0.8, "samples": 9, '
-        f'"beside": {{}}}}, "params": {PAIR}, "macs": {{{PAIR[1:-1]}, "kept": 0.5, "prunable_kept": 0.5}}, '
+        f'{{"schema_version": 2, "quality": {QUALITY}, "params": {PAIR}, '
+        f'"macs": {{{PAIR[1:-1]}, "kept": 0.5, "prunable_kept": 0.5}}, '
         '"size_bytes": {"pruned": 1.0, "dense": null}, "parity": {}, "latency": [], "environment": {}, "hashes": {}, '
         '"seconds": {}, "settings": {}, "notes": [], "memory": {}, "groups": [], "artifacts": [], "tuned": null}',
         "optin-export MODEL --out DIR",
