@@ -80,12 +80,12 @@ def whole_number(value: int, option: str, low: int, high: int = INT32, hint: str
     return value
 
 
-def seed_of(value: object, name: str = "--seed") -> int:
+def seed_of(value: object) -> int:
     """The number, if each library draws something else for it than for any other one; of -1, Python draws as of 1.
 
     Raises: BadInput.
     """
-    return whole_number(whole(value, name), name, 0, UINT32, "The default is 0.")
+    return whole_number(whole(value, "--seed"), "--seed", 0, UINT32, "The default is 0.")
 
 
 def positive_number(value: float, option: str, high: float, hint: str = "") -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from optin_deploy.network.axes import Axis, kept, touched
+from optin_deploy.network.tensors import stored_in
 from optin_deploy.structure.structure import Structure
 
 
@@ -45,7 +46,7 @@ class Editor:
         """Put a small array into the graph, once for all that need it."""
         key = (hint, array.dtype.str, array.shape, array.tobytes())
         if key not in self._made:
-            self._made[key] = self._initializer(ir.tensor(array), hint)
+            self._made[key] = stored_in(self.model.graph, ir.tensor(array), self.named(hint))
         return self._made[key]
 
     def before(
@@ -85,14 +86,9 @@ class Editor:
         indices = [kept(axis, self.keep) if touched(axis, self.keep) else None for axis in axes]
         key = (weight, *(None if index is None else index.tobytes() for index in indices))
         if key not in self._made:
-            self._made[key] = self._initializer(_sliced(self.structure.network.weights[weight], indices), weight)
+            tensor = _sliced(self.structure.network.weights[weight], indices)
+            self._made[key] = stored_in(self.model.graph, tensor, self.named(weight))
         return self._made[key]
-
-    def _initializer(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
-        value = ir.Value(name=self.named(hint), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        value.shape = ir.Shape(tensor.shape.numpy())
-        self.model.graph.register_initializer(value)
-        return value
 
     @cached_property
     def _taken(self) -> set[str]:

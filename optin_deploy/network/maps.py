@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from optin_deploy.network.tensors import stored_in
+
 PASSING = ("Concat", "Unsqueeze", "Identity", "Cast")
 """Operators that maps pass through on their way to a convolution."""
 FIRST = (
@@ -38,17 +40,11 @@ def convolve_means(graph: ir.Graph) -> None:
             continue
         count = stored.shape.numpy()[0]
         values = np.full((1, count, 1, 1), 1 / count, stored.dtype.numpy())
-        filters = ir.tensor(values, name=f"{made.name}_of_all")
-        weight = ir.Value(name=filters.name, const_value=filters, type=ir.TensorType(filters.dtype))
-        weight.shape = ir.Shape(values.shape)
-        graph.register_initializer(weight)
+        weight = stored_in(graph, ir.tensor(values), f"{made.name}_of_all")
         nodes = [ir.node("Conv", [read, weight], name=node.name)]
         found = nodes[0].outputs[0]
         if not node.attributes.get_int("keepdims", 1):
-            along = ir.Value(
-                name=f"{made.name}_channels", const_value=ir.tensor([1]), type=ir.TensorType(ir.DataType.INT64)
-            )
-            graph.register_initializer(along)
+            along = stored_in(graph, ir.tensor([1]), f"{made.name}_channels")
             found.name, found.type = f"{made.name}_map", made.type
             nodes.append(ir.node("Squeeze", [found, along], name=f"{node.name}_squeezed"))
             found = nodes[-1].outputs[0]

@@ -20,6 +20,7 @@ from optin_deploy.network.operators.reductions import sums_statistics
 from optin_deploy.network.pairwise import pairwise_einsums
 from optin_deploy.network.sequences import replace_sequences
 from optin_deploy.network.standardised import compute_standardised
+from optin_deploy.network.tensors import stored_in
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
 """What onnx_ir raises about models that are none."""
@@ -78,8 +79,7 @@ def _sums_for_means(graph: ir.Graph) -> None:
         if not isinstance(count, int) or not sums_statistics(tuple(read.shape), over) or len(node.inputs) < 2:
             continue
         whole = ir.node("ReduceSum", node.inputs, dict(node.attributes), name=node.name)
-        number = ir.Value(name=f"{made.name}_count", const_value=ir.tensor([float(count)], read.dtype))
-        graph.register_initializer(number)
+        number = stored_in(graph, ir.tensor([float(count)], read.dtype), f"{made.name}_count")
         part = ir.node("Div", [whole.outputs[0], number], name=f"{node.name}_of_all")
         whole.outputs[0].name = f"{made.name}_sum"
         for value in (whole.outputs[0], part.outputs[0]):

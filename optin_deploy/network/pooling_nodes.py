@@ -9,6 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from optin_deploy.network.tensors import stored_in
+
 MASK = "attention_mask"
 AXES_GIVEN = {"Unsqueeze": 13, "ReduceSum": 13, "ReduceMean": 18, "ReduceMax": 18}
 """Operator sets from which axes are an input."""
@@ -99,22 +101,18 @@ class PoolingNodes:
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add whole numbers."""
-        return self._stored(ir.tensor(array.astype(np.int64)), self.named("pooling.number"))
+        return stored_in(self.graph, ir.tensor(array.astype(np.int64)), self.named("pooling.number"))
 
     def number(self, value: float, real: int) -> ir.Value:
         """Add one real number of a type."""
-        return self._stored(ir.tensor(np.array(value, ir.DataType(real).numpy())), self.named("pooling.number"))
+        tensor = ir.tensor(np.array(value, ir.DataType(real).numpy()))
+        return stored_in(self.graph, tensor, self.named("pooling.number"))
 
     def weight(self, tensor: Tensor, hint: str) -> ir.Value:
         """Add a weight."""
         name = self.named(hint)
-        return self._stored(ir.tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name), name)
-
-    def _stored(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        value.shape = ir.Shape(tensor.shape.numpy())
-        self.graph.register_initializer(value)
-        return value
+        held = ir.tensor_adapters.TorchTensor(tensor.detach().cpu().contiguous(), name)
+        return stored_in(self.graph, held, name)
 
     def named(self, hint: str) -> str:
         """Return a name that no value has."""

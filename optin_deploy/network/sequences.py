@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from optin_deploy.network.tensors import stored_in
+
 
 def replace_sequences(graph: ir.Graph) -> None:
     """Write Split for SplitToSequence, in place, where every reader takes one part whose place is known.
@@ -17,10 +19,7 @@ def replace_sequences(graph: ir.Graph) -> None:
         sizes = _sizes(node)
         if sizes is None or any(place is None for place in places) or node.outputs[0].is_graph_output():
             continue
-        stored = ir.tensor(np.array(sizes, dtype=np.int64))
-        given = ir.Value(name=f"{node.outputs[0].name}_sizes", const_value=stored, shape=ir.Shape([len(sizes)]))
-        given.dtype = ir.DataType.INT64
-        graph.register_initializer(given)
+        given = stored_in(graph, ir.tensor(np.array(sizes, dtype=np.int64)), f"{node.outputs[0].name}_sizes")
         split = ir.node("Split", [node.inputs[0], given], {"axis": _axis(node)}, num_outputs=len(sizes), name=node.name)
         graph.insert_before(node, split)
         for reader, place in zip(readers, places, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from optin_deploy.network.graph import decoded
 from optin_deploy.network.operators import rows
 from optin_deploy.network.operators.row import Unsupported
-from optin_deploy.network.tensors import torch_tensor
+from optin_deploy.network.tensors import stored_in, torch_tensor
 
 FAILURES = (RuntimeError, LookupError, TypeError, ValueError)
 """What rows raise that cannot compute a node, `Unsupported` too."""
@@ -46,9 +46,7 @@ def compute_standardised(model: ir.Model) -> None:
             name += "_"
         taken.add(name)
         held = ir.tensor_adapters.TorchTensor(tensor.contiguous(), name)
-        stored = ir.Value(name=name, type=ir.TensorType(held.dtype), shape=ir.Shape(tensor.shape), const_value=held)
-        graph.register_initializer(stored)
-        ir.convenience.replace_all_uses_with(value, stored, replace_graph_outputs=False)
+        ir.convenience.replace_all_uses_with(value, stored_in(graph, held, name), replace_graph_outputs=False)
     if norms:
         RemoveUnusedNodesPass()(model)
 

@@ -44,6 +44,14 @@ def torch_dtype(dtype: int) -> torch.dtype:
     return found
 
 
+def stored_in(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """Put a tensor into a graph under a name that no value has yet, for nodes to read."""
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value.shape = ir.Shape(tensor.shape.numpy())
+    graph.register_initializer(value)
+    return value
+
+
 def torch_tensor(stored: ir.TensorProtocol) -> Tensor:
     """Return a stored tensor for reading; it shares the memory of the network where torch can hold its type.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from optin_deploy.network.collecting import uncollected
 from optin_deploy.network.graph import Network
 from optin_deploy.network.run import Place
+from optin_deploy.network.tensors import stored_in
 
 OWN = ".own"
 """What is added to the name of a weight that one place gets for itself."""
@@ -37,9 +38,7 @@ def separated(network: Network, sets: Iterable[Collection[Place]]) -> Network:
         while name in taken:
             name += OWN
         taken.add(name)
-        value = ir.Value(name=name, type=ir.TensorType(stored.dtype), const_value=stored)
-        value.shape = ir.Shape(stored.shape.numpy())
-        model.graph.register_initializer(value)
+        value = stored_in(model.graph, stored, name)
         for index, place in places:
             nodes[index].replace_input_with(place, value)
     return Network(model, network.source)

@@ -137,7 +137,7 @@ def prune(
         seed: of random projections, and of the rows that are taken.
     Raises: BadInput and its kinds; see errors.py.
     """
-    limits, seed = Limits(flops, params, size), seed_of(seed, "seed")
+    limits, seed = Limits(flops, params, size), seed_of(seed)
     choice = Choice(
         Choice.kinds if units is None else _kinds(units),
         allocation=checked(allocation, str, "allocation") or "curves",
