@@ -173,7 +173,7 @@ def learn(
 
 
 def _outputs(model: Any, images: Tensor, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Hidden states after these blocks, (blocks, images, tokens, hidden), and logits; bfloat16 where it is faster."""
+    """Hidden states after these blocks, (blocks, images, tokens, hidden), and logits, computed in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16):
         found = model(pixel_values=coloured(images), output_hidden_states=True)
     return torch.stack([found.hidden_states[block] for block in blocks]).float(), found.logits.float()
