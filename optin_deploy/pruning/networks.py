@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optin_deploy.common.validation import INT32
 from optin_deploy.cutting.graph import cut as cut_graph
 from optin_deploy.cutting.proof import Proof, prove
 from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput
+from optin_deploy.feeds.module_feeds import module_feeds
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
 from optin_deploy.network.module import NetworkModule
@@ -44,8 +46,9 @@ class Found:
         return self.layout.structure.network
 
 
-def find_in(x: Any, inputs: Inputs | None = None, sizes: Mapping[str, int] | None = None) -> Found:
+def find_in(x: Any, inputs: Any = None, sizes: Mapping[str, int] | None = None) -> Found:
     """Read a network and find its groups; see `inspect`."""
+    inputs = _named(x, inputs)
     network = network_of(x, inputs)
     known = {port.name for port in network.inputs}
     tensors = (
@@ -53,6 +56,18 @@ def find_in(x: Any, inputs: Inputs | None = None, sizes: Mapping[str, int] | Non
     )
     probes = probes_of(network, given=Given(sizes or {}, tensors))
     return Found(find(network, probes), tuple(probes))
+
+
+def _named(x: Any, inputs: Any) -> Inputs | None:
+    """Example inputs by name, of a module also from a tuple in the order of its forward or from its only input.
+
+    Raises: BadInput: they are of another kind, or do not fit the forward.
+    """
+    if inputs is None or isinstance(inputs, Mapping):
+        return inputs
+    if isinstance(x, nn.Module):
+        return module_feeds(x, [inputs], most=INT32).batches[0]
+    raise BadInput(f"inputs is a {type(inputs).__name__}; give a dict of tensors by the names of the network's inputs.")
 
 
 def network_of(x: Any, inputs: Inputs | None = None) -> Network:
@@ -72,13 +87,14 @@ def is_file(x: str | PathLike[str]) -> bool:
     return Path(x).suffix.lower() == ".onnx" or Path(x).is_file()
 
 
-def inspect(x: Any, inputs: Inputs | None = None, *, sizes: Mapping[str, int] | None = None) -> Layout:
+def inspect(x: Any, inputs: Any = None, *, sizes: Mapping[str, int] | None = None) -> Layout:
     """Find what can be cut in a network.
 
     Args:
         x: path of an .onnx file, folder or hub id of a transformers model, a torch module, `onnx.ModelProto`,
             `onnx_ir.Model`.
-        inputs: example inputs by name; a module that is no transformers model needs them.
+        inputs: example inputs by name, of a module also a tuple in the order of its forward or its only input; a
+            module that is no transformers model needs them.
         sizes: of free axes by the names that an ONNX file gives them, where it takes only some sizes.
     Returns: a layout; `layout.groups` have a name, a kind, units and where they lie, `layout.frozen` say why not.
     Raises: BadInput: it cannot be read.
@@ -86,7 +102,7 @@ def inspect(x: Any, inputs: Inputs | None = None, *, sizes: Mapping[str, int] | 
     return find_in(x, inputs, sizes).layout
 
 
-def cut(x: Any, plan: Plan, inputs: Inputs | None = None, *, sizes: Mapping[str, int] | None = None) -> Any:
+def cut(x: Any, plan: Plan, inputs: Any = None, *, sizes: Mapping[str, int] | None = None) -> Any:
     """Cut a network by a plan, and prove in float64 that the result computes what the masked network does.
 
     Args: x, inputs, sizes: as `inspect`. plan: a plan, kept units by name of group, or the path of a plan.json.

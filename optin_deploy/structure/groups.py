@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,6 +70,14 @@ class Layout:
     structure: Structure
     groups: tuple[UnitGroup, ...]
     frozen: tuple[Frozen, ...]
+
+    def __repr__(self) -> str:
+        """Tell what can be cut in one line; the fields hold the whole network."""
+        units: Counter[str] = Counter()
+        for group in self.groups:
+            units[group.kind] += group.units
+        found = ", ".join(f"{count:,} {kind}" for kind, count in units.items()) or "nothing to cut"
+        return f"<Layout of {self.structure.network.source}: {found} in {len(self.groups)} groups>"
 
     @cached_property
     def by_name(self) -> Mapping[str, UnitGroup]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image as Photo
 
@@ -94,8 +95,15 @@ def test_the_library_takes_modules_and_files(text: Path) -> None:
     names = {group.name for group in layout.groups}
     assert names == {group.name for group in optin_deploy.inspect(text).groups}
     assert names == {group.name for group in optin_deploy.inspect(onnx.load(text)).groups}
+    in_order = optin_deploy.inspect(module, tuple(inputs(module).values()))
+    assert names == {group.name for group in in_order.groups}
+    neurons = sum(group.units for group in layout.groups if group.kind == "neurons")
+    assert f" {neurons} neurons" in repr(layout)
+    assert repr(layout).endswith(f" in {len(layout.groups)} groups>")
     with pytest.raises(BadInput, match="give example inputs"):
         optin_deploy.inspect(module)
+    with pytest.raises(BadInput, match="inputs is a tuple; give a dict"):
+        optin_deploy.inspect(text, (torch.zeros(1, 4),))
 
 
 @pytest.mark.parametrize(

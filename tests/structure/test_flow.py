@@ -513,6 +513,27 @@ def rows_are_written(n: Net) -> Any:
     return n.MatMul(n.ScatterND(a, np.array([[0, 1], [1, 2]]), b), w(12, 4))
 
 
+@example(12)
+def a_first_row_is_put_elsewhere(n: Net) -> Any:
+    a = n.MatMul(n.x, w(6, 12))
+    first = n.Mul(n.Slice(a, [0], [1], [1]), w(12))
+    return n.MatMul(n.ScatterElements(a, n.Expand(np.array(1), n.Shape(first)), first, axis=1), w(12, 4))
+
+
+@example(frozen="ScatterElements")
+def units_are_put_elsewhere(n: Net) -> Any:
+    a = n.MatMul(n.x, w(6, 12))
+    first = n.Slice(a, [0], [1], [2])
+    return n.MatMul(n.ScatterElements(a, n.Expand(np.array(1), n.Shape(first)), first, axis=2), w(12, 4))
+
+
+@example(frozen="ScatterElements")
+def some_units_are_put_elsewhere(n: Net) -> Any:
+    a = n.MatMul(n.x, w(6, 12))
+    part = n.Slice(a, [0, 0], [1, 5], [1, 2])
+    return n.MatMul(n.ScatterElements(a, n.Expand(np.array(1), n.Shape(part)), part, axis=1), w(12, 4))
+
+
 @example(frozen="Trilu")
 def a_triangle(n: Net) -> Any:
     return n.MatMul(n.Trilu(n.MatMul(n.x, w(6, 12))), w(12, 4))

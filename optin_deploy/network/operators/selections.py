@@ -183,6 +183,23 @@ def scatter_elements(node: Node, x: Tensor, indices: Tensor, updates: Tensor) ->
     return x.scatter_reduce(axis, indices, updates, how)
 
 
+def scattered_alike(flow: Flow) -> None:
+    """Flow of ScatterElements: its axis stays whole, with that of what is put there; entries of the others are put
+    into their own places, where all are."""
+    axes, indices, updates = (flow.axes(place) for place in range(3))
+    along = flow.node.get("axis", 0) % len(axes)
+    flow.freeze([axes[along], indices[along], updates[along]])
+    for position, three in enumerate(zip(axes, indices, updates, strict=True)):
+        if position == along:
+            continue
+        if len({axis.size for axis in three}) > 1:
+            flow.freeze(three)
+            continue
+        for axis in three[1:]:
+            flow.unify(three[0], axis)
+    flow.give(0, axes)
+
+
 def scatter_nd(node: Node, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """Put slices into a copy: slices are rows of a matrix, written by their numbers."""
     depth = indices.shape[-1]
@@ -277,7 +294,7 @@ ROWS = (
         picked_alike,
     ),
     Row("GatherND", gather_nd, gathered_nd),
-    Row("ScatterElements", scatter_elements, refuse("ScatterElements writes at places that only a run tells")),
+    Row("ScatterElements", scatter_elements, scattered_alike),
     Row("ScatterND", scatter_nd, scattered_nd),
     Row("TopK", top, topped, numbers=(1,)),
     Row("OneHot", one_hot, numbers_only, numbers=(1,)),
