@@ -141,6 +141,8 @@ def _tensors(output: Any, name: str) -> list[tuple[str, Tensor]]:
 
 
 def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.Model:
+    from optin_deploy.network.torch_slices import TRANSLATIONS
+
     with redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot export
         program = torch.onnx.export(
             traced,
@@ -150,6 +152,7 @@ def _by_dynamo(traced: Traced, inputs: Mapping[str, Tensor], axes: Axes) -> ir.M
             opset_version=OPSET,
             input_names=list(inputs),
             dynamic_shapes=(tuple(dict(axes.get(name, {})) for name in inputs),),
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     assert program is not None, "no file was asked for"

@@ -190,6 +190,43 @@ def test_encoders_of_torch_are_read_off_their_fast_path(capfd: pytest.CaptureFix
     assert capfd.readouterr().err == ""
 
 
+class Assigned(nn.Module):
+    """Writes into slices of a copy."""
+
+    def __init__(self, *places: Any) -> None:
+        super().__init__()
+        self.places = places
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for place in self.places:
+            out[place] = x[place] + 1
+        return out
+
+
+WHOLE = slice(None)
+
+
+@pytest.mark.parametrize(
+    ("places", "scattered"),
+    [
+        (((WHOLE, slice(1, None)), (WHOLE, WHOLE, slice(2, 5))), False),
+        (((WHOLE, slice(-3, -1), slice(None, 4)),), False),
+        (((..., slice(5, 99)), (WHOLE, slice(7, 9))), False),
+        (((WHOLE, WHOLE, slice(0, None, 2)),), True),
+        (((slice(1, None), slice(1, 2)),), False),
+    ],
+)
+def test_what_is_written_into_a_slice_is_joined_with_the_rest(places: Any, scattered: bool) -> None:
+    module = Assigned(*places)
+    network = read(module, {"x": torch.randn(3, 7, 6)})
+    assert ("ScatterND" in {node.op for node in network.nodes}) == scattered
+    for rows in (2, 5):
+        x = torch.randn(rows, 7, 6)
+        (found,) = outputs(ir.to_proto(network.model), {"x": x.numpy()})
+        assert np.array_equal(found, module(x).numpy())
+
+
 def test_where_the_new_exporter_fails_the_older_one_reads() -> None:
     module = Parts(branch=True)
     with pytest.raises(BadInput, match=r"torch\.export: "):

@@ -223,6 +223,34 @@ def test_channels_beside_the_mean_of_all_are_cut_and_the_mean_stays_that_of_all(
     torch.testing.assert_close(optin_deploy.load(pruned.save(tmp_path / "smaller"))(x=x)["output"], expected)
 
 
+class Shifted(nn.Module):
+    """Some channels come from the moment before, some from the one behind (TSM, Lin et al., ICCV 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).relu()
+        out = torch.zeros_like(x)
+        out[:, :-1, :8] = x[:, 1:, :8]
+        out[:, 1:, 8:16] = x[:, :-1, 8:16]
+        out[:, :, 16:] = x[:, :, 16:]
+        return self.down(out)
+
+
+def test_channels_that_are_written_into_slices_are_cut_in_each_slice() -> None:
+    module, x = made(Shifted), torch.randn(5, 7, 12)
+    layout = optin_deploy.inspect(module, x)
+    assert [group.units for group in layout.groups] == [8, 8, 16]
+    keep = {group.name: range(0, group.units, 2) for group in layout.groups}
+    masked = copy.deepcopy(module)
+    with torch.no_grad():
+        for tensor in (masked.up.weight, masked.up.bias):
+            tensor[1::2] = 0
+        torch.testing.assert_close(optin_deploy.cut(module, keep, x)(x=x)["output"], masked(x))
+
+
 class Recurrent(nn.Module):
     """Features for a recurrent layer."""
 
