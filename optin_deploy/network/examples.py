@@ -14,6 +14,8 @@ from optin_deploy.errors import BadInput
 
 BATCH, LENGTH, DECODER_LENGTH, SAMPLES = 2, 13, 11, 4000
 """Sizes of an example; none is 1, which torch would take for a constant."""
+IDS = 1000
+"""Ids of an example are below this."""
 IMAGE_SIZE, CHANNELS = 224, 3
 """Image size and channels if the config does not tell."""
 SERVED_SIZE = "inference_image_size"
@@ -39,13 +41,14 @@ def example_of(model: Any) -> Example:
     takes = inspect.signature(model.forward).parameters
     wanted = [name for name in _wanted(model) if name in takes]
     unknown = [name for name in wanted if name not in _ROWS]
+    give = "give example inputs by name, as in `read_module(model, {'name': tensor})`."
     if unknown or not wanted:
-        raise BadInput(
-            f"{type(model).__name__} takes {', '.join(unknown or takes)}: give example inputs by name, as in "
-            "`read_module(model, {'name': tensor})`."
-        )
+        raise BadInput(f"{type(model).__name__} takes {', '.join(unknown or takes)}: {give}")
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    made = {name: _ROWS[name].make(model) for name in wanted}
+    try:
+        made = {name: _ROWS[name].make(model) for name in wanted}
+    except AttributeError as err:  # each kind of config has entries of its own
+        raise BadInput(f"no {', '.join(wanted)} for {type(model).__name__} can be made up ({err}): {give}") from err
     inputs = {
         name: values.to(weight.device, weight.dtype if values.is_floating_point() else None)
         for name, values in made.items()
@@ -85,7 +88,8 @@ def _ids(model: Any, length: int) -> Tensor:
     """Random ids that mean nothing special, so that no row ends early."""
     config = model.config.get_text_config()
     special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
-    plain = [number for number in range(min(config.vocab_size, 1000)) if number not in special] or [0]
+    known = getattr(config, "vocab_size", IDS)  # none where characters are hashed
+    plain = [number for number in range(min(known, IDS)) if number not in special] or [0]
     generator = torch.Generator().manual_seed(0)
     return torch.tensor(plain)[torch.randint(len(plain), (BATCH, length), generator=generator)]
 
@@ -100,8 +104,10 @@ def built_for(config: Any) -> tuple[int, int]:
 
 
 def _image(model: Any) -> Tensor:
+    """An image, or as many as a model of videos takes."""
     height, width = getattr(model.config, SERVED_SIZE, None) or built_for(model.config)
-    return _normal(BATCH, _entry(model.config, "num_channels", CHANNELS), height, width)
+    frames = [model.config.num_frames] if hasattr(model.config, "num_frames") else []
+    return _normal(BATCH, *frames, _entry(model.config, "num_channels", CHANNELS), height, width)
 
 
 def _sound(model: Any) -> Tensor:

@@ -29,6 +29,8 @@ from optin_deploy.network.operators import rows
 OPSET, SCRIPT_OPSET = 20, 17
 """Operator sets of the two exporters: below 23, whose Attention node hides the products; 17 is the newest that
 TorchScript's exporter writes well."""
+PLAIN = {"attn": "eager", "experts": "batched_mm"}
+"""Implementations in transformers that an exporter can follow: others are kernels, or loops over what a run finds."""
 SWITCHES = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Entries of transformers' configs while a module is read."""
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
@@ -232,8 +234,9 @@ def prepared(module: nn.Module, *, plain: bool = True) -> Iterator[None]:
             entries = config.__dict__
             stack.callback(entries.update, {name: value for name, value in entries.items() if value is not config})
         module.eval()
-        if plain and callable(change := getattr(module, "set_attn_implementation", None)):
-            change("eager")
+        for kind, name in PLAIN.items() if plain else ():
+            if callable(change := getattr(module, f"set_{kind}_implementation", None)):
+                change(name)
         for config in _configs(module):
             config.__dict__.update({name: value for name, value in SWITCHES.items() if name in config.__dict__})
         yield
@@ -259,13 +262,15 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prints = torch._C._jit_is_onnx_log_enabled()
+        prints, switch = torch._C._jit_is_onnx_log_enabled(), torch._C._jit_set_onnx_log_enabled
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
-            torch._C._jit_set_onnx_log_enabled(False)  # it prints a graph that fails
+            switch(False)  # it prints a graph that fails
+            torch._C._jit_set_onnx_log_enabled = lambda enabled: None  # the older exporter always switches it on
             yield
         finally:
-            torch._C._jit_set_onnx_log_enabled(prints)
+            torch._C._jit_set_onnx_log_enabled = switch
+            switch(prints)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 
 from optin_deploy.network.axes import Axis
+from optin_deploy.network.graph import MOVING
 from optin_deploy.network.operators import factors_of
 from optin_deploy.network.operators.recurrent import RECURRENT
 from optin_deploy.structure.structure import Contraction, Number, Structure
@@ -133,6 +134,18 @@ def _given(structure: Structure) -> set[str]:
     return found
 
 
+def _experts(structure: Structure) -> set[str]:
+    """Values that are matrices of a stored stack, picked for each token: those of the experts that it is sent to."""
+    network, found = structure.network, set[str]()
+    for node in network.nodes:
+        picked = node.op in ("Gather", "GatherND") and node.inputs[0] in network.fixed
+        if (picked and len(structure.axes.get(node.inputs[0], ())) > 2) or (
+            node.op in MOVING and node.inputs[0] in found
+        ):
+            found.update(node.outputs)
+    return found
+
+
 def kinds(structure: Structure) -> dict[Axis, str]:
     """Labels of leaves, by where they stand in products of two activations, and whether convolutions read them."""
     network, fixed = structure.network, structure.network.fixed
@@ -150,7 +163,7 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         if kind == "heads":
             note_heads([leaf for leaf in axis.leaves() if leaf.size > 1])
         note(axis.leaves(), kind)
-    compared, joined, given = [], [], _given(structure)
+    compared, joined, given, weights = [], [], _given(structure), fixed | _experts(structure)
     for index, _ in structure.products:
         node = network.nodes[index]
         factors = [node.inputs[place] for place in factors_of(node)]
@@ -167,7 +180,7 @@ def kinds(structure: Structure) -> dict[Axis, str]:
         )
         both = [leaf for leaf in one if leaf in other]
         batch = [leaf for leaf in both if leaf in out and not leaf.frozen]
-        if not batch and fixed.intersection(factors):
+        if not batch and weights.intersection(factors):
             continue  # a projection, or one that learned positions take part in
         if not batch and given.intersection(factors):
             continue  # over the neighbours of a graph, which an input tells

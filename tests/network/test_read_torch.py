@@ -263,6 +263,16 @@ def test_a_module_that_cannot_be_traced_is_refused_with_both_reasons_and_is_as_b
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_graph_that_fails_is_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    class Counted(Parts):
+        def forward(self, x: Tensor, scale: Tensor) -> Any:
+            return torch.histc(self.first(x)) * scale
+
+    with pytest.raises(BadInput, match="histc"):
+        read(Counted(), INPUTS)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_model_is_as_before() -> None:
     model = built("GPT2", "Model", {"vocab_size": 97, "n_embd": 24, "n_layer": 1, "n_head": 3, "n_positions": 32})
     model.set_attn_implementation("sdpa")
@@ -286,6 +296,7 @@ def test_a_model_is_as_before() -> None:
 
 
 WORDS = {"input_ids": (2, 13), "attention_mask": (2, 13)}
+CHARACTERS = {**WORDS, "token_type_ids": (2, 13)}
 PARTS = {"vision_config": {**IMAGE, "projection_dim": 8}, "text_config": {**TEXT, "projection_dim": 8}}
 
 
@@ -300,6 +311,8 @@ PARTS = {"vision_config": {**IMAGE, "projection_dim": 8}, "text_config": {**TEXT
         (("ViT", "Model", {**IMAGE, "image_size": (32, 64)}), {"pixel_values": (2, 3, 32, 64)}),
         (("ViT", "Model", {**IMAGE, "num_channels": 1}), {"pixel_values": (2, 1, 32, 32)}),
         (("CLIP", "Model", PARTS), {**WORDS, "pixel_values": (2, 3, 32, 32)}),
+        (("Canine", "Model", {name: value for name, value in TEXT.items() if name != "vocab_size"}), CHARACTERS),
+        (("VideoMAE", "Model", {**IMAGE, "num_frames": 4}), {"pixel_values": (2, 4, 3, 32, 32)}),
         (
             ("ResNet", "Model", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}),
             {"pixel_values": (2, 3, 224, 224)},
@@ -321,6 +334,9 @@ def test_what_no_example_is_known_for_asks_for_inputs() -> None:
             return spikes
 
     with pytest.raises(BadInput, match="Odd takes spikes: give example inputs by name"):
+        read(Odd())
+    Odd.main_input_name, Odd.forward = "input_features", lambda self, input_features: input_features
+    with pytest.raises(BadInput, match=r"no input_features for Odd .*'num_mel_bins'.*: give example inputs by name"):
         read(Odd())
     with pytest.raises(BadInput, match="Parts is no transformers model: give example inputs"):
         read(Parts())

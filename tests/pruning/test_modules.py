@@ -309,6 +309,24 @@ def logits(model: Any, feeds: dict[str, Tensor]) -> Tensor:
         return model(**feeds)["logits"]
 
 
+def test_experts_lose_neurons_together() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.MixtralConfig(vocab_size=60, num_key_value_heads=2, num_local_experts=3, **sizes)
+    model = hf.MixtralForCausalLM(config).eval()
+    ids = {"input_ids": torch.randint(3, 60, (8, 9))}
+    pruned = optin_deploy.prune(model, [ids], flops=0.8, units=("neurons",), compensation=False, settings=QUICK)
+    ((name, units),) = pruned.plan.keep.items()
+    masked = copy.deepcopy(model)
+    gone = [unit for unit in range(24) if unit not in units]
+    with torch.no_grad():
+        masked.get_parameter("model.layers.0.mlp.experts.down_proj")[:, :, gone] = 0
+    assert name == "model.layers.0.mlp: neurons"
+    assert type(pruned.model) is type(model)
+    assert pruned.model.get_parameter("model.layers.0.mlp.experts.down_proj").shape == (3, 16, len(units))
+    torch.testing.assert_close(logits(pruned.model, ids), logits(masked, ids))
+
+
 @pytest.mark.usefixtures("quickly_read")
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "vit", "deit", "gpt2", "llama"])
 def test_a_model_of_transformers_comes_back_as_its_class(name: str, tmp_path: Path) -> None:
