@@ -257,7 +257,7 @@ def _configs(module: nn.Module) -> Sequence[Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """The exporters' notes of progress and deprecation are not for our users."""
-    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "transformers")
+    names = ("torch.onnx", "torch.export", "torch.fx", "torch._subclasses", "onnxscript", "onnx_ir", "transformers")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
