@@ -58,7 +58,7 @@ class Encoder:
 
 MINILM = Encoder("all-MiniLM-L6-v2, 1,000 headlines for their articles", lambda _: minilm_folder(), rows.searches)
 MPNET = Encoder(
-    "all-mpnet-base-v2 by 256 articles, 500 headlines for their articles",
+    "all-mpnet-base-v2 by 256 texts, 500 headlines for their articles",
     lambda _: mpnet(),
     partial(rows.searches, queries=500),
     samples=256,
@@ -70,8 +70,9 @@ ENCODERS = {
     "mpnet": MPNET,
     "mpnet-narrow": replace(
         MPNET,
-        what="all-mpnet-base-v2 with narrower heads by 768 articles, the same headlines",
-        samples=768,
+        what="all-mpnet-base-v2 with narrower heads by 1,024 texts, 1,000 headlines for their articles",
+        rows=rows.searches,
+        samples=1024,
         seeds=(0,),
         units=NARROWER,
     ),
