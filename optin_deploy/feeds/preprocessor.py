@@ -100,8 +100,9 @@ def load_preprocessor(folder: Path, model: nn.Module) -> Any:
         kind, built = "preprocessor_config.json", _image_processor
     else:
         settings = check_settings(folder, TEXT_SETTINGS)
-        for name in (*TEXT_VOCABULARIES, *(path.name for path in folder.glob("*.model"))):
-            support_file(folder, name)
+        vocabularies = (*TEXT_VOCABULARIES, *(path.name for path in folder.glob("*.model")))
+        if not settings and not any([support_file(folder, name) for name in vocabularies]):
+            raise BadInput(f"{folder} has no tokenizer: save it beside the weights, as tokenizer.json or vocab.txt.")
         kind, built = "tokenizer (tokenizer.json or vocab.txt)", _tokenizer
 
     def step() -> str:

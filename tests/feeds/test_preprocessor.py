@@ -268,6 +268,14 @@ def test_a_tokenizer_of_sentencepiece_says_how_to_convert_it(tmp_path: Path) -> 
         load_dense(str(folder))
 
 
+def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    folder = model_with(tmp_path / "model")
+    for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens*")):
+        path.unlink()
+    with pytest.raises(BadInput, match="model has no tokenizer: save it beside the weights, as tokenizer.json or voca"):
+        load_dense(str(folder))
+
+
 def test_a_panic_of_the_tokenizers_package_is_bad_input() -> None:
     class PanicException(BaseException):
         """As pyo3's own, which is no Exception."""
