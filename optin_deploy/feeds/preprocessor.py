@@ -100,8 +100,9 @@ def load_preprocessor(folder: Path, model: nn.Module) -> Any:
         kind, built = "preprocessor_config.json", _image_processor
     else:
         settings = check_settings(folder, TEXT_SETTINGS)
-        vocabularies = (*TEXT_VOCABULARIES, *(path.name for path in folder.glob("*.model")))
-        if not settings and not any([support_file(folder, name) for name in vocabularies]):
+        names = (*TEXT_VOCABULARIES, *(path.name for path in folder.glob("*.model")))
+        vocabularies = [support_file(folder, name) for name in names]
+        if not settings and not any(vocabularies):
             raise BadInput(f"{folder} has no tokenizer: save it beside the weights, as tokenizer.json or vocab.txt.")
         kind, built = "tokenizer (tokenizer.json or vocab.txt)", _tokenizer
 
