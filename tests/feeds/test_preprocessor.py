@@ -273,7 +273,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens*")):
         path.unlink()
     with pytest.raises(
-        BadInput, match=r"model has no tokenizer: save it beside the weights, as tokenizer\.json or voc"
+        BadInput, match="model has no tokenizer: save it beside the weights"
     ):
         load_dense(str(folder))
 
