@@ -138,10 +138,9 @@ def _experts(structure: Structure) -> set[str]:
     """Values that are matrices of a stored stack, picked for each token: those of the experts that it is sent to."""
     network, found = structure.network, set[str]()
     for node in network.nodes:
-        picked = node.op in ("Gather", "GatherND") and node.inputs[0] in network.fixed
-        if (picked and len(structure.axes.get(node.inputs[0], ())) > 2) or (
-            node.op in MOVING and node.inputs[0] in found
-        ):
+        read = next(iter(node.inputs), "")  # damaged files hold nodes that read nothing
+        picked = node.op in ("Gather", "GatherND") and read in network.fixed
+        if (picked and len(structure.axes.get(read, ())) > 2) or (node.op in MOVING and read in found):
             found.update(node.outputs)
     return found
 
