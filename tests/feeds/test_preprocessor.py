@@ -272,9 +272,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     folder = model_with(tmp_path / "model")
     for path in (*folder.glob("tokenizer*"), *folder.glob("special_tokens*")):
         path.unlink()
-    with pytest.raises(
-        BadInput, match="model has no tokenizer: save it beside the weights"
-    ):
+    with pytest.raises(BadInput, match="model has no tokenizer: save it beside the weights"):
         load_dense(str(folder))
 
 
