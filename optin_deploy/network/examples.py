@@ -106,8 +106,8 @@ def built_for(config: Any) -> tuple[int, int]:
 def _image(model: Any) -> Tensor:
     """An image, or as many as a model of videos takes."""
     height, width = getattr(model.config, SERVED_SIZE, None) or built_for(model.config)
-    frames = [model.config.num_frames] if hasattr(model.config, "num_frames") else []
-    return _normal(BATCH, *frames, _entry(model.config, "num_channels", CHANNELS), height, width)
+    frames = getattr(model.config, "num_frames", None)
+    return _normal(BATCH, *([frames] if frames else []), _entry(model.config, "num_channels", CHANNELS), height, width)
 
 
 def _sound(model: Any) -> Tensor:

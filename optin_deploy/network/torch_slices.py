@@ -10,6 +10,8 @@ import torch
 from onnxscript import opset20 as op
 from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 
+from optin_deploy.network.operators.selections import bounds
+
 END = 2**63 - 1
 """Bound of a slice that reaches to the end."""
 
@@ -21,7 +23,7 @@ def slice_scatter(
     size = x.shape[dim]
     first, last = (0 if start is None else start), (END if end is None else end)
     if isinstance(size, int) and isinstance(first, int) and isinstance(last, int):
-        first, last = (min(at + size if at < 0 else at, size) for at in (first, last))
+        first, last = bounds(first, size), bounds(last, size)
         last = END if last == size else last
     if not (isinstance(first, int) and isinstance(last, int) and step == 1 and 0 <= first <= last):
         return aten_slice_scatter(x, new, dim, start, end, step)

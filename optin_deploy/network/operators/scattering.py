@@ -27,15 +27,12 @@ def scattered_alike(flow: Flow) -> None:
     into their own places, where all are."""
     axes, indices, updates = (flow.axes(place) for place in range(3))
     along = flow.node.get("axis", 0) % len(axes)
-    flow.freeze([axes[along], indices[along], updates[along]])
     for position, three in enumerate(zip(axes, indices, updates, strict=True)):
-        if position == along:
-            continue
-        if len({axis.size for axis in three}) > 1:
+        if position == along or len({axis.size for axis in three}) > 1:
             flow.freeze(three)
-            continue
-        for axis in three[1:]:
-            flow.unify(three[0], axis)
+        else:
+            flow.unify(three[0], three[1])
+            flow.unify(three[0], three[2])
     flow.give(0, axes)
 
 
