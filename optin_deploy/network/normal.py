@@ -15,11 +15,11 @@ from onnx_ir.passes.common import (
 
 from optin_deploy.errors import BadInput
 from optin_deploy.files.opening import short
+from optin_deploy.network.computed_once import compute_once
 from optin_deploy.network.maps import convolve_means
 from optin_deploy.network.operators.reductions import sums_statistics
 from optin_deploy.network.pairwise import pairwise_einsums
 from optin_deploy.network.sequences import replace_sequences
-from optin_deploy.network.standardised import compute_standardised
 from optin_deploy.network.tensors import stored_in
 
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, NotImplementedError, AssertionError)
@@ -44,7 +44,7 @@ def normalise(model: ir.Model, source: str) -> None:
         convolve_means(model.graph)
         RemoveInitializersFromInputsPass()(model)
         NameFixPass()(model)
-        compute_standardised(model)
+        compute_once(model)
     except FOREIGN as err:
         waiting = _waiting(model)
         why = f"node {waiting} waits for its own output" if waiting else reason(err)

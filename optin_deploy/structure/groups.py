@@ -145,6 +145,18 @@ def _experts(structure: Structure) -> set[str]:
     return found
 
 
+def _read_alike(structure: Structure, factors: Sequence[str], out: str) -> list[Axis]:
+    """Leaves along which many matrices are multiplied with one and the same: queries' heads that share keys."""
+    one, other, result = (structure.axes[name] for name in (*factors, out))
+    return [
+        leaf
+        for place in range(3, 1 + min(len(one), len(other), len(result)))
+        if min(one[-place].size, other[-place].size) == 1 < result[-place].size
+        for leaf in result[-place].leaves()
+        if not leaf.frozen
+    ]
+
+
 def kinds(structure: Structure) -> dict[Axis, str]:
     """Labels of leaves, by where they stand in products of two activations, and whether convolutions read them."""
     network, fixed = structure.network, structure.network.fixed
@@ -183,7 +195,7 @@ def kinds(structure: Structure) -> dict[Axis, str]:
             continue  # a projection, or one that learned positions take part in
         if not batch and given.intersection(factors):
             continue  # over the neighbours of a graph, which an input tells
-        note_heads(batch)
+        note_heads(batch or _read_alike(structure, factors, node.outputs[0]))
         compared += [leaf for leaf in both if leaf not in out]
         joined += [leaf for leaf in other if leaf not in one and leaf in out]
     note(compared, "qk-width")

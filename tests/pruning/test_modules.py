@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import optin_deploy
 from benchmarks.zoo.families import FAMILIES
 from benchmarks.zoo.family import scatter
+from optin_deploy.cutting.graph import cut
 from optin_deploy.errors import BadInput, PlanMismatch
 from optin_deploy.feeds.feeds import feeds_of
 from optin_deploy.network.module import NetworkModule
@@ -28,6 +29,7 @@ from optin_deploy.planning.magnitude import magnitudes
 from optin_deploy.planning.widths import best
 from optin_deploy.pruning import modules
 from optin_deploy.pruning.modules import PrunedModel
+from optin_deploy.pruning.networks import find_in
 from optin_deploy.scoring.settings import ScoreSettings
 from support.tiny_networks import VOCABULARY, Image, Text, made
 
@@ -325,6 +327,43 @@ def test_experts_lose_neurons_together() -> None:
     assert type(pruned.model) is type(model)
     assert pruned.model.get_parameter("model.layers.0.mlp.experts.down_proj").shape == (3, 16, len(units))
     torch.testing.assert_close(logits(pruned.model, ids), logits(masked, ids))
+
+
+SIZES = {"vocab_size": 60, "initializer_range": 0.3}
+FALCON = {**SIZES, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+"""Falcons; initial weights are larger than usual, so that heads differ."""
+BY_DISTANCE = [
+    pytest.param(hf.BloomConfig(hidden_size=24, n_layer=2, n_head=6, **SIZES), "h.{}.self_attention.dense", id="Bloom"),
+    pytest.param(hf.MptConfig(d_model=24, n_layers=2, n_heads=4, **SIZES), "blocks.{}.attn.out_proj", id="MPT"),
+    pytest.param(
+        hf.FalconConfig(multi_query=False, alibi=True, **FALCON), "h.{}.self_attention.dense", id="Falcon by distance"
+    ),
+    pytest.param(hf.FalconConfig(**FALCON), "h.{}.self_attention.dense", id="Falcon of one key"),
+]
+
+
+@pytest.mark.parametrize(("config", "behind"), BY_DISTANCE)
+def test_heads_go_with_their_slopes_and_leave_shared_keys(config: Any, behind: str) -> None:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    feeds = {"input_ids": torch.randint(3, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    feeds["attention_mask"][1, 6:] = 0
+    layout = find_in(model).layout
+    heads = [group for group in layout.groups if group.kind == "heads"]
+    assert [group.units for group in heads] == 2 * [config.num_attention_heads]
+    keep = {group.name: [n, config.num_attention_heads - 1] for n, group in enumerate(heads)}
+    with torch.no_grad():
+        dense = model(**feeds).logits
+        smaller = Program(cut(layout, keep))(feeds).outputs["logits"]
+        for n, kept in enumerate(keep.values()):
+            alive = torch.zeros(config.num_attention_heads, 1)
+            alive[kept] = 1
+            weight = model.get_parameter(f"transformer.{behind.format(n)}.weight")
+            weight.mul_(alive.expand(-1, weight.shape[1] // len(alive)).reshape(-1))
+        masked = model(**feeds).logits
+    seen = feeds["attention_mask"].bool()
+    assert float((dense - masked)[seen].abs().max()) > 0.1
+    torch.testing.assert_close(smaller[seen], masked[seen])
 
 
 @pytest.mark.usefixtures("quickly_read")

@@ -126,9 +126,20 @@ def gather(node: Node, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def gathered(flow: Flow) -> None:
-    """Flow of Gather: the axis that is picked from stays whole, the axes of the indices take its place."""
+    """Flow of Gather: the axis that is picked from stays whole, the axes of the indices take its place.
+
+    By a list of one known place it is a Slice of one entry.
+    """
     axes = flow.axes(0)
     along = flow.node.get("axis", 0) % len(axes)
+    known = flow.known(1) if flow.shape(1) == (1,) else None
+    if known is not None and axes[along].size > 1:
+        at = int(known[0]) % axes[along].size
+        before, entry, behind = (flow.fresh(size) for size in (at, 1, axes[along].size - at - 1))
+        flow.unify(axes[along], flow.total([before, entry, behind]))
+        flow.number(1, 0, before, exact=False, because=axes[along])
+        flow.give(0, [*axes[:along], entry, *axes[along + 1 :]])
+        return
     flow.freeze([axes[along], *flow.axes(1)])
     flow.give(0, [*axes[:along], *flow.axes(1), *axes[along + 1 :]])
 

@@ -1,7 +1,10 @@
-"""Weights that are standardised while a network runs, by a BatchNorm over nothing but weights, are computed once.
+"""What a network makes of nothing but its weights, whenever it runs, is computed once where a cut must know it.
 
-The mean and variance of an output channel's weights are those of all its inputs, whatever is cut later. Such networks
-store their convolutions so: BiT (Kolesnikov et al., ECCV 2020), NFNet (Brock et al., ICML 2021).
+Weights that a BatchNorm standardises: the mean and variance of an output channel's weights are those of all its inputs,
+whatever is cut later. Such networks store their convolutions so: BiT (Kolesnikov et al., ECCV 2020), NFNet (Brock et
+al., ICML 2021).
+
+Numbers that are counted, such as those of heads, from which their slopes follow (ALiBi, Press et al., ICLR 2022).
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ from optin_deploy.network.tensors import stored_in, torch_tensor
 
 FAILURES = (RuntimeError, LookupError, TypeError, ValueError)
 """What rows raise that cannot compute a node, `Unsupported` too."""
-NAME = "standardised_"
-"""What stands before the name of the weight that it was made of."""
+STARTS = {"BatchNormalization": "standardised_", "Range": "counted_"}
+"""Operators with whose result it begins, and what stands before the name of the weight that it was made of."""
 
 
-def compute_standardised(model: ir.Model) -> None:
-    """Put weights in place of what normalises weights, and of what follows from that alone, in place."""
+def compute_once(model: ir.Model) -> None:
+    """Put weights in place of what starts so, and of what follows from that alone and is as large, in place."""
     graph, taken = model.graph, {value.name for value in model.graph.initializers.values()}
     fixed = _fixed(graph)
-    norms = [node for node in graph if node.op_type == "BatchNormalization" and node.outputs[0] in fixed]
+    starts = [node for node in graph if node.op_type in STARTS and node.outputs[0] in fixed]
     values = _Values(graph.opset_imports or model.opset_imports)
-    for norm in norms:
-        value, source = norm.outputs[0], norm.inputs[0]
+    for start in starts:
+        value, source = start.outputs[0], start.inputs[0]
         while source is not None and (maker := source.producer()) is not None:
             source = maker.inputs[0]
         try:
@@ -41,13 +44,13 @@ def compute_standardised(model: ir.Model) -> None:
         except FAILURES:
             continue  # a run will say why
         *path, last = ((source or value).name or "").split(".")
-        name = ".".join([*path, NAME + last])
+        name = ".".join([*path, STARTS[start.op_type] + last])
         while name in taken:
             name += "_"
         taken.add(name)
         held = ir.tensor_adapters.TorchTensor(tensor.contiguous(), name)
         ir.convenience.replace_all_uses_with(value, stored_in(graph, held, name), replace_graph_outputs=False)
-    if norms:
+    if starts:
         RemoveUnusedNodesPass()(model)
 
 
