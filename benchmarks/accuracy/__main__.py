@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx
 
 from benchmarks.accuracy.case import OUTPUT, Case
-from benchmarks.accuracy.methods import METHODS, ON_DEMAND, ONE_SEED, Method, fits
+from benchmarks.accuracy.methods import ABLATIONS, METHODS, ONE_SEED, Method, fits
 from benchmarks.accuracy.outputs import outputs_of
 from benchmarks.accuracy.report import DENSE, Cell, Found, draw, page
 from benchmarks.record import RESULTS, command_of, write_result
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--glue", choices=list(GLUE), help="a task of GLUE instead, for the classifier of --model")
     parser.add_argument("--model", help="with --glue: folder or hub id")
     parser.add_argument("--data", type=Path, help="with --glue: folder with its files. Default: from the hub")
-    usual = [method for method in METHODS if method not in ON_DEMAND]
+    usual = [method for method in METHODS if method not in ABLATIONS]
     parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--flops", type=float, nargs="+", default=[0.6, 0.4, 0.25])
     parser.add_argument("--units", nargs="+", default=DEFAULT_KINDS, choices=KINDS, help="what ours cuts")

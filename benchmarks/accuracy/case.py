@@ -187,11 +187,6 @@ class Case:
 
         Args: tokens: merge them too, or drop those of a text.
         """
-        name = f"{allocation} at {flops:g}" + (" with tokens" if tokens else "")
-        return self.shared(name, partial(self._product, flops, allocation, tokens))
-
-    def _product(self, flops: float, allocation: str, tokens: bool) -> Network:
-        """See `product`, which makes it once."""
         how = Choice(kinds=self.kinds, align=exporter(ENGINE).align, allocation=allocation)
         choice = aligned(self.ready.layout, how, None)
         if tokens:

@@ -21,11 +21,7 @@ from optin_deploy.network.graph import Network
 from optin_deploy.planning.widths import Choice
 from optin_deploy.pruning.tokens import schedules
 from optin_deploy.structure.tokens import TokenStream, most_merged
-from optin_deploy.tuning.label_free import tune
-from optin_deploy.tuning.settings import LabelFree
 
-TUNING = LabelFree(minutes=600, steps=900)
-"""The product's rate and batches; so many steps, that results do not depend on the machine's speed."""
 TAU = 0.775
 """Part of the savings that tokens bring: the paper names 70 to 85%."""
 Method = Callable[[Case, float], Network | onnx.ModelProto]
@@ -42,11 +38,6 @@ def ours(case: Case, flops: float) -> Network:
 def ours_with_tokens(case: Case, flops: float) -> Network:
     """The same, and tokens merged under the same budget, those of texts dropped."""
     return case.product(flops, "curves", tokens=True)
-
-
-def ours_tuned(case: Case, flops: float) -> Network:
-    """The same, tuned towards the dense outputs on the calibration rows, of which no label is looked at."""
-    return tune(case.ready, ours_with_tokens(case, flops), TUNING)[0]
 
 
 def tokens_alone(case: Case, flops: float) -> Network:
@@ -139,7 +130,6 @@ def onnxsim(case: Case, flops: float) -> onnx.ModelProto:
 METHODS: dict[str, Method] = {
     "ours": ours,
     "ours, tokens": ours_with_tokens,
-    "ours, tokens, tuned": ours_tuned,
     "ours, tokens alone": tokens_alone,
     "ours, uniform": ours_uniform,
     "onnxsim": onnxsim,
@@ -176,8 +166,8 @@ OF_CONVOLUTIONS = ("ours", "ours, uniform", "onnxsim", "OPTIN", *OWN_PRUNER)
 """Methods for convolutional networks."""
 ONE_SEED = ("onnxsim",)
 """Methods that get the first calibration seed only: they take minutes a cell."""
-ON_DEMAND = ("ours, tokens, tuned", "Fisher + ours", "random + ours")
-"""What tuning without labels gives back, and what the score alone is worth."""
+ABLATIONS = ("Fisher + ours", "random + ours")
+"""What the score alone is worth; only on demand."""
 
 
 def fits(method: str, task: Task) -> bool:

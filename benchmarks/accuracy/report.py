@@ -51,10 +51,11 @@ def page(found: Found, refused: Mapping[Cell, str] | None = None) -> str:
     rows = ", ".join(f"{task} {len(cell['rows']):,} ({cell['calibration_rows']:,})" for task, cell in sizes.items())
     seeds = len({seed for _, seed, *_ in found} - {-1})
     spent = [c["stages"] for (_, _, m, _), c in found.items() if m == OURS]
-    named = ("scores", "token weights", "curves")
-    stages = {stage: [x[stage] / x["forward"] for x in spent if stage in x] for stage in named}
-    stages["own"] = [sum(s for stage, s in x.items() if stage not in ("forward", *named)) / x["forward"] for x in spent]
-    told_stages = ", ".join(f"{stage} {statistics.mean(some):.0f}" for stage, some in stages.items() if some)
+    stages = [
+        f"{stage} {statistics.mean(x[stage] / x['forward'] for x in spent):.0f}"
+        for stage in ("scores", "token weights", "curves", "own")
+        if spent and all(stage in x for x in spent)
+    ]
     return (
         "# Accuracy without retraining\n\nAccuracy on test rows (stsb: Spearman's correlation) in percent at shares of "
         f"the dense MACs: mean and standard deviation over {seeds} calibration seeds (fewer where it says so). Drop: "
@@ -62,7 +63,7 @@ def page(found: Found, refused: Mapping[Cell, str] | None = None) -> str:
         f"calibration rows. Dense: {told}. Test (calibration) rows: {rows}.\n\n"
         f"{to_table(header, lines)}\n\n"
         + "\n".join([*_paired(found, tasks, budgets), *_gone(lost, budgets)])
-        + (f"\n\nOurs in dense forwards: {told_stages} (compensation, cut, proof)." if told_stages else "")
+        + (f"\n\nOurs in dense forwards: {', '.join(stages)} (compensation, cut, proof)." if stages else "")
         + (_of_rival(tasks) if "onnxsim" in methods else "")
         + "".join(f"\n\n{method} on {task} at {f:g}: {why}" for (task, _, method, f), why in _first(refused or {}))
     )

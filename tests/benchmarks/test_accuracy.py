@@ -27,7 +27,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from benchmarks.accuracy import __main__ as module
 from benchmarks.accuracy import case as case_module
-from benchmarks.accuracy import methods, rival
+from benchmarks.accuracy import rival
 from benchmarks.accuracy.__main__ import cells, made_case
 from benchmarks.accuracy.case import OUTPUT, Case
 from benchmarks.accuracy.methods import METHODS, OF_CONVOLUTIONS, OF_IMAGES, OWN_PRUNER, every_block, fits, importance
@@ -48,16 +48,14 @@ from optin_deploy.network.read import read
 from optin_deploy.network.run import Program
 from optin_deploy.pruning.networks import find_in
 from optin_deploy.structure.find import find
-from optin_deploy.tuning.settings import LabelFree
 from support.tiny_checkpoint import SEQ_LEN, classifier, labelled, one_thread, photos, vit
 
 FLOPS = 0.5
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_and_a_short_tuning() -> Iterator[None]:
-    with one_thread(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(methods, "TUNING", LabelFree(minutes=1, steps=20))
+def _one_thread() -> Iterator[None]:
+    with one_thread():
         yield
 
 
