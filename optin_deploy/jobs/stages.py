@@ -35,6 +35,7 @@ from optin_deploy.pruning.stored import mark
 from optin_deploy.scoring.parts import FolderStore, Worker
 from optin_deploy.scoring.settings import ScoreSettings
 from optin_deploy.structure.find import find
+from optin_deploy.tuning.label_free import without_held_out
 from optin_deploy.tuning.settings import LabelFree
 
 log = logging.getLogger(__name__)
@@ -154,12 +155,14 @@ def rewrite_stage(
 ) -> StoredCut:
     """Write model.onnx from the stored plan, and model/ where a transformers class holds it.
 
-    Args: tuning: how the network is tuned afterwards; a finished one that was tuned so is taken as it is.
+    Args: tuning: how the network is tuned afterwards, with rows that teach no repair; a finished one that was tuned so
+    is taken as it is.
     """
     workspace.check_untuned()
     plan, ready = workspace.read_plan(), prepared.ready
     check_plan(ready, plan)
-    key, path = sha256_json([prepared.key, plan.hash, compensation]), workspace.root / PRUNED
+    held_out = compensation and tuning is not None
+    key, path = sha256_json([prepared.key, plan.hash, compensation, held_out]), workspace.root / PRUNED
     dense_stage(workspace, prepared)
     known = finished(path)
     about = {} if known is None else json.loads(known.said.get(ABOUT, "{}"))
@@ -168,7 +171,8 @@ def rewrite_stage(
         return StoredCut(network=read_file(path), plan=plan, reused=True, **about)
     if about.get("tuned") and tuning is None:
         log.warning("%s was tuned, which this undoes; `optin-export MODEL --tune minutes=5` tunes again", path)
-    made = make(ready, plan, compensation=compensation, progress=progress)
+    taught_by = without_held_out(ready) if held_out else ready
+    made = make(taught_by, plan, compensation=compensation, progress=progress)
     for name in MADE_FROM_MODEL:  # of an earlier plan: nothing may be measured or shipped beside the wrong model
         workspace.record.remove(name)
     skipped = () if made.compensation is None else made.compensation.skipped

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from optin_deploy.common.progress import Progress, silent
 from optin_deploy.cutting.tokens import merged
 from optin_deploy.errors import BadInput
 from optin_deploy.feeds.feeds import Halves
 from optin_deploy.feeds.ports import takes
-from optin_deploy.feeds.rows import Feeds
+from optin_deploy.feeds.rows import Feeds, rows_of
 from optin_deploy.files.storage import sha256_json
 from optin_deploy.network.axes import Axis
 from optin_deploy.network.graph import Network
@@ -145,6 +148,18 @@ class Ready:
         batches = self.rows.calibration.batches
         make = partial(token_weights, self.subject, batches, seed=self.seed, progress=progress)
         return self.kept("token weights", make)
+
+    def some(self, marks: Tensor, *, weighted: bool = True) -> Ready:
+        """The same network with the marked calibration rows, (rows,) of bool.
+
+        Args: weighted: their tokens count what they do among all rows, where it is measured once.
+        """
+        rows = self.rows.calibration
+        part = replace(self, rows=replace(self.rows, calibration=rows.kept(marks.tolist())))
+        weights = self.token_weights() if weighted else None
+        sizes = [rows_of(batch) for batch in rows.batches]
+        part.know_token_weights(None if weights is None else weights.chosen(torch.split(marks, sizes)))
+        return part
 
     def know_token_weights(self, weights: TokenWeights | None) -> None:
         """Take what calibration tokens count from elsewhere."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from optin_deploy.network.run import Program
 from optin_deploy.planning.plan import NetworkPlan
 from optin_deploy.pruning.pruning import make
 from optin_deploy.pruning.ready import Ready
-from optin_deploy.quality.held_out import joined, judged_samples, samples_of
+from optin_deploy.quality.held_out import joined, judged_samples
 from optin_deploy.scoring.losses import Readout, output_distance
 from optin_deploy.scoring.subject import Subject, read_tokens
 
@@ -29,21 +28,16 @@ def unseen_error(ready: Ready, plan: NetworkPlan, *, compensation: bool = True, 
     Every fourth calibration sample, at most 128 of them, judge what others fitted, at most `MOST_FITTED` of them.
     Raises: BadInput: too few samples. NotProven: our fault.
     """
-    batches = ready.rows.calibration.batches
-    rest = _fitting(judged_samples(batches))
-    fitting = tuple(samples_of(batch, mark) for batch, mark in zip(batches, rest, strict=True) if mark.any())
-    weights = ready.token_weights() if compensation else None
-    rows = replace(ready.rows.calibration, batches=fitting, labels=(None,) * sum(map(rows_of, fitting)))
-    part = replace(ready, rows=replace(ready.rows, calibration=rows))
-    part.know_token_weights(None if weights is None else weights.chosen(rest))
+    fitting = _fitting(judged_samples(ready.rows.calibration.batches))
+    part = ready.some(fitting, weighted=compensation)
     return error_of(ready, make(part, plan, compensation=compensation, progress=progress).network)
 
 
-def _fitting(judging: Sequence[Tensor]) -> list[Tensor]:
-    """Which samples fit, (rows,) a batch: of those that do not judge some that are spread over all lengths."""
+def _fitting(judging: Sequence[Tensor]) -> Tensor:
+    """Which samples fit, (rows,): of those that do not judge some that are spread over all lengths."""
     rest = ~torch.cat(list(judging))
     every = max(1, -(-int(rest.sum()) // MOST_FITTED))
-    return list(torch.split(rest & (rest.cumsum(0) % every == 0), [len(mark) for mark in judging]))
+    return rest & (rest.cumsum(0) % every == 0)
 
 
 def error_of(ready: Ready, smaller: Network) -> float:

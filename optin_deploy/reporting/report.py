@@ -68,10 +68,12 @@ def quality_lines(report: Report) -> list[str]:
 
 def tuned_lines(tuned: Mapping[str, Any]) -> list[str]:
     """What tuning without labels did, and the quality before it. Args: tuned: see `Report.tuned`."""
-    fell = f"from {tuned['before']:.3g} to {tuned['after']:.3g}"
+    fell = f"went from {tuned['before']:.3g} to {tuned['after']:.3g}"
+    if tuned["after"] == tuned["before"]:
+        fell = f"stays at {tuned['before']:.3g}: what came nearer may be chance, and is not kept"
     return [
         f"Tuned without labels for {tuned['seconds'] / 60:.1f} min: {tuned['steps']:,} steps on {tuned['rows']:,} "
-        f"calibration rows; on {tuned['held_out']:,} others the distance to the dense outputs went {fell}.",
+        f"calibration rows; on {tuned['held_out']:,} others the distance to the dense outputs {fell}.",
         f"Before the tuning: {_lines_of(Quality(**tuned['quality_before']))[0]}",
     ]
 

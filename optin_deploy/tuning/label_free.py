@@ -1,6 +1,7 @@
 """Tune a cut network towards the dense one's outputs on rows without labels, for some minutes; what was killed goes on.
 
-Some rows are held out: the weights that came nearest to the dense outputs on them are kept.
+Some rows are held out, also from the repairs, as nearly every step comes nearer on rows that taught those. The weights
+that came nearest to the dense outputs on them are kept, unless that may be chance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.common.progress import Progress, silent
+from optin_deploy.errors import BadInput
 from optin_deploy.feeds.ports import takes
 from optin_deploy.feeds.rows import Batch, Batching, Feeds, grouped, rows_of
 from optin_deploy.files.storage import read_tensors, write_tensors
@@ -24,12 +26,19 @@ from optin_deploy.network.learned import learned
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.weights import with_weights
 from optin_deploy.pruning.ready import Ready
-from optin_deploy.quality.held_out import judged_samples
 from optin_deploy.scoring.subject import read_tokens
 from optin_deploy.tuning.settings import LabelFree
 from optin_deploy.tuning.student import check_trainable, distance
 
 log = logging.getLogger(__name__)
+HELD_OUT_EVERY = 8
+"""Every eighth calibration row is held out, of a large set fewer."""
+MOST_HELD_OUT = 512
+"""Rows that are held out."""
+JUDGED = 4
+"""Batches of the held-out rows are so much smaller than those of a step: their differences tell what is chance."""
+CERTAIN = 2.0
+"""Standard errors that the nearest weights must be nearer by."""
 LOOKS = 20
 """Times that the held-out rows are looked at, and the state is kept, in the course of a tuning."""
 PATIENCE = 10
@@ -56,7 +65,7 @@ class LabelFreeRecord:
     before: float
     """Distance to the dense outputs on the held-out rows, of the cut network."""
     after: float
-    """Distance of the weights that are kept: those of the beginning where none came nearer."""
+    """Distance of the weights that are kept: those of the beginning where none came nearer for certain."""
 
 
 def check(ready: Ready, settings: LabelFree) -> None:
@@ -86,22 +95,47 @@ def tune(
         tuning.until_next_look(progress)
         if state is not None and not tuning.ended:
             write_tensors(state, tuning.known())
-    record = LabelFreeRecord(
-        tuning.step, round(tuning.seconds, 1), len(learning), len(judging), tuning.distances[0], min(tuning.distances)
-    )
-    return with_weights(smaller, tuning.nearest), record
+    before, after, better = tuning.distances[0], min(tuning.distances), tuning.better
+    if not better:
+        log.warning(
+            "the tuning came no nearer for certain (%.4g to %.4g on %d held-out rows): the weights stay as they were. "
+            "More calibration rows help, or fewer steps",
+            *(before, after, len(judging)),
+        )
+    rows = len(learning), len(judging)
+    record = LabelFreeRecord(tuning.step, round(tuning.seconds, 1), *rows, before, after if better else before)
+    return (with_weights(smaller, tuning.nearest) if better else smaller), record
+
+
+def without_held_out(ready: Ready) -> Ready:
+    """The same network with the calibration rows that a tuning learns from, by which it is repaired before."""
+    return ready.some(~_held_out(ready.rows.calibration))
+
+
+def _held_out(rows: Feeds) -> Tensor:
+    """Which rows are held out, (rows,); they are spread over all lengths.
+
+    Raises: BadInput: too few rows.
+    """
+    if len(rows) < HELD_OUT_EVERY:
+        raise BadInput(
+            f"{len(rows)} calibration samples are too few to tune with: give at least {HELD_OUT_EVERY} (--samples), or "
+            "leave --tune out."
+        )
+    every = max(HELD_OUT_EVERY, -(-len(rows) // MOST_HELD_OUT))
+    return torch.arange(len(rows)) % every == every - 1
 
 
 def _divided(ready: Ready, smaller: Network, batch_size: int) -> tuple[Feeds, Feeds]:
     """Calibration rows that are learned from, and those that are held out, in batches of rows of one shape."""
     rows, exact = ready.rows.calibration, takes(smaller).rows
-    marks = torch.cat(judged_samples(rows.batches))
+    marks = _held_out(rows)
 
-    def part(some: Tensor) -> Feeds:
+    def part(some: Tensor, size: int) -> Feeds:
         kept = rows.kept(some.tolist())
-        return grouped(kept.rows(), kept.labels, kept.origin, Batching(exact or batch_size, exact is not None))
+        return grouped(kept.rows(), kept.labels, kept.origin, Batching(exact or size, exact is not None))
 
-    return part(~marks), part(marks)
+    return part(~marks, batch_size), part(marks, max(1, batch_size // JUDGED))
 
 
 class _Tuning:
@@ -119,7 +153,9 @@ class _Tuning:
         self._room = MOST_HELD
         self.step, self.seconds, self.distances = 0, 0.0, list[float]()
         self.nearest: dict[str, Tensor] = {}
-        self._look()
+        rows = torch.tensor([rows_of(batch) for batch in self._judging], dtype=torch.float64)
+        self._shares = rows / rows.sum()
+        self._first = self._best = self._look()
 
     @property
     def done(self) -> float:
@@ -144,11 +180,20 @@ class _Tuning:
         self._look()
         self.seconds = seconds_now() - begun
 
+    @property
+    def better(self) -> bool:
+        """Whether the nearest weights are nearer than those of the beginning, by more than chance: batch by batch."""
+        gains = self._first - self._best
+        mean = float(self._shares @ gains)
+        error = float((self._shares.square() @ (gains - mean).square()).sqrt())
+        return mean > CERTAIN * error
+
     def known(self) -> dict[str, Tensor]:
         """Return what `go_on` needs."""
         moments = self._optimizer.state_dict()["state"]
         return {
             "progress": torch.tensor([self.step, self.seconds, *self.distances], dtype=torch.float64),
+            "judged": self._best,
             **{f"nearest {name}": value for name, value in self.nearest.items()},
             **{f"weights {name}": value for name, value in self._student.trained().items()},
             **{f"{place} {name}": value for place, each in moments.items() for name, value in each.items()},
@@ -157,7 +202,7 @@ class _Tuning:
     def go_on(self, known: Mapping[str, Tensor]) -> None:
         """Be where another one was."""
         step, self.seconds, *self.distances = known["progress"].tolist()
-        self.step = int(step)
+        self.step, self._best = int(step), known["judged"]
         self.nearest = {name: known[f"nearest {name}"] for name in self.nearest}
         with torch.no_grad():
             for name, value in self._student.trained().items():
@@ -182,15 +227,16 @@ class _Tuning:
         self._optimizer.step()
         self.step += 1
 
-    def _look(self) -> None:
-        """Measure the distance on the held-out rows, and keep the weights if they are the nearest."""
-        rows = [rows_of(batch) for batch in self._judging]
+    def _look(self) -> Tensor:
+        """Measure the distance on each batch of the held-out rows, (batches,), and keep the nearest weights."""
         with torch.no_grad():
-            found = [float(self._distance(batch)) for batch in self._judging]
-        now = sum(count * each for count, each in zip(rows, found, strict=True)) / sum(rows)
+            found = torch.tensor([float(self._distance(batch)) for batch in self._judging], dtype=torch.float64)
+        now = float(self._shares @ found)
         if not self.distances or now < min(self.distances):
             self.nearest = {name: value.clone() for name, value in self._student.trained().items()}
+            self._best = found
         self.distances.append(now if math.isfinite(now) else math.inf)
+        return found
 
     def _distance(self, batch: Batch) -> Tensor:
         """How far the student's outputs are from the dense ones."""
