@@ -83,6 +83,11 @@ EXPECTED: Mapping[str, tuple[Expected, ...]] = {
     "llama": (*grouped(2, groups=3, queries=2), *neurons({80: 2})),
     "qwen2": (*grouped(2, groups=2, queries=3), *neurons({80: 2})),
     "phi-3": (*grouped(2, groups=3, queries=2), *neurons({80: 2})),
+    # Slopes by distance go with their heads. Fused by head, (heads, 3, width): q, k and v lose the same entries.
+    "bloom": (Expected("heads", 6, 2), Expected("qk-width", 8, 2), *neurons({192: 2})),
+    "mpt": (*attention(2), *neurons({192: 2})),
+    # One key and one value for all heads, fused with the queries, (heads + 2, width); rotated.
+    "falcon": (Expected("heads", 6, 2), Expected("qk-width", 4, 2), *neurons({192: 2})),
     "t5-encoder": ENCODER,
     # Attention to the tokens and to the encoder in each layer; the latter's biases are zeros that all layers share.
     "t5-decoder": (*attention(4), *neurons({80: 2})),
@@ -206,6 +211,8 @@ ROTATED = (Expected("groups", 3, 2), Expected("queries", 2, 2), Expected("v-widt
 FORMS: Mapping[tuple[str, str], tuple[Expected, ...]] = {
     **{(family, "4-bit"): groups for family, groups in WHOLE_BLOCKS.items()},
     **{(family, "4-bit-zeros"): groups for family, groups in WHOLE_BYTES.items()},
+    # Biases by distance are one stored matrix, which both layers read: they keep the same heads.
+    ("mpt", "torchscript"): (Expected("heads", 6, 1), *widths(2, 8, 8), *neurons({192: 2})),
     # One node holds the attention: its scale follows from the width of its heads.
     ("bert", "fused-torchscript"): (Expected("heads", 6, 2), *neurons({80: 2, 48: 1})),
     # One node rotates: entries i and i + 4 are tied inside of it.
@@ -214,7 +221,7 @@ FORMS: Mapping[tuple[str, str], tuple[Expected, ...]] = {
     # Convolutions laid out for one processor: refused as a whole.
     **{(family, "ort-99"): () for family in ("vit", "swin", "resnet")},
 }
-"""Groups of dialects that have others than the export which they are made from."""
+"""Groups of files that have others than their family, and of dialects than the export which they are made from."""
 
 
 def expected(family: str, form: str) -> Counter[tuple[str, int]]:

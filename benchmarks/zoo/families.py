@@ -69,6 +69,12 @@ def _gpt2() -> Any:
     )  # fmt: skip
 
 
+def _mpt() -> Any:
+    return hf.MptConfig(
+        vocab_size=VOCABULARY, d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS, max_seq_len=64, use_cache=False
+    )  # fmt: skip
+
+
 def _modernbert() -> Any:
     """Three layers: the first attends to all tokens, the others to their neighbours."""
     return hf.ModernBertConfig(
@@ -217,6 +223,8 @@ _neox = _make(hf.GPTNeoXForCausalLM, _bert_like(hf.GPTNeoXConfig, **WIDE))
 _llama = _make(hf.LlamaForCausalLM, _bert_like(hf.LlamaConfig, **GROUPED))
 _qwen2 = _make(hf.Qwen2ForCausalLM, _bert_like(hf.Qwen2Config, num_key_value_heads=2, use_cache=False))
 _phi3 = _make(hf.Phi3ForCausalLM, _bert_like(hf.Phi3Config, **GROUPED))
+_bloom = _make(hf.BloomForCausalLM, _bert_like(hf.BloomConfig, use_cache=False, **ENDED))
+_falcon = _make(hf.FalconForCausalLM, _bert_like(hf.FalconConfig, use_cache=False, **ENDED))
 _clip_text = _make(hf.CLIPTextModelWithProjection, _bert_like(hf.CLIPTextConfig, **PROJECTED, **ENDED))
 _clip_vision = _make(hf.CLIPVisionModelWithProjection, _vit_like(hf.CLIPVisionConfig, **PROJECTED))
 _dinov2 = _make(hf.Dinov2ForImageClassification, _vit_like(hf.Dinov2Config, mlp_ratio=2))
@@ -240,6 +248,9 @@ ROWS = (
     Family("llama", _llama, TEXT),
     Family("qwen2", _qwen2, TEXT),
     Family("phi-3", _phi3, TEXT),
+    Family("bloom", _bloom, TEXT),
+    Family("mpt", _make(hf.MptForCausalLM, _mpt), TEXT),
+    Family("falcon", _falcon, TEXT),
     Family("t5-encoder", _make(hf.T5EncoderModel, _t5), TEXT, STATES),
     Family("t5-decoder", _half(hf.T5Model, _t5_gated, "decoder"), DECODER_TEXT, STATES),
     Family("bart", _make(hf.BartForConditionalGeneration, _bart), (*TEXT, _ids("decoder_input_ids", "target"))),

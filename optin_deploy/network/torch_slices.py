@@ -1,18 +1,14 @@
-"""How tensors are indexed and assigned to by slices, so that parts stay parts of an axis.
-
-What is assigned, `x[:, 1:] = y`, is what lies before, what is new, and what lies behind; what one list picks, as in
-`x[:, [3]]`, is a Gather. torch's exporter writes both as entries at places that a run computes.
-"""
+"""How assignments to a slice of a tensor, `x[:, 1:] = y`, are written: as what lies before, what is new, and what lies
+behind, in which parts stay parts of an axis; torch's exporter writes them as entries at places that a run computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from onnxscript import opset20 as op
-from onnxscript.function_libs.torch_lib.ops.core import aten_index, aten_slice_scatter
+from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 
 from optin_deploy.network.operators.selections import bounds
 
@@ -39,22 +35,10 @@ def slice_scatter(
     return op.Concat(*parts, axis=dim) if len(parts) > 1 else op.Identity(new)
 
 
-def index(x: Any, indices: Sequence[Any]) -> Any:
-    """Translation of aten::index: by Gather, where one axis is indexed, by numbers."""
-    given = [(axis, each) for axis, each in enumerate(indices) if each is not None]
-    if len(given) != 1 or given[0][1].dtype == ir.DataType.BOOL:
-        return aten_index(x, indices)
-    ((axis, places),) = given
-    return op.Gather(x, places, axis=axis)
-
-
 def _part(x: Any, first: int, last: int, dim: int) -> Any:
     bounds: list[Any] = [op.Constant(value_ints=[number]) for number in (first, last, dim)]
     return op.Slice(x, *bounds)
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.slice_scatter.default: slice_scatter,
-    torch.ops.aten.index.Tensor: index,
-}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.slice_scatter.default: slice_scatter}
 """For `torch.onnx.export`."""

@@ -132,16 +132,23 @@ def gathered(flow: Flow) -> None:
     """
     axes = flow.axes(0)
     along = flow.node.get("axis", 0) % len(axes)
-    known = flow.known(1) if flow.shape(1) == (1,) else None
-    if known is not None and axes[along].size > 1:
-        at = int(known[0]) % axes[along].size
-        before, entry, behind = (flow.fresh(size) for size in (at, 1, axes[along].size - at - 1))
-        flow.unify(axes[along], flow.total([before, entry, behind]))
-        flow.number(1, 0, before, exact=False, because=axes[along])
+    if flow.shape(1) == (1,) and (entry := one_entry(flow, axes[along])) is not None:
         flow.give(0, [*axes[:along], entry, *axes[along + 1 :]])
         return
     flow.freeze([axes[along], *flow.axes(1)])
     flow.give(0, [*axes[:along], *flow.axes(1), *axes[along + 1 :]])
+
+
+def one_entry(flow: Flow, axis: Axis) -> Axis | None:
+    """The part of an axis that an index picks, the only one of input 1; None: a run tells which."""
+    known = flow.known(1)
+    if known is None or axis.size < 2:
+        return None
+    at = int(known.reshape(-1)[0]) % axis.size
+    before, entry, behind = (flow.fresh(size) for size in (at, 1, axis.size - at - 1))
+    flow.unify(axis, flow.total([before, entry, behind]))
+    flow.number(1, 0, before, exact=False, because=axis)
+    return entry
 
 
 def picked_alike(flow: Flow) -> None:
@@ -171,9 +178,15 @@ def gather_nd(node: Node, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def gathered_nd(flow: Flow) -> None:
-    """Flow of GatherND: axes behind those that are picked from stay what they are."""
+    """Flow of GatherND: axes behind those that are picked from stay what they are.
+
+    By one known place it is a Slice of one entry.
+    """
     axes, indices = flow.axes(0), flow.axes(1)
     batch = flow.node.get("batch_dims", 0)
+    if not batch and flow.shape(1) == (1, 1) and (entry := one_entry(flow, axes[0])) is not None:
+        flow.give(0, [entry, *axes[1:]])
+        return
     depth = flow.shape(1)[-1]
     for axis, index in zip(axes[:batch], indices[:batch], strict=True):
         flow.unify(axis, index)
