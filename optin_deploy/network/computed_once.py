@@ -9,20 +9,23 @@ Numbers that are counted, such as those of heads, from which their slopes follow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from optin_deploy.network.graph import decoded
+from optin_deploy.network.graph import Node, decoded
 from optin_deploy.network.operators import rows
-from optin_deploy.network.operators.row import Unsupported
+from optin_deploy.network.operators.row import Result, Row, Unsupported
 from optin_deploy.network.tensors import stored_in, torch_tensor
 
-FAILURES = (RuntimeError, LookupError, TypeError, ValueError)
+FAILURES = (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError)
 """What rows raise that cannot compute a node, `Unsupported` too."""
+MOST_ENTRIES, MOST_COUNTED = 2**28, 2**16
+"""Entries of a value that is computed, and of numbers that are counted: more are left to a run."""
 STARTS = {"BatchNormalization": "standardised_", "Range": "counted_"}
 """Operators with whose result it begins, and what stands before the name of the weight that it was made of."""
 
@@ -38,11 +41,13 @@ def compute_once(model: ir.Model) -> None:
         while source is not None and (maker := source.producer()) is not None:
             source = maker.inputs[0]
         try:
-            tensor = values.of(value)
-            while (after := _only_reader(value)) in fixed and after and values.of(after).numel() == tensor.numel():
-                value, tensor = after, values.of(after)
+            tensor = values.of(value, MOST_COUNTED if start.op_type == "Range" else MOST_ENTRIES)
         except FAILURES:
             continue  # a run will say why
+        while (
+            (after := _only_reader(value)) in fixed and after and (found := values.as_large(after, tensor)) is not None
+        ):
+            value, tensor = after, found
         *path, last = ((source or value).name or "").split(".")
         name = ".".join([*path, STARTS[start.op_type] + last])
         while name in taken:
@@ -77,14 +82,22 @@ class _Values:
         self._opsets = opsets
         self._known: dict[ir.Value, Tensor] = {}
 
-    def of(self, value: ir.Value) -> Tensor:
-        """Raises: Unsupported, or one of `FAILURES`: the row of an operator cannot compute it."""
+    def of(self, value: ir.Value, most: int = MOST_ENTRIES) -> Tensor:
+        """Raises: one of `FAILURES`: it has more entries, or the row of an operator cannot compute it."""
         if value not in self._known:
             node, stored = value.producer(), value.const_value
-            self._known[value] = self._computed(value, node) if stored is None or node else torch_tensor(stored)
+            self._known[value] = self._computed(value, node, most) if stored is None or node else torch_tensor(stored)
         return self._known[value]
 
-    def _computed(self, value: ir.Value, node: ir.Node | None) -> Tensor:
+    def as_large(self, value: ir.Value, other: Tensor) -> Tensor | None:
+        """A value, if it has as many entries as another one and can be computed."""
+        try:
+            found = self.of(value, other.numel())
+        except FAILURES:
+            return None
+        return found if found.numel() == other.numel() else None
+
+    def _computed(self, value: ir.Value, node: ir.Node | None, most: int) -> Tensor:
         if node is None:
             raise Unsupported(f"{value.name} is no weight")
         given = [None if each is None else self.of(each) for each in node.inputs]
@@ -93,8 +106,24 @@ class _Values:
             others = [axis for axis in range(x.dim()) if axis != 1]  # so does TorchScript's exporter write it
             given[3:] = [x.mean(others), x.var(others, correction=0)]
             plain = replace(plain, attributes={**plain.attributes, "training_mode": 0})
-        made = rows()[node.domain, node.op_type].compute(plain, *given)
-        found = made[value.index() or 0] if isinstance(made, tuple) else made
+        row, place = rows()[node.domain, node.op_type], value.index() or 0
+        if _entries(row, plain, given, place) > most:
+            raise Unsupported(f"{plain} gives more than {most:,} entries")
+        found = _output(row.compute(plain, *given), place)
         if found is None:
             raise Unsupported(f"{plain} gives nothing there")
         return found
+
+
+def _output(made: Result, place: int) -> Tensor | None:
+    return made[place] if isinstance(made, tuple) else made
+
+
+def _entries(row: Row, node: Node, given: Sequence[Tensor | None], place: int) -> int:
+    """How many entries an output has, found without computing it."""
+    if node.op == "Range":
+        start, limit, step = (float(each) for each in given if each is not None)
+        return math.ceil((limit - start) / step)
+    without = [x if x is None or at in row.numbers else x.to("meta") for at, x in enumerate(given)]
+    found = _output(row.compute(node, *without), place)
+    return 0 if found is None else found.numel()

@@ -1,17 +1,21 @@
-"""Convolutions whose weights are standardised while they run: computed once, and cut as they were."""
+"""Weights that are standardised while a network runs, and numbers that are counted: computed once, and cut as they
+were."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from optin_deploy.cutting.graph import cut
 from optin_deploy.network.graph import Network
+from optin_deploy.network.read_onnx import read_proto
 from optin_deploy.network.read_torch import read_module
 from optin_deploy.structure.find import find
-from support.one_cut import run
+from support.one_cut import graph, run
 
 
 class Standardised(nn.Conv2d):
@@ -77,3 +81,22 @@ def test_what_is_normalised_of_an_input_is_computed_as_before() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     network = read_module(module, {"input": torch.randn(2, 3, 7, 7)}, dynamo=False)
     assert set(network.weights) >= set(dict(module.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("limit", "step", "once"),
+    [(12, 3, True), (2**16, 1, True), (2**16 + 1, 1, False), (10**12, 1, False), (12, 0, False)],
+)
+def test_numbers_are_counted_once_unless_a_file_asks_for_too_many(limit: int, step: int, once: bool) -> None:
+    nodes = [
+        helper.make_node("Range", ["first", "limit", "step"], ["counted"]),
+        helper.make_node("ReduceSum", ["counted"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["real"], to=1),
+        helper.make_node("Mul", ["x", "real"], ["y"]),
+    ]
+    numbers = {"first": np.int64(0), "limit": np.int64(limit), "step": np.int64(step)}
+    network = read_proto(graph(nodes, numbers, {"x": np.ones((2, 3), np.float32)}, outputs=["y"]))
+    assert ("Range" not in {node.op for node in network.nodes}) == once
+    if once:
+        x = np.ones((2, 3), np.float32)
+        np.testing.assert_allclose(run(network, {"x": x})[0], x * np.arange(0, limit, step).sum())
