@@ -44,9 +44,10 @@ def compute_once(model: ir.Model) -> None:
             tensor = values.of(value, MOST_COUNTED if start.op_type == "Range" else MOST_ENTRIES)
         except FAILURES:
             continue  # a run will say why
-        while (
-            (after := _only_reader(value)) in fixed and after and (found := values.as_large(after, tensor)) is not None
-        ):
+        while (after := _only_reader(value)) in fixed and after is not None:
+            found = values.as_large(after, tensor)
+            if found is None:
+                break
             value, tensor = after, found
         *path, last = ((source or value).name or "").split(".")
         name = ".".join([*path, STARTS[start.op_type] + last])

@@ -29,8 +29,13 @@ def judged_samples(batches: Sequence[Batch]) -> list[Tensor]:
             f"{total} calibration samples are too few for error curves: give at least {JUDGED_EVERY} "
             "(--samples), or choose --allocation uniform."
         )
-    every = max(JUDGED_EVERY, -(-total // MOST_JUDGED))
-    return list(torch.split(torch.arange(total) % every == every - 1, [rows_of(batch) for batch in batches]))
+    return list(torch.split(spread(total, JUDGED_EVERY, MOST_JUDGED), [rows_of(batch) for batch in batches]))
+
+
+def spread(total: int, every: int, most: int) -> Tensor:
+    """Every fourth of all samples, say, or fewer of them, so that they are at most so many; (total,) of bool."""
+    every = max(every, -(-total // most))
+    return torch.arange(total) % every == every - 1
 
 
 def joined(batches: Sequence[Batch], marks: Sequence[Tensor]) -> list[Batch]:

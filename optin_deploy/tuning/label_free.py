@@ -26,6 +26,7 @@ from optin_deploy.network.learned import learned
 from optin_deploy.network.module import NetworkModule
 from optin_deploy.network.weights import with_weights
 from optin_deploy.pruning.ready import Ready
+from optin_deploy.quality.held_out import spread
 from optin_deploy.scoring.subject import read_tokens
 from optin_deploy.tuning.settings import LabelFree
 from optin_deploy.tuning.student import check_trainable, distance
@@ -71,7 +72,8 @@ class LabelFreeRecord:
 def check(ready: Ready, settings: LabelFree) -> None:
     """Make sure, before the network is cut, that it can be tuned on these rows.
 
-    Raises: BadInput: it cannot be trained, or takes more rows at once than are learned from or held out; says why.
+    Raises: BadInput: it cannot be trained, there are too few rows, or it takes more at once than are learned from or
+    held out; says why.
     """
     check_trainable(ready, ready.network)
     _divided(ready, ready.network, settings.batch_size)
@@ -122,8 +124,7 @@ def _held_out(rows: Feeds) -> Tensor:
             f"{len(rows)} calibration samples are too few to tune with: give at least {HELD_OUT_EVERY} (--samples), or "
             "leave --tune out."
         )
-    every = max(HELD_OUT_EVERY, -(-len(rows) // MOST_HELD_OUT))
-    return torch.arange(len(rows)) % every == every - 1
+    return spread(len(rows), HELD_OUT_EVERY, MOST_HELD_OUT)
 
 
 def _divided(ready: Ready, smaller: Network, batch_size: int) -> tuple[Feeds, Feeds]:
